@@ -1,0 +1,3 @@
+"""A gateway between an organisation's teams and RenderNet's price estimates."""
+
+__version__ = "0.1.0.dev0"

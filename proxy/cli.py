@@ -1,0 +1,191 @@
+"""The command line. Bad input is one clear line a problem on standard error, and exit status 2."""
+
+import json
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from proxy import __version__, demo, logs, teams
+from proxy.canonical import canonicalise, key_of
+from proxy.config import find_config, load, load_upstream
+from proxy.embedded import EmbeddedStoreError
+from proxy.problems import BadRequest
+from proxy.settings import Settings, effective, is_identifier
+from proxy.settings_problems import SettingsError
+from proxy.supervisor import ListenError, Supervisor
+from proxy.upstream import Address
+
+BAD_INPUT = 2
+_ID_RULE = "must be an id: 1 to 64 of a-z, 0-9 and -, beginning and ending with a letter or digit"
+
+
+class _Commands(click.Group):
+    """Tells of bad usage as of any bad input."""
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        with _bad_usage_in_one_line():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _bad_usage_in_one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _bad_usage_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+        _fail(" ".join(error.format_message().split()) + hint)
+
+
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The TOML file with the settings. Default: $ESTIMATE_PROXY_CONFIG, ./estimate-proxy.toml or "
+    "/etc/estimate-proxy/config.toml, whichever is there first.",
+)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="estimate-proxy")
+def main() -> None:
+    """A shared gateway for RenderNet price estimates.
+
+    Teams ask it with tokens of their own; it asks RenderNet with the organisation's key, and asks nothing twice.
+    """
+
+
+@main.command()
+@config_option
+@click.option("--host", metavar="HOST", help="Listen here instead of server.host.")
+@click.option("--port", type=int, metavar="PORT", help="Listen here instead of server.port; 0 takes a free one.")
+def serve(config: Path | None, host: str | None, port: int | None) -> None:
+    """Run the gateway. SIGTERM drains it."""
+    chosen = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    settings = _load(config, {"server": chosen})
+    logs.configure(settings.log.level, settings.log.format)
+    try:
+        status = Supervisor(settings).run()
+    except (ListenError, EmbeddedStoreError) as error:
+        _fail(str(error))
+    sys.exit(status)
+
+
+@main.command(name="demo", short_help="Try it without any account.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    metavar="PORT",
+    help="Listen here; 0 takes a free one.",
+)
+@click.option("--traffic/--no-traffic", default=True, help="Let three teams ask all the time (the default), or not.")
+def demo_command(port: int, traffic: bool) -> None:  # noqa: FBT001 -- click passes a flag by name
+    """Try all of it without an account: simulated RenderNet, three teams, live traffic."""
+    sys.exit(demo.run(port=port, traffic=traffic))
+
+
+@main.command(short_help="Validate and show the settings.")
+@config_option
+def check(config: Path | None) -> None:
+    """Validate the settings; report all problems at once, or show what is in force."""
+    settings = _load(config)
+    source = find_config(config, os.environ) or "no file: defaults and the environment"
+    rows = [(path, None if value is None else _toml(value)) for path, value in effective(settings)]
+    if not sys.stdout.isatty():
+        click.echo(f"# from {source}")
+        for path, value in rows:
+            click.echo(f"# {path} is not set" if value is None else f"{path} = {value}")
+        return
+    table = Table("setting", "value", title=Text(f"from {source}"), title_justify="left", box=None)
+    for path, value in rows:
+        table.add_row(path, Text(value or "-", overflow="fold"))
+    Console().print(table)
+
+
+def _toml(value: Any) -> str:
+    match value:
+        case bool():
+            return str(value).lower()
+        case int() | float() | date():
+            return str(value)
+        case tuple():
+            return f"[{', '.join(map(_toml, value))}]"
+        case dict():
+            return f"{{ {', '.join(f'{key} = {_toml(member)}' for key, member in value.items() if member)} }}"
+        case _:
+            return json.dumps(str(value), ensure_ascii=False)
+
+
+@main.group()
+def token() -> None:
+    """Make tokens for teams."""
+
+
+@token.command()
+@click.argument("team")
+def new(team: str) -> None:
+    """Print a new token for TEAM, once, and the line for the config."""
+    if not is_identifier(team):
+        _fail(f"TEAM {_ID_RULE}")
+    made = teams.token_of("".join(secrets.choice(teams.BASE62) for _ in range(teams.RANDOM_CHARACTERS)))
+    click.echo(made)
+    click.echo(
+        f"\nThis is the only time it is shown: give it to the team. In the config:\n\n"
+        f'[teams.{team}]\ntokens = ["{teams.digest_of(made)}"]',
+    )
+
+
+@main.command(short_help="Show a body's canonical form and key.")
+@click.argument("file", type=click.File("rb"))
+@config_option
+@click.option("--account", default="default", show_default=True, metavar="ID", help="Whose prices to look at.")
+@click.option("--query", default="", metavar="TEXT", help="The query string of the request, such as type=image.")
+def explain(file: Any, config: Path | None, account: str, query: str) -> None:
+    """Show the canonical body and the key of the body in FILE (- is standard input). Asks nobody."""
+    if not is_identifier(account):
+        _fail(f"--account {_ID_RULE}")
+    try:
+        canonical = canonicalise(file.read())
+        address = Address.of(load_upstream(config, os.environ).base_url)
+    except BadRequest as error:
+        _fail(f"{file.name}: {error}")
+    except SettingsError as error:
+        _fail_settings(error)
+    sent = address.query_as_sent(os.fsencode(query))
+    click.echo(b"body  " + canonical)
+    click.echo(f"key   {key_of(canonical, origin=address.origin, account=account, path=address.path, query=sent)}")
+
+
+def _load(config: Path | None, overrides: dict[str, Any] | None = None) -> Settings:
+    try:
+        return load(config, os.environ, overrides=overrides)
+    except SettingsError as error:
+        _fail_settings(error)
+
+
+def _fail_settings(error: SettingsError) -> NoReturn:
+    for problem in error.problems:
+        click.echo(f"estimate-proxy: {problem.path} {problem.message}", err=True)
+    sys.exit(BAD_INPUT)
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"estimate-proxy: {message}", err=True)
+    sys.exit(BAD_INPUT)

@@ -1,0 +1,29 @@
+"""No process of ours outlives the one that started it, however that one ends."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent_pid: int) -> Callable[[], None] | None:
+    """What a child does between fork and exec so that it cannot outlive its parent, for `Popen(preexec_fn=…)`.
+
+    Linux only. The caller has one thread: the kernel sends the signal when the *thread* that forked ends. The signal
+    is SIGKILL because it cannot be delayed.
+
+    The race: fork; the parent dies; prctl. No signal will come any more, but the parent's pid has changed.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up here: between fork and exec there is no loading of libraries
+
+    def guard() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        if os.getppid() != parent_pid:
+            os._exit(1)
+
+    return guard

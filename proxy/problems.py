@@ -1,0 +1,148 @@
+"""How a request can end, and the one document that tells a client why it failed.
+
+A *denial* is a `Problem`, returned like any other value. A *failure* is an exception of this tree, and
+`proxy.web` is the one place that turns it into a response:
+
+    ProxyError
+    ├── BadRequest          the request itself is at fault; carries its `Problem`
+    ├── ClientGone          nobody is left to answer
+    └── StoreUnavailable    the price book is out of reach, or does not answer in time
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import orjson
+
+
+class Outcome(StrEnum):
+    """What became of a request: one value a request, in its log line."""
+
+    HIT = "hit"
+    MISS = "miss"
+    COLLAPSED = "collapsed"
+    BYPASS = "bypass"
+    UNPRICED = "unpriced"
+    UPSTREAM_REJECTED = "upstream-rejected"
+    UNAUTHENTICATED = "unauthenticated"
+    TEAM_DISABLED = "team-disabled"
+    INVALID = "invalid"
+    UPSTREAM_ERROR = "upstream-error"
+    UPSTREAM_REFUSED = "upstream-refused"
+    UPSTREAM_BUSY = "upstream-busy"
+    UPSTREAM_TIMEOUT = "upstream-timeout"
+    OVERLOADED = "overloaded"
+    CANCELLED = "cancelled"
+    INTERNAL_ERROR = "internal-error"
+
+
+class Code(StrEnum):
+    """The codes of problems; stable, clients may decide by them."""
+
+    INVALID_BODY = "invalid-body"
+    INVALID_REQUEST = "invalid-request"
+    UNKNOWN_TOKEN = "unknown-token"  # noqa: S105 -- the name of a problem, not a secret
+    TEAM_DISABLED = "team-disabled"
+    NOT_FOUND = "not-found"
+    METHOD_NOT_ALLOWED = "method-not-allowed"
+    BODY_TOO_LARGE = "body-too-large"
+    UNSUPPORTED_MEDIA_TYPE = "unsupported-media-type"
+    INTERNAL_ERROR = "internal-error"
+    UPSTREAM_ERROR = "upstream-error"
+    UPSTREAM_REFUSED = "upstream-refused"
+    UNPRICED = "unpriced"
+    UPSTREAM_BUSY = "upstream-busy"
+    OVERLOADED = "overloaded"
+    DRAINING = "draining"
+    UPSTREAM_TIMEOUT = "upstream-timeout"
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    status: int
+    title: str
+    outcome: Outcome
+
+
+_KINDS = {
+    Code.INVALID_BODY: _Kind(400, "The body is not an array of generation objects", Outcome.INVALID),
+    Code.INVALID_REQUEST: _Kind(400, "The request is malformed", Outcome.INVALID),
+    Code.UNKNOWN_TOKEN: _Kind(401, "No valid team token", Outcome.UNAUTHENTICATED),
+    Code.TEAM_DISABLED: _Kind(403, "This team is disabled", Outcome.TEAM_DISABLED),
+    Code.NOT_FOUND: _Kind(404, "Nothing is served here", Outcome.INVALID),
+    Code.METHOD_NOT_ALLOWED: _Kind(405, "This path does not take this method", Outcome.INVALID),
+    Code.BODY_TOO_LARGE: _Kind(413, "The body is too large", Outcome.INVALID),
+    Code.UNSUPPORTED_MEDIA_TYPE: _Kind(415, "The body must be plain JSON", Outcome.INVALID),
+    Code.INTERNAL_ERROR: _Kind(500, "The gateway failed", Outcome.INTERNAL_ERROR),
+    Code.UPSTREAM_ERROR: _Kind(502, "RenderNet failed", Outcome.UPSTREAM_ERROR),
+    Code.UPSTREAM_REFUSED: _Kind(502, "RenderNet refused the gateway's key", Outcome.UPSTREAM_REFUSED),
+    Code.UNPRICED: _Kind(502, "RenderNet gave no price", Outcome.UNPRICED),
+    Code.UPSTREAM_BUSY: _Kind(503, "RenderNet is busy", Outcome.UPSTREAM_BUSY),
+    Code.OVERLOADED: _Kind(503, "The gateway is overloaded", Outcome.OVERLOADED),
+    Code.DRAINING: _Kind(503, "The gateway is shutting down", Outcome.CANCELLED),
+    Code.UPSTREAM_TIMEOUT: _Kind(504, "RenderNet did not answer in time", Outcome.UPSTREAM_TIMEOUT),
+}
+
+LONGEST_RETRY_AFTER_S = 3600
+"""A longer wait is not told to clients: they would rather fail than sleep."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why a request gets no estimate. `detail` is a sentence that says what to do, without any secret."""
+
+    code: Code
+    detail: str
+    retry_after_s: int | None = None
+    allow: str | None = None
+
+    @property
+    def status(self) -> int:
+        return _KINDS[self.code].status
+
+    @property
+    def outcome(self) -> Outcome:
+        return _KINDS[self.code].outcome
+
+    def document(self, request_id: str) -> bytes:
+        """RFC 9457 problem details that are RenderNet's error envelope too, as JSON."""
+        return orjson.dumps(
+            {
+                "type": f"urn:estimate-proxy:problem:{self.code}",
+                "title": _KINDS[self.code].title,
+                "status": self.status,
+                "detail": self.detail,
+                "request_id": request_id,
+                "data": None,
+                "error": {"code": self.code, "message": self.detail},
+            }
+        )
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """The response headers that belong to this problem (RFC 9110 §11.6.1, §15.5.6, §10.2.3)."""
+        headers = [(b"content-type", b"application/problem+json"), (b"cache-control", b"no-store")]
+        if self.code is Code.UNKNOWN_TOKEN:
+            headers.append((b"www-authenticate", b"Bearer"))
+        if self.allow is not None:
+            headers.append((b"allow", self.allow.encode()))
+        if self.retry_after_s is not None and self.retry_after_s <= LONGEST_RETRY_AFTER_S:
+            headers.append((b"retry-after", str(self.retry_after_s).encode()))
+        return headers
+
+
+class ProxyError(Exception):
+    """The root of this tree."""
+
+
+class BadRequest(ProxyError):  # noqa: N818 -- named as HTTP names it
+    def __init__(self, code: Code, detail: str) -> None:
+        super().__init__(detail)
+        self.problem = Problem(code, detail)
+
+
+class ClientGone(ProxyError):  # noqa: N818 -- a fact, not an error of ours
+    pass
+
+
+class StoreUnavailable(ProxyError):  # noqa: N818 -- named as the promise that it breaks
+    pass

@@ -1,0 +1,299 @@
+"""The settings: one frozen object, whose default and meaning stand beside each field.
+
+Messages never show a value: it could be a secret. `proxy.config` says where values come from.
+"""
+
+import re
+from collections.abc import Iterator
+from datetime import date
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import SplitResult, parse_qsl, urlsplit
+from zoneinfo import ZoneInfo, available_timezones
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Secret, ValidationInfo
+
+MASK = "**********"
+MAX_URL_CHARACTERS = 2048
+_LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"  # RFC 1035 §2.3.1, and `_`, as containers have it
+_NAME = re.compile(rf"(?=.{{1,253}}$)({_LABEL}\.)*(?![0-9]+\.?$){_LABEL}\.?")
+
+_LOCATION = re.compile(
+    r"(\[[^][]+:[^][]*\]|[^][:]*)(:[0-9]*)?"
+)  # urlsplit passes over what stands beside the brackets
+
+
+class SecretUrl(Secret[str]):
+    """A URL that may carry a password; shown without it."""
+
+    def _display(self) -> str:
+        return masked_url(self.get_secret_value())
+
+
+class SecretText(Secret[str]):
+    """A key or password; shown as a mask."""
+
+    def _display(self) -> str:
+        return MASK
+
+
+def masked_url(url: str) -> str:
+    """`url` without what may be secret: its password, a user name that stands alone, all of its query but `db`."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return MASK
+    credentials, at, location = parts.netloc.rpartition("@")
+    user, colon, _ = credentials.partition(":")
+    masked = f"{user}:{MASK}" if colon else MASK
+    query = "&".join(map(_masked_member, parts.query.split("&"))) if parts.query else ""
+    tail = f"?{query}" * bool(query) + f"#{MASK}" * bool(parts.fragment)
+    return f"{parts.scheme}://{masked if at else ''}{at}{location}{parts.path}{tail}"
+
+
+def _masked_member(member: str) -> str:
+    name, equals, value = member.partition("=")
+    return member if name == "db" and value.isdigit() else f"{name}={MASK}" if equals else MASK
+
+
+def _no_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")  # noqa: TRY004 -- pydantic collects ValueErrors
+    return value
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be one line of text without control characters")
+    return text
+
+
+def _filled(text: str) -> str:
+    if not text:
+        raise ValueError("is empty")
+    return _one_line(text)
+
+
+def _password(secret: SecretText) -> SecretText:
+    return SecretText(_filled(secret.get_secret_value()))
+
+
+def _header_safe(secret: SecretText) -> SecretText:
+    text = secret.get_secret_value()
+    if not (text.isascii() and text.isprintable() and text and " " not in text):
+        raise ValueError("is empty, or has characters that cannot stand in an HTTP header")
+    return secret
+
+
+def _path(value: object) -> object:
+    if isinstance(value, str) and _filled(value).startswith("~"):
+        raise ValueError("begins with ~, which only shells expand: write the path in full")
+    return value
+
+
+def _host(host: str) -> str:
+    if not (_NAME.fullmatch(host) or _is_ip(host)):
+        raise ValueError("must name a host: an IP address or a name in ASCII")
+    return host
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        return bool(ip_address(host))
+    except ValueError:
+        return False
+
+
+def _split_url(url: str, *schemes: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        bad_port = parts.port == 0
+    except ValueError:
+        bad_port = True
+    if bad_port or not url.isprintable() or " " in url or len(url) > MAX_URL_CHARACTERS:
+        raise ValueError("is not a valid URL: a port is 1 to 65535, and special characters are percent-encoded")
+    if parts.scheme not in schemes:
+        raise ValueError(f"must be a URL that begins with {' or '.join(f'{scheme}://' for scheme in schemes)}")
+    if parts.scheme != "unix":
+        location = _LOCATION.fullmatch(parts.netloc.rpartition("@")[2])
+        _host((location and parts.hostname) or "")
+    return parts
+
+
+def _base_url(url: str, info: ValidationInfo) -> str:
+    parts = _split_url(url, "https", "http")
+    if any(mark in url for mark in "@?#"):
+        raise ValueError("has a user, a query or a fragment: leave them out")
+    host = parts.hostname or ""
+    loopback = host == "localhost" or (_is_ip(host) and ip_address(host).is_loopback)
+    if parts.scheme == "http" and not loopback and info.data.get("insecure") is False:
+        raise ValueError("would send the API key in clear text: use https, or set upstream.insecure = true")
+    return url
+
+
+def _proxy_url(url: SecretUrl) -> SecretUrl:
+    _split_url(url.get_secret_value(), "http", "https")
+    return url
+
+
+def _store_url(url: SecretUrl) -> SecretUrl:
+    """Refuses what redis-py passes over in silence, such as a database's name, or takes for options of its own."""
+    parts = _split_url(url.get_secret_value(), "redis", "unix")
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if parts.fragment or not options.keys() <= {"db", "username", "password"}:
+        raise ValueError("has options other than db, username and password (# and ? are percent-encoded)")
+    number = re.fullmatch("[0-9]{1,5}", options.get("db", "0"))
+    if not number or (parts.scheme == "redis" and not re.fullmatch("(/[0-9]{0,5})?", parts.path)):
+        raise ValueError("must name its database by a number, such as redis://host/0")
+    if parts.scheme == "unix" and (parts.netloc.rpartition("@")[2] or not parts.path.strip("/")):
+        raise ValueError("must name a socket by its full path, such as unix:///run/valkey.sock")
+    return url
+
+
+def _known_zone(name: str) -> str:
+    if name not in available_timezones():
+        raise ValueError("must be a time zone's name, such as UTC or Europe/Berlin")
+    return name
+
+
+def _token_table(value: object) -> object:
+    return {"sha256": value} if isinstance(value, str) else value
+
+
+def _token_digest(value: str) -> str:
+    if value.startswith("ep_"):
+        raise ValueError("is the token itself: put its digest here, as `estimate-proxy token new` prints it")
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", value):
+        raise ValueError("must be sha256: and 64 hexadecimal digits, as `estimate-proxy token new` prints it")
+    return value
+
+
+def _calendar_day(value: object) -> object:
+    """A TOML date, or its text; no time of day, and no number to be read as seconds since 1970."""
+    text = value if isinstance(value, str) else ""
+    if type(value) is not date and not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+        raise ValueError("must be a date, such as 2027-06-30")
+    return value
+
+
+def is_identifier(value: str) -> bool:
+    """Whether this can be the id of a team or an account."""
+    return re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?", value) is not None
+
+
+def _identifier(value: str) -> str:
+    if not is_identifier(value):
+        raise ValueError("must be 1 to 64 of a-z, 0-9 and -, beginning and ending with a letter or digit")
+    return value
+
+
+Identifier = Annotated[str, AfterValidator(_identifier)]
+Line = Annotated[str, AfterValidator(_one_line)]
+PlainPath = Annotated[Path, BeforeValidator(_path)]
+Whole = Annotated[int, BeforeValidator(_no_boolean)]
+Seconds = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
+ApiKey = Annotated[SecretText, AfterValidator(_header_safe)]
+Password = Annotated[SecretText, AfterValidator(_password)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
+
+
+class Server(_Section):
+    host: Annotated[str, AfterValidator(_host)] = "127.0.0.1"
+    port: Annotated[Whole, Field(ge=0, le=65535)] = 8080
+    """0 takes a free one, and says which."""
+    max_body_bytes: Annotated[Whole, Field(ge=2, le=64 * 2**20)] = 262_144
+    request_timeout_s: Annotated[Seconds, Field(gt=0, le=3600)] = 15.0
+    """From a request's first byte to its answer, asking upstream included."""
+    drain_delay_s: Annotated[Seconds, Field(ge=0, le=3600)] = 5.0
+    """After SIGTERM: not ready, still serving."""
+    drain_s: Annotated[Seconds, Field(ge=0, le=3600)] = 30.0
+    """Then: at most this long for what is running."""
+
+
+class Upstream(_Section):
+    insecure: bool = False
+    """Allows http to a host that is not this one."""
+    base_url: Annotated[str, AfterValidator(_base_url)] = "https://api.rendernet.ai"
+    timeout_s: Annotated[Seconds, Field(gt=0, le=3600)] = 10.0
+    """From asking to the last byte of the answer, waiting for a connection included."""
+    max_connections: Annotated[Whole, Field(ge=1, le=10_000)] = 100
+    on_unpriced: Literal["pass", "refuse"] = "pass"
+    proxy: Annotated[SecretUrl, AfterValidator(_proxy_url)] | None = None
+    """A proxy on the way to upstream. Those of the environment are ignored."""
+    ca_file: PlainPath | None = None
+    """Certificates to trust instead of the system's."""
+
+
+class Account(_Section):
+    api_key: ApiKey
+
+
+class Store(_Section):
+    url: Annotated[SecretUrl, AfterValidator(_store_url)] | None = None
+    """Left out: an embedded Valkey keeps its data in data_dir."""
+    username: Annotated[str, AfterValidator(_filled)] | None = None
+    password: Password | None = None
+    data_dir: PlainPath
+
+
+class Cache(_Section):
+    ttl_s: Annotated[Seconds, Field(ge=1, le=366 * 86400)] = 3600.0
+    """How long a price is believed."""
+
+
+class Org(_Section):
+    timezone: Annotated[str, AfterValidator(_known_zone)] = "UTC"
+    """In which a token's last day ends."""
+
+    @property
+    def zone(self) -> ZoneInfo:
+        return ZoneInfo(self.timezone)
+
+
+class Token(_Section):
+    sha256: Annotated[str, AfterValidator(_token_digest)]
+    label: Line = ""
+    expires: Annotated[date, BeforeValidator(_calendar_day)] | None = None
+    """The last day on which it works."""
+
+
+class Team(_Section):
+    name: Line = ""
+    account: Identifier = "default"
+    tokens: tuple[Annotated[Token, BeforeValidator(_token_table)], ...] = ()
+    disabled: bool = False
+
+
+class Log(_Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """One line a request is info."""
+    format: Literal["auto", "json", "text"] = "auto"
+    """auto: text on a terminal, else JSON."""
+
+
+class Settings(_Section):
+    """Everything an operator can set, by section; the sections' members are described beside them."""
+
+    server: Server = Server()
+    upstream: Upstream = Upstream()
+    accounts: dict[Identifier, Account] = {}
+    store: Store
+    cache: Cache = Cache()
+    org: Org = Org()
+    teams: dict[Identifier, Team] = {}
+    log: Log = Log()
+
+
+def effective(settings: Settings) -> list[tuple[str, Any]]:
+    """Every setting in force as (path, value), secrets masked by their types; None where nothing is set."""
+    return list(_flatten(settings.model_dump(), ""))
+
+
+def _flatten(table: dict[str, Any], parent: str) -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        path = f"{parent}.{key}" if parent else key
+        yield from _flatten(value, path) if isinstance(value, dict) else [(path, value)]

@@ -1,0 +1,93 @@
+"""A worker: one process, one event loop, one application, on a socket that the supervisor owns.
+
+Run as `python -m proxy.worker <listener fd> <channel fd>`. Over the channel come the settings, then words:
+`DRAIN` (answer, but say that you will not for long) and `STOP` (finish and exit). When the other end closes,
+the supervisor is dead and the worker goes too. The worker says `READY` when it serves.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
+from time import monotonic
+
+import uvloop
+
+from proxy import logs
+from proxy.app import build, objection
+from proxy.server import Server
+from proxy.settings import Settings
+from proxy.web import Lifecycle
+
+READY, DRAIN, STOP = "ready", "drain", "stop"
+ORPHAN_GRACE_S = 2.0
+CANNOT_SERVE = 3
+"""Exit status of a worker that another one could not do better than."""
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    def __init__(self, listener: socket.socket, channel: Connection) -> None:
+        self._listener = listener
+        self._channel = channel
+        self._lifecycle = Lifecycle()
+
+    def run(self) -> int:
+        """Serves until told to stop; the process's exit status."""
+        settings, embedded_url = self._channel.recv()
+        logs.configure(settings.log.level, settings.log.format)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(self._serve(settings, embedded_url))
+
+    async def _serve(self, settings: Settings, embedded_url: str | None) -> int:
+        if (reason := await objection(settings, embedded_url)) is not None:
+            log.error("cannot serve: %s", reason)
+            return CANNOT_SERVE
+        drain_s = settings.server.drain_s
+        app = build(settings, embedded_url, self._lifecycle)
+        server = Server(app, drain_s=drain_s, announce=lambda: self._channel.send(READY))
+        stop = partial(self._stop, server, drain_s)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._channel.fileno(), self._listen, server, stop)
+        loop.add_signal_handler(signal.SIGTERM, stop)
+        await server.serve([self._listener])
+        loop.remove_reader(self._channel.fileno())
+        return 0
+
+    def _listen(self, server: Server, stop: Callable[[], None]) -> None:
+        try:
+            word = self._channel.recv()
+        except (EOFError, OSError):
+            self._leave_with_supervisor(server)
+            return
+        self._lifecycle.draining = True
+        if word == STOP:
+            stop()
+
+    def _stop(self, server: Server, drain_s: float) -> None:
+        self._lifecycle.draining = True
+        self._lifecycle.stop_by = monotonic() + drain_s
+        server.should_exit = True
+
+    def _leave_with_supervisor(self, server: Server) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._channel.fileno())
+        log.error("the supervisor is gone: stopping")
+        server.should_exit = server.force_exit = True
+        loop.call_later(ORPHAN_GRACE_S, os._exit, 1)
+
+
+def main() -> None:
+    listener_fd, channel_fd = map(int, sys.argv[1:])
+    with socket.socket(fileno=listener_fd) as listener, Connection(channel_fd) as channel:
+        sys.exit(Worker(listener, channel).run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Servers that tests share. Each test finds an empty store and a simulator of its own."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import redis
+from starlette.types import Receive, Scope, Send
+
+from proxy.embedded import EmbeddedStore
+from proxy.simulator import Simulator
+from scene import API_KEY, Scene, gateway, settings
+from serving import serving, wait_until
+
+# A busy machine is slow, not wrong: the suite as a whole has the time limit.
+hypothesis.settings.register_profile("house", deadline=None)
+hypothesis.settings.load_profile("house")
+
+Opened = Callable[..., Scene]
+
+
+class Stage:
+    """The upstream server's application: whatever simulator is on."""
+
+    def __init__(self) -> None:
+        self.simulator = Simulator(api_key=API_KEY)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.simulator.app(scope, receive, send)
+
+
+@pytest.fixture(scope="session")
+def valkey_url() -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as directory:
+        store = EmbeddedStore(Path(directory))
+        store.start()
+        yield store.url
+        store.stop()
+
+
+@contextmanager
+def debian_redis() -> Iterator[str]:
+    """The URL of a redis-server out of the machine's packages; skips where there is none, never on CI."""
+    program = shutil.which("redis-server")
+    if program is None:
+        assert os.environ.get("CI") != "true", "redis-server is missing, and on CI nothing is skipped"
+        pytest.skip("redis-server is not installed: the store was not tried on Redis 7.0")
+    with tempfile.TemporaryDirectory(prefix="ep-redis-") as directory:
+        path = Path(directory) / "redis.sock"
+        command = [program, "--port", "0", "--unixsocket", str(path), "--dir", directory, "--save", ""]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            try:
+                with redis.Redis(unix_socket_path=str(path)) as client:
+                    wait_until(lambda: _answers(client))
+                yield f"unix://{path}"
+            finally:
+                process.terminate()
+
+
+def _answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False
+
+
+@pytest.fixture(scope="session", params=["valkey", "redis"])
+def any_store_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One after the other: the Valkey that comes along, and Debian's Redis."""
+    if request.param == "valkey":
+        yield request.getfixturevalue("valkey_url")
+        return
+    with debian_redis() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def upstream() -> Iterator[tuple[Stage, str]]:
+    stage = Stage()
+    with serving(stage) as url:
+        yield stage, url
+
+
+@pytest.fixture
+def simulator(upstream: tuple[Stage, str]) -> Simulator:
+    stage, _ = upstream
+    stage.simulator = Simulator(api_key=API_KEY, spend_every=0)
+    return stage.simulator
+
+
+@pytest.fixture
+def open_gateway(valkey_url: str, upstream: tuple[Stage, str], simulator: Simulator) -> Iterator[Opened]:
+    """Opens gateways with the settings' sections given; each is closed behind the test."""
+    with redis.Redis.from_url(valkey_url) as client:
+        client.flushall()
+    with ExitStack() as opened:
+
+        def enter(**sections: dict[str, Any]) -> Scene:
+            configured = settings(valkey_url, upstream[1], **sections)
+            scene: AbstractContextManager[Scene] = gateway(configured, valkey_url, simulator)
+            return opened.enter_context(scene)
+
+        yield enter
+
+
+@pytest.fixture
+def scene(open_gateway: Opened) -> Scene:
+    return open_gateway()

@@ -1,0 +1,117 @@
+"""Every problem's document and headers, against the table that clients were promised."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy import problems
+from proxy.problems import BadRequest, Code, Outcome, Problem, ProxyError
+
+PROMISED = {
+    "invalid-body": (400, "invalid"),
+    "invalid-request": (400, "invalid"),
+    "unknown-token": (401, "unauthenticated"),
+    "team-disabled": (403, "team-disabled"),
+    "not-found": (404, "invalid"),
+    "method-not-allowed": (405, "invalid"),
+    "body-too-large": (413, "invalid"),
+    "unsupported-media-type": (415, "invalid"),
+    "internal-error": (500, "internal-error"),
+    "upstream-error": (502, "upstream-error"),
+    "upstream-refused": (502, "upstream-refused"),
+    "unpriced": (502, "unpriced"),
+    "upstream-busy": (503, "upstream-busy"),
+    "overloaded": (503, "overloaded"),
+    "draining": (503, "cancelled"),
+    "upstream-timeout": (504, "upstream-timeout"),
+}
+
+every_code = pytest.mark.parametrize("code", Code)
+
+
+def headers(problem: Problem) -> dict[bytes, bytes]:
+    pairs = problem.headers()
+    assert len(dict(pairs)) == len(pairs)
+    return dict(pairs)
+
+
+def test_the_codes_are_those_promised() -> None:
+    assert {str(code) for code in Code} == set(PROMISED)
+
+
+@every_code
+def test_status_and_outcome_of_a_problem(code: Code) -> None:
+    problem = Problem(code, "Do something else.")
+    assert (problem.status, problem.outcome) == PROMISED[code]
+
+
+@every_code
+def test_a_document_is_both_a_problem_and_an_error_envelope(code: Code) -> None:
+    document = json.loads(Problem(code, "Do something else.").document("req-1"))
+    title = document.pop("title")
+    assert document == {
+        "type": f"urn:estimate-proxy:problem:{code.value}",
+        "status": PROMISED[code][0],
+        "detail": "Do something else.",
+        "request_id": "req-1",
+        "data": None,
+        "error": {"code": code.value, "message": "Do something else."},
+    }
+    assert title[0].isupper()
+    assert 10 < len(title) < 60
+
+
+def test_titles_tell_problems_apart() -> None:
+    titles = {json.loads(Problem(code, "").document(""))["title"] for code in Code}
+    assert len(titles) == len(Code)
+
+
+@given(st.text(), st.text())
+def test_any_text_survives_in_a_document(detail: str, request_id: str) -> None:
+    document = json.loads(Problem(Code.INTERNAL_ERROR, detail).document(request_id))
+    assert (document["detail"], document["error"]["message"], document["request_id"]) == (detail, detail, request_id)
+
+
+@every_code
+def test_no_problem_is_kept_by_caches(code: Code) -> None:
+    expected = {b"content-type": b"application/problem+json", b"cache-control": b"no-store"}
+    if code == "unknown-token":
+        expected[b"www-authenticate"] = b"Bearer"
+    assert headers(Problem(code, "")) == expected
+
+
+def test_methods_that_are_allowed_are_named() -> None:
+    problem = Problem(Code.METHOD_NOT_ALLOWED, "", allow="GET, HEAD")
+    assert headers(problem)[b"allow"] == b"GET, HEAD"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(None, None), (0, b"0"), (1, b"1"), (3600, b"3600"), (3601, None), (10**64, None)]
+)
+def test_a_wait_of_an_hour_at_the_most_is_told(seconds: int | None, told: bytes | None) -> None:
+    problem = Problem(Code.UPSTREAM_BUSY, "", retry_after_s=seconds)
+    assert headers(problem).get(b"retry-after") == told
+
+
+def test_a_bad_request_carries_its_problem() -> None:
+    error = BadRequest(Code.INVALID_REQUEST, "Send one token.")
+    assert error.problem == Problem(Code.INVALID_REQUEST, "Send one token.")
+    assert str(error) == "Send one token."
+
+
+def subclasses(tree: type[Exception], level: int) -> Iterator[str]:
+    for kind in sorted(tree.__subclasses__(), key=lambda kind: kind.__name__):
+        yield "    " * level + kind.__name__
+        yield from subclasses(kind, level + 1)
+
+
+def test_the_tree_of_exceptions_is_as_it_is_drawn() -> None:
+    drawn = [line.split("── ")[1].split()[0] for line in (problems.__doc__ or "").splitlines() if "── " in line]
+    assert drawn == list(subclasses(ProxyError, 0)) == ["BadRequest", "ClientGone", "StoreUnavailable"]
+
+
+def test_every_problem_has_an_outcome_of_those_that_are_logged() -> None:
+    assert {Problem(code, "").outcome for code in Code} <= set(Outcome)

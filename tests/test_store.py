@@ -1,0 +1,297 @@
+"""The store and the price book on real servers, one suite over Valkey and Redis 7.0."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import redis
+
+from proxy.app import objection
+from proxy.pricebook import PriceBook
+from proxy.prices import Price
+from proxy.problems import StoreUnavailable
+from proxy.settings import Store as StoreSettings
+from proxy.store import REST_S, TIMEOUT_S, Script, Store, open_store
+from scene import settings
+from serving import free_port
+
+KEY = "ab" * 32
+PRICE = Price(b"5.10", b'"note":"x y"')
+PUT, GET = Script("price_put"), Script("price_get")
+
+
+@pytest.fixture
+def server(any_store_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(any_store_url) as client:
+        client.flushall()
+        client.script_flush()
+        client.config_resetstat()
+        yield client
+        client.config_set("maxmemory", "256mb")
+
+
+def run(url: str, story: Callable[[Store], Awaitable[None]]) -> None:
+    """Tells `story` with a store that is closed behind it."""
+
+    async def tell() -> None:
+        store = Store(url)
+        try:
+            await story(store)
+        finally:
+            await store.close()
+
+    asyncio.run(tell())
+
+
+def book_of(store: Store, ttl_s: float = 60) -> PriceBook:
+    return PriceBook(store, origin="https://upstream.example", ttl_s=ttl_s)
+
+
+def calls(server: redis.Redis, command: str) -> int:
+    """How often the server ran a command since the test began."""
+    return int(server.info("commandstats").get(f"cmdstat_{command}", {"calls": 0})["calls"])
+
+
+def test_what_was_put_is_found_with_its_age(any_store_url: str, server: redis.Redis) -> None:
+    async def story(store: Store) -> None:
+        book = book_of(store)
+        assert await book.look_up(KEY, "default") == (None, None)
+        assert await book.put(KEY, PRICE)
+        await book.note_balance("default", b"19.5")
+        stored, balance = await book.look_up(KEY, "default")
+        assert stored is not None
+        assert balance is not None
+        assert (stored.price, balance.amount) == (PRICE, b"19.5")
+        assert 0 <= stored.age_s < 5
+        assert 55 < stored.ttl_s <= 60
+
+    run(any_store_url, story)
+    assert 55_000 < int(server.pttl(f"ep1:{{{KEY}}}:price")) <= 60_000
+    assert server.hgetall("ep1:book:https://upstream.example:default")[b"balance"] == b"19.5"
+
+
+def test_scripts_that_the_server_forgot_are_loaded_and_run_once(any_store_url: str, server: redis.Redis) -> None:
+    async def story(store: Store) -> None:
+        book = book_of(store)
+        await asyncio.gather(*(book.put(KEY, PRICE) for _ in range(3)))
+        server.script_flush()
+        assert await book.put(KEY, PRICE)
+
+    run(any_store_url, story)
+    assert calls(server, "set") == 4
+
+
+def test_calls_of_one_turn_go_out_together(any_store_url: str, server: redis.Redis) -> None:
+    async def story(store: Store) -> None:
+        await store.call(GET, "warm")
+        before = int(server.info("stats")["total_reads_processed"])
+        await asyncio.gather(*(store.call(GET, f"{n}") for n in range(100)))
+        reads = int(server.info("stats")["total_reads_processed"]) - before
+        assert reads <= 3  # the batch, which may come in two pieces, and this question itself
+
+    run(any_store_url, story)
+
+
+def test_a_caller_that_goes_away_leaves_the_others_their_replies(any_store_url: str, server: redis.Redis) -> None:
+    server.set("present", "1 text")
+
+    async def story(store: Store) -> None:
+        tasks = [asyncio.create_task(store.call(GET, "present")) for _ in range(3)]
+        await asyncio.sleep(0)
+        tasks[1].cancel()
+        replies = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(replies[1], asyncio.CancelledError)
+        assert [reply[0] for reply in (replies[0], replies[2])] == [b"1 text"] * 2  # type: ignore[index] # replies
+
+    run(any_store_url, story)
+
+
+def test_a_full_store_loses_no_answer(
+    any_store_url: str, server: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = server.config_get("maxmemory-policy")["maxmemory-policy"]
+    server.config_set("maxmemory-policy", "noeviction")
+    server.config_set("maxmemory", "1")
+
+    async def story(store: Store) -> None:
+        book = book_of(store)
+        for _ in range(5):
+            assert not await book.put(KEY, PRICE)
+            assert (await book.look_up(KEY, "default"))[0] is None
+        server.config_set("maxmemory", "256mb")
+        assert await book.put(KEY, PRICE)
+
+    with caplog.at_level(logging.INFO, "proxy"):
+        run(any_store_url, story)
+    server.config_set("maxmemory-policy", policy or "")
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert messages[0].startswith("the store's price_put fails: command not allowed when used memory")
+    assert messages[1] == "the store's price_put works again"
+
+
+def test_a_store_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
+    async def story(store: Store) -> None:
+        book = book_of(store)
+        for _ in range(3):
+            with pytest.raises(StoreUnavailable):
+                await book.look_up(KEY, "default")
+            assert not await book.put(KEY, PRICE)
+        assert not await store.ping()
+        assert await store.version() is None
+
+    run(f"redis://127.0.0.1:{free_port()}", story)
+    assert [record.getMessage() for record in caplog.records] == [caplog.records[0].getMessage()]
+    assert "connection fails" in caplog.text
+
+
+def test_the_balance_is_known_here_even_when_the_store_is_not() -> None:
+    async def story(store: Store) -> None:
+        book = book_of(store)
+        await book.note_balance("default", b"7")
+        balance = book.balance("default")
+        assert balance is not None
+        assert balance.amount == b"7"
+
+    run(f"redis://127.0.0.1:{free_port()}", story)
+
+
+def test_a_balance_that_another_process_saw_is_read_and_an_older_one_is_not(
+    any_store_url: str, server: redis.Redis
+) -> None:
+    async def story(store: Store) -> None:
+        ours, theirs = book_of(store), book_of(store)
+        await ours.note_balance("default", b"10")
+        await theirs.note_balance("default", b"9")
+        assert (await ours.look_up(KEY, "default"))[1].amount == b"9"  # type: ignore[union-attr] # it is known
+        server.hset("ep1:book:https://upstream.example:default", mapping={"balance": "50", "balance_at_ms": "1"})
+        fresh = book_of(store)
+        await fresh.look_up(KEY, "default")
+        assert fresh.balance("default").age_s > 1e6  # type: ignore[union-attr] # it is known
+        ours._balance_reread_at.clear()
+        assert (await ours.look_up(KEY, "default"))[1].amount == b"9"  # type: ignore[union-attr] # it is known
+
+    run(any_store_url, story)
+
+
+def test_a_reply_that_is_late_is_a_failure_and_nothing_is_sent_again(any_store_url: str, server: redis.Redis) -> None:
+    async def story(store: Store) -> None:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        with pytest.raises(StoreUnavailable):
+            await store.call(PUT, "late", args=(b"text", 60_000))
+        waited = loop.time() - started
+        assert TIMEOUT_S <= waited < TIMEOUT_S + 0.25
+        started = loop.time()
+        with pytest.raises(StoreUnavailable):
+            await store.call(PUT, "late", args=(b"text", 60_000))
+        assert loop.time() - started < TIMEOUT_S / 2
+
+    server.script_load(PUT.text)
+    path = unquote(any_store_url.removeprefix("unix://"))
+    with withholding_replies(Path(path)) as url:
+        run(url, story)
+    assert calls(server, "set") == 1
+
+
+def test_it_recovers_by_itself(any_store_url: str, server: redis.Redis) -> None:
+    async def story(store: Store) -> None:
+        server.client_pause(600)
+        with pytest.raises(StoreUnavailable):
+            await store.call(GET, "x")
+        async with asyncio.timeout(REST_S + 5):
+            while True:
+                with contextlib.suppress(StoreUnavailable):
+                    await store.call(GET, "x")
+                    break
+                await asyncio.sleep(0.05)
+
+    run(any_store_url, story)
+
+
+def test_credentials_of_the_settings_are_used(any_store_url: str, server: redis.Redis) -> None:
+    server.acl_setuser("gateway", enabled=True, passwords=["+pa:ss/wörd"], keys="*", commands=["+@all"])
+    for password, works in (("pa:ss/wörd", True), ("wrong", False)):
+        configured = StoreSettings.model_validate(
+            {"url": any_store_url, "username": "gateway", "password": password, "data_dir": "/nonexistent"}
+        )
+
+        async def story(configured: StoreSettings = configured, *, works: bool = works) -> None:
+            store = open_store(configured, None)
+            try:
+                assert await store.ping() is works
+            finally:
+                await store.close()
+
+        asyncio.run(story())
+    server.acl_deluser("gateway")
+
+
+def test_an_old_server_is_objected_to(any_store_url: str) -> None:
+    configured = settings(any_store_url, "http://127.0.0.1:1")
+    assert asyncio.run(objection(configured, None)) is None
+    with answering(b"redis_version:6.2.14\r\n") as url:
+        said = asyncio.run(objection(settings(url, "http://127.0.0.1:1"), None))
+    assert said == "the store is Redis 6.2.14: use Redis 7.0 or newer, or Valkey 7.2 or newer"
+
+
+def test_without_url_and_embedded_server_there_is_no_store() -> None:
+    with pytest.raises(ValueError, match="neither a URL nor"):
+        open_store(StoreSettings.model_validate({"data_dir": "/nonexistent"}), None)
+
+
+@contextlib.contextmanager
+def withholding_replies(server: Path) -> Iterator[str]:
+    """A relay to a unix socket: all that a client says goes through, and of the replies only the greeting's."""
+    over = threading.Event()
+
+    def relay(client: socket.socket) -> None:
+        with client, socket.socket(socket.AF_UNIX) as behind:
+            behind.connect(str(server))
+            client.settimeout(0.05)
+            while not over.is_set():
+                with contextlib.suppress(TimeoutError):
+                    if not (said := client.recv(65536)):
+                        return
+                    behind.sendall(said)
+                    if b"EVALSHA" not in said:
+                        client.sendall(behind.recv(65536))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.05)
+
+        def accept() -> None:
+            while not over.is_set():
+                with contextlib.suppress(TimeoutError):
+                    relay(listener.accept()[0])
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        yield f"redis://127.0.0.1:{listener.getsockname()[1]}"
+        over.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def answering(info: bytes) -> Iterator[str]:
+    """A server that says this to INFO, and OK to everything else."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            client, _ = listener.accept()
+            with client:
+                while said := client.recv(65536):
+                    for command in said.split(b"*")[1:]:
+                        asked = b"$4\r\nINFO\r\n" in command
+                        client.sendall(b"$%d\r\n%s\r\n" % (len(info), info) if asked else b"+OK\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield f"redis://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join()
