@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import secrets
 import socket
 from collections.abc import Callable, Iterator
 
@@ -9,16 +10,51 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from proxy.problems import Code, Problem
+
 KEEP_ALIVE_S = 75
 """Longer than load balancers keep idle connections (60 s), so that they close first and never meet a closed one."""
 
 
+MAX_HEAD_BYTES = 64 * 2**10
+"""Of a request line and headers; the piece that completes them may be larger by what the system reads at once."""
+
+
 class _Protocol(HttpToolsProtocol):
-    """Keeps a chunked body's trailers out of the headers, where uvicorn appends them: they are no credentials."""
+    """uvicorn's protocol with a bound on a request's head, and malformed requests answered as problems.
+
+    A chunked body's trailers are kept out of the headers, where uvicorn appends them: they are no credentials.
+    """
+
+    _head_bytes = 0
+    _in_head = False
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.send_400_response(f"The request's head has more than {MAX_HEAD_BYTES} bytes.")
+
+    def on_message_begin(self) -> None:
+        self._in_head, self._head_bytes = True, 0
+        super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        self._in_head = False
         self.scope["headers"] = list(self.headers)
         super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what is no HTTP request, or too much of one, and hangs up."""
+        self._in_head = False
+        problem, request_id = Problem(Code.INVALID_REQUEST, msg), secrets.token_hex(16)
+        body = problem.document(request_id)
+        headers = [*problem.headers(), (b"x-request-id", request_id.encode()), (b"connection", b"close")]
+        headers.append((b"content-length", str(len(body)).encode()))
+        lines = [b"HTTP/1.1 400 Bad Request", *(name + b": " + value for name, value in headers), b"", body]
+        self.transport.write(b"\r\n".join(lines))
+        self.transport.close()
 
 
 class Server(uvicorn.Server):

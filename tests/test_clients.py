@@ -217,8 +217,39 @@ def test_other_paths_say_which_one_is_served(scene: Scene, path: str) -> None:
     assert "/pub/v1/generations/estimate" in response.json()["detail"]
 
 
-def test_what_is_no_http_is_refused(scene: Scene) -> None:
-    assert scene.raw(b"\x16\x03\x01\x02\x00\x01\x00").startswith(b"HTTP/1.1 400 ")
+@pytest.mark.parametrize(
+    "what", [b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"POST / HTTP/1.1\r\nHost: x\r\nA B: c\r\n\r\n"]
+)
+def test_what_is_no_http_is_told_so(scene: Scene, what: bytes) -> None:
+    head_bytes, _, body = scene.raw(what).partition(b"\r\n\r\n")
+    assert head_bytes.startswith(b"HTTP/1.1 400 ")
+    assert {b"connection: close", b"cache-control: no-store"} <= set(head_bytes.split(b"\r\n"))
+    problem = json.loads(body)
+    assert problem["error"]["code"] == "invalid-request"
+    assert f"x-request-id: {problem['request_id']}".encode() in head_bytes
+
+
+@pytest.mark.parametrize("line", [b"GET /healthz?", b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: "])
+def test_a_head_without_end_is_cut_off(scene: Scene, line: bytes) -> None:
+    with scene.connect() as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(line)
+        for _ in range(200):
+            connection.sendall(b"a" * 2**20)
+        pytest.fail("200 MiB of a head were taken")
+    assert scene.ask().status_code == 200
+
+
+def test_a_head_of_many_headers_is_cut_off(scene: Scene) -> None:
+    reply = scene.raw(b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * 2**14)
+    assert json.loads(reply.partition(b"\r\n\r\n")[2])["detail"] == "The request's head has more than 65536 bytes."
+
+
+def test_a_large_body_is_no_large_head(scene: Scene) -> None:
+    body = b'[{"prompt":{"positive":"%s"}}]' % (b"x" * 200_000)
+    with talking(scene) as (connection, reader):
+        for _ in range(3):
+            connection.sendall(head(FETCH_HEAD, TOKEN, len(body)) + body)
+            assert reader.response()[0] == 200
 
 
 @pytest.mark.parametrize(
