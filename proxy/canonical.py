@@ -14,6 +14,7 @@ these bytes, so that gateway and upstream never read one body in two ways.
 """
 
 import re
+from collections.abc import Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -31,9 +32,7 @@ _MIN_INTEGER, _END_INTEGER = -(2**63), 2**64
 
 # Every integer that a double rounds up to -2**63 is spelled with these digits, outside strings and exponents.
 _NEAR_MIN_INTEGER = b"-92233720368547"
-_STRING_OR_NEAR_MIN_INTEGER = re.compile(
-    rb'"(?:[^"\\]|\\.)*+"|(?<![eE])(' + _NEAR_MIN_INTEGER + rb"\d{5})(?![\d.eE])"
-)
+_STRING_OR_NEAR_MIN_INTEGER = re.compile(rb'"(?:[^"\\]|\\.)*+"|(?<![eE])(' + _NEAR_MIN_INTEGER + rb"\d{5})(?![\d.eE])")
 
 
 def canonicalise(raw: bytes) -> bytes:
@@ -41,21 +40,55 @@ def canonicalise(raw: bytes) -> bytes:
 
     Raises `BadRequest` (`invalid-body`) unless `raw` is a JSON array of one or more objects.
     """
+    return canonical_items(load(raw))
+
+
+def load(raw: bytes) -> Any:
+    """The JSON value in `raw`, in which no integer below -2**63 is taken for it. Raises `BadRequest`."""
     value = _load(raw)
     if _NEAR_MIN_INTEGER in raw:  # only now: on what is no JSON the pattern could take quadratic time
         value = _load(_STRING_OR_NEAR_MIN_INTEGER.sub(_kept_apart, raw))
+    return value
+
+
+def canonical_items(value: Any) -> bytes:
+    """As `canonicalise`, of a body that `load` has read, perhaps as a part of something. It is changed in place."""
     if type(value) is not list or not value or any(type(item) is not dict for item in value):
         raise _invalid("The body must be a JSON array of one or more generation objects.")
     return orjson.dumps(_canonical(value, 1), option=orjson.OPT_SORT_KEYS)
 
 
-def key_of(canonical: bytes, *, origin: str, account: str, path: str, query: str) -> str:
+def key_of(canonical: bytes, *, origin: str, account: str, path: str, query: str, ignored: Sequence[str] = ()) -> str:
     """The digest (64 hexadecimal characters) under which a question's price is stored.
 
-    `query` is as sent upstream. The empty list is the members that the key ignores: none.
+    `query` is as sent upstream. `ignored` are the members that do not count, as dotted paths inside each item.
     """
-    frame = orjson.dumps([KEY_FORMAT, origin, account, "POST", path, query, []])
-    return sha256(frame + b"\n" + canonical).hexdigest()
+    frame = orjson.dumps([KEY_FORMAT, origin, account, "POST", path, query, sorted(set(ignored))])
+    counted = _without(canonical, ignored) if ignored else canonical
+    return sha256(frame + b"\n" + counted).hexdigest()
+
+
+def present(canonical: bytes, members: Sequence[str]) -> list[str]:
+    """Those of the dotted paths that some item of the body has."""
+    items = orjson.loads(canonical)
+    return [member for member in members if any(_holder(item, member) is not None for item in items)]
+
+
+def _without(canonical: bytes, members: Sequence[str]) -> bytes:
+    items = orjson.loads(canonical)
+    for item in items:
+        for member in members:
+            if (holder := _holder(item, member)) is not None:
+                del holder[member.rpartition(".")[2]]
+    return orjson.dumps(items, option=orjson.OPT_SORT_KEYS)
+
+
+def _holder(item: Any, member: str) -> dict[str, Any] | None:
+    """The object in which the last name of a dotted path stands."""
+    *parents, name = member.split(".")
+    for parent in parents:
+        item = item.get(parent) if isinstance(item, dict) else None
+    return item if isinstance(item, dict) and name in item else None
 
 
 def _load(raw: bytes) -> Any:

@@ -1,5 +1,6 @@
 """The command line. Bad input is one clear line a problem on standard error, and exit status 2."""
 
+import asyncio
 import json
 import os
 import secrets
@@ -16,10 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from proxy import __version__, demo, logs, teams
-from proxy.canonical import canonicalise, key_of
-from proxy.config import find_config, load, load_upstream
+from proxy.app import purge_book
+from proxy.canonical import canonicalise, present
+from proxy.config import PLACES, find_config, load, load_keying
 from proxy.embedded import EmbeddedStoreError
-from proxy.problems import BadRequest
+from proxy.problems import BadRequest, StoreUnavailable
 from proxy.settings import Settings, effective, is_identifier
 from proxy.settings_problems import SettingsError
 from proxy.supervisor import ListenError, Supervisor
@@ -155,7 +157,7 @@ def new(team: str) -> None:
 @main.command(short_help="Show a body's canonical form and key.")
 @click.argument("file", type=click.File("rb"))
 @config_option
-@click.option("--account", default="default", show_default=True, metavar="ID", help="Whose prices to look at.")
+@click.option("--account", default="default", show_default=True, metavar="ID", help="The account that the key is for.")
 @click.option("--query", default="", metavar="TEXT", help="The query string of the request, such as type=image.")
 def explain(file: Any, config: Path | None, account: str, query: str) -> None:
     """Show the canonical body and the key of the body in FILE (- is standard input). Asks nobody."""
@@ -163,20 +165,49 @@ def explain(file: Any, config: Path | None, account: str, query: str) -> None:
         _fail(f"--account {_ID_RULE}")
     try:
         canonical = canonicalise(file.read())
-        address = Address.of(load_upstream(config, os.environ).base_url)
+        keying = load_keying(config, os.environ)
     except BadRequest as error:
         _fail(f"{file.name}: {error}")
     except SettingsError as error:
         _fail_settings(error)
+    address = Address.of(keying.upstream.base_url)
     sent = address.query_as_sent(os.fsencode(query))
     click.echo(b"body  " + canonical)
-    click.echo(f"key   {key_of(canonical, origin=address.origin, account=account, path=address.path, query=sent)}")
+    click.echo(f"key   {address.key_of(canonical, account=account, query=sent, ignored=keying.cache.ignore)}")
+    if members := present(canonical, keying.cache.ignore):
+        click.echo(f"not in the key: {', '.join(members)}")
+
+
+@main.command(short_help="Forget stored prices.")
+@click.argument("file", type=click.File("rb"), required=False)
+@config_option
+@click.option("--account", default="default", show_default=True, metavar="ID", help="Whose prices to forget.")
+@click.option("--all", "everything", is_flag=True, help="Forget the account's whole price book.")
+@click.option("--query", default="", metavar="TEXT", help="The query string of the request, such as type=image.")
+def purge(file: Any, config: Path | None, account: str, everything: bool, query: str) -> None:  # noqa: FBT001 -- as demo
+    """Forget the price of the body in FILE (- is standard input), or all prices of an account."""
+    if (file is None) is not everything:
+        _fail("give either a FILE with a body, or --all")
+    settings = _load(config)
+    if account not in settings.accounts:
+        _fail("--account names no account of the settings")
+    try:
+        canonical = None if file is None else canonicalise(file.read())
+        click.echo(asyncio.run(purge_book(settings, account, canonical, os.fsencode(query))))
+    except BadRequest as error:
+        _fail(f"{file.name}: {error}")
+    except EmbeddedStoreError as error:
+        _fail(str(error))
+    except StoreUnavailable:
+        _fail("the store is out of reach: nothing was purged")
 
 
 def _load(config: Path | None, overrides: dict[str, Any] | None = None) -> Settings:
     try:
         return load(config, os.environ, overrides=overrides)
     except SettingsError as error:
+        if find_config(config, os.environ) is None:
+            click.echo(f"estimate-proxy: there is no config file: looked for {', '.join(map(str, PLACES))}", err=True)
         _fail_settings(error)
 
 

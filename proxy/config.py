@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from proxy.settings import Settings, Upstream, is_identifier
+from proxy.settings import Cache, Settings, Upstream, is_identifier
 from proxy.settings_problems import KEY_HINT, SECRET_KEYS, SettingsError, SettingsProblem, explain, path_of
 
 PREFIX = "ESTIMATE_PROXY_"
@@ -58,16 +58,20 @@ def load(config: Path | None, environ: Mapping[str, str], *, overrides: Tree | N
     return _validate(Settings, tree, problems)
 
 
-class _UpstreamAlone(BaseModel):
+class Keying(BaseModel):
+    """The sections that decide keys."""
+
     upstream: Upstream = Upstream()
+    cache: Cache = Cache()
 
 
-def load_upstream(config: Path | None, environ: Mapping[str, str]) -> Upstream:
-    """The `[upstream]` section alone: what a key needs to know, without any secret or team being there."""
+def load_keying(config: Path | None, environ: Mapping[str, str]) -> Keying:
+    """What a key needs to know, without any secret or team being there. Raises as `load`."""
     problems: list[SettingsProblem] = []
-    names = (name for name in environ if name.upper().startswith(f"{PREFIX}UPSTREAM__"))
-    tree = _gather(find_config(config, environ), {name: environ[name] for name in names}, problems)
-    return _validate(_UpstreamAlone, tree, problems).upstream
+    sections = tuple(f"{PREFIX}{name.upper()}__" for name in Keying.model_fields)
+    ours = {name: value for name, value in environ.items() if name.upper().startswith(sections)}
+    tree = _gather(find_config(config, environ), ours, problems)
+    return _validate(Keying, tree, problems)
 
 
 def find_config(config: Path | None, environ: Mapping[str, str]) -> Path | None:
@@ -221,7 +225,7 @@ def _default_data_dir(tree: Tree, environ: Mapping[str, str]) -> None:
     """XDG base directories: a relative `XDG_DATA_HOME` is to be ignored."""
     home = Path(environ.get("XDG_DATA_HOME", ""))
     if not home.is_absolute():
-        home = Path("/", environ.get("HOME", ""), ".local", "share")
+        home = Path("/", environ["HOME"], ".local", "share") if environ.get("HOME") else Path("/var/lib")
     store = tree.setdefault("store", {})
     if isinstance(store, dict):
         store.setdefault("data_dir", str(home / "estimate-proxy"))

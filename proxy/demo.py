@@ -50,7 +50,7 @@ BALANCE: Final = 10_000
 SPEND_EVERY: Final = 3
 FAULTS: Final = {
     Fault.SERVER_ERROR: 0.04,
-    Fault.BUSY: 0.03,
+    Fault.BUSY_FOR_NO_TIME: 0.03,  # one that names a time would keep the gateway from asking for pasted commands too
     Fault.ERROR_IN_200: 0.04,
     Fault.CHUNKED: 0.06,
     Fault.HTML_PAGE: 0.03,

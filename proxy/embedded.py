@@ -273,6 +273,16 @@ class _Lock:
         self.fd = -1
 
 
+def running_url(data_dir: Path, *, role: str = "price-book") -> str:
+    """Where the store of a running gateway is. Raises `EmbeddedStoreError` if none runs on `data_dir`."""
+    with suppress(OSError, ValueError, KeyError):
+        owner = json.loads((data_dir / "lock").read_bytes())
+        path = Path(owner["socket_dir"]) / f"{role}.sock"
+        if path.is_socket():
+            return f"unix://{quote(str(path))}"
+    raise EmbeddedStoreError(f"no gateway is running on {data_dir}: start one, or set store.url")
+
+
 def restart_delay_s(deaths: int) -> float:
     """Seconds until the next start after `deaths` quick deaths in a row: 0, 0.5, 1, 2, 4, 8, 10, 10, …"""
     if deaths == 0:

@@ -20,10 +20,21 @@ class Flights(Generic[Answer]):
         task = self._flying.get(key)
         joined = task is not None
         if task is None:
-            task = asyncio.ensure_future(work())
-            self._flying[key] = task
-            task.add_done_callback(lambda _: self._flying.pop(key))
+            task = self.start(key, work)
         return await asyncio.shield(task), joined
+
+    def start(self, key: str, work: Callable[[], Awaitable[Answer]]) -> asyncio.Task[Answer]:
+        """Sets off a flight that nobody may be waiting for. There must be none for `key`."""
+        task = asyncio.ensure_future(work())
+        self._flying[key] = task
+        task.add_done_callback(lambda _: self._flying.pop(key))
+        return task
+
+    def is_flying(self, key: str) -> bool:
+        return key in self._flying
+
+    def __len__(self) -> int:
+        return len(self._flying)
 
     async def land(self, timeout_s: float) -> None:
         """Waits for what is flying, `timeout_s` at the most, and ends what is left."""

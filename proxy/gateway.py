@@ -1,44 +1,57 @@
 """The story of a request: who asks, what is asked, what is known, what upstream says.
 
-`Gateway.estimate` tells it from top to bottom. The outer floors bring what it asks for as `Ask` and turn its
-`Answer` or `Problem` into bytes; on its way it writes into the `Trace` what headers and the log line need.
+`Gateway.estimate` tells it from top to bottom. `proxy.web` brings what it asks for as `Ask` and turns its `Answer` or
+`Problem` into bytes; on its way the story writes into the `Trace` what headers and the log line need.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from time import perf_counter
 from typing import assert_never
 from zoneinfo import ZoneInfo
 
-from proxy.canonical import canonicalise, key_of
-from proxy.flight import Flights
+from proxy.asking import Asker, Question, Told
+from proxy.cachestatus import after_failure, forwarded, hit
+from proxy.canonical import canonicalise, present
+from proxy.choices import Forward, NotCached, Serve, Windows, choose
+from proxy.directives import Directives
 from proxy.pricebook import PriceBook
-from proxy.prices import Balance, Failed, Price, Priced, Rejected, Reply, StoredPrice, Unpriced, document
+from proxy.prices import Balance, Known, StoredPrice, document
 from proxy.problems import Code, Outcome, Problem, StoreUnavailable
-from proxy.teams import Team, Teams
-from proxy.upstream import Upstream
+from proxy.purging import read_purge
+from proxy.replies import Failed, Priced, Rejected, Reply, Unpriced
+from proxy.teams import Team, Teams, digest_of
+from proxy.upstream import Address
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the settings say about answers."""
+
+    zone: ZoneInfo
+    accounts: frozenset[str]
+    admin_digests: frozenset[str]
+    ignored: tuple[str, ...]
+    windows: Windows
+    balance_max_age_s: float
+    timeout_s: float
+    refuse_unpriced: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a client wants: its token, a way to read its body, its query string."""
+    """What a client wants: its token, a way to read its body, its query string, what it says of stored answers.
+
+    `deadline` of the whole answer stands on the event loop's clock.
+    """
 
     token: str | None
     read_body: Callable[[], Awaitable[bytes]]
     query: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A canonical body on its way: everything that its key is taken from."""
-
-    account: str
-    canonical: bytes
-    query: str
-    key: str
+    directives: Directives
+    deadline: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +71,17 @@ class Explanation:
 
     outcome: Outcome
     question: Question
+    ignored: list[str]
     stored: StoredPrice | None
+
+
+@dataclass(frozen=True, slots=True)
+class Purged:
+    """What has been forgotten: one question, by its key, or an account's whole book. `found`: was there a price."""
+
+    account: str
+    key: str | None = None
+    found: bool | None = None
 
 
 @dataclass(slots=True)
@@ -69,29 +92,19 @@ class Trace:
     cache_status: str | None = None
     store_s: float | None = None
     upstream_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What a flight brings home to everybody who waits for it."""
-
-    reply: Reply
-    stored: bool
-    upstream_s: float
+    waited: bool = False
+    """For upstream, or for another's request to it."""
 
 
 class Gateway:
-    """One organisation's gateway: its teams, the price book they share, and upstream."""
+    """One organisation's gateway: its teams, the price book they share, and the way upstream."""
 
-    def __init__(
-        self, teams: Teams, book: PriceBook, upstream: Upstream, *, zone: ZoneInfo, refuse_unpriced: bool
-    ) -> None:
+    def __init__(self, teams: Teams, book: PriceBook, asker: Asker, address: Address, policy: Policy) -> None:
         self._teams = teams
         self._book = book
-        self._upstream = upstream
-        self._zone = zone
-        self._refuse_unpriced = refuse_unpriced
-        self._flights = Flights[Told]()
+        self._asker = asker
+        self._address = address
+        self._policy = policy
 
     async def estimate(self, ask: Ask, trace: Trace) -> Answer | Problem:
         """What upstream says, or said, to the body. Raises `BadRequest`, `ClientGone`."""
@@ -99,54 +112,81 @@ class Gateway:
         if isinstance(question, Problem):
             return question
 
-        forwarded = "miss"
-        try:
-            stored, balance = await self._look_up(question, trace)
-        except StoreUnavailable:
-            forwarded = "bypass"
-        else:
-            if stored is not None and balance is not None:
-                trace.cache_status = f"hit; ttl={int(stored.ttl_s)}"
-                return _priced_answer(Outcome.HIT, stored.price, balance, age_s=stored.age_s)
+        known = await self._look_up(question, trace)
+        match choose(known, ask.directives, self._policy.windows):
+            case NotCached():
+                return Problem(
+                    Code.NOT_CACHED, "No stored answer will do, and RenderNet was not to be asked (only-if-cached)."
+                )
+            case Serve(stored, balance, stale=False):
+                self._audit_if_old(question, stored, balance, known)
+                trace.cache_status = hit(stored)
+                return _stored_answer(Outcome.HIT, stored, balance)
+            case Serve(stored, balance):
+                self._asker.refresh(question, seen_ms=_seen(known))
+                trace.cache_status = hit(stored, detail="stale-while-revalidate")
+                return _stored_answer(Outcome.STALE, stored, balance)
+            case Forward() as forward:
+                told, collapsed = await self._ask(question, ask, forward, known, trace)
 
-        trace.cache_status = _forwarded(forwarded)
-        told, joined = await self._flights.join(question.key, partial(self._ask_upstream, question))
-        trace.upstream_s = told.upstream_s
-        trace.cache_status = _forwarded(forwarded, told, ttl_s=self._book.ttl_s, collapsed=joined)
-        return self._conclude(told.reply, question.account, _outcome(forwarded, joined=joined))
+        newest = self._book.balance(question.account)
+        if forward.fallback is not None and newest is not None and isinstance(told.reply, Failed):
+            trace.cache_status = after_failure(told.reply, forward.fallback)
+            return _stored_answer(Outcome.STALE, forward.fallback, newest)
+        trace.cache_status = forwarded(forward.reason, told, ttl_s=self._book.ttl_s, collapsed=collapsed)
+        return self._conclude(told.reply, newest, _outcome(forward, collapsed=collapsed))
 
     async def explain(self, ask: Ask, trace: Trace) -> Explanation | Problem:
         """How the gateway reads a body and what it knows of it. Asks upstream nothing. Raises as `estimate`."""
         question = await self._hear(ask, trace)
         if isinstance(question, Problem):
             return question
+        ignored = present(question.canonical, self._policy.ignored)
+        known = await self._look_up(question, trace)
+        if known is None:
+            return Explanation(Outcome.BYPASS, question, ignored, None)
+        outcome = Outcome.MISS if known.stored is None else Outcome.HIT
+        return Explanation(outcome, question, ignored, known.stored)
+
+    async def purge(self, ask: Ask, trace: Trace) -> Purged | Problem:
+        """Forgets one question of an account, or all of them. For admin tokens. Raises as `estimate`."""
+        denial = self._deny_all_but_admins(ask.token, trace)
+        if denial is not None:
+            return denial
+        wanted = read_purge(await ask.read_body())
+        if wanted.account not in self._policy.accounts:
+            return Problem(Code.INVALID_REQUEST, f"There is no account {wanted.account!r}.")
         try:
-            stored, _ = await self._look_up(question, trace)
+            if wanted.canonical is None:
+                await self._book.purge_account(wanted.account)
+                return Purged(wanted.account)
+            key = self._question(wanted.account, wanted.canonical, wanted.query.encode()).key
+            return Purged(wanted.account, key, await self._book.purge_question(key))
         except StoreUnavailable:
-            return Explanation(Outcome.BYPASS, question, None)
-        return Explanation(Outcome.MISS if stored is None else Outcome.HIT, question, stored)
+            return Problem(Code.STORE_UNAVAILABLE, "The price book is out of reach: nothing was purged; try again.")
 
     async def finish(self, timeout_s: float) -> None:
         """Lets what was asked upstream come home and be stored."""
-        await self._flights.land(timeout_s)
+        await self._asker.finish(timeout_s)
 
     async def _hear(self, ask: Ask, trace: Trace) -> Question | Problem:
         """Who asks, then what: nobody's body is read before its token is known."""
         team = self._authenticate(ask.token, trace)
         if isinstance(team, Problem):
             return team
-        canonical = canonicalise(await ask.read_body())
-        address = self._upstream.address
-        query = address.query_as_sent(ask.query)
-        key = key_of(canonical, origin=address.origin, account=team.account, path=address.path, query=query)
-        return Question(team.account, canonical, query, key)
+        return self._question(team.account, canonicalise(await ask.read_body()), ask.query)
+
+    def _question(self, account: str, canonical: bytes, raw_query: bytes) -> Question:
+        query = self._address.query_as_sent(raw_query)
+        key = self._address.key_of(canonical, account=account, query=query, ignored=self._policy.ignored)
+        return Question(account, canonical, query, key)
 
     def _authenticate(self, token: str | None, trace: Trace) -> Team | Problem:
         if token is None:
             return Problem(
                 Code.UNKNOWN_TOKEN, "Send your team's token as X-API-KEY, or as Authorization: Bearer <token>."
             )
-        team = self._teams.find(token, datetime.now(self._zone).date())
+        team = self._teams.find(token, datetime.now(self._policy.zone).date())
         if team is None:
             return Problem(
                 Code.UNKNOWN_TOKEN, "This token is unknown, expired or mistyped: ask the gateway's operator for one."
@@ -156,37 +196,56 @@ class Gateway:
             return Problem(Code.TEAM_DISABLED, f"The team {team.id!r} is disabled: ask the gateway's operator.")
         return team
 
-    async def _look_up(self, question: Question, trace: Trace) -> tuple[StoredPrice | None, Balance | None]:
+    def _deny_all_but_admins(self, token: str | None, trace: Trace) -> Problem | None:
+        if token is not None and digest_of(token) in self._policy.admin_digests:
+            return None
+        team = self._authenticate(token, trace)
+        if isinstance(team, Problem):
+            return team
+        return Problem(Code.FORBIDDEN, "This needs an admin token; yours is a team's.")
+
+    async def _look_up(self, question: Question, trace: Trace) -> Known | None:
+        """What the book knows; None if it is out of reach."""
         started = perf_counter()
         try:
             return await self._book.look_up(question.key, question.account)
+        except StoreUnavailable:
+            return None
         finally:
             trace.store_s = perf_counter() - started
 
-    async def _ask_upstream(self, question: Question) -> Told:
-        started = perf_counter()
-        reply = await self._upstream.estimate(question.account, question.canonical, question.query)
-        upstream_s = perf_counter() - started
-        stored = await self._remember(question, reply)
-        return Told(reply, stored, upstream_s)
+    async def _ask(
+        self, question: Question, ask: Ask, forward: Forward, known: Known | None, trace: Trace
+    ) -> tuple[Told, bool]:
+        """What upstream says within the request's deadline, and whether another request had asked already."""
+        trace.waited = True
+        try:
+            async with asyncio.timeout_at(ask.deadline):
+                if known is None:
+                    told, collapsed = await self._asker.ask_without_store(question)
+                elif forward.reason == "request" and ask.directives.asks_anew:
+                    store = not ask.directives.no_store
+                    told, collapsed = await self._asker.ask_anew(question, store=store), False
+                else:
+                    told, collapsed = await self._asker.ask(question, seen_ms=known.seen_ms)
+        except TimeoutError:
+            late = Problem(Code.UPSTREAM_TIMEOUT, f"There was no answer within {self._policy.timeout_s:g} s.")
+            return Told(Failed(late)), False
+        trace.upstream_s = told.upstream_s
+        return told, collapsed
 
-    async def _remember(self, question: Question, reply: Reply) -> bool:
-        """Whether the reply is in the book now. The balance is kept whatever became of the price."""
-        match reply:
-            case Priced(price, balance):
-                noting = [] if balance is None else [self._book.note_balance(question.account, balance)]
-                stored, *_ = await asyncio.gather(self._book.put(question.key, price), *noting)
-                return bool(stored)
-            case Unpriced(balance=bytes(balance)):
-                await self._book.note_balance(question.account, balance)
-        return False
+    def _audit_if_old(self, question: Question, stored: StoredPrice, balance: Balance, known: Known | None) -> None:
+        max_age_s = self._policy.balance_max_age_s
+        if balance.age_s > max_age_s:
+            self._asker.audit(question, stored, seen_ms=_seen(known), max_age_s=max_age_s)
 
-    def _conclude(self, reply: Reply, account: str, outcome: Outcome) -> Answer | Problem:
+    def _conclude(self, reply: Reply, balance: Balance | None, outcome: Outcome) -> Answer | Problem:
         match reply:
             case Priced(price):
-                return _priced_answer(outcome, price, self._book.balance(account))
-            case Unpriced() if self._refuse_unpriced:
-                return Problem(Code.UNPRICED, "Upstream answered without a price for this body.")
+                balance_age_s = None if balance is None else balance.age_s
+                return Answer(outcome, 200, document(price, balance), balance_age_s=balance_age_s)
+            case Unpriced() if self._policy.refuse_unpriced:
+                return Problem(Code.UNPRICED, "RenderNet answered without a price for this body.")
             case Unpriced(body):
                 return Answer(Outcome.UNPRICED, 200, body)
             case Rejected(status, body):
@@ -197,39 +256,16 @@ class Gateway:
                 assert_never(reply)
 
 
-def _priced_answer(outcome: Outcome, price: Price, balance: Balance | None, *, age_s: float | None = None) -> Answer:
-    balance_age_s = None if balance is None else balance.age_s
-    return Answer(outcome, 200, document(price, balance), age_s=age_s, balance_age_s=balance_age_s)
+def _stored_answer(outcome: Outcome, stored: StoredPrice, balance: Balance) -> Answer:
+    body = document(stored.price, balance)
+    return Answer(outcome, 200, body, age_s=stored.age_s, balance_age_s=balance.age_s)
 
 
-def _outcome(forwarded: str, *, joined: bool) -> Outcome:
-    if forwarded == "bypass":
+def _outcome(forward: Forward, *, collapsed: bool) -> Outcome:
+    if forward.reason == "bypass":
         return Outcome.BYPASS
-    return Outcome.COLLAPSED if joined else Outcome.MISS
+    return Outcome.COLLAPSED if collapsed else Outcome.MISS
 
 
-def _forwarded(reason: str, told: Told | None = None, *, ttl_s: float = 0, collapsed: bool = False) -> str:
-    """The parameters of `Cache-Status` (RFC 9211 §2) for a question that went upstream."""
-    parameters = [f"fwd={reason}"]
-    if reason == "bypass":
-        parameters.append("detail=store-unavailable")
-    elif told is not None:
-        if (status := _upstream_status(told.reply)) is not None:
-            parameters.append(f"fwd-status={status}")
-        if told.stored:
-            parameters += ["stored", f"ttl={int(ttl_s)}"]
-    if collapsed:
-        parameters.append("collapsed")
-    return "; ".join(parameters)
-
-
-def _upstream_status(reply: Reply) -> int | None:
-    match reply:
-        case Priced() | Unpriced():
-            return 200
-        case Rejected(status):
-            return status
-        case Failed(upstream_status=status):
-            return status
-        case _:
-            assert_never(reply)
+def _seen(known: Known | None) -> int | None:
+    return None if known is None else known.seen_ms

@@ -1,92 +1,326 @@
 """The price book: what upstream said, kept for everybody who asks the same.
 
-Ages are counted by the store's clock alone, so that gateways whose clocks differ tell the same. A balance belongs to
-an account, never to a price: the newest one that any answer has shown is served with every estimate.
+* Ages are counted by the store's clock alone, so that gateways whose clocks differ tell the same.
+* A balance belongs to an account, never to a price: the newest one that any answer has shown goes with every estimate.
+* Whoever asks upstream in order to store the answer takes the question's lease first. Leases are fenced: a price is
+  stored only by who still holds the lease, so an older answer never replaces a newer one, and one that was asked
+  before a purge stays out.
+* A price bears the nonces that its account's book had when upstream was asked. A book that the store has evicted gets
+  new nonces, so what was stored before is gone, purged or not. Whoever is about to ask reads the book anew: with
+  nonces of a moment ago its answer would count as purged, and be asked again by everybody else.
 """
 
 import asyncio
-from dataclasses import dataclass
+import secrets
+from dataclasses import dataclass, replace
 from time import monotonic
 
-from proxy.prices import Balance, Price, StoredPrice, decode_price, encode_price
+from proxy.hot import MAX_AGE_S, HotEntry, HotPrices
+from proxy.prices import (
+    ENCODING,
+    Balance,
+    Entry,
+    Known,
+    Nonces,
+    Price,
+    StoredPrice,
+    as_of,
+    decode_price,
+    encode_price,
+)
 from proxy.problems import StoreUnavailable
 from proxy.store import Script, Store
 
-BALANCE_REREAD_S = 1.0
-"""How long a process may miss a balance that another one has seen."""
+BOOK_REREAD_S = 1.0
+"""How long a process may miss what another one did to a book."""
 
-_PRICE_GET, _PRICE_PUT = Script("price_get"), Script("price_put")
-_BALANCE_GET, _BALANCE_PUT = Script("balance_get"), Script("balance_put")
+LEASE_S = 2.0
+"""After so long a leader that died is replaced. It is renewed every quarter of that while its holder lives."""
+
+WORD_S = 2.0
+"""How long a leader's word of failure waits for those who wait."""
+
+CHANGES_TO_REPRICE = 3
+CHANGES_WITHIN_S = 3600
+REPRICE_EVERY_S = 600
+
+_PRICE_GET, _PRICE_PUT, _PRICE_PURGE = Script("price_get"), Script("price_put"), Script("price_purge")
+_LEASE_TAKE, _LEASE_WATCH = Script("lease_take"), Script("lease_watch")
+_LEASE_KEEP, _LEASE_END = Script("lease_keep"), Script("lease_end")
+_BOOK_GET, _BOOK_PURGE, _BALANCE_PUT = Script("book_get"), Script("book_purge"), Script("balance_put")
+_AUDIT_TAKE, _AUDIT_CHANGED = Script("audit_take"), Script("audit_changed")
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to ask upstream for a key and to store the answer."""
+
+    key: str
+    account: str
+    token: str
+    nonces: Nonces
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Somebody else has the lease: whose it is."""
+
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """What a leader left who got no price."""
+
+    text: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Book:
+    """An account's book as this process read it, at `now_ms` of the store and `read_at` on its own monotonic clock."""
+
+    nonces: Nonces
+    repriced_ago_ms: int | None
+    now_ms: int
+    read_at: float
+
+    def is_behind(self, entry: Entry) -> bool:
+        """Whether `entry` may have nonces that the account's book has got since."""
+        return entry.nonces != self.nonces and entry.put_at_ms >= self.now_ms
 
 
 @dataclass(frozen=True, slots=True)
 class _SeenBalance:
+    """`at_ms` is when the store heard of it, by its clock; None while it may not have. `born` is monotonic."""
+
     amount: bytes
     born: float
-    """On this process's monotonic clock."""
+    at_ms: int | None
+
+    def is_replaced_by(self, read: "_SeenBalance") -> bool:
+        """By what the store has, of two that came at almost the same time: the round trip blurs `born`."""
+        if self.at_ms is None or read.at_ms is None:
+            return read.born > self.born
+        return read.at_ms >= self.at_ms
 
 
 class PriceBook:
-    """The prices of one upstream, shared by every process on the same store."""
+    """The prices of one upstream, shared by every process on the same store. All raise `StoreUnavailable`."""
 
-    def __init__(self, store: Store, *, origin: str, ttl_s: float) -> None:
+    def __init__(self, store: Store, *, origin: str, ttl_s: float, stale_s: float) -> None:
         self._store = store
         self._origin = origin
         self._ttl_ms = round(ttl_s * 1000)
+        self._lifetime_ms = self._ttl_ms + round(stale_s * 1000)
+        self._hot = HotPrices()
+        self._books: dict[str, _Book] = {}
         self._balances: dict[str, _SeenBalance] = {}
-        self._balance_reread_at: dict[str, float] = {}
 
     @property
     def ttl_s(self) -> float:
         return self._ttl_ms / 1000
 
-    async def look_up(self, key: str, account: str) -> tuple[StoredPrice | None, Balance | None]:
-        """What is known for `key`, and the account's newest balance. Raises `StoreUnavailable`."""
-        if monotonic() < self._balance_reread_at.get(account, 0.0):
-            return await self._get(key), self.balance(account)
-        stored, _ = await asyncio.gather(self._get(key), self._reread_balance(account))
-        return stored, self.balance(account)
+    async def look_up(self, key: str, account: str) -> Known:
+        """What is known for `key`, and the account's newest balance."""
+        hot = self._hot.get(key, monotonic())
+        if hot is None:
+            hot, book = await asyncio.gather(self._read_price(key), self._book(account))
+        else:
+            book = await self._book_for_hot(account)
+        if hot is None:
+            return Known(None, self.balance(account), None)
+        if book.is_behind(hot.entry) or self.balance(account) is None:
+            book = await self._read_book(account)  # whoever stored the price has put nonces and balance there first
+        stored = _as_of_now(hot.entry, hot.now_ms, hot.read_at, book)
+        return Known(stored, self.balance(account), hot.entry.put_at_ms)
 
-    async def put(self, key: str, price: Price) -> bool:
-        """Whether the price could be stored."""
-        text = encode_price(price, ttl_ms=self._ttl_ms)
-        try:
-            await self._store.call(_PRICE_PUT, _price_key(key), args=(text, self._ttl_ms))
-        except StoreUnavailable:
+    async def take_lease(
+        self, key: str, account: str, *, seen_ms: int | None, by_force: bool = False
+    ) -> Lease | Wait | StoredPrice:
+        """The lease, or whom to wait for, or a fresh price that is another than the one put at `seen_ms`."""
+        token = secrets.token_urlsafe(9)
+        while True:  # each turn has seen another text, and in the end there is none
+            read_at = monotonic()
+            args = (token, round(LEASE_S * 1000), "" if seen_ms is None else seen_ms, int(by_force))
+            book, (kind, text, now_ms) = await asyncio.gather(
+                self._read_book(account), self._store.call(_LEASE_TAKE, *_keys(key), args=args)
+            )
+            if kind == b"lead":
+                return Lease(key, account, token, book.nonces)
+            if kind == b"wait":
+                return Wait(text.decode())
+            if (stored := self._fresh(key, _entry(text, now_ms, read_at), book)) is not None:
+                return stored
+            seen_ms = int(text.split(b" ", 2)[1])
+
+    async def watch(self, key: str, account: str, *, seen_ms: int | None) -> StoredPrice | Wait | Word | None:
+        """What became of a question that somebody else asks; None if the lease has gone without a word."""
+        book = await self._book(account)
+        read_at = monotonic()
+        text, lease, now_ms = await self._store.call(_LEASE_WATCH, *_keys(key))
+        found = _entry(text, now_ms, read_at)
+        is_other = found is not None and found.entry.put_at_ms != seen_ms
+        if is_other and (stored := self._fresh(key, found, book)) is not None:
+            return stored
+        if lease is None:
+            return None
+        state, _, rest = lease.partition(b" ")
+        if state == b"L":
+            return Wait(rest.decode())
+        return Word(rest.partition(b" ")[2])
+
+    async def keep(self, lease: Lease) -> bool:
+        """Prolongs a lease; False if it is not held any more."""
+        args = (lease.token, round(LEASE_S * 1000))
+        return bool(await self._store.call(_LEASE_KEEP, _keys(lease.key)[1], args=args))
+
+    async def put(self, lease: Lease, price: Price, body_digest: bytes) -> bool:
+        """Stores a price and ends the lease; False if it was overtaken: by another leader, or by a purge."""
+        encoded = encode_price(price, ttl_ms=self._ttl_ms, nonces=lease.nonces, body_digest=body_digest)
+        read_at = monotonic()
+        args = (lease.token, ENCODING, encoded, self._lifetime_ms)
+        now_ms = await self._store.call(_PRICE_PUT, *_keys(lease.key), args=args)
+        if not now_ms:
             return False
+        book = self._books.get(lease.account)
+        if book is not None and book.nonces.purge != lease.nonces.purge:
+            return False
+        self._keep_hot(
+            lease.key, HotEntry(Entry(price, now_ms, self._ttl_ms, lease.nonces, body_digest), now_ms, read_at)
+        )
         return True
+
+    async def end(self, lease: Lease, *, word: bytes = b"", end_price: bool = False) -> bool:
+        """Gives a lease back: with a word for those who wait, and with the stored price, if that has ended.
+
+        False, and nothing done, if the lease is not held any more.
+        """
+        args = (lease.token, word, round(WORD_S * 1000), int(end_price))
+        ended = bool(await self._store.call(_LEASE_END, *_keys(lease.key), args=args))
+        if end_price:  # not before: a look-up that began meanwhile may have brought it back
+            self._hot.drop(lease.key)
+        return ended
+
+    async def purge_question(self, key: str) -> bool:
+        """Forgets one question everywhere within `MAX_AGE_S`; whether there was a price."""
+        found = bool(await self._store.call(_PRICE_PURGE, *_keys(key)))
+        self._hot.drop(key)  # not before: a look-up that began meanwhile may have brought it back
+        return found
+
+    async def purge_account(self, account: str) -> None:
+        """Forgets all prices of an account, everywhere within `BOOK_REREAD_S`."""
+        await self._store.call(_BOOK_PURGE, self._book_key(account), args=(_nonce(), _nonce()))
+        self._books.pop(account, None)
 
     async def note_balance(self, account: str, amount: bytes) -> None:
         """Remembers the balance that upstream has just shown, here at once and for the fleet if it can."""
-        self._balances[account] = _SeenBalance(amount, monotonic())
-        try:
-            await self._store.call(_BALANCE_PUT, self._book_key(account), args=(amount,))
-        except StoreUnavailable:
-            return
+        seen = self._balances[account] = _SeenBalance(amount, monotonic(), None)
+        at_ms = await self._store.call(_BALANCE_PUT, self._book_key(account), args=(amount,))
+        if self._balances[account] is seen:
+            self._balances[account] = replace(seen, at_ms=at_ms)
 
     def balance(self, account: str) -> Balance | None:
         """The newest balance that this process knows of."""
         seen = self._balances.get(account)
         return None if seen is None else Balance(seen.amount, max(0.0, monotonic() - seen.born))
 
-    async def _get(self, key: str) -> StoredPrice | None:
-        stored, now_ms = await self._store.call(_PRICE_GET, _price_key(key))
-        return None if stored is None else decode_price(stored, now_ms=now_ms)
+    async def reread(self, account: str) -> None:
+        """Reads what another process has just put into the account's book."""
+        await self._read_book(account)
 
-    async def _reread_balance(self, account: str) -> None:
-        amount, age_ms = await self._store.call(_BALANCE_GET, self._book_key(account))
-        now = monotonic()
-        self._balance_reread_at[account] = now + BALANCE_REREAD_S
-        if amount is None:
-            return
-        read = _SeenBalance(amount, now - age_ms / 1000)
+    async def claim_audit(self, account: str, *, max_age_s: float, for_s: float) -> bool:
+        """Whether this process is the one in the fleet that asks for a fresh balance now."""
+        args = (round(max_age_s * 1000), round(for_s * 1000))
+        return bool(await self._store.call(_AUDIT_TAKE, self._book_key(account), args=args))
+
+    async def note_change(self, account: str, key: str) -> bool:
+        """Notes that a body's price has changed; whether the account has been repriced for it."""
+        limits = (CHANGES_TO_REPRICE, CHANGES_WITHIN_S * 1000, REPRICE_EVERY_S * 1000)
+        args = (key, *limits, _nonce())
+        repriced = bool(await self._store.call(_AUDIT_CHANGED, self._book_key(account), args=args))
+        if repriced:
+            self._books.pop(account, None)
+        return repriced
+
+    async def _read_price(self, key: str) -> HotEntry | None:
+        read_at = monotonic()
+        text, now_ms = await self._store.call(_PRICE_GET, _keys(key)[0])
+        found = _entry(text, now_ms, read_at)
+        if found is not None:
+            self._keep_hot(key, found)
+        return found
+
+    def _fresh(self, key: str, found: HotEntry | None, book: _Book) -> StoredPrice | None:
+        """What another process has stored, if that is fresh; this one keeps it at hand too."""
+        if found is None:
+            return None
+        stored = as_of(found.entry, found.now_ms, book.nonces, book.repriced_ago_ms)
+        if stored is None or stored.ttl_s <= 0:
+            return None
+        self._keep_hot(key, found)
+        return stored
+
+    def _keep_hot(self, key: str, found: HotEntry) -> None:
+        """Replies can come in another order than the store gave them: what was read last may be the older price."""
+        known = self._hot.get(key, monotonic())
+        if known is None or known.entry.put_at_ms <= found.entry.put_at_ms:
+            self._hot.put(key, found)
+
+    async def _book(self, account: str) -> _Book:
+        book = self._books.get(account)
+        if book is not None and monotonic() - book.read_at < BOOK_REREAD_S:
+            return book
+        return await self._read_book(account)
+
+    async def _read_book(self, account: str) -> _Book:
+        read_at = monotonic()
+        purge, reprice, now_ms, repriced_ago_ms, amount, age_ms = await self._store.call(
+            _BOOK_GET, self._book_key(account), args=(_nonce(), _nonce())
+        )
+        if amount is not None and age_ms is not None:
+            self._take_balance(account, _SeenBalance(amount, read_at - age_ms / 1000, now_ms - age_ms))
+        book = _Book(Nonces(purge, reprice), repriced_ago_ms, now_ms, read_at)
+        known = self._books.get(account)
+        if known is None or known.read_at <= read_at:
+            self._books[account] = book
+        return book
+
+    async def _book_for_hot(self, account: str) -> _Book:
+        """While the store is out of reach, a book is good for as long as the hot prices are."""
+        known = self._books.get(account)
+        try:
+            return await self._book(account)
+        except StoreUnavailable:
+            if known is None or monotonic() - known.read_at > BOOK_REREAD_S + MAX_AGE_S:
+                raise
+            return known
+
+    def _take_balance(self, account: str, read: _SeenBalance) -> None:
         known = self._balances.get(account)
-        if known is None or read.born > known.born:
+        if known is None or known.is_replaced_by(read):
             self._balances[account] = read
 
     def _book_key(self, account: str) -> str:
         return f"ep1:book:{self._origin}:{account}"
 
 
-def _price_key(key: str) -> str:
-    return f"ep1:{{{key}}}:price"
+def _as_of_now(entry: Entry, now_ms: int, read_at: float, book: _Book) -> StoredPrice | None:
+    now = monotonic()
+    repriced_ago_ms = book.repriced_ago_ms
+    if repriced_ago_ms is not None:
+        repriced_ago_ms += round((now - book.read_at) * 1000)
+    return as_of(entry, now_ms + round((now - read_at) * 1000), book.nonces, repriced_ago_ms)
+
+
+def _entry(text: bytes | None, now_ms: int, read_at: float) -> HotEntry | None:
+    entry = None if text is None else decode_price(text)
+    return None if entry is None else HotEntry(entry, now_ms, read_at)
+
+
+def _keys(key: str) -> tuple[str, str]:
+    """The price's key and its lease's, in one slot."""
+    return f"ep1:{{{key}}}:price", f"ep1:{{{key}}}:lease"
+
+
+def _nonce() -> str:
+    return secrets.token_urlsafe(6)

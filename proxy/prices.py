@@ -1,26 +1,11 @@
-"""What upstream's answers mean: prices, balances, and everything that is neither.
+"""Prices and balances: what the price book keeps of upstream's answers, and what clients get to see of it.
 
-Amounts stay the JSON numbers that upstream wrote: they are never turned into binary fractions, so `5`, `5.0` and
-`0.10` come out as they went in. An amount that cannot be read is *unpriced*; it is never taken for 0.
+Amounts stay the JSON numbers that upstream wrote, in bytes.
 """
 
-import json
-import re
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from decimal import Decimal, InvalidOperation
-from email.utils import parsedate_to_datetime
-from typing import Any
 
-import orjson
-
-from proxy.problems import Code, Problem
-
-MAX_ESTIMATE = 10**9
-"""Credits; a larger estimate is taken for an error of upstream's."""
-
-MAX_NUMBER_CHARACTERS = 64
-ENCODING = b"1"
+ENCODING = b"2"
 """Counts changes of `encode_price`; a price stored in another encoding is not found."""
 
 
@@ -37,12 +22,36 @@ class Price:
 
 
 @dataclass(frozen=True, slots=True)
+class Nonces:
+    """The nonces of an account's book: prices of another `purge` are gone, those of another `reprice` are stale."""
+
+    purge: bytes
+    reprice: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A price as the book keeps it. Times are the store's.
+
+    nonces: of the book when upstream was asked.
+    body_digest: of the full canonical body that was asked, members that the key ignores included.
+    """
+
+    price: Price
+    put_at_ms: int
+    ttl_ms: int
+    nonces: Nonces
+    body_digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class StoredPrice:
-    """A price out of the price book. `ttl_s` is what is left of its time."""
+    """A price as it stands now. `ttl_s` is what is left of its time, negative once it is stale."""
 
     price: Price
     age_s: float
     ttl_s: float
+    body_digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,90 +63,44 @@ class Balance:
 
 
 @dataclass(frozen=True, slots=True)
-class Priced:
-    """Upstream knows the price."""
+class Known:
+    """What is known for a question. `seen_ms` says when the text in the store was put there, whatever it is worth."""
 
-    price: Price
-    balance: bytes | None
-
-
-@dataclass(frozen=True, slots=True)
-class Unpriced:
-    """Upstream answered without a usable estimate: its JSON body, to be passed through and never stored."""
-
-    body: bytes
-    balance: bytes | None
+    stored: StoredPrice | None
+    balance: Balance | None
+    seen_ms: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """Upstream refused the caller's body (a 4xx of its own): passed through, never stored."""
-
-    status: int
-    body: bytes
+def encode_price(price: Price, *, ttl_ms: int, nonces: Nonces, body_digest: bytes) -> bytes:
+    """The text that the price book keeps, behind its encoding and the time at which it was put there."""
+    fields = (str(ttl_ms).encode(), nonces.purge, nonces.reprice, body_digest, price.estimated, price.rest)
+    return b" ".join(fields)
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """No answer of upstream's can be shown. `upstream_status` is what it sent, if anything."""
-
-    problem: Problem
-    upstream_status: int | None = None
-
-
-Reply = Priced | Unpriced | Rejected | Failed
-
-
-# What can stand for a visible ASCII character in a JSON string besides itself (RFC 8259 §7).
-_ESCAPED_CHARACTER = re.compile(rb'\\(?:u00([2-7][0-9A-Fa-f])|(["\\/]))')
-
-
-class _RawNumber(str):
-    """A JSON number as it was spelled."""
-
-    __slots__ = ()
-
-
-def read_reply(status: int, body: bytes, *, secret: str, retry_after: str | None = None, now: datetime) -> Reply:
-    """What an upstream answer means. `secret` is the account's key, in visible ASCII: its echo goes nowhere."""
-    if status == 429:  # noqa: PLR2004 -- RFC 6585 §4
-        busy = Problem(
-            Code.UPSTREAM_BUSY,
-            "RenderNet takes no more requests for this account just now: try again later.",
-            retry_after_s=retry_after_seconds(retry_after, now),
-        )
-        return Failed(busy, status)
-    value, is_json = _parse(body)
-    if not is_json or not (200 <= status < 300 or 400 <= status < 500):  # noqa: PLR2004 -- RFC 9110 §15
-        return _broken(status, f"RenderNet answered {status} without a usable JSON body: try again later.")
-    if _shows(secret, body):
-        return _broken(status, "RenderNet's answer was withheld: it had the gateway's own key in it.")
-    if _refuses_key(status, value):
-        return Failed(
-            Problem(Code.UPSTREAM_REFUSED, "RenderNet refused the gateway's API key: tell its operator."),
-            status,
-        )
-    if status >= 400:  # noqa: PLR2004 -- RFC 9110 §15.5
-        return Rejected(status, body)
-    return _read_estimate(value, body)
-
-
-def encode_price(price: Price, *, ttl_ms: int) -> bytes:
-    """The text that the price book keeps for a price, behind the time at which it was put there."""
-    return b" ".join((ENCODING, str(ttl_ms).encode(), price.estimated, price.rest))
-
-
-def decode_price(stored: bytes, *, now_ms: int) -> StoredPrice | None:
-    """A price out of `<time in ms> <encoded price>`; None if it was written in another encoding, or by others."""
+def decode_price(stored: bytes) -> Entry | None:
+    """A price out of `<encoding> <time in ms> <encoded price>`; None if it was written otherwise, or by others."""
     try:
-        put_at_ms, encoding, ttl_ms, estimated, rest = stored.split(b" ", 4)
-        age_ms = max(0, now_ms - int(put_at_ms))
-        left_ms = int(ttl_ms) - age_ms
+        encoding, put_at_ms, ttl_ms, purge, reprice, body_digest, estimated, rest = stored.split(b" ", 7)
+        times = int(put_at_ms), int(ttl_ms)
     except ValueError:
         return None
     if encoding != ENCODING:
         return None
-    return StoredPrice(Price(estimated, rest), age_ms / 1000, left_ms / 1000)
+    return Entry(Price(estimated, rest), *times, Nonces(purge, reprice), body_digest)
+
+
+def as_of(entry: Entry, now_ms: int, nonces: Nonces, repriced_ago_ms: int | None) -> StoredPrice | None:
+    """The price as it stands at `now_ms` in a book with these nonces; None if it has been purged.
+
+    The store's clock may have gone back: nothing is younger than new, nor fresh again once it was repriced.
+    """
+    if entry.nonces.purge != nonces.purge:
+        return None
+    age_ms = max(0, now_ms - entry.put_at_ms)
+    left_ms = entry.ttl_ms - age_ms
+    if entry.nonces.reprice != nonces.reprice:
+        left_ms = min(left_ms, -max(0, repriced_ago_ms or 0))
+    return StoredPrice(entry.price, age_ms / 1000, left_ms / 1000, entry.body_digest)
 
 
 def document(price: Price, balance: Balance | None) -> bytes:
@@ -149,91 +112,3 @@ def document(price: Price, balance: Balance | None) -> bytes:
         parts += [b",", price.rest]
     parts.append(b'},"error":{}}')
     return b"".join(parts)
-
-
-def retry_after_seconds(value: str | None, now: datetime) -> int | None:
-    """`Retry-After` (RFC 9110 §10.2.3), seconds or a date, in whole seconds; None if it says nothing usable."""
-    if value is None:
-        return None
-    if value.isascii() and value.isdigit() and len(value) <= MAX_NUMBER_CHARACTERS:
-        return int(value)
-    try:
-        at = parsedate_to_datetime(value)
-    except (ValueError, OverflowError):  # OverflowError: a year or an offset of too many digits
-        return None
-    at = at if at.tzinfo else at.replace(tzinfo=UTC)
-    return max(0, round((at - now).total_seconds()))
-
-
-def _parse(body: bytes) -> tuple[Any, bool]:
-    """The JSON value in `body`, its numbers as spelled, and whether it is one that can be written again."""
-    try:
-        value = json.loads(
-            body.decode(), parse_int=_RawNumber, parse_float=_RawNumber, parse_constant=_refuse_constant
-        )
-        _dump(value)
-    except (
-        ValueError,
-        TypeError,
-        RecursionError,
-    ):  # TypeError: what JSON cannot hold, such as lone surrogates
-        return None, False
-    return value, True
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _dump(value: Any) -> bytes:
-    return orjson.dumps(value, default=_as_spelled, option=orjson.OPT_PASSTHROUGH_SUBCLASS)
-
-
-def _as_spelled(number: _RawNumber) -> orjson.Fragment:
-    return orjson.Fragment(number.encode())
-
-
-def _shows(secret: str, body: bytes) -> bool:
-    """Whether JSON text has `secret` in it, escaped or not, and be it in a member that a later one hides."""
-    return secret.encode() in body or secret.encode() in _ESCAPED_CHARACTER.sub(_unescaped, body)
-
-
-def _unescaped(escape: re.Match[bytes]) -> bytes:
-    return bytes.fromhex(escape[1].decode()) if escape[1] else escape[2]
-
-
-def _refuses_key(status: int, value: Any) -> bool:
-    """401 or 403, as status or as the code in the envelope, whose member is `error` or `err`."""
-    codes = {str(status)}
-    if isinstance(value, dict):
-        for name in ("error", "err"):
-            if isinstance(filled := value.get(name), dict):
-                codes.add(str(filled.get("code")))
-    return not codes.isdisjoint(("401", "403"))
-
-
-def _read_estimate(value: Any, body: bytes) -> Priced | Unpriced:
-    data = value.get("data") if isinstance(value, dict) else None
-    if not isinstance(data, dict):
-        return Unpriced(body, None)
-    balance = data.pop("balance", None)
-    known_balance = balance.encode() if _is_number(balance) else None
-    estimated = data.pop("estimated", None)
-    if value.get("error") or not _is_usable(estimated):
-        return Unpriced(body, known_balance)
-    return Priced(Price(estimated.encode(), _dump(data)[1:-1]), known_balance)
-
-
-def _is_usable(estimated: Any) -> bool:
-    try:
-        return _is_number(estimated) and 0 <= Decimal(estimated) <= MAX_ESTIMATE
-    except InvalidOperation:  # an exponent beyond what even decimals can hold
-        return False
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, _RawNumber) and len(value) <= MAX_NUMBER_CHARACTERS
-
-
-def _broken(status: int, detail: str) -> Failed:
-    return Failed(Problem(Code.UPSTREAM_ERROR, detail), status)

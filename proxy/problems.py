@@ -1,7 +1,7 @@
 """How a request can end, and the one document that tells a client why it failed.
 
-A *denial* is a `Problem`, returned like any other value. A *failure* is an exception of this tree, and
-`proxy.web` is the one place that turns it into a response:
+A *denial* is a `Problem`, returned like any other value. A *failure* is an exception of this tree; those that reach
+`proxy.web` become responses there:
 
     ProxyError
     ├── BadRequest          the request itself is at fault; carries its `Problem`
@@ -19,6 +19,7 @@ class Outcome(StrEnum):
     """What became of a request: one value a request, in its log line."""
 
     HIT = "hit"
+    STALE = "stale"
     MISS = "miss"
     COLLAPSED = "collapsed"
     BYPASS = "bypass"
@@ -31,7 +32,9 @@ class Outcome(StrEnum):
     UPSTREAM_REFUSED = "upstream-refused"
     UPSTREAM_BUSY = "upstream-busy"
     UPSTREAM_TIMEOUT = "upstream-timeout"
+    STORE_UNAVAILABLE = "store-unavailable"
     OVERLOADED = "overloaded"
+    NOT_CACHED = "not-cached"
     CANCELLED = "cancelled"
     INTERNAL_ERROR = "internal-error"
 
@@ -43,6 +46,7 @@ class Code(StrEnum):
     INVALID_REQUEST = "invalid-request"
     UNKNOWN_TOKEN = "unknown-token"  # noqa: S105 -- the name of a problem, not a secret
     TEAM_DISABLED = "team-disabled"
+    FORBIDDEN = "forbidden"
     NOT_FOUND = "not-found"
     METHOD_NOT_ALLOWED = "method-not-allowed"
     BODY_TOO_LARGE = "body-too-large"
@@ -55,6 +59,8 @@ class Code(StrEnum):
     OVERLOADED = "overloaded"
     DRAINING = "draining"
     UPSTREAM_TIMEOUT = "upstream-timeout"
+    NOT_CACHED = "not-cached"
+    STORE_UNAVAILABLE = "store-unavailable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +75,7 @@ _KINDS = {
     Code.INVALID_REQUEST: _Kind(400, "The request is malformed", Outcome.INVALID),
     Code.UNKNOWN_TOKEN: _Kind(401, "No valid team token", Outcome.UNAUTHENTICATED),
     Code.TEAM_DISABLED: _Kind(403, "This team is disabled", Outcome.TEAM_DISABLED),
+    Code.FORBIDDEN: _Kind(403, "This needs another token", Outcome.UNAUTHENTICATED),
     Code.NOT_FOUND: _Kind(404, "Nothing is served here", Outcome.INVALID),
     Code.METHOD_NOT_ALLOWED: _Kind(405, "This path does not take this method", Outcome.INVALID),
     Code.BODY_TOO_LARGE: _Kind(413, "The body is too large", Outcome.INVALID),
@@ -80,7 +87,9 @@ _KINDS = {
     Code.UPSTREAM_BUSY: _Kind(503, "RenderNet is busy", Outcome.UPSTREAM_BUSY),
     Code.OVERLOADED: _Kind(503, "The gateway is overloaded", Outcome.OVERLOADED),
     Code.DRAINING: _Kind(503, "The gateway is shutting down", Outcome.CANCELLED),
+    Code.STORE_UNAVAILABLE: _Kind(503, "The store is out of reach", Outcome.STORE_UNAVAILABLE),
     Code.UPSTREAM_TIMEOUT: _Kind(504, "RenderNet did not answer in time", Outcome.UPSTREAM_TIMEOUT),
+    Code.NOT_CACHED: _Kind(504, "No stored answer will do", Outcome.NOT_CACHED),
 }
 
 LONGEST_RETRY_AFTER_S = 3600

@@ -19,9 +19,7 @@ MAX_URL_CHARACTERS = 2048
 _LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"  # RFC 1035 §2.3.1, and `_`, as containers have it
 _NAME = re.compile(rf"(?=.{{1,253}}$)({_LABEL}\.)*(?![0-9]+\.?$){_LABEL}\.?")
 
-_LOCATION = re.compile(
-    r"(\[[^][]+:[^][]*\]|[^][:]*)(:[0-9]*)?"
-)  # urlsplit passes over what stands beside the brackets
+_LOCATION = re.compile(r"(\[[^][]+:[^][]*\]|[^][:]*)(:[0-9]*)?")  # urlsplit passes over what stands beside the brackets
 
 
 class SecretUrl(Secret[str]):
@@ -177,6 +175,12 @@ def _calendar_day(value: object) -> object:
     return value
 
 
+def _member_path(value: str) -> str:
+    if not all(value.split(".")):
+        raise ValueError("must be a member's name, or several joined by dots, such as prompt.positive")
+    return value
+
+
 def is_identifier(value: str) -> bool:
     """Whether this can be the id of a team or an account."""
     return re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?", value) is not None
@@ -207,7 +211,7 @@ class Server(_Section):
     """0 takes a free one, and says which."""
     max_body_bytes: Annotated[Whole, Field(ge=2, le=64 * 2**20)] = 262_144
     request_timeout_s: Annotated[Seconds, Field(gt=0, le=3600)] = 15.0
-    """From a request's first byte to its answer, asking upstream included."""
+    """From a request's head to its answer, asking upstream included."""
     drain_delay_s: Annotated[Seconds, Field(ge=0, le=3600)] = 5.0
     """After SIGTERM: not ready, still serving."""
     drain_s: Annotated[Seconds, Field(ge=0, le=3600)] = 30.0
@@ -243,6 +247,19 @@ class Store(_Section):
 class Cache(_Section):
     ttl_s: Annotated[Seconds, Field(ge=1, le=366 * 86400)] = 3600.0
     """How long a price is believed."""
+    stale_while_revalidate_s: Annotated[Seconds, Field(ge=0, le=366 * 86400)] = 300.0
+    """Behind that: how long it is still served at once, and asked again behind the answer."""
+    stale_if_error_s: Annotated[Seconds, Field(ge=0, le=366 * 86400)] = 86_400.0
+    """How long it is served when upstream cannot be asked."""
+    balance_max_age_s: Annotated[Seconds, Field(ge=0, le=366 * 86400)] = 60.0
+    """A hit that finds an older balance has it asked again behind the answer, and its price checked."""
+    ignore: tuple[Annotated[Line, AfterValidator(_member_path)], ...] = ()
+    """Members that decide no price, as dotted paths inside each item: left out of keys, never out of what is asked."""
+
+
+class Admin(_Section):
+    tokens: tuple[Annotated[str, AfterValidator(_token_digest)], ...] = ()
+    """May purge."""
 
 
 class Org(_Section):
@@ -283,6 +300,7 @@ class Settings(_Section):
     accounts: dict[Identifier, Account] = {}
     store: Store
     cache: Cache = Cache()
+    admin: Admin = Admin()
     org: Org = Org()
     teams: dict[Identifier, Team] = {}
     log: Log = Log()

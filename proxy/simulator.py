@@ -127,6 +127,7 @@ def _up_to_quarter(amount: Decimal) -> Decimal:
 class Fault(StrEnum):
     SERVER_ERROR = auto()
     BUSY = auto()
+    BUSY_FOR_NO_TIME = auto()
     ERROR_IN_200 = auto()
     CHUNKED = auto()
     HTML_PAGE = auto()
@@ -234,6 +235,7 @@ async def _hang(scope: Scope, receive: Receive, send: Send) -> None:
 _HANDLERS: Final[Mapping[Fault, Handler]] = {
     Fault.SERVER_ERROR: _refusing(500, "internal_error", "Something went wrong"),
     Fault.BUSY: _refusing(429, "too_many_requests", "Slow down", **{"retry-after": "1"}),
+    Fault.BUSY_FOR_NO_TIME: _refusing(429, "too_many_requests", "Slow down"),
     Fault.ERROR_IN_200: _refusing(200, "estimate_failed", "No price for this generation"),
     Fault.CHUNKED: _chunked,
     Fault.HTML_PAGE: _html(502),

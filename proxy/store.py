@@ -9,8 +9,9 @@
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha1
 from importlib.resources import files
 from typing import Any
@@ -25,6 +26,7 @@ from proxy import settings
 from proxy.problems import StoreUnavailable
 
 TIMEOUT_S = 0.25
+GRACE_S = 0.05
 REST_S = 0.5
 MAX_CONNECTIONS = 16
 OLDEST_REDIS = (7, 0)
@@ -53,7 +55,7 @@ class Script:
 class _Call:
     script: Script
     keys: tuple[str, ...]
-    args: tuple[bytes | int, ...]
+    args: tuple[bytes | int | str, ...]
     reply: asyncio.Future[Any]
 
 
@@ -65,9 +67,9 @@ class Store:
         pool = BlockingConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS,
-            timeout=TIMEOUT_S,
-            socket_timeout=TIMEOUT_S,
-            socket_connect_timeout=TIMEOUT_S,
+            timeout=None,
+            socket_timeout=None,  # a call's time is counted here, once
+            socket_connect_timeout=None,
             retry=Retry(NoBackoff(), 0),
             protocol=2,
             legacy_responses=False,
@@ -80,7 +82,7 @@ class Store:
         self._rests_until = 0.0
         self._troubles: dict[str, str] = {}
 
-    async def call(self, script: Script, *keys: str, args: tuple[bytes | int, ...] = ()) -> Any:
+    async def call(self, script: Script, *keys: str, args: tuple[bytes | int | str, ...] = ()) -> Any:
         """The reply of `script`. Raises `StoreUnavailable`."""
         loop = asyncio.get_running_loop()
         if loop.time() < self._rests_until:
@@ -105,9 +107,9 @@ class Store:
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 version = (await self._client.info("server"))["redis_version"]
-        except (RedisError, OSError, TimeoutError, KeyError):
+            return tuple(int(part) for part in str(version).split("."))
+        except (RedisError, OSError, TimeoutError, KeyError, ValueError):
             return None
-        return tuple(int(part) for part in str(version).split("."))
 
     async def close(self) -> None:
         while self._running:
@@ -118,12 +120,18 @@ class Store:
         batch, self._waiting = self._waiting, []
         task = asyncio.get_running_loop().create_task(self._run(batch))
         self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        task.add_done_callback(partial(self._finish, batch))
+
+    def _finish(self, batch: list[_Call], task: asyncio.Task[None]) -> None:
+        """Nobody waits for a reply that a defect has lost."""
+        self._running.discard(task)
+        for call in batch:
+            if not call.reply.done():
+                call.reply.set_exception(StoreUnavailable("the store's client failed"))
 
     async def _run(self, batch: list[_Call]) -> None:
         try:
-            async with asyncio.timeout(TIMEOUT_S):
-                replies = await self._execute(batch)
+            replies = await _in_time(self._execute(batch))
         except (RedisError, OSError, TimeoutError) as error:
             self._rests_until = asyncio.get_running_loop().time() + REST_S
             self._trouble(_CONNECTION, str(error) or "no answer in time")
@@ -171,6 +179,22 @@ class Store:
     def _recovered(self, part: str) -> None:
         if self._troubles.pop(part, None) is not None:
             log.info("the store's %s works again", part)
+
+
+async def _in_time(work: Coroutine[Any, Any, list[Any]]) -> list[Any]:
+    """What `work` brings within `TIMEOUT_S`. Raises `TimeoutError`.
+
+    An event loop that stood still is late itself: its timers and the replies that came meanwhile are due in the same
+    turn, and a reply that is there already must count.
+    """
+    task = asyncio.ensure_future(work)
+    for limit_s in (TIMEOUT_S, GRACE_S):
+        await asyncio.wait({task}, timeout=limit_s)
+        if task.done():
+            return task.result()
+    task.cancel()
+    await asyncio.wait({task})
+    raise TimeoutError
 
 
 def open_store(configured: settings.Store, embedded_url: str | None) -> Store:

@@ -6,6 +6,7 @@ second to look after its children. What it promises:
 * SIGTERM: workers say that they are not ready and go on serving for `drain_delay_s`; then nothing new is accepted,
   what runs has `drain_s` to finish, and the exit status is 0. SIGINT leaves out the delay, and so does a second
   signal during it; the next one ends everything at once.
+* SIGHUP changes nothing, and says so.
 * A worker that dies is replaced, unless it dies again and again before it ever served: then so does the supervisor.
 * The store outlives the workers, and nobody outlives the supervisor, `kill -9` included.
 """
@@ -30,6 +31,7 @@ from proxy.settings import Server, Settings
 from proxy.worker import CANNOT_SERVE, DRAIN, READY, STOP
 
 TICK_S = 0.1
+BACKLOG = 2048
 KILL_GRACE_S = 5.0
 """After `drain_s`, for the last words."""
 
@@ -52,7 +54,6 @@ def listen(server: Server) -> socket.socket:
             listener = undo.enter_context(socket.socket(family, kind, protocol))
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-            listener.listen(2048)
         except OSError as error:
             raise ListenError(_why_not(error, server)) from None
         undo.pop_all()
@@ -129,11 +130,18 @@ class Supervisor:
     def run(self) -> int:
         """The exit status. Raises `EmbeddedStoreError` if there is no store to begin with."""
         with self._listener, _signals() as signals, self._store_running():
+            self._begin_to_listen()  # only now: until here nobody could be answered
             self._start_worker()
             try:
                 return self._watch(signals)
             finally:
                 self._worker.end()
+
+    def _begin_to_listen(self) -> None:
+        try:
+            self._listener.listen(BACKLOG)
+        except OSError as error:  # somebody else was faster
+            raise ListenError(_why_not(error, self._settings.server)) from None
 
     @contextlib.contextmanager
     def _store_running(self) -> Iterator[None]:
@@ -161,7 +169,10 @@ class Supervisor:
                 return status
 
     def _obey(self, number: int) -> None:
-        """A first signal drains, a second one stops, a third one ends."""
+        """A first signal drains, a second one stops, a third one ends; SIGHUP is told that nothing comes of it."""
+        if number == signal.SIGHUP:
+            log.warning("SIGHUP: settings are read at the start alone; restart the gateway to change them")
+            return
         now = monotonic()
         if self._stop_by is not None:
             self._stop_by = now
@@ -231,7 +242,7 @@ def _signals() -> Iterator[_Signals]:
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
     before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     before_fd = signal.set_wakeup_fd(writer)
     try:

@@ -6,8 +6,9 @@ alone, both ways. There is no redirect, no cookie, no proxy from the environment
 
 import asyncio
 import logging
+import math
 import ssl
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,8 +17,10 @@ from urllib.parse import quote
 import httpx2
 
 from proxy import __version__, settings
-from proxy.prices import Failed, Reply, read_reply
+from proxy.canonical import key_of
+from proxy.circuit import Circuit, Gate
 from proxy.problems import Code, Problem
+from proxy.replies import Failed, Reply, read_reply
 from proxy.settings import SecretText
 
 ESTIMATE_PATH = "/pub/v1/generations/estimate"
@@ -25,6 +28,9 @@ MAX_ANSWER_BYTES = 2**20
 
 # RFC 3986 §3.4, the percent sign of what is encoded already, and what lenient clients leave bare.
 _QUERY_CHARACTERS = "%!$&'()*+,;=:@/?-._~[]{}|\\^`"
+
+# What counts as an outage; a busy or refusing upstream is there.
+_OUTAGES = (Code.UPSTREAM_ERROR, Code.UPSTREAM_TIMEOUT)
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +61,10 @@ class Address:
         """A request's query string in the spelling in which it goes upstream."""
         return quote(query, safe=_QUERY_CHARACTERS)
 
+    def key_of(self, canonical: bytes, *, account: str, query: str, ignored: Sequence[str]) -> str:
+        """The key of a question that is asked here, its query string as sent."""
+        return key_of(canonical, origin=self.origin, account=account, path=self.path, query=query, ignored=ignored)
+
 
 class Upstream:
     """Asks upstream for estimates. `close` must be called."""
@@ -69,32 +79,54 @@ class Upstream:
             proxy=None if configured.proxy is None else configured.proxy.get_secret_value(),
             limits=httpx2.Limits(max_connections=configured.max_connections),
         )
-        self._trouble: str | None = None
+        self._circuits = {account: Circuit() for account in keys}
+        self._troubles: dict[str, str] = {}
 
     @property
     def in_trouble(self) -> bool:
-        """Whether the newest exchange failed."""
-        return self._trouble is not None
+        """Whether some account's newest exchange failed."""
+        return bool(self._troubles)
 
-    async def estimate(self, account: str, canonical: bytes, query: str) -> Reply:
-        """What upstream says to `canonical`, asked with the account's key. Failures are replies too."""
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                reply = await self._exchange(account, canonical, query)
-        except (TimeoutError, httpx2.TimeoutException):
-            problem = Problem(Code.UPSTREAM_TIMEOUT, f"RenderNet did not answer within {self._timeout_s:g} s.")
-            reply = self._failed(problem, "no answer in time")
-        except (httpx2.TransportError, httpx2.DecodingError, OSError) as error:
-            problem = Problem(Code.UPSTREAM_ERROR, "RenderNet could not be reached: try again later.")
-            reply = self._failed(problem, f"{type(error).__name__}: {error}")
-        except _AnswerTooLargeError:
-            problem = Problem(Code.UPSTREAM_ERROR, f"RenderNet's answer had more than {MAX_ANSWER_BYTES} bytes.")
-            reply = self._failed(problem, "an answer beyond the size cap")
-        self._note_health(reply)
+    async def estimate(self, account: str, canonical: bytes, query: str, *, deadline: float) -> Reply:
+        """What upstream says to `canonical`, asked with the account's key. Failures are replies too.
+
+        `deadline` stands on the event loop's clock.
+        """
+        loop = asyncio.get_running_loop()
+        circuit = self._circuits[account]
+        gate = circuit.admit(loop.time(), probe_s=self._timeout_s)
+        if gate is not Gate.ASK:
+            return Failed(_closed_gate(gate, circuit.wait_s(loop.time())), asked=False)
+        era = circuit.era
+        reply = await self._ask(account, canonical, query, min(deadline, loop.time() + self._timeout_s))
+        if isinstance(reply, Failed) and reply.problem.code is Code.UPSTREAM_BUSY:
+            circuit.pause(loop.time(), reply.problem.retry_after_s or 0)
+        if circuit.era == era:  # what was asked before the newest probe tells nothing now
+            circuit.note(loop.time(), failed=isinstance(reply, Failed) and reply.problem.code in _OUTAGES)
         return reply
 
     async def close(self) -> None:
         await self._transport.aclose()
+
+    async def _ask(self, account: str, canonical: bytes, query: str, deadline: float) -> Reply:
+        reply: Reply
+        reason: str | None
+        try:
+            async with asyncio.timeout_at(deadline):
+                reply = await self._exchange(account, canonical, query)
+        except (TimeoutError, httpx2.TimeoutException):
+            problem = Problem(Code.UPSTREAM_TIMEOUT, "RenderNet did not answer in time: try again later.")
+            reply, reason = Failed(problem), "no answer in time"
+        except (httpx2.TransportError, httpx2.DecodingError, OSError) as error:
+            problem = Problem(Code.UPSTREAM_ERROR, "RenderNet could not be reached: try again later.")
+            reply, reason = Failed(problem), f"{type(error).__name__}: {error}"
+        except _AnswerTooLargeError:
+            problem = Problem(Code.UPSTREAM_ERROR, f"RenderNet's answer had more than {MAX_ANSWER_BYTES} bytes.")
+            reply, reason = Failed(problem), "an answer beyond the size cap"
+        else:
+            reason = f"{reply.problem.code} ({reply.upstream_status})" if isinstance(reply, Failed) else None
+        self._note_trouble(account, reason)
+        return reply
 
     async def _exchange(self, account: str, canonical: bytes, query: str) -> Reply:
         secret = self._keys[account].get_secret_value()
@@ -124,25 +156,23 @@ class Upstream:
             now=datetime.now(UTC),
         )
 
-    def _failed(self, problem: Problem, reason: str) -> Failed:
-        self._log_trouble(reason)
-        return Failed(problem)
+    def _note_trouble(self, account: str, reason: str | None) -> None:
+        """Logs a trouble when it begins, changes and ends, not for every request."""
+        before = self._troubles.pop(account, None)
+        if reason is not None:
+            self._troubles[account] = reason
+        if reason is not None and reason != before:
+            log.error("upstream fails for the account %s: %s", account, reason)
+        elif reason is None and before is not None:
+            log.info("upstream answers again for the account %s", account)
 
-    def _note_health(self, reply: Reply) -> None:
-        match reply:
-            case Failed(upstream_status=int(status), problem=problem):
-                self._log_trouble(f"{problem.code} ({status})")
-            case Failed():
-                return
-            case _ if self._trouble is not None:
-                self._trouble = None
-                log.info("upstream answers again")
 
-    def _log_trouble(self, reason: str) -> None:
-        """Logs a trouble when it begins or changes, not for every request."""
-        if reason != self._trouble:
-            self._trouble = reason
-            log.warning("upstream fails: %s", reason)
+def _closed_gate(gate: Gate, wait_s: float) -> Problem:
+    if gate is Gate.PAUSED:
+        detail = "RenderNet wants no requests for this account just now: try again later."
+    else:
+        detail = "RenderNet has been failing and is left alone for a moment: try again later."
+    return Problem(Code.UPSTREAM_BUSY, detail, retry_after_s=math.ceil(wait_s))
 
 
 async def _read(response: httpx2.Response) -> bytes:

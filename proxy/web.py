@@ -11,6 +11,7 @@ import re
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from math import floor
 from time import perf_counter
 
 import orjson
@@ -19,7 +20,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from proxy.gateway import Answer, Ask, Explanation, Trace
+from proxy.directives import Directives, parse_directives
+from proxy.gateway import Answer, Ask, Explanation, Purged, Trace
 from proxy.logs import event
 from proxy.problems import BadRequest, ClientGone, Code, Outcome, Problem
 
@@ -30,7 +32,7 @@ MAX_DISCARDED_BYTES = 4 * 2**20
 """Of a body that is too large, so much is read and dropped for the client to hear the answer."""
 
 Headers = list[tuple[bytes, bytes]]
-Ending = Answer | Explanation | Problem
+Ending = Answer | Explanation | Purged | Problem
 Story = Callable[[Ask, Trace], Awaitable[Ending]]
 
 MAX_QUERY_BYTES = 8192
@@ -110,27 +112,31 @@ class StoryEndpoint:
             exchange.close = True
         finally:
             self._lifecycle.in_flight -= 1
-        if ending is None or (exchange.trace.upstream_s is not None and await _is_gone(receive)):
+        if ending is None or (exchange.trace.waited and await _is_gone(receive)):
             exchange.write_log_line(Outcome.CANCELLED, 499)
             return
         exchange.close = exchange.close or self._lifecycle.draining
         await respond(send, exchange, ending)
 
     async def _answer(self, scope: Scope, headers: Headers, receive: Receive, exchange: Exchange) -> Ending | None:
-        """How the story ends; None when nobody is left to hear it. The one place that turns errors into problems."""
+        """How the story ends; None when nobody is left to hear it. What the story raises becomes a problem here."""
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
         body = _Body(receive, self._max_body_bytes, exchange)
         try:
             if self._lifecycle.in_flight > MAX_IN_FLIGHT:
                 return Problem(Code.OVERLOADED, "The gateway has too much to do: try again.", retry_after_s=1)
-            ask = Ask(_token(headers), lambda: body.read(headers), _query(scope))
-            async with asyncio.timeout(self._timeout_s):
-                return await self._story(ask, exchange.trace)
+            ask = Ask(
+                token=_token(headers),
+                read_body=lambda: body.read(headers, deadline),
+                query=_query(scope),
+                directives=_directives(headers),
+                deadline=deadline,
+            )
+            return await self._story(ask, exchange.trace)
         except BadRequest as error:
             return error.problem
         except ClientGone:
             return None
-        except TimeoutError:
-            return body.timeout_problem(self._timeout_s)
         except Exception:
             log.exception("request %s failed", exchange.request_id)
             return Problem(Code.INTERNAL_ERROR, "The gateway failed; its log has the reason under this request's id.")
@@ -143,34 +149,36 @@ class _Body:
         self._receive = receive
         self._max_bytes = max_bytes
         self._exchange = exchange
-        self._reading = False
 
-    async def read(self, headers: Headers) -> bytes:
-        """The whole body. Raises `BadRequest` if it is too large or not declared as plain JSON, `ClientGone`."""
+    async def read(self, headers: Headers, deadline: float) -> bytes:
+        """The whole body.
+
+        Raises `BadRequest` if it is late, too large or not declared as plain JSON, `ClientGone`.
+        """
         _check_media_type(headers)
         if _declared_bytes(headers) > self._max_bytes + MAX_DISCARDED_BYTES:
             raise self._too_large()
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._collect()
+        except TimeoutError:
+            self._exchange.close = True
+            raise BadRequest(Code.INVALID_REQUEST, "The body did not arrive in time.") from None
+
+    async def _collect(self) -> bytes:
         chunks, size = [], 0
-        self._reading = True
         async for chunk in self._chunks():
             size += len(chunk)
             if size > self._max_bytes + MAX_DISCARDED_BYTES:
                 break
             chunks.append(chunk if size <= self._max_bytes else b"")
-        self._reading = False
         if size > self._max_bytes:
             raise self._too_large()
         return b"".join(chunks)
 
-    def timeout_problem(self, timeout_s: float) -> Problem:
-        if self._reading:
-            self._exchange.close = True
-            return Problem(Code.INVALID_REQUEST, f"The body did not arrive within {timeout_s:g} s.")
-        return Problem(Code.UPSTREAM_TIMEOUT, f"There was no answer within {timeout_s:g} s.")
-
     def _too_large(self) -> BadRequest:
         self._exchange.close = True
-        return BadRequest(Code.BODY_TOO_LARGE, f"The body has more than {self._max_bytes} bytes.")
+        return BadRequest(Code.BODY_TOO_LARGE, f"The body has more than {self._max_bytes} bytes: send fewer items.")
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         more = True
@@ -191,11 +199,13 @@ async def respond(send: Send, exchange: Exchange, ending: Ending) -> None:
             headers, body = _answer_headers(ending), ending.body
         case Explanation():
             status, headers, body = 200, [(b"content-type", _JSON)], _explanation_document(ending)
+        case Purged():
+            status, headers, body = 200, [(b"content-type", _JSON)], _purged_document(ending)
     headers += _common_headers(exchange)
     headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-    exchange.write_log_line(ending.outcome, status)
+    exchange.write_log_line(Outcome.HIT if isinstance(ending, Purged) else ending.outcome, status)
 
 
 async def refuse_route(lifecycle: Lifecycle, request: Request, error: Exception) -> Response:
@@ -235,17 +245,26 @@ def _explanation_document(explanation: Explanation) -> bytes:
         "key": question.key,
         "account": question.account,
         "query": question.query,
+        "ignored_members": explanation.ignored,
         "stored": stored is not None,
     }
     if stored is not None:
         document |= {
             "age_s": int(stored.age_s),
-            "ttl_s": int(stored.ttl_s),
+            "ttl_s": floor(stored.ttl_s),
             "estimated": orjson.Fragment(stored.price.estimated),
         }
     elif explanation.outcome is Outcome.BYPASS:
         document |= {"stored": None, "degraded": ["store"]}
     return orjson.dumps(document)
+
+
+def _purged_document(purged: Purged) -> bytes:
+    if purged.key is None:
+        return orjson.dumps({"account": purged.account, "purged": "all"})
+    return orjson.dumps(
+        {"account": purged.account, "purged": "question", "key": purged.key, "was_stored": purged.found}
+    )
 
 
 def _common_headers(exchange: Exchange) -> Headers:
@@ -294,6 +313,10 @@ def _query(scope: Scope) -> bytes:
     return query
 
 
+def _directives(headers: Headers) -> Directives:
+    return parse_directives(", ".join(value.decode("latin-1") for value in values(headers, b"cache-control")))
+
+
 def _only(headers: Headers, name: bytes) -> str | None:
     found = list(values(headers, name))
     if len(found) > 1:
@@ -309,7 +332,7 @@ def _declared_bytes(headers: Headers) -> int:
 def _check_media_type(headers: Headers) -> None:
     content_type = _only(headers, b"content-type")
     if content_type is not None and content_type.partition(";")[0].strip().lower() != _JSON.decode():
-        raise BadRequest(Code.UNSUPPORTED_MEDIA_TYPE, "Send the body as application/json.")
+        raise BadRequest(Code.UNSUPPORTED_MEDIA_TYPE, "Send the body with Content-Type: application/json.")
     if (coding := _only(headers, b"content-encoding")) is not None and coding.lower() != "identity":
         raise BadRequest(Code.UNSUPPORTED_MEDIA_TYPE, "Send the body without a content coding.")
 

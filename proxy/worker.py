@@ -20,6 +20,7 @@ import uvloop
 
 from proxy import logs
 from proxy.app import build, objection
+from proxy.metrics import Metrics
 from proxy.server import Server
 from proxy.settings import Settings
 from proxy.web import Lifecycle
@@ -50,7 +51,7 @@ class Worker:
             log.error("cannot serve: %s", reason)
             return CANNOT_SERVE
         drain_s = settings.server.drain_s
-        app = build(settings, embedded_url, self._lifecycle)
+        app = build(settings, embedded_url, self._lifecycle, Metrics())
         server = Server(app, drain_s=drain_s, announce=lambda: self._channel.send(READY))
         stop = partial(self._stop, server, drain_s)
         loop = asyncio.get_running_loop()

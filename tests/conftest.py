@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from proxy.embedded import EmbeddedStore
 from proxy.simulator import Simulator
 from scene import API_KEY, Scene, gateway, settings
-from serving import serving, wait_until
+from serving import HOSTS, serving, wait_until
 
 # A busy machine is slow, not wrong: the suite as a whole has the time limit.
 hypothesis.settings.register_profile("house", deadline=None)
@@ -34,6 +34,12 @@ class Stage:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.simulator.app(scope, receive, send)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hosts() -> Iterator[None]:
+    yield
+    HOSTS.close()
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +114,13 @@ def open_gateway(valkey_url: str, upstream: tuple[Stage, str], simulator: Simula
             return opened.enter_context(scene)
 
         yield enter
+
+
+@pytest.fixture
+def cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory of prices and books in the process: the store decides each time."""
+    monkeypatch.setattr("proxy.hot.MAX_AGE_S", -1.0)
+    monkeypatch.setattr("proxy.pricebook.BOOK_REREAD_S", -1.0)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import redis
 from starlette.responses import Response
 
 from proxy.app import build
+from proxy.metrics import Metrics
 from proxy.settings import Settings
 from proxy.simulator import Handler, Simulator
 from proxy.teams import digest_of, token_of
@@ -33,6 +34,7 @@ class Scene:
     simulator: Simulator
     store: redis.Redis
     lifecycle: Lifecycle
+    metrics: Metrics
 
     def ask(self, content: bytes | str = b'[{"model":"Flux"}]', **headers: str) -> httpx2.Response:
         """An estimate, asked by `design` unless `headers` say otherwise (`x_api_key=…`)."""
@@ -43,6 +45,16 @@ class Scene:
         """A bare connection to the gateway."""
         address = urlsplit(self.url)
         return socket.create_connection((address.hostname or "", address.port or 0), timeout=5)
+
+    def age(self, seconds: float) -> None:
+        """Makes all that is stored older: prices, and the books' balances and repricings."""
+        for key in self.store.keys("ep1:*:price"):
+            encoding, put_at, rest = self.store.get(key).decode().split(" ", 2)  # type: ignore[union-attr] # it is there
+            self.store.set(key, f"{encoding} {int(put_at) - round(seconds * 1000)} {rest}", keepttl=True)
+        for book in self.store.keys("ep1:book:*"):
+            times = {n: int(v) for n, v in self.store.hgetall(book).items() if n.endswith(b"_at_ms")}  # type: ignore[arg-type] # bytes
+            if times:
+                self.store.hset(book, mapping={n: t - round(seconds * 1000) for n, t in times.items()})
 
     def raw(self, request: bytes) -> bytes:
         """What the gateway answers to these bytes until it closes."""
@@ -71,13 +83,13 @@ def settings(store_url: str, upstream_url: str, **sections: dict[str, Any]) -> S
 @contextmanager
 def gateway(configured: Settings, store_url: str, simulator: Simulator) -> Iterator[Scene]:
     """The gateway that `configured` describes, as a scene."""
-    lifecycle = Lifecycle()
+    lifecycle, metrics = Lifecycle(), Metrics()
     with (
-        serving(build(configured, None, lifecycle)) as url,
+        serving(build(configured, None, lifecycle, metrics)) as url,
         httpx2.Client(base_url=url, trust_env=False, headers={"x-api-key": DESIGN}, timeout=10) as client,
         redis.Redis.from_url(store_url) as store,
     ):
-        yield Scene(url, client, simulator, store, lifecycle)
+        yield Scene(url, client, simulator, store, lifecycle, metrics)
 
 
 def cache_status(response: httpx2.Response) -> str:

@@ -392,9 +392,7 @@ def test_arguments_that_are_no_text_or_long() -> None:
     narrow = process(*program, "explain", "-", stdin=BODY, PYTHONIOENCODING="latin-1")
     assert narrow.stdout.startswith('body  [{"a":"é"'.encode()), "the very bytes, whatever the terminal's encoding"
     assert process(*program, "check", "--config", "\udcff.toml").returncode == 2
-    assert process(*program, "check", "--config", "x" * 5000).stderr.endswith(
-        b" cannot be read: File name too long\n"
-    )
+    assert process(*program, "check", "--config", "x" * 5000).stderr.endswith(b" cannot be read: File name too long\n")
 
 
 def test_a_closed_pipe_is_no_accident() -> None:

@@ -178,9 +178,7 @@ def test_ctrl_c_ends_the_traffic_with_totals() -> None:
 
         totals = show.printed().splitlines()[-1]
         assert f"http://127.0.0.1:{port}\n" in show.printed()
-        assert re.match(
-            re.escape(ENDED) + r" questions \d\d+: hits \d+, misses \d+, collapsed \d+, failed \d+", totals
-        )
+        assert re.match(re.escape(ENDED) + r" questions \d\d+: hits \d+, misses \d+, collapsed \d+, failed \d+", totals)
         assert re.search(r"upstream calls saved \d+; estimated credits [\d,]+\.\d\d; balance [\d,]+$", totals)
         assert "\x1b" not in show.printed()
         assert show.errors.read_text() == ""

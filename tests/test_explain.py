@@ -26,6 +26,7 @@ def test_a_body_that_nobody_has_asked(scene: Scene) -> None:
         "key": key_of(canonical, origin=origin, account="default", path="/pub/v1/generations/estimate", query=""),
         "account": "default",
         "query": "",
+        "ignored_members": [],
         "stored": False,
     }
 

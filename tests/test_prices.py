@@ -1,422 +1,167 @@
-"""What becomes of upstream's answers: each row of the promises about errors, and every number as it was spelled."""
+"""Prices as they are kept and shown: what one is worth at a time and in a book, and each number as it was spelled."""
 
 import json
-from datetime import UTC, datetime, timedelta
-from random import Random
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from bodies import respell
 from proxy.prices import (
+    ENCODING,
     Balance,
-    Failed,
+    Entry,
+    Nonces,
     Price,
-    Priced,
-    Rejected,
-    Reply,
     StoredPrice,
-    Unpriced,
+    as_of,
     decode_price,
     document,
     encode_price,
-    read_reply,
-    retry_after_seconds,
 )
-from proxy.problems import Code
+from proxy.replies import Priced, read_reply
 
-NOW = datetime(2026, 11, 22, 12, 0, 0, tzinfo=UTC)
-SECRET = r'rn/"canary\+key'
 ANSWER = b'{"data":{"estimated":5,"balance":20},"error":{}}'
-PAGE = b"<!doctype html><title>Attention required</title>"
-GOOD_STATUSES = [200, 201, 299, 400, 404, 409, 422, 499]
-
-
-def reply(status: int, body: bytes, *, retry_after: str | None = None) -> Reply:
-    return read_reply(status, body, secret=SECRET, retry_after=retry_after, now=NOW)
-
-
-def failure(status: int, body: bytes) -> Code:
-    failed = reply(status, body)
-    assert isinstance(failed, Failed)
-    assert failed.upstream_status == status
-    assert failed.problem.retry_after_s is None
-    return failed.problem.code
-
-
-# --- what cannot be shown ---------------------------------------------------------------------------------------
-
-BROKEN = {
-    "500": (500, ANSWER),
-    "500 with an envelope": (500, b'{"data":null,"error":{"code":500,"message":"boom"}}'),
-    "502 page": (502, PAGE),
-    "503": (503, b"{}"),
-    "500 with our key refused in it": (500, b'{"error":{"code":401}}'),
-    "599": (599, ANSWER),
-    "600": (600, ANSWER),
-    "page as 200": (200, PAGE),
-    "page as 400": (400, PAGE),
-    "page as 401": (401, PAGE),
-    "page as 403": (403, PAGE),
-    "page as 404": (404, PAGE),
-    "204": (204, b""),
-    "200 and nothing": (200, b""),
-    "200 and space": (200, b"  "),
-    "300": (300, ANSWER),
-    "301": (301, ANSWER),
-    "302 page": (302, PAGE),
-    "304": (304, b""),
-    "399": (399, ANSWER),
-    "199": (199, ANSWER),
-    "cut short": (200, ANSWER[:-1]),
-    "something behind it": (200, ANSWER + b"x"),
-    "NaN": (200, b'{"data":{"estimated":NaN},"error":{}}'),
-    "Infinity": (400, b'{"error":{"code":-Infinity}}'),
-    "byte order mark": (200, b"\xef\xbb\xbf" + ANSWER),
-    "UTF-16": (200, ANSWER.decode().encode("utf-16")),
-    "Latin-1": (200, b'{"data":{"estimated":5,"note":"\xe9"}}'),
-    "half a surrogate pair": (200, rb'{"data":{"estimated":5,"note":"\ud83d"}}'),
-    "half a surrogate pair in a name": (404, rb'{"\ud83d":1}'),
-    "100,000 brackets": (200, b"[" * 100_000 + b"]" * 100_000),
-    "500 levels": (400, b"[" * 500 + b"]" * 500),
-    "control character": (200, b'{"data":{"estimated":5,"note":"\n"}}'),
-    "single quotes": (200, b"{'data':{'estimated':5}}"),
-}
-
-
-@pytest.mark.parametrize(("status", "body"), BROKEN.values(), ids=BROKEN)
-def test_what_is_no_answer_is_an_upstream_error(status: int, body: bytes) -> None:
-    assert failure(status, body) is Code.UPSTREAM_ERROR
-
-
-@pytest.mark.parametrize(
-    ("status", "body"),
-    [
-        (401, b"{}"),
-        (401, b"null"),
-        (403, b"[]"),
-        (403, ANSWER),
-        (401, b'{"err":{"code":400,"message":"no"}}'),
-        (200, b'{"data":{"estimated":5,"balance":20},"error":{"code":401,"message":"no"}}'),
-        (200, b'{"data":null,"error":{"code":"401","message":"no"}}'),
-        (200, b'{"data":null,"err":{"code":403}}'),
-        (400, b'{"error":{"code":403}}'),
-        (404, b'{"err":{"code":"403"},"error":{}}'),
-        (422, b'{"err":{"code":401},"error":{"code":422}}'),
-    ],
-)
-def test_a_refusal_of_our_key_is_never_passed_on(status: int, body: bytes) -> None:
-    assert failure(status, body) is Code.UPSTREAM_REFUSED
-
-
-@pytest.mark.parametrize("body", [ANSWER, PAGE, b"", b'{"error":{"code":401}}', SECRET.encode()])
-@pytest.mark.parametrize(("header", "seconds"), [("7", 7), ("Sun, 22 Nov 2026 12:01:30 GMT", 90), ("soon", None)])
-def test_a_429_is_busy_whatever_is_in_it(body: bytes, header: str, seconds: int | None) -> None:
-    busy = reply(429, body, retry_after=header)
-    assert isinstance(busy, Failed)
-    assert busy.upstream_status == 429
-    assert (busy.problem.code, busy.problem.retry_after_s) == (Code.UPSTREAM_BUSY, seconds)
-
-
-@pytest.mark.parametrize("status", [400, 402, 404, 405, 409, 413, 422, 428, 430, 451, 499])
-@pytest.mark.parametrize(
-    "body",
-    [
-        b'{"data":null,"error":{"code":422,"message":"steps"}}',
-        b' {"err" : {"code": "4010", "n": 1.50}, "err2": "\\u00e9"} \n',
-        b'{"error":"401"}',
-        b'{"error":{"code":[401]},"err":{"code":{"401":null}}}',
-        b'{"data":{"code":401},"code":403,"error":[{"code":401}]}',
-        b"[]",
-        b'"no"',
-        b"null",
-        b"401",
-        b'{"a":1,"a":2}',
-    ],
-)
-def test_a_rejection_of_the_body_passes_as_it_is(status: int, body: bytes) -> None:
-    assert reply(status, body) == Rejected(status, body)
-
-
-# --- our key ----------------------------------------------------------------------------------------------------
-
-
-def escaped(text: str) -> str:
-    return "".join(f"\\u{ord(character):04X}" for character in text)
-
-
-SPELLINGS = {
-    "as JSON writes it": json.dumps(SECRET)[1:-1],
-    "all escaped": escaped(SECRET),
-    "small letters": escaped(SECRET).lower(),
-    "first escaped": escaped(SECRET[0]) + json.dumps(SECRET[1:])[1:-1],
-    "slashes escaped": json.dumps(SECRET)[1:-1].replace("/", "\\/"),
-    "with an escape before it": "\\n\\\\\\u0041" + json.dumps(SECRET)[1:-1],
-}
-PLACES = {
-    "alone": '"%s"',
-    "value": '{"data":{"estimated":5,"note":"before %s after"},"error":{}}',
-    "name": '{"data":{"estimated":5,"before %s after":1},"error":{}}',
-    "deep": '{"data":{"estimated":5,"x":[[{"y":["%s"]}]]},"error":{}}',
-    "message": '{"data":null,"error":{"code":400,"message":"%s"}}',
-    "hidden value": '{"data":{"estimated":5,"x":"%s","x":1},"error":{}}',
-    "hidden object": '{"error":{"message":"%s"},"data":{"estimated":5},"error":{}}',
-}
-
-
-@pytest.mark.parametrize("status", GOOD_STATUSES)
-@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
-@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-def test_an_answer_with_our_key_in_it_is_withheld(status: int, spelling: str, place: str) -> None:
-    assert failure(status, place.replace("%s", spelling).encode()) is Code.UPSTREAM_ERROR
-
-
-def test_our_key_is_found_where_its_bytes_mean_something_else() -> None:
-    withheld = read_reply(422, rb'{"error":{"message":"rn\/new"}}', secret=r"rn\/new", now=NOW)
-    assert isinstance(withheld, Failed)
-
-
-@pytest.mark.parametrize("status", [199, 301, 401, 403, 429, 500])
-@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
-def test_nothing_of_a_failure_shows_our_key(status: int, spelling: str) -> None:
-    failed = reply(status, b'{"error":{"message":"%s"}}' % spelling.encode(), retry_after=SECRET)
-    assert isinstance(failed, Failed)
-    shown = failed.problem.document("req-1").decode() + repr(failed) + repr(failed.problem.headers())
-    assert "canary" not in shown
-
-
-@given(
-    st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1),
-    st.integers(),
-    st.sampled_from([200, 422]),
-)
-@example('"\\/', 0, 200)
-def test_our_key_is_found_in_any_spelling(secret: str, seed: int, status: int) -> None:
-    body = respell({"data": {"estimated": 5, "note": f"é{secret}\\"}, "error": {}}, Random(seed))
-    failed = read_reply(status, body, secret=secret, now=NOW)
-    assert isinstance(failed, Failed)
-    assert "own key" in failed.problem.detail
-
-
-@pytest.mark.parametrize(
-    "note",
-    [
-        SECRET.upper(),
-        SECRET[:-1],
-        SECRET[:5] + " " + SECRET[5:],
-        escaped(SECRET),  # in JSON text its backslashes stand for themselves
-    ],
-)
-def test_what_only_looks_like_our_key_may_pass(note: str) -> None:
-    body = json.dumps({"data": None, "error": {"message": note}}).encode()
-    assert reply(422, body) == Rejected(422, body)
-
-
-# --- prices -----------------------------------------------------------------------------------------------------
-
-
-def with_estimate(number: str) -> bytes:
-    return b'{"data":{"estimated":%s,"balance":20},"error":{}}' % number.encode()
-
-
-USABLE = ["5", "5.0", "0.10", "1e2", "1E+2", "0", "0.0", "-0", "0e5", "1e-7", "1000000000", "1e9", "1000000000.000"]
-OF_64_CHARACTERS = [
-    "0." + "1" * 62,
-    "1" + "0" * 59 + "e-55",
-    "0.10000000000000000555111512312578270211815834045410156250000000",
-]
-UNUSABLE = ["null", "true", "false", '"5"', '""', "[5]", '{"value":5}', "-1", "-0.01", "-1e-9", "1000000001", "1e10"]
-ABSURD = ["1000000000.0000001", "1e400", "1e99999999999999999999", "1e-99999999999999999999", "1" * 5000]
-
-
-@pytest.mark.parametrize("number", [*USABLE, *OF_64_CHARACTERS])
-def test_an_estimate_keeps_its_spelling(number: str) -> None:
-    assert reply(200, with_estimate(number)) == Priced(Price(number.encode(), b""), b"20")
-
-
-@pytest.mark.parametrize(
-    "number", [*UNUSABLE, *ABSURD, *(number.replace("1", "11", 1) for number in OF_64_CHARACTERS)]
-)
-def test_an_estimate_that_is_none_is_unpriced(number: str) -> None:
-    assert reply(200, with_estimate(number)) == Unpriced(with_estimate(number), b"20")
-
-
-def test_the_longest_numbers_are_the_longest() -> None:
-    assert {len(number) for number in OF_64_CHARACTERS} == {64}
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"null",
-        b"5",
-        b'"5"',
-        b"[]",
-        b'[{"data":{"estimated":5}}]',
-        b"{}",
-        b'{"estimated":5}',
-        b'{"data":null}',
-        b'{"data":5}',
-        b'{"data":[5]}',
-        b'{"data":[{"estimated":5}],"error":{}}',
-        b'{"data":{}}',
-        b'{"data":{"Estimated":5}}',
-    ],
-)
-def test_an_answer_without_an_estimate_is_unpriced(body: bytes) -> None:
-    assert reply(200, body) == Unpriced(body, None)
-
-
-@pytest.mark.parametrize(
-    "error", ['{"code":500,"message":"later"}', '{"message":""}', '"later"', "true", "1", "0", "[1]", '{"code":402}']
-)
-def test_an_estimate_beside_an_error_is_unpriced(error: str) -> None:
-    body = b'{"data":{"estimated":5,"balance":20},"error":%s}' % error.encode()
-    assert reply(200, body) == Unpriced(body, b"20")
-
-
-@pytest.mark.parametrize("rest", ["", ',"error":{}', ',"error":null', ',"error":""', ',"error":[]', ',"error":false'])
-@pytest.mark.parametrize("status", [200, 201, 299])
-def test_an_empty_error_is_none(rest: str, status: int) -> None:
-    assert reply(status, b'{"data":{"estimated":5}%s}' % rest.encode()) == Priced(Price(b"5", b""), None)
-
-
-@pytest.mark.parametrize(
-    ("balance", "known"),
-    [
-        ("20", b"20"),
-        ("19.50", b"19.50"),
-        ("-3", b"-3"),
-        ("0", b"0"),
-        ("1e3", b"1e3"),
-        ("1" * 64, b"1" * 64),
-        ("1" * 65, None),
-        ("null", None),
-        ("true", None),
-        ('"20"', None),
-        ("[]", None),
-    ],
-)
-def test_a_balance_is_known_if_it_is_a_number(balance: str, known: bytes | None) -> None:
-    priced = b'{"data":{"balance":%s,"estimated":5}}' % balance.encode()
-    unpriced = b'{"data":{"balance":%s}}' % balance.encode()
-    assert reply(200, priced) == Priced(Price(b"5", b""), known)
-    assert reply(200, unpriced) == Unpriced(unpriced, known)
-
-
-@pytest.mark.parametrize(
-    ("data", "rest"),
-    [
-        (' "plan" : "pro" , "estimated" : 5 ', '"plan":"pro"'),
-        ('"z":1.50,"estimated":5,"a":[1e2,-0,{"b":2.0}],"n":null', '"z":1.50,"a":[1e2,-0,{"b":2.0}],"n":null'),
-        ('"estimated":1,"note":"a b\\u00e9\\"","estimated":5', '"note":"a bé\\""'),
-        ('"estimated":5,"id":' + "9" * 5000, '"id":' + "9" * 5000),
-        ('"estimated":5,"big":1e400', '"big":1e400'),
-    ],
-)
-def test_the_rest_of_the_data_is_kept(data: str, rest: str) -> None:
-    body = b'{"data":{%s,"balance":20},"error":{},"more":1}' % data.encode()
-    assert reply(200, body) == Priced(Price(b"5", rest.encode()), b"20")
-
-
-# --- Retry-After ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [
-        (None, None),
-        ("", None),
-        ("0", 0),
-        ("007", 7),
-        ("3601", 3601),
-        ("9" * 64, 10**64 - 1),
-        ("9" * 65, None),
-        ("-1", None),
-        ("+1", None),
-        ("1.5", None),
-        ("1 2", None),
-        ("\u0661", None),
-        ("\u00b2", None),
-        ("soon", None),
-        (", ,", None),
-        ("Sun, 22 Nov 2026 12:00:00 GMT", 0),
-        ("Sun, 22 Nov 2026 12:01:30 GMT", 90),
-        ("Sunday, 22-Nov-26 12:01:30 GMT", 90),
-        ("Sun Nov 22 12:01:30 2026", 90),
-        ("Sun, 22 Nov 2026 12:01:30", 90),
-        ("Sun, 22 Nov 2026 14:01:30 +0200", 90),
-        ("Sun, 22 Nov 2026 12:01:30 -0000", 90),
-        ("Sun, 22 Nov 2026 11:59:59 GMT", 0),
-        ("Sat, 01 Jan 0001 00:00:00 GMT", 0),
-        ("Sun, 32 Nov 2026 12:00:00 GMT", None),
-        ("Sun, 22 Nov 99999999999999 12:00:00 GMT", None),
-        ("Sun, 22 Nov 2026 12:00:00 +99999999999999", None),
-        ("Sun, 22 Nov 2026 12:00:00 -9999", None),
-        ("Sun, 22 Nov 2026 " + "9" * 5000 + ":00:00 GMT", None),
-    ],
-)
-def test_retry_after(value: str | None, seconds: int | None) -> None:
-    assert retry_after_seconds(value, NOW) == seconds
-
-
-def test_parts_of_a_second_are_rounded() -> None:
-    assert retry_after_seconds("Sun, 22 Nov 2026 12:01:30 GMT", NOW + timedelta(seconds=0.4)) == 90
-
-
-date_parts = st.sampled_from(["Sun", ",", " ", "22", "Nov", "2026", "12:01:30", ":", "GMT", "-", "+", "9", "9" * 20])
-
-
-@given(st.text(max_size=20) | st.lists(date_parts, max_size=14).map("".join))
-def test_any_retry_after_is_a_wait_or_nothing(value: str) -> None:
-    seconds = retry_after_seconds(value, NOW)
-    assert seconds is None or seconds >= 0
-
-
-# --- prices as they are kept and shown --------------------------------------------------------------------------
+BOOK = Nonces(b"p1", b"r1")
+REPRICED = Nonces(b"p1", b"r2")
+ENTRY = Entry(Price(b"5", b""), put_at_ms=1_000_000, ttl_ms=60_000, nonces=BOOK, body_digest=b"d1")
 
 amounts = st.sampled_from([b"5", b"5.0", b"0.10", b"1e2"]) | st.integers(0, 10**9).map(lambda n: str(n).encode())
 members = st.dictionaries(
     st.text().filter(lambda name: name not in ("estimated", "balance")), st.text() | st.integers()
 )
 prices = st.builds(Price, amounts, members.map(lambda rest: json.dumps(rest, ensure_ascii=False)[1:-1].encode()))
+words = st.text("abcXYZ019-_", min_size=1, max_size=12).map(str.encode)
+books = st.builds(Nonces, words, words)
 times = st.integers(0, 2**45)
+entries = st.builds(Entry, prices, times, st.integers(1, 2**40), books, words)
 
 
 def with_spelled_numbers(text: bytes) -> Any:
-    return json.loads(
-        text, parse_int=lambda number: ("number", number), parse_float=lambda number: ("number", number)
-    )
+    return json.loads(text, parse_int=lambda number: ("number", number), parse_float=lambda number: ("number", number))
 
 
-@given(prices, times, st.integers(1, 2**40), st.integers(0, 2**40))
-def test_a_price_comes_back_with_its_age(price: Price, put_at_ms: int, ttl_ms: int, age_ms: int) -> None:
-    stored = b"%d %s" % (put_at_ms, encode_price(price, ttl_ms=ttl_ms))
-    expected = StoredPrice(price, age_ms / 1000, (ttl_ms - age_ms) / 1000)
-    assert decode_price(stored, now_ms=put_at_ms + age_ms) == expected
+def kept(entry: Entry) -> bytes:
+    """The text in the store, as the script that puts it there writes it."""
+    encoded = encode_price(entry.price, ttl_ms=entry.ttl_ms, nonces=entry.nonces, body_digest=entry.body_digest)
+    return b"%s %d %s" % (ENCODING, entry.put_at_ms, encoded)
+
+
+# --- as they are kept -------------------------------------------------------------------------------------------
+
+
+@given(entries)
+def test_a_price_comes_back_as_it_was(entry: Entry) -> None:
+    assert decode_price(kept(entry)) == entry
 
 
 def test_a_kept_price_is_what_it_was() -> None:
     """Others have written prices like this one: a change of it needs another `ENCODING`."""
-    price = Price(b"0.10", b'"plan":"a b"')
-    assert encode_price(price, ttl_ms=3_600_000) == b'1 3600000 0.10 "plan":"a b"'
-    stored = b'1700000000000 1 3600000 0.10 "plan":"a b"'
-    assert decode_price(stored, now_ms=1_700_000_001_500) == StoredPrice(price, 1.5, 3598.5)
-
-
-@given(prices, times, st.integers(1, 2**40))
-def test_a_clock_that_went_back_makes_nothing_younger_than_new(price: Price, now_ms: int, ahead_ms: int) -> None:
-    stored = b"%d %s" % (now_ms + ahead_ms, encode_price(price, ttl_ms=1000))
-    assert decode_price(stored, now_ms=now_ms) == StoredPrice(price, 0, 1)
+    price = Price(b"0.10", b'"plan":"a b","n":1')
+    assert ENCODING == b"2"
+    encoded = encode_price(price, ttl_ms=3_600_000, nonces=Nonces(b"pu", b"re"), body_digest=b"d1")
+    assert encoded == b'3600000 pu re d1 0.10 "plan":"a b","n":1'
+    stored = b'2 1700000000000 3600000 pu re d1 0.10 "plan":"a b","n":1'
+    assert decode_price(stored) == Entry(price, 1_700_000_000_000, 3_600_000, Nonces(b"pu", b"re"), b"d1")
 
 
 @pytest.mark.parametrize(
-    "stored", [b"5 2 1000 5 ", b"5 0 1000 5 ", b"5 2", b"5 11 1000 5 ", b"5  1000 5 ", b'5 {"v":3}']
+    "stored",
+    [
+        b"",
+        b"2",
+        b"2 5 1000 pu re d1 5",  # a space short
+        b"1 5 1000 pu re d1 5 ",
+        b"3 5 1000 pu re d1 5 ",
+        b"22 5 1000 pu re d1 5 ",
+        b" 2 5 1000 pu re d1 5 ",
+        b"2  1000 pu re d1 5 ",
+        b"2 5  pu re d1 5 ",
+        b"2 5.0 1000 pu re d1 5 ",
+        b"2 5 1e3 pu re d1 5 ",
+        b'{"estimated":5}',
+        b'1700000000000 1 3600000 0.10 "plan":"a b"',  # the encoding before this one
+        b"\xff\x00",
+    ],
 )
 def test_a_price_in_another_encoding_is_not_found(stored: bytes) -> None:
-    assert decode_price(stored, now_ms=10) is None
+    assert decode_price(stored) is None
+
+
+@given(st.binary(max_size=60))
+def test_what_others_wrote_is_a_price_or_none(stored: bytes) -> None:
+    decode_price(stored)
+    decode_price(b"2 " + stored)
+
+
+# --- what they are worth ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("age_ms", "age_s", "ttl_s"),
+    [
+        (0, 0, 60),
+        (1, 0.001, 59.999),
+        (59_999, 59.999, 0.001),
+        (60_000, 60, 0),
+        (60_001, 60.001, -0.001),
+        (10**9, 10**6, -999_940),
+    ],
+)
+def test_a_price_has_its_age_and_what_is_left(age_ms: int, age_s: float, ttl_s: float) -> None:
+    expected = StoredPrice(ENTRY.price, age_s, ttl_s, b"d1")
+    assert as_of(ENTRY, ENTRY.put_at_ms + age_ms, BOOK, None) == expected
+    assert as_of(ENTRY, ENTRY.put_at_ms + age_ms, BOOK, 0) == expected
+    assert as_of(ENTRY, ENTRY.put_at_ms + age_ms, BOOK, 5) == expected  # asked after the repricing: not its business
+
+
+@given(entries, times, books, st.none() | st.integers(-(2**40), 2**40))
+def test_a_price_of_another_purge_is_gone(entry: Entry, now_ms: int, book: Nonces, ago_ms: int | None) -> None:
+    assert (as_of(entry, now_ms, book, ago_ms) is None) == (entry.nonces.purge != book.purge)
+
+
+@pytest.mark.parametrize(
+    ("age_ms", "repriced_ago_ms", "ttl_s"),
+    [
+        (10_000, 0, 0),
+        (10_000, 1, -0.001),
+        (10_000, 3_000, -3),
+        (60_000, 3_000, -3),
+        (62_000, 3_000, -3),
+        (63_000, 3_000, -3),
+        (64_000, 3_000, -4),  # its time was over before the repricing
+        (1_000, 5_000, -5),  # put after a repricing, but asked before it
+        (10_000, None, 0),  # the book does not know when
+        (70_000, None, -10),
+        (10_000, -5_000, 0),  # the store's clock has gone back
+        (70_000, -5_000, -10),
+    ],
+)
+def test_a_repriced_price_is_stale_since_the_repricing(age_ms: int, repriced_ago_ms: int | None, ttl_s: float) -> None:
+    stored = as_of(ENTRY, ENTRY.put_at_ms + age_ms, REPRICED, repriced_ago_ms)
+    assert stored == StoredPrice(ENTRY.price, age_ms / 1000, ttl_s, b"d1")
+
+
+@given(entries, times, words, st.none() | st.integers(-(2**40), 2**40))
+def test_a_repriced_price_is_never_fresh(entry: Entry, now_ms: int, reprice: bytes, ago_ms: int | None) -> None:
+    book = Nonces(entry.nonces.purge, reprice)
+    stored, unrepriced = as_of(entry, now_ms, book, ago_ms), as_of(entry, now_ms, entry.nonces, ago_ms)
+    assert stored is not None
+    assert unrepriced is not None
+    if reprice != entry.nonces.reprice:
+        assert stored.ttl_s <= 0
+        assert stored.ttl_s <= unrepriced.ttl_s
+        assert stored.age_s == unrepriced.age_s
+
+
+@given(entries, st.integers(1, 2**40))
+def test_a_clock_that_went_back_makes_nothing_younger_than_new(entry: Entry, ahead_ms: int) -> None:
+    stored = as_of(entry, entry.put_at_ms - ahead_ms, entry.nonces, None)
+    assert stored == StoredPrice(entry.price, 0, entry.ttl_ms / 1000, entry.body_digest)
+
+
+# --- as they are shown ------------------------------------------------------------------------------------------
 
 
 @given(prices, st.none() | st.builds(Balance, amounts, st.floats(0)))
@@ -435,7 +180,8 @@ def test_a_document_without_more_is_upstreams_own() -> None:
 
 @given(prices)
 def test_what_was_answered_is_shown_again_with_the_newest_balance(price: Price) -> None:
-    priced = reply(200, document(price, Balance(b"20", 0)))
+    answered = document(price, Balance(b"20", 0))
+    priced = read_reply(200, answered, secret="rn-canary", now=datetime(2026, 11, 22, tzinfo=UTC))
     assert isinstance(priced, Priced)
     assert priced.balance == b"20"
     newest = Balance(b"19.5", 0)

@@ -15,6 +15,7 @@ PROMISED = {
     "invalid-request": (400, "invalid"),
     "unknown-token": (401, "unauthenticated"),
     "team-disabled": (403, "team-disabled"),
+    "forbidden": (403, "unauthenticated"),
     "not-found": (404, "invalid"),
     "method-not-allowed": (405, "invalid"),
     "body-too-large": (413, "invalid"),
@@ -26,7 +27,9 @@ PROMISED = {
     "upstream-busy": (503, "upstream-busy"),
     "overloaded": (503, "overloaded"),
     "draining": (503, "cancelled"),
+    "store-unavailable": (503, "store-unavailable"),
     "upstream-timeout": (504, "upstream-timeout"),
+    "not-cached": (504, "not-cached"),
 }
 
 every_code = pytest.mark.parametrize("code", Code)

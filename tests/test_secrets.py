@@ -184,6 +184,8 @@ def play_the_answers(play: Play) -> None:
     for fault in Fault:
         play.simulator.script(fault)
         play.ask()
+        wait_until(lambda: play.ask().status_code == 200)  # upstream may have wished for a pause
+        play.ask()  # more answers than failures keep the circuit closed
     play.ask(b'[{"asset":"ast_missing"}]')
     play.simulator.script(answers(b'{"data":{"estimated":1},"defect":true}'))
     play.ask()
@@ -211,6 +213,7 @@ def play_the_refusals(play: Play) -> None:
         play.ask(token=None, authorization=f"Bearer {wrong}")
         play.ask(token=None, authorization=f"Basic {base64.b64encode(wrong.encode()).decode()}")
     play.ask(token=DISABLED)
+    play.ask(cache_control="only-if-cached")
     play.ask(token=None, cookie=f"token={TOKEN}")
     play.ask(b"[{")
     play.ask(content_type=f"text/{TOKEN}")
@@ -226,8 +229,10 @@ def play_the_refusals(play: Play) -> None:
 
 
 def play_the_outages(play: Play, end_upstream: Callable[[], None]) -> None:
+    wait_until(lambda: play.ask(b"[{}]") and "stale" in play.outcomes)
     with play.store_out_of_order:
-        play.ask(b"[{}]")
+        play.ask()
+        play.call("POST", "/v1/cache/purge", content=b'{"all":true}', headers={"x-api-key": TOKEN})
         play.call("POST", "/v1/explain", content=b"[{}]", headers={"x-api-key": TOKEN})
         assert play.call("GET", "/readyz").json()["degraded"] == ["store"]
     end_upstream()
@@ -259,6 +264,8 @@ def sections(folder: Path, upstream_url: str, style: str) -> dict[str, Any]:
             "design": {"tokens": [digest_of(TOKEN)]},
             "retired": {"tokens": [digest_of(DISABLED)], "disabled": True},
         },
+        "admin": {"tokens": [digest_of(TOKEN)]},
+        "cache": {"ttl_s": 4},
         "log": {"level": "debug", "format": style},
     }
 

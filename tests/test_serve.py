@@ -5,6 +5,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import subprocess
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ import psutil
 import pytest
 
 from conftest import Stage
-from processes import SOON_S, House, Served, address_of, house, kill, wait_until_gone
+from processes import SOON_S, START_S, House, Served, address_of, house, kill, wait_until_gone
 from proxy.simulator import Simulator
 from scene import DESIGN, PATH, cache_status, code_of
 from serving import wait_until
@@ -154,6 +155,31 @@ def test_a_body_that_outlasts_the_drain_does_too(home: House) -> None:
 
 
 @pytest.mark.usefixtures("simulator")
+@pytest.mark.usefixtures("simulator")
+def test_sighup_changes_nothing_and_says_so(home: House) -> None:
+    served = home.start()
+    served.send(signal.SIGHUP)
+    served.wait_until_told("SIGHUP: settings are read at the start alone")
+    assert served.ask().status_code == 200
+
+
+@pytest.mark.usefixtures("simulator")
+def test_prices_are_purged_from_the_command_line_while_it_runs(home: House) -> None:
+    def purge() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "proxy", "purge", "--all", "--config", str(home.config())]
+        env = home.environment()
+        return subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=START_S)
+
+    served = home.start()
+    served.ask()
+    assert purge().stdout == "purged all prices of the account default\n"
+    wait_until(lambda: not is_hit(served.ask()), within_s=2.0)
+    assert served.stop() == 0
+    stopped = purge()
+    expected = f"estimate-proxy: no gateway is running on {home.data_dir}: start one, or set store.url\n"
+    assert (stopped.returncode, stopped.stderr) == (2, expected)
+
+
 def test_sigint_leaves_out_the_delay_and_idle_clients_hold_up_nothing(home: House) -> None:
     served = home.start(server={"drain_delay_s": LONG_S, "drain_s": LONG_S})
     with served.client() as idle:
@@ -273,15 +299,15 @@ def test_without_its_store_it_asks_upstream_until_the_store_is_back(home: House)
     first = served.ask()
     served.send(signal.SIGSTOP)  # nobody starts another store meanwhile
     kill(served.store())
+    assert is_hit(served.ask())  # out of the process's memory, for two seconds
+    wait_until(lambda: not is_hit(served.ask()))
     answers = [served.ask() for _ in range(5)]
     assert {(answer.status_code, cache_status(answer)) for answer in answers} == {(200, BYPASS)}
     assert {answer.content for answer in answers} == {first.content}
     assert served.get("/readyz").json() == {"status": "ready", "degraded": ["store"]}
     served.send(signal.SIGCONT)
     wait_until(lambda: is_hit(served.ask()))
-    assert served.told(
-        "embedded store price-book was killed by signal 9 (Killed); embedded store price-book restarted"
-    )
+    assert served.told("embedded store price-book was killed by signal 9 (Killed); embedded store price-book restarted")
     assert len(served.told("the store's connection fails")) <= 3, "it is one trouble, not one a request"
     assert served.stop() == 0
     assert_nothing_left(home)
@@ -294,8 +320,8 @@ def test_a_store_that_hangs_costs_a_moment(home: House) -> None:
     store = served.store()
     store.suspend()
     try:
-        for _ in range(3):
-            answer = served.ask()
+        for number in range(3):
+            answer = served.ask(b'[{"seed":%d}]' % number)
             assert (answer.status_code, cache_status(answer)) == (200, BYPASS)
             assert answer.elapsed.total_seconds() < 1
     finally:
@@ -333,9 +359,7 @@ def test_nothing_outlives_the_supervisor_and_the_next_one_takes_over(
 
 def test_a_worker_whose_supervisor_dies_goes_by_itself_too(home: House, tmp_path: Path) -> None:
     """Where the kernel does not end it: nowhere but on Linux does it."""
-    elsewhere = (
-        "import sys\nfrom proxy import lifeline\nlifeline.sys = type('Elsewhere', (), {'platform': 'darwin'})\n"
-    )
+    elsewhere = "import sys\nfrom proxy import lifeline\nlifeline.sys = type('Elsewhere', (), {'platform': 'darwin'})\n"
     (tmp_path / "sitecustomize.py").write_text(elsewhere)
     served = home.start(env={"PYTHONPATH": str(tmp_path)})
     worker, store = served.worker(), served.store()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from proxy import config
-from proxy.config import load, load_upstream
+from proxy.config import load, load_keying
 from proxy.settings import MASK, SecretText, SecretUrl, Settings, effective, is_identifier, masked_url
 from proxy.settings_problems import SettingsError
 from proxy.upstream import Address
@@ -145,7 +145,7 @@ def test_everything_that_can_be_set(read: Read, tmp_path: Path) -> None:
         ({"XDG_DATA_HOME": "/data"}, "/data"),
         ({"XDG_DATA_HOME": "relative"}, "/home/op/.local/share"),
         ({"XDG_DATA_HOME": ""}, "/home/op/.local/share"),
-        ({"HOME": ""}, "/.local/share"),
+        ({"HOME": ""}, "/var/lib"),
     ],
 )
 def test_data_dir_follows_xdg(read: Read, environ: dict[str, str], home: str) -> None:
@@ -159,7 +159,7 @@ def test_effective_names_every_setting_and_masks_secrets(read: Read) -> None:
     assert rows["upstream.proxy"] is None
     assert rows["teams.design.tokens"][0]["sha256"] == DIGEST
     assert CANARY not in repr(rows)
-    assert len(rows) == 26
+    assert len(rows) == 31
 
 
 # --- Secrets ----------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ WRONG = {
 
 
 def test_all_paths_are_found() -> None:
-    assert len(ALL_PATHS) == 34
+    assert len(ALL_PATHS) == 40
     assert ("teams", "design", "tokens") in ALL_PATHS
     assert ("accounts", "default", "api_key") in ALL_PATHS
 
@@ -568,9 +568,7 @@ def test_clear_text_takes_a_decision(read: Read, problems_of: Problems) -> None:
 
 
 HOSTS = (
-    st.text("az09.-_[]:@%\\/é ", max_size=12)
-    | st.from_regex(r"\A(\d{1,3}\.){3}\d{1,4}\Z")
-    | st.ip_addresses().map(str)
+    st.text("az09.-_[]:@%\\/é ", max_size=12) | st.from_regex(r"\A(\d{1,3}\.){3}\d{1,4}\Z") | st.ip_addresses().map(str)
 )
 
 
@@ -582,7 +580,7 @@ def test_what_is_accepted_is_the_address_that_is_asked(host: str, path: str) -> 
     """Checked by one parser and used by another, a URL must not be read in two ways."""
     url = f"https://{host}/{path}"
     try:
-        base_url = load_upstream(Path(os.devnull), {f"{ENV}UPSTREAM__BASE_URL": url}).base_url
+        base_url = load_keying(Path(os.devnull), {f"{ENV}UPSTREAM__BASE_URL": url}).upstream.base_url
     except SettingsError:
         return
     asked = Address.of(base_url)
@@ -888,9 +886,9 @@ def test_upstream_alone_needs_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text("[upstream]\nbase_url = 'https://h'\nca_file = 'missing'\n[teams.X]\nwhat = 1\n[accounts]\na = 3")
     environ = {f"{ENV}TEAMS__X": "[", f"{ENV}UPSTREAM__TIMEOUT_S": "3", f"{ENV}X__Y": "1"}
-    upstream = load_upstream(file, environ)
+    upstream = load_keying(file, environ).upstream
     assert (upstream.base_url, upstream.timeout_s) == ("https://h", 3.0)
-    assert load_upstream(Path(os.devnull), {}).base_url == "https://api.rendernet.ai"
+    assert load_keying(Path(os.devnull), {}).upstream.base_url == "https://api.rendernet.ai"
 
 
 @pytest.mark.parametrize(
@@ -906,7 +904,7 @@ def test_upstream_alone_says_where_it_is_wrong(tmp_path: Path, text: str, path: 
     file = tmp_path / "config.toml"
     file.write_text(text)
     with pytest.raises(SettingsError) as caught:
-        load_upstream(file, {})
+        load_keying(file, {})
     (problem,) = caught.value.problems
     assert problem.path.endswith(path)
     assert path != "upstream.timout_s" or problem.message == "is not a setting: did you mean timeout_s?"

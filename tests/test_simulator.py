@@ -267,9 +267,7 @@ class TestOrdinaryAnswers:
             ("GET", "/"),
         ],
     )
-    def test_nothing_else_is_served(
-        self, simulator: Simulator, client: httpx2.Client, method: str, path: str
-    ) -> None:
+    def test_nothing_else_is_served(self, simulator: Simulator, client: httpx2.Client, method: str, path: str) -> None:
         answer = client.request(method, path)
         assert answer.status_code == 404
         assert answer.json() == {"data": None, "error": {"code": "not_found", "message": "No such endpoint"}}
@@ -294,14 +292,13 @@ class TestFaults:
         [
             (Fault.SERVER_ERROR, 500, "internal_error"),
             (Fault.BUSY, 429, "too_many_requests"),
+            (Fault.BUSY_FOR_NO_TIME, 429, "too_many_requests"),
             (Fault.ERROR_IN_200, 200, "estimate_failed"),
             (Fault.REFUSED_KEY, 401, "unauthorized"),
             (Fault.FORBIDDEN, 403, "forbidden"),
         ],
     )
-    def test_envelopes(
-        self, simulator: Simulator, client: httpx2.Client, fault: Fault, status: int, code: str
-    ) -> None:
+    def test_envelopes(self, simulator: Simulator, client: httpx2.Client, fault: Fault, status: int, code: str) -> None:
         simulator.script(fault)
         answer = ask(client)
         assert (answer.status_code, answer.json()["data"], answer.json()["error"]["code"]) == (

@@ -13,8 +13,8 @@ import pytest
 import redis
 
 from proxy.app import objection
-from proxy.pricebook import PriceBook
-from proxy.prices import Price
+from proxy.pricebook import Lease, PriceBook
+from proxy.prices import Known, Price
 from proxy.problems import StoreUnavailable
 from proxy.settings import Store as StoreSettings
 from proxy.store import REST_S, TIMEOUT_S, Script, Store, open_store
@@ -23,7 +23,7 @@ from serving import free_port
 
 KEY = "ab" * 32
 PRICE = Price(b"5.10", b'"note":"x y"')
-PUT, GET = Script("price_put"), Script("price_get")
+BALANCE, GET = Script("balance_put"), Script("price_get")
 
 
 @pytest.fixture
@@ -50,7 +50,17 @@ def run(url: str, story: Callable[[Store], Awaitable[None]]) -> None:
 
 
 def book_of(store: Store, ttl_s: float = 60) -> PriceBook:
-    return PriceBook(store, origin="https://upstream.example", ttl_s=ttl_s)
+    return PriceBook(store, origin="https://upstream.example", ttl_s=ttl_s, stale_s=30)
+
+
+async def stored(book: PriceBook) -> bool:
+    """Whether a price could be put under a lease of its own."""
+    try:
+        lease = await book.take_lease(KEY, "default", seen_ms=None, by_force=True)
+        assert isinstance(lease, Lease)
+        return await book.put(lease, PRICE, b"digest")
+    except StoreUnavailable:
+        return False
 
 
 def calls(server: redis.Redis, command: str) -> int:
@@ -61,30 +71,32 @@ def calls(server: redis.Redis, command: str) -> int:
 def test_what_was_put_is_found_with_its_age(any_store_url: str, server: redis.Redis) -> None:
     async def story(store: Store) -> None:
         book = book_of(store)
-        assert await book.look_up(KEY, "default") == (None, None)
-        assert await book.put(KEY, PRICE)
+        assert await book.look_up(KEY, "default") == Known(None, None, None)
+        assert await stored(book)
         await book.note_balance("default", b"19.5")
-        stored, balance = await book.look_up(KEY, "default")
-        assert stored is not None
-        assert balance is not None
-        assert (stored.price, balance.amount) == (PRICE, b"19.5")
-        assert 0 <= stored.age_s < 5
-        assert 55 < stored.ttl_s <= 60
+        for reader in (book, book_of(store)):
+            known = await reader.look_up(KEY, "default")
+            assert known.stored is not None
+            assert known.balance is not None
+            assert (known.stored.price, known.balance.amount) == (PRICE, b"19.5")
+            assert 0 <= known.stored.age_s < 5
+            assert 55 < known.stored.ttl_s <= 60
 
     run(any_store_url, story)
-    assert 55_000 < int(server.pttl(f"ep1:{{{KEY}}}:price")) <= 60_000
+    assert 85_000 < int(server.pttl(f"ep1:{{{KEY}}}:price")) <= 90_000
+    assert not server.exists(f"ep1:{{{KEY}}}:lease")
     assert server.hgetall("ep1:book:https://upstream.example:default")[b"balance"] == b"19.5"
 
 
 def test_scripts_that_the_server_forgot_are_loaded_and_run_once(any_store_url: str, server: redis.Redis) -> None:
     async def story(store: Store) -> None:
-        book = book_of(store)
-        await asyncio.gather(*(book.put(KEY, PRICE) for _ in range(3)))
+        notes = [store.call(BALANCE, f"book{n}", args=(b"1",)) for n in range(3)]
+        await asyncio.gather(*notes)
         server.script_flush()
-        assert await book.put(KEY, PRICE)
+        await store.call(BALANCE, "book", args=(b"1",))
 
     run(any_store_url, story)
-    assert calls(server, "set") == 4
+    assert calls(server, "hset") == 4
 
 
 def test_calls_of_one_turn_go_out_together(any_store_url: str, server: redis.Redis) -> None:
@@ -122,18 +134,18 @@ def test_a_full_store_loses_no_answer(
     async def story(store: Store) -> None:
         book = book_of(store)
         for _ in range(5):
-            assert not await book.put(KEY, PRICE)
-            assert (await book.look_up(KEY, "default"))[0] is None
+            assert not await stored(book)
+            assert (await book.look_up(KEY, "default")).stored is None
         server.config_set("maxmemory", "256mb")
-        assert await book.put(KEY, PRICE)
+        assert await stored(book)
 
     with caplog.at_level(logging.INFO, "proxy"):
         run(any_store_url, story)
     server.config_set("maxmemory-policy", policy or "")
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
-    assert messages[0].startswith("the store's price_put fails: command not allowed when used memory")
-    assert messages[1] == "the store's price_put works again"
+    assert messages[0].startswith("the store's lease_take fails: command not allowed when used memory")
+    assert messages[1] == "the store's lease_take works again"
 
 
 def test_a_store_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
@@ -142,7 +154,7 @@ def test_a_store_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(3):
             with pytest.raises(StoreUnavailable):
                 await book.look_up(KEY, "default")
-            assert not await book.put(KEY, PRICE)
+            assert not await stored(book)
         assert not await store.ping()
         assert await store.version() is None
 
@@ -154,7 +166,8 @@ def test_a_store_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
 def test_the_balance_is_known_here_even_when_the_store_is_not() -> None:
     async def story(store: Store) -> None:
         book = book_of(store)
-        await book.note_balance("default", b"7")
+        with pytest.raises(StoreUnavailable):
+            await book.note_balance("default", b"7")
         balance = book.balance("default")
         assert balance is not None
         assert balance.amount == b"7"
@@ -169,15 +182,19 @@ def test_a_balance_that_another_process_saw_is_read_and_an_older_one_is_not(
         ours, theirs = book_of(store), book_of(store)
         await ours.note_balance("default", b"10")
         await theirs.note_balance("default", b"9")
-        assert (await ours.look_up(KEY, "default"))[1].amount == b"9"  # type: ignore[union-attr] # it is known
+        assert await newest(ours) == b"9"
         server.hset("ep1:book:https://upstream.example:default", mapping={"balance": "50", "balance_at_ms": "1"})
-        fresh = book_of(store)
-        await fresh.look_up(KEY, "default")
-        assert fresh.balance("default").age_s > 1e6  # type: ignore[union-attr] # it is known
-        ours._balance_reread_at.clear()
-        assert (await ours.look_up(KEY, "default"))[1].amount == b"9"  # type: ignore[union-attr] # it is known
+        assert await newest(book_of(store)) == b"50"
+        await ours.reread("default")
+        assert await newest(ours) == b"9"
 
     run(any_store_url, story)
+
+
+async def newest(book: PriceBook) -> bytes | None:
+    """The balance that goes with an estimate now."""
+    balance = (await book.look_up(KEY, "default")).balance
+    return None if balance is None else balance.amount
 
 
 def test_a_reply_that_is_late_is_a_failure_and_nothing_is_sent_again(any_store_url: str, server: redis.Redis) -> None:
@@ -185,19 +202,19 @@ def test_a_reply_that_is_late_is_a_failure_and_nothing_is_sent_again(any_store_u
         loop = asyncio.get_running_loop()
         started = loop.time()
         with pytest.raises(StoreUnavailable):
-            await store.call(PUT, "late", args=(b"text", 60_000))
+            await store.call(BALANCE, "late", args=(b"1",))
         waited = loop.time() - started
         assert TIMEOUT_S <= waited < TIMEOUT_S + 0.25
         started = loop.time()
         with pytest.raises(StoreUnavailable):
-            await store.call(PUT, "late", args=(b"text", 60_000))
+            await store.call(BALANCE, "late", args=(b"1",))
         assert loop.time() - started < TIMEOUT_S / 2
 
-    server.script_load(PUT.text)
+    server.script_load(BALANCE.text)
     path = unquote(any_store_url.removeprefix("unix://"))
     with withholding_replies(Path(path)) as url:
         run(url, story)
-    assert calls(server, "set") == 1
+    assert calls(server, "hset") == 1
 
 
 def test_it_recovers_by_itself(any_store_url: str, server: redis.Redis) -> None:

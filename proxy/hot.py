@@ -1,0 +1,66 @@
+"""The hottest prices, in this process: an LRU cache bounded by entries and bytes, for seconds at the most."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from proxy.prices import Entry
+
+MAX_AGE_S = 2.0
+"""A purged question is served from here no longer than this."""
+
+MAX_ENTRIES = 10_000
+MAX_BYTES = 16 * 2**20
+OVERHEAD_BYTES = 600
+"""What an entry takes beside its price's own bytes; measured generously."""
+
+
+@dataclass(frozen=True, slots=True)
+class HotEntry:
+    """`read_at` is on this process's monotonic clock, taken before the store was asked."""
+
+    entry: Entry
+    now_ms: int
+    read_at: float
+
+
+class HotPrices:
+    def __init__(self, *, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES) -> None:
+        self._entries: OrderedDict[str, HotEntry] = OrderedDict()
+        self._max_entries = max_entries
+        self._max_bytes = max_bytes
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: str, now: float) -> HotEntry | None:
+        found = self._entries.get(key)
+        if found is None:
+            return None
+        if now - found.read_at > MAX_AGE_S:
+            self.drop(key)
+            return None
+        self._entries.move_to_end(key)
+        return found
+
+    def put(self, key: str, found: HotEntry) -> None:
+        """Keeps `found`, unless it was read before what is here: replies can overtake each other."""
+        known = self._entries.get(key)
+        if known is not None and known.read_at > found.read_at:
+            return
+        self.drop(key)
+        self._entries[key] = found
+        self._bytes += _size(found)
+        while len(self._entries) > self._max_entries or self._bytes > self._max_bytes:
+            _, coldest = self._entries.popitem(last=False)
+            self._bytes -= _size(coldest)
+
+    def drop(self, key: str) -> None:
+        found = self._entries.pop(key, None)
+        if found is not None:
+            self._bytes -= _size(found)
+
+
+def _size(found: HotEntry) -> int:
+    price = found.entry.price
+    return OVERHEAD_BYTES + len(price.estimated) + len(price.rest)
