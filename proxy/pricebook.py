@@ -44,10 +44,12 @@ CHANGES_TO_REPRICE = 3
 CHANGES_WITHIN_S = 3600
 REPRICE_EVERY_S = 600
 
-_PRICE_GET, _PRICE_PUT, _PRICE_PURGE = Script("price_get"), Script("price_put"), Script("price_purge")
-_LEASE_TAKE, _LEASE_WATCH = Script("lease_take"), Script("lease_watch")
+_PRICE_GET = Script("price_get", repeatable=True)
+_PRICE_PUT, _PRICE_PURGE = Script("price_put"), Script("price_purge")
+_LEASE_TAKE, _LEASE_WATCH = Script("lease_take"), Script("lease_watch", repeatable=True)
 _LEASE_KEEP, _LEASE_END = Script("lease_keep"), Script("lease_end")
-_BOOK_GET, _BOOK_PURGE, _BALANCE_PUT = Script("book_get"), Script("book_purge"), Script("balance_put")
+_BOOK_GET = Script("book_get", repeatable=True)
+_BOOK_PURGE, _BALANCE_PUT = Script("book_purge"), Script("balance_put")
 _AUDIT_TAKE, _AUDIT_CHANGED = Script("audit_take"), Script("audit_changed")
 
 

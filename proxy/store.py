@@ -1,9 +1,9 @@
 """The way to Redis or Valkey: scripts, batched.
 
 * Calls made in the same turn of the event loop go out together, in one round trip.
-* Nothing is sent twice. redis-py would run a script again after a late reply; here a lost reply is a failure. Only
-  a script that the server did not know is sent again: it has not run.
-* A call takes `TIMEOUT_S` at the most, waiting for a connection included. After a failure the store is left alone
+* Nothing is sent twice unless that is known to be harmless. redis-py would run any script again after a late reply;
+  here that is a failure, but for scripts that only look. One that the server did not know has not run: it goes again.
+* A try takes `TIMEOUT_S` at the most, waiting for a connection included. After a failure the store is left alone
   for `REST_S`, and calls fail at once, so that a hanging store costs one wait rather than one a request.
 """
 
@@ -37,10 +37,14 @@ log = logging.getLogger(__name__)
 
 
 class Script:
-    """One of the files in `proxy/lua`; its header says what it takes and gives."""
+    """One of the files in `proxy/lua`; its header says what it takes and gives.
 
-    def __init__(self, name: str) -> None:
+    repeatable: to run it twice is the same as to run it once.
+    """
+
+    def __init__(self, name: str, *, repeatable: bool = False) -> None:
         self.name = name
+        self.repeatable = repeatable
 
     @cached_property
     def text(self) -> bytes:
@@ -131,7 +135,7 @@ class Store:
 
     async def _run(self, batch: list[_Call]) -> None:
         try:
-            replies = await _in_time(self._execute(batch))
+            replies = await self._replies(batch)
         except (RedisError, OSError, TimeoutError) as error:
             self._rests_until = asyncio.get_running_loop().time() + REST_S
             self._trouble(_CONNECTION, str(error) or "no answer in time")
@@ -140,6 +144,15 @@ class Store:
             self._recovered(_CONNECTION)
         for call, reply in zip(batch, replies, strict=True):
             self._deliver(call, reply)
+
+    async def _replies(self, batch: list[_Call]) -> list[Any]:
+        """The replies in time; what may be repeated has a second try, so that one hiccup costs no upstream call."""
+        try:
+            return await _in_time(self._execute(batch))
+        except TimeoutError:
+            if not all(call.script.repeatable for call in batch):
+                raise
+            return await _in_time(self._execute(batch))
 
     async def _execute(self, batch: list[_Call]) -> list[Any]:
         replies = await self._pipeline(batch)

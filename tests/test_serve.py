@@ -323,7 +323,7 @@ def test_a_store_that_hangs_costs_a_moment(home: House) -> None:
         for number in range(3):
             answer = served.ask(b'[{"seed":%d}]' % number)
             assert (answer.status_code, cache_status(answer)) == (200, BYPASS)
-            assert answer.elapsed.total_seconds() < 1
+            assert answer.elapsed.total_seconds() < 1.5
     finally:
         store.resume()
     wait_until(lambda: is_hit(served.ask()))

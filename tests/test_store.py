@@ -217,6 +217,15 @@ def test_a_reply_that_is_late_is_a_failure_and_nothing_is_sent_again(any_store_u
     assert calls(server, "hset") == 1
 
 
+def test_what_only_looks_has_a_second_try(any_store_url: str, server: redis.Redis) -> None:
+    async def story(store: Store) -> None:
+        await book_of(store).look_up(KEY, "default")
+        server.client_pause(350)
+        assert (await book_of(store).look_up(KEY, "default")).stored is None
+
+    run(any_store_url, story)
+
+
 def test_it_recovers_by_itself(any_store_url: str, server: redis.Redis) -> None:
     async def story(store: Store) -> None:
         server.client_pause(600)
