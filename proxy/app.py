@@ -1,6 +1,8 @@
 """The composition root: settings in, a Starlette application out, whose lifespan closes what was opened."""
 
-from collections.abc import AsyncIterator
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from time import monotonic
@@ -11,46 +13,75 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from proxy.access import Access
 from proxy.asking import Asker
 from proxy.choices import Windows
+from proxy.decisions import Decisions
 from proxy.embedded import running_url
 from proxy.gateway import Gateway, Policy
+from proxy.ledger import Ledger
 from proxy.metrics import Metrics
 from proxy.pricebook import PriceBook
+from proxy.quotas import Quota, Rate, Scope, Terms
+from proxy.reports import Reports
+from proxy.rules import InForce, Rules
+from proxy.scrape import Scrape
+from proxy.settings import Quota as QuotaSettings
 from proxy.settings import Settings
-from proxy.store import OLDEST_REDIS, Store, open_store
+from proxy.sheets import LedgerKeys
+from proxy.statements import Statements
+from proxy.store import OLDEST_REDIS, EmbeddedUrls, Store, open_book_store, open_ledger_store
 from proxy.teams import Credential, Team, Teams
 from proxy.upstream import ESTIMATE_PATH, Address, Upstream
 from proxy.web import Lifecycle, StoryEndpoint, refuse_route
 
 EXPLAIN_PATH = "/v1/explain"
 PURGE_PATH = "/v1/cache/purge"
+USAGE_PATH = "/v1/usage"
+QUOTA_PATH = "/v1/quota"
+METRICS_PATH = "/metrics"
+
+log = logging.getLogger(__name__)
 
 
-def build(settings: Settings, embedded_url: str | None, lifecycle: Lifecycle, metrics: Metrics) -> Starlette:
-    """The gateway as an application. `embedded_url` is where the store is that no setting names."""
-    store = open_store(settings.store, embedded_url)
-    upstream = Upstream(settings.upstream, {name: account.api_key for name, account in settings.accounts.items()})
-    book = book_of(settings, store, upstream.address)
-    asker = Asker(
-        book,
-        upstream,
-        metrics,
-        timeout_s=settings.server.request_timeout_s,
-        ignored=settings.cache.ignore,
-    )
-    gateway = Gateway(teams_of(settings), book, asker, upstream.address, policy_of(settings))
+def build(settings: Settings, embedded_urls: EmbeddedUrls, lifecycle: Lifecycle, metrics: Metrics) -> Starlette:
+    """The gateway as an application. `embedded_urls` say where the stores are that no setting names."""
+    book_store = open_book_store(settings, embedded_urls, metrics)
+    ledger_store = open_ledger_store(settings, embedded_urls, metrics)
+    api_keys = {name: account.api_key for name, account in settings.accounts.items()}
+    upstream = Upstream(settings.upstream, api_keys, metrics)
+    book = book_of(settings, book_store, upstream.address)
+    asker = Asker(book, upstream, metrics, timeout_s=settings.server.request_timeout_s)
+    zone, keys, in_force = settings.org.zone, LedgerKeys(settings.org.id), InForce(rules_of(settings))
+    admits_on_outage = settings.store.on_outage == "admit"
+    decisions = Decisions(ledger_store, keys, zone, metrics)
+    ledger = Ledger(decisions, metrics, zone, admits_on_outage=admits_on_outage)
+    metrics.expect_warnings(in_force.rules.terms.values())
+    gateway = Gateway(in_force, ledger, book, asker, upstream.address, policy_of(settings))
+    reports = Reports(ledger_store, keys, zone)
+    statements = Statements(in_force, reports, zone)
+    scrape = Scrape(in_force, metrics, decisions, reports, book)
+
+    def reload(changed: Settings) -> None:
+        """What began under the old rules ends under them."""
+        in_force.rules = rules_of(changed)
+        metrics.expect_warnings(in_force.rules.terms.values())
+        upstream.take_keys({name: account.api_key for name, account in changed.accounts.items()})
+        metrics.begin(changed.teams, changed.accounts)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await ledger.open()
         yield
         await gateway.finish(max(0.0, lifecycle.stop_by - monotonic()))
         await upstream.close()
-        await store.close()
+        await book_store.close()
+        await ledger_store.close()
 
     endpoint = partial(
         StoryEndpoint,
         lifecycle=lifecycle,
+        metrics=metrics,
         max_body_bytes=settings.server.max_body_bytes,
         timeout_s=settings.server.request_timeout_s,
     )
@@ -59,21 +90,53 @@ def build(settings: Settings, embedded_url: str | None, lifecycle: Lifecycle, me
             Route(ESTIMATE_PATH, endpoint("estimate", gateway.estimate), methods=["POST"]),
             Route(EXPLAIN_PATH, endpoint("other", gateway.explain), methods=["POST"]),
             Route(PURGE_PATH, endpoint("other", gateway.purge), methods=["POST"]),
+            Route(USAGE_PATH, endpoint("other", statements.usage), methods=["GET"]),
+            Route(QUOTA_PATH, endpoint("other", statements.quota), methods=["GET"]),
+            Route(METRICS_PATH, endpoint("other", scrape.metrics), methods=["GET"]),
             Route("/healthz", _healthz, methods=["GET"]),
-            Route("/readyz", partial(_readyz, store, upstream, lifecycle), methods=["GET"]),
+            Route("/readyz", partial(_readyz, (ledger_store, book_store), upstream, lifecycle), methods=["GET"]),
         ],
-        exception_handlers={HTTPException: partial(refuse_route, lifecycle)},
+        exception_handlers={HTTPException: partial(refuse_route, lifecycle, metrics)},
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False  # a redirect would repeat the request's Host header
+    app.state.reload = reload
     return app
 
 
-def teams_of(settings: Settings) -> Teams:
+def terms_of(settings: Settings) -> dict[str, Terms]:
+    """What holds for each team: its rate, its quotas and the organisation's."""
+    org = tuple(_quota("org", quota) for quota in settings.org.quotas)
+    terms = {}
+    for name, team in settings.teams.items():
+        rate = settings.rate_of(team)
+        own = tuple(_quota("team", quota) for quota in settings.quotas_of(team))
+        terms[name] = Terms(name, Rate(rate.per_s, rate.burst), own + org)
+    return terms
+
+
+def _quota(scope: Scope, quota: QuotaSettings) -> Quota:
+    return Quota(scope, quota.measure, quota.per, quota.counted_limit, quota.on_exceed == "refuse")
+
+
+def rules_of(settings: Settings) -> Rules:
+    """What can be reloaded of the settings, but for the accounts' keys."""
+    terms = terms_of(settings)
+    access = Access(
+        teams_of(settings, terms),
+        settings.org.zone,
+        admin_digests=settings.admin.tokens,
+        metrics_digests=settings.metrics.tokens,
+        metrics_are_public=settings.metrics.public,
+    )
+    return Rules(access, terms, frozenset(settings.accounts), settings.cache.ignore)
+
+
+def teams_of(settings: Settings, terms: Mapping[str, Terms]) -> Teams:
     """The teams by the digests of their tokens."""
     credentials: dict[str, Credential] = {}
     for name, configured in settings.teams.items():
-        team = Team(name, configured.account, configured.disabled)
+        team = Team(name, configured.account, configured.disabled, terms[name])
         for token in configured.tokens:
             credentials[token.sha256] = Credential(team, token.expires)
     return Teams(credentials)
@@ -91,8 +154,9 @@ async def purge_book(settings: Settings, account: str, canonical: bytes | None, 
 
     Returns what was done, for people. Raises `StoreUnavailable`, `EmbeddedStoreError`.
     """
-    embedded_url = running_url(settings.store.data_dir) if settings.store.url is None else None
-    store = open_store(settings.store, embedded_url)
+    embedded = settings.store.url is None and settings.cache.url is None
+    urls: EmbeddedUrls = {"price-book": running_url(settings.store.data_dir, role="price-book")} if embedded else {}
+    store = open_book_store(settings, urls)
     address = Address.of(settings.upstream.base_url)
     book = book_of(settings, store, address)
     try:
@@ -110,10 +174,6 @@ def policy_of(settings: Settings) -> Policy:
     """What the settings say about answers."""
     cache = settings.cache
     return Policy(
-        zone=settings.org.zone,
-        accounts=frozenset(settings.accounts),
-        admin_digests=frozenset(settings.admin.tokens),
-        ignored=cache.ignore,
         windows=Windows(cache.stale_while_revalidate_s, cache.stale_if_error_s),
         balance_max_age_s=cache.balance_max_age_s,
         timeout_s=settings.server.request_timeout_s,
@@ -121,28 +181,37 @@ def policy_of(settings: Settings) -> Policy:
     )
 
 
-async def objection(settings: Settings, embedded_url: str | None) -> str | None:
-    """Why the store must not be used, if its version is known and too old."""
-    store = open_store(settings.store, embedded_url)
-    try:
-        version = await store.version()
-    finally:
-        await store.close()
-    if version is None or version >= OLDEST_REDIS:
-        return None
-    found, oldest = (".".join(map(str, numbers)) for numbers in (version, OLDEST_REDIS))
-    return f"the store is Redis {found}: use Redis {oldest} or newer, or Valkey 7.2 or newer"
+async def objections(settings: Settings, embedded_urls: EmbeddedUrls) -> str | None:
+    """Why a store must not be used, if its version is known and too old. A ledger that may forget is a warning."""
+    for open_role in (open_ledger_store, open_book_store):
+        store = open_role(settings, embedded_urls)
+        try:
+            version = await store.version()
+            policy = await store.eviction_policy()
+        finally:
+            await store.close()
+        if version is not None and version < OLDEST_REDIS:
+            found, oldest = (".".join(map(str, numbers)) for numbers in (version, OLDEST_REDIS))
+            return f"the store is Redis {found}: use Redis {oldest} or newer, or Valkey 7.2 or newer"
+        if store.role == "ledger" and policy not in (None, "noeviction"):
+            log.error(
+                "the ledger's server may evict (maxmemory-policy %s): quotas and usage can vanish in silence. "
+                "Set it to noeviction, and give the price book a server of its own (cache.url)",
+                policy,
+            )
+    return None
 
 
 async def _healthz(_: Request) -> Response:
     return JSONResponse({"status": "alive"})
 
 
-async def _readyz(store: Store, upstream: Upstream, lifecycle: Lifecycle, _: Request) -> Response:
+async def _readyz(stores: Sequence[Store], upstream: Upstream, lifecycle: Lifecycle, _: Request) -> Response:
     """Ready unless shutting down: a lost store or upstream has its own promises, and all replicas share it."""
     if lifecycle.draining:
         return JSONResponse({"status": "draining"}, 503, {"connection": "close", "cache-control": "no-store"})
-    degraded = [] if await store.ping() else ["store"]
+    answers = await asyncio.gather(*(store.ping() for store in stores))
+    degraded: list[str] = [store.role for store, is_up in zip(stores, answers, strict=True) if not is_up]
     if upstream.in_trouble:
         degraded.append("upstream")
     return JSONResponse({"status": "ready", "degraded": degraded})

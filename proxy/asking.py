@@ -44,12 +44,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A canonical body on its way: everything that its key is taken from."""
+    """A canonical body on its way: everything that its key is taken from. `ignored` members do not count in it."""
 
     account: str
     canonical: bytes
     query: str
     key: str
+    ignored: tuple[str, ...] = ()
 
     @property
     def body_digest(self) -> bytes:
@@ -76,14 +77,11 @@ class Told:
 class Asker:
     """Times are seconds; deadlines stand on the event loop's clock."""
 
-    def __init__(
-        self, book: PriceBook, upstream: Upstream, metrics: Metrics, *, timeout_s: float, ignored: tuple[str, ...]
-    ) -> None:
+    def __init__(self, book: PriceBook, upstream: Upstream, metrics: Metrics, *, timeout_s: float) -> None:
         self._book = book
         self._upstream = upstream
         self._metrics = metrics
         self._timeout_s = timeout_s
-        self._ignored = ignored
         self._flights = Flights[Told]()
         self._audits = Flights[None]()
         self._no_audit_until: dict[str, float] = {}
@@ -246,7 +244,7 @@ class Asker:
             result = "same"
         elif stored.body_digest != question.body_digest:
             result = "ignored-member"
-            members = ", ".join(present(question.canonical, self._ignored))
+            members = ", ".join(present(question.canonical, question.ignored))
             event(log, logging.ERROR, "a member of cache.ignore decides prices", {**facts, "members": members})
         else:
             result = "changed"

@@ -5,11 +5,14 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import date
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, NoReturn
+from time import time
+from typing import Any, NoReturn, TypeVar
+from urllib.parse import urlencode
 
 import click
 from rich.console import Console
@@ -19,15 +22,21 @@ from rich.text import Text
 from proxy import __version__, demo, logs, teams
 from proxy.app import purge_book
 from proxy.canonical import canonicalise, present
-from proxy.config import PLACES, find_config, load, load_keying
+from proxy.config import PLACES, Source, find_config, load, load_keying
 from proxy.embedded import EmbeddedStoreError
+from proxy.inquiries import ask_standings, ask_usage
+from proxy.metrics_files import NoMetricsDirectoryError
 from proxy.problems import BadRequest, StoreUnavailable
-from proxy.settings import Settings, effective, is_identifier
+from proxy.settings import Settings, effective, is_identifier, warnings
 from proxy.settings_problems import SettingsError
 from proxy.supervisor import ListenError, Supervisor
+from proxy.tables import quota_lines, quota_table, tabbed, usage_table
 from proxy.upstream import Address
+from proxy.usage import cells_of, csv_of, json_of, read_usage_query
+from proxy.windows import day_of
 
 BAD_INPUT = 2
+_Read = TypeVar("_Read")
 _ID_RULE = "must be an id: 1 to 64 of a-z, 0-9 and -, beginning and ending with a letter or digit"
 
 
@@ -76,14 +85,17 @@ def main() -> None:
 @config_option
 @click.option("--host", metavar="HOST", help="Listen here instead of server.host.")
 @click.option("--port", type=int, metavar="PORT", help="Listen here instead of server.port; 0 takes a free one.")
-def serve(config: Path | None, host: str | None, port: int | None) -> None:
-    """Run the gateway. SIGTERM drains it."""
-    chosen = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
-    settings = _load(config, {"server": chosen})
+@click.option("--workers", type=int, metavar="N", help="So many processes instead of server.workers.")
+def serve(config: Path | None, host: str | None, port: int | None, workers: int | None) -> None:
+    """Run the gateway. SIGTERM drains it, SIGHUP reloads its settings."""
+    given = {"host": host, "port": port, "workers": workers}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    source = Source(config, dict(os.environ), {"server": chosen})
+    settings = _load(config, source.overrides)
     logs.configure(settings.log.level, settings.log.format)
     try:
-        status = Supervisor(settings).run()
-    except (ListenError, EmbeddedStoreError) as error:
+        status = Supervisor(settings, source).run()
+    except (ListenError, EmbeddedStoreError, NoMetricsDirectoryError) as error:
         _fail(str(error))
     sys.exit(status)
 
@@ -98,9 +110,10 @@ def serve(config: Path | None, host: str | None, port: int | None) -> None:
     help="Listen here; 0 takes a free one.",
 )
 @click.option("--traffic/--no-traffic", default=True, help="Let three teams ask all the time (the default), or not.")
-def demo_command(port: int, traffic: bool) -> None:  # noqa: FBT001 -- click passes a flag by name
+@click.option("--prometheus", is_flag=True, help="Write a configuration with which Prometheus scrapes the demo.")
+def demo_command(port: int, traffic: bool, prometheus: bool) -> None:  # noqa: FBT001 -- click passes a flag by name
     """Try all of it without an account: simulated RenderNet, three teams, live traffic."""
-    sys.exit(demo.run(port=port, traffic=traffic))
+    sys.exit(demo.run(port=port, traffic=traffic, prometheus=prometheus))
 
 
 @main.command(short_help="Validate and show the settings.")
@@ -108,6 +121,8 @@ def demo_command(port: int, traffic: bool) -> None:  # noqa: FBT001 -- click pas
 def check(config: Path | None) -> None:
     """Validate the settings; report all problems at once, or show what is in force."""
     settings = _load(config)
+    for warning in warnings(settings):
+        click.echo(f"estimate-proxy: warning: {warning}", err=True)
     source = find_config(config, os.environ) or "no file: defaults and the environment"
     rows = [(path, None if value is None else _toml(value)) for path, value in effective(settings)]
     if not sys.stdout.isatty():
@@ -125,12 +140,13 @@ def _toml(value: Any) -> str:
     match value:
         case bool():
             return str(value).lower()
-        case int() | float() | date():
+        case int() | float() | Decimal() | date():
             return str(value)
         case tuple():
             return f"[{', '.join(map(_toml, value))}]"
         case dict():
-            return f"{{ {', '.join(f'{key} = {_toml(member)}' for key, member in value.items() if member)} }}"
+            filled = {key: member for key, member in value.items() if member not in (None, "")}
+            return f"{{ {', '.join(f'{key} = {_toml(member)}' for key, member in filled.items())} }}"
         case _:
             return json.dumps(str(value), ensure_ascii=False)
 
@@ -200,6 +216,80 @@ def purge(file: Any, config: Path | None, account: str, everything: bool, query:
         _fail(str(error))
     except StoreUnavailable:
         _fail("the store is out of reach: nothing was purged")
+
+
+@main.command(name="usage", short_help="Show what teams have used.")
+@config_option
+@click.option("--team", metavar="ID", help="Of this team alone. Default: all that ever had usage.")
+@click.option("--from", "first", metavar="DAY", help="First day, as 2026-11-01. Default: the first of the month.")
+@click.option("--to", "last", metavar="DAY", help="Last day. Default: today.")
+@click.option(
+    "--by",
+    metavar="NAMES",
+    help="A row for each of day, team or model, or of several joined by commas. Default: team; with --team: day.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "csv", "json"]),
+    default="table",
+    show_default=True,
+    help="A table for people, or what GET /v1/usage answers.",
+)
+def usage_command(
+    config: Path | None, team: str | None, first: str | None, last: str | None, by: str | None, form: str
+) -> None:
+    """Show requests and estimated credits, exactly as the store has them.
+
+    Days are those of org.timezone. When piped, the table is tab-separated text with a column for each outcome and
+    without the total.
+    """
+    settings = _load(config)
+    zone = settings.org.zone
+    given = {"from": first, "to": last, "team": team, "by": by}
+    asked = {"by": "team" if team is None else "day"} | {name: text for name, text in given.items() if text is not None}
+    try:
+        query = read_usage_query(urlencode(asked, errors="replace").encode(), None, today=day_of(int(time()), zone))
+        usage = _from_store(ask_usage(settings, query))
+    except BadRequest as error:
+        _fail(f"--{error}")
+    if form != "table":
+        click.echo(csv_of(usage, query.by) if form == "csv" else json_of(usage, query, zone.key) + b"\n", nl=False)
+    elif sys.stdout.isatty():
+        console = Console()
+        console.print(usage_table(usage, query, zone, console))
+    else:
+        click.echo(tabbed(cells_of(usage, query.by)), nl=False)
+
+
+@main.command(name="quota", short_help="Show quotas, and what is left of them.")
+@click.argument("team", required=False)
+@config_option
+def quota_command(team: str | None, config: Path | None) -> None:
+    """Show the quotas of TEAM, or of all teams: what is used, what is left, when they start anew.
+
+    Exactly as the store has it. When piped, the table is tab-separated text.
+    """
+    settings = _load(config)
+    if team not in (None, *settings.teams):
+        _fail("TEAM names no team of the settings")
+    standings = _from_store(ask_standings(settings, team))
+    if not any(standing.terms.quotas for standing in standings):
+        click.echo("estimate-proxy: no quota is set", err=True)
+    if sys.stdout.isatty():
+        Console().print(quota_table(standings, settings.org.zone))
+    else:
+        click.echo(tabbed(quota_lines(standings, settings.org.zone)), nl=False)
+
+
+def _from_store(reading: Coroutine[Any, Any, _Read]) -> _Read:
+    """What the store says, or the end of the command."""
+    try:
+        return asyncio.run(reading)
+    except EmbeddedStoreError as error:
+        _fail(str(error))
+    except StoreUnavailable:
+        _fail("the store is out of reach")
 
 
 def _load(config: Path | None, overrides: dict[str, Any] | None = None) -> Settings:

@@ -14,6 +14,7 @@ import os
 import ssl
 import tomllib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +57,31 @@ def load(config: Path | None, environ: Mapping[str, str], *, overrides: Tree | N
     _default_data_dir(tree, environ)
     problems += dict.fromkeys(_cross_problems(tree))
     return _validate(Settings, tree, problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a gateway's settings come from, to be read again; as `load` has it."""
+
+    config: Path | None
+    environ: Mapping[str, str]
+    overrides: Tree
+
+    def load(self) -> Settings:
+        """Raises `SettingsError` with every problem found."""
+        return load(self.config, self.environ, overrides=self.overrides)
+
+    def files(self) -> list[Path]:
+        """The config and the files of secrets that it names, there or not."""
+        config = find_config(self.config, self.environ)
+        try:
+            tree = _gather(config, self.environ, [])
+        except SettingsError:
+            tree = {}
+        names = [table.get(f"{key}_file") for _, table, key in _secret_tables(tree)]
+        folder = config.parent if config else Path()
+        secrets = [folder / name for name in names if isinstance(name, str)]
+        return [config, *secrets] if config else secrets
 
 
 class Keying(BaseModel):
@@ -238,6 +264,10 @@ def _cross_problems(tree: Tree) -> Iterator[SettingsProblem]:
         yield SettingsProblem("teams", "is empty: nobody could ask; `estimate-proxy token new TEAM` makes a token")
     yield from _missing_accounts(tree, teams)
     yield from _repeated_tokens(teams)
+    for name in ("org", "team_defaults"):
+        yield from _repeated_quotas(tree.get(name), name)
+    for name, team in teams.items():
+        yield from _repeated_quotas(team, "teams", name)
     yield from _ca_file_problems(tree)
 
 
@@ -265,6 +295,18 @@ def _repeated_tokens(teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]:
             here = path_of("teams", name, "tokens", index)
             if isinstance(digest, str) and seen.setdefault(digest, here) != here:
                 yield SettingsProblem(here, f"is the same token as {seen[digest]}")
+
+
+def _repeated_quotas(scope: object, *path: str) -> Iterator[SettingsProblem]:
+    """A second limit on the same measure and window: the lower one would hold, and hide the other."""
+    seen: dict[tuple[str, str], str] = {}
+    quotas = scope.get("quotas") if isinstance(scope, dict) else None
+    for index, quota in enumerate(quotas if isinstance(quotas, list) else ()):
+        match quota:
+            case {"measure": str(measure), "per": str(per)}:
+                here = path_of(*path, "quotas", index)
+                if (first := seen.setdefault((measure, per), here)) != here:
+                    yield SettingsProblem(here, f"repeats {first}: keep one limit for this measure and window")
 
 
 def _ca_file_problems(tree: Tree) -> Iterator[SettingsProblem]:

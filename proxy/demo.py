@@ -40,6 +40,7 @@ from proxy.demo_stage import (
     introduction,
     last_words,
     new_token,
+    scrape_config_text,
 )
 from proxy.demo_traffic import QUERY, Tally, Traffic
 from proxy.lifeline import die_with_parent
@@ -75,12 +76,15 @@ class DemoError(Exception):
         self.exit_status = exit_status
 
 
-def run(*, port: int, traffic: bool) -> int:
-    """Runs until Ctrl-C or SIGTERM; the exit status. `port` is the gateway's, 0 takes a free one."""
+def run(*, port: int, traffic: bool, prometheus: bool) -> int:
+    """Runs until Ctrl-C or SIGTERM; the exit status. `port` is the gateway's, 0 takes a free one.
+
+    prometheus: whether to write a configuration for it.
+    """
     console = Console()
     tally = Tally()
     try:
-        asyncio.run(_until_told_to_stop(console, tally, port=port, traffic=traffic))
+        asyncio.run(_until_told_to_stop(console, tally, port=port, traffic=traffic, prometheus=prometheus))
     except DemoError as error:
         click.echo(f"estimate-proxy: {error}", err=True)
         return error.exit_status
@@ -89,13 +93,13 @@ def run(*, port: int, traffic: bool) -> int:
     return 0
 
 
-async def _until_told_to_stop(console: Console, tally: Tally, *, port: int, traffic: bool) -> None:
+async def _until_told_to_stop(console: Console, tally: Tally, *, port: int, traffic: bool, prometheus: bool) -> None:
     _let_signals_cancel()
     with suppress(asyncio.CancelledError):
-        await _play(console, tally, port=port, traffic=traffic)
+        await _play(console, tally, port=port, traffic=traffic, prometheus=prometheus)
 
 
-async def _play(console: Console, tally: Tally, *, port: int, traffic: bool) -> None:
+async def _play(console: Console, tally: Tally, *, port: int, traffic: bool, prometheus: bool) -> None:
     """The whole demo: sets the stage, lets gateway and teams act; it never returns by itself. Raises `DemoError`."""
     with TemporaryDirectory(prefix="estimate-proxy-demo-", ignore_cleanup_errors=True) as folder:
         async with _simulated_rendernet() as upstream_url:
@@ -103,6 +107,8 @@ async def _play(console: Console, tally: Tally, *, port: int, traffic: bool) -> 
             stage.config.write_text(config_text(stage, port=port), encoding="utf-8")
             async with _gateway(stage) as gateway:
                 url = await _ready(gateway, stage.log)
+                if prometheus:
+                    stage.scrape_config.write_text(scrape_config_text(url), encoding="utf-8")
                 _introduce(console, stage, url, traffic=traffic)
                 if traffic:
                     teams = Traffic(url, list(stage.tokens.values()), tally, Random())  # noqa: S311 -- no secret

@@ -12,16 +12,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 import orjson
 
-from proxy.app import EXPLAIN_PATH
+from proxy.app import EXPLAIN_PATH, METRICS_PATH, QUOTA_PATH, USAGE_PATH
 from proxy.config import FAMILIAR_VARIABLES, PREFIX
 from proxy.teams import BASE62, RANDOM_CHARACTERS, digest_of, token_of
 from proxy.upstream import ESTIMATE_PATH
 
 HOST: Final = "127.0.0.1"
 TEAMS: Final = ("design", "marketing", "video")
+QUOTAS: Final = {
+    "design": 'quotas = [{ measure = "estimated_credits", limit = 200000, per = "month" }]\n',
+    "marketing": 'quotas = [{ measure = "requests", limit = 60, per = "hour", on_exceed = "warn" }]\n',
+    "video": 'quotas = [{ measure = "estimated_credits", limit = 250, per = "minute" }]\n',
+}
+"""One that lasts, one that is passed with a warning, and one that is used up every minute by the live traffic."""
+
 API_KEY: Final = "rn-demo-key-of-no-account"
 LAST_WORDS: Final = 3
 
@@ -52,6 +60,10 @@ class Stage:
         return self.folder / "gateway.log"
 
     @property
+    def scrape_config(self) -> Path:
+        return self.folder / "prometheus.yml"
+
+    @property
     def data_dir(self) -> Path:
         return self.folder / "store"
 
@@ -70,7 +82,7 @@ def environment(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
 def config_text(stage: Stage, *, port: int) -> str:
     """The gateway's config file, as a user could have written it."""
     teams = "\n".join(
-        f"[teams.{team}]\nname = {_toml(team.title())}\ntokens = [{_toml(digest_of(token))}]\n"
+        f"[teams.{team}]\nname = {_toml(team.title())}\ntokens = [{_toml(digest_of(token))}]\n{QUOTAS[team]}"
         for team, token in stage.tokens.items()
     )
     return f"""\
@@ -90,8 +102,29 @@ api_key = {_toml(API_KEY)}
 [store]
 data_dir = {_toml(str(stage.data_dir))}
 
+[metrics]
+public = true  # Prometheus needs no token
+
+# Over all teams together. Quotas are on what teams plan to spend: every estimate counts, hit or miss.
+[[org.quotas]]
+measure = "estimated_credits"
+limit = 1000000
+per = "month"
+
 # `estimate-proxy token new TEAM` makes a token and the line for it.
 {teams}"""
+
+
+def scrape_config_text(url: str) -> str:
+    """A configuration for Prometheus, with this project's rules where they are at hand."""
+    rules = Path(__file__).parents[1] / "deploy" / "prometheus" / "rules"
+    rule_files = f"rule_files: [{json.dumps(str(rules / '*.yml'))}]\n" if rules.is_dir() else ""
+    return f"""\
+global: {{ scrape_interval: 5s, evaluation_interval: 5s }}
+{rule_files}scrape_configs:
+  - job_name: estimate-proxy
+    static_configs: [{{ targets: [{json.dumps(urlsplit(url).netloc)}] }}]
+"""
 
 
 def _toml(text: str) -> str:
@@ -114,15 +147,26 @@ def introduction(stage: Stage, url: str) -> Iterator[tuple[str, str]]:
         "How the gateway reads a body, and what it knows of it; RenderNet is not asked:",
         _curl("-s", url + EXPLAIN_PATH, asker, QUESTION),
     )
+    yield "What a team has used this month:", f"curl -s {url}{USAGE_PATH} -H 'X-API-KEY: {asker}'"
+    yield "How its rate and quotas stand:", f"curl -s {url}{QUOTA_PATH} -H 'X-API-KEY: {asker}'"
+    config = shlex.quote(str(stage.config))
+    yield "What all teams have used, for their operator:", f"{_program()} usage --config {config}"
     yield (
         "The same body and its key, without the gateway:",
-        f"echo {shlex.quote(QUESTION)} | {_program()} explain --config {shlex.quote(str(stage.config))} -",
+        f"echo {shlex.quote(QUESTION)} | {_program()} explain --config {config} -",
     )
+    if stage.scrape_config.exists():
+        scrape_config, data = shlex.quote(str(stage.scrape_config)), shlex.quote(str(stage.folder / "prometheus"))
+        yield (
+            "A Prometheus that scrapes the gateway (its own page is on port 9090):",
+            f"prometheus --config.file={scrape_config} --storage.tsdb.path={data}",
+        )
 
 
 def _places(stage: Stage, url: str) -> str:
     places = {
         "gateway": url,
+        "metrics": url + METRICS_PATH,
         "simulated RenderNet": stage.upstream_url,
         "store": f"embedded Valkey, data in {stage.data_dir}",
         "config file": stage.config,

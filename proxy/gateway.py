@@ -1,28 +1,33 @@
-"""The story of a request: who asks, what is asked, what is known, what upstream says.
+"""The story of a request: who asks, what is asked, what is known, whether it may, what upstream says.
 
 `Gateway.estimate` tells it from top to bottom. `proxy.web` brings what it asks for as `Ask` and turns its `Answer` or
 `Problem` into bytes; on its way the story writes into the `Trace` what headers and the log line need.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from time import perf_counter
 from typing import assert_never
-from zoneinfo import ZoneInfo
 
+from proxy.access import Access
 from proxy.asking import Asker, Question, Told
 from proxy.cachestatus import after_failure, forwarded, hit
 from proxy.canonical import canonicalise, present
 from proxy.choices import Forward, NotCached, Serve, Windows, choose
+from proxy.credits import micro_of
 from proxy.directives import Directives
+from proxy.ledger import Admitted, Denied, Ledger
+from proxy.models import model_of
 from proxy.pricebook import PriceBook
-from proxy.prices import Balance, Known, StoredPrice, document
+from proxy.prices import Balance, Known, Price, StoredPrice, document
 from proxy.problems import Code, Outcome, Problem, StoreUnavailable
 from proxy.purging import read_purge
-from proxy.replies import Failed, Priced, Rejected, Reply, Unpriced
-from proxy.teams import Team, Teams, digest_of
+from proxy.quotas import Charge, Quota, Standing
+from proxy.replies import Failed, Priced, Rejected, Unpriced
+from proxy.rules import InForce, Rules
+from proxy.teams import Team
 from proxy.upstream import Address
 
 
@@ -30,10 +35,6 @@ from proxy.upstream import Address
 class Policy:
     """What the settings say about answers."""
 
-    zone: ZoneInfo
-    accounts: frozenset[str]
-    admin_digests: frozenset[str]
-    ignored: tuple[str, ...]
     windows: Windows
     balance_max_age_s: float
     timeout_s: float
@@ -44,35 +45,42 @@ class Policy:
 class Ask:
     """What a client wants: its token, a way to read its body, its query string, what it says of stored answers.
 
-    `deadline` of the whole answer stands on the event loop's clock.
+    accept: the media types that it takes, as it says.
+    deadline: of the whole answer, on the event loop's clock.
     """
 
     token: str | None
     read_body: Callable[[], Awaitable[bytes]]
     query: bytes
     directives: Directives
+    accept: str | None
     deadline: float
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a client gets: a JSON body. `age_s` is set where the answer is a stored one."""
+    """What a client gets: a JSON body. `price` is set where it has one, `age_s` where it is a stored one."""
 
     outcome: Outcome
     status: int
     body: bytes
+    price: Price | None = None
     age_s: float | None = None
     balance_age_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What the gateway makes of a question. With the outcome `bypass` nobody knows what is stored."""
+    """What the gateway makes of a question. With the outcome `bypass` nobody knows what is stored.
+
+    admission: what would be said to an estimate now; None if nobody knows.
+    """
 
     outcome: Outcome
     question: Question
     ignored: list[str]
     stored: StoredPrice | None
+    admission: Admitted | Denied | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +102,37 @@ class Trace:
     upstream_s: float | None = None
     waited: bool = False
     """For upstream, or for another's request to it."""
+    standing: Standing | None = None
+    """Of the team, as the ledger has said it last."""
+    warnings: tuple[Quota, ...] = ()
+    """Quotas that only warn, and that this answer has passed."""
+
+    def note(self, admission: Admitted | Denied) -> None:
+        """What is refused passes no quota, whatever it passed on its way."""
+        self.standing = admission.standing or self.standing
+        if isinstance(admission, Denied):
+            self.warnings = ()
+        elif admission.standing is not None:
+            self.warnings = admission.standing.warnings()
+
+    @contextmanager
+    def at_store(self) -> Iterator[None]:
+        """Counts the time that is spent within."""
+        started = perf_counter()
+        try:
+            yield
+        finally:
+            self.store_s = (self.store_s or 0.0) + perf_counter() - started
 
 
 class Gateway:
     """One organisation's gateway: its teams, the price book they share, and the way upstream."""
 
-    def __init__(self, teams: Teams, book: PriceBook, asker: Asker, address: Address, policy: Policy) -> None:
-        self._teams = teams
+    def __init__(
+        self, in_force: InForce, ledger: Ledger, book: PriceBook, asker: Asker, address: Address, policy: Policy
+    ) -> None:
+        self._in_force = in_force
+        self._ledger = ledger
         self._book = book
         self._asker = asker
         self._address = address
@@ -108,111 +140,116 @@ class Gateway:
 
     async def estimate(self, ask: Ask, trace: Trace) -> Answer | Problem:
         """What upstream says, or said, to the body. Raises `BadRequest`, `ClientGone`."""
-        question = await self._hear(ask, trace)
-        if isinstance(question, Problem):
-            return question
+        heard = await self._hear(ask, trace, self._in_force.rules)
+        if isinstance(heard, Problem):
+            return heard
+        team, question = heard
 
         known = await self._look_up(question, trace)
         match choose(known, ask.directives, self._policy.windows):
             case NotCached():
-                return Problem(
-                    Code.NOT_CACHED, "No stored answer will do, and RenderNet was not to be asked (only-if-cached)."
-                )
-            case Serve(stored, balance, stale=False):
-                self._audit_if_old(question, stored, balance, known)
-                trace.cache_status = hit(stored)
-                return _stored_answer(Outcome.HIT, stored, balance)
-            case Serve(stored, balance):
-                self._asker.refresh(question, seen_ms=_seen(known))
-                trace.cache_status = hit(stored, detail="stale-while-revalidate")
-                return _stored_answer(Outcome.STALE, stored, balance)
+                return await self._pass_over(team, trace)
+            case Serve(stored, balance, stale):
+                charge = _charge(Outcome.STALE if stale else Outcome.HIT, question, stored.price)
+                with trace.at_store():
+                    admission = await self._ledger.charge(team.terms, charge)
+                trace.note(admission)
+                if isinstance(admission, Denied):
+                    return admission.problem
+                self._look_behind(question, stored, balance, known, stale=stale)
+                trace.cache_status = hit(stored, detail="stale-while-revalidate" if stale else None)
+                return _stored_answer(charge.outcome, stored, balance)
             case Forward() as forward:
-                told, collapsed = await self._ask(question, ask, forward, known, trace)
+                with trace.at_store():
+                    admission = await self._ledger.admit(team.terms)
+                trace.note(admission)
+                if isinstance(admission, Denied):
+                    return admission.problem
 
-        newest = self._book.balance(question.account)
-        if forward.fallback is not None and newest is not None and isinstance(told.reply, Failed):
-            trace.cache_status = after_failure(told.reply, forward.fallback)
-            return _stored_answer(Outcome.STALE, forward.fallback, newest)
-        trace.cache_status = forwarded(forward.reason, told, ttl_s=self._book.ttl_s, collapsed=collapsed)
-        return self._conclude(told.reply, newest, _outcome(forward, collapsed=collapsed))
+        told, collapsed = await self._ask(question, ask, forward, known, trace)
+        ending = self._conclude(told, forward, question, collapsed=collapsed, trace=trace)
+        return await self._settle(admission, question, told, ending, trace)
 
     async def explain(self, ask: Ask, trace: Trace) -> Explanation | Problem:
         """How the gateway reads a body and what it knows of it. Asks upstream nothing. Raises as `estimate`."""
-        question = await self._hear(ask, trace)
-        if isinstance(question, Problem):
-            return question
-        ignored = present(question.canonical, self._policy.ignored)
+        rules = self._in_force.rules
+        heard = await self._hear(ask, trace, rules)
+        if isinstance(heard, Problem):
+            return heard
+        team, question = heard
         known = await self._look_up(question, trace)
-        if known is None:
-            return Explanation(Outcome.BYPASS, question, ignored, None)
-        outcome = Outcome.MISS if known.stored is None else Outcome.HIT
-        return Explanation(outcome, question, ignored, known.stored)
+        stored = None if known is None else known.stored
+        admission = await self._peek(team, stored, trace)
+        if isinstance(admission, Denied) and admission.problem.code is Code.RATE_LIMITED:
+            return admission.problem
+        ignored = present(question.canonical, rules.ignored)
+        outcome = Outcome.BYPASS if known is None else Outcome.HIT if stored else Outcome.MISS
+        return Explanation(outcome, question, ignored, stored, admission)
 
     async def purge(self, ask: Ask, trace: Trace) -> Purged | Problem:
         """Forgets one question of an account, or all of them. For admin tokens. Raises as `estimate`."""
-        denial = self._deny_all_but_admins(ask.token, trace)
+        rules = self._in_force.rules
+        denial = _deny_all_but_admins(rules.access, ask.token, trace)
         if denial is not None:
             return denial
         wanted = read_purge(await ask.read_body())
-        if wanted.account not in self._policy.accounts:
+        if wanted.account not in rules.accounts:
             return Problem(Code.INVALID_REQUEST, f"There is no account {wanted.account!r}.")
         try:
             if wanted.canonical is None:
                 await self._book.purge_account(wanted.account)
                 return Purged(wanted.account)
-            key = self._question(wanted.account, wanted.canonical, wanted.query.encode()).key
+            key = self._question(wanted.account, wanted.canonical, wanted.query.encode(), rules).key
             return Purged(wanted.account, key, await self._book.purge_question(key))
         except StoreUnavailable:
             return Problem(Code.STORE_UNAVAILABLE, "The price book is out of reach: nothing was purged; try again.")
 
     async def finish(self, timeout_s: float) -> None:
-        """Lets what was asked upstream come home and be stored."""
+        """Lets what was asked upstream come home and be stored, and what was admitted be settled."""
         await self._asker.finish(timeout_s)
+        await self._ledger.close(timeout_s)
 
-    async def _hear(self, ask: Ask, trace: Trace) -> Question | Problem:
+    async def _hear(self, ask: Ask, trace: Trace, rules: Rules) -> tuple[Team, Question] | Problem:
         """Who asks, then what: nobody's body is read before its token is known."""
-        team = self._authenticate(ask.token, trace)
+        team = rules.access.team(ask.token)
         if isinstance(team, Problem):
             return team
-        return self._question(team.account, canonicalise(await ask.read_body()), ask.query)
-
-    def _question(self, account: str, canonical: bytes, raw_query: bytes) -> Question:
-        query = self._address.query_as_sent(raw_query)
-        key = self._address.key_of(canonical, account=account, query=query, ignored=self._policy.ignored)
-        return Question(account, canonical, query, key)
-
-    def _authenticate(self, token: str | None, trace: Trace) -> Team | Problem:
-        if token is None:
-            return Problem(
-                Code.UNKNOWN_TOKEN, "Send your team's token as X-API-KEY, or as Authorization: Bearer <token>."
-            )
-        team = self._teams.find(token, datetime.now(self._policy.zone).date())
-        if team is None:
-            return Problem(
-                Code.UNKNOWN_TOKEN, "This token is unknown, expired or mistyped: ask the gateway's operator for one."
-            )
         trace.team = team.id
-        if team.disabled:
-            return Problem(Code.TEAM_DISABLED, f"The team {team.id!r} is disabled: ask the gateway's operator.")
-        return team
+        refusal = rules.access.refusal(team)
+        if refusal is not None:
+            return refusal
+        return team, self._question(team.account, canonicalise(await ask.read_body()), ask.query, rules)
 
-    def _deny_all_but_admins(self, token: str | None, trace: Trace) -> Problem | None:
-        if token is not None and digest_of(token) in self._policy.admin_digests:
-            return None
-        team = self._authenticate(token, trace)
-        if isinstance(team, Problem):
-            return team
-        return Problem(Code.FORBIDDEN, "This needs an admin token; yours is a team's.")
+    def _question(self, account: str, canonical: bytes, raw_query: bytes, rules: Rules) -> Question:
+        query = self._address.query_as_sent(raw_query)
+        key = self._address.key_of(canonical, account=account, query=query, ignored=rules.ignored)
+        return Question(account, canonical, query, key, rules.ignored)
 
     async def _look_up(self, question: Question, trace: Trace) -> Known | None:
         """What the book knows; None if it is out of reach."""
-        started = perf_counter()
-        try:
-            return await self._book.look_up(question.key, question.account)
-        except StoreUnavailable:
-            return None
-        finally:
-            trace.store_s = perf_counter() - started
+        with trace.at_store():
+            try:
+                return await self._book.look_up(question.key, question.account)
+            except StoreUnavailable:
+                return None
+
+    async def _pass_over(self, team: Team, trace: Trace) -> Problem:
+        """The client wants a stored answer or none, and there is none."""
+        with trace.at_store():
+            admission = await self._ledger.pass_over(team.terms, Outcome.NOT_CACHED)
+        trace.note(admission)
+        if isinstance(admission, Denied):
+            return admission.problem
+        return Problem(Code.NOT_CACHED, "No stored answer will do, and RenderNet was not to be asked (only-if-cached).")
+
+    async def _peek(self, team: Team, stored: StoredPrice | None, trace: Trace) -> Admitted | Denied | None:
+        with trace.at_store():
+            try:
+                admission = await self._ledger.peek(team.terms, micro_of(stored.price.estimated) if stored else None)
+            except StoreUnavailable:
+                return None
+        trace.standing = admission.standing
+        return admission
 
     async def _ask(
         self, question: Question, ask: Ask, forward: Forward, known: Known | None, trace: Trace
@@ -234,16 +271,30 @@ class Gateway:
         trace.upstream_s = told.upstream_s
         return told, collapsed
 
-    def _audit_if_old(self, question: Question, stored: StoredPrice, balance: Balance, known: Known | None) -> None:
+    def _look_behind(
+        self, question: Question, stored: StoredPrice, balance: Balance, known: Known | None, *, stale: bool
+    ) -> None:
+        """Behind the answer: a stale price is asked again, and an old balance too."""
         max_age_s = self._policy.balance_max_age_s
-        if balance.age_s > max_age_s:
-            self._asker.audit(question, stored, seen_ms=_seen(known), max_age_s=max_age_s)
+        seen_ms = None if known is None else known.seen_ms
+        if stale:
+            self._asker.refresh(question, seen_ms=seen_ms)
+        elif balance.age_s > max_age_s:
+            self._asker.audit(question, stored, seen_ms=seen_ms, max_age_s=max_age_s)
 
-    def _conclude(self, reply: Reply, balance: Balance | None, outcome: Outcome) -> Answer | Problem:
-        match reply:
+    def _conclude(
+        self, told: Told, forward: Forward, question: Question, *, collapsed: bool, trace: Trace
+    ) -> Answer | Problem:
+        newest = self._book.balance(question.account)
+        if forward.fallback is not None and newest is not None and isinstance(told.reply, Failed):
+            trace.cache_status = after_failure(told.reply, forward.fallback)
+            return _stored_answer(Outcome.STALE, forward.fallback, newest)
+        trace.cache_status = forwarded(forward.reason, told, ttl_s=self._book.ttl_s, collapsed=collapsed)
+        match told.reply:
             case Priced(price):
-                balance_age_s = None if balance is None else balance.age_s
-                return Answer(outcome, 200, document(price, balance), balance_age_s=balance_age_s)
+                body = document(price, newest)
+                balance_age_s = None if newest is None else newest.age_s
+                return Answer(_outcome(forward, collapsed=collapsed), 200, body, price, balance_age_s=balance_age_s)
             case Unpriced() if self._policy.refuse_unpriced:
                 return Problem(Code.UNPRICED, "RenderNet answered without a price for this body.")
             case Unpriced(body):
@@ -253,19 +304,47 @@ class Gateway:
             case Failed(problem):
                 return problem
             case _:
-                assert_never(reply)
+                assert_never(told.reply)
+
+    async def _settle(
+        self, admitted: Admitted, question: Question, told: Told, ending: Answer | Problem, trace: Trace
+    ) -> Answer | Problem:
+        """Books how an admitted question has ended, which may turn out to be more than a quota allows."""
+        with trace.at_store():
+            if isinstance(ending, Problem) and isinstance(told.reply, Failed) and not told.reply.asked:
+                standing = await self._ledger.refund(admitted, ending.outcome)
+                trace.note(Denied(ending, standing))
+                return ending
+            price = ending.price if isinstance(ending, Answer) else None
+            settled = await self._ledger.settle(admitted, _charge(ending.outcome, question, price))
+        trace.note(settled)
+        if isinstance(settled, Denied) and price is not None:
+            return settled.problem
+        return ending
+
+
+def _deny_all_but_admins(access: Access, token: str | None, trace: Trace) -> Problem | None:
+    if access.is_admin(token):
+        return None
+    team = access.team(token)
+    if isinstance(team, Problem):
+        return team
+    trace.team = team.id
+    return Problem(Code.FORBIDDEN, "This needs an admin token; yours is a team's.")
+
+
+def _charge(outcome: Outcome, question: Question, price: Price | None) -> Charge:
+    if price is None:
+        return Charge(outcome)
+    return Charge(outcome, micro_of(price.estimated), model_of(question.canonical))
 
 
 def _stored_answer(outcome: Outcome, stored: StoredPrice, balance: Balance) -> Answer:
     body = document(stored.price, balance)
-    return Answer(outcome, 200, body, age_s=stored.age_s, balance_age_s=balance.age_s)
+    return Answer(outcome, 200, body, stored.price, age_s=stored.age_s, balance_age_s=balance.age_s)
 
 
 def _outcome(forward: Forward, *, collapsed: bool) -> Outcome:
     if forward.reason == "bypass":
         return Outcome.BYPASS
     return Outcome.COLLAPSED if collapsed else Outcome.MISS
-
-
-def _seen(known: Known | None) -> int | None:
-    return None if known is None else known.seen_ms

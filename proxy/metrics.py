@@ -1,16 +1,216 @@
-"""Every instrument, declared once. What they are called and labelled is an interface."""
+"""Every instrument, declared once. What they are called and labelled is an interface; so is what they count.
 
-from prometheus_client import CollectorRegistry, Counter
+* No label comes from a request, but `model`, which the ledger bounds.
+* Children are resolved once; those whose labels are known are there before their first event.
+* Workers write into files that the supervisor has made for them, if it has (`PROMETHEUS_MULTIPROC_DIR`): counters of
+  dead workers stay in the sum, and each gauge says how those of several workers become one.
+* What the stores know is not counted here: see `proxy.scrape`.
+"""
+
+from collections.abc import Collection, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from proxy import __version__
+from proxy.problems import Outcome
+from proxy.quotas import Quota, Terms
+
+NOBODY = "-"
+"""The team of a request that shows no token of any, and of the organisation's quotas."""
+
+UPSTREAM_STATUSES = ("2xx", "4xx", "5xx", "timeout", "error")
+AUDIT_RESULTS = ("same", "changed", "ignored-member")
+
+_REQUEST_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
+_UPSTREAM_BUCKETS_S = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
+_STORE_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5)
 
 
 class Metrics:
-    """The instruments of one process, in a registry of their own."""
+    """The instruments of one process, in a registry of their own.
 
-    def __init__(self) -> None:
+    teams, accounts: those that are configured.
+    """
+
+    def __init__(self, teams: Collection[str] = (), accounts: Collection[str] = ()) -> None:
         self.registry = CollectorRegistry()
+        self._declare_requests()
+        self._declare_upstream()
+        self._declare_stores()
+        self._declare_process()
+        self._requests: dict[tuple[str, str, Outcome], Counter] = {}
+        self._durations: dict[tuple[str, Outcome], Histogram] = {}
+        self._credits: dict[tuple[str, str], Counter] = {}
+        self._store_calls: dict[str, Histogram] = {}
+        self.build_info.labels(__version__).set(1)
+        self.config_last_reload_successful.set(1)
+        self.begin(teams, accounts)
+
+    def _declare_requests(self) -> None:
+        self.requests = Counter(
+            "estimate_proxy_requests",
+            "Requests that have been answered, or left by their client.",
+            ["team", "operation", "outcome"],
+            registry=self.registry,
+        )
+        self.request_duration = Histogram(
+            "estimate_proxy_request_duration_seconds",
+            "From a request's head to the end of its answer.",
+            ["operation", "outcome"],
+            buckets=_REQUEST_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.estimated_credits = Counter(
+            "estimate_proxy_estimated_credits",
+            "Credits of the estimates that have been answered, each time they were.",
+            ["team", "model"],
+            registry=self.registry,
+        )
+        self.unpriced = Counter(
+            "estimate_proxy_unpriced",
+            "Answers of upstream's without a usable price.",
+            ["team"],
+            registry=self.registry,
+        )
+        self.quota_warned = Counter(
+            "estimate_proxy_quota_warned",
+            "Answers that have passed a quota which only warns.",
+            ["team", "measure", "per"],
+            registry=self.registry,
+        )
+        self.requests_in_flight = Gauge(
+            "estimate_proxy_requests_in_flight",
+            "Requests that are being worked on.",
+            multiprocess_mode="livesum",
+            registry=self.registry,
+        )
+
+    def _declare_upstream(self) -> None:
+        self.upstream_duration = Histogram(
+            "estimate_proxy_upstream_request_duration_seconds",
+            "From asking upstream to the last byte of its answer.",
+            ["account", "status"],
+            buckets=_UPSTREAM_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.circuit_open = Gauge(
+            "estimate_proxy_upstream_circuit_open",
+            "Whether upstream is left alone because it has been failing.",
+            ["account"],
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
         self.price_audits = Counter(
             "estimate_proxy_price_audits",
             "Stored prices that were asked for again, by what came of it.",
             ["account", "result"],
             registry=self.registry,
         )
+
+    def _declare_stores(self) -> None:
+        self.store_duration = Histogram(
+            "estimate_proxy_store_duration_seconds",
+            "From calling a script of the store to its reply.",
+            ["call"],
+            buckets=_STORE_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.store_up = Gauge(
+            "estimate_proxy_store_up",
+            "Whether the store answered when it was last called.",
+            ["role"],
+            multiprocess_mode="livemin",
+            registry=self.registry,
+        )
+        self.ledger_created = Gauge(
+            "estimate_proxy_ledger_created_timestamp_seconds",
+            "When the ledger of quotas and usage began.",
+            multiprocess_mode="mostrecent",
+            registry=self.registry,
+        )
+        self.ledger_lost = Counter(
+            "estimate_proxy_ledger_lost",
+            "How often a worker found another ledger than the one it knew.",
+            registry=self.registry,
+        )
+        self.unanswered_debits = Counter(
+            "estimate_proxy_unanswered_debits",
+            "Debits that the store may or may not have booked: its reply was lost.",
+            registry=self.registry,
+        )
+        self.buffered_debits = Gauge(
+            "estimate_proxy_buffered_debits",
+            "Requests that were admitted without the ledger and are not booked yet.",
+            multiprocess_mode="livesum",
+            registry=self.registry,
+        )
+
+    def _declare_process(self) -> None:
+        self.config_last_reload_successful = Gauge(
+            "estimate_proxy_config_last_reload_successful",
+            "Whether the settings in force are those of the config file as it was last read.",
+            multiprocess_mode="livemin",
+            registry=self.registry,
+        )
+        self.build_info = Gauge(
+            "estimate_proxy_build_info",
+            "1, labelled with the version.",
+            ["version"],
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
+
+    def begin(self, teams: Collection[str], accounts: Collection[str]) -> None:
+        """Series whose labels are known begin at 0, so that their first event is an increase."""
+        for outcome in Outcome:
+            self._durations["estimate", outcome] = self.request_duration.labels("estimate", outcome.value)
+            for team in (NOBODY, *teams):
+                self._requests[team, "estimate", outcome] = self.requests.labels(team, "estimate", outcome.value)
+        for team in teams:
+            self.unpriced.labels(team)
+        for account in accounts:
+            self.circuit_open.labels(account)
+            for status in UPSTREAM_STATUSES:
+                self.upstream_duration.labels(account, status)
+            for result in AUDIT_RESULTS:
+                self.price_audits.labels(account, result)
+
+    def expect_warnings(self, terms: Iterable[Terms]) -> None:
+        """Of the quotas that only warn."""
+        for one in terms:
+            for quota in one.quotas:
+                if not quota.refuse:
+                    self._warned(one.team, quota)
+
+    def count_warning(self, team: str, quota: Quota) -> None:
+        """An answer to `team` has passed a quota which only warns."""
+        self._warned(team, quota).inc()
+
+    def _warned(self, team: str, quota: Quota) -> Counter:
+        whose = team if quota.scope == "team" else NOBODY
+        return self.quota_warned.labels(whose, quota.measure, quota.per)
+
+    def count_request(self, team: str, operation: str, outcome: Outcome, duration_s: float) -> None:
+        request = self._requests.get((team, operation, outcome))
+        if request is None:
+            request = self._requests[team, operation, outcome] = self.requests.labels(team, operation, outcome.value)
+        duration = self._durations.get((operation, outcome))
+        if duration is None:
+            duration = self._durations[operation, outcome] = self.request_duration.labels(operation, outcome.value)
+        request.inc()
+        duration.observe(duration_s)
+        if outcome is Outcome.UNPRICED:
+            self.unpriced.labels(team).inc()
+
+    def count_credits(self, team: str, model: str, credits_micro: int) -> None:
+        """`model` is as the ledger has bounded it."""
+        counter = self._credits.get((team, model))
+        if counter is None:
+            counter = self._credits[team, model] = self.estimated_credits.labels(team, model)
+        counter.inc(credits_micro / 1_000_000)
+
+    def observe_store(self, call: str, duration_s: float) -> None:
+        duration = self._store_calls.get(call)
+        if duration is None:
+            duration = self._store_calls[call] = self.store_duration.labels(call)
+        duration.observe(duration_s)

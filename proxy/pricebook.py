@@ -12,6 +12,7 @@
 
 import asyncio
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from time import monotonic
 
@@ -225,6 +226,11 @@ class PriceBook:
         """The newest balance that this process knows of."""
         seen = self._balances.get(account)
         return None if seen is None else Balance(seen.amount, max(0.0, monotonic() - seen.born))
+
+    async def balances(self, accounts: Collection[str]) -> dict[str, Balance]:
+        """The newest balances that the fleet knows of."""
+        await asyncio.gather(*(self._book(account) for account in accounts))
+        return {account: known for account in accounts if (known := self.balance(account)) is not None}
 
     async def reread(self, account: str) -> None:
         """Reads what another process has just put into the account's book."""

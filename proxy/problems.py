@@ -6,11 +6,14 @@ A *denial* is a `Problem`, returned like any other value. A *failure* is an exce
     ProxyError
     ├── BadRequest          the request itself is at fault; carries its `Problem`
     ├── ClientGone          nobody is left to answer
-    └── StoreUnavailable    the price book is out of reach, or does not answer in time
+    └── StoreUnavailable    price book or ledger is out of reach, or does not answer in time
+        └── StoreUnanswered     after it was asked: what was to be done may have been done
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import orjson
 
@@ -26,6 +29,8 @@ class Outcome(StrEnum):
     UNPRICED = "unpriced"
     UPSTREAM_REJECTED = "upstream-rejected"
     UNAUTHENTICATED = "unauthenticated"
+    RATE_LIMITED = "rate-limited"
+    QUOTA_EXCEEDED = "quota-exceeded"
     TEAM_DISABLED = "team-disabled"
     INVALID = "invalid"
     UPSTREAM_ERROR = "upstream-error"
@@ -44,6 +49,7 @@ class Code(StrEnum):
 
     INVALID_BODY = "invalid-body"
     INVALID_REQUEST = "invalid-request"
+    INVALID_QUERY = "invalid-query"
     UNKNOWN_TOKEN = "unknown-token"  # noqa: S105 -- the name of a problem, not a secret
     TEAM_DISABLED = "team-disabled"
     FORBIDDEN = "forbidden"
@@ -51,6 +57,8 @@ class Code(StrEnum):
     METHOD_NOT_ALLOWED = "method-not-allowed"
     BODY_TOO_LARGE = "body-too-large"
     UNSUPPORTED_MEDIA_TYPE = "unsupported-media-type"
+    RATE_LIMITED = "rate-limited"
+    QUOTA_EXCEEDED = "quota-exceeded"
     INTERNAL_ERROR = "internal-error"
     UPSTREAM_ERROR = "upstream-error"
     UPSTREAM_REFUSED = "upstream-refused"
@@ -73,6 +81,7 @@ class _Kind:
 _KINDS = {
     Code.INVALID_BODY: _Kind(400, "The body is not an array of generation objects", Outcome.INVALID),
     Code.INVALID_REQUEST: _Kind(400, "The request is malformed", Outcome.INVALID),
+    Code.INVALID_QUERY: _Kind(400, "The query is malformed", Outcome.INVALID),
     Code.UNKNOWN_TOKEN: _Kind(401, "No valid team token", Outcome.UNAUTHENTICATED),
     Code.TEAM_DISABLED: _Kind(403, "This team is disabled", Outcome.TEAM_DISABLED),
     Code.FORBIDDEN: _Kind(403, "This needs another token", Outcome.UNAUTHENTICATED),
@@ -80,6 +89,8 @@ _KINDS = {
     Code.METHOD_NOT_ALLOWED: _Kind(405, "This path does not take this method", Outcome.INVALID),
     Code.BODY_TOO_LARGE: _Kind(413, "The body is too large", Outcome.INVALID),
     Code.UNSUPPORTED_MEDIA_TYPE: _Kind(415, "The body must be plain JSON", Outcome.INVALID),
+    Code.RATE_LIMITED: _Kind(429, "The team asks too often", Outcome.RATE_LIMITED),
+    Code.QUOTA_EXCEEDED: _Kind(402, "A quota is used up", Outcome.QUOTA_EXCEEDED),
     Code.INTERNAL_ERROR: _Kind(500, "The gateway failed", Outcome.INTERNAL_ERROR),
     Code.UPSTREAM_ERROR: _Kind(502, "RenderNet failed", Outcome.UPSTREAM_ERROR),
     Code.UPSTREAM_REFUSED: _Kind(502, "RenderNet refused the gateway's key", Outcome.UPSTREAM_REFUSED),
@@ -92,22 +103,31 @@ _KINDS = {
     Code.NOT_CACHED: _Kind(504, "No stored answer will do", Outcome.NOT_CACHED),
 }
 
+_TYPES = {Code.QUOTA_EXCEEDED: "https://iana.org/assignments/http-problem-types#quota-exceeded"}
+"""Where the draft of RateLimit fields has registered a type (draft-ietf-httpapi-ratelimit-headers-11 §6)."""
+
 LONGEST_RETRY_AFTER_S = 3600
 """A longer wait is not told to clients: they would rather fail than sleep."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a request gets no estimate. `detail` is a sentence that says what to do, without any secret."""
+    """Why a request gets no estimate. `detail` is a sentence that says what to do, without any secret.
+
+    members: what the document has besides, as JSON.
+    other_status: where it is not the one that goes with the code.
+    """
 
     code: Code
     detail: str
     retry_after_s: int | None = None
     allow: str | None = None
+    members: Mapping[str, Any] = field(default_factory=dict)
+    other_status: int | None = None
 
     @property
     def status(self) -> int:
-        return _KINDS[self.code].status
+        return self.other_status or _KINDS[self.code].status
 
     @property
     def outcome(self) -> Outcome:
@@ -117,13 +137,14 @@ class Problem:
         """RFC 9457 problem details that are RenderNet's error envelope too, as JSON."""
         return orjson.dumps(
             {
-                "type": f"urn:estimate-proxy:problem:{self.code}",
+                "type": _TYPES.get(self.code, f"urn:estimate-proxy:problem:{self.code}"),
                 "title": _KINDS[self.code].title,
                 "status": self.status,
                 "detail": self.detail,
                 "request_id": request_id,
                 "data": None,
                 "error": {"code": self.code, "message": self.detail},
+                **self.members,
             }
         )
 
@@ -154,4 +175,8 @@ class ClientGone(ProxyError):  # noqa: N818 -- a fact, not an error of ours
 
 
 class StoreUnavailable(ProxyError):  # noqa: N818 -- named as the promise that it breaks
+    pass
+
+
+class StoreUnanswered(StoreUnavailable):
     pass

@@ -6,6 +6,7 @@ Messages never show a value: it could be a secret. `proxy.config` says where val
 import re
 from collections.abc import Iterator
 from datetime import date
+from decimal import Decimal
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,8 +15,19 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Secret, ValidationInfo
 
+from proxy.credits import MICRO
+from proxy.quotas import Measure
+from proxy.windows import Per
+
 MASK = "**********"
 MAX_URL_CHARACTERS = 2048
+MAX_REQUESTS = 10**12
+MAX_CREDITS = 9 * 10**9
+"""Micro-credits stay below 2**53: up to there the numbers of the store's scripts are exact."""
+
+MAX_CREDITS_WITH_DECIMALS = 2**33
+"""From here on the doubles that TOML's decimal numbers become lie more than a micro-credit apart."""
+
 _LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"  # RFC 1035 §2.3.1, and `_`, as containers have it
 _NAME = re.compile(rf"(?=.{{1,253}}$)({_LABEL}\.)*(?![0-9]+\.?$){_LABEL}\.?")
 
@@ -149,6 +161,23 @@ def _store_url(url: SecretUrl) -> SecretUrl:
     return url
 
 
+def _exact(value: object) -> object:
+    if isinstance(value, str):
+        raise ValueError("must be a number")  # noqa: TRY004 -- pydantic collects ValueErrors
+    if isinstance(value, float) and not value.is_integer() and MAX_CREDITS_WITH_DECIMALS < value <= MAX_CREDITS:
+        raise ValueError(f"must be a whole number above {MAX_CREDITS_WITH_DECIMALS}: its decimals would not be exact")
+    return value
+
+
+def _countable(limit: Decimal, info: ValidationInfo) -> Decimal:
+    match info.data.get("measure"):
+        case "requests" if limit > MAX_REQUESTS or limit != round(limit):
+            raise ValueError(f"must be a whole number of requests, at most {MAX_REQUESTS}")
+        case "estimated_credits" if limit > MAX_CREDITS or limit != round(limit, 6):
+            raise ValueError(f"must be a number of credits with at most six decimals, at most {MAX_CREDITS}")
+    return limit
+
+
 def _known_zone(name: str) -> str:
     if name not in available_timezones():
         raise ValueError("must be a time zone's name, such as UTC or Europe/Berlin")
@@ -182,7 +211,7 @@ def _member_path(value: str) -> str:
 
 
 def is_identifier(value: str) -> bool:
-    """Whether this can be the id of a team or an account."""
+    """Whether this can be the id of a team, an account or an organisation."""
     return re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?", value) is not None
 
 
@@ -196,7 +225,11 @@ Identifier = Annotated[str, AfterValidator(_identifier)]
 Line = Annotated[str, AfterValidator(_one_line)]
 PlainPath = Annotated[Path, BeforeValidator(_path)]
 Whole = Annotated[int, BeforeValidator(_no_boolean)]
-Seconds = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
+Real = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
+Seconds = Real
+Exact = Annotated[Decimal, BeforeValidator(_exact), BeforeValidator(_no_boolean)]
+"""The number as it is written: of a double, the shortest decimal number that means it."""
+
 ApiKey = Annotated[SecretText, AfterValidator(_header_safe)]
 Password = Annotated[SecretText, AfterValidator(_password)]
 
@@ -209,6 +242,8 @@ class Server(_Section):
     host: Annotated[str, AfterValidator(_host)] = "127.0.0.1"
     port: Annotated[Whole, Field(ge=0, le=65535)] = 8080
     """0 takes a free one, and says which."""
+    workers: Annotated[Whole, Field(ge=1, le=64)] = 1
+    """Processes on one socket; more than one a core is of no use."""
     max_body_bytes: Annotated[Whole, Field(ge=2, le=64 * 2**20)] = 262_144
     request_timeout_s: Annotated[Seconds, Field(gt=0, le=3600)] = 15.0
     """From a request's head to its answer, asking upstream included."""
@@ -242,9 +277,13 @@ class Store(_Section):
     username: Annotated[str, AfterValidator(_filled)] | None = None
     password: Password | None = None
     data_dir: PlainPath
+    on_outage: Literal["refuse", "admit"] = "refuse"
+    """While quotas cannot be looked up: refuse estimates, or give them, and book them when the store is back."""
 
 
 class Cache(_Section):
+    url: Annotated[SecretUrl, AfterValidator(_store_url)] | None = None
+    """Of the price book, which may evict. Left out: the store's."""
     ttl_s: Annotated[Seconds, Field(ge=1, le=366 * 86400)] = 3600.0
     """How long a price is believed."""
     stale_while_revalidate_s: Annotated[Seconds, Field(ge=0, le=366 * 86400)] = 300.0
@@ -257,14 +296,44 @@ class Cache(_Section):
     """Members that decide no price, as dotted paths inside each item: left out of keys, never out of what is asked."""
 
 
+class Metrics(_Section):
+    public: bool = False
+    """Whether anybody may read `/metrics`."""
+    tokens: tuple[Annotated[str, AfterValidator(_token_digest)], ...] = ()
+    """May read `/metrics`, and nothing else."""
+
+
 class Admin(_Section):
     tokens: tuple[Annotated[str, AfterValidator(_token_digest)], ...] = ()
-    """May purge."""
+    """May purge, see what all teams have used, and read `/metrics`."""
+
+
+class Rate(_Section):
+    per_s: Annotated[Real, Field(ge=0.001, le=100_000)]
+    burst: Annotated[Whole, Field(ge=1, le=1_000_000)]
+    """At once, after a pause."""
+
+
+class Quota(_Section):
+    measure: Measure
+    limit: Annotated[Exact, Field(ge=0), AfterValidator(_countable)]
+    """In requests, or in credits. 0 lets nothing pass."""
+    per: Per
+    on_exceed: Literal["refuse", "warn"] = "refuse"
+
+    @property
+    def counted_limit(self) -> int:
+        """The limit as the ledger counts: in requests, or in micro-credits."""
+        return int(self.limit if self.measure == "requests" else self.limit * MICRO)
 
 
 class Org(_Section):
+    id: Identifier = "default"
+    """Names this organisation's ledger in the store."""
     timezone: Annotated[str, AfterValidator(_known_zone)] = "UTC"
-    """In which a token's last day ends."""
+    """Its calendar is the one of quotas, of reports and of a token's last day."""
+    quotas: tuple[Quota, ...] = ()
+    """Over all teams together."""
 
     @property
     def zone(self) -> ZoneInfo:
@@ -278,10 +347,20 @@ class Token(_Section):
     """The last day on which it works."""
 
 
+class TeamDefaults(_Section):
+    """For every team that does not say otherwise."""
+
+    rate: Rate = Rate(per_s=50.0, burst=100)
+    quotas: tuple[Quota, ...] = ()
+
+
 class Team(_Section):
     name: Line = ""
     account: Identifier = "default"
     tokens: tuple[Annotated[Token, BeforeValidator(_token_table)], ...] = ()
+    rate: Rate | None = None
+    quotas: tuple[Quota, ...] | None = None
+    """Instead of the defaults, not besides them."""
     disabled: bool = False
 
 
@@ -300,10 +379,26 @@ class Settings(_Section):
     accounts: dict[Identifier, Account] = {}
     store: Store
     cache: Cache = Cache()
+    metrics: Metrics = Metrics()
     admin: Admin = Admin()
     org: Org = Org()
+    team_defaults: TeamDefaults = TeamDefaults()
     teams: dict[Identifier, Team] = {}
     log: Log = Log()
+
+    def rate_of(self, team: Team) -> Rate:
+        """What holds for a team: its own rate, or the default."""
+        return team.rate or self.team_defaults.rate
+
+    def quotas_of(self, team: Team) -> tuple[Quota, ...]:
+        """What holds for a team besides the organisation's quotas: its own, or the defaults."""
+        return self.team_defaults.quotas if team.quotas is None else team.quotas
+
+
+def warnings(settings: Settings) -> Iterator[str]:
+    """What is allowed, and hardly meant."""
+    if not (settings.metrics.public or settings.metrics.tokens or settings.admin.tokens):
+        yield "nobody can read /metrics: put a token's digest into metrics.tokens, or set metrics.public = true"
 
 
 def effective(settings: Settings) -> list[tuple[str, Any]]:

@@ -5,7 +5,8 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
@@ -52,6 +53,7 @@ _WORDS = {
     "string": "must be text",
     "int": "must be a whole number",
     "float": "must be a number",
+    "decimal": "must be a number",
     "finite": "must be a finite number",
     "bool": "must be true or false",
     "path": "must be a path",
@@ -90,7 +92,7 @@ def _known_keys(parents: Sequence[str]) -> list[str]:
         fields = _fields(annotation)
         # What is no section is a table or list of things of one kind: the last argument, or the one before `...`.
         annotation = fields[parent] if fields else [arg for arg in get_args(annotation) if arg is not ...][-1]
-        while get_origin(annotation) is Annotated:
+        while get_origin(annotation) in (Annotated, Union, UnionType):  # of a union: what it is unless it is None
             annotation = get_args(annotation)[0]
     return [key for name in _fields(annotation) for key in (name, *([f"{name}_file"] * (name in SECRET_KEYS)))]
 

@@ -3,33 +3,41 @@
 * Calls made in the same turn of the event loop go out together, in one round trip.
 * Nothing is sent twice unless that is known to be harmless. redis-py would run any script again after a late reply;
   here that is a failure, but for scripts that only look. One that the server did not know has not run: it goes again.
+* A call that fails says whether the server may have run it: `StoreUnanswered` if it was sent.
 * A try takes `TIMEOUT_S` at the most, waiting for a connection included. After a failure the store is left alone
   for `REST_S`, and calls fail at once, so that a hanging store costs one wait rather than one a request.
 """
 
 import asyncio
 import logging
-from collections.abc import Coroutine
-from dataclasses import dataclass
+import re
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from hashlib import sha1
 from importlib.resources import files
 from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import BusyLoadingError, NoScriptError, RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
-from proxy import settings
-from proxy.problems import StoreUnavailable
+from proxy.embedded import Role
+from proxy.metrics import Metrics
+from proxy.problems import StoreUnanswered, StoreUnavailable
+from proxy.settings import SecretUrl, Settings
+from proxy.settings import Store as StoreSettings
 
 TIMEOUT_S = 0.25
 GRACE_S = 0.05
 REST_S = 0.5
 MAX_CONNECTIONS = 16
 OLDEST_REDIS = (7, 0)
+
+EmbeddedUrls = Mapping[Role, str]
 
 _CONNECTION = "connection"
 
@@ -61,14 +69,38 @@ class _Call:
     keys: tuple[str, ...]
     args: tuple[bytes | int | str, ...]
     reply: asyncio.Future[Any]
+    began: float
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Calls that go out together. `sent`: some of it may have been run, as far as can be known."""
+
+    calls: list[_Call] = field(default_factory=list)
+    sent: bool = False
+
+    @property
+    def repeatable(self) -> bool:
+        return all(call.script.repeatable for call in self.calls)
 
 
 class Store:
-    """One Redis or Valkey server. `url` must name it; `close` must be called."""
+    """One Redis or Valkey server in one role, such as `ledger`. `url` must name it; `close` must be called."""
 
-    def __init__(self, url: str, *, username: str | None = None, password: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        role: Role,
+        metrics: Metrics | None = None,
+        *,
+        username: str | None = None,
+        password: str | None = None,
+    ) -> None:
+        self.role = role
+        self._metrics = metrics
+        self._note_up(is_up=True)
         credentials = {"username": username, "password": password}
-        pool = BlockingConnectionPool.from_url(
+        self._pool: BlockingConnectionPool = BlockingConnectionPool.from_url(
             url,
             max_connections=MAX_CONNECTIONS,
             timeout=None,
@@ -80,8 +112,8 @@ class Store:
             maint_notifications_config=MaintNotificationsConfig(enabled=False),
             **{name: value for name, value in credentials.items() if value is not None},
         )
-        self._client = Redis.from_pool(pool)
-        self._waiting: list[_Call] = []
+        self._client = Redis.from_pool(self._pool)
+        self._waiting = _Batch()
         self._running: set[asyncio.Task[None]] = set()
         self._rests_until = 0.0
         self._troubles: dict[str, str] = {}
@@ -91,9 +123,9 @@ class Store:
         loop = asyncio.get_running_loop()
         if loop.time() < self._rests_until:
             raise StoreUnavailable("left alone for a moment after a failure")
-        call = _Call(script, keys, args, loop.create_future())
-        self._waiting.append(call)
-        if len(self._waiting) == 1:
+        call = _Call(script, keys, args, loop.create_future(), loop.time())
+        self._waiting.calls.append(call)
+        if len(self._waiting.calls) == 1:
             loop.call_soon(self._send)
         return await call.reply
 
@@ -108,12 +140,20 @@ class Store:
 
     async def version(self) -> tuple[int, ...] | None:
         """The Redis version that the server is or is compatible with; None if it does not say."""
+        found = str((await self._info("server")).get("redis_version"))
+        return tuple(map(int, found.split("."))) if re.fullmatch(r"[0-9]+(\.[0-9]+)*", found) else None
+
+    async def eviction_policy(self) -> str | None:
+        """`maxmemory-policy`; None if the server does not say."""
+        policy = (await self._info("memory")).get("maxmemory_policy")
+        return None if policy is None else str(policy)
+
+    async def _info(self, section: str) -> dict[str, Any]:
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                version = (await self._client.info("server"))["redis_version"]
-            return tuple(int(part) for part in str(version).split("."))
-        except (RedisError, OSError, TimeoutError, KeyError, ValueError):
-            return None
+                return dict(await self._client.info(section))
+        except (RedisError, OSError, TimeoutError):
+            return {}
 
     async def close(self) -> None:
         while self._running:
@@ -121,77 +161,107 @@ class Store:
         await self._client.aclose()
 
     def _send(self) -> None:
-        batch, self._waiting = self._waiting, []
+        batch, self._waiting = self._waiting, _Batch()
         task = asyncio.get_running_loop().create_task(self._run(batch))
         self._running.add(task)
         task.add_done_callback(partial(self._finish, batch))
 
-    def _finish(self, batch: list[_Call], task: asyncio.Task[None]) -> None:
+    def _finish(self, batch: _Batch, task: asyncio.Task[None]) -> None:
         """Nobody waits for a reply that a defect has lost."""
         self._running.discard(task)
-        for call in batch:
+        for call in batch.calls:
             if not call.reply.done():
-                call.reply.set_exception(StoreUnavailable("the store's client failed"))
+                call.reply.set_exception(StoreUnanswered("the store's client failed"))
 
-    async def _run(self, batch: list[_Call]) -> None:
+    async def _run(self, batch: _Batch) -> None:
         try:
             replies = await self._replies(batch)
         except (RedisError, OSError, TimeoutError) as error:
             self._rests_until = asyncio.get_running_loop().time() + REST_S
-            self._trouble(_CONNECTION, str(error) or "no answer in time")
-            replies = [error] * len(batch)
+            reason = str(error) or "no answer in time"
+            self._trouble(_CONNECTION, reason)
+            self._note_up(is_up=False)
+            sent = batch.sent and not isinstance(error, BusyLoadingError)
+            replies = [StoreUnanswered(reason) if sent else StoreUnavailable(reason)] * len(batch.calls)
         else:
             self._recovered(_CONNECTION)
-        for call, reply in zip(batch, replies, strict=True):
+            self._note_up(is_up=True)
+        for call, reply in zip(batch.calls, replies, strict=True):
             self._deliver(call, reply)
 
-    async def _replies(self, batch: list[_Call]) -> list[Any]:
+    async def _replies(self, batch: _Batch) -> list[Any]:
         """The replies in time; what may be repeated has a second try, so that one hiccup costs no upstream call."""
         try:
             return await _in_time(self._execute(batch))
         except TimeoutError:
-            if not all(call.script.repeatable for call in batch):
+            if not batch.repeatable:
                 raise
             return await _in_time(self._execute(batch))
 
-    async def _execute(self, batch: list[_Call]) -> list[Any]:
-        replies = await self._pipeline(batch)
-        unknown = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-        if unknown:
-            for text in {batch[index].script.text for index in unknown}:
-                await self._client.script_load(text)
-            again = await self._pipeline([batch[index] for index in unknown])
-            for index, reply in zip(unknown, again, strict=True):
-                replies[index] = reply
-        return replies
-
-    async def _pipeline(self, batch: list[_Call]) -> list[Any]:
-        pipeline = self._client.pipeline(transaction=False)
-        for call in batch:
-            pipeline.evalsha(call.script.digest, len(call.keys), *call.keys, *call.args)
-        return await pipeline.execute(raise_on_error=False)
+    async def _execute(self, batch: _Batch) -> list[Any]:
+        connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]  # redis-py's decorator
+        try:
+            batch.sent = True
+            replies = await _exchange(connection, batch.calls)
+            unknown = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+            if unknown:
+                for text in {batch.calls[index].script.text for index in unknown}:
+                    await _ask(connection, ("SCRIPT", "LOAD", text))
+                again = await _exchange(connection, [batch.calls[index] for index in unknown])
+                for index, reply in zip(unknown, again, strict=True):
+                    replies[index] = reply
+            return replies
+        finally:
+            await self._pool.release(connection)
 
     def _deliver(self, call: _Call, reply: Any) -> None:
+        if self._metrics is not None:
+            self._metrics.observe_store(call.script.name, asyncio.get_running_loop().time() - call.began)
         if isinstance(reply, ResponseError):
             self._trouble(call.script.name, str(reply))
         elif not isinstance(reply, Exception):
             self._recovered(call.script.name)
         if call.reply.done():  # its request has gone
             return
-        if isinstance(reply, Exception):
+        if isinstance(reply, StoreUnavailable):
+            call.reply.set_exception(reply)
+        elif isinstance(reply, Exception):
             call.reply.set_exception(StoreUnavailable(str(reply)))
         else:
             call.reply.set_result(reply)
+
+    def _note_up(self, *, is_up: bool) -> None:
+        if self._metrics is not None:
+            self._metrics.store_up.labels(self.role).set(is_up)
 
     def _trouble(self, part: str, reason: str) -> None:
         """Logs a trouble when it begins or changes, not for every request."""
         if self._troubles.get(part) != reason:
             self._troubles[part] = reason
-            log.error("the store's %s fails: %s", part, reason)
+            log.error("the %s's %s fails: %s", self.role, part, reason)
 
     def _recovered(self, part: str) -> None:
         if self._troubles.pop(part, None) is not None:
-            log.info("the store's %s works again", part)
+            log.info("the %s's %s works again", self.role, part)
+
+
+async def _exchange(connection: AbstractConnection, calls: Sequence[_Call]) -> list[Any]:
+    """Sends the calls together. The replies; one that the server refuses is an exception among them."""
+    commands = (("EVALSHA", call.script.digest, len(call.keys), *call.keys, *call.args) for call in calls)
+    await connection.send_packed_command(connection.pack_commands(commands))
+    return [await _read(connection) for _ in calls]
+
+
+async def _ask(connection: AbstractConnection, command: tuple[bytes | str, ...]) -> None:
+    await connection.send_packed_command(connection.pack_command(*command))
+    await _read(connection)
+
+
+async def _read(connection: AbstractConnection) -> Any:
+    try:
+        return await connection.read_response()
+    except ResponseError as error:
+        return error
 
 
 async def _in_time(work: Coroutine[Any, Any, list[Any]]) -> list[Any]:
@@ -210,11 +280,23 @@ async def _in_time(work: Coroutine[Any, Any, list[Any]]) -> list[Any]:
     raise TimeoutError
 
 
-def open_store(configured: settings.Store, embedded_url: str | None) -> Store:
-    """The store that the settings name, or else the embedded one."""
+def open_ledger_store(settings: Settings, embedded_urls: EmbeddedUrls, metrics: Metrics | None = None) -> Store:
+    """The store of quotas and usage: the one that the settings name, or else the embedded one."""
+    configured = settings.store
     if configured.url is None:
-        if embedded_url is None:
-            raise ValueError("no store: neither a URL nor an embedded server")
-        return Store(embedded_url)
+        return Store(embedded_urls["ledger"], "ledger", metrics)
+    return _named_store(configured.url, "ledger", configured, metrics)
+
+
+def open_book_store(settings: Settings, embedded_urls: EmbeddedUrls, metrics: Metrics | None = None) -> Store:
+    """The store of prices: one of their own, or else the ledger's, or else the embedded one."""
+    if settings.cache.url is not None:
+        return Store(settings.cache.url.get_secret_value(), "price-book", metrics)
+    if settings.store.url is not None:
+        return _named_store(settings.store.url, "price-book", settings.store, metrics)
+    return Store(embedded_urls["price-book"], "price-book", metrics)
+
+
+def _named_store(url: SecretUrl, role: Role, configured: StoreSettings, metrics: Metrics | None) -> Store:
     password = None if configured.password is None else configured.password.get_secret_value()
-    return Store(configured.url.get_secret_value(), username=configured.username, password=password)
+    return Store(url.get_secret_value(), role, metrics, username=configured.username, password=password)

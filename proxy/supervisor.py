@@ -1,4 +1,4 @@
-"""The process in front: it owns the listening socket, the signals, the embedded store and the workers.
+"""The process in front: it owns the listening socket, the signals, the embedded stores and the workers.
 
 It has no event loop and one thread. It wakes for signals (through a pipe), for words of a worker, and ten times a
 second to look after its children. What it promises:
@@ -6,9 +6,9 @@ second to look after its children. What it promises:
 * SIGTERM: workers say that they are not ready and go on serving for `drain_delay_s`; then nothing new is accepted,
   what runs has `drain_s` to finish, and the exit status is 0. SIGINT leaves out the delay, and so does a second
   signal during it; the next one ends everything at once.
-* SIGHUP changes nothing, and says so.
-* A worker that dies is replaced, unless it dies again and again before it ever served: then so does the supervisor.
-* The store outlives the workers, and nobody outlives the supervisor, `kill -9` included.
+* SIGHUP, and a change of the config or of a secret's file, reload what can be reloaded; see `proxy.reloading`.
+* Workers that die are replaced; see `proxy.workforce`.
+* The stores outlive the workers, and nobody outlives the supervisor, `kill -9` included.
 """
 
 import contextlib
@@ -18,24 +18,22 @@ import os
 import select
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
-from multiprocessing import Pipe
 from time import monotonic
 
-from proxy.config import FAMILIAR_VARIABLES, PREFIX
-from proxy.embedded import EmbeddedStore
-from proxy.lifeline import die_with_parent
+from proxy.config import Source
+from proxy.embedded import EmbeddedStores, Role
+from proxy.metrics_files import metrics_directory
+from proxy.reloading import Reloader
 from proxy.settings import Server, Settings
-from proxy.worker import CANNOT_SERVE, DRAIN, READY, STOP
+from proxy.worker import DRAIN, STOP
+from proxy.workforce import Premises, Workforce
 
 TICK_S = 0.1
 BACKLOG = 2048
 KILL_GRACE_S = 5.0
 """After `drain_s`, for the last words."""
 
-MAX_FAILED_STARTS = 3
 
 log = logging.getLogger(__name__)
 
@@ -66,76 +64,35 @@ def _why_not(error: OSError, server: Server) -> str:
     return f"cannot listen on {_joined(server.host, server.port)}: {error.strerror}; choose {choose}"
 
 
-class _WorkerProcess:
-    """A worker as its supervisor sees it."""
-
-    def __init__(self, listener: socket.socket, settings: Settings, embedded_url: str | None) -> None:
-        self.channel, theirs = Pipe()
-        self.ready = False
-        with theirs:
-            fds = (listener.fileno(), theirs.fileno())
-            self.process = subprocess.Popen(  # noqa: S603 -- our own module, no shell
-                [sys.executable, *_path_options(), "-m", "proxy.worker", *map(str, fds)],
-                stdin=subprocess.DEVNULL,
-                env=_environment_without_settings(),
-                pass_fds=fds,
-                start_new_session=True,  # Ctrl-C in a terminal is the supervisor's to handle
-                preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 -- no threads here
-            )
-        self.say((settings, embedded_url))
-
-    def say(self, word: object) -> None:
-        with contextlib.suppress(OSError):  # it is dead, and about to be noticed
-            self.channel.send(word)
-
-    def hear(self) -> bool:
-        """Whether it has just said that it serves."""
-        with contextlib.suppress(EOFError, OSError):
-            if self.channel.poll() and self.channel.recv() == READY:
-                self.ready = True
-                return True
-        return False
-
-    def end(self) -> None:
-        """By force if it still runs. Idempotent."""
-        self.process.kill()
-        self.process.wait()
-        self.channel.close()
-
-
-def _path_options() -> list[str]:
-    """`-m` looks into the current folder first. A worker does so only where this process did: see `python -P`."""
-    return [] if sys.path[0] == os.getcwd() else ["-P"]  # noqa: PTH109 -- compared as Python itself made it
-
-
-def _environment_without_settings() -> dict[str, str]:
-    """The settings go through the channel; a secret among them has no business in an environment."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(PREFIX) and k not in FAMILIAR_VARIABLES}
+def _embedded_roles(settings: Settings) -> list[Role]:
+    """The stores that no setting names. A price book without a URL of its own is kept where the ledger is named."""
+    if settings.store.url is not None:
+        return []
+    return ["ledger", "price-book"] if settings.cache.url is None else ["ledger"]
 
 
 class Supervisor:
     """Runs one gateway until it is told to stop."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, source: Source) -> None:
         self._settings = settings
+        self._reloader = Reloader(source, settings)
         self._listener = listen(settings.server)
-        self._url = _url_of(self._listener)
-        self._store = EmbeddedStore(settings.store.data_dir) if settings.store.url is None else None
-        self._worker: _WorkerProcess
-        """From the first on there is always one: a dead one until the next has begun."""
-        self._failed_starts = 0
+        self._stores = EmbeddedStores(settings.store.data_dir, _embedded_roles(settings))
+        self._workforce: Workforce
         self._drain_until: float | None = None
         self._stop_by: float | None = None
 
     def run(self) -> int:
-        """The exit status. Raises `EmbeddedStoreError` if there is no store to begin with."""
-        with self._listener, _signals() as signals, self._store_running():
+        """The exit status. Raises `EmbeddedStoreError`, `NoMetricsDirectoryError` if it cannot begin."""
+        with self._listener, _signals() as signals, metrics_directory() as metrics_dir, self._stores_running():
             self._begin_to_listen()  # only now: until here nobody could be answered
-            self._start_worker()
+            premises = Premises(self._listener, _url_of(self._listener), self._stores.urls, metrics_dir)
+            self._workforce = Workforce(self._settings, premises)
             try:
                 return self._watch(signals)
             finally:
-                self._worker.end()
+                self._workforce.end()
 
     def _begin_to_listen(self) -> None:
         try:
@@ -144,34 +101,33 @@ class Supervisor:
             raise ListenError(_why_not(error, self._settings.server)) from None
 
     @contextlib.contextmanager
-    def _store_running(self) -> Iterator[None]:
-        if self._store is None:
-            yield
-            return
-        self._store.start()
+    def _stores_running(self) -> Iterator[None]:
+        self._stores.start()
         try:
             yield
         finally:
-            self._store.stop()
+            self._stores.stop()
 
     def _watch(self, signals: "_Signals") -> int:
         while True:
-            ready = [signals.wakeup]
-            if not self._worker.ready:
-                ready.append(self._worker.channel.fileno())
-            select.select(ready, [], [], TICK_S)
+            select.select([signals.wakeup, *self._workforce.channels()], [], [], TICK_S)
             for number in signals.received():
                 self._obey(number)
             self._advance_drain()
-            if self._store is not None and (news := self._store.poll()) is not None:
+            if self._reloader.is_due():
+                self._reload()
+            for news in self._stores.poll():
                 log.error("%s", news)
-            if (status := self._look_after_worker()) is not None:
+            if (status := self._workforce.look_after()) is not None:
                 return status
+            if self._stop_by is not None and monotonic() >= self._stop_by:
+                log.error("not all workers finished in time: ended")
+                return 1
 
     def _obey(self, number: int) -> None:
-        """A first signal drains, a second one stops, a third one ends; SIGHUP is told that nothing comes of it."""
+        """A first signal drains, a second one stops, a third one ends; SIGHUP reloads."""
         if number == signal.SIGHUP:
-            log.warning("SIGHUP: settings are read at the start alone; restart the gateway to change them")
+            self._reload()
             return
         now = monotonic()
         if self._stop_by is not None:
@@ -181,49 +137,22 @@ class Supervisor:
         else:
             self._drain_until = now + self._settings.server.drain_delay_s
         log.info("%s: shutting down", signal.Signals(number).name)
-        self._worker.say(DRAIN)
+        self._workforce.leave()
+        self._workforce.say(DRAIN)
+
+    def _reload(self) -> None:
+        settings = self._reloader.reload()
+        if settings is None:
+            self._workforce.reload_failed()
+        else:
+            self._workforce.reload(settings)
 
     def _advance_drain(self) -> None:
         now = monotonic()
         if self._drain_until is not None and self._stop_by is None and now >= self._drain_until:
             self._stop_by = now + self._settings.server.drain_s + KILL_GRACE_S
             self._listener.close()
-            self._worker.say(STOP)
-
-    def _start_worker(self) -> None:
-        embedded_url = None if self._store is None else self._store.url
-        self._worker = _WorkerProcess(self._listener, self._settings, embedded_url)
-
-    def _look_after_worker(self) -> int | None:
-        """Replaces a dead worker; the exit status once there is to be none."""
-        worker = self._worker
-        if not worker.ready and worker.hear():
-            self._failed_starts = 0
-            log.info("serving on %s", self._url)
-        status = worker.process.poll()
-        if status is None:
-            return self._give_up_late_worker()
-        worker.end()
-        if self._drain_until is not None:
-            return 0 if status == 0 else 1
-        return self._replace(worker, status)
-
-    def _give_up_late_worker(self) -> int | None:
-        if self._stop_by is None or monotonic() < self._stop_by:
-            return None
-        log.error("the worker did not finish in time: ended")
-        return 1
-
-    def _replace(self, worker: _WorkerProcess, status: int) -> int | None:
-        if status == CANNOT_SERVE:
-            return 1
-        self._failed_starts += not worker.ready
-        if self._failed_starts >= MAX_FAILED_STARTS:
-            log.error("the worker died %d times before it served (status %d): giving up", self._failed_starts, status)
-            return 1
-        log.error("the worker died (status %d): starting another", status)
-        self._start_worker()
-        return None
+            self._workforce.say(STOP)
 
 
 class _Signals:

@@ -12,6 +12,8 @@ from datetime import date
 from hashlib import sha256
 from zlib import crc32
 
+from proxy.quotas import Terms
+
 PREFIX = "ep_"
 RANDOM_CHARACTERS = 32
 CHECK_CHARACTERS = 6
@@ -25,6 +27,7 @@ class Team:
     id: str
     account: str
     disabled: bool
+    terms: Terms
 
 
 @dataclass(frozen=True, slots=True)

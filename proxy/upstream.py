@@ -19,8 +19,9 @@ import httpx2
 from proxy import __version__, settings
 from proxy.canonical import key_of
 from proxy.circuit import Circuit, Gate
+from proxy.metrics import Metrics
 from proxy.problems import Code, Problem
-from proxy.replies import Failed, Reply, read_reply
+from proxy.replies import Failed, Rejected, Reply, read_reply
 from proxy.settings import SecretText
 
 ESTIMATE_PATH = "/pub/v1/generations/estimate"
@@ -69,9 +70,10 @@ class Address:
 class Upstream:
     """Asks upstream for estimates. `close` must be called."""
 
-    def __init__(self, configured: settings.Upstream, keys: Mapping[str, SecretText]) -> None:
+    def __init__(self, configured: settings.Upstream, keys: Mapping[str, SecretText], metrics: Metrics) -> None:
         self.address = Address.of(configured.base_url)
-        self._keys = keys
+        self._keys: dict[str, SecretText] = {}
+        self._metrics = metrics
         self._timeout_s = configured.timeout_s
         self._transport = httpx2.AsyncHTTPTransport(
             verify=_tls_context(configured.ca_file),
@@ -79,8 +81,15 @@ class Upstream:
             proxy=None if configured.proxy is None else configured.proxy.get_secret_value(),
             limits=httpx2.Limits(max_connections=configured.max_connections),
         )
-        self._circuits = {account: Circuit() for account in keys}
+        self._circuits: dict[str, Circuit] = {}
+        self.take_keys(keys)
         self._troubles: dict[str, str] = {}
+
+    def take_keys(self, keys: Mapping[str, SecretText]) -> None:
+        """New and changed keys. Accounts that are not named any more keep theirs for what is still under way."""
+        self._keys |= keys
+        for account in keys:
+            self._circuits.setdefault(account, Circuit())
 
     @property
     def in_trouble(self) -> bool:
@@ -97,12 +106,14 @@ class Upstream:
         gate = circuit.admit(loop.time(), probe_s=self._timeout_s)
         if gate is not Gate.ASK:
             return Failed(_closed_gate(gate, circuit.wait_s(loop.time())), asked=False)
-        era = circuit.era
+        era, asked_at = circuit.era, loop.time()
         reply = await self._ask(account, canonical, query, min(deadline, loop.time() + self._timeout_s))
+        self._metrics.upstream_duration.labels(account, _status_class(reply)).observe(loop.time() - asked_at)
         if isinstance(reply, Failed) and reply.problem.code is Code.UPSTREAM_BUSY:
             circuit.pause(loop.time(), reply.problem.retry_after_s or 0)
         if circuit.era == era:  # what was asked before the newest probe tells nothing now
             circuit.note(loop.time(), failed=isinstance(reply, Failed) and reply.problem.code in _OUTAGES)
+            self._metrics.circuit_open.labels(account).set(circuit.is_open)
         return reply
 
     async def close(self) -> None:
@@ -165,6 +176,18 @@ class Upstream:
             log.error("upstream fails for the account %s: %s", account, reason)
         elif reason is None and before is not None:
             log.info("upstream answers again for the account %s", account)
+
+
+def _status_class(reply: Reply) -> str:
+    match reply:
+        case Failed(upstream_status=None, problem=problem):
+            return "timeout" if problem.code is Code.UPSTREAM_TIMEOUT else "error"
+        case Failed(upstream_status=int(status), problem=Problem(code=Code.UPSTREAM_ERROR)) if status < 500:  # noqa: PLR2004
+            return "error"  # a page, or our own key: whatever its status, no answer
+        case Failed(upstream_status=int(status)) | Rejected(status):
+            return f"{status // 100}xx"
+        case _:
+            return "2xx"
 
 
 def _closed_gate(gate: Gate, wait_s: float) -> Problem:

@@ -22,8 +22,11 @@ from starlette.types import Receive, Scope, Send
 
 from proxy.directives import Directives, parse_directives
 from proxy.gateway import Answer, Ask, Explanation, Purged, Trace
+from proxy.ledger import Admitted, Denied
 from proxy.logs import event
+from proxy.metrics import Metrics
 from proxy.problems import BadRequest, ClientGone, Code, Outcome, Problem
+from proxy.statements import Report
 
 MAX_IN_FLIGHT = 2000
 """Requests that one process works on at a time; more are told to come back."""
@@ -32,7 +35,7 @@ MAX_DISCARDED_BYTES = 4 * 2**20
 """Of a body that is too large, so much is read and dropped for the client to hear the answer."""
 
 Headers = list[tuple[bytes, bytes]]
-Ending = Answer | Explanation | Purged | Problem
+Ending = Answer | Explanation | Purged | Report | Problem
 Story = Callable[[Ask, Trace], Awaitable[Ending]]
 
 MAX_QUERY_BYTES = 8192
@@ -69,14 +72,17 @@ class Exchange:
         known = len(given) == 1 and _REQUEST_ID.fullmatch(given[0])
         return cls(operation, given[0] if known else secrets.token_hex(16))
 
-    def write_log_line(self, outcome: Outcome, status: int) -> None:
+    def end(self, metrics: Metrics, outcome: Outcome, status: int) -> None:
+        """Counts the request, and writes its log line."""
+        duration_s = perf_counter() - self.started
+        metrics.count_request(self.trace.team, self.operation, outcome, duration_s)
         facts = {
             "request_id": self.request_id,
             "team": self.trace.team,
             "operation": self.operation,
             "outcome": outcome.value,
             "status": status,
-            "ms": _ms(perf_counter() - self.started),
+            "ms": _ms(duration_s),
         }
         if self.trace.upstream_s is not None:
             facts["upstream_ms"] = _ms(self.trace.upstream_s)
@@ -92,12 +98,14 @@ class StoryEndpoint:
         story: Story,
         *,
         lifecycle: Lifecycle,
+        metrics: Metrics,
         max_body_bytes: int,
         timeout_s: float,
     ) -> None:
         self._operation = operation
         self._story = story
         self._lifecycle = lifecycle
+        self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._timeout_s = timeout_s
 
@@ -105,6 +113,7 @@ class StoryEndpoint:
         headers: Headers = list(scope["headers"])
         exchange = Exchange.begin(self._operation, headers)
         self._lifecycle.in_flight += 1
+        self._metrics.requests_in_flight.inc()
         try:
             ending = await self._answer(scope, headers, receive, exchange)
         except asyncio.CancelledError:
@@ -112,11 +121,12 @@ class StoryEndpoint:
             exchange.close = True
         finally:
             self._lifecycle.in_flight -= 1
+            self._metrics.requests_in_flight.dec()
         if ending is None or (exchange.trace.waited and await _is_gone(receive)):
-            exchange.write_log_line(Outcome.CANCELLED, 499)
+            exchange.end(self._metrics, Outcome.CANCELLED, 499)
             return
         exchange.close = exchange.close or self._lifecycle.draining
-        await respond(send, exchange, ending)
+        await respond(send, exchange, ending, self._metrics)
 
     async def _answer(self, scope: Scope, headers: Headers, receive: Receive, exchange: Exchange) -> Ending | None:
         """How the story ends; None when nobody is left to hear it. What the story raises becomes a problem here."""
@@ -130,6 +140,7 @@ class StoryEndpoint:
                 read_body=lambda: body.read(headers, deadline),
                 query=_query(scope),
                 directives=_directives(headers),
+                accept=", ".join(value.decode("latin-1") for value in values(headers, b"accept")) or None,
                 deadline=deadline,
             )
             return await self._story(ask, exchange.trace)
@@ -190,8 +201,8 @@ class _Body:
             more = message["more_body"]
 
 
-async def respond(send: Send, exchange: Exchange, ending: Ending) -> None:
-    """Sends the response, and writes the request's log line."""
+async def respond(send: Send, exchange: Exchange, ending: Ending, metrics: Metrics) -> None:
+    """Sends the response, and ends the exchange."""
     match ending:
         case Problem(status=status):
             headers, body = ending.headers(), ending.document(exchange.request_id)
@@ -201,14 +212,16 @@ async def respond(send: Send, exchange: Exchange, ending: Ending) -> None:
             status, headers, body = 200, [(b"content-type", _JSON)], _explanation_document(ending)
         case Purged():
             status, headers, body = 200, [(b"content-type", _JSON)], _purged_document(ending)
+        case Report():
+            status, headers, body = 200, _report_headers(ending), ending.body
     headers += _common_headers(exchange)
     headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-    exchange.write_log_line(Outcome.HIT if isinstance(ending, Purged) else ending.outcome, status)
+    exchange.end(metrics, Outcome.HIT if isinstance(ending, Purged | Report) else ending.outcome, status)
 
 
-async def refuse_route(lifecycle: Lifecycle, request: Request, error: Exception) -> Response:
+async def refuse_route(lifecycle: Lifecycle, metrics: Metrics, request: Request, error: Exception) -> Response:
     """The answer to a path or method that is not served."""
     exchange = Exchange.begin("other", request.scope["headers"])
     exchange.close = lifecycle.draining
@@ -218,7 +231,7 @@ async def refuse_route(lifecycle: Lifecycle, request: Request, error: Exception)
     else:
         problem = Problem(Code.NOT_FOUND, "Of RenderNet's API the gateway serves POST /pub/v1/generations/estimate.")
     body = problem.document(exchange.request_id)
-    exchange.write_log_line(problem.outcome, problem.status)
+    exchange.end(metrics, problem.outcome, problem.status)
     headers = [(name.decode(), value.decode()) for name, value in problem.headers() + _common_headers(exchange)]
     return Response(body, problem.status, dict(headers))
 
@@ -238,8 +251,14 @@ def _answer_headers(answer: Answer) -> Headers:
     return headers
 
 
+def _report_headers(report: Report) -> Headers:
+    return [(b"content-type", report.media_type.encode()), (b"vary", b"accept"), (b"cache-control", b"no-store")]
+
+
 def _explanation_document(explanation: Explanation) -> bytes:
-    question, stored = explanation.question, explanation.stored
+    """A price is shown only to a team whose estimate would be answered, as far as is known."""
+    question, stored, admission = explanation.question, explanation.stored, explanation.admission
+    would_be_refused = isinstance(admission, Denied)
     document: dict[str, object] = {
         "canonical_body": question.canonical.decode(),
         "key": question.key,
@@ -247,15 +266,19 @@ def _explanation_document(explanation: Explanation) -> bytes:
         "query": question.query,
         "ignored_members": explanation.ignored,
         "stored": stored is not None,
+        "admitted": not would_be_refused,
     }
     if stored is not None:
-        document |= {
-            "age_s": int(stored.age_s),
-            "ttl_s": floor(stored.ttl_s),
-            "estimated": orjson.Fragment(stored.price.estimated),
-        }
-    elif explanation.outcome is Outcome.BYPASS:
-        document |= {"stored": None, "degraded": ["store"]}
+        document |= {"age_s": int(stored.age_s), "ttl_s": floor(stored.ttl_s)}
+    if stored is not None and isinstance(admission, Admitted):
+        document["estimated"] = orjson.Fragment(stored.price.estimated)
+    if isinstance(admission, Denied):
+        document["refusal"] = {"code": admission.problem.code, "detail": admission.problem.detail}
+    unknown = {"price-book": explanation.outcome is Outcome.BYPASS, "ledger": admission is None}
+    if any(unknown.values()):
+        document["degraded"] = [role for role, is_unknown in unknown.items() if is_unknown]
+        document["stored"] = None if unknown["price-book"] else document["stored"]
+        document["admitted"] = None if unknown["ledger"] else document["admitted"]
     return orjson.dumps(document)
 
 
@@ -272,10 +295,22 @@ def _common_headers(exchange: Exchange) -> Headers:
     headers = [(b"x-request-id", exchange.request_id.encode())]
     if trace.cache_status is not None:
         headers.append((b"cache-status", b"estimate-proxy; " + trace.cache_status.encode()))
+    headers += _limit_headers(trace)
     if timing := _server_timing(trace):
         headers.append((b"server-timing", timing.encode()))
     if exchange.close:
         headers.append((b"connection", b"close"))
+    return headers
+
+
+def _limit_headers(trace: Trace) -> Headers:
+    if trace.standing is None:
+        return []
+    policies, limits = trace.standing.policies(), trace.standing.limits()
+    headers = [(b"ratelimit-policy", policies.encode()), (b"ratelimit", limits.encode())]
+    if trace.warnings:
+        names = ", ".join(f'"{quota.policy}"' for quota in trace.warnings)
+        headers.append((b"estimate-proxy-warning", names.encode()))
     return headers
 
 

@@ -1,8 +1,9 @@
 """A worker: one process, one event loop, one application, on a socket that the supervisor owns.
 
-Run as `python -m proxy.worker <listener fd> <channel fd>`. Over the channel come the settings, then words:
-`DRAIN` (answer, but say that you will not for long) and `STOP` (finish and exit). When the other end closes,
-the supervisor is dead and the worker goes too. The worker says `READY` when it serves.
+Run as `python -m proxy.worker <listener fd> <channel fd>`. Over the channel come the settings and the addresses of the
+embedded stores, then words: `DRAIN` (answer, but say that you will not for long), `STOP` (finish and exit), new
+settings, and `RELOAD_FAILED` (there are new ones that cannot be used). When the other end closes, the supervisor is
+dead and the worker goes too. The worker says `READY` when it serves.
 """
 
 import asyncio
@@ -17,15 +18,17 @@ from multiprocessing.connection import Connection
 from time import monotonic
 
 import uvloop
+from starlette.applications import Starlette
 
 from proxy import logs
-from proxy.app import build, objection
+from proxy.app import build, objections
+from proxy.embedded import Role
 from proxy.metrics import Metrics
 from proxy.server import Server
 from proxy.settings import Settings
 from proxy.web import Lifecycle
 
-READY, DRAIN, STOP = "ready", "drain", "stop"
+READY, DRAIN, STOP, RELOAD_FAILED = "ready", "drain", "stop", "reload failed"
 ORPHAN_GRACE_S = 2.0
 CANNOT_SERVE = 3
 """Exit status of a worker that another one could not do better than."""
@@ -41,35 +44,48 @@ class Worker:
 
     def run(self) -> int:
         """Serves until told to stop; the process's exit status."""
-        settings, embedded_url = self._channel.recv()
+        settings, embedded_urls = self._channel.recv()
         logs.configure(settings.log.level, settings.log.format)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(self._serve(settings, embedded_url))
+            return runner.run(self._serve(settings, embedded_urls))
 
-    async def _serve(self, settings: Settings, embedded_url: str | None) -> int:
-        if (reason := await objection(settings, embedded_url)) is not None:
+    async def _serve(self, settings: Settings, embedded_urls: dict[Role, str]) -> int:
+        if (reason := await objections(settings, embedded_urls)) is not None:
             log.error("cannot serve: %s", reason)
             return CANNOT_SERVE
         drain_s = settings.server.drain_s
-        app = build(settings, embedded_url, self._lifecycle, Metrics())
+        metrics = Metrics(settings.teams, settings.accounts)
+        app = build(settings, embedded_urls, self._lifecycle, metrics)
         server = Server(app, drain_s=drain_s, announce=lambda: self._channel.send(READY))
         stop = partial(self._stop, server, drain_s)
+        reload = partial(self._reload, app, metrics)
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._channel.fileno(), self._listen, server, stop)
+        loop.add_reader(self._channel.fileno(), self._listen, server, stop, reload)
         loop.add_signal_handler(signal.SIGTERM, stop)
         await server.serve([self._listener])
         loop.remove_reader(self._channel.fileno())
         return 0
 
-    def _listen(self, server: Server, stop: Callable[[], None]) -> None:
+    def _listen(self, server: Server, stop: Callable[[], None], reload: Callable[[Settings | None], None]) -> None:
         try:
             word = self._channel.recv()
         except (EOFError, OSError):
             self._leave_with_supervisor(server)
             return
-        self._lifecycle.draining = True
-        if word == STOP:
-            stop()
+        if word == RELOAD_FAILED:
+            reload(None)
+        elif isinstance(word, Settings):
+            reload(word)
+        else:
+            self._lifecycle.draining = True
+            if word == STOP:
+                stop()
+
+    def _reload(self, app: Starlette, metrics: Metrics, settings: Settings | None) -> None:
+        """Takes new settings; None: there are some that cannot be used."""
+        if settings is not None:
+            app.state.reload(settings)
+        metrics.config_last_reload_successful.set(settings is not None)
 
     def _stop(self, server: Server, drain_s: float) -> None:
         self._lifecycle.draining = True

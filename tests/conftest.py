@@ -14,7 +14,7 @@ import pytest
 import redis
 from starlette.types import Receive, Scope, Send
 
-from proxy.embedded import EmbeddedStore
+from proxy.embedded import EmbeddedStores
 from proxy.simulator import Simulator
 from scene import API_KEY, Scene, gateway, settings
 from serving import HOSTS, serving, wait_until
@@ -44,11 +44,12 @@ def _hosts() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def valkey_url() -> Iterator[str]:
+    """One server for prices and ledger alike, as in a small installation: so it must not evict."""
     with tempfile.TemporaryDirectory() as directory:
-        store = EmbeddedStore(Path(directory))
-        store.start()
-        yield store.url
-        store.stop()
+        stores = EmbeddedStores(Path(directory), ["ledger"])
+        stores.start()
+        yield stores.urls["ledger"]
+        stores.stop()
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """Several gateways on one store, as real processes. Each test takes a crew: a team whose account nobody has used."""
 
 import asyncio
+import json
 import secrets
 import signal
 import string
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import psutil
 import redis
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from processes import SOON_S, Served, Tree, house
+from proxy.config import PREFIX
 from proxy.hot import MAX_AGE_S
 from proxy.pricebook import LEASE_S
 from proxy.simulator import Exchange, Handler
 from proxy.teams import digest_of, token_of
+from proxy.valkey import Valkey
 from scene import API_KEY, PATH, answers, cache_status
 from serving import wait_until
 
@@ -152,6 +157,48 @@ def _sections(name: str, store_url: str, sections: dict[str, Tree]) -> dict[str,
         },
     }
     return {part: {**common.get(part, {}), **sections.get(part, {})} for part in {*common, *sections}}
+
+
+def limiting(**quotas: Sequence[Tree]) -> dict[str, str]:
+    """For `env`: the quotas of `org`, or of all crews by `team_defaults`. Config files of tests have no such arrays."""
+    return {f"{PREFIX}{section.upper()}__QUOTAS": json.dumps(limits) for section, limits in quotas.items()}
+
+
+class OwnLedger:
+    """A store as a gateway embeds it. It can be killed, and comes back with its data under its URL."""
+
+    def __init__(self, folder: Path, lock_fd: int) -> None:
+        path = folder / "ledger.sock"
+        self.url = f"unix://{path}"
+        policy = {"maxmemory-policy": "noeviction"}
+        self._server = Valkey("ledger", policy, directory=folder, socket_path=path, lock_fd=lock_fd)
+
+    def start(self) -> None:
+        self._server.start()
+        wait_until(self._server.answers)
+
+    def kill(self) -> None:
+        self._server.end(0)
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        process = psutil.Process(self._server._child.pid)  # type: ignore[union-attr] # it is running
+        process.suspend()
+        try:
+            yield
+        finally:
+            process.resume()
+
+
+@contextmanager
+def own_ledger() -> Iterator[OwnLedger]:
+    """One that is not started yet."""
+    with tempfile.TemporaryDirectory(prefix="ep-l-") as folder, (Path(folder) / "lock").open("wb") as lock:
+        ledger = OwnLedger(Path(folder), lock.fileno())
+        try:
+            yield ledger
+        finally:
+            ledger.kill()
 
 
 def _end(fleet: Fleet) -> None:

@@ -16,8 +16,9 @@ import httpx2
 import psutil
 
 from proxy.config import FAMILIAR_VARIABLES, PREFIX
+from proxy.embedded import Role
 from proxy.teams import digest_of
-from scene import API_KEY, DESIGN, MARKETING, PATH, RETIRED
+from scene import API_KEY, DESIGN, MARKETING, PATH, PLENTY, RETIRED
 from serving import wait_until
 
 SOON_S = 5.0
@@ -57,7 +58,7 @@ class Served:
         return found[-1]
 
     def wait_until_serving(self, *, times: int = 1) -> None:
-        self.url = self.wait_until_told("serving on ", times=times).rpartition(" ")[2]
+        self.url = self.wait_until_told("serving on ", times=times).partition("serving on ")[2].split()[0]
 
     def client(self) -> httpx2.Client:
         """A client of the team `design` that keeps its connections."""
@@ -84,8 +85,14 @@ class Served:
     def worker(self) -> psutil.Process:
         return self._child("proxy.worker")
 
-    def store(self) -> psutil.Process:
-        return self._child("valkey-server")
+    def workers(self) -> list[psutil.Process]:
+        """The oldest first."""
+        found = [child for child in self.children() if "proxy.worker" in child.cmdline()]
+        return sorted(found, key=lambda child: child.create_time())
+
+    def store(self, role: Role) -> psutil.Process:
+        """The embedded store; its command line names its socket, before and after it has changed its title."""
+        return self._child(f"/{role}.sock")
 
     def send(self, number: int) -> None:
         self.process.send_signal(number)
@@ -133,6 +140,7 @@ class House:
             "upstream": {"base_url": self.upstream_url, "timeout_s": 10},
             "accounts": {"default": {"api_key": API_KEY}},
             "store": {"data_dir": str(self.data_dir)},
+            "team_defaults": {"rate": PLENTY},
             "teams": {
                 "design": {"tokens": [digest_of(DESIGN)]},
                 "marketing": {"tokens": [digest_of(MARKETING)]},
@@ -237,10 +245,21 @@ def _parse(line: bytes) -> Tree:
 
 
 def _toml(tree: Tree, path: str = "") -> Iterator[str]:
-    """Dotted keys, one a line. What JSON writes for a text, a number or an array of them is TOML too."""
+    """Dotted keys, one a line."""
     for key, value in tree.items():
         here = f"{path}.{key}" if path else key
         if isinstance(value, dict):
             yield from _toml(value, here)
         else:
-            yield f"{here} = {json.dumps(value)}\n"
+            yield f"{here} = {_value(value)}\n"
+
+
+def _value(value: object) -> str:
+    """What JSON writes for a text or a number is TOML too."""
+    match value:
+        case dict():
+            return f"{{{', '.join(f'{key} = {_value(member)}' for key, member in value.items())}}}"
+        case list() | tuple():
+            return f"[{', '.join(map(_value, value))}]"
+        case _:
+            return json.dumps(value)

@@ -22,6 +22,9 @@ from serving import serving
 
 PATH = "/pub/v1/generations/estimate"
 API_KEY = "rn-canary/+key"
+PLENTY = {"per_s": 10_000, "burst": 10_000}
+"""A rate for tests that are about something else."""
+
 DESIGN, MARKETING, RETIRED, EXPIRED = (token_of(letter * 32) for letter in "dmre")
 
 
@@ -69,6 +72,7 @@ def settings(store_url: str, upstream_url: str, **sections: dict[str, Any]) -> S
         "upstream": {"base_url": upstream_url, "timeout_s": 2.0},
         "accounts": {"default": {"api_key": API_KEY}, "second": {"api_key": "rn-second-key"}},
         "store": {"url": store_url, "data_dir": "/nonexistent"},
+        "team_defaults": {"rate": PLENTY},
         "teams": {
             "design": {"tokens": [digest_of(DESIGN), {"sha256": digest_of(EXPIRED), "expires": "2026-01-31"}]},
             "marketing": {"tokens": [digest_of(MARKETING)]},
@@ -83,9 +87,9 @@ def settings(store_url: str, upstream_url: str, **sections: dict[str, Any]) -> S
 @contextmanager
 def gateway(configured: Settings, store_url: str, simulator: Simulator) -> Iterator[Scene]:
     """The gateway that `configured` describes, as a scene."""
-    lifecycle, metrics = Lifecycle(), Metrics()
+    lifecycle, metrics = Lifecycle(), Metrics(configured.teams, configured.accounts)
     with (
-        serving(build(configured, None, lifecycle, metrics)) as url,
+        serving(build(configured, {}, lifecycle, metrics)) as url,
         httpx2.Client(base_url=url, trust_env=False, headers={"x-api-key": DESIGN}, timeout=10) as client,
         redis.Redis.from_url(store_url) as store,
     ):

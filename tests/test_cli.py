@@ -7,22 +7,31 @@ import pty
 import re
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import redis
 from click.testing import CliRunner, Result
 
 from proxy import __version__, config, teams
 from proxy.canonical import canonicalise, key_of
 from proxy.cli import main
+from proxy.embedded import EmbeddedStores
 from proxy.settings import MASK
+from proxy.sheets import LedgerKeys
+from proxy.usage import OUTCOMES
+from proxy.windows import window_of
+from serving import free_port
 
 CANARY = "CaNaRy5Xq"
 DIGEST = "sha256:" + "a" * 64
 CONFIG = f'[accounts.default]\napi_key = "{CANARY}"\n[teams.design]\ntokens = ["{DIGEST}"]\n'
 PROGRAMS = [str(Path(sys.executable).with_name("estimate-proxy"))], [sys.executable, "-m", "proxy"]
+DAY = datetime.now(UTC).date() - timedelta(days=3)
 BODY = b'[{"b": 7.0, "a": "\\u00e9"}]'
 
 Run = Callable[..., Result]
@@ -69,13 +78,15 @@ def process(*command: str, stdin: bytes = b"", **environ: str) -> subprocess.Com
 @pytest.mark.parametrize(
     ("command", "mentions"),
     [
-        ("", ["check", "demo", "explain", "serve", "token", "--version"]),
+        ("", ["check", "demo", "explain", "purge", "quota", "serve", "token", "usage", "--version"]),
         (
             "serve",
             ["--config FILE", "$ESTIMATE_PROXY_CONFIG", "--host HOST", "--port PORT", "server.port", "SIGTERM"],
         ),
         ("demo", ["--port PORT", "[default: 8080", "--no-traffic"]),
         ("check", ["--config FILE", "/etc/estimate-proxy/config.toml"]),
+        ("usage", ["--team ID", "--from DAY", "--by NAMES", "[table|csv|json]", "org.timezone", "tab-separated"]),
+        ("quota", ["[TEAM]", "--config FILE", "tab-separated"]),
         ("token", ["new"]),
         ("token new", ["TEAM", "once"]),
         ("explain", ["FILE", "--account ID", "[default: default]", "--query TEXT", "standard input", "Asks nobody"]),
@@ -158,6 +169,12 @@ url = "redis://u:{CANARY}@h/0"
 password = "{CANARY}"
 [upstream]
 proxy = "http://u:{CANARY}@p:3128"
+[metrics]
+public = true
+[[org.quotas]]
+measure = "estimated_credits"
+limit = 0.1
+per = "week"
 """
 
 
@@ -170,6 +187,7 @@ def test_check_prints_toml(run: Run) -> None:
     assert shown["server"] == {
         "host": "127.0.0.1",
         "port": 8080,
+        "workers": 1,
         "max_body_bytes": 262144,
         "request_timeout_s": 15.0,
         "drain_delay_s": 5.0,
@@ -182,8 +200,19 @@ def test_check_prints_toml(run: Run) -> None:
     assert shown["store"]["url"] == f"redis://u:{MASK}@h/0"
     assert shown["store"]["password"] == MASK
     assert shown["upstream"]["proxy"] == f"http://u:{MASK}@p:3128"
+    assert shown["org"]["quotas"] == [
+        {"measure": "estimated_credits", "limit": 0.1, "per": "week", "on_exceed": "refuse"}
+    ]
     assert result.stdout.startswith("# from here.toml\n")
     assert "# upstream.ca_file is not set\n" in result.stdout
+
+
+@pytest.mark.parametrize("reader", ["", "[metrics]\npublic = true\n", f'[admin]\ntokens = ["{DIGEST[:-1]}0"]\n'])
+def test_check_warns_when_nobody_can_read_the_metrics(run: Run, reader: str) -> None:
+    Path("here.toml").write_text(CONFIG + reader)
+    result = run("check", "--config", "here.toml")
+    assert result.exit_code == 0
+    assert ("nobody can read /metrics" in result.stderr) is (not reader)
 
 
 def test_check_without_a_file_says_so(run: Run) -> None:
@@ -238,12 +267,11 @@ def test_check_of_a_broken_file_as_a_process(program: list[str]) -> None:
     )
 
 
-def test_check_on_a_terminal_is_a_table() -> None:
-    Path("estimate-proxy.toml").write_text(SECRETS)
+def on_terminal(*args: str, columns: int = 300) -> str:
+    """What a command line shows on a terminal."""
     ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [*PROGRAMS[0], "check"], stdout=theirs, env={**os.environ, "COLUMNS": "300", "TERM": "dumb"}
-    ) as child:
+    environ = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
+    with subprocess.Popen([*PROGRAMS[0], *args], stdout=theirs, env=environ) as child:
         os.close(theirs)
         shown = b""
         try:
@@ -252,14 +280,181 @@ def test_check_on_a_terminal_is_a_table() -> None:
         except OSError:  # how Linux says that nobody holds the other end any more
             pass
         os.close(ours)
-    text = shown.decode()
     assert child.returncode == 0
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown.decode())
+
+
+def test_check_on_a_terminal_is_a_table() -> None:
+    Path("estimate-proxy.toml").write_text(SECRETS)
+    text = on_terminal("check")
     assert CANARY not in text
     assert re.search(r"setting +value", text)
     assert re.search(r"server\.port +8080 ", text)
     assert re.search(r'teams\.other\.name +"\[red\]x \[/x\] :smile: \\" é" ', text), "nothing is taken for markup"
     assert re.search(r"upstream\.ca_file +- ", text)
     assert " = 8080" not in text
+
+
+# --- usage and quota --------------------------------------------------------------------------------------------
+
+LEDGER = LedgerKeys("default")
+LIMITS = """
+[teams.other]
+[[org.quotas]]
+measure = "requests"
+limit = 1000
+per = "day"
+[[teams.design.quotas]]
+measure = "estimated_credits"
+limit = 9000000000
+per = "month"
+on_exceed = "warn"
+"""
+
+
+@pytest.fixture
+def ledger(valkey_url: str) -> None:
+    """A ledger with some usage of three days ago, of two teams, and the counters of now."""
+    Path("estimate-proxy.toml").write_text(f'{CONFIG}{LIMITS}[store]\nurl = "{valkey_url}"\n')
+    with redis.Redis.from_url(valkey_url) as client:
+        client.flushall()
+        for team, model in (("design", "-1-1"), ("gone", "Flux")):
+            rows = {f"{model}:hit:requests": 2, f"{model}:hit:credits": 2**53 + 1, "-:rate-limited:refused": 3}
+            client.hset(LEDGER.usage(team, DAY), mapping=dict(rows.items()))
+            client.sadd(LEDGER.teams, team)
+        month, day = (window_of(per, int(time.time()), UTC) for per in ("month", "day"))
+        for key in (LEDGER.counter("design", "month", month), LEDGER.counter(None, "day", day)):
+            client.hset(key, mapping={"requests": 7, "credits": 2**53 + 1})
+
+
+def told(result: Result) -> str:
+    assert (result.exit_code, result.stderr) == (0, "")
+    return result.stdout
+
+
+def fields(text: str) -> list[list[str]]:
+    return [line.split("\t") for line in text.splitlines()]
+
+
+@pytest.mark.usefixtures("ledger")
+def test_usage_when_piped(run: Run) -> None:
+    header, *rows = fields(told(run("usage", "--from", str(DAY))))
+    assert header == ["team", "requests", "refused", "estimated_credits", *OUTCOMES]
+    assert [row[:5] for row in rows] == [[team, "2", "3", "9007199254.740993", "2"] for team in ("design", "gone")]
+    header, row = fields(told(run("usage", "--from", str(DAY), "--team", "gone")))
+    assert [header[0], row[0]] == ["day", str(DAY)], (
+        "of one team by day; that the settings have it no more is all right"
+    )
+    _, *rows = fields(told(run("usage", "--from", str(DAY), "--to", str(DAY), "--by", "model,team")))
+    assert [row[:3] for row in rows] == [
+        ["-", "design", "0"],
+        ["-", "gone", "0"],
+        ["-1-1", "design", "2"],
+        ["Flux", "gone", "2"],
+    ]
+    assert fields(told(run("usage", "--to", str(DAY - timedelta(days=1))))) == [["team", *header[1:]]]
+
+
+@pytest.mark.usefixtures("ledger")
+def test_usage_as_the_endpoint_answers_it(run: Run) -> None:
+    told_json = told(run("usage", "--from", str(DAY), "--by", "team", "--format", "json"))
+    document = json.loads(told_json)
+    assert '"estimated_credits":18014398509.481986,' in told_json
+    assert (document["from"], document["timezone"], len(document["rows"])) == (str(DAY), "UTC", 2)
+    result = run("usage", "--from", str(DAY), "--by", "model", "--format", "csv")
+    lines = result.stdout_bytes.split(b"\r\n")
+    assert lines[0].startswith(b"model,requests,refused,estimated_credits,hit,")
+    assert lines[2].startswith(b"'-1-1,2,0,9007199254.740993,2,"), "what a spreadsheet could run is defused"
+
+
+@pytest.mark.usefixtures("ledger")
+def test_usage_on_a_terminal() -> None:
+    text = on_terminal("usage", "--from", str(DAY), columns=100)
+    title, header, design, gone, total = text.split("\r\n")[:-1]
+    assert title.rstrip() == f"{DAY} to {datetime.now(UTC).date()}, UTC"
+    assert header.split() == ["team", "requests", "refused", "estimated", "credits", "hit", "rate-limited"]
+    assert design.split() == ["design", "2", "3", "9007199254.740993", "2", "3"]
+    assert gone.split()[0] == "gone"
+    assert total.split() == ["total", "4", "6", "18014398509.481986", "4", "6"]
+    assert {line.rindex(cell) + len(cell) for line, cell in ((design, "740993"), (total, "481986"))} == {
+        header.rindex("credits") + len("credits")
+    }, "numbers end below one another"
+    narrow = on_terminal("usage", "--from", str(DAY), columns=50)
+    assert "rate-limited" not in narrow, "where there is no room for outcomes"
+    assert "18014398509.481986" in narrow
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("--from yesterday", "--from must be a date, such as 2026-11-01."),
+        ("--to 2026-02-30", "--to must be a date, such as 2026-11-01."),
+        ("--from 2026-11-02 --to 2026-11-01", "--from must not be after to, which is 2026-11-01."),
+        ("--from 2020-01-01", "--from must not be more than 400 days before"),
+        ("--by hour", "--by must be some of day, team and model, each once, joined by commas."),
+        ("--team nobody", "--team names none that is configured or ever had usage."),
+        ("--team \udcff", "--team names none"),
+        ("--team=", "--team is empty"),
+        ("--from=", "--from is empty"),
+        ("--by=", "--by is empty"),
+        ("--format xml", "Invalid value for '--format': 'xml' is not one of 'table', 'csv', 'json'."),
+        ("design", "Got unexpected extra argument (design)"),
+    ],
+)
+@pytest.mark.usefixtures("ledger")
+def test_usage_that_cannot_be(run: Run, options: str, line: str) -> None:
+    assert refusal(run("usage", *options.split(" "))).startswith(line)
+
+
+@pytest.mark.usefixtures("ledger")
+def test_quota_when_piped(run: Run) -> None:
+    header, org, own = fields(told(run("quota")))  # the organisation's once, though both teams have it
+    assert header == ["scope", "team", "measure", "per", "limit", "used", "remaining", "on_exceed", "resets_at"]
+    assert org[:8] == ["org", "-", "requests", "day", "1000", "7", "993", "refuse"]
+    assert own[:8] == ["team", "design", "estimated_credits", "month", "9000000000", "9007199254.740993", "0", "warn"]
+    assert datetime.fromisoformat(own[8]).timestamp() == window_of("month", int(time.time()), UTC).end_s
+    assert fields(told(run("quota", "design"))) == [header, org, own]
+    assert refusal(run("quota", "gone")) == "TEAM names no team of the settings"
+
+
+@pytest.mark.usefixtures("ledger")
+def test_quota_on_a_terminal() -> None:
+    text = on_terminal("quota", "design", columns=100)
+    _, header, org, own = text.split("\r\n")[:-1]
+    assert header.split() == ["team", "quota", "limit", "used", "remaining", "on", "exceed", "resets", "at"]
+    assert org.split()[:6] == ["-", "org-requests-day", "1000", "7", "993", "refuse"]
+    assert own.split()[:6] == ["design", "credits-month", "9000000000", "9007199254.740993", "0", "warn"]
+    assert re.search(r" 20[0-9]{2}-[0-9]{2}-01 *$", own)
+    assert max(map(len, on_terminal("quota", "design", columns=40).splitlines())) <= 40
+
+
+def test_no_quota_is_said_and_no_failure(run: Run, valkey_url: str) -> None:
+    Path("estimate-proxy.toml").write_text(f'{CONFIG}[store]\nurl = "{valkey_url}"\n')
+    result = run("quota")
+    assert (result.exit_code, result.stderr) == (0, "estimate-proxy: no quota is set\n")
+    assert len(fields(result.stdout)) == 1
+
+
+@pytest.mark.parametrize("command", [["usage"], ["usage", "--team", "nobody"], ["quota"], ["quota", "design"]])
+def test_a_store_that_nobody_finds(run: Run, command: list[str]) -> None:
+    Path("estimate-proxy.toml").write_text(f'{CONFIG}[store]\nurl = "redis://127.0.0.1:{free_port()}"\n')
+    assert refusal(run(*command)) == "the store is out of reach"
+    Path("estimate-proxy.toml").write_text(f'{CONFIG}[store]\ndata_dir = "data"\n')
+    assert "data" in refusal(run(*command))
+
+
+def test_the_embedded_ledger_of_a_gateway_that_runs(run: Run) -> None:
+    Path("estimate-proxy.toml").write_text(f'{CONFIG}{LIMITS}[store]\ndata_dir = "data"\n')
+    stores = EmbeddedStores(Path("data"), ["ledger"])
+    stores.start()
+    try:
+        with redis.Redis.from_url(stores.urls["ledger"]) as client:
+            client.hset(LEDGER.usage("design", DAY), "Flux:hit:requests", 2)
+            client.sadd(LEDGER.teams, "design")
+        assert [row[:2] for row in fields(told(run("usage", "--from", str(DAY))))][1:] == [["design", "2"]]
+        assert len(fields(told(run("quota")))) == 3
+    finally:
+        stores.stop()
 
 
 # --- token ------------------------------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def test_other_methods(scene: Scene, line: bytes) -> None:
     assert b"allow: POST\r\n" in reply
 
 
-@pytest.mark.parametrize("path", ["/", "/pub/v1/generations", "/v1/quota", "/metrics", "/pub/v1/models"])
+@pytest.mark.parametrize("path", ["/", "/pub/v1/generations", "/v1/quotas", "/metrics/", "/pub/v1/models"])
 def test_other_paths_say_which_one_is_served(scene: Scene, path: str) -> None:
     response = scene.client.get(path)
     assert response.status_code == 404

@@ -25,7 +25,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.app import teams_of
+from proxy.app import teams_of, terms_of
 from proxy.canonical import canonicalise
 from proxy.config import load
 from proxy.demo import FAULTS
@@ -70,7 +70,7 @@ class Show:
 
     def commands(self) -> list[str]:
         """What it invites to paste."""
-        return re.findall(r"^(?:curl|echo) (?:.*\\\n)*.*$", self.printed(), re.MULTILINE)
+        return re.findall(r"^(?:curl|echo|\S*estimate-proxy|\S+ -m proxy) (?:.*\\\n)*.*$", self.printed(), re.MULTILINE)
 
     def estimates_logged(self) -> int:
         [log] = self.folder.glob("*/gateway.log")
@@ -132,9 +132,12 @@ def paste(command: str) -> str:
 
 
 def sent_without_curl(command: str) -> str:
-    _, options, url, _, key, _, content_type, _, body = shlex.split(command.replace("\\\n", ""))
-    headers = dict(header.split(": ") for header in (key, content_type))
-    response = httpx2.post(url, headers=headers, content=body, trust_env=False)
+    _, options, url, *rest = shlex.split(command.replace("\\\n", ""))
+    given = list(zip(rest[::2], rest[1::2], strict=True))
+    headers = dict(value.split(": ") for option, value in given if option == "-H")
+    body = next((value for option, value in given if option == "-d"), None)
+    method = "GET" if body is None else "POST"
+    response = httpx2.request(method, url, headers=headers, content=body, trust_env=False)
     head = [f"HTTP/1.1 {response.status_code}", *(f"{name}: {value}" for name, value in response.headers.items())]
     return ("\n".join(head) + "\n\n" if "i" in options else "") + response.text
 
@@ -147,7 +150,7 @@ def cache_status(response: str) -> str:
 def test_pasted_commands_show_a_miss_then_a_hit_then_what_is_known() -> None:
     with demo("--port", "0", "--no-traffic") as show:
         show.wait_for(INVITATION)
-        question, respelled, explain, offline = show.commands()
+        question, respelled, explain, own, quotas, all_teams, offline = show.commands()
 
         first, second = paste(question), paste(respelled)
         explained = json.loads(paste(explain))
@@ -160,6 +163,10 @@ def test_pasted_commands_show_a_miss_then_a_hit_then_what_is_known() -> None:
         assert explained["stored"]
         assert explained["estimated"] == 4
         assert explained["key"] in paste(offline)
+        usage, quota = json.loads(paste(own)), json.loads(paste(quotas))
+        assert (usage["total"]["requests"], usage["total"]["estimated_credits"]) == (1, 4)
+        assert {standing["scope"]: standing["used"] for standing in quota["quotas"]} == {"team": 4, "org": 8}
+        assert "design" in paste(all_teams)
 
         assert show.end(signal.SIGTERM) == 0
         assert show.printed().endswith(f"{INVITATION}\n{ENDED}\n")
@@ -354,7 +361,7 @@ def test_the_config_is_one_that_the_gateway_takes(tmp_path: Path) -> None:
     assert settings.upstream.base_url == there.upstream_url
     assert list(settings.teams) == list(TEAMS)
     assert all(value not in there.config.read_text("utf-8") for value in there.tokens.values())
-    assert teams_of(settings)
+    assert teams_of(settings, terms_of(settings))
 
 
 def test_commands_can_be_pasted_anywhere(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ def test_a_body_that_nobody_has_asked(scene: Scene) -> None:
         "query": "",
         "ignored_members": [],
         "stored": False,
+        "admitted": True,
     }
 
 
@@ -48,10 +49,11 @@ def test_its_key_is_the_one_in_the_store(scene: Scene) -> None:
 
 
 def test_without_a_store_it_says_that_it_does_not_know(open_gateway: Opened) -> None:
-    scene = open_gateway(store={"url": f"redis://127.0.0.1:{free_port()}"})
+    scene = open_gateway(cache={"url": f"redis://127.0.0.1:{free_port()}"})
     found = explained(scene)
     assert found["stored"] is None
-    assert found["degraded"] == ["store"]
+    assert found["admitted"] is True
+    assert found["degraded"] == ["price-book"]
 
 
 @pytest.mark.parametrize(

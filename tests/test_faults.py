@@ -222,22 +222,23 @@ def _fill(store: redis.Redis, book: bytes, round_: int) -> None:
 
 
 def test_a_full_store_that_does_not_evict_costs_asks_and_no_answer(
-    tmp_path_factory: pytest.TempPathFactory, upstream: tuple[Stage, str], simulator: Simulator
+    tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstream: tuple[Stage, str], simulator: Simulator
 ) -> None:
     folder = tmp_path_factory.mktemp("f")
     with (
         small_store(folder, "noeviction") as url,
-        fleet_of(2, folder, store_url=url, upstream_url=upstream[1]) as pair,
+        redis.Redis.from_url(url) as book_store,
+        fleet_of(2, folder, store_url=valkey_url, upstream_url=upstream[1], cache={"url": url}) as pair,
     ):
         crew = pair.crew()
         assert crew.ask(0).status_code == 200
         with suppress(redis.ResponseError):  # out of memory
             for number in range(100_000):
-                pair.store.set(f"filler {number}", b"x" * 1000)
+                book_store.set(f"filler {number}", b"x" * 1000)
         assert [cache_status(crew.ask(at)).split(";")[0] for at in (0, 1)] == ["hit"] * 2
         other = b'[{"model":"Flux","seed":2}]'
         assert [cache_status(crew.ask(at, other)) for at in (0, 1)] == ["fwd=miss; fwd-status=200"] * 2
         assert simulator.calls == 3
         crew.purge(0, PURGES["account"])
-        pair.store.flushdb()
+        book_store.flushdb()
         assert [crew.ask(at, other).status_code for at in (0, 1)] == [200] * 2

@@ -638,7 +638,7 @@ def world(
         return askers[-1]
 
     def make() -> tuple[Starlette, WatchedAsker]:
-        app = proxy.app.build(_configured(valkey_url, upstream_url), None, Lifecycle(), Metrics())
+        app = proxy.app.build(_configured(valkey_url, upstream_url), {}, Lifecycle(), Metrics())
         return app, askers.pop()
 
     monkeypatch.setattr("proxy.app.Asker", watched)

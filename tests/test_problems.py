@@ -13,6 +13,7 @@ from proxy.problems import BadRequest, Code, Outcome, Problem, ProxyError
 PROMISED = {
     "invalid-body": (400, "invalid"),
     "invalid-request": (400, "invalid"),
+    "invalid-query": (400, "invalid"),
     "unknown-token": (401, "unauthenticated"),
     "team-disabled": (403, "team-disabled"),
     "forbidden": (403, "unauthenticated"),
@@ -20,6 +21,8 @@ PROMISED = {
     "method-not-allowed": (405, "invalid"),
     "body-too-large": (413, "invalid"),
     "unsupported-media-type": (415, "invalid"),
+    "rate-limited": (429, "rate-limited"),
+    "quota-exceeded": (402, "quota-exceeded"),
     "internal-error": (500, "internal-error"),
     "upstream-error": (502, "upstream-error"),
     "upstream-refused": (502, "upstream-refused"),
@@ -31,6 +34,8 @@ PROMISED = {
     "upstream-timeout": (504, "upstream-timeout"),
     "not-cached": (504, "not-cached"),
 }
+
+TYPES = {"quota-exceeded": "https://iana.org/assignments/http-problem-types#quota-exceeded"}
 
 every_code = pytest.mark.parametrize("code", Code)
 
@@ -56,7 +61,7 @@ def test_a_document_is_both_a_problem_and_an_error_envelope(code: Code) -> None:
     document = json.loads(Problem(code, "Do something else.").document("req-1"))
     title = document.pop("title")
     assert document == {
-        "type": f"urn:estimate-proxy:problem:{code.value}",
+        "type": TYPES.get(code.value, f"urn:estimate-proxy:problem:{code.value}"),
         "status": PROMISED[code][0],
         "detail": "Do something else.",
         "request_id": "req-1",
@@ -65,6 +70,12 @@ def test_a_document_is_both_a_problem_and_an_error_envelope(code: Code) -> None:
     }
     assert title[0].isupper()
     assert 10 < len(title) < 60
+
+
+def test_a_problem_may_say_more_and_have_another_status() -> None:
+    problem = Problem(Code.QUOTA_EXCEEDED, "Wait.", members={"quota": {"limit": 5}}, other_status=429)
+    document = json.loads(problem.document("req-1"))
+    assert (problem.status, document["status"], document["quota"]) == (429, 429, {"limit": 5})
 
 
 def test_titles_tell_problems_apart() -> None:
@@ -113,7 +124,16 @@ def subclasses(tree: type[Exception], level: int) -> Iterator[str]:
 
 def test_the_tree_of_exceptions_is_as_it_is_drawn() -> None:
     drawn = [line.split("── ")[1].split()[0] for line in (problems.__doc__ or "").splitlines() if "── " in line]
-    assert drawn == list(subclasses(ProxyError, 0)) == ["BadRequest", "ClientGone", "StoreUnavailable"]
+    assert (
+        drawn
+        == [name.strip() for name in subclasses(ProxyError, 0)]
+        == [
+            "BadRequest",
+            "ClientGone",
+            "StoreUnavailable",
+            "StoreUnanswered",
+        ]
+    )
 
 
 def test_every_problem_has_an_outcome_of_those_that_are_logged() -> None:

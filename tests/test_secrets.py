@@ -25,7 +25,7 @@ from click.testing import CliRunner
 import proxy
 from processes import House, Served, address_of, house
 from proxy.cli import main
-from proxy.embedded import EmbeddedStore
+from proxy.embedded import EmbeddedStores
 from proxy.problems import Outcome
 from proxy.simulator import Fault, Simulator
 from proxy.teams import digest_of, token_of
@@ -35,6 +35,7 @@ from serving import serving, wait_until
 KEY = "rn/KestrelWing1+\"x\\y'%7E=&<z>"
 TOKEN = token_of("TamarinTail2" + "t" * 20)
 DISABLED = token_of("OcelotPaw3x4" + "o" * 20)
+SLOW, POOR = (token_of(letter * 32) for letter in "sp")
 STORE_PASSWORD = 'st/MarmotNose5+"\\%41@:#'
 PROXY_PASSWORD = "px/HeronFeather6+%41@:#"
 STORE_URL = f"redis://:{quote(STORE_PASSWORD, safe='')}@127.0.0.1:1/0"
@@ -213,6 +214,11 @@ def play_the_refusals(play: Play) -> None:
         play.ask(token=None, authorization=f"Bearer {wrong}")
         play.ask(token=None, authorization=f"Basic {base64.b64encode(wrong.encode()).decode()}")
     play.ask(token=DISABLED)
+    play.ask(b"[{}]", token=SLOW)
+    play.ask(b"[{}]", token=SLOW)
+    play.ask(b"[{}]", token=POOR)
+    for path in ("/v1/usage?format=csv", f"/v1/usage?by={TOKEN}", "/v1/quota", f"/v1/quota?team={TOKEN}"):
+        play.call("GET", path, headers={"x-api-key": TOKEN})
     play.ask(cache_control="only-if-cached")
     play.ask(token=None, cookie=f"token={TOKEN}")
     play.ask(b"[{")
@@ -234,7 +240,7 @@ def play_the_outages(play: Play, end_upstream: Callable[[], None]) -> None:
         play.ask()
         play.call("POST", "/v1/cache/purge", content=b'{"all":true}', headers={"x-api-key": TOKEN})
         play.call("POST", "/v1/explain", content=b"[{}]", headers={"x-api-key": TOKEN})
-        assert play.call("GET", "/readyz").json()["degraded"] == ["store"]
+        assert "price-book" in play.call("GET", "/readyz").json()["degraded"]
     end_upstream()
     play.ask()
     play.call("GET", "/readyz")
@@ -263,6 +269,11 @@ def sections(folder: Path, upstream_url: str, style: str) -> dict[str, Any]:
         "teams": {
             "design": {"tokens": [digest_of(TOKEN)]},
             "retired": {"tokens": [digest_of(DISABLED)], "disabled": True},
+            "slow": {"tokens": [digest_of(SLOW)], "rate": {"per_s": 0.001, "burst": 1}},
+            "poor": {
+                "tokens": [digest_of(POOR)],
+                "quotas": [{"measure": "estimated_credits", "limit": 0, "per": "month"}],
+            },
         },
         "admin": {"tokens": [digest_of(TOKEN)]},
         "cache": {"ttl_s": 4},
@@ -272,33 +283,35 @@ def sections(folder: Path, upstream_url: str, style: str) -> dict[str, Any]:
 
 @contextmanager
 def on_its_own(folder: Path, simulator: Simulator, upstream_url: str) -> Iterator[Play]:
-    """JSON lines; the key in the environment; the embedded store, which hangs for a while."""
+    """JSON lines; the key in the environment; embedded stores, one of which hangs for a while."""
     with house(folder, upstream_url) as home:
         served = home.start(
             env={"RENDERNET_API_KEY": KEY, "PYTHONPATH": str(folder)},
             accounts={"default": {}},
             **sections(folder, upstream_url, "json"),
         )
-        play = Play(home, served, simulator, hanging(served.store()))
+        play = Play(home, served, simulator, hanging(served.store("price-book")))
         play.run("check", "--config", str(folder / "estimate-proxy.toml"), RENDERNET_API_KEY=KEY)
         yield play
 
 
 @contextmanager
 def with_a_store(folder: Path, simulator: Simulator, upstream_url: str) -> Iterator[Play]:
-    """Text lines; the key in a file; a store with a password, which is changed under way."""
-    store = EmbeddedStore(folder / "data")
-    store.start()
+    """Text lines; the key in a file; one store for all with a password, which is changed under way."""
+    stores = EmbeddedStores(folder / "data", ["ledger"])
+    stores.start()
+    store_url = stores.urls["ledger"]
     with ExitStack() as opened:
-        opened.callback(store.stop)
-        admin = opened.enter_context(redis.Redis.from_url(store.url))
+        opened.callback(stores.stop)
+        admin = opened.enter_context(redis.Redis.from_url(store_url))
         admin.config_set("requirepass", STORE_PASSWORD)
         (folder / "key").write_text(f"{KEY}\n")
-        url = store.url.replace("unix://", f"unix://:{quote(STORE_PASSWORD, safe='')}@")
+        url = store_url.replace("unix://", f"unix://:{quote(STORE_PASSWORD, safe='')}@")
         home = opened.enter_context(house(folder, upstream_url))
         served = home.start(
             env={"REDIS_URL": url, "PYTHONPATH": str(folder)},
             accounts={"default": {"api_key_file": "key"}},
+            store={"on_outage": "admit"},
             **sections(folder, upstream_url, "text"),
         )
         play = Play(home, served, simulator, with_another_password(admin))

@@ -1,12 +1,13 @@
-"""Settings and where they come from: each wrong input is one clear line, and no line shows a value."""
+"""Settings: each wrong input is one clear line, and no line shows a value."""
 
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 import pytest
@@ -14,56 +15,21 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from proxy import config
-from proxy.config import load, load_keying
+from configs import ACCOUNT, CANARY, DIGEST, ENV, MINIMAL, OTHER_DIGEST, TEAM, Problems, Read
+from proxy.config import load_keying
 from proxy.settings import MASK, SecretText, SecretUrl, Settings, effective, is_identifier, masked_url
 from proxy.settings_problems import SettingsError
 from proxy.upstream import Address
 
-CANARY = "CaNaRy5Xq"
-DIGEST = "sha256:" + "a" * 64
-OTHER_DIGEST = "sha256:" + "b" * 64
-ACCOUNT = f'[accounts.default]\napi_key = "{CANARY}"\n'
-TEAM = f'[teams.design]\ntokens = ["{DIGEST}"]\n'
-MINIMAL = ACCOUNT + TEAM
-ENV = "ESTIMATE_PROXY_"
-
-Read = Callable[..., Settings]
-
 
 @pytest.fixture
 def read(tmp_path: Path) -> Read:
-    """Loads a config of this text, in a folder of its own."""
-
-    def load_text(text: str | bytes = MINIMAL, environ: Mapping[str, str] | None = None, **options: Any) -> Settings:
-        file = tmp_path / "config.toml"
-        file.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return load(file, {"HOME": "/home/op", **(environ or {})}, **options)
-
-    return load_text
-
-
-Problems = Callable[..., dict[str, str]]
+    return Read(tmp_path)
 
 
 @pytest.fixture
 def problems_of(read: Read) -> Problems:
-    """The problems of a config by their paths; each is one line, and none shows the canary."""
-
-    def collect(
-        text: str | bytes = MINIMAL, environ: Mapping[str, str] | None = None, **options: Any
-    ) -> dict[str, str]:
-        with pytest.raises(SettingsError) as caught:
-            read(text, environ, **options)
-        problems = caught.value.problems
-        said = [f"{problem.path} {problem.message}" for problem in problems]
-        assert all(line.isprintable() for line in said), said
-        assert CANARY.lower() not in "".join([*said, str(caught.value), repr(caught.value)]).lower()
-        assert all(problem.path for problem in problems)
-        assert len({problem.path for problem in problems}) == len(problems), said
-        return {problem.path: problem.message for problem in problems}
-
-    return collect
+    return Problems(read)
 
 
 # --- What is in force -------------------------------------------------------------------------------------------
@@ -74,6 +40,7 @@ def test_defaults(read: Read) -> None:
     assert settings.server.model_dump() == {
         "host": "127.0.0.1",
         "port": 8080,
+        "workers": 1,
         "max_body_bytes": 262_144,
         "request_timeout_s": 15.0,
         "drain_delay_s": 5.0,
@@ -91,7 +58,10 @@ def test_defaults(read: Read) -> None:
     assert settings.accounts["default"].api_key.get_secret_value() == CANARY
     assert settings.store.url is None
     assert settings.store.data_dir == Path("/home/op/.local/share/estimate-proxy")
+    assert settings.store.on_outage == "refuse"
+    assert settings.cache.url is None
     assert settings.cache.ttl_s == 3600.0
+    assert settings.org.id == "default"
     assert settings.org.zone.key == "UTC"
     assert settings.teams["design"].tokens[0].sha256 == DIGEST
     assert (settings.log.level, settings.log.format) == ("info", "auto")
@@ -115,9 +85,12 @@ def test_everything_that_can_be_set(read: Read, tmp_path: Path) -> None:
         username = "u"
         password = "[p"
         data_dir = "data"
+        on_outage = "admit"
         [cache]
+        url = "redis://:p@evicting/1"
         ttl_s = 1.5
         [org]
+        id = "studio-1"
         timezone = "Europe/Berlin"
         [teams.a]
         name = "Ä \\"b\\""
@@ -134,6 +107,9 @@ def test_everything_that_can_be_set(read: Read, tmp_path: Path) -> None:
     assert settings.store.url is not None
     assert settings.store.url.get_secret_value() == "redis://u:p%40@s_1:6380/3"
     assert settings.store.data_dir == tmp_path / "data"
+    assert settings.store.on_outage == "admit"
+    assert settings.cache.url == SecretUrl("redis://:p@evicting/1")
+    assert settings.org.id == "studio-1"
     assert settings.teams["a"].tokens[0].expires == date(2027, 6, 30)
     assert settings.teams["a"].tokens[1].label == ""
     assert settings.org.zone.key == "Europe/Berlin"
@@ -159,7 +135,37 @@ def test_effective_names_every_setting_and_masks_secrets(read: Read) -> None:
     assert rows["upstream.proxy"] is None
     assert rows["teams.design.tokens"][0]["sha256"] == DIGEST
     assert CANARY not in repr(rows)
-    assert len(rows) == 31
+    assert len(rows) == 43
+
+
+MANUAL = Path(__file__).parent.parent / "docs" / "configuration.md"
+
+
+def unset(section: BaseModel, parent: str = "") -> list[str]:
+    """The paths of all that is left to its default."""
+    found = []
+    for name, value in section:
+        path = f"{parent}{name}"
+        if name not in section.model_fields_set:
+            found.append(path)
+            continue
+        inner = list(value.values()) if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
+        for one in inner:
+            found += unset(one, f"{path}.") if isinstance(one, BaseModel) else []
+    return found
+
+
+def test_the_manual_shows_every_setting_in_a_config_that_can_be_used(read: Read, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s")
+    (shown,) = re.findall(r"```toml\n(.*?)```", MANUAL.read_text(), re.DOTALL)
+    text = re.sub(r"^# (?=\w+ = )", "", shown, flags=re.MULTILINE)
+    text = re.sub(r'_file = "/run/secrets/\w+"', '_file = "secret"', text)
+    text = re.sub("^ca_file = .*", "", text, flags=re.MULTILINE)  # needs a file with certificates
+    for letter in "ab":
+        text = text.replace("sha256:…", f"sha256:{letter * 64}", 1)
+    left_out = {"upstream.ca_file", "teams.tokens.label", "teams.tokens.expires", "org.quotas.on_exceed"}
+    assert set(unset(read(text))) == left_out
+    assert "# ca_file = " in shown
 
 
 # --- Secrets ----------------------------------------------------------------------------------------------------
@@ -170,6 +176,7 @@ def test_settings_never_show_a_secret_but_pickle_keeps_it(read: Read) -> None:
         MINIMAL
         + f'[store]\nurl = "redis://:{CANARY}@h"\npassword = "{CANARY}"\n'
         + f'[upstream]\nproxy = "http://u:{CANARY}@p"\n'
+        + f'[cache]\nurl = "redis://:{CANARY}@c"\n'
     )
     shown = [
         repr(settings),
@@ -181,6 +188,7 @@ def test_settings_never_show_a_secret_but_pickle_keeps_it(read: Read) -> None:
         repr(settings.model_copy()),
         repr(settings.accounts),
         str(settings.store.url),
+        str(settings.cache.url),
     ]
     assert CANARY not in "".join(shown)
     again = pickle.loads(pickle.dumps(settings))  # noqa: S301 -- our own bytes; a worker gets its settings so
@@ -250,6 +258,8 @@ def leaves(model: type[BaseModel], path: tuple[str, ...] = ()) -> list[tuple[str
             inner = inner.__args__[-1]
         here = (*path, name, *members)
         found.append(here)
+        if isinstance(inner, UnionType):  # `Rate | None`
+            inner = get_args(inner)[0]
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             found += leaves(inner, here)
     return found
@@ -263,6 +273,7 @@ WRONG = {
     "list": f'["{CANARY}"]',
     "table": f'{{ x = "{CANARY}" }}',
     "tables": f'[{{ sha256 = "{CANARY}", label = ["{CANARY}"], expires = "{CANARY}" }}]',
+    "quotas": f'[{{ measure = "{CANARY}", limit = "{CANARY}", per = "{CANARY}", on_exceed = ["{CANARY}"] }}]',
     "true": "true",
     "number": "-1",
     "fraction": "0.25",
@@ -272,8 +283,9 @@ WRONG = {
 
 
 def test_all_paths_are_found() -> None:
-    assert len(ALL_PATHS) == 40
+    assert len(ALL_PATHS) == 57
     assert ("teams", "design", "tokens") in ALL_PATHS
+    assert ("teams", "design", "rate", "burst") in ALL_PATHS
     assert ("accounts", "default", "api_key") in ALL_PATHS
 
 
@@ -318,7 +330,7 @@ def test_no_problem_shows_a_variable(read: Read, path: tuple[str, ...]) -> None:
         ("[server]\nprot = 1", "server.prot", "is not a setting: did you mean port?"),
         ("[upstream]\nbaseurl = 1", "upstream.baseurl", "is not a setting: did you mean base_url?"),
         ("[store]\npasword_file = 1", "store.pasword_file", "is not a setting: did you mean password_file?"),
-        ("[cache]\nsize = 1", "cache.size", "is not a setting; known here: ttl_s"),
+        ("[cache]\nsize = 1", "cache.size", "is not a setting; known here: url, ttl_s"),
         ("[teams.b]\nacount = 1", "teams.b.acount", "is not a setting: did you mean account?"),
         ("[teams.name]\ntoken = 1", "teams.name.token", "is not a setting: did you mean tokens?"),
         (
@@ -361,6 +373,8 @@ def test_no_problem_shows_a_variable(read: Read, path: tuple[str, ...]) -> None:
         ("[upstream]\nmax_connections = 0", "upstream.max_connections", "must be greater than or equal to 1"),
         ("[cache]\nttl_s = 0", "cache.ttl_s", "must be greater than or equal to 1"),
         ("[upstream]\non_unpriced = 'x'", "upstream.on_unpriced", "must be 'pass' or 'refuse'"),
+        ("[store]\non_outage = 'pass'", "store.on_outage", "must be 'refuse' or 'admit'"),
+        ("[store]\non_outage = true", "store.on_outage", "must be 'refuse' or 'admit'"),
         ("[log]\nlevel = 'INFO'", "log.level", "must be 'debug', 'info', 'warning' or 'error'"),
         # texts
         ("[server]\nhost = ''", "server.host", "must name a host"),
@@ -380,6 +394,8 @@ def test_no_problem_shows_a_variable(read: Read, path: tuple[str, ...]) -> None:
         ("[org]\ntimezone = 'Mars/Base'", "org.timezone", "must be a time zone's name, such as"),
         ("[org]\ntimezone = ''", "org.timezone", "must be a time zone's name"),
         ("[org]\ntimezone = '../UTC'", "org.timezone", "must be a time zone's name"),
+        ("[cache]\nignore = ['seed', '']", "cache.ignore[1]", "must be a member's name, or several joined by dots"),
+        ("[cache]\nignore = ['prompt..positive']", "cache.ignore[0]", "must be a member's name, or several joined"),
         # ids
         ("[teams.Design]", "teams.Design", "must be 1 to 64 of a-z, 0-9 and -"),
         ("[teams.b-]", "teams.b-", "must be 1 to 64"),
@@ -389,6 +405,9 @@ def test_no_problem_shows_a_variable(read: Read, path: tuple[str, ...]) -> None:
         (f"[teams.{'a' * 65}]", f"teams.{'a' * 65}", "must be 1 to 64"),
         ("[accounts.B]\napi_key = 'k'", "accounts.B", "must be 1 to 64"),
         ("[teams.b]\naccount = 'B'", "teams.b.account", "must be 1 to 64"),
+        ("[org]\nid = 'A'", "org.id", "must be 1 to 64"),
+        ("[org]\nid = ''", "org.id", "must be 1 to 64"),
+        ("[org]\nid = 'a}b'", "org.id", "must be 1 to 64"),
         ("[teams.b]\naccount = 'nobody'", "teams.b.account", "names no account: add [accounts.<its id>]"),
         # keys and tokens
         ("[accounts.b]", "accounts.b.api_key", "is missing"),
@@ -610,9 +629,11 @@ def test_what_is_accepted_is_the_address_that_is_asked(host: str, path: str) -> 
     ],
 )
 def test_a_store_url_that_cannot_be(problems_of: Problems, url: str, message: str) -> None:
-    for found in (problems_of(MINIMAL + f'[store]\nurl = "{url}"'), problems_of(environ={f"{ENV}STORE__URL": url})):
-        assert list(found) == ["store.url"]
-        assert found["store.url"].startswith(message)
+    for section in ("store", "cache"):
+        variable = {f"{ENV}{section.upper()}__URL": url}
+        for found in (problems_of(MINIMAL + f'[{section}]\nurl = "{url}"'), problems_of(environ=variable)):
+            assert list(found) == [f"{section}.url"]
+            assert found[f"{section}.url"].startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -620,9 +641,14 @@ def test_a_store_url_that_cannot_be(problems_of: Problems, url: str, message: st
     ["redis://h", "redis://h/", "redis://u:p@h:1/15", "redis://:p%23@[::1]?db=1", "unix:///s", "unix://u:p@/s?db=2"],
 )
 def test_a_store_url_that_can_be(read: Read, url: str) -> None:
-    store = read(environ={"REDIS_URL": url}).store
-    assert store.url is not None
-    assert store.url.get_secret_value() == url
+    settings = read(environ={"REDIS_URL": url, f"{ENV}CACHE__URL": url})
+    assert settings.store.url == settings.cache.url == SecretUrl(url)
+
+
+def test_redis_url_is_the_stores_alone(read: Read) -> None:
+    settings = read(environ={"REDIS_URL": "redis://h"})
+    assert settings.store.url == SecretUrl("redis://h")
+    assert settings.cache.url is None
 
 
 @pytest.mark.parametrize("url", ["socks5://h", f"u:{CANARY}@h", "http://", f"http://u:{CANARY}@h:0", ""])
@@ -642,272 +668,6 @@ def test_a_ca_file(read: Read, problems_of: Problems, tmp_path: Path) -> None:
     certificates = next(Path(os.__file__).parent.rglob("*/cacert.pem"), None)
     if certificates is not None:
         assert read(MINIMAL + f'[upstream]\nca_file = "{certificates}"').upstream.ca_file == certificates
-
-
-# --- The file ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (f"a = 1\nb == {CANARY}", r"is not valid TOML: .*\(at line 2, column 4\)"),
-        (f"[accounts.default]\napi_key = {CANARY}", r"is not valid TOML: .*\(at line 2, column 11\)"),
-        (f"api_key = '{CANARY}\n", "is not valid TOML: .*(at end of document|at line 1)"),
-        (f"{CANARY}\n", r"is not valid TOML: .*\(at line 1, column \d+\)"),
-        ("[server]\nport = 1\n[server]\n", r"is not valid TOML: .*\(at line 3, column \d+\)"),
-        ("a = " + "[" * 10_000, "is not valid TOML: .*nested too deeply"),
-        ("a = " + "1" * 10_000, "is not valid TOML: .*too many digits"),
-        (b"a = '\xff'", "is not UTF-8 text"),
-        ("a = 1\n".encode("utf-16"), "is not UTF-8 text"),
-        ("#" * (4 * 2**20 + 1), "has more than 4194304 bytes"),
-    ],
-)
-def test_a_file_that_is_no_toml(problems_of: Problems, tmp_path: Path, text: str | bytes, message: str) -> None:
-    found = problems_of(text)
-    assert list(found) == [str(tmp_path / "config.toml")]
-    assert re.match(message, found[str(tmp_path / "config.toml")]), found
-
-
-def test_a_mark_before_the_text_is_no_fault(read: Read) -> None:
-    assert read(b"\xef\xbb\xbf" + MINIMAL.replace("\n", "\r\n").encode()).teams
-
-
-def complaint(config_file: Path | None, environ: Mapping[str, str]) -> str:
-    with pytest.raises(SettingsError) as caught:
-        load(config_file, environ)
-    (problem,) = caught.value.problems
-    return f"{problem.path} {problem.message}"
-
-
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    missing = tmp_path / "missing.toml"
-    assert complaint(missing, {}) == f"{missing} cannot be read: No such file or directory"
-    assert complaint(None, {"ESTIMATE_PROXY_CONFIG": str(missing)}).startswith(f"{missing} cannot be read")
-    assert complaint(tmp_path, {}) == f"{tmp_path} cannot be read: Is a directory"
-    assert "cannot be read" in complaint(Path("a\0b"), {})
-    assert complaint(Path("/proc/self/mem"), {}) == "/proc/self/mem cannot be read: Input/output error"
-
-
-def test_which_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    places = tmp_path / "first.toml", tmp_path / "second.toml"
-    monkeypatch.setattr(config, "PLACES", places)
-    environ = {"RENDERNET_API_KEY": "k", f"{ENV}TEAMS__A__NAME": "A", "ESTIMATE_PROXY_CONFIG": ""}
-
-    def port(option: Path | None = None, more: Mapping[str, str] = {}) -> int:
-        return load(option, {**environ, **more}).server.port
-
-    assert port() == 8080, "no file is no fault"
-    places[1].write_text("server.port = 2")
-    assert port() == 2
-    places[0].write_text("server.port = 1")
-    assert port() == 1
-    (tmp_path / "named.toml").write_text("server.port = 3")
-    named = {"ESTIMATE_PROXY_CONFIG": str(tmp_path / "named.toml")}
-    assert port(None, named) == 3
-    (tmp_path / "option.toml").write_text("server.port = 4")
-    assert port(tmp_path / "option.toml", named) == 4
-    places[0].unlink()
-    places[0].mkdir()  # what a container makes of a missing file to be mounted
-    assert "Is a directory" in complaint(None, environ)
-
-
-def test_the_real_places() -> None:
-    assert (Path("estimate-proxy.toml"), Path("/etc/estimate-proxy/config.toml")) == config.PLACES
-
-
-# --- The environment --------------------------------------------------------------------------------------------
-
-
-def test_variables_win_over_the_file_and_options_over_both(read: Read) -> None:
-    text = MINIMAL + "[server]\nport = 1\nhost = 'h'"
-    environ = {f"{ENV}SERVER__PORT": "9000"}
-    assert read(text, environ).server.port == 9000
-    assert read(text, environ).server.host == "h"
-    assert read(text, environ, overrides={"server": {"port": 7}}).server.port == 7
-
-
-def test_variables_reach_every_depth(read: Read) -> None:
-    settings = read(
-        environ={
-            f"{ENV}CACHE__TTL_S": "1.5",
-            f"{ENV}TEAMS__DESIGN__DISABLED": "true",
-            f"{ENV}TEAMS__OTHER__TOKENS": f'["{OTHER_DIGEST}"]',
-            f"{ENV}TEAMS__THIRD": '{"name": "Third", "disabled": true}',
-            f"{ENV}TEAMS__THIRD__NAME": "3",
-            f"{ENV}STORE__USERNAME": "007",
-        }
-    )
-    assert settings.cache.ttl_s == 1.5
-    assert settings.teams["design"].disabled
-    assert settings.teams["design"].tokens[0].sha256 == DIGEST, "the rest of the table stays"
-    assert settings.teams["other"].tokens[0].sha256 == OTHER_DIGEST
-    assert (settings.teams["third"].name, settings.teams["third"].disabled) == ("3", True)
-    assert settings.store.username == "007"
-
-
-@pytest.mark.parametrize("secret", ["[brackets", "{braces}", '["x"]', "true", "12"])
-def test_a_secret_is_never_read_as_json(read: Read, secret: str) -> None:
-    settings = read(environ={f"{ENV}STORE__PASSWORD": secret, f"{ENV}ACCOUNTS__DEFAULT__API_KEY": secret})
-    assert settings.store.password == SecretText(secret)
-    assert settings.accounts["default"].api_key.get_secret_value() == secret
-
-
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [
-        ("SERVER__PRT", "server.prt"),
-        ("SERVER__PORT__X", "server.port"),
-        ("PORT__X", "port"),
-        ("CONFIG__X", "config"),
-        ("TEAMS__A_B__NAME", "teams.a_b"),
-        ("SERVER__", f"{ENV}SERVER__"),
-        ("__PORT", f"{ENV}__PORT"),
-        ("_SERVER__PORT", "_server"),
-        ("SERVER____PORT", f"{ENV}SERVER____PORT"),
-    ],
-)
-def test_an_unknown_variable_of_ours_is_an_error(problems_of: Problems, name: str, path: str) -> None:
-    assert list(problems_of(environ={ENV + name: CANARY})) == [path]
-
-
-@pytest.mark.parametrize("value", [f"[{CANARY}", f"{{{CANARY}", "[" * 100_000, "[" + "1" * 5000 + "]"])
-def test_a_variable_that_begins_like_json(problems_of: Problems, value: str) -> None:
-    name = f"{ENV}TEAMS__DESIGN__TOKENS"
-    assert problems_of(environ={name: value}) == {name: "begins like JSON, but is none"}
-
-
-def test_what_kubernetes_injects_is_not_ours(read: Read) -> None:
-    injected = {
-        "ESTIMATE_PROXY_PORT": "tcp://10.0.0.1:8080",
-        "ESTIMATE_PROXY_SERVICE_HOST": "10.0.0.1",
-        "ESTIMATE_PROXY_SERVICE_PORT_HTTP": "8080",
-        "ESTIMATE_PROXY_PORT_8080_TCP": "tcp://10.0.0.1:8080",
-        "ESTIMATE_PROXY_PORT_8080_TCP_ADDR": "10.0.0.1",
-        "OTHER__THING": "1",
-    }
-    assert read(environ=injected) == read()
-
-
-def test_familiar_variables(read: Read, problems_of: Problems) -> None:
-    def key(environ: dict[str, str], text: str = MINIMAL) -> str:
-        return read(text, environ).accounts["default"].api_key.get_secret_value()
-
-    assert key({"RENDERNET_API_KEY": "env"}) == "env"
-    assert key({"RENDERNET_API_KEY": "env"}, TEAM) == "env"
-    assert key({"RENDERNET_API_KEY": ""}) == CANARY, "empty is not set"
-    assert key({"RENDERNET_API_KEY": "env", f"{ENV}ACCOUNTS__DEFAULT__API_KEY": "ours"}) == "ours"
-    assert read(environ={"REDIS_URL": ""}).store.url is None
-    ours = read(environ={"REDIS_URL": "redis://a", f"{ENV}STORE__URL": "redis://b"}).store.url
-    assert str(ours) == "redis://b"
-    assert problems_of(environ={"REDIS_URL": CANARY}) == {
-        "store.url": "must be a URL that begins with redis:// or unix://"
-    }
-    assert list(problems_of(TEAM, {"RENDERNET_API_KEY": f"{CANARY}\n"})) == ["accounts.default.api_key"]
-
-
-def test_an_empty_variable_is_a_value(problems_of: Problems) -> None:
-    assert list(problems_of(environ={f"{ENV}SERVER__PORT": ""})) == ["server.port"]
-    assert list(problems_of(environ={f"{ENV}SERVER__HOST": ""})) == ["server.host"]
-
-
-# --- Secret files -----------------------------------------------------------------------------------------------
-
-KEY_FILE = "[accounts.default]\napi_key_file = 'key'\n" + TEAM
-
-
-@pytest.mark.parametrize("content", [b"k", b"k\n", b"k\r\n", b"k\n\n", b"\xef\xbb\xbfk\n"])
-def test_a_secret_file_is_relative_to_the_config(read: Read, tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "key").write_bytes(content)
-    assert read(KEY_FILE).accounts["default"].api_key.get_secret_value() == "k"
-
-
-def test_a_password_file_keeps_its_spaces(read: Read, tmp_path: Path) -> None:
-    (tmp_path / "pw").write_text(" a b \n")
-    assert read(environ={f"{ENV}STORE__PASSWORD_FILE": "pw"}).store.password == SecretText(" a b ")
-    absolute = read(MINIMAL + f"[store]\npassword_file = '{tmp_path / 'pw'}'")
-    assert absolute.store.password == SecretText(" a b ")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "names a file that cannot be read: No such file or directory"),
-        (b"", "names an empty file"),
-        (b"\n", "names an empty file"),
-        (b"\xff\x00" + CANARY.encode(), "names a file that is not UTF-8 text"),
-        (CANARY.encode() * 10_000, "names a file that has more than 65536 bytes"),
-    ],
-)
-def test_a_secret_file_that_cannot_be(
-    problems_of: Problems, tmp_path: Path, content: bytes | None, message: str
-) -> None:
-    if content is not None:
-        (tmp_path / "key").write_bytes(content)
-    assert problems_of(KEY_FILE) == {"accounts.default.api_key_file": message}
-
-
-@pytest.mark.parametrize("content", [f"{CANARY}\0", f"{CANARY}\nmore", f"{CANARY} x"])
-def test_a_secret_file_with_something_else(problems_of: Problems, tmp_path: Path, content: str) -> None:
-    (tmp_path / "key").write_text(content)
-    assert list(problems_of(KEY_FILE)) == ["accounts.default.api_key"]
-
-
-@pytest.mark.parametrize("name", ["3", "''", "['x']", "true", '"a\\u0000"', "'/'"])
-def test_a_secret_files_name_that_cannot_be(problems_of: Problems, name: str) -> None:
-    found = problems_of(f"[accounts.default]\napi_key_file = {name}\n" + TEAM)
-    assert list(found) == ["accounts.default.api_key_file"]
-
-
-def test_a_secret_twice_in_one_source(problems_of: Problems) -> None:
-    twice = {"accounts.default.api_key_file": "stands beside api_key: keep one of them"}
-    assert problems_of(ACCOUNT + "api_key_file = 'key'\n" + TEAM) == twice
-    ours = {f"{ENV}ACCOUNTS__DEFAULT__API_KEY": CANARY, f"{ENV}ACCOUNTS__DEFAULT__API_KEY_FILE": "key"}
-    assert problems_of(environ=ours) == twice
-    assert list(problems_of(MINIMAL + "[store]\npassword = 'x'\npassword_file = 'y'")) == ["store.password_file"]
-
-
-def test_a_later_source_replaces_either_spelling(read: Read, tmp_path: Path) -> None:
-    """The file of an earlier source is not even looked for: it may exist in production alone."""
-
-    def key(text: str, **environ: str) -> str:
-        return read(text, environ).accounts["default"].api_key.get_secret_value()
-
-    assert key(KEY_FILE, RENDERNET_API_KEY="env") == "env"
-    assert key(KEY_FILE, ESTIMATE_PROXY_ACCOUNTS__DEFAULT__API_KEY="ours") == "ours"
-    (tmp_path / "other").write_text("file")
-    for text in (MINIMAL, KEY_FILE):
-        assert key(text, ESTIMATE_PROXY_ACCOUNTS__DEFAULT__API_KEY_FILE="other", RENDERNET_API_KEY="env") == "file"
-
-
-# --- Parts ------------------------------------------------------------------------------------------------------
-
-
-def test_upstream_alone_needs_nothing_else(tmp_path: Path) -> None:
-    file = tmp_path / "config.toml"
-    file.write_text("[upstream]\nbase_url = 'https://h'\nca_file = 'missing'\n[teams.X]\nwhat = 1\n[accounts]\na = 3")
-    environ = {f"{ENV}TEAMS__X": "[", f"{ENV}UPSTREAM__TIMEOUT_S": "3", f"{ENV}X__Y": "1"}
-    upstream = load_keying(file, environ).upstream
-    assert (upstream.base_url, upstream.timeout_s) == ("https://h", 3.0)
-    assert load_keying(Path(os.devnull), {}).upstream.base_url == "https://api.rendernet.ai"
-
-
-@pytest.mark.parametrize(
-    ("text", "path"),
-    [
-        ("[upstream]\ntimout_s = 1", "upstream.timout_s"),
-        ("upstream = 3", "upstream"),
-        ("[upstream]\nbase_url = 'x'", "upstream.base_url"),
-        ("[upstream", "config.toml"),
-    ],
-)
-def test_upstream_alone_says_where_it_is_wrong(tmp_path: Path, text: str, path: str) -> None:
-    file = tmp_path / "config.toml"
-    file.write_text(text)
-    with pytest.raises(SettingsError) as caught:
-        load_keying(file, {})
-    (problem,) = caught.value.problems
-    assert problem.path.endswith(path)
-    assert path != "upstream.timout_s" or problem.message == "is not a setting: did you mean timeout_s?"
 
 
 @given(st.from_regex(r"\A[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?\Z"))

@@ -12,12 +12,12 @@ from urllib.parse import unquote
 import pytest
 import redis
 
-from proxy.app import objection
+from proxy.app import objections
 from proxy.pricebook import Lease, PriceBook
 from proxy.prices import Known, Price
 from proxy.problems import StoreUnavailable
-from proxy.settings import Store as StoreSettings
-from proxy.store import REST_S, TIMEOUT_S, Script, Store, open_store
+from proxy.settings import Settings
+from proxy.store import REST_S, TIMEOUT_S, EmbeddedUrls, Script, Store, open_book_store, open_ledger_store
 from scene import settings
 from serving import free_port
 
@@ -40,7 +40,7 @@ def run(url: str, story: Callable[[Store], Awaitable[None]]) -> None:
     """Tells `story` with a store that is closed behind it."""
 
     async def tell() -> None:
-        store = Store(url)
+        store = Store(url, "price-book")
         try:
             await story(store)
         finally:
@@ -144,8 +144,8 @@ def test_a_full_store_loses_no_answer(
     server.config_set("maxmemory-policy", policy or "")
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
-    assert messages[0].startswith("the store's lease_take fails: command not allowed when used memory")
-    assert messages[1] == "the store's lease_take works again"
+    assert messages[0].startswith("the price-book's lease_take fails: command not allowed when used memory")
+    assert messages[1] == "the price-book's lease_take works again"
 
 
 def test_a_store_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
@@ -244,16 +244,15 @@ def test_it_recovers_by_itself(any_store_url: str, server: redis.Redis) -> None:
 def test_credentials_of_the_settings_are_used(any_store_url: str, server: redis.Redis) -> None:
     server.acl_setuser("gateway", enabled=True, passwords=["+pa:ss/wörd"], keys="*", commands=["+@all"])
     for password, works in (("pa:ss/wörd", True), ("wrong", False)):
-        configured = StoreSettings.model_validate(
-            {"url": any_store_url, "username": "gateway", "password": password, "data_dir": "/nonexistent"}
-        )
+        configured = settings(any_store_url, "http://127.0.0.1:1", store={"username": "gateway", "password": password})
 
-        async def story(configured: StoreSettings = configured, *, works: bool = works) -> None:
-            store = open_store(configured, None)
-            try:
-                assert await store.ping() is works
-            finally:
-                await store.close()
+        async def story(configured: Settings = configured, *, works: bool = works) -> None:
+            for open_role in (open_ledger_store, open_book_store):
+                store = open_role(configured, {})
+                try:
+                    assert await store.ping() is works
+                finally:
+                    await store.close()
 
         asyncio.run(story())
     server.acl_deluser("gateway")
@@ -261,15 +260,40 @@ def test_credentials_of_the_settings_are_used(any_store_url: str, server: redis.
 
 def test_an_old_server_is_objected_to(any_store_url: str) -> None:
     configured = settings(any_store_url, "http://127.0.0.1:1")
-    assert asyncio.run(objection(configured, None)) is None
+    assert asyncio.run(objections(configured, {})) is None
     with answering(b"redis_version:6.2.14\r\n") as url:
-        said = asyncio.run(objection(settings(url, "http://127.0.0.1:1"), None))
+        said = asyncio.run(objections(settings(url, "http://127.0.0.1:1"), {}))
     assert said == "the store is Redis 6.2.14: use Redis 7.0 or newer, or Valkey 7.2 or newer"
 
 
-def test_without_url_and_embedded_server_there_is_no_store() -> None:
-    with pytest.raises(ValueError, match="neither a URL nor"):
-        open_store(StoreSettings.model_validate({"data_dir": "/nonexistent"}), None)
+def test_a_ledger_that_may_evict_is_warned_of_and_a_price_book_is_not(
+    any_store_url: str, server: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = server.config_get("maxmemory-policy")["maxmemory-policy"]
+    configured = settings(any_store_url, "http://127.0.0.1:1")
+    for wanted, warnings in (("noeviction", 0), ("allkeys-lru", 1)):
+        server.config_set("maxmemory-policy", wanted)
+        caplog.clear()
+        assert asyncio.run(objections(configured, {})) is None
+        assert [record.getMessage().split(":")[0] for record in caplog.records] == [
+            f"the ledger's server may evict (maxmemory-policy {wanted})"
+        ] * warnings
+    server.config_set("maxmemory-policy", str(policy))
+
+
+def test_the_price_book_has_a_store_of_its_own_or_the_ledgers_or_an_embedded_one() -> None:
+    def where(embedded: EmbeddedUrls, **sections: dict[str, str]) -> list[str]:
+        configured = settings("redis://ledger/0", "http://127.0.0.1:1", **sections)
+        if "store" in sections:
+            configured = configured.model_copy(update={"store": configured.store.model_copy(update={"url": None})})
+        stores = open_ledger_store(configured, embedded), open_book_store(configured, embedded)
+        return [store._pool.connection_kwargs.get("host") or store._pool.connection_kwargs["path"] for store in stores]
+
+    embedded: EmbeddedUrls = {"ledger": "unix:///ledger.sock", "price-book": "unix:///book.sock"}
+    assert where({}) == ["ledger", "ledger"]
+    assert where({}, cache={"url": "redis://book/0"}) == ["ledger", "book"]
+    assert where(embedded, store={}) == ["/ledger.sock", "/book.sock"]
+    assert where(embedded, store={}, cache={"url": "redis://book/0"}) == ["/ledger.sock", "book"]
 
 
 @contextlib.contextmanager
@@ -306,7 +330,7 @@ def withholding_replies(server: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def answering(info: bytes) -> Iterator[str]:
-    """A server that says this to INFO, and OK to everything else."""
+    """A server that says this to INFO, and OK to everything else, on its first connection."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer() -> None:

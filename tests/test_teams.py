@@ -8,11 +8,13 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from proxy.quotas import Rate, Terms
 from proxy.teams import BASE62, Credential, Team, Teams, digest_of, is_well_formed, token_of
 
 RANDOM = "7Hc0pVdYxq2NfRk9LsWbTzA4mEuJg3Go"
 TOKEN = "ep_7Hc0pVdYxq2NfRk9LsWbTzA4mEuJg3Go1Qxk6C"
-DESIGN = Team("design", "default", disabled=False)
+TERMS = Terms("design", Rate(50, 100), ())
+DESIGN = Team("design", "default", disabled=False, terms=TERMS)
 LAST_DAY = date(2027, 6, 30)
 
 randoms = st.text(BASE62, min_size=32, max_size=32)
@@ -91,7 +93,7 @@ def test_what_has_another_form_is_refused(token: str) -> None:
 
 
 def test_a_team_is_found_by_each_of_its_tokens_and_by_no_other() -> None:
-    other = Team("other", "second", disabled=True)
+    other = Team("other", "second", disabled=True, terms=TERMS)
     first, second, third, stranger = (token_of(letter * 32) for letter in "abcd")
     teams = Teams(
         {

@@ -13,6 +13,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from proxy.gateway import Answer, Ask, Trace
+from proxy.metrics import Metrics
 from proxy.problems import Outcome
 from proxy.web import MAX_IN_FLIGHT, Ending, Lifecycle, Story, StoryEndpoint
 from scene import PATH, Scene, code_of
@@ -23,7 +24,9 @@ from serving import serving, wait_until
 def telling(story: Story, *, timeout_s: float = 5.0) -> Iterator[tuple[httpx2.Client, Lifecycle]]:
     """A server whose every path tells `story`."""
     lifecycle = Lifecycle()
-    endpoint = StoryEndpoint("estimate", story, lifecycle=lifecycle, max_body_bytes=1000, timeout_s=timeout_s)
+    endpoint = StoryEndpoint(
+        "estimate", story, lifecycle=lifecycle, metrics=Metrics(), max_body_bytes=1000, timeout_s=timeout_s
+    )
     with (
         serving(Starlette(routes=[Route("/", endpoint)])) as url,
         httpx2.Client(base_url=url, trust_env=False) as client,
@@ -145,5 +148,5 @@ def test_probes_take_get_and_head(scene: Scene, path: str) -> None:
 def test_readiness_tells_of_a_lost_store(scene: Scene) -> None:
     assert scene.client.get("/readyz").json() == {"status": "ready", "degraded": []}
     scene.store.client_pause(700)
-    assert scene.client.get("/readyz").json() == {"status": "ready", "degraded": ["store"]}
+    assert scene.client.get("/readyz").json() == {"status": "ready", "degraded": ["ledger", "price-book"]}
     wait_until(lambda: scene.client.get("/readyz").json()["degraded"] == [])

@@ -1,0 +1,54 @@
+"""Who asks: a team, by its token, the gateway's operator, or Prometheus."""
+
+from collections.abc import Collection
+from datetime import datetime
+from zoneinfo import ZoneInfo
+
+from proxy.problems import Code, Problem
+from proxy.teams import Team, Teams, digest_of
+
+
+class Access:
+    """What the tokens open. `zone` is where a token's last day ends."""
+
+    def __init__(
+        self,
+        teams: Teams,
+        zone: ZoneInfo,
+        *,
+        admin_digests: Collection[str],
+        metrics_digests: Collection[str],
+        metrics_are_public: bool,
+    ) -> None:
+        self._teams = teams
+        self._zone = zone
+        self._admin_digests = admin_digests
+        self._metrics_digests = metrics_digests
+        self._metrics_are_public = metrics_are_public
+
+    def is_admin(self, token: str | None) -> bool:
+        return token is not None and digest_of(token) in self._admin_digests
+
+    def may_scrape(self, token: str | None) -> bool:
+        if self._metrics_are_public or self.is_admin(token):
+            return True
+        return token is not None and digest_of(token) in self._metrics_digests
+
+    def team(self, token: str | None) -> Team | Problem:
+        """The team that asks, be it disabled: see `refusal`."""
+        if token is None:
+            return Problem(
+                Code.UNKNOWN_TOKEN, "Send your team's token as X-API-KEY, or as Authorization: Bearer <token>."
+            )
+        team = self._teams.find(token, datetime.now(self._zone).date())
+        if team is None:
+            return Problem(
+                Code.UNKNOWN_TOKEN, "This token is unknown, expired or mistyped: ask the gateway's operator for one."
+            )
+        return team
+
+    def refusal(self, team: Team) -> Problem | None:
+        """Why this team may not ask now."""
+        if team.disabled:
+            return Problem(Code.TEAM_DISABLED, f"The team {team.id!r} is disabled: ask the gateway's operator.")
+        return None

@@ -1,0 +1,180 @@
+"""Rates and quotas: what a team may ask for, how it stands, and how that is told.
+
+A *rate* is a generic cell rate algorithm (GCRA) on whole microseconds: each request moves the team's theoretical
+arrival time one interval on, which may lie `burst` intervals ahead of the clock. A *quota* limits a measure, of a team
+or of the whole organisation, in a calendar window. The ledger decides; see `lua/ledger_decide.lua`.
+
+Header fields are those of draft-ietf-httpapi-ratelimit-headers-11.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+from typing import Literal
+from zoneinfo import ZoneInfo
+
+import orjson
+
+from proxy.credits import MICRO, text_of
+from proxy.models import NONE
+from proxy.problems import Code, Outcome, Problem
+from proxy.windows import Per, Window, rfc3339
+
+Scope = Literal["team", "org"]
+Measure = Literal["requests", "estimated_credits"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """`per_s` requests a second, after a pause `burst` at once."""
+
+    per_s: float
+    burst: int
+
+    @property
+    def interval_us(self) -> int:
+        """Between two requests, rounded down: nobody gets less than was said."""
+        return int(1_000_000 / self.per_s)
+
+    @property
+    def ahead_us(self) -> int:
+        """How far ahead of the clock the theoretical arrival time may lie."""
+        return self.interval_us * self.burst
+
+
+@dataclass(frozen=True)
+class Quota:
+    """`limit` is in requests or in micro-credits; one that does not `refuse` only warns."""
+
+    scope: Scope
+    measure: Measure
+    per: Per
+    limit: int
+    refuse: bool
+
+    @cached_property
+    def policy(self) -> str:
+        """Its name in header fields."""
+        kind = "requests" if self.measure == "requests" else "credits"
+        return f"{'org-' * (self.scope == 'org')}{kind}-{self.per}"
+
+    def told(self, amount: int) -> int:
+        """An amount in whole units of the header fields, rounded down."""
+        return amount if self.measure == "requests" else amount // MICRO
+
+    def text(self, amount: int) -> str:
+        """An amount as a decimal number, exactly."""
+        return str(amount) if self.measure == "requests" else text_of(amount)
+
+    def number(self, amount: int) -> orjson.Fragment:
+        """An amount as a JSON number, exactly."""
+        return orjson.Fragment(self.text(amount))
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What holds for a team: its rate, its own quotas, and then the organisation's."""
+
+    team: str
+    rate: Rate
+    quotas: tuple[Quota, ...]
+
+    @cached_property
+    def org_quotas(self) -> tuple[Quota, ...]:
+        return tuple(quota for quota in self.quotas if quota.scope == "org")
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """What a request has come to. `credits_micro` is None where nothing was priced."""
+
+    outcome: Outcome
+    credits_micro: int | None = None
+    model: str = NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a team stands after the ledger has decided, at `now_us` of the store's clock.
+
+    lead_us: how far the theoretical arrival time lies ahead.
+    used: of each quota, in the order of the terms.
+    """
+
+    terms: Terms
+    windows: Mapping[Per, Window]
+    now_us: int
+    lead_us: int
+    used: Sequence[int]
+
+    def policies(self) -> str:
+        """`RateLimit-Policy`: a list of quota policies (§3)."""
+        rate = self.terms.rate
+        items = [f'"rate";q={rate.burst};w={ceil(rate.burst / rate.per_s)}']
+        for quota in self.terms.quotas:
+            window = self.windows[quota.per]
+            unit = "" if quota.measure == "requests" else ';qu="credits"'
+            items.append(f'"{quota.policy}";q={quota.told(quota.limit)}{unit};w={window.end_s - window.start_s}')
+        return ", ".join(items)
+
+    def limits(self) -> str:
+        """`RateLimit`: a list of what is left (§4)."""
+        items = [f'"rate";r={self.rate_remaining()};t={ceil(self.lead_us / 1_000_000)}']
+        for quota, used in zip(self.terms.quotas, self.used, strict=True):
+            left = max(0, quota.limit - used)
+            items.append(f'"{quota.policy}";r={quota.told(left)};t={self.seconds_left(quota)}')
+        return ", ".join(items)
+
+    def warnings(self) -> tuple[Quota, ...]:
+        """The quotas that only warn, and are passed."""
+        pairs = zip(self.terms.quotas, self.used, strict=True)
+        return tuple(quota for quota, used in pairs if used > quota.limit and not quota.refuse)
+
+    def rate_remaining(self) -> int:
+        rate = self.terms.rate
+        return max(0, (rate.ahead_us - self.lead_us) // rate.interval_us)
+
+    def seconds_left(self, quota: Quota) -> int:
+        """Until the quota's window ends."""
+        return max(0, ceil(self.windows[quota.per].end_s - self.now_us / 1_000_000))
+
+    def rate_limited(self) -> Problem:
+        rate = self.terms.rate
+        wait_us = self.lead_us + rate.interval_us - rate.ahead_us
+        return Problem(
+            Code.RATE_LIMITED,
+            f"The team may ask {rate.per_s:.10g} times a second, with bursts of {rate.burst}: slow down.",
+            retry_after_s=max(1, ceil(wait_us / 1_000_000)),
+        )
+
+    def quota_exceeded(self, violated: Sequence[Quota], requested_micro: int | None, zone: ZoneInfo) -> Problem:
+        """The denial by quotas: the first is explained, all are named. `requested_micro` is None if nobody knows."""
+        quota = violated[0]
+        counts_requests = quota.measure == "requests"
+        used = self.used[self.terms.quotas.index(quota)]
+        requested = 1 if counts_requests else requested_micro
+        resets_at = rfc3339(self.windows[quota.per].end_s, zone)
+        members = {
+            "quota": {
+                "scope": quota.scope,
+                "measure": quota.measure,
+                "per": quota.per,
+                "limit": quota.number(quota.limit),
+                "used": quota.number(used),
+                "requested": None if requested is None else quota.number(requested),
+                "resets_at": resets_at,
+            },
+            "violated-policies": [quota.policy for quota in violated],
+        }
+        whose = "The team's" if quota.scope == "team" else "The organisation's"
+        what = "requests" if counts_requests else "estimated credits"
+        state = "is used up" if used >= quota.limit else "would be passed"
+        hope = f"it starts anew at {resets_at}" if quota.limit else "it lets nothing pass"
+        return Problem(
+            Code.QUOTA_EXCEEDED,
+            f"{whose} quota of {quota.text(quota.limit)} {what} a {quota.per} {state}; {hope}.",
+            retry_after_s=self.seconds_left(quota) if counts_requests else None,
+            members=members,
+            other_status=429 if counts_requests else None,
+        )

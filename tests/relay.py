@@ -1,0 +1,161 @@
+"""A relay on the way to a server, which makes that way bad: late, slow, torn, or without a way back.
+
+It runs in a thread of its own, and can be told at any time what becomes of bytes from then on. It holds little more
+than a chunk in each direction of a connection, and no more connections than `MAX_CONNECTIONS`.
+"""
+
+import asyncio
+import socket
+import struct
+import threading
+from asyncio import StreamReader, StreamWriter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
+
+CHUNK = 65536
+MAX_CONNECTIONS = 64
+WITHIN_S = 10.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """What becomes of replies, and of whoever connects.
+
+    latency_s: before each piece of a reply.
+    piece_bytes: replies are passed on in pieces of so many bytes, so that with a latency they drip.
+    swallows: a connection's replies are lost, for good, once a chunk with these bytes was sent; b"": any chunk.
+    accepts: otherwise new connections are reset at once.
+    """
+
+    latency_s: float = 0.0
+    piece_bytes: int = CHUNK
+    swallows: bytes | None = None
+    accepts: bool = True
+
+
+GOOD = Way()
+
+
+class Relay:
+    """A way to the server at a URL, of any scheme. `url` is that of the relay."""
+
+    def __init__(self, server_url: str) -> None:
+        self.url = ""
+        self.swallowed = threading.Event()
+        """Set when a reply has been lost."""
+        self._server = urlsplit(server_url)
+        self._way = GOOD
+        self._clients: set[StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def become(self, way: Way) -> None:
+        """From now on, for connections that are there as well."""
+        self.swallowed.clear()
+        self._way = way
+
+    def tear(self) -> None:
+        """Resets all connections; returns when that is done."""
+        asyncio.run_coroutine_threadsafe(self._close_all(_tear), self._loop).result(WITHIN_S)
+
+    def cut(self) -> None:
+        """Nobody gets through any more: connections are closed, as by a server that ends."""
+        self.become(Way(accepts=False))
+        asyncio.run_coroutine_threadsafe(self._close_all(StreamWriter.close), self._loop).result(WITHIN_S)
+
+    async def serve(self, ready: threading.Event) -> None:
+        """Until `stop`."""
+        self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
+        listener = await asyncio.start_server(self._welcome, "127.0.0.1", 0)
+        scheme = "redis" if self._server.scheme == "unix" else self._server.scheme
+        self.url = f"{scheme}://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        ready.set()
+        await self._over.wait()
+        listener.close()
+        await self._close_all(_tear)
+        await asyncio.gather(*self._tasks)
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._over.set)
+
+    async def _close_all(self, close: Callable[[StreamWriter], None]) -> None:
+        for client in self._clients:
+            close(client)
+        await asyncio.sleep(0)  # that is when sockets are closed
+
+    async def _welcome(self, reader: StreamReader, client: StreamWriter) -> None:
+        if not self._way.accepts or len(self._clients) == MAX_CONNECTIONS:
+            _tear(client)
+            return
+        task = asyncio.ensure_future(self._relay(reader, client))
+        self._tasks.add(task)
+        self._clients.add(client)
+        await asyncio.wait({task})
+        self._clients.discard(client)
+        self._tasks.discard(task)
+
+    async def _relay(self, reader: StreamReader, client: StreamWriter) -> None:
+        """Until either side closes; then the other is closed too."""
+        with suppress(OSError):
+            from_server, server = await self._connect()
+            lost = asyncio.Event()
+            both = {
+                asyncio.ensure_future(self._pass_on(reader, server, lost)),
+                asyncio.ensure_future(self._bring_back(from_server, client, lost)),
+            }
+            _, other = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            for task in other:
+                task.cancel()
+            await asyncio.wait(both)
+            server.close()
+        client.close()
+
+    async def _connect(self) -> tuple[StreamReader, StreamWriter]:
+        if self._server.scheme == "unix":
+            return await asyncio.open_unix_connection(unquote(self._server.path))
+        return await asyncio.open_connection(self._server.hostname, self._server.port)
+
+    async def _pass_on(self, reader: StreamReader, server: StreamWriter, lost: asyncio.Event) -> None:
+        with suppress(OSError):
+            while chunk := await reader.read(CHUNK):
+                if self._way.swallows is not None and self._way.swallows in chunk:
+                    lost.set()
+                server.write(chunk)
+                await server.drain()
+
+    async def _bring_back(self, reader: StreamReader, client: StreamWriter, lost: asyncio.Event) -> None:
+        with suppress(OSError):
+            while chunk := await reader.read(CHUNK):
+                if lost.is_set():
+                    self.swallowed.set()
+                    continue
+                for piece in _pieces(chunk, self._way.piece_bytes):
+                    await asyncio.sleep(self._way.latency_s)
+                    client.write(piece)
+                    await client.drain()
+
+
+def _pieces(chunk: bytes, size: int) -> Iterator[bytes]:
+    return (chunk[start : start + size] for start in range(0, len(chunk), size))
+
+
+def _tear(client: StreamWriter) -> None:
+    """Closes with a reset, and forgets what was still to be sent."""
+    with suppress(OSError):  # it is closed already
+        client.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.transport.abort()
+
+
+@contextmanager
+def relay(server_url: str) -> Iterator[Relay]:
+    """A relay that runs."""
+    found, ready = Relay(server_url), threading.Event()
+    thread = threading.Thread(target=lambda: asyncio.run(found.serve(ready)))
+    thread.start()
+    assert ready.wait(WITHIN_S), "the relay does not start"
+    try:
+        yield found
+    finally:
+        found.stop()
+        thread.join(WITHIN_S)
