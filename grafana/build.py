@@ -1,0 +1,26 @@
+"""Makes the JSON of the dashboards: `python grafana/build.py`. A test fails when it differs from what is committed."""
+
+import json
+from pathlib import Path
+
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+
+import gateway
+import spend
+from board import Board, made
+
+FOLDER = Path(__file__).parent / "dashboards"
+
+
+def rendered() -> dict[str, str]:
+    """The text of each file, by its name."""
+    return {"estimated-spend.json": _text(spend.board()), "gateway.json": _text(gateway.board())}
+
+
+def _text(board: Board) -> str:
+    return json.dumps(made(board), cls=JSONEncoder, indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    for name, text in rendered().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")

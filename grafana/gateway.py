@@ -1,0 +1,220 @@
+"""Gateway: how requests end, what the price book saves, how long everything takes, and what is broken."""
+
+from grafana_foundation_sdk.models import dashboard
+
+import machinery
+from board import GATEWAY, SPEND, Board, Row, link_to, only_this_team
+from panels import (
+    AMOUNT,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PER_SECOND,
+    PURPLE,
+    RED,
+    SECONDS,
+    SHARE,
+    YELLOW,
+    About,
+    Line,
+    Look,
+    chart,
+    density,
+    number,
+)
+from promql import ESTIMATE, QUANTILES, TEAM, increase, increase_at_end, quantile, rate, share
+from tables import Column, grid
+
+REQUESTS = "estimate_proxy_requests_total"
+DURATION = "estimate_proxy_request_duration_seconds"
+UPSTREAM_COUNT = "estimate_proxy_upstream_request_duration_seconds_count"
+
+PRICED = 'outcome=~"hit|stale|miss|collapsed|bypass"'
+HIT = 'outcome=~"hit|stale"'
+AVOIDED = 'outcome=~"hit|stale|collapsed"'
+
+OUTCOME_COLOURS = {
+    "hit": GREEN,
+    "stale": "light-green",
+    "collapsed": "dark-green",
+    "miss": BLUE,
+    "bypass": "light-blue",
+    "unpriced": PURPLE,
+    "upstream-rejected": YELLOW,
+    "rate-limited": "light-orange",
+    "quota-exceeded": ORANGE,
+    "upstream-error": RED,
+    "upstream-refused": "dark-red",
+    "upstream-timeout": "light-red",
+    "upstream-busy": "semi-dark-red",
+    "internal-error": "dark-purple",
+    "cancelled": GREY,
+}
+
+
+def board() -> Board:
+    """The dashboard for whoever runs the gateway."""
+    return Board(
+        uid=GATEWAY,
+        title="Gateway",
+        reads="How requests end, what the price book saves, how long everything takes, and what is broken.",
+        since="now-6h",
+        refresh="30s",
+        link=link_to(SPEND, "Estimated spend", "What the teams had estimated, and their quotas"),
+        rows=rows(),
+    )
+
+
+def rows() -> tuple[Row, ...]:
+    """The questions, in the order in which they are asked."""
+    return (
+        Row("How many requests, and how do they end?", (requests_by_outcome(), outcomes_in_range())),
+        Row(
+            "Does the price book work, and what does it save upstream?",
+            (hit_ratio(), avoided_in_range(), hit_ratio_over_time(), avoided_over_time(), hit_ratio_by_team()),
+        ),
+        Row(
+            "How long do answers take?",
+            (*(latency_by_outcome(q, name) for q, name in QUANTILES), latency_density()),
+        ),
+        machinery.upstream(),
+        machinery.stores(),
+        machinery.circuits(),
+        machinery.prices(),
+        machinery.processes(),
+    )
+
+
+def requests_by_outcome() -> dashboard.Panel:
+    about = About(
+        "Requests, by outcome",
+        "Requests a second of the chosen teams, and how they ended; outcomes that did not occur in the time range are"
+        " left out. Green needed no upstream request of its own, blue did, orange was refused, red failed upstream.",
+        PER_SECOND,
+        16,
+        10,
+    )
+    occurred = f"({increase_at_end('outcome', REQUESTS, TEAM)} > 0)"
+    line = Line(f"{rate('outcome', REQUESTS, TEAM)} and on (outcome) {occurred}", "{{outcome}}")
+    return chart(about, line, look=Look(stacked=True, colours=OUTCOME_COLOURS))
+
+
+def outcomes_in_range() -> dashboard.Panel:
+    total = increase("outcome", REQUESTS, TEAM)
+    return grid(
+        About(
+            "Outcomes in the time range",
+            "How many requests of the chosen teams ended in which way, and their share, the most first.",
+            AMOUNT,
+            8,
+            10,
+        ),
+        Column(title="Outcome", label="outcome"),
+        Column(title="Requests", expr=f"{total} > 0", decimals=0),
+        Column(
+            title="Share", expr=f"{share(total, increase('', REQUESTS, TEAM), 'outcome')} > 0", unit=SHARE, gauge=True
+        ),
+        most="Requests",
+    )
+
+
+def hit_ratio() -> dashboard.Panel:
+    about = About(
+        "Hit ratio",
+        "Of all estimates answered with a price in the time range (hit, stale, miss, collapsed, bypass), the share"
+        " served from the price book: hit and stale.",
+        SHARE,
+        4,
+    )
+    answered = increase("", REQUESTS, ESTIMATE, TEAM, PRICED)
+    return number(about, share(increase("", REQUESTS, ESTIMATE, TEAM, HIT), answered))
+
+
+def avoided_in_range() -> dashboard.Panel:
+    about = About(
+        "Upstream requests avoided",
+        "Estimates in the time range that needed no upstream request of their own: hit, stale, or collapsed into"
+        " another's.",
+        AMOUNT,
+        4,
+    )
+    return number(about, increase("", REQUESTS, ESTIMATE, TEAM, AVOIDED), decimals=0)
+
+
+def hit_ratio_over_time() -> dashboard.Panel:
+    about = About(
+        "Hit ratio over time",
+        "Hit and stale among estimates answered with a price. It falls when prices run out together, after a purge,"
+        " when the price list changes, or when a team begins to ask new questions. A gap: nothing was answered.",
+        SHARE,
+        8,
+    )
+    answered = rate("", REQUESTS, ESTIMATE, TEAM, PRICED)
+    return chart(about, Line(share(rate("", REQUESTS, ESTIMATE, TEAM, HIT), answered), "hit ratio"))
+
+
+def avoided_over_time() -> dashboard.Panel:
+    about = About(
+        "Upstream requests, made and avoided",
+        "Avoided: estimates of the chosen teams that needed no upstream request of their own. Made: every upstream"
+        " request of all teams, with the refreshes and audits behind answers. What the price book saves is the one"
+        " beside the other.",
+        PER_SECOND,
+        8,
+    )
+    return chart(
+        about,
+        Line(rate("", REQUESTS, ESTIMATE, TEAM, AVOIDED), "avoided"),
+        Line(rate("", UPSTREAM_COUNT), "made"),
+        look=Look(stacked=True, colours={"avoided": GREEN, "made": BLUE}),
+    )
+
+
+def hit_ratio_by_team() -> dashboard.Panel:
+    answered = increase("team", REQUESTS, ESTIMATE, TEAM, PRICED)
+    return grid(
+        About(
+            "Hit ratio, by team",
+            "What each chosen team was answered with a price in the time range, and how much of it came from the"
+            " price book; the busiest first. A busy team with a low ratio asks questions that differ each time: see"
+            " what it could leave out.",
+            AMOUNT,
+            24,
+        ),
+        Column(title="Team", label="team", link=only_this_team(GATEWAY)),
+        Column(title="Answered with a price", expr=answered, decimals=0),
+        Column(title="Upstream requests avoided", expr=increase("team", REQUESTS, ESTIMATE, TEAM, AVOIDED), decimals=0),
+        Column(
+            title="Hit ratio",
+            expr=f"{increase('team', REQUESTS, ESTIMATE, TEAM, HIT)} / ({answered} > 0)",
+            unit=SHARE,
+            gauge=True,
+        ),
+        most="Answered with a price",
+    )
+
+
+def latency_by_outcome(q: float, name: str) -> dashboard.Panel:
+    about = About(
+        f"Latency {name}, by outcome",
+        f"{q:.0%} of the estimates with that outcome were answered faster than this: from the request's head to the"
+        " end of the answer, all teams. A hit takes milliseconds; a miss takes as long as RenderNet.",
+        SECONDS,
+        8,
+        9,
+    )
+    return chart(
+        about, Line(quantile(q, "outcome", DURATION, ESTIMATE), "{{outcome}}"), look=Look(colours=OUTCOME_COLOURS)
+    )
+
+
+def latency_density() -> dashboard.Panel:
+    about = About(
+        "Latency of all estimates",
+        "How many estimates a second took how long, all teams: the darker, the more. Two bands are normal: what the"
+        " price book answers, and what RenderNet is asked.",
+        SECONDS,
+        24,
+    )
+    return density(about, rate("le", f"{DURATION}_bucket", ESTIMATE))

@@ -1,0 +1,303 @@
+"""What the gateway stands on: RenderNet, the stores, the circuit, the price list, and its own processes."""
+
+from grafana_foundation_sdk.models import dashboard
+
+from board import Row
+from panels import (
+    AMOUNT,
+    AREAS,
+    BARS,
+    DATE,
+    GREEN,
+    ORANGE,
+    PER_SECOND,
+    RED,
+    REST,
+    SECONDS,
+    SHARE,
+    SHORT,
+    STATE,
+    YELLOW,
+    About,
+    Line,
+    Look,
+    chart,
+    number,
+    states,
+)
+from promql import LEADING, QUANTILES, increase, leading, others, quantile, rate, select
+from tables import Column, grid
+
+REQUESTS = "estimate_proxy_requests_total"
+UPSTREAM = "estimate_proxy_upstream_request_duration_seconds"
+STORE = "estimate_proxy_store_duration_seconds"
+IN_FLIGHT = "estimate_proxy_requests_in_flight"
+CIRCUIT = "estimate_proxy_upstream_circuit_open"
+AUDITS = "estimate_proxy_price_audits_total"
+
+FAILED = 'status!~"2xx|4xx"'
+
+
+def upstream() -> Row:
+    return Row("How is RenderNet?", (upstream_latency(), upstream_by_status(), upstream_by_account()))
+
+
+def stores() -> Row:
+    latency = (store_latency(), store_latency_by_call(), store_state())
+    ledger = (debits_unanswered(), debits_buffered(), ledgers_lost(), ledger_created())
+    return Row("How are the stores?", (*latency, *ledger))
+
+
+def circuits() -> Row:
+    return Row("Is RenderNet being asked at all?", (circuit_state(),))
+
+
+def prices() -> Row:
+    return Row("Do prices change?", (price_audits(), audits_by_account()))
+
+
+def processes() -> Row:
+    return Row("How busy is it, what runs, and since when?", (in_flight(), instances(), restarts(), replicas()))
+
+
+def upstream_latency() -> dashboard.Panel:
+    about = About(
+        "Upstream latency",
+        "How long RenderNet took to answer, all accounts; what timed out or failed is in it.",
+        SECONDS,
+        8,
+    )
+    return chart(about, *(Line(quantile(q, "", UPSTREAM), name) for q, name in QUANTILES))
+
+
+def upstream_by_status() -> dashboard.Panel:
+    about = About(
+        "Upstream requests, by status",
+        "What RenderNet answered, by class of status; `timeout` and `error` are requests without an answer.",
+        PER_SECOND,
+        8,
+    )
+    colours = {"2xx": GREEN, "4xx": YELLOW, "5xx": RED, "timeout": ORANGE, "error": "dark-red"}
+    return chart(
+        about, Line(rate("status", f"{UPSTREAM}_count"), "{{status}}"), look=Look(stacked=True, colours=colours)
+    )
+
+
+def upstream_by_account() -> dashboard.Panel:
+    asked, failed = increase("account", f"{UPSTREAM}_count"), increase("account", f"{UPSTREAM}_count", FAILED)
+    return grid(
+        About(
+            "Upstream, by account",
+            "Upstream requests of each account in the time range, and the share that failed: 5xx, timeout or error. A"
+            " refused key is the outcome `upstream-refused` above.",
+            AMOUNT,
+            8,
+        ),
+        Column(title="Account", label="account"),
+        Column(title="Requests", expr=asked, decimals=0),
+        Column(title="Failed", expr=f"{failed} / ({asked} > 0)", unit=SHARE, gauge=True),
+        most="Requests",
+    )
+
+
+def store_latency() -> dashboard.Panel:
+    about = About(
+        "Store latency",
+        "How long the stores took to reply, all calls. Every answer waits for at least one call.",
+        SECONDS,
+        8,
+    )
+    return chart(about, *(Line(quantile(q, "", STORE), name) for q, name in QUANTILES))
+
+
+def store_latency_by_call() -> dashboard.Panel:
+    about = About(
+        "Store latency p95, by call", "Which call is slow: 95% of its replies came faster than this.", SECONDS, 8
+    )
+    return chart(about, Line(quantile(0.95, "call", STORE), "{{call}}"))
+
+
+def store_state() -> dashboard.Panel:
+    about = About(
+        "Stores in reach",
+        "Red while at least one process cannot reach the store of that role: without its ledger the gateway refuses"
+        " or buffers, as `store.on_outage` says; without its price book every estimate goes upstream.",
+        STATE,
+        8,
+    )
+    up = f"min by (role) ({select('estimate_proxy_store_up')})"
+    return states(about, Line(up, "{{role}}"), {"1": ("in reach", GREEN), "0": ("out of reach", RED)})
+
+
+def debits_unanswered() -> dashboard.Panel:
+    about = About(
+        "Debits without a reply",
+        "Debits in the time range whose reply was lost: they may count or not, and were not sent again. Any but 0 is"
+        " worth a look at the store.",
+        AMOUNT,
+        6,
+        4,
+    )
+    lost = increase("", "estimate_proxy_unanswered_debits_total")
+    return number(about, lost, steps=((None, GREEN), (0.5, ORANGE)), decimals=0)
+
+
+def debits_buffered() -> dashboard.Panel:
+    about = About(
+        "Debits waiting in memory",
+        'Debits kept by the processes until the ledger is back (`on_outage = "admit"`). They are lost with a killed'
+        " process.",
+        AMOUNT,
+        6,
+        4,
+    )
+    return number(
+        about, f"sum({select('estimate_proxy_buffered_debits')})", steps=((None, GREEN), (1, ORANGE)), decimals=0
+    )
+
+
+def ledgers_lost() -> dashboard.Panel:
+    about = About(
+        "Ledgers lost",
+        "How often in the time range the ledger was found empty or replaced: what had been used is forgotten.",
+        AMOUNT,
+        6,
+        4,
+    )
+    lost = f"max(increase({select('estimate_proxy_ledger_lost_total')}[$__range]))"
+    return number(about, lost, steps=((None, GREEN), (0.5, RED)), decimals=0)
+
+
+def ledger_created() -> dashboard.Panel:
+    about = About(
+        "Ledger created",
+        "Since when the ledger counts. A recent date that nobody knows of means that a store was emptied or replaced.",
+        DATE,
+        6,
+        4,
+    )
+    return number(about, f"max({select('estimate_proxy_ledger_created_timestamp_seconds')}) * 1000")
+
+
+def circuit_state() -> dashboard.Panel:
+    about = About(
+        "Circuit, by account",
+        "Red while at least one process does not ask RenderNet for that account because it failed too often. The ten"
+        " accounts that were worst in the time range.",
+        STATE,
+        24,
+        6,
+    )
+    worst = f"topk({LEADING}, max by (account) (sum_over_time({select(CIRCUIT)}[$__range] @ end())))"
+    line = Line(f"max by (account) ({select(CIRCUIT)}) and on (account) {worst}", "{{account}}")
+    return states(about, line, {"0": ("closed", GREEN), "1": ("open", RED)})
+
+
+def price_audits() -> dashboard.Panel:
+    about = About(
+        "Prices checked, by result",
+        "Stored prices that were asked for again behind answers, an hour. `changed`: RenderNet now says another"
+        " price; three such bodies within an hour make the account's older prices stale. `ignored-member`: a member"
+        " in `cache.ignore` did decide the price.",
+        SHORT,
+        14,
+    )
+    colours = {"same": GREEN, "changed": ORANGE, "ignored-member": RED}
+    return chart(
+        about,
+        Line(f"{rate('result', AUDITS)} * 3600", "{{result}}"),
+        look=Look(stacked=True, bars=True, colours=colours),
+    )
+
+
+def audits_by_account() -> dashboard.Panel:
+    return grid(
+        About(
+            "Price changes, by account",
+            "How often in the time range a checked price was the same, was another one, or hung on an ignored member.",
+            AMOUNT,
+            10,
+        ),
+        Column(title="Account", label="account"),
+        Column(title="Changed", expr=_audits("changed"), decimals=0),
+        Column(title="By an ignored member", expr=_audits("ignored-member"), decimals=0),
+        Column(title="Same", expr=_audits("same"), decimals=0),
+        most="Changed",
+    )
+
+
+def _audits(result: str) -> str:
+    return increase("account", AUDITS, f'result="{result}"')
+
+
+def in_flight() -> dashboard.Panel:
+    now = f"sum by (instance) ({select(IN_FLIGHT)})"
+    size = f"sum by (instance) (sum_over_time({select(IN_FLIGHT)}[$__range] @ end()))"
+    about = About(
+        "Requests in flight, by instance",
+        "Requests being served at each moment: the ten busiest instances, and all others together. It grows when"
+        " RenderNet or the store grows slow.",
+        SHORT,
+        12,
+    )
+    return chart(
+        about,
+        Line(leading("instance", now, size), "{{instance}}"),
+        Line(others("instance", now, size), REST),
+        look=AREAS,
+    )
+
+
+def instances() -> dashboard.Panel:
+    about = About(
+        "Instances, by version",
+        "How many instances Prometheus can scrape. A dip is a restart or a lost one; two versions are a roll-out.",
+        SHORT,
+        12,
+    )
+    running = f"count by (version) (max by (instance, version) ({select('estimate_proxy_build_info')}))"
+    return chart(about, Line(running, "{{version}}"), look=AREAS)
+
+
+def restarts() -> dashboard.Panel:
+    about = About(
+        "Restarts, by instance",
+        "When an instance's counters began anew, which they do when the whole gateway restarts, and not when it"
+        " replaces one of its workers. A replica that comes back under another name shows as a new instance instead."
+        " The ten with the most.",
+        SHORT,
+        12,
+    )
+    line = Line(leading("instance", began("[$__rate_interval]"), began("[$__range] @ end()")), "{{instance}}")
+    return chart(about, line, look=BARS)
+
+
+def began(window: str) -> str:
+    """How often each instance began anew. Several workers together have no start time of a process to compare."""
+    return f"max by (instance) (resets({select(REQUESTS)}{window}))"
+
+
+def replicas() -> dashboard.Panel:
+    return grid(
+        About(
+            "Instances and restarts",
+            "What runs at the end of the time range, how often each began anew in it, and whether its last reload of"
+            " the config was accepted. After a refused one the old config stays in force.",
+            AMOUNT,
+            12,
+        ),
+        Column(title="Instance", label="instance"),
+        Column(title="Version", label="version"),
+        Column(
+            title="Running",
+            expr=f"max by (instance, version) ({select('estimate_proxy_build_info')})",
+            words={"1": ("yes", GREEN)},
+        ),
+        Column(title="Restarts", expr=began("[$__range]"), decimals=0),
+        Column(
+            title="Last reload",
+            expr=f"min by (instance) ({select('estimate_proxy_config_last_reload_successful')})",
+            words={"1": ("accepted", GREEN), "0": ("refused", RED)},
+        ),
+        most="Restarts",
+    )

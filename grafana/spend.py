@@ -1,0 +1,317 @@
+"""Estimated spend: what the teams had priced, in calendar windows, and how near they are to their quotas.
+
+Amounts come from the ledger's gauges, which are exact. Only what the gauges do not know (credits by model, what
+happened in the chosen time range) comes from counters, and the panel says so.
+"""
+
+from grafana_foundation_sdk.models import dashboard
+
+import quotas
+from board import GATEWAY, SPEND, Board, Row, link_to, only_this_team
+from panels import (
+    AMOUNT,
+    AREAS,
+    ORANGE,
+    PER_MINUTE,
+    RED,
+    REST,
+    SECONDS,
+    SHARE,
+    SHORT,
+    About,
+    Line,
+    Look,
+    chart,
+    number,
+    pie,
+)
+from promql import (
+    ESTIMATE,
+    LEADING,
+    TEAM,
+    TEAM_OR_ORG,
+    increase,
+    increase_at_end,
+    leading,
+    ledger,
+    others,
+    rate,
+    select,
+    share,
+)
+from tables import Column, grid
+
+CREDITS = "estimate_proxy_estimated_credits_total"
+REQUESTS = "estimate_proxy_requests_total"
+BALANCE = "estimate_proxy_balance_credits"
+BALANCE_AGE = "estimate_proxy_balance_age_seconds"
+
+REASONS = (
+    "quota-exceeded",
+    "rate-limited",
+    "team-disabled",
+    "unauthenticated",
+    "invalid",
+    "not-cached",
+    "overloaded",
+    "store-unavailable",
+)
+REFUSED = 'outcome=~"' + "|".join(REASONS) + '"'
+
+
+def board() -> Board:
+    """The dashboard for finance and for whoever sets the quotas."""
+    return Board(
+        uid=SPEND,
+        title="Estimated spend",
+        reads="What the teams had estimated, by team and model, and how near that is to their quotas.",
+        since="now-7d",
+        refresh="1m",
+        link=link_to(GATEWAY, "Gateway", "How the gateway itself is doing"),
+        rows=rows(),
+    )
+
+
+def rows() -> tuple[Row, ...]:
+    """The questions, in the order in which they are asked."""
+    return (
+        Row(
+            "How much has been estimated?",
+            (
+                estimated_in("today", "day"),
+                estimated_in("this week", "week"),
+                estimated_in("this month", "month"),
+                estimated_at_this_pace(),
+                estimated_by_team(),
+                shares_of_teams(),
+                estimated_by_model(),
+                shares_of_models(),
+            ),
+        ),
+        quotas.near(),
+        quotas.limits(),
+        Row("When was it estimated?", (credits_an_hour(),)),
+        Row(
+            "What was refused, and what passed uncounted?",
+            (refused_over_time(), refused_by_team(), warned(), unpriced()),
+        ),
+        Row("What is left on the account?", (balance_over_time(), balance_and_age())),
+    )
+
+
+def window_credits(per: str) -> str:
+    """Estimated credits of each team in the running day, week or month."""
+    return ledger("team", "estimate_proxy_window_estimated_credits", TEAM, f'per="{per}"')
+
+
+def month_at_this_pace() -> str:
+    """What the month will come to if it goes on as it did since it began."""
+    start, end = (select(f"estimate_proxy_window_{edge}_timestamp_seconds", 'per="month"') for edge in ("start", "end"))
+    return f"sum({window_credits('month')}) * (max({end}) - max({start})) / (time() - max({start}))"
+
+
+def estimated_in(title: str, per: str) -> dashboard.Panel:
+    about = About(
+        f"Estimated {title}",
+        f"Credits estimated for the chosen teams in the running calendar {per}, in the organisation's time zone."
+        " Exact, out of the ledger. Every answered estimate counts, hit or miss, each time it is asked: this is what"
+        " teams plan, not what the account was charged.",
+        AMOUNT,
+        6,
+        4,
+    )
+    return number(about, f"sum({window_credits(per)})")
+
+
+def estimated_at_this_pace() -> dashboard.Panel:
+    about = About(
+        "This month, at this pace",
+        "What the running month will come to if it goes on as it did since it began. On its first day this says"
+        " little.",
+        AMOUNT,
+        6,
+        4,
+    )
+    return number(about, month_at_this_pace(), decimals=0)
+
+
+def estimated_by_team() -> dashboard.Panel:
+    month = window_credits("month")
+    everyone = ledger("team", "estimate_proxy_window_estimated_credits", 'per="month"')
+    requests = ledger("team", "estimate_proxy_window_requests", TEAM, 'per="month"')
+    return grid(
+        About(
+            "Estimated credits, by team",
+            "The running day, week and month of each chosen team, the most in this month first. Exact, out of the"
+            " ledger. The share is of all teams, chosen or not. Click a team to see it alone.",
+            AMOUNT,
+            16,
+            9,
+        ),
+        Column(title="Team", label="team", link=only_this_team(SPEND)),
+        Column(title="Today", expr=window_credits("day")),
+        Column(title="This week", expr=window_credits("week")),
+        Column(title="This month", expr=month),
+        Column(title="Share of this month", expr=share(month, f"sum({everyone})", "team"), unit=SHARE, gauge=True),
+        Column(title="Requests this month", expr=requests),
+        most="This month",
+    )
+
+
+def shares_of_teams() -> dashboard.Panel:
+    about = About(
+        "Shares of this month, by team",
+        "The ten teams with the most estimated credits in the running month, and all other chosen ones together.",
+        AMOUNT,
+        8,
+        9,
+    )
+    return pie(about, *_largest("team", window_credits("month")))
+
+
+def estimated_by_model() -> dashboard.Panel:
+    priced = increase("model", CREDITS, TEAM)
+    return grid(
+        About(
+            "Estimated credits, by model",
+            "What the chosen teams had priced in the chosen time range, the most first. Prometheus works this out of"
+            " counters and extrapolates to the edges of the range; the exact numbers, in calendar days, come from"
+            " `/v1/usage` and `estimate-proxy usage`, by model.",
+            AMOUNT,
+            16,
+            9,
+        ),
+        Column(title="Model", label="model"),
+        Column(title="Estimated in the time range", expr=priced, decimals=1),
+        Column(title="Share", expr=share(priced, increase("", CREDITS, TEAM), "model"), unit=SHARE, gauge=True),
+        most="Estimated in the time range",
+    )
+
+
+def shares_of_models() -> dashboard.Panel:
+    about = About(
+        "Shares of the time range, by model",
+        "The ten models with the most estimated credits in the chosen time range, and all others together."
+        " Extrapolated by Prometheus.",
+        AMOUNT,
+        8,
+        9,
+    )
+    return pie(about, *_largest("model", increase("model", CREDITS, TEAM)))
+
+
+def _largest(label: str, amounts: str) -> tuple[Line, Line]:
+    """The largest amounts, and the sum of those left out: 0 where none is."""
+    largest = f"topk({LEADING}, {amounts})"
+    return Line(largest, f"{{{{{label}}}}}"), Line(f"clamp_min(sum({amounts}) - sum({largest}), 0)", REST)
+
+
+def credits_an_hour() -> dashboard.Panel:
+    pace, size = f"{rate('team', CREDITS, TEAM)} * 3600", increase_at_end("team", CREDITS, TEAM)
+    about = About(
+        "Estimated credits an hour, by team",
+        "The pace at each moment, as credits an hour: the ten teams with the most in the time range, and all other"
+        " chosen ones together. From counters, so good for the shape and not for amounts.",
+        SHORT,
+        24,
+        10,
+    )
+    return chart(
+        about,
+        Line(leading("team", pace, size), "{{team}}"),
+        Line(others("team", pace, size), REST),
+        look=AREAS,
+    )
+
+
+def refused_over_time() -> dashboard.Panel:
+    about = About(
+        "Estimates refused, by reason",
+        "What the gateway itself turned away, a minute: over a quota, over the rate, without a good token, and so on."
+        " What RenderNet turned away or failed at is on the other dashboard.",
+        PER_MINUTE,
+        14,
+    )
+    colours = {"quota-exceeded": RED, "rate-limited": ORANGE}
+    line = Line(f"{rate('outcome', REQUESTS, ESTIMATE, TEAM, REFUSED)} * 60", "{{outcome}}")
+    return chart(about, line, look=Look(stacked=True, colours=colours))
+
+
+def refused_by_team() -> dashboard.Panel:
+    return grid(
+        About(
+            "Who was refused",
+            "Estimates that the gateway turned away in the time range, by team and reason, the most first. The team"
+            " `-` is whoever came without a good token.",
+            AMOUNT,
+            10,
+        ),
+        Column(title="Team", label="team"),
+        Column(title="Reason", label="outcome"),
+        Column(
+            title="Estimates", expr=f"{increase('team, outcome', REQUESTS, ESTIMATE, TEAM, REFUSED)} > 0", decimals=0
+        ),
+        most="Estimates",
+    )
+
+
+def warned() -> dashboard.Panel:
+    return grid(
+        About(
+            "Admitted past a quota that warns",
+            'Estimates that passed a quota with `on_exceed = "warn"` in the time range: answered, counted, and'
+            " flagged.",
+            AMOUNT,
+            14,
+        ),
+        Column(title="Team", label="team"),
+        quotas.MEASURE_COLUMN,
+        quotas.PER_COLUMN,
+        Column(
+            title="Estimates", expr=increase(quotas.QUOTA, "estimate_proxy_quota_warned_total", TEAM_OR_ORG), decimals=0
+        ),
+        most="Estimates",
+    )
+
+
+def unpriced() -> dashboard.Panel:
+    return grid(
+        About(
+            "Answered without a price",
+            "Answers of RenderNet in the time range that named no usable price, by team: passed on or refused, and"
+            " missing from every amount above. An unknown price is never 0.",
+            AMOUNT,
+            10,
+        ),
+        Column(title="Team", label="team"),
+        Column(title="Estimates", expr=increase("team", "estimate_proxy_unpriced_total", TEAM), decimals=0),
+        most="Estimates",
+    )
+
+
+def balance_over_time() -> dashboard.Panel:
+    lowest = f"bottomk({LEADING}, max by (account) ({select(BALANCE)} @ end()))"
+    about = About(
+        "Balance of the account",
+        "Credits left at RenderNet, as its newest answer said; the ten accounts with the least. It falls by"
+        " generations, which do not pass through this gateway: an estimate takes nothing from it.",
+        AMOUNT,
+        14,
+    )
+    return chart(about, Line(f"{ledger('account', BALANCE)} and on (account) {lowest}", "{{account}}"))
+
+
+def balance_and_age() -> dashboard.Panel:
+    return grid(
+        About(
+            "Balance and its age",
+            "The newest balance known of each account, and how long ago RenderNet said it. It grows old where nobody"
+            " asks.",
+            AMOUNT,
+            10,
+        ),
+        Column(title="Account", label="account"),
+        Column(title="Balance", expr=ledger("account", BALANCE)),
+        Column(title="Age", expr=f"min by (account) ({select(BALANCE_AGE)})", unit=SECONDS),
+        most="Age",
+    )
