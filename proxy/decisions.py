@@ -11,6 +11,7 @@ import logging
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from time import time_ns
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -144,9 +145,16 @@ class Decisions:
     def _send(self) -> None:
         waiting, self._waiting = self._waiting, []
         for start in range(0, len(waiting), MAX_BATCH):
-            task = asyncio.get_running_loop().create_task(self._decide(waiting[start : start + MAX_BATCH]))
+            requests = waiting[start : start + MAX_BATCH]
+            task = asyncio.get_running_loop().create_task(self._decide(requests))
             self._running.add(task)
-            task.add_done_callback(self._running.discard)
+            task.add_done_callback(partial(self._finish, requests))
+
+    def _finish(self, requests: Sequence[_Request], task: asyncio.Task[None]) -> None:
+        """Nobody waits for a verdict that a defect has lost."""
+        self._running.discard(task)
+        if any(not request.verdict.done() for request in requests):
+            self._fail(requests, StoreUnanswered("the ledger's client failed"))
 
     async def _decide(self, requests: Sequence[_Request]) -> None:
         try:

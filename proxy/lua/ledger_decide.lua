@@ -17,7 +17,7 @@
 -- Operations:
 --   charge  a stored answer: rate, requests and credits
 --   admit   a question on its way upstream: rate and requests; no credits may be left over the limit
---   settle  what became of it: credits, or a refusal that gives the request back
+--   settle  what became of it, in the windows of now: request and credits, or a refusal that gives the request back
 --   refund  it never reached upstream: gives the request back
 --   peek    rate alone; says how quotas stand
 --   pass    rate alone, for an estimate that the client did not want from upstream
