@@ -40,6 +40,8 @@ class Access:
             return Problem(
                 Code.UNKNOWN_TOKEN, "Send your team's token as X-API-KEY, or as Authorization: Bearer <token>."
             )
+        if self.is_admin(token) or digest_of(token) in self._metrics_digests:
+            return Problem(Code.FORBIDDEN, "This is an admin's or a scraper's token: send your team's.")
         team = self._teams.find(token, datetime.now(self._zone).date())
         if team is None:
             return Problem(

@@ -156,10 +156,10 @@ def introduction(stage: Stage, url: str) -> Iterator[tuple[str, str]]:
         f"echo {shlex.quote(QUESTION)} | {_program()} explain --config {config} -",
     )
     if stage.scrape_config.exists():
-        scrape_config, data = shlex.quote(str(stage.scrape_config)), shlex.quote(str(stage.folder / "prometheus"))
+        scrape_config = shlex.quote(str(stage.scrape_config))
         yield (
             "A Prometheus that scrapes the gateway (its own page is on port 9090):",
-            f"prometheus --config.file={scrape_config} --storage.tsdb.path={data}",
+            f'prometheus --config.file={scrape_config} --storage.tsdb.path="$(mktemp -d)"',
         )
 
 

@@ -110,13 +110,16 @@ class Ledger:
         return await self._to_the_end(self._refund(admitted, Charge(outcome)))
 
     async def close(self, timeout_s: float) -> None:
-        """Lets decisions and the backlog come to their end, within `timeout_s`."""
+        """Lets settlements and the backlog come to their end, within `timeout_s`."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
         if self._settling:
             await asyncio.wait(self._settling, timeout=timeout_s)
         if self._flushing is not None:
+            await asyncio.wait({self._flushing}, timeout=max(0.0, deadline - loop.time()))
             self._flushing.cancel()
             await asyncio.wait({self._flushing})
-            with suppress(StoreUnavailable):
+            with suppress(StoreUnavailable):  # a last time; a pile that was booked already stays so
                 await self._flush()
         if self._backlog:
             log.error("the debits of %d requests are lost: the ledger stayed out of reach", self._backlog.requests)

@@ -90,7 +90,7 @@ _KINDS = {
     Code.BODY_TOO_LARGE: _Kind(413, "The body is too large", Outcome.INVALID),
     Code.UNSUPPORTED_MEDIA_TYPE: _Kind(415, "The body must be plain JSON", Outcome.INVALID),
     Code.RATE_LIMITED: _Kind(429, "The team asks too often", Outcome.RATE_LIMITED),
-    Code.QUOTA_EXCEEDED: _Kind(402, "A quota is used up", Outcome.QUOTA_EXCEEDED),
+    Code.QUOTA_EXCEEDED: _Kind(402, "A quota is used up, or would be passed", Outcome.QUOTA_EXCEEDED),
     Code.INTERNAL_ERROR: _Kind(500, "The gateway failed", Outcome.INTERNAL_ERROR),
     Code.UPSTREAM_ERROR: _Kind(502, "RenderNet failed", Outcome.UPSTREAM_ERROR),
     Code.UPSTREAM_REFUSED: _Kind(502, "RenderNet refused the gateway's key", Outcome.UPSTREAM_REFUSED),

@@ -167,14 +167,23 @@ class Standing:
             },
             "violated-policies": [quota.policy for quota in violated],
         }
-        whose = "The team's" if quota.scope == "team" else "The organisation's"
-        what = "requests" if counts_requests else "estimated credits"
-        state = "is used up" if used >= quota.limit else "would be passed"
-        hope = f"it starts anew at {resets_at}" if quota.limit else "it lets nothing pass"
         return Problem(
             Code.QUOTA_EXCEEDED,
-            f"{whose} quota of {quota.text(quota.limit)} {what} a {quota.per} {state}; {hope}.",
+            self._explained(quota, used, requested, resets_at),
             retry_after_s=self.seconds_left(quota) if counts_requests else None,
             members=members,
             other_status=429 if counts_requests else None,
         )
+
+    def _explained(self, quota: Quota, used: int, requested: int | None, resets_at: str) -> str:
+        """What is left of a quota, and until when. No price: `explain` shows this to a team that may not have it."""
+        what = "requests" if quota.measure == "requests" else "estimated credits"
+        whose = "the team's" if quota.scope == "team" else "the organisation's"
+        left = f"{quota.text(max(0, quota.limit - used))} of {whose} {quota.text(quota.limit)} {what} a {quota.per}"
+        if quota.limit == 0:
+            return f"Nothing passes: {left} are left, and never will be more. Ask the gateway's operator."
+        if used >= quota.limit or requested is None:
+            return f"{left} are left until {resets_at}."
+        if requested > quota.limit:
+            return f"This estimate needs more than the whole quota, however long you wait: {left} are left."
+        return f"This estimate needs more than is left: {left}, until {resets_at}."

@@ -192,9 +192,9 @@ class TestAccess:
 
     def test_a_metrics_token_opens_nothing_else(self, watched: Opened) -> None:
         scene = watched()
-        assert code_of(scene.ask(x_api_key=SCRAPER)) == "unknown-token"
+        assert code_of(scene.ask(x_api_key=SCRAPER)) == "forbidden"
         for path in ("/v1/usage", "/v1/quota"):
-            assert code_of(scene.client.get(path, headers={"x-api-key": SCRAPER})) == "unknown-token"
+            assert code_of(scene.client.get(path, headers={"x-api-key": SCRAPER})) == "forbidden"
 
     @pytest.mark.parametrize(
         ("accept", "media_type"),

@@ -262,12 +262,12 @@ def exceeded(
 def test_a_quota_on_credits_that_would_be_passed() -> None:
     document, retry_after = exceeded({CREDITS: 4_999_000_000}, [CREDITS], 2_750_001)
     detail = (
-        "The team's quota of 5000.1 estimated credits a month would be passed; "
-        "it starts anew at 2026-12-01T00:00:00+00:00."
+        "This estimate needs more than is left: 1.1 of the team's 5000.1 estimated credits a month, "
+        "until 2026-12-01T00:00:00+00:00."
     )
     assert document == {
         "type": "https://iana.org/assignments/http-problem-types#quota-exceeded",
-        "title": "A quota is used up",
+        "title": "A quota is used up, or would be passed",
         "status": 402,
         "detail": detail,
         "request_id": "req-1",
@@ -287,11 +287,26 @@ def test_a_quota_on_credits_that_would_be_passed() -> None:
     assert retry_after is None
 
 
+@pytest.mark.parametrize(
+    ("limit_micro", "requested_micro", "told"),
+    [
+        (10_000_000, 12_000_000, "This estimate needs more than the whole quota, however long you wait: 10 of "),
+        (10_000_000, 10_000_000, "10 of the team's 10 estimated credits a month are left until "),
+        (0, None, "Nothing passes: 0 of the team's 0 estimated credits a month are left, and never will be more."),
+    ],
+)
+def test_what_no_waiting_helps_against_is_told(limit_micro: int, requested_micro: int | None, told: str) -> None:
+    limit = quota("estimated_credits", limit_micro, "month")
+    requested = None if requested_micro == limit_micro else requested_micro
+    document, _ = exceeded({limit: 0}, [limit], requested)
+    assert document["detail"].startswith(told)
+
+
 def test_a_quota_on_requests_that_is_used_up() -> None:
     document, retry_after = exceeded({CREDITS: 0, ORG_REQUESTS: 60}, [ORG_REQUESTS], None, ZoneInfo("Asia/Kolkata"))
     assert document["status"] == 429
     assert document["detail"] == (
-        "The organisation's quota of 60 requests a hour is used up; it starts anew at 2026-11-11T20:30:00+05:30."
+        "0 of the organisation's 60 requests a hour are left until 2026-11-11T20:30:00+05:30."
     )
     assert document["quota"] == {
         "scope": "org",
@@ -312,7 +327,7 @@ def test_the_first_quota_is_explained_and_all_are_named() -> None:
     document, retry_after = exceeded(used, [CREDITS, ORG_REQUESTS], 1)
     assert (document["status"], retry_after) == (402, None)
     assert document["quota"]["used"] == document["quota"]["limit"] == Decimal("5000.1")
-    assert " is used up; " in document["detail"]
+    assert document["detail"].startswith("0 of the team's 5000.1 estimated credits a month are left until ")
     assert document["violated-policies"] == ["credits-month", "org-requests-hour"]
     document, retry_after = exceeded(used, [ORG_REQUESTS, CREDITS], 1)
     assert (document["status"], retry_after) == (429, "3600")

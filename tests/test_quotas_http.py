@@ -252,7 +252,7 @@ class TestQuotas:
             assert own == {"scope": scope, "measure": measure, "per": "month", "limit": 2, "used": 2}
             name = ("org-" if scope == "org" else "") + ("requests" if measure == "requests" else "credits")
             assert problem["violated-policies"] == [f"{name}-month"]
-            assert "is used up" in problem["detail"]
+            assert problem["detail"].startswith("0 of the ")
         assert used(scene) == [2, 2], org_quota
         assert usage(scene) == row(2, 2, refused=2, hit=1, miss=1, quota_exceeded=2)
         assert scene.simulator.calls == 1
@@ -327,7 +327,7 @@ class TestQuotas:
             "requested": Decimal("2.75"),
             "resets_at": _end_of("month", datetime.now(UTC)).isoformat(),
         }
-        assert "would be passed" in problem["detail"]
+        assert problem["detail"].startswith("This estimate needs more than is left: 2.25 of the team's 5 ")
         assert {"cache-status", "age", "estimate-proxy-balance-age"}.isdisjoint(refused.headers)
         assert "balance" not in refused.text
         assert used(scene) == [Decimal("2.75"), 1]
