@@ -166,7 +166,8 @@ def new(team: str) -> None:
     click.echo(made)
     click.echo(
         f"\nThis is the only time it is shown: give it to the team. In the config:\n\n"
-        f'[teams.{team}]\ntokens = ["{teams.digest_of(made)}"]',
+        f'[teams.{team}]\ntokens = ["{teams.digest_of(made)}"]\n\n'
+        "# For an operator or Prometheus the same line stands under [admin] or [metrics] instead.",
     )
 
 

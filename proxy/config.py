@@ -30,7 +30,13 @@ FAMILIAR_VARIABLES = {
     "RENDERNET_API_KEY": ("accounts", "default", "api_key"),
     "REDIS_URL": ("store", "url"),
 }
-PATH_KEYS = (("upstream", "ca_file"), ("store", "data_dir"))
+PATH_KEYS = (
+    ("upstream", "ca_file"),
+    ("store", "data_dir"),
+    ("store", "ca_file"),
+    ("store", "cert_file"),
+    ("store", "key_file"),
+)
 MAX_CONFIG_BYTES = 4 * 2**20
 MAX_SECRET_BYTES = 64 * 2**10
 
@@ -200,6 +206,7 @@ def _secret_tables(tree: Tree) -> Iterator[tuple[tuple[str, ...], Tree, str]]:
         yield ("accounts", name), account, "api_key"
     if isinstance(store := tree.get("store"), dict):
         yield ("store",), store, "password"
+        yield ("store",), store, "sentinel_password"
 
 
 def _unset_replaced_secrets(tree: Tree, layer: Tree, problems: list[SettingsProblem]) -> None:
@@ -263,12 +270,14 @@ def _cross_problems(tree: Tree) -> Iterator[SettingsProblem]:
     if tree.get("teams", {}) == {}:
         yield SettingsProblem("teams", "is empty: nobody could ask; `estimate-proxy token new TEAM` makes a token")
     yield from _missing_accounts(tree, teams)
-    yield from _repeated_tokens(teams)
+    yield from _repeated_tokens(tree, teams)
     for name in ("org", "team_defaults"):
         yield from _repeated_quotas(tree.get(name), name)
     for name, team in teams.items():
         yield from _repeated_quotas(team, "teams", name)
-    yield from _ca_file_problems(tree)
+    yield from _ca_file_problems(tree, "upstream")
+    yield from _ca_file_problems(tree, "store")
+    yield from _cert_file_problems(tree)
 
 
 def _missing_accounts(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]:
@@ -286,13 +295,16 @@ def _missing_accounts(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[Setting
 _ACCOUNT_HINT = "add [accounts.<its id>] with an api_key_file"
 
 
-def _repeated_tokens(teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]:
+def _repeated_tokens(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]:
+    """A token is one team's, the operator's or a scraper's: with two meanings, one would be a surprise."""
+    holders: list[tuple[tuple[str, ...], object]] = [(("teams", name), team) for name, team in teams.items()]
+    holders += [((name,), tree.get(name)) for name in ("metrics", "admin")]
     seen: dict[str, str] = {}
-    for name, team in teams.items():
-        tokens = team.get("tokens", ())
+    for path, holder in holders:
+        tokens = holder.get("tokens", ()) if isinstance(holder, dict) else ()
         for index, token in enumerate(tokens if isinstance(tokens, list) else ()):
             digest = token.get("sha256") if isinstance(token, dict) else token
-            here = path_of("teams", name, "tokens", index)
+            here = path_of(*path, "tokens", index)
             if isinstance(digest, str) and seen.setdefault(digest, here) != here:
                 yield SettingsProblem(here, f"is the same token as {seen[digest]}")
 
@@ -309,17 +321,50 @@ def _repeated_quotas(scope: object, *path: str) -> Iterator[SettingsProblem]:
                     yield SettingsProblem(here, f"repeats {first}: keep one limit for this measure and window")
 
 
-def _ca_file_problems(tree: Tree) -> Iterator[SettingsProblem]:
-    upstream = tree.get("upstream")
-    ca_file = upstream.get("ca_file") if isinstance(upstream, dict) else None
-    if not isinstance(ca_file, str) or not ca_file.isprintable() or ca_file[:1] in ("", "~"):
-        return  # none, or not a path: the section says so itself
+def _ca_file_problems(tree: Tree, section: str) -> Iterator[SettingsProblem]:
+    ca_file = _path_in(tree, section, "ca_file")
+    if ca_file is None:
+        return
     try:
         ssl.create_default_context(cafile=ca_file)
     except ssl.SSLError:
-        yield SettingsProblem("upstream.ca_file", "names a file without certificates in PEM form")
+        yield SettingsProblem(f"{section}.ca_file", "names a file without certificates in PEM form")
     except OSError as error:
-        yield SettingsProblem("upstream.ca_file", f"names a file that cannot be read: {error.strerror}")
+        yield SettingsProblem(f"{section}.ca_file", f"names a file that cannot be read: {error.strerror}")
+
+
+def _cert_file_problems(tree: Tree) -> Iterator[SettingsProblem]:
+    """Of the store's client certificate and its key."""
+    cert_file, key_file = (_path_in(tree, "store", key) for key in ("cert_file", "key_file"))
+    if cert_file is None and key_file is not None:
+        yield SettingsProblem("store.cert_file", "is missing: store.key_file is its key")
+    unreadable = [(key, error) for key in ("cert_file", "key_file") if (error := _unreadable(tree, key))]
+    for key, error in unreadable:
+        yield SettingsProblem(f"store.{key}", f"names a file that {error}")
+    if cert_file is None or unreadable:
+        return
+    try:
+        ssl.create_default_context().load_cert_chain(cert_file, key_file, password=lambda: "")  # it never asks a person
+    except (ssl.SSLError, ValueError):  # ValueError: of the empty passphrase
+        message = "and store.key_file are no certificate and its key, in PEM form and without a passphrase"
+        yield SettingsProblem("store.cert_file", message)
+
+
+def _unreadable(tree: Tree, key: str) -> _UnreadableError | None:
+    path = _path_in(tree, "store", key)
+    try:
+        if path is not None:
+            _read_text(Path(path), MAX_CONFIG_BYTES)
+    except _UnreadableError as error:
+        return error
+    return None
+
+
+def _path_in(tree: Tree, section: str, key: str) -> str | None:
+    """None if there is none, or what there is is no path: then the section says so itself."""
+    table = tree.get(section)
+    path = table.get(key) if isinstance(table, dict) else None
+    return path if isinstance(path, str) and path.isprintable() and path[:1] not in ("", "~") else None
 
 
 def _tables(tree: Tree, section: str) -> dict[str, Tree]:

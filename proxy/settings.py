@@ -10,28 +10,23 @@ from decimal import Decimal
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import SplitResult, parse_qsl, urlsplit
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Secret, ValidationInfo
 
 from proxy.credits import MICRO
 from proxy.quotas import Measure
+from proxy.settings_urls import check_host, is_ip, parse_store_url, split_url
 from proxy.windows import Per
 
 MASK = "**********"
-MAX_URL_CHARACTERS = 2048
 MAX_REQUESTS = 10**12
 MAX_CREDITS = 9 * 10**9
 """Micro-credits stay below 2**53: up to there the numbers of the store's scripts are exact."""
 
 MAX_CREDITS_WITH_DECIMALS = 2**33
 """From here on the doubles that TOML's decimal numbers become lie more than a micro-credit apart."""
-
-_LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"  # RFC 1035 §2.3.1, and `_`, as containers have it
-_NAME = re.compile(rf"(?=.{{1,253}}$)({_LABEL}\.)*(?![0-9]+\.?$){_LABEL}\.?")
-
-_LOCATION = re.compile(r"(\[[^][]+:[^][]*\]|[^][:]*)(:[0-9]*)?")  # urlsplit passes over what stands beside the brackets
 
 
 class SecretUrl(Secret[str]):
@@ -102,62 +97,24 @@ def _path(value: object) -> object:
     return value
 
 
-def _host(host: str) -> str:
-    if not (_NAME.fullmatch(host) or _is_ip(host)):
-        raise ValueError("must name a host: an IP address or a name in ASCII")
-    return host
-
-
-def _is_ip(host: str) -> bool:
-    try:
-        return bool(ip_address(host))
-    except ValueError:
-        return False
-
-
-def _split_url(url: str, *schemes: str) -> SplitResult:
-    try:
-        parts = urlsplit(url)
-        bad_port = parts.port == 0
-    except ValueError:
-        bad_port = True
-    if bad_port or not url.isprintable() or " " in url or len(url) > MAX_URL_CHARACTERS:
-        raise ValueError("is not a valid URL: a port is 1 to 65535, and special characters are percent-encoded")
-    if parts.scheme not in schemes:
-        raise ValueError(f"must be a URL that begins with {' or '.join(f'{scheme}://' for scheme in schemes)}")
-    if parts.scheme != "unix":
-        location = _LOCATION.fullmatch(parts.netloc.rpartition("@")[2])
-        _host((location and parts.hostname) or "")
-    return parts
-
-
 def _base_url(url: str, info: ValidationInfo) -> str:
-    parts = _split_url(url, "https", "http")
+    parts = split_url(url, "https", "http")
     if any(mark in url for mark in "@?#"):
         raise ValueError("has a user, a query or a fragment: leave them out")
     host = parts.hostname or ""
-    loopback = host == "localhost" or (_is_ip(host) and ip_address(host).is_loopback)
+    loopback = host == "localhost" or (is_ip(host) and ip_address(host).is_loopback)
     if parts.scheme == "http" and not loopback and info.data.get("insecure") is False:
         raise ValueError("would send the API key in clear text: use https, or set upstream.insecure = true")
     return url
 
 
 def _proxy_url(url: SecretUrl) -> SecretUrl:
-    _split_url(url.get_secret_value(), "http", "https")
+    split_url(url.get_secret_value(), "http", "https")
     return url
 
 
 def _store_url(url: SecretUrl) -> SecretUrl:
-    """Refuses what redis-py passes over in silence, such as a database's name, or takes for options of its own."""
-    parts = _split_url(url.get_secret_value(), "redis", "unix")
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    if parts.fragment or not options.keys() <= {"db", "username", "password"}:
-        raise ValueError("has options other than db, username and password (# and ? are percent-encoded)")
-    number = re.fullmatch("[0-9]{1,5}", options.get("db", "0"))
-    if not number or (parts.scheme == "redis" and not re.fullmatch("(/[0-9]{0,5})?", parts.path)):
-        raise ValueError("must name its database by a number, such as redis://host/0")
-    if parts.scheme == "unix" and (parts.netloc.rpartition("@")[2] or not parts.path.strip("/")):
-        raise ValueError("must name a socket by its full path, such as unix:///run/valkey.sock")
+    parse_store_url(url.get_secret_value())
     return url
 
 
@@ -239,7 +196,7 @@ class _Section(BaseModel):
 
 
 class Server(_Section):
-    host: Annotated[str, AfterValidator(_host)] = "127.0.0.1"
+    host: Annotated[str, AfterValidator(check_host)] = "127.0.0.1"
     port: Annotated[Whole, Field(ge=0, le=65535)] = 8080
     """0 takes a free one, and says which."""
     workers: Annotated[Whole, Field(ge=1, le=64)] = 1
@@ -273,9 +230,17 @@ class Account(_Section):
 
 class Store(_Section):
     url: Annotated[SecretUrl, AfterValidator(_store_url)] | None = None
-    """Left out: an embedded Valkey keeps its data in data_dir."""
+    """One server, Sentinels or a cluster. Left out: an embedded Valkey keeps its data in data_dir."""
     username: Annotated[str, AfterValidator(_filled)] | None = None
     password: Password | None = None
+    sentinel_password: Password | None = None
+    """Of the Sentinels, which have no user names here."""
+    ca_file: PlainPath | None = None
+    """Certificates to trust instead of the system's; of cache.url too, as are the next two."""
+    cert_file: PlainPath | None = None
+    """What this gateway shows to servers that want to know it."""
+    key_file: PlainPath | None = None
+    """Of that certificate, without a passphrase. Left out: it stands in cert_file."""
     data_dir: PlainPath
     on_outage: Literal["refuse", "admit"] = "refuse"
     """While quotas cannot be looked up: refuse estimates, or give them, and book them when the store is back."""
@@ -399,6 +364,12 @@ def warnings(settings: Settings) -> Iterator[str]:
     """What is allowed, and hardly meant."""
     if not (settings.metrics.public or settings.metrics.tokens or settings.admin.tokens):
         yield "nobody can read /metrics: put a token's digest into metrics.tokens, or set metrics.public = true"
+    for name, team in settings.teams.items():
+        if not team.tokens:
+            yield f"teams.{name} has no tokens: nobody can ask as this team, and its quotas hold for nobody"
+    urls = [url.get_secret_value() for url in (settings.store.url, settings.cache.url) if url is not None]
+    if (settings.store.ca_file or settings.store.cert_file) and not any(url.startswith("rediss") for url in urls):
+        yield "store.ca_file and store.cert_file are not used: no URL of a store begins with rediss"
 
 
 def effective(settings: Settings) -> list[tuple[str, Any]]:

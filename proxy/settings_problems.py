@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from proxy.settings import Settings
 
-SECRET_KEYS = ("api_key", "password")
+SECRET_KEYS = ("api_key", "password", "sentinel_password")
 """Keys whose value may come from a file."""
 
 KEY_HINT = "set RENDERNET_API_KEY, or api_key_file in [accounts.default]"

@@ -1,238 +1,278 @@
 """The way to Redis or Valkey: scripts, batched.
 
-* Calls made in the same turn of the event loop go out together, in one round trip.
+* Calls made in the same turn of the event loop go out together, in one round trip to each server that they need.
 * Nothing is sent twice unless that is known to be harmless. redis-py would run any script again after a late reply;
-  here that is a failure, but for scripts that only look. One that the server did not know has not run: it goes again.
-* A call that fails says whether the server may have run it: `StoreUnanswered` if it was sent.
-* A try takes `TIMEOUT_S` at the most, waiting for a connection included. After a failure the store is left alone
-  for `REST_S`, and calls fail at once, so that a hanging store costs one wait rather than one a request.
+  here that is a failure, but for scripts that only look. What a server has not run goes again, to where it says, or to
+  where the topology has it by then.
+* A call that fails says whether a server may have run it: `StoreUnanswered` if it was sent.
+* A try takes `TIMEOUT_S` at the most, waiting for connections and looking for servers included. After a failure that
+  server is left alone for `REST_S`, and its calls fail at once, so that a hanging one costs one wait rather than one a
+  request.
 """
 
 import asyncio
 import logging
 import re
-from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from hashlib import sha1
-from importlib.resources import files
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.connection import AbstractConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import BusyLoadingError, NoScriptError, RedisError, ResponseError
-from redis.maint_notifications import MaintNotificationsConfig
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as NotConnectedError
+from redis.exceptions import MovedError, RedisError, ResponseError
 
 from proxy.embedded import Role
 from proxy.metrics import Metrics
 from proxy.problems import StoreUnanswered, StoreUnavailable
-from proxy.settings import SecretUrl, Settings
-from proxy.settings import Store as StoreSettings
+from proxy.redirects import Ask, Elsewhere, Final, Later, Meaning, Moved, Unreached, may_have_run, meaning_of
+from proxy.scripts import UNSAID, Call, Node, Script, Unsaid, exchange
+from proxy.servers import CONNECTION, NO_ACCESS, Access, servers_of
+from proxy.settings import Settings
+
+__all__ = ["EmbeddedUrls", "Script", "Store", "open_book_store", "open_ledger_store"]
 
 TIMEOUT_S = 0.25
 GRACE_S = 0.05
 REST_S = 0.5
-MAX_CONNECTIONS = 16
+PAUSE_S = 0.01
+"""Before a server that could not run a call is asked again; each time it is longer."""
+
+ROUNDS_AT_ONCE = 2
+"""Servers that disagree could send a call from one to the other for ever."""
+
 OLDEST_REDIS = (7, 0)
 
 EmbeddedUrls = Mapping[Role, str]
-
-_CONNECTION = "connection"
+Question = Callable[[Redis], Awaitable[Any]]
 
 log = logging.getLogger(__name__)
 
 
-class Script:
-    """One of the files in `proxy/lua`; its header says what it takes and gives.
-
-    repeatable: to run it twice is the same as to run it once.
-    """
-
-    def __init__(self, name: str, *, repeatable: bool = False) -> None:
-        self.name = name
-        self.repeatable = repeatable
-
-    @cached_property
-    def text(self) -> bytes:
-        return (files("proxy") / "lua" / f"{self.name}.lua").read_bytes()
-
-    @cached_property
-    def digest(self) -> str:
-        return sha1(self.text, usedforsecurity=False).hexdigest()  # Redis' own name for a script
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Call:
-    script: Script
-    keys: tuple[str, ...]
-    args: tuple[bytes | int | str, ...]
-    reply: asyncio.Future[Any]
-    began: float
-
-
-@dataclass(slots=True)
-class _Batch:
-    """Calls that go out together. `sent`: some of it may have been run, as far as can be known."""
-
-    calls: list[_Call] = field(default_factory=list)
-    sent: bool = False
-
-    @property
-    def repeatable(self) -> bool:
-        return all(call.script.repeatable for call in self.calls)
-
-
 class Store:
-    """One Redis or Valkey server in one role, such as `ledger`. `url` must name it; `close` must be called."""
+    """Redis or Valkey in one role, such as `ledger`: what `url` names. `close` must be called."""
 
-    def __init__(
-        self,
-        url: str,
-        role: Role,
-        metrics: Metrics | None = None,
-        *,
-        username: str | None = None,
-        password: str | None = None,
-    ) -> None:
+    def __init__(self, url: str, role: Role, metrics: Metrics | None = None, *, access: Access = NO_ACCESS) -> None:
         self.role = role
         self._metrics = metrics
-        self._note_up(is_up=True)
-        credentials = {"username": username, "password": password}
-        self._pool: BlockingConnectionPool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=MAX_CONNECTIONS,
-            timeout=None,
-            socket_timeout=None,  # a call's time is counted here, once
-            socket_connect_timeout=None,
-            retry=Retry(NoBackoff(), 0),
-            protocol=2,
-            legacy_responses=False,
-            maint_notifications_config=MaintNotificationsConfig(enabled=False),
-            **{name: value for name, value in credentials.items() if value is not None},
-        )
-        self._client = Redis.from_pool(self._pool)
-        self._waiting = _Batch()
+        self._servers = servers_of(url, access)
+        self._waiting: list[Call] = []
         self._running: set[asyncio.Task[None]] = set()
         self._rests_until = 0.0
+        self._rests: dict[str, float] = {}
+        """Until when one of several servers is left alone, by its label."""
+        self._doubted: set[str] = set()
+        """Servers that may be the wrong ones, by their names."""
         self._troubles: dict[str, str] = {}
+        self._down: set[str] = set()
+        self._note_up()
 
     async def call(self, script: Script, *keys: str, args: tuple[bytes | int | str, ...] = ()) -> Any:
-        """The reply of `script`. Raises `StoreUnavailable`."""
+        """The reply of `script`, whose keys are in one slot. Raises `StoreUnavailable`."""
         loop = asyncio.get_running_loop()
-        if loop.time() < self._rests_until:
+        call = Call(script, keys, args, loop.create_future(), loop.time())
+        if self._is_resting(self._label_of(call), call.began):
             raise StoreUnavailable("left alone for a moment after a failure")
-        call = _Call(script, keys, args, loop.create_future(), loop.time())
-        self._waiting.calls.append(call)
-        if len(self._waiting.calls) == 1:
+        self._waiting.append(call)
+        if len(self._waiting) == 1:
             loop.call_soon(self._send)
         return await call.reply
 
     async def ping(self) -> bool:
-        """Whether the server answers now."""
-        try:
-            async with asyncio.timeout(TIMEOUT_S):
-                await self._client.ping()
-        except (RedisError, OSError, TimeoutError):
-            return False
-        return True
+        """Whether every server answers now."""
+        return all(await self._of_all(lambda client: client.ping(), None))
 
     async def version(self) -> tuple[int, ...] | None:
-        """The Redis version that the server is or is compatible with; None if it does not say."""
-        found = str((await self._info("server")).get("redis_version"))
-        return tuple(map(int, found.split("."))) if re.fullmatch(r"[0-9]+(\.[0-9]+)*", found) else None
+        """The oldest Redis version that a server is or is compatible with; None if none of them says."""
+        found = [str(info.get("redis_version")) for info in await self._infos("server")]
+        known = [tuple(map(int, text.split("."))) for text in found if re.fullmatch(r"[0-9]+(\.[0-9]+)*", text)]
+        return min(known, default=None)
 
     async def eviction_policy(self) -> str | None:
-        """`maxmemory-policy`; None if the server does not say."""
-        policy = (await self._info("memory")).get("maxmemory_policy")
-        return None if policy is None else str(policy)
-
-    async def _info(self, section: str) -> dict[str, Any]:
-        try:
-            async with asyncio.timeout(TIMEOUT_S):
-                return dict(await self._client.info(section))
-        except (RedisError, OSError, TimeoutError):
-            return {}
+        """`maxmemory-policy`, of several the first that evicts; None if no server says."""
+        found = [str(policy) for info in await self._infos("memory") if (policy := info.get("maxmemory_policy"))]
+        return next((policy for policy in found if policy != "noeviction"), found[0] if found else None)
 
     async def close(self) -> None:
         while self._running:
             await asyncio.wait(self._running)
-        await self._client.aclose()
+        await self._servers.close()
+
+    async def _infos(self, section: str) -> list[dict[str, Any]]:
+        return [dict(info) for info in await self._of_all(lambda client: client.info(section), {})]
+
+    async def _of_all(self, question: Question, silence: Any) -> list[Any]:
+        """What each server says to a question; `silence` of one that does not answer, or for all if none is known."""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                if not self._servers.primaries():
+                    await self._servers.learn()
+        except (RedisError, OSError, TimeoutError):
+            return [silence]
+        said = await asyncio.gather(*(_of_one(node, question, silence) for node in self._servers.primaries()))
+        if silence in said:
+            with suppress(
+                RedisError, OSError
+            ):  # where nothing is called, nothing else finds out that they have changed
+                await self._servers.learn()
+        return said
+
+    def _label_of(self, call: Call) -> str:
+        home = self._servers.home(call.key)
+        return CONNECTION if home is None else home.label
+
+    def _is_resting(self, label: str, now: float) -> bool:
+        return now < self._rests_until or (label in self._rests and now < self._rests[label])
 
     def _send(self) -> None:
-        batch, self._waiting = self._waiting, _Batch()
-        task = asyncio.get_running_loop().create_task(self._run(batch))
-        self._running.add(task)
-        task.add_done_callback(partial(self._finish, batch))
+        """One batch for each server: one that hangs keeps nobody waiting who needs another."""
+        waiting, self._waiting = self._waiting, []
+        batches: dict[str, list[Call]] = {}
+        for call in waiting:
+            batches.setdefault(self._label_of(call), []).append(call)
+        for calls in batches.values():
+            task = asyncio.get_running_loop().create_task(self._run(calls))
+            self._running.add(task)
+            task.add_done_callback(partial(self._finish, calls))
 
-    def _finish(self, batch: _Batch, task: asyncio.Task[None]) -> None:
+    def _finish(self, calls: Sequence[Call], task: asyncio.Task[None]) -> None:
         """Nobody waits for a reply that a defect has lost."""
         self._running.discard(task)
-        for call in batch.calls:
+        for call in calls:
             if not call.reply.done():
                 call.reply.set_exception(StoreUnanswered("the store's client failed"))
 
-    async def _run(self, batch: _Batch) -> None:
-        try:
-            replies = await self._replies(batch)
-        except (RedisError, OSError, TimeoutError) as error:
-            self._rests_until = asyncio.get_running_loop().time() + REST_S
-            reason = str(error) or "no answer in time"
-            self._trouble(_CONNECTION, reason)
-            self._note_up(is_up=False)
-            sent = batch.sent and not isinstance(error, BusyLoadingError)
-            replies = [StoreUnanswered(reason) if sent else StoreUnavailable(reason)] * len(batch.calls)
-        else:
-            self._recovered(_CONNECTION)
-            self._note_up(is_up=True)
-        for call, reply in zip(batch.calls, replies, strict=True):
-            self._deliver(call, reply)
+    async def _run(self, calls: Sequence[Call]) -> None:
+        with suppress(TimeoutError):  # each call knows how far it came
+            await self._converse_in_time(calls)
+        self._take_note(calls)
+        for call in calls:
+            self._deliver(call)
 
-    async def _replies(self, batch: _Batch) -> list[Any]:
-        """The replies in time; what may be repeated has a second try, so that one hiccup costs no upstream call."""
+    async def _converse_in_time(self, calls: Sequence[Call]) -> None:
+        """What may be repeated has a second try, so that one hiccup costs no upstream call."""
         try:
-            return await _in_time(self._execute(batch))
+            await _in_time(self._converse(calls))
         except TimeoutError:
-            if not batch.repeatable:
+            late = [call for call in calls if call.word is UNSAID]
+            if self._servers.learns:
+                self._doubted |= {call.node.name for call in late if call.node}
+            if not late or not all(call.script.repeatable for call in calls):
                 raise
-            return await _in_time(self._execute(batch))
+            await _in_time(self._converse(late))
 
-    async def _execute(self, batch: _Batch) -> list[Any]:
-        connection = await self._pool.get_connection()  # type: ignore[no-untyped-call]  # redis-py's decorator
-        try:
-            batch.sent = True
-            replies = await _exchange(connection, batch.calls)
-            unknown = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-            if unknown:
-                for text in {batch.calls[index].script.text for index in unknown}:
-                    await _ask(connection, ("SCRIPT", "LOAD", text))
-                again = await _exchange(connection, [batch.calls[index] for index in unknown])
-                for index, reply in zip(unknown, again, strict=True):
-                    replies[index] = reply
-            return replies
-        finally:
-            await self._pool.release(connection)
+    async def _converse(self, calls: Sequence[Call]) -> None:
+        """Until each call has its last word: what was not run goes again, while there is time."""
+        rounds = 0
+        while groups := await self._placed(calls):
+            await _together([exchange(node, group) for node, group in groups.items()])
+            calls = [call for group in groups.values() for call in group if self._goes_on(call)]
+            rounds += 1
+            if rounds > ROUNDS_AT_ONCE or any(isinstance(_meaning_of(call), Later | Elsewhere) for call in calls):
+                await asyncio.sleep(rounds * PAUSE_S)
 
-    def _deliver(self, call: _Call, reply: Any) -> None:
+    async def _placed(self, calls: Sequence[Call]) -> dict[Node, list[Call]]:
+        """The calls by where they go now, but for those that have nowhere to go, or nowhere else."""
+        nobody = await self._look_again(calls)
+        groups: dict[Node, list[Call]] = {}
+        for call in calls:
+            place = self._place_of(call)
+            if place is None:
+                call.word, call.sent = nobody, False
+            elif place is not call.node or _meaning_of(call) != Unreached():
+                groups.setdefault(place, []).append(call)
+        return groups
+
+    async def _look_again(self, calls: Sequence[Call]) -> Exception:
+        """Learns where the servers are, if one is not known or in doubt. Why one may not be known then."""
+        nobody: Exception = NotConnectedError("no server has these keys")
+        places = [self._place_of(call) for call in calls]
+        if any(place is None or place.name in self._doubted for place in places):
+            try:
+                await self._servers.learn()
+            except (RedisError, OSError) as error:  # TimeoutError is an OSError: what was known is tried
+                nobody = error
+            self._doubted.clear()
+        return nobody
+
+    def _place_of(self, call: Call) -> Node | None:
+        return self._servers.at(call.asks) if call.asks else self._servers.home(call.key)
+
+    def _goes_on(self, call: Call) -> bool:
+        """Whether the call was not run and may be, after what this word has taught about the servers."""
+        call.asks = None
+        if not self._servers.learns:
+            return False
+        match _meaning_of(call):
+            case Moved(to):
+                self._servers.move(call.key, to)
+            case Ask(to):
+                call.asks = to
+            case Elsewhere() | Unreached():
+                self._doubted.add(_name_of(call))
+            case Later():
+                pass
+            case Final():
+                return False
+        return True
+
+    def _take_note(self, calls: Sequence[Call]) -> None:
+        """Which servers have served, and which are to be left alone."""
+        by_label: dict[str, list[Call]] = {}
+        for call in calls:
+            by_label.setdefault(call.node.label if call.node else CONNECTION, []).append(call)
+        for label, group in by_label.items():
+            unserved = next((call for call in group if self._is_unserved(call)), None)
+            if unserved is None:
+                self._note_served(label)
+            else:
+                self._leave_alone(label, _reason_of(unserved))
+        self._note_up()
+
+    def _is_unserved(self, call: Call) -> bool:
+        """Whether the call's word, or that there is none, says that its server is out of order."""
+        if isinstance(call.word, ResponseError):
+            return self._servers.learns and _meaning_of(call) == Elsewhere()
+        return isinstance(call.word, Exception | Unsaid)
+
+    def _leave_alone(self, label: str, reason: str) -> None:
+        until = asyncio.get_running_loop().time() + REST_S
+        if label == CONNECTION:
+            self._rests_until = until
+        else:
+            self._rests[label] = until
+        self._down.add(label)
+        self._trouble(label, reason)
+
+    def _note_served(self, label: str) -> None:
+        """Nothing is said any more of servers that are none of ours by now."""
+        if not self._down:
+            return
+        ours = {node.label for node in self._servers.primaries()}
+        for served in ({label, CONNECTION} | (self._down - ours)) & self._down:
+            self._down.discard(served)
+            self._rests.pop(served, None)
+            self._recovered(served, "works again" if served in {label, CONNECTION} else "is needed no more")
+
+    def _deliver(self, call: Call) -> None:
         if self._metrics is not None:
             self._metrics.observe_store(call.script.name, asyncio.get_running_loop().time() - call.began)
-        if isinstance(reply, ResponseError):
-            self._trouble(call.script.name, str(reply))
-        elif not isinstance(reply, Exception):
+        failure = _failure_of(call)
+        if failure is None:
             self._recovered(call.script.name)
+        elif isinstance(call.word, ResponseError) and not self._is_unserved(call):
+            self._trouble(call.script.name, _reason_of(call))
         if call.reply.done():  # its request has gone
             return
-        if isinstance(reply, StoreUnavailable):
-            call.reply.set_exception(reply)
-        elif isinstance(reply, Exception):
-            call.reply.set_exception(StoreUnavailable(str(reply)))
+        if failure is None:
+            call.reply.set_result(call.word)
         else:
-            call.reply.set_result(reply)
+            call.reply.set_exception(failure)
 
-    def _note_up(self, *, is_up: bool) -> None:
+    def _note_up(self) -> None:
         if self._metrics is not None:
-            self._metrics.store_up.labels(self.role).set(is_up)
+            self._metrics.store_up.labels(self.role).set(not self._down)
 
     def _trouble(self, part: str, reason: str) -> None:
         """Logs a trouble when it begins or changes, not for every request."""
@@ -240,32 +280,50 @@ class Store:
             self._troubles[part] = reason
             log.error("the %s's %s fails: %s", self.role, part, reason)
 
-    def _recovered(self, part: str) -> None:
+    def _recovered(self, part: str, how: str = "works again") -> None:
         if self._troubles.pop(part, None) is not None:
-            log.info("the %s's %s works again", self.role, part)
+            log.info("the %s's %s %s", self.role, part, how)
 
 
-async def _exchange(connection: AbstractConnection, calls: Sequence[_Call]) -> list[Any]:
-    """Sends the calls together. The replies; one that the server refuses is an exception among them."""
-    commands = (("EVALSHA", call.script.digest, len(call.keys), *call.keys, *call.args) for call in calls)
-    await connection.send_packed_command(connection.pack_commands(commands))
-    return [await _read(connection) for _ in calls]
+def _meaning_of(call: Call) -> Meaning:
+    return meaning_of(call.word, sent=call.sent, host=call.node.host if call.node else "")
 
 
-async def _ask(connection: AbstractConnection, command: tuple[bytes | str, ...]) -> None:
-    await connection.send_packed_command(connection.pack_command(*command))
-    await _read(connection)
+def _name_of(call: Call) -> str:
+    return call.node.name if call.node else ""
 
 
-async def _read(connection: AbstractConnection) -> Any:
+def _failure_of(call: Call) -> StoreUnavailable | None:
+    if not isinstance(call.word, Exception | Unsaid):
+        return None
+    kind = StoreUnanswered if may_have_run(call.word, sent=call.sent) else StoreUnavailable
+    return kind(_reason_of(call))
+
+
+def _reason_of(call: Call) -> str:
+    if isinstance(call.word, MovedError):
+        return "the keys are on another server of a cluster, which is found if the URL begins with redis+cluster"
+    return "no answer in time" if call.word is UNSAID else str(call.word) or "no answer in time"
+
+
+async def _of_one(node: Node, question: Question, silence: Any) -> Any:
     try:
-        return await connection.read_response()
-    except ResponseError as error:
-        return error
+        async with asyncio.timeout(TIMEOUT_S):
+            return await question(Redis.from_pool(node.pool))
+    except (RedisError, OSError):  # TimeoutError is an OSError
+        return silence
 
 
-async def _in_time(work: Coroutine[Any, Any, list[Any]]) -> list[Any]:
-    """What `work` brings within `TIMEOUT_S`. Raises `TimeoutError`.
+async def _together(exchanges: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Mostly it is one, which needs no task of its own."""
+    if len(exchanges) == 1:
+        await exchanges[0]
+    else:
+        await asyncio.gather(*exchanges)
+
+
+async def _in_time(work: Coroutine[Any, Any, None]) -> None:
+    """Does `work` within `TIMEOUT_S`. Raises `TimeoutError`.
 
     An event loop that stood still is late itself: its timers and the replies that came meanwhile are due in the same
     turn, and a reply that is there already must count.
@@ -282,21 +340,31 @@ async def _in_time(work: Coroutine[Any, Any, list[Any]]) -> list[Any]:
 
 def open_ledger_store(settings: Settings, embedded_urls: EmbeddedUrls, metrics: Metrics | None = None) -> Store:
     """The store of quotas and usage: the one that the settings name, or else the embedded one."""
-    configured = settings.store
-    if configured.url is None:
+    if settings.store.url is None:
         return Store(embedded_urls["ledger"], "ledger", metrics)
-    return _named_store(configured.url, "ledger", configured, metrics)
+    return Store(settings.store.url.get_secret_value(), "ledger", metrics, access=_access_to_store(settings))
 
 
 def open_book_store(settings: Settings, embedded_urls: EmbeddedUrls, metrics: Metrics | None = None) -> Store:
     """The store of prices: one of their own, or else the ledger's, or else the embedded one."""
     if settings.cache.url is not None:
-        return Store(settings.cache.url.get_secret_value(), "price-book", metrics)
+        return Store(settings.cache.url.get_secret_value(), "price-book", metrics, access=_access_to_cache(settings))
     if settings.store.url is not None:
-        return _named_store(settings.store.url, "price-book", settings.store, metrics)
+        return Store(settings.store.url.get_secret_value(), "price-book", metrics, access=_access_to_store(settings))
     return Store(embedded_urls["price-book"], "price-book", metrics)
 
 
-def _named_store(url: SecretUrl, role: Role, configured: StoreSettings, metrics: Metrics | None) -> Store:
-    password = None if configured.password is None else configured.password.get_secret_value()
-    return Store(url.get_secret_value(), role, metrics, username=configured.username, password=password)
+def _access_to_store(settings: Settings) -> Access:
+    store = settings.store
+    return replace(
+        _access_to_cache(settings),
+        username=store.username,
+        password=None if store.password is None else store.password.get_secret_value(),
+        sentinel_password=None if store.sentinel_password is None else store.sentinel_password.get_secret_value(),
+    )
+
+
+def _access_to_cache(settings: Settings) -> Access:
+    """Whom to believe is one question for both, the credentials are not: those of `cache.url` stand in it."""
+    store = settings.store
+    return Access(ca_file=store.ca_file, cert_file=store.cert_file, key_file=store.key_file)

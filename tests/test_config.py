@@ -180,7 +180,8 @@ def test_familiar_variables(read: Read, problems_of: Problems) -> None:
     ours = read(environ={"REDIS_URL": "redis://a", f"{ENV}STORE__URL": "redis://b"}).store.url
     assert str(ours) == "redis://b"
     assert problems_of(environ={"REDIS_URL": CANARY}) == {
-        "store.url": "must be a URL that begins with redis:// or unix://"
+        "store.url": "must be a URL that begins with redis://, rediss://, unix://, redis+sentinel://, "
+        "rediss+sentinel://, redis+cluster:// or rediss+cluster://"
     }
     assert list(problems_of(TEAM, {"RENDERNET_API_KEY": f"{CANARY}\n"})) == ["accounts.default.api_key"]
 

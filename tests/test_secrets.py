@@ -35,7 +35,7 @@ from serving import serving, wait_until
 KEY = "rn/KestrelWing1+\"x\\y'%7E=&<z>"
 TOKEN = token_of("TamarinTail2" + "t" * 20)
 DISABLED = token_of("OcelotPaw3x4" + "o" * 20)
-SLOW, POOR = (token_of(letter * 32) for letter in "sp")
+SLOW, POOR, ADMIN = (token_of(letter * 32) for letter in "spa")
 STORE_PASSWORD = 'st/MarmotNose5+"\\%41@:#'
 PROXY_PASSWORD = "px/HeronFeather6+%41@:#"
 STORE_URL = f"redis://:{quote(STORE_PASSWORD, safe='')}@127.0.0.1:1/0"
@@ -238,7 +238,7 @@ def play_the_outages(play: Play, end_upstream: Callable[[], None]) -> None:
     wait_until(lambda: play.ask(b"[{}]") and "stale" in play.outcomes)
     with play.store_out_of_order:
         play.ask()
-        play.call("POST", "/v1/cache/purge", content=b'{"all":true}', headers={"x-api-key": TOKEN})
+        play.call("POST", "/v1/cache/purge", content=b'{"all":true}', headers={"x-api-key": ADMIN})
         play.call("POST", "/v1/explain", content=b"[{}]", headers={"x-api-key": TOKEN})
         assert "price-book" in play.call("GET", "/readyz").json()["degraded"]
     end_upstream()
@@ -275,7 +275,7 @@ def sections(folder: Path, upstream_url: str, style: str) -> dict[str, Any]:
                 "quotas": [{"measure": "estimated_credits", "limit": 0, "per": "month"}],
             },
         },
-        "admin": {"tokens": [digest_of(TOKEN)]},
+        "admin": {"tokens": [digest_of(ADMIN)]},
         "cache": {"ttl_s": 4},
         "log": {"level": "debug", "format": style},
     }
@@ -312,6 +312,7 @@ def with_a_store(folder: Path, simulator: Simulator, upstream_url: str) -> Itera
             env={"REDIS_URL": url, "PYTHONPATH": str(folder)},
             accounts={"default": {"api_key_file": "key"}},
             store={"on_outage": "admit"},
+            server={"drain_delay_s": 0, "drain_s": 1},  # for so long it waits for a store that never comes back
             **sections(folder, upstream_url, "text"),
         )
         play = Play(home, served, simulator, with_another_password(admin))

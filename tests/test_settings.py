@@ -17,9 +17,10 @@ from pydantic import BaseModel, ValidationError
 
 from configs import ACCOUNT, CANARY, DIGEST, ENV, MINIMAL, OTHER_DIGEST, TEAM, Problems, Read
 from proxy.config import load_keying
-from proxy.settings import MASK, SecretText, SecretUrl, Settings, effective, is_identifier, masked_url
+from proxy.settings import MASK, SecretText, SecretUrl, Settings, effective, is_identifier, masked_url, warnings
 from proxy.settings_problems import SettingsError
 from proxy.upstream import Address
+from topologies import papers
 
 
 @pytest.fixture
@@ -135,7 +136,7 @@ def test_effective_names_every_setting_and_masks_secrets(read: Read) -> None:
     assert rows["upstream.proxy"] is None
     assert rows["teams.design.tokens"][0]["sha256"] == DIGEST
     assert CANARY not in repr(rows)
-    assert len(rows) == 43
+    assert len(rows) == 47
 
 
 MANUAL = Path(__file__).parent.parent / "docs" / "configuration.md"
@@ -160,12 +161,13 @@ def test_the_manual_shows_every_setting_in_a_config_that_can_be_used(read: Read,
     (shown,) = re.findall(r"```toml\n(.*?)```", MANUAL.read_text(), re.DOTALL)
     text = re.sub(r"^# (?=\w+ = )", "", shown, flags=re.MULTILINE)
     text = re.sub(r'_file = "/run/secrets/\w+"', '_file = "secret"', text)
-    text = re.sub("^ca_file = .*", "", text, flags=re.MULTILINE)  # needs a file with certificates
+    text = re.sub("^(ca|cert|key)_file = .*", "", text, flags=re.MULTILINE)  # needs files with certificates
     for letter in "ab":
         text = text.replace("sha256:…", f"sha256:{letter * 64}", 1)
     left_out = {"upstream.ca_file", "teams.tokens.label", "teams.tokens.expires", "org.quotas.on_exceed"}
-    assert set(unset(read(text))) == left_out
-    assert "# ca_file = " in shown
+    assert set(unset(read(text))) == left_out | {"store.ca_file", "store.cert_file", "store.key_file"}
+    assert shown.count("# ca_file = ") == 2
+    assert shown.count("# cert_file = ") == shown.count("# key_file = ") == 1
 
 
 # --- Secrets ----------------------------------------------------------------------------------------------------
@@ -283,7 +285,7 @@ WRONG = {
 
 
 def test_all_paths_are_found() -> None:
-    assert len(ALL_PATHS) == 57
+    assert len(ALL_PATHS) == 61
     assert ("teams", "design", "tokens") in ALL_PATHS
     assert ("teams", "design", "rate", "burst") in ALL_PATHS
     assert ("accounts", "default", "api_key") in ALL_PATHS
@@ -422,6 +424,8 @@ def test_no_problem_shows_a_variable(read: Read, path: tuple[str, ...]) -> None:
         (f"[teams.b]\ntokens = ['ep_{CANARY}']", "teams.b.tokens[0].sha256", "is the token itself: put its digest"),
         ("[teams.b]\ntokens = [{ label = 'x' }]", "teams.b.tokens[0].sha256", "is missing"),
         (f"[teams.b]\ntokens = ['{DIGEST}']", "teams.b.tokens[0]", "is the same token as teams.design.tokens[0]"),
+        (f"[metrics]\ntokens = ['{DIGEST}']", "metrics.tokens[0]", "is the same token as teams.design.tokens[0]"),
+        (f"[admin]\ntokens = ['{DIGEST}']", "admin.tokens[0]", "is the same token as teams.design.tokens[0]"),
         (
             f"[teams.b]\ntokens = ['{OTHER_DIGEST}', {{ sha256 = '{OTHER_DIGEST}' }}]",
             "teams.b.tokens[1]",
@@ -611,8 +615,18 @@ def test_what_is_accepted_is_the_address_that_is_asked(host: str, path: str) -> 
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("rediss://h", "must be a URL that begins with redis:// or unix://"),
-        ("redis+sentinel://h:1/m", "must be a URL that begins with redis://"),
+        ("redis+unix://h", "must be a URL that begins with redis://, rediss://, unix://, redis+sentinel://, "),
+        ("redis+sentinel://h:1", "must name the primary, such as redis+sentinel://host:26379/mymaster/0"),
+        ("redis+sentinel://h:1/m/prod", "must name the primary"),
+        (f"redis+sentinel://:{CANARY}@h:1,,i:2/m", NO_HOST),
+        ("redis+sentinel://h:1,i:0/m", NO_URL),
+        ("redis+sentinel:///m", NO_HOST),
+        ("redis+cluster://h:port", NO_URL),
+        ("redis+cluster://h,i h", NO_URL),
+        ("redis+cluster://h,-", NO_HOST),
+        ("redis+cluster://h/1", "names a database: a cluster has only number 0"),
+        ("rediss+cluster://h?ssl_cert_reqs=none", "has options other than db, username and password"),
+        (f"redis+cluster://{'h,' * 32}h", "names more than 32 servers"),
         ("h:6379", "must be a URL that begins with redis://"),
         ("", "must be a URL that begins with redis://"),
         ("redis://", NO_HOST),
@@ -638,7 +652,12 @@ def test_a_store_url_that_cannot_be(problems_of: Problems, url: str, message: st
 
 @pytest.mark.parametrize(
     "url",
-    ["redis://h", "redis://h/", "redis://u:p@h:1/15", "redis://:p%23@[::1]?db=1", "unix:///s", "unix://u:p@/s?db=2"],
+    [
+        *("redis://h", "redis://h/", "redis://u:p@h:1/15", "redis://:p%23@[::1]?db=1", "rediss://u:p@h:1/2"),
+        *("unix:///s", "unix://u:p@/s?db=2"),
+        *("redis+sentinel://h/m", "rediss+sentinel://u:p@h:1,i,[::1]:2/my-master/3", "redis+sentinel://h/m?db=1"),
+        *("redis+cluster://h", "rediss+cluster://u:p@h:1,[::1]:2,127.0.0.1", "redis+cluster://h/0"),
+    ],
 )
 def test_a_store_url_that_can_be(read: Read, url: str) -> None:
     settings = read(environ={"REDIS_URL": url, f"{ENV}CACHE__URL": url})
@@ -656,9 +675,10 @@ def test_a_proxy_that_cannot_be(problems_of: Problems, url: str) -> None:
     assert list(problems_of(MINIMAL + f'[upstream]\nproxy = "{url}"')) == ["upstream.proxy"]
 
 
-def test_a_ca_file(read: Read, problems_of: Problems, tmp_path: Path) -> None:
-    text = MINIMAL + '[upstream]\nca_file = "ca.pem"'
-    path = "upstream.ca_file"
+@pytest.mark.parametrize("section", ["upstream", "store"])
+def test_a_ca_file(read: Read, problems_of: Problems, tmp_path: Path, section: str) -> None:
+    text = MINIMAL + f'[{section}]\nca_file = "ca.pem"'
+    path = f"{section}.ca_file"
     assert problems_of(text) == {path: "names a file that cannot be read: No such file or directory"}
     (tmp_path / "ca.pem").write_text(CANARY)
     assert problems_of(text) == {path: "names a file without certificates in PEM form"}
@@ -667,7 +687,35 @@ def test_a_ca_file(read: Read, problems_of: Problems, tmp_path: Path) -> None:
     assert problems_of(text) == {path: "names a file that cannot be read: Is a directory"}
     certificates = next(Path(os.__file__).parent.rglob("*/cacert.pem"), None)
     if certificates is not None:
-        assert read(MINIMAL + f'[upstream]\nca_file = "{certificates}"').upstream.ca_file == certificates
+        found = read(MINIMAL + f'[{section}]\nca_file = "{certificates}"')
+        assert (found.upstream if section == "upstream" else found.store).ca_file == certificates
+
+
+def test_certificates_that_nothing_uses_are_warned_of(read: Read, tmp_path: Path) -> None:
+    made = papers(tmp_path)
+    text = f'{MINIMAL}[metrics]\npublic = true\n[store]\nca_file = "{made.ca}"\n'
+    assert list(warnings(read(text))) == [
+        "store.ca_file and store.cert_file are not used: no URL of a store begins with rediss"
+    ]
+    assert not list(warnings(read(text + 'url = "rediss+sentinel://h/m"')))
+    assert not list(warnings(read(text + '[cache]\nurl = "rediss://h"')))
+
+
+def test_a_client_certificate_of_the_store(read: Read, problems_of: Problems, tmp_path: Path) -> None:
+    text = MINIMAL + '[store]\ncert_file = "client.pem"\nkey_file = "client.key"\n'
+    missing = "names a file that cannot be read: No such file or directory"
+    assert problems_of(text) == {"store.cert_file": missing, "store.key_file": missing}
+    assert problems_of(MINIMAL + '[store]\nkey_file = "client.key"') == {
+        "store.cert_file": "is missing: store.key_file is its key",
+        "store.key_file": missing,
+    }
+    made = papers(tmp_path)
+    settings = read(text)
+    assert (settings.store.cert_file, settings.store.key_file) == (made.cert("client"), made.key("client"))
+    no_pair = "and store.key_file are no certificate and its key, in PEM form and without a passphrase"
+    assert problems_of(text.replace("client.key", "server.key")) == {"store.cert_file": no_pair}
+    (tmp_path / "client.pem").write_text(CANARY)
+    assert problems_of(text) == {"store.cert_file": no_pair}
 
 
 @given(st.from_regex(r"\A[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?\Z"))

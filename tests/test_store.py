@@ -287,7 +287,7 @@ def test_the_price_book_has_a_store_of_its_own_or_the_ledgers_or_an_embedded_one
         if "store" in sections:
             configured = configured.model_copy(update={"store": configured.store.model_copy(update={"url": None})})
         stores = open_ledger_store(configured, embedded), open_book_store(configured, embedded)
-        return [store._pool.connection_kwargs.get("host") or store._pool.connection_kwargs["path"] for store in stores]
+        return [node.host for store in stores for node in store._servers.primaries()]
 
     embedded: EmbeddedUrls = {"ledger": "unix:///ledger.sock", "price-book": "unix:///book.sock"}
     assert where({}) == ["ledger", "ledger"]

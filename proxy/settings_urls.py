@@ -1,0 +1,175 @@
+"""URLs in settings: what they may look like, and what a store's URL means.
+
+Pure, and messages never show a value: a URL may carry a password. What redis-py passes over in silence, such as a
+database's name, or takes for options of its own, is refused here.
+"""
+
+import re
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Literal, NamedTuple
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+
+MAX_URL_CHARACTERS = 2048
+MAX_ADDRESSES = 32
+
+_LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"  # RFC 1035 §2.3.1, and `_`, as containers have it
+_NAME = re.compile(rf"(?=.{{1,253}}$)({_LABEL}\.)*(?![0-9]+\.?$){_LABEL}\.?")
+
+_LOCATION = re.compile(r"(\[[^][]+:[^][]*\]|[^][:]*)(:[0-9]*)?")  # urlsplit passes over what stands beside the brackets
+_INVALID = "is not a valid URL: a port is 1 to 65535, and special characters are percent-encoded"
+
+Kind = Literal["server", "socket", "sentinel", "cluster"]
+
+_KINDS: dict[str, tuple[Kind, bool]] = {
+    "redis": ("server", False),
+    "rediss": ("server", True),
+    "unix": ("socket", False),
+    "redis+sentinel": ("sentinel", False),
+    "rediss+sentinel": ("sentinel", True),
+    "redis+cluster": ("cluster", False),
+    "rediss+cluster": ("cluster", True),
+}
+"""By scheme: what is there, and whether the way there is TLS."""
+
+_DEFAULT_PORTS: dict[Kind, int] = {"server": 6379, "sentinel": 26379, "cluster": 6379}
+
+
+class Address(NamedTuple):
+    """Of a server. A host with colons is an IPv6 address."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUrl:
+    """Where a store is.
+
+    addresses: of the server, of Sentinels, or of some servers of a cluster.
+    path: of a unix socket.
+    primary: the name that the Sentinels have for it.
+    """
+
+    kind: Kind
+    tls: bool
+    addresses: tuple[Address, ...]
+    path: str
+    primary: str
+    database: int
+    username: str | None
+    password: str | None
+
+
+def check_host(host: str) -> str:
+    if not (_NAME.fullmatch(host) or is_ip(host)):
+        raise ValueError("must name a host: an IP address or a name in ASCII")
+    return host
+
+
+def is_ip(host: str) -> bool:
+    try:
+        return bool(ip_address(host))
+    except ValueError:
+        return False
+
+
+def split_url(url: str, *schemes: str) -> SplitResult:
+    """The parts of a URL that names one host. Raises `ValueError`, in words for the operator."""
+    parts = _split(url, schemes)
+    try:
+        bad_port = parts.port == 0
+    except ValueError:
+        bad_port = True
+    if bad_port:
+        raise ValueError(_INVALID)
+    location = _LOCATION.fullmatch(parts.netloc.rpartition("@")[2])
+    check_host((location and parts.hostname) or "")
+    return parts
+
+
+def parse_store_url(url: str) -> StoreUrl:
+    """What a store's URL means. Raises `ValueError`, in words for the operator."""
+    parts = _split(url, tuple(_KINDS))
+    kind, tls = _KINDS[parts.scheme]
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if kind == "socket":
+        addresses: tuple[Address, ...] = ()
+    elif kind == "server":
+        split_url(url, parts.scheme)
+        addresses = (Address(unquote(parts.hostname or ""), parts.port or _DEFAULT_PORTS[kind]),)
+    else:
+        addresses = _addresses(parts.netloc.rpartition("@")[2], _DEFAULT_PORTS[kind])
+    if parts.fragment or not options.keys() <= {"db", "username", "password"}:
+        raise ValueError("has options other than db, username and password (# and ? are percent-encoded)")
+    path, primary, database = _place(kind, parts, options.get("db"))
+    user, _, password = parts.netloc.rpartition("@")[0].partition(":")
+    return StoreUrl(
+        kind=kind,
+        tls=tls,
+        addresses=addresses,
+        path=path,
+        primary=primary,
+        database=database,
+        username=unquote(user) or options.get("username") or None,
+        password=unquote(password) or options.get("password") or None,
+    )
+
+
+def _split(url: str, schemes: tuple[str, ...]) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise ValueError(_INVALID) from None
+    if not url.isprintable() or " " in url or len(url) > MAX_URL_CHARACTERS:
+        raise ValueError(_INVALID)
+    if parts.scheme not in schemes:
+        *others, last = (f"{scheme}://" for scheme in schemes)
+        raise ValueError(f"must be a URL that begins with {', '.join(others)} or {last}")
+    return parts
+
+
+def _addresses(locations: str, default_port: int) -> tuple[Address, ...]:
+    """`h1:1,h2:2`"""
+    found = tuple(_address(location, default_port) for location in locations.split(","))
+    if len(found) > MAX_ADDRESSES:
+        raise ValueError(f"names more than {MAX_ADDRESSES} servers")
+    return found
+
+
+def _address(location: str, default_port: int) -> Address:
+    matched = _LOCATION.fullmatch(location)
+    if not matched:
+        raise ValueError(_INVALID)
+    port = int((matched[2] or "").lstrip(":") or default_port)
+    if not 1 <= port <= 65535:  # noqa: PLR2004 -- RFC 9293 §3.1
+        raise ValueError(_INVALID)
+    return Address(check_host(matched[1].strip("[]").lower()), port)
+
+
+def _place(kind: Kind, parts: SplitResult, option: str | None) -> tuple[str, str, int]:
+    """A socket's path, Sentinels' name for the primary, and the number of the database."""
+    match kind:
+        case "socket":
+            path, primary, text = unquote(parts.path), "", option or "0"
+            if parts.netloc.rpartition("@")[2] or not parts.path.strip("/"):
+                raise ValueError("must name a socket by its full path, such as unix:///run/valkey.sock")
+        case "sentinel":
+            named = re.fullmatch(r"/([A-Za-z0-9._-]+)(?:/([0-9]{0,5}))?", parts.path)
+            if not named:
+                raise ValueError("must name the primary, such as redis+sentinel://host:26379/mymaster/0")
+            path, primary, text = "", named[1], option if option is not None else named[2] or "0"
+        case "cluster":
+            path, primary, text = "", "", option if option is not None else parts.path.strip("/") or "0"
+            if text != "0":
+                raise ValueError("names a database: a cluster has only number 0")
+        case "server":
+            path, primary, text = "", "", option if option is not None else parts.path.removeprefix("/") or "0"
+            if not re.fullmatch("(/[0-9]{0,5})?", parts.path):
+                text = ""
+    if not re.fullmatch("[0-9]{1,5}", text):
+        raise ValueError("must name its database by a number, such as redis://host/0")
+    return path, primary, int(text)
