@@ -116,11 +116,9 @@ class Ledger:
         if self._settling:
             await asyncio.wait(self._settling, timeout=timeout_s)
         if self._flushing is not None:
-            await asyncio.wait({self._flushing}, timeout=max(0.0, deadline - loop.time()))
             self._flushing.cancel()
             await asyncio.wait({self._flushing})
-            with suppress(StoreUnavailable):  # a last time; a pile that was booked already stays so
-                await self._flush()
+        await self._flush_until(deadline)
         if self._backlog:
             log.error("the debits of %d requests are lost: the ledger stayed out of reach", self._backlog.requests)
 
@@ -218,6 +216,17 @@ class Ledger:
             with suppress(StoreUnavailable):
                 await self._flush()
                 log.warning("the ledger is back: what was admitted without it is on the books")
+
+    async def _flush_until(self, deadline: float) -> None:
+        """Tries at least once; a pile that was booked already stays so."""
+        loop = asyncio.get_running_loop()
+        while self._backlog:
+            with suppress(StoreUnavailable):
+                await self._flush()
+            left_s = deadline - loop.time()
+            if not self._backlog or left_s <= 0:
+                return
+            await asyncio.sleep(min(FLUSH_EVERY_S, left_s))
 
     async def _flush(self) -> None:
         while (pile := self._backlog.pile(FLUSHED_AT_ONCE)) is not None:

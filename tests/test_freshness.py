@@ -343,7 +343,7 @@ class TestPurge:
         assert (refused.status_code, code_of(refused)) == (status, code)
 
     def test_an_admin_token_asks_no_estimates(self, scene: Scene) -> None:
-        assert code_of(scene.ask(x_api_key=ADMIN)) == "unknown-token"
+        assert code_of(scene.ask(x_api_key=ADMIN)) == "forbidden"
 
     @pytest.mark.parametrize(
         ("content", "code"),

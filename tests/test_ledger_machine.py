@@ -610,7 +610,7 @@ def world(monkeypatch: pytest.MonkeyPatch, any_store_url: str) -> Iterator[World
 
 def test_the_ledger_does_as_its_model(world: World) -> None:
     profile = hypothesis.settings(
-        max_examples=int(os.environ.get("LEDGER_EXAMPLES", "55")),
+        max_examples=int(os.environ.get("LEDGER_EXAMPLES", "40")),
         stateful_step_count=30,
         derandomize="LEDGER_EXAMPLES" not in os.environ,
         database=None,

@@ -662,7 +662,7 @@ def test_the_price_book_does_as_its_model(
         monkeypatch.setattr("proxy.pricebook.BOOK_REREAD_S", book_ms / 1000)
         monkeypatch.setattr("proxy.hot.MAX_AGE_S", hot_ms / 1000)
     profile = hypothesis.settings(
-        max_examples=int(os.environ.get("PRICE_BOOK_EXAMPLES", "60")),
+        max_examples=int(os.environ.get("PRICE_BOOK_EXAMPLES", "25")),
         stateful_step_count=30,
         derandomize="PRICE_BOOK_EXAMPLES" not in os.environ,
         deadline=None,
