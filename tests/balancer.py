@@ -70,7 +70,10 @@ class Balancer:
             with suppress(OSError, asyncio.CancelledError):  # cancelled by the end of the loop: nobody to tell
                 host, port = address_of(ready[next(self._turns) % len(ready)])
                 answers, replica = await asyncio.open_connection(host, port)
-                await asyncio.gather(_pump(reader, replica), _pump(answers, client))
+                try:
+                    await asyncio.gather(_pump(reader, replica), _pump(answers, client))
+                finally:
+                    replica.close()
         client.close()
 
 
