@@ -1,7 +1,7 @@
 """Who asks: a team, by its token, the gateway's operator, or Prometheus."""
 
 from collections.abc import Collection
-from datetime import datetime
+from datetime import date, datetime
 from zoneinfo import ZoneInfo
 
 from proxy.problems import Code, Problem
@@ -40,17 +40,18 @@ class Access:
             return Problem(
                 Code.UNKNOWN_TOKEN, "Send your team's token as X-API-KEY, or as Authorization: Bearer <token>."
             )
+        credential = self._teams.find(token)
+        if credential is not None and (credential.expires is None or credential.works_on(self._today())):
+            return credential.team
         if self.is_admin(token) or digest_of(token) in self._metrics_digests:
             return Problem(Code.FORBIDDEN, "This is an admin's or a scraper's token: send your team's.")
-        team = self._teams.find(token, datetime.now(self._zone).date())
-        if team is None:
-            return Problem(
-                Code.UNKNOWN_TOKEN, "This token is unknown, expired or mistyped: ask the gateway's operator for one."
-            )
-        return team
+        return Problem(
+            Code.UNKNOWN_TOKEN, "This token is unknown, expired or mistyped: ask the gateway's operator for one."
+        )
 
-    def refusal(self, team: Team) -> Problem | None:
-        """Why this team may not ask now."""
-        if team.disabled:
-            return Problem(Code.TEAM_DISABLED, f"The team {team.id!r} is disabled: ask the gateway's operator.")
-        return None
+    def refusal(self, team: Team) -> Problem:
+        """Why a disabled team may not ask."""
+        return Problem(Code.TEAM_DISABLED, f"The team {team.id!r} is disabled: ask the gateway's operator.")
+
+    def _today(self) -> date:
+        return datetime.now(self._zone).date()

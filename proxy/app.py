@@ -2,16 +2,19 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from time import monotonic
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Send
+from starlette.types import Scope as ASGIScope
 
 from proxy.access import Access
 from proxy.asking import Asker
@@ -20,8 +23,10 @@ from proxy.decisions import Decisions
 from proxy.embedded import running_url
 from proxy.gateway import Gateway, Policy
 from proxy.ledger import Ledger
+from proxy.lifecycle import Lifecycle
 from proxy.metrics import Metrics
 from proxy.pricebook import PriceBook
+from proxy.questions import Reader
 from proxy.quotas import Quota, Rate, Scope, Terms
 from proxy.reports import Reports
 from proxy.rules import InForce, Rules
@@ -33,7 +38,7 @@ from proxy.statements import Statements
 from proxy.store import OLDEST_REDIS, EmbeddedUrls, Store, open_book_store, open_ledger_store
 from proxy.teams import Credential, Team, Teams
 from proxy.upstream import ESTIMATE_PATH, Address, Upstream
-from proxy.web import Lifecycle, StoryEndpoint, refuse_route
+from proxy.web import StoryEndpoint, refuse_route
 
 EXPLAIN_PATH = "/v1/explain"
 PURGE_PATH = "/v1/cache/purge"
@@ -44,20 +49,34 @@ METRICS_PATH = "/metrics"
 log = logging.getLogger(__name__)
 
 
+class Application(Starlette):
+    """Starlette, whose middleware and router estimates leave aside: their endpoint catches what it raises itself."""
+
+    def __init__(self, estimate: StoryEndpoint, routes: Sequence[Route], **how: Any) -> None:
+        super().__init__(routes=[Route(ESTIMATE_PATH, estimate, methods=["POST"]), *routes], **how)
+        self.router.redirect_slashes = False  # a redirect would repeat the request's Host header
+        self._estimate = estimate
+
+    def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
+        is_estimate = scope["type"] == "http" and scope["path"] == ESTIMATE_PATH and scope["method"] == "POST"
+        return self._estimate(scope, receive, send) if is_estimate else super().__call__(scope, receive, send)
+
+
 def build(settings: Settings, embedded_urls: EmbeddedUrls, lifecycle: Lifecycle, metrics: Metrics) -> Starlette:
     """The gateway as an application. `embedded_urls` say where the stores are that no setting names."""
-    book_store = open_book_store(settings, embedded_urls, metrics)
     ledger_store = open_ledger_store(settings, embedded_urls, metrics)
+    book_store = open_book_store(settings, embedded_urls, metrics, ledger=ledger_store)
     api_keys = {name: account.api_key for name, account in settings.accounts.items()}
     upstream = Upstream(settings.upstream, api_keys, metrics)
     book = book_of(settings, book_store, upstream.address)
-    asker = Asker(book, upstream, metrics, timeout_s=settings.server.request_timeout_s)
+    asker = Asker(book, upstream, metrics, lifecycle, timeout_s=settings.server.request_timeout_s)
     zone, keys, in_force = settings.org.zone, LedgerKeys(settings.org.id), InForce(rules_of(settings))
     admits_on_outage = settings.store.on_outage == "admit"
     decisions = Decisions(ledger_store, keys, zone, metrics)
-    ledger = Ledger(decisions, metrics, zone, admits_on_outage=admits_on_outage)
+    ledger = Ledger(decisions, metrics, admits_on_outage=admits_on_outage)
     metrics.expect_warnings(in_force.rules.terms.values())
-    gateway = Gateway(in_force, ledger, book, asker, upstream.address, policy_of(settings))
+    metrics.in_flight = lambda: lifecycle.in_flight
+    gateway = Gateway(in_force, ledger, book, asker, Reader(upstream.address), policy_of(settings))
     reports = Reports(ledger_store, keys, zone)
     statements = Statements(in_force, reports, zone)
     scrape = Scrape(in_force, metrics, decisions, reports, book)
@@ -74,6 +93,7 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, lifecycle: Lifecycle,
         await ledger.open()
         yield
         await gateway.finish(max(0.0, lifecycle.stop_by - monotonic()))
+        metrics.flush()
         await upstream.close()
         await book_store.close()
         await ledger_store.close()
@@ -85,9 +105,9 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, lifecycle: Lifecycle,
         max_body_bytes=settings.server.max_body_bytes,
         timeout_s=settings.server.request_timeout_s,
     )
-    app = Starlette(
+    app = Application(
+        endpoint("estimate", gateway.estimate),
         routes=[
-            Route(ESTIMATE_PATH, endpoint("estimate", gateway.estimate), methods=["POST"]),
             Route(EXPLAIN_PATH, endpoint("other", gateway.explain), methods=["POST"]),
             Route(PURGE_PATH, endpoint("other", gateway.purge), methods=["POST"]),
             Route(USAGE_PATH, endpoint("other", statements.usage), methods=["GET"]),
@@ -99,7 +119,6 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, lifecycle: Lifecycle,
         exception_handlers={HTTPException: partial(refuse_route, lifecycle, metrics)},
         lifespan=lifespan,
     )
-    app.router.redirect_slashes = False  # a redirect would repeat the request's Host header
     app.state.reload = reload
     return app
 
@@ -165,7 +184,7 @@ async def purge_book(settings: Settings, account: str, canonical: bytes | None, 
             return f"purged all prices of the account {account}"
         sent = address.query_as_sent(query)
         key = address.key_of(canonical, account=account, query=sent, ignored=settings.cache.ignore)
-        return f"purged {key}" if await book.purge_question(key) else f"nothing was stored for {key}"
+        return f"purged {key}" if await book.purge_question(key, account) else f"nothing was stored for {key}"
     finally:
         await store.close()
 

@@ -10,21 +10,22 @@ account at a time, and so few refreshes in a process that a repriced account is 
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from hashlib import blake2b
 from itertools import count
 from time import perf_counter
 
 from proxy.canonical import present
 from proxy.flight import Flights
+from proxy.lifecycle import Lifecycle
 from proxy.logs import event
 from proxy.metrics import Metrics
 from proxy.pricebook import LEASE_S, Lease, PriceBook, Wait, Word
 from proxy.prices import Price, StoredPrice
 from proxy.problems import Code, Problem, StoreUnavailable
+from proxy.questions import Question
 from proxy.replies import Failed, Priced, Rejected, Reply, Unpriced, decode_word, encode_word
 from proxy.upstream import Upstream
 
@@ -40,22 +41,6 @@ AUDIT_PAUSE_S = 1.0
 FIRST_WATCH_S, LONGEST_WATCH_S = 0.01, 0.08
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A canonical body on its way: everything that its key is taken from. `ignored` members do not count in it."""
-
-    account: str
-    canonical: bytes
-    query: str
-    key: str
-    ignored: tuple[str, ...] = ()
-
-    @property
-    def body_digest(self) -> bytes:
-        """Of the full body, members that the key ignores included."""
-        return blake2b(self.canonical, digest_size=8).hexdigest().encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +62,13 @@ class Told:
 class Asker:
     """Times are seconds; deadlines stand on the event loop's clock."""
 
-    def __init__(self, book: PriceBook, upstream: Upstream, metrics: Metrics, *, timeout_s: float) -> None:
+    def __init__(
+        self, book: PriceBook, upstream: Upstream, metrics: Metrics, lifecycle: Lifecycle, *, timeout_s: float
+    ) -> None:
         self._book = book
         self._upstream = upstream
         self._metrics = metrics
+        self._lifecycle = lifecycle
         self._timeout_s = timeout_s
         self._flights = Flights[Told]()
         self._audits = Flights[None]()
@@ -94,19 +82,19 @@ class Asker:
         An ask that was overtaken answers only who began it: who joined it may have come after the purge.
         """
         while True:
-            told, joined = await self._flights.join(question.key, lambda: self._ask(question, seen_ms))
+            told, joined = await self._join(question.key, lambda: self._ask(question, seen_ms))
             if not (joined and told.overtaken):
                 return told, joined or told.collapsed
             await asyncio.sleep(0)  # a flight that has just landed can still be joined
 
     async def ask_without_store(self, question: Question) -> tuple[Told, bool]:
         """As `ask`, for this process alone."""
-        return await self._flights.join(question.key, lambda: self._ask_upstream(question))
+        return await self._join(question.key, lambda: self._ask_upstream(question))
 
     async def ask_anew(self, question: Question, *, store: bool) -> Told:
         """What upstream says to this very request: it replaces what is stored, or is not stored at all."""
         flight = f"{question.key} {next(self._numbers)}"
-        told, _ = await self._flights.join(flight, lambda: self._ask_anew(question, store=store))
+        told, _ = await self._join(flight, lambda: self._ask_anew(question, store=store))
         return told
 
     def refresh(self, question: Question, *, seen_ms: int | None) -> None:
@@ -126,6 +114,11 @@ class Asker:
     async def finish(self, timeout_s: float) -> None:
         """Lets what was asked upstream come home and be stored."""
         await asyncio.gather(self._flights.land(timeout_s), self._audits.land(timeout_s))
+
+    async def _join(self, flight: str, work: Callable[[], Awaitable[Told]]) -> tuple[Told, bool]:
+        self._metrics.flush_soon()
+        with self._lifecycle.waiting_for_upstream():
+            return await self._flights.join(flight, work)
 
     async def _ask(self, question: Question, seen_ms: int | None) -> Told:
         """Leads, or follows who leads, until there is an answer."""

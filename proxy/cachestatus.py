@@ -10,7 +10,8 @@ from proxy.replies import Failed, Priced, Rejected, Reply, Unpriced
 
 def hit(stored: StoredPrice, *, detail: str | None = None) -> str:
     """A stored price was served without asking. `ttl` is negative once it is stale."""
-    return _joined("hit", _ttl(stored.ttl_s), detail and f"detail={detail}")
+    status = f"hit; {_ttl(stored.ttl_s)}"
+    return f"{status}; detail={detail}" if detail else status
 
 
 def forwarded(reason: str, told: Told, *, ttl_s: float, collapsed: bool) -> str:

@@ -1,6 +1,7 @@
 """What to do with what is known: serve it, serve it stale, or ask upstream."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from proxy.directives import Directives
 from proxy.prices import Balance, Known, StoredPrice
@@ -14,8 +15,7 @@ class Windows:
     stale_if_error_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Serve:
+class Serve(NamedTuple):
     """A stored price will do; a stale one is to be refreshed behind the answer."""
 
     stored: StoredPrice
@@ -48,12 +48,12 @@ def choose(known: Known | None, wants: Directives, windows: Windows) -> Choice:
 def _choose(known: Known | None, wants: Directives, windows: Windows) -> Serve | Forward:  # noqa: PLR0911 -- a line a case
     if known is None:
         return Forward("bypass")
-    if wants.asks_anew:
+    if wants.no_cache or wants.no_store:
         return Forward("request")
     stored, balance = known.stored, known.balance
     if stored is None or balance is None:  # a price is never shown without the account's balance
         return Forward("miss")
-    if not wants.accepts(stored.age_s):
+    if wants.max_age_s is not None and not wants.accepts(stored.age_s):
         return Forward("request")
     if stored.ttl_s > 0:
         return Serve(stored, balance, stale=False)

@@ -216,7 +216,7 @@ def purge(file: Any, config: Path | None, account: str, everything: bool, query:
     except EmbeddedStoreError as error:
         _fail(str(error))
     except StoreUnavailable:
-        _fail("the store is out of reach: nothing was purged")
+        _fail("the store is out of reach: nothing is sure to be purged; try again")
 
 
 @main.command(name="usage", short_help="Show what teams have used.")

@@ -1,6 +1,7 @@
 """Amounts of credits, in whole micro-credits: exact, whatever a number of RenderNet's looks like."""
 
 from decimal import ROUND_CEILING, Context, Decimal
+from functools import lru_cache
 
 MICRO = 1_000_000
 """Micro-credits in a credit."""
@@ -10,6 +11,7 @@ _UP = Context(rounding=ROUND_CEILING)
 too many digits, and none is so small that it becomes 0."""
 
 
+@lru_cache(maxsize=1000)
 def micro_of(number: bytes) -> int:
     """A JSON number of credits in micro-credits, rounded up. It must be one that `proxy.replies` calls usable."""
     if number.isdigit():

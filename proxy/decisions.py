@@ -1,5 +1,8 @@
-"""The ledger's decisions, in batches: requests of the same turn of the event loop are decided in one script call.
+"""The ledger's decisions, in batches: who comes while others are decided is decided together with who else has come.
 
+* Requests alike (the same team, operation and charge) are one entry of a batch, whatever their number. Its first ones
+  are admitted, as many as there is room for.
+* Who is admitted is told how the team stands behind the whole batch; who is refused, how it stood then.
 * Windows are worked out here and verified there, against the store's clock. Where that is in another window, the
   script does nothing and says its time; the windows are worked out again, and it is asked once more.
 * A call whose reply is lost is not repeated: it may have debited. Its requests fail, and are counted.
@@ -10,24 +13,27 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property
 from time import time_ns
-from typing import Any
+from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 from proxy.backlog import Owed, Pile
 from proxy.logs import event
 from proxy.metrics import Metrics
-from proxy.models import MAX_MODELS
-from proxy.problems import StoreUnanswered, StoreUnavailable
+from proxy.models import MAX_MODELS, NONE
+from proxy.problems import Problem, StoreUnanswered, StoreUnavailable
 from proxy.quotas import Charge, Quota, Standing, Terms
 from proxy.sheets import LedgerKeys, Sheet, org_sheet, team_sheet
 from proxy.store import Script, Store
 from proxy.windows import Window
 
 MAX_BATCH = 200
-"""Requests decided in one script call: a millisecond or so of the store's time."""
+"""Entries in one script call: some milliseconds of the store's time."""
+
+TURNS_BETWEEN = 2
+"""Of the event loop, between two calls. In them those are heard who come next: batches have a third more requests."""
 
 FLUSH_REMEMBERED_S = 86400
 
@@ -38,47 +44,65 @@ _US = 1_000_000
 _FOR_EVER_S = 2**53 // _US
 _DECIDE = Script("ledger_decide")
 _DEBITS = frozenset(("charge", "admit", "settle"))
+_ALIKE = frozenset(("charge", "admit"))
+"""Of what several can be decided as one."""
+
+_COUNTED = frozenset(("charge", "settle"))
+"""What books credits."""
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Request:
+class Admitted(NamedTuple):
+    """A request that may go on, or whose credits are counted.
+
+    sheet: on which it stands.
+    standing: None where the ledger is out of reach; `booked` is False where nothing stands on the sheet yet.
+    model: the name under which credits were counted.
+    """
+
+    terms: Terms
+    sheet: Sheet
+    standing: Standing | None = None
+    booked: bool = True
+    model: str = NONE
+
+
+class Denied(NamedTuple):
+    problem: Problem
+    standing: Standing | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """Requests alike, and who waits for what becomes of each."""
+
     operation: str
     terms: Terms
     charge: Charge
-    verdict: asyncio.Future["Verdict"]
-    admitted_on: Sheet | None = None
+    admitted_on: Sheet | None
+    waiting: list[asyncio.Future[Admitted | Denied]] = field(default_factory=list)
 
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    word: str
-    standing: Standing
-    sheet: Sheet
-    model: str
-
-    @property
-    def violated(self) -> tuple[Quota, ...]:
-        quotas = self.standing.terms.quotas
-        return tuple(quotas[int(number) - 1] for number in self.word.split(","))
+    def has_room(self) -> bool:
+        """Whether one more leaves a sum that Lua can hold."""
+        return (len(self.waiting) + 1) * (self.charge.credits_micro or 0) <= EXACT_MICRO
 
 
 class _Pages:
-    """Requests as `lua/ledger_decide.lua` reads them, with the sheets that they are booked on."""
+    """Entries as `lua/ledger_decide.lua` reads them, with the sheets that they are booked on."""
 
     def __init__(self) -> None:
         self.holds = Window(0, _FOR_EVER_S)
         self.count = 0
         self._keys: list[str] = []
         self._sheets: list[str | int] = []
-        self._requests: list[str | int] = []
+        self._entries: list[str | int] = []
         self._numbers: dict[Sheet, int] = {}
 
     def write(self, operation: str, charge: Charge, sheet: Sheet, *, admitted_on: Sheet, requests: int = 1) -> None:
         credits_micro = "" if charge.credits_micro is None else charge.credits_micro
-        numbers = self._number(sheet), self._number(admitted_on)
-        self._requests += (operation, numbers[0], requests, credits_micro, charge.model, charge.outcome, numbers[1])
+        numbers = self.number(sheet), self.number(admitted_on)
+        self._entries += (operation, numbers[0], requests, credits_micro, charge.model, charge.outcome, numbers[1])
         self.count += 1
 
     def hold(self, window: Window) -> None:
@@ -91,12 +115,12 @@ class _Pages:
     def args(self, new_id: str) -> tuple[str | int, ...]:
         holds_us = (self.holds.start_s * _US, self.holds.end_s * _US)
         counts = (len(self._numbers), self.count)
-        return (*holds_us, new_id, MAX_MODELS, FLUSH_REMEMBERED_S * 1000, *counts, *self._sheets, *self._requests)
+        return (*holds_us, new_id, MAX_MODELS, FLUSH_REMEMBERED_S * 1000, *counts, *self._sheets, *self._entries)
 
-    def _number(self, sheet: Sheet) -> int:
+    def number(self, sheet: Sheet) -> int:
         """A sheet is written down when it is first needed, the organisation's before the team's."""
         if sheet not in self._numbers:
-            org = self._number(sheet.org) if sheet.org else 0
+            org = self.number(sheet.org) if sheet.org else 0
             self._keys += sheet.keys
             self._sheets += (org, *sheet.args)
             self._numbers[sheet] = len(self._numbers) + 1
@@ -111,13 +135,17 @@ class Decisions:
         self._keys = keys
         self._zone = zone
         self._metrics = metrics
-        self._waiting: list[_Request] = []
-        self._running: set[asyncio.Task[None]] = set()
+        self._waiting: list[_Entry] = []
+        self._alike: dict[tuple[object, ...], _Entry] = {}
+        """Of those that wait, the ones that more requests can join."""
+        self._deciding: asyncio.Task[None] | None = None
         self._sheets: dict[str, tuple[Terms, Sheet]] = {}
         self._org_sheets: dict[tuple[Quota, ...], Sheet] = {}
         self._ahead_us = 0
         """By how much the store's clock is ahead of this machine's."""
         self._id: bytes | None = None
+        self._new_id = secrets.token_hex(8)
+        """Of the next ledger that begins with a call from here."""
 
     async def open(self) -> None:
         """Looks whether there is a ledger, and begins one if there is none."""
@@ -131,68 +159,123 @@ class Decisions:
                 pages.write("apply", charge, owed.sheet, admitted_on=owed.sheet, requests=requests)
         await self._run(pages, pile.name)
 
-    async def decide(
+    def decide(
         self, operation: str, terms: Terms, charge: Charge, *, admitted_on: Sheet | None = None
-    ) -> Verdict:
-        """The verdict on a request; `lua/ledger_decide.lua` describes the operations."""
-        loop = asyncio.get_running_loop()
-        request = _Request(operation, terms, charge, loop.create_future(), admitted_on)
-        self._waiting.append(request)
-        if len(self._waiting) == 1:
-            loop.call_soon(self._send)
-        return await request.verdict
+    ) -> asyncio.Future[Admitted | Denied]:
+        """What becomes of a request; `lua/ledger_decide.lua` describes the operations."""
+        decided: asyncio.Future[Admitted | Denied] = self._loop.create_future()
+        self._entry(operation, terms, charge, admitted_on).waiting.append(decided)
+        if self._deciding is None:  # it begins in the next turn of the loop, when all who come in this one are there
+            self._deciding = self._loop.create_task(self._decide_waiting())
+        return decided
 
-    def _send(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for start in range(0, len(waiting), MAX_BATCH):
-            requests = waiting[start : start + MAX_BATCH]
-            task = asyncio.get_running_loop().create_task(self._decide(requests))
-            self._running.add(task)
-            task.add_done_callback(partial(self._finish, requests))
+    @cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        """Looked up once: Python asks the system each time whether the process is still the same."""
+        return asyncio.get_running_loop()
 
-    def _finish(self, requests: Sequence[_Request], task: asyncio.Task[None]) -> None:
-        """Nobody waits for a verdict that a defect has lost."""
-        self._running.discard(task)
-        if any(not request.verdict.done() for request in requests):
-            self._fail(requests, StoreUnanswered("the ledger's client failed"))
+    def _entry(self, operation: str, terms: Terms, charge: Charge, admitted_on: Sheet | None) -> _Entry:
+        """The one that takes the request. Which answers have passed a quota that warns must be told of each."""
+        if operation not in _ALIKE or terms.warns:
+            entry = _Entry(operation, terms, charge, admitted_on)
+            self._waiting.append(entry)
+            return entry
+        kind = (operation, terms.team, charge.outcome, charge.credits_micro, charge.model)
+        known = self._alike.get(kind)
+        if known is not None and known.terms is terms and known.has_room():
+            return known
+        entry = self._alike[kind] = _Entry(operation, terms, charge, admitted_on)
+        self._waiting.append(entry)
+        return entry
 
-    async def _decide(self, requests: Sequence[_Request]) -> None:
+    async def _decide_waiting(self) -> None:
+        """One call after the other: who comes meanwhile is decided by the next. The busier, the larger the batches."""
         try:
-            verdicts = await self._verdicts(requests) or await self._verdicts(requests)
+            while self._waiting:
+                entries, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
+                self._alike.clear()
+                await self._decide(entries)
+                for _ in range(TURNS_BETWEEN):
+                    await asyncio.sleep(0)
+        finally:
+            self._deciding = None
+
+    async def _decide(self, entries: Sequence[_Entry]) -> None:
+        """Nobody waits for a verdict that a defect has lost."""
+        try:
+            is_done = await self._decide_now(entries) or await self._decide_now(entries)
         except StoreUnavailable as error:
-            self._fail(requests, error)
+            self._fail(entries, error)
             return
-        if verdicts is None:
-            self._fail(requests, StoreUnavailable("the store's clock passes from window to window"))
+        except BaseException as error:
+            self._fail(entries, StoreUnanswered("the ledger's client failed"))
+            if not isinstance(error, Exception):  # the process ends
+                raise
+            log.exception("the ledger's client failed")
             return
-        for request, verdict in zip(requests, verdicts, strict=True):
-            if not request.verdict.done():  # else its request has gone
-                request.verdict.set_result(verdict)
+        if not is_done:
+            self._fail(entries, StoreUnavailable("the store's clock passes from window to window"))
 
-    async def _verdicts(self, requests: Sequence[_Request]) -> list[Verdict] | None:
-        """None if the store's clock was not in the windows that this machine took for the current ones."""
-        sheets = [self.sheet(request.terms) for request in requests]
-        reply = await self._run(_pages(requests, sheets))
+    async def _decide_now(self, entries: Sequence[_Entry]) -> bool:
+        """False if the store's clock was not in the windows that this machine took for the current ones."""
+        sheets = [self.sheet(entry.terms) for entry in entries]
+        pages = _pages(entries, sheets)
+        reply = await self._run(pages)
         if reply is None:
-            return None
-        now_us, _, _, _, *words = reply
-        return [
-            _read(word, request.terms, sheet, int(now_us))
-            for request, sheet, word in zip(requests, sheets, words, strict=True)
-        ]
+            return False
+        now_us, _, _, _, verdicts, stood = reply
+        standings: dict[Sheet, Standing] = {}
+        for entry, sheet in zip(entries, sheets, strict=True):
+            if sheet not in standings:
+                standings[sheet] = _standing(entry.terms, sheet, now_us, stood[pages.number(sheet) - 1])
+        for entry, sheet, verdict in zip(entries, sheets, verdicts, strict=True):
+            self._deliver(entry, sheet, verdict, standings[sheet])
+        return True
 
-    def _fail(self, requests: Sequence[_Request], error: StoreUnavailable) -> None:
+    def _deliver(self, entry: _Entry, sheet: Sheet, verdict: list[Any], behind: Standing) -> None:
+        """To the first ones that they are admitted, to the others why not. `behind` the batch the team stands so."""
+        word, room, model, *stood = verdict
+        standing = _standing(entry.terms, sheet, behind.now_us, stood[0]) if stood else behind
+        good, bad = Admitted(entry.terms, sheet, standing if entry.terms.warns else behind, model=model.decode()), None
+        if room < len(entry.waiting):
+            bad = Denied(self._problem(word, standing, entry.charge), standing)
+        if room and entry.operation in _COUNTED:
+            self._count(entry.charge, good, room)
+        for number, decided in enumerate(entry.waiting):
+            if not decided.done():  # else its request has gone
+                decided.set_result(good if number < room or bad is None else bad)
+
+    def _problem(self, word: bytes, standing: Standing, charge: Charge) -> Problem:
+        if word == b"rate":
+            return standing.rate_limited()
+        quotas = standing.terms.quotas
+        violated = tuple(quotas[int(number) - 1] for number in word.split(b","))
+        return standing.quota_exceeded(violated, charge.credits_micro, self._zone)
+
+    def _count(self, charge: Charge, admitted: Admitted, requests: int) -> None:
+        """Credits, and warnings, of which there are none where there are several requests."""
+        team = admitted.terms.team
+        if charge.credits_micro is not None:
+            self._metrics.note_credits(team, admitted.model, requests * charge.credits_micro)
+        if admitted.standing is not None:
+            for quota in admitted.standing.warnings():
+                self._metrics.count_warning(team, quota)
+
+    def _fail(self, entries: Sequence[_Entry], error: StoreUnavailable) -> None:
         if isinstance(error, StoreUnanswered):
-            self._metrics.unanswered_debits.inc(sum(request.operation in _DEBITS for request in requests))
-        for request in requests:
-            if not request.verdict.done():
-                request.verdict.set_exception(error)
+            self._metrics.unanswered_debits.inc(
+                sum(len(entry.waiting) for entry in entries if entry.operation in _DEBITS)
+            )
+        for entry in entries:
+            for decided in entry.waiting:
+                if not decided.done():
+                    decided.set_exception(error)
 
     async def _run(self, pages: _Pages, flush: str | None = None) -> list[Any] | None:
         """The script's reply; None if the store's clock was outside of the sheets. Raises `StoreUnavailable`."""
-        keys, args = pages.keys(self._keys, flush), pages.args(secrets.token_hex(8))
-        reply: list[Any] = await self._store.call(_DECIDE, *keys, args=args)
-        self._ahead_us = int(reply[0]) - time_ns() // 1000
+        keys, args = pages.keys(self._keys, flush), pages.args(self._new_id)
+        reply: list[Any] = await self._store.call_at_once(_DECIDE, *keys, args=args)
+        self._ahead_us = reply[0] - time_ns() // 1000
         if len(reply) == 1:
             return None
         if reply[1]:
@@ -203,6 +286,8 @@ class Decisions:
         """A ledger that begins, or is another than a moment ago, is never passed over in silence."""
         if found == self._id:
             return
+        if is_new:
+            self._new_id = secrets.token_hex(8)
         facts = {"ledger": found.decode(), "created_ms": created_ms}
         if self._id is not None:
             self._metrics.ledger_lost.inc()
@@ -227,24 +312,24 @@ class Decisions:
         return sheet
 
 
+def _standing(terms: Terms, sheet: Sheet, now_us: int, stood: Sequence[int]) -> Standing:
+    lead_us, *used = stood
+    return Standing(terms, sheet.windows, now_us, lead_us, tuple(used), sheet.policy_field)
+
+
 def _parts(owed: Owed) -> Iterator[tuple[Charge, int]]:
     """What is owed, its requests with the first part of the credits."""
     charge, requests = owed.charge, owed.requests
     while charge.credits_micro is not None and charge.credits_micro > EXACT_MICRO:
-        yield replace(charge, credits_micro=EXACT_MICRO), requests
-        charge, requests = replace(charge, credits_micro=charge.credits_micro - EXACT_MICRO), 0
+        yield charge._replace(credits_micro=EXACT_MICRO), requests
+        charge, requests = charge._replace(credits_micro=charge.credits_micro - EXACT_MICRO), 0
     yield charge, requests
 
 
-def _pages(requests: Sequence[_Request], sheets: Sequence[Sheet]) -> _Pages:
+def _pages(entries: Sequence[_Entry], sheets: Sequence[Sheet]) -> _Pages:
     pages = _Pages()
-    for request, sheet in zip(requests, sheets, strict=True):
-        pages.write(request.operation, request.charge, sheet, admitted_on=request.admitted_on or sheet)
+    for entry, sheet in zip(entries, sheets, strict=True):
+        admitted_on, requests = entry.admitted_on or sheet, len(entry.waiting)
+        pages.write(entry.operation, entry.charge, sheet, admitted_on=admitted_on, requests=requests)
         pages.hold(sheet.holds)
     return pages
-
-
-def _read(words: bytes, terms: Terms, sheet: Sheet, now_us: int) -> Verdict:
-    word, lead_us, *used, model = words.split(b" ", 2 + len(terms.quotas))
-    standing = Standing(terms, sheet.windows, now_us, int(lead_us), tuple(map(int, used)))
-    return Verdict(word.decode(), standing, sheet, model.decode())

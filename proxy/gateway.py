@@ -5,30 +5,27 @@
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import assert_never
+from typing import NamedTuple, Protocol, Self, assert_never
 
 from proxy.access import Access
-from proxy.asking import Asker, Question, Told
+from proxy.asking import Asker, Told
 from proxy.cachestatus import after_failure, forwarded, hit
-from proxy.canonical import canonicalise, present
+from proxy.canonical import present
 from proxy.choices import Forward, NotCached, Serve, Windows, choose
 from proxy.credits import micro_of
 from proxy.directives import Directives
 from proxy.ledger import Admitted, Denied, Ledger
-from proxy.models import model_of
 from proxy.pricebook import PriceBook
 from proxy.prices import Balance, Known, Price, StoredPrice, document
 from proxy.problems import Code, Outcome, Problem, StoreUnavailable
 from proxy.purging import read_purge
+from proxy.questions import Question, Reader
 from proxy.quotas import Charge, Quota, Standing
 from proxy.replies import Failed, Priced, Rejected, Unpriced
 from proxy.rules import InForce, Rules
 from proxy.teams import Team
-from proxy.upstream import Address
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,24 +38,24 @@ class Policy:
     refuse_unpriced: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """What a client wants: its token, a way to read its body, its query string, what it says of stored answers.
+class Ask(Protocol):
+    """What a client wants: its token, its query string, what it says of stored answers, and a body.
 
     accept: the media types that it takes, as it says.
     deadline: of the whole answer, on the event loop's clock.
     """
 
     token: str | None
-    read_body: Callable[[], Awaitable[bytes]]
     query: bytes
     directives: Directives
     accept: str | None
     deadline: float
 
+    async def read_body(self) -> bytes:
+        """The body, which is there once. Raises `BadRequest`, `ClientGone`."""
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+
+class Answer(NamedTuple):
     """What a client gets: a JSON body. `price` is set where it has one, `age_s` where it is a stored one."""
 
     outcome: Outcome
@@ -92,7 +89,6 @@ class Purged:
     found: bool | None = None
 
 
-@dataclass(slots=True)
 class Trace:
     """What happened on the way of one request. Durations are seconds."""
 
@@ -115,27 +111,28 @@ class Trace:
         elif admission.standing is not None:
             self.warnings = admission.standing.warnings()
 
-    @contextmanager
-    def at_store(self) -> Iterator[None]:
+    def at_store(self) -> Self:
         """Counts the time that is spent within."""
-        started = perf_counter()
-        try:
-            yield
-        finally:
-            self.store_s = (self.store_s or 0.0) + perf_counter() - started
+        return self
+
+    def __enter__(self) -> None:
+        self._since = perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.store_s = (self.store_s or 0.0) + perf_counter() - self._since
 
 
 class Gateway:
     """One organisation's gateway: its teams, the price book they share, and the way upstream."""
 
     def __init__(
-        self, in_force: InForce, ledger: Ledger, book: PriceBook, asker: Asker, address: Address, policy: Policy
+        self, in_force: InForce, ledger: Ledger, book: PriceBook, asker: Asker, reader: Reader, policy: Policy
     ) -> None:
         self._in_force = in_force
         self._ledger = ledger
         self._book = book
         self._asker = asker
-        self._address = address
+        self._reader = reader
         self._policy = policy
 
     async def estimate(self, ask: Ask, trace: Trace) -> Answer | Problem:
@@ -145,7 +142,7 @@ class Gateway:
             return heard
         team, question = heard
 
-        known = await self._look_up(question, trace)
+        known = self._book.at_hand(question.key, question.account) or await self._look_up(question, trace)
         match choose(known, ask.directives, self._policy.windows):
             case NotCached():
                 return await self._pass_over(team, trace)
@@ -199,10 +196,12 @@ class Gateway:
             if wanted.canonical is None:
                 await self._book.purge_account(wanted.account)
                 return Purged(wanted.account)
-            key = self._question(wanted.account, wanted.canonical, wanted.query.encode(), rules).key
-            return Purged(wanted.account, key, await self._book.purge_question(key))
+            query = wanted.query.encode()
+            key = self._reader.of(wanted.canonical, account=wanted.account, query=query, ignored=rules.ignored).key
+            return Purged(wanted.account, key, await self._book.purge_question(key, wanted.account))
         except StoreUnavailable:
-            return Problem(Code.STORE_UNAVAILABLE, "The price book is out of reach: nothing was purged; try again.")
+            detail = "The price book is out of reach: nothing is sure to be purged; try again."
+            return Problem(Code.STORE_UNAVAILABLE, detail)
 
     async def finish(self, timeout_s: float) -> None:
         """Lets what was asked upstream come home and be stored, and what was admitted be settled."""
@@ -215,15 +214,10 @@ class Gateway:
         if isinstance(team, Problem):
             return team
         trace.team = team.id
-        refusal = rules.access.refusal(team)
-        if refusal is not None:
-            return refusal
-        return team, self._question(team.account, canonicalise(await ask.read_body()), ask.query, rules)
-
-    def _question(self, account: str, canonical: bytes, raw_query: bytes, rules: Rules) -> Question:
-        query = self._address.query_as_sent(raw_query)
-        key = self._address.key_of(canonical, account=account, query=query, ignored=rules.ignored)
-        return Question(account, canonical, query, key, rules.ignored)
+        if team.disabled:
+            return rules.access.refusal(team)
+        body = await ask.read_body()
+        return team, self._reader.read(body, account=team.account, query=ask.query, ignored=rules.ignored)
 
     async def _look_up(self, question: Question, trace: Trace) -> Known | None:
         """What the book knows; None if it is out of reach."""
@@ -336,7 +330,7 @@ def _deny_all_but_admins(access: Access, token: str | None, trace: Trace) -> Pro
 def _charge(outcome: Outcome, question: Question, price: Price | None) -> Charge:
     if price is None:
         return Charge(outcome)
-    return Charge(outcome, micro_of(price.estimated), model_of(question.canonical))
+    return Charge(outcome, micro_of(price.estimated), question.model)
 
 
 def _stored_answer(outcome: Outcome, stored: StoredPrice, balance: Balance) -> Answer:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from proxy.prices import Entry
 
-MAX_AGE_S = 2.0
-"""A purged question is served from here no longer than this."""
+MAX_AGE_S = 5.0
+"""So long a process may miss that another one has stored a newer price."""
 
 MAX_ENTRIES = 10_000
 MAX_BYTES = 16 * 2**20
@@ -16,11 +16,15 @@ OVERHEAD_BYTES = 600
 
 @dataclass(frozen=True, slots=True)
 class HotEntry:
-    """`read_at` is on this process's monotonic clock, taken before the store was asked."""
+    """`read_at` is on this process's monotonic clock, taken before the store was asked, and so is `drops`.
+
+    drops: how many questions had been purged from the account's book, as far as was known; -1 if nothing was.
+    """
 
     entry: Entry
     now_ms: int
     read_at: float
+    drops: int
 
 
 class HotPrices:

@@ -11,12 +11,10 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
-from zoneinfo import ZoneInfo
 
 from proxy.backlog import Backlog
-from proxy.decisions import Decisions, Verdict
+from proxy.decisions import Admitted, Decisions, Denied
 from proxy.metrics import Metrics
 from proxy.models import NONE, OTHER
 from proxy.problems import Code, Outcome, Problem, StoreUnanswered, StoreUnavailable
@@ -29,31 +27,13 @@ FLUSHED_AT_ONCE = 200
 
 _PENDING = Charge(Outcome.CANCELLED)
 
+__all__ = ["Admitted", "Denied", "Ledger"]
+
 _T = TypeVar("_T")
 
+Admission = Coroutine[Any, Any, Admitted | Denied]
+
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """A request that may go on, or whose credits are counted.
-
-    sheet: on which it stands.
-    standing: None where the ledger is out of reach; `booked` is False where nothing stands on the sheet yet.
-    model: the name under which credits were counted.
-    """
-
-    terms: Terms
-    sheet: Sheet
-    standing: Standing | None = None
-    booked: bool = True
-    model: str = NONE
-
-
-@dataclass(frozen=True, slots=True)
-class Denied:
-    problem: Problem
-    standing: Standing | None = None
 
 
 _OUT_OF_REACH = Denied(
@@ -64,10 +44,9 @@ _OUT_OF_REACH = Denied(
 class Ledger:
     """The ledger of one organisation. `close` must be called."""
 
-    def __init__(self, decisions: Decisions, metrics: Metrics, zone: ZoneInfo, *, admits_on_outage: bool) -> None:
+    def __init__(self, decisions: Decisions, metrics: Metrics, *, admits_on_outage: bool) -> None:
         self._decisions = decisions
         self._metrics = metrics
-        self._zone = zone
         self._admits_on_outage = admits_on_outage
         self._backlog = Backlog(MAX_BACKLOG_ROWS)
         self._flushing: asyncio.Task[None] | None = None
@@ -80,26 +59,24 @@ class Ledger:
         except StoreUnavailable:
             log.warning("the ledger is out of reach: nobody knows what was used until it is back")
 
-    async def charge(self, terms: Terms, charge: Charge) -> Admitted | Denied:
+    def charge(self, terms: Terms, charge: Charge) -> Admission:
         """Admits and books an answer whose price is known."""
-        return await self._begin("charge", terms, charge)
+        return self._begin("charge", terms, charge)
 
-    async def admit(self, terms: Terms) -> Admitted | Denied:
+    def admit(self, terms: Terms) -> Admission:
         """Admits a question on its way upstream: it must be settled, or refunded if it never gets there."""
-        return await self._begin("admit", terms, _PENDING)
+        return self._begin("admit", terms, _PENDING)
 
-    async def pass_over(self, terms: Terms, outcome: Outcome) -> Admitted | Denied:
+    def pass_over(self, terms: Terms, outcome: Outcome) -> Admission:
         """Notes an estimate for which nobody is asked and nothing is answered: it takes from the rate."""
-        return await self._begin("pass", terms, Charge(outcome))
+        return self._begin("pass", terms, Charge(outcome))
 
     async def peek(self, terms: Terms, credits_micro: int | None) -> Admitted | Denied:
         """What would be said to an estimate of this price. Takes from the rate, and debits nothing.
 
         Raises `StoreUnavailable`.
         """
-        return self._judge(
-            await self._decisions.decide("peek", terms, Charge(Outcome.HIT, credits_micro)), credits_micro
-        )
+        return await self._decisions.decide("peek", terms, Charge(Outcome.HIT, credits_micro))
 
     async def settle(self, admitted: Admitted, charge: Charge) -> Admitted | Denied:
         """Books what became of an admitted question; denied if its price passes a quota."""
@@ -124,79 +101,57 @@ class Ledger:
 
     async def _begin(self, operation: str, terms: Terms, charge: Charge) -> Admitted | Denied:
         try:
-            verdict = await self._decisions.decide(operation, terms, charge)
+            return await self._decisions.decide(operation, terms, charge)
         except StoreUnanswered:
             return _OUT_OF_REACH
         except StoreUnavailable:
             sheet = self._decisions.sheet(terms)
-            kept = self._owe(sheet, charge) if operation == "charge" else self._may_owe()
-            admission = _on_credit(terms, sheet, charge) if kept else _OUT_OF_REACH
-        else:
-            admission = self._judge(verdict, charge.credits_micro)
-        if operation == "charge":
-            self._count(admission, charge)
-        return admission
+            if operation == "charge":
+                return self._owe_all(terms, sheet, charge)
+            return _on_credit(terms, sheet, charge) if self._may_owe() else _OUT_OF_REACH
 
     async def _settle(self, admitted: Admitted, charge: Charge) -> Admitted | Denied:
-        settled = await self._settle_now_or_later(admitted, charge)
-        self._count(settled, charge)
-        return settled
-
-    async def _settle_now_or_later(self, admitted: Admitted, charge: Charge) -> Admitted | Denied:
+        terms, sheet = admitted.terms, admitted.sheet
         if not admitted.booked:
-            return self._settle_later(admitted, charge)
+            return self._owe_all(terms, sheet, charge)
         try:
-            verdict = await self._decisions.decide("settle", admitted.terms, charge, admitted_on=admitted.sheet)
+            return await self._decisions.decide("settle", terms, charge, admitted_on=sheet)
         except StoreUnanswered:
             return _OUT_OF_REACH
         except StoreUnavailable:
-            if not self._owe(admitted.sheet, _PENDING, requests=-1):
+            if not self._owe(sheet, _PENDING, requests=-1):
                 return _OUT_OF_REACH
-            settled = self._settle_later(admitted, charge)
+            settled = self._owe_all(terms, sheet, charge)
             if isinstance(settled, Denied):  # no room: it stands as it stood
-                self._owe(admitted.sheet, _PENDING)
+                self._owe(sheet, _PENDING)
             return settled
-        return self._judge(verdict, charge.credits_micro)
 
-    def _settle_later(self, admitted: Admitted, charge: Charge) -> Admitted | Denied:
-        kept = self._owe(admitted.sheet, charge)
-        return _on_credit(admitted.terms, admitted.sheet, charge) if kept else _OUT_OF_REACH
+    def _owe_all(self, terms: Terms, sheet: Sheet, charge: Charge) -> Admitted | Denied:
+        """Admits an answer without the ledger, and keeps its debit, if that is wanted and there is room."""
+        if not self._owe(sheet, charge):
+            return _OUT_OF_REACH
+        admitted = _on_credit(terms, sheet, charge)
+        if charge.credits_micro is not None:
+            self._metrics.note_credits(terms.team, admitted.model, charge.credits_micro)
+        return admitted
 
     async def _refund(self, admitted: Admitted, charge: Charge) -> Standing | None:
         if not admitted.booked:
             return None
         try:
-            verdict = await self._decisions.decide("refund", admitted.terms, charge, admitted_on=admitted.sheet)
+            refunded = await self._decisions.decide("refund", admitted.terms, charge, admitted_on=admitted.sheet)
         except StoreUnanswered:
             return None
         except StoreUnavailable:
             self._owe(admitted.sheet, _PENDING, requests=-1)
             return None
-        return verdict.standing
+        return refunded.standing
 
     async def _to_the_end(self, work: Coroutine[Any, Any, _T]) -> _T:
         task = asyncio.ensure_future(work)
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
         return await asyncio.shield(task)
-
-    def _judge(self, verdict: Verdict, requested_micro: int | None) -> Admitted | Denied:
-        standing = verdict.standing
-        if verdict.word == "ok":
-            return Admitted(standing.terms, verdict.sheet, standing, model=verdict.model)
-        if verdict.word == "rate":
-            return Denied(standing.rate_limited(), standing)
-        return Denied(standing.quota_exceeded(verdict.violated, requested_micro, self._zone), standing)
-
-    def _count(self, admission: Admitted | Denied, charge: Charge) -> None:
-        if isinstance(admission, Denied):
-            return
-        team = admission.terms.team
-        if charge.credits_micro is not None:
-            self._metrics.count_credits(team, admission.model, charge.credits_micro)
-        if admission.standing is not None:
-            for quota in admission.standing.warnings():
-                self._metrics.count_warning(team, quota)
 
     def _may_owe(self) -> bool:
         return self._admits_on_outage and self._backlog.has_room()

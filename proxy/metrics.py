@@ -1,13 +1,19 @@
 """Every instrument, declared once. What they are called and labelled is an interface; so is what they count.
 
 * No label comes from a request, but `model`, which the ledger bounds.
+* What happens with every request is noted in memory and written twenty times a second, and for every scrape: files
+  are slower. A worker that is killed takes that much along.
 * Children are resolved once; those whose labels are known are there before their first event.
 * Workers write into files that the supervisor has made for them, if it has (`PROMETHEUS_MULTIPROC_DIR`): counters of
   dead workers stay in the sum, and each gauge says how those of several workers become one.
 * What the stores know is not counted here: see `proxy.scrape`.
 """
 
-from collections.abc import Collection, Iterable
+import asyncio
+from bisect import bisect_left
+from collections import Counter as Counts
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -21,9 +27,21 @@ NOBODY = "-"
 UPSTREAM_STATUSES = ("2xx", "4xx", "5xx", "timeout", "error")
 AUDIT_RESULTS = ("same", "changed", "ignored-member")
 
+FLUSH_AFTER_S = 0.05
+
 _REQUEST_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 _UPSTREAM_BUCKETS_S = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
 _STORE_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5)
+
+
+class _Durations(Histogram):
+    """A histogram that takes many observations at once: each of its numbers is written once for all of them."""
+
+    def observe_all(self, durations_s: Sequence[float]) -> None:
+        found = Counts(map(partial(bisect_left, self._upper_bounds), durations_s))
+        self._sum.inc(sum(durations_s))
+        for bucket, times in found.items():
+            self._buckets[bucket].inc(times)
 
 
 class Metrics:
@@ -38,10 +56,15 @@ class Metrics:
         self._declare_upstream()
         self._declare_stores()
         self._declare_process()
-        self._requests: dict[tuple[str, str, Outcome], Counter] = {}
-        self._durations: dict[tuple[str, Outcome], Histogram] = {}
-        self._credits: dict[tuple[str, str], Counter] = {}
-        self._store_calls: dict[str, Histogram] = {}
+        self._ended: dict[tuple[str, str, Outcome], list[float]] = {}
+        """Durations of requests that are to be counted, in seconds."""
+        self._called: dict[str, list[float]] = {}
+        """Durations of calls of the store that are to be counted, in seconds."""
+        self._spent_micro: dict[tuple[str, str], int] = {}
+        """Credits that are to be counted."""
+        self.in_flight: Callable[[], int] = lambda: 0
+        """How many requests are being worked on; `flush` asks for it."""
+        self._is_due = False
         self.build_info.labels(__version__).set(1)
         self.config_last_reload_successful.set(1)
         self.begin(teams, accounts)
@@ -53,7 +76,7 @@ class Metrics:
             ["team", "operation", "outcome"],
             registry=self.registry,
         )
-        self.request_duration = Histogram(
+        self.request_duration = _Durations(
             "estimate_proxy_request_duration_seconds",
             "From a request's head to the end of its answer.",
             ["operation", "outcome"],
@@ -108,7 +131,7 @@ class Metrics:
         )
 
     def _declare_stores(self) -> None:
-        self.store_duration = Histogram(
+        self.store_duration = _Durations(
             "estimate_proxy_store_duration_seconds",
             "From calling a script of the store to its reply.",
             ["call"],
@@ -163,9 +186,9 @@ class Metrics:
     def begin(self, teams: Collection[str], accounts: Collection[str]) -> None:
         """Series whose labels are known begin at 0, so that their first event is an increase."""
         for outcome in Outcome:
-            self._durations["estimate", outcome] = self.request_duration.labels("estimate", outcome.value)
+            self.request_duration.labels("estimate", outcome.value)
             for team in (NOBODY, *teams):
-                self._requests[team, "estimate", outcome] = self.requests.labels(team, "estimate", outcome.value)
+                self.requests.labels(team, "estimate", outcome.value)
         for team in teams:
             self.unpriced.labels(team)
         for account in accounts:
@@ -190,27 +213,45 @@ class Metrics:
         whose = team if quota.scope == "team" else NOBODY
         return self.quota_warned.labels(whose, quota.measure, quota.per)
 
-    def count_request(self, team: str, operation: str, outcome: Outcome, duration_s: float) -> None:
-        request = self._requests.get((team, operation, outcome))
-        if request is None:
-            request = self._requests[team, operation, outcome] = self.requests.labels(team, operation, outcome.value)
-        duration = self._durations.get((operation, outcome))
-        if duration is None:
-            duration = self._durations[operation, outcome] = self.request_duration.labels(operation, outcome.value)
-        request.inc()
-        duration.observe(duration_s)
-        if outcome is Outcome.UNPRICED:
-            self.unpriced.labels(team).inc()
+    def note_request(self, team: str, operation: str, outcome: Outcome, duration_s: float) -> None:
+        kind = (team, operation, outcome)
+        durations_s = self._ended.get(kind)
+        if durations_s is None:
+            self._ended[kind] = [duration_s]
+            self.flush_soon()
+        else:
+            durations_s.append(duration_s)
 
-    def count_credits(self, team: str, model: str, credits_micro: int) -> None:
+    def note_credits(self, team: str, model: str, credits_micro: int) -> None:
         """`model` is as the ledger has bounded it."""
-        counter = self._credits.get((team, model))
-        if counter is None:
-            counter = self._credits[team, model] = self.estimated_credits.labels(team, model)
-        counter.inc(credits_micro / 1_000_000)
+        self._spent_micro[team, model] = self._spent_micro.get((team, model), 0) + credits_micro
+        self.flush_soon()
 
-    def observe_store(self, call: str, duration_s: float) -> None:
-        duration = self._store_calls.get(call)
-        if duration is None:
-            duration = self._store_calls[call] = self.store_duration.labels(call)
-        duration.observe(duration_s)
+    def note_store(self, call: str, duration_s: float) -> None:
+        self._called.setdefault(call, []).append(duration_s)
+        self.flush_soon()
+
+    def flush_soon(self) -> None:
+        if not self._is_due:
+            self._is_due = True
+            asyncio.get_running_loop().call_later(FLUSH_AFTER_S, self.flush)
+
+    def flush(self) -> None:
+        """Counts what has been noted."""
+        self._is_due = False
+        self.requests_in_flight.set(self.in_flight())
+        ended, self._ended = self._ended, {}
+        for kind, durations_s in ended.items():
+            self._count_requests(*kind, durations_s)
+        called, self._called = self._called, {}
+        for call, durations_s in called.items():
+            self.store_duration.labels(call).observe_all(durations_s)
+        spent_micro, self._spent_micro = self._spent_micro, {}
+        for (team, model), credits_micro in spent_micro.items():
+            self.estimated_credits.labels(team, model).inc(credits_micro / 1_000_000)
+
+    def _count_requests(self, team: str, operation: str, outcome: Outcome, durations_s: Sequence[float]) -> None:
+        self.requests.labels(team, operation, outcome.value).inc(len(durations_s))
+        self.request_duration.labels(operation, outcome.value).observe_all(durations_s)
+        if outcome is Outcome.UNPRICED:
+            self.unpriced.labels(team).inc(len(durations_s))

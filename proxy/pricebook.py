@@ -16,6 +16,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from time import monotonic
 
+from proxy.flight import Flights
 from proxy.hot import MAX_AGE_S, HotEntry, HotPrices
 from proxy.prices import (
     ENCODING,
@@ -33,7 +34,7 @@ from proxy.problems import StoreUnavailable
 from proxy.store import Script, Store
 
 BOOK_REREAD_S = 1.0
-"""How long a process may miss what another one did to a book."""
+"""How long a process may miss what another one did to a book, or which questions it has purged."""
 
 LEASE_S = 2.0
 """After so long a leader that died is replaced. It is renewed every quarter of that while its holder lives."""
@@ -50,7 +51,7 @@ _PRICE_PUT, _PRICE_PURGE = Script("price_put"), Script("price_purge")
 _LEASE_TAKE, _LEASE_WATCH = Script("lease_take"), Script("lease_watch", repeatable=True)
 _LEASE_KEEP, _LEASE_END = Script("lease_keep"), Script("lease_end")
 _BOOK_GET = Script("book_get", repeatable=True)
-_BOOK_PURGE, _BALANCE_PUT = Script("book_purge"), Script("balance_put")
+_BOOK_PURGE, _BOOK_DROP, _BALANCE_PUT = Script("book_purge"), Script("book_drop"), Script("balance_put")
 _AUDIT_TAKE, _AUDIT_CHANGED = Script("audit_take"), Script("audit_changed")
 
 
@@ -80,12 +81,20 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class _Book:
-    """An account's book as this process read it, at `now_ms` of the store and `read_at` on its own monotonic clock."""
+    """An account's book as this process read it, at `now_ms` of the store and `read_at` on its own monotonic clock.
+
+    drops: counts the questions that have been purged, so that no process goes on serving one from memory.
+    """
 
     nonces: Nonces
+    drops: int
     repriced_ago_ms: int | None
     now_ms: int
     read_at: float
+
+    def has_dropped(self, hot: HotEntry) -> bool:
+        """Whether the price may have been purged since, so that only the store can tell."""
+        return hot.drops != self.drops or hot.entry.nonces.purge != self.nonces.purge
 
     def is_behind(self, entry: Entry) -> bool:
         """Whether `entry` may have nonces that the account's book has got since."""
@@ -99,6 +108,9 @@ class _SeenBalance:
     amount: bytes
     born: float
     at_ms: int | None
+
+    def as_of(self, now: float) -> Balance:
+        return Balance(self.amount, max(0.0, now - self.born))
 
     def is_replaced_by(self, read: "_SeenBalance") -> bool:
         """By what the store has, of two that came at almost the same time: the round trip blurs `born`."""
@@ -118,23 +130,49 @@ class PriceBook:
         self._hot = HotPrices()
         self._books: dict[str, _Book] = {}
         self._balances: dict[str, _SeenBalance] = {}
+        self._rereads = Flights[_Book]()
 
     @property
     def ttl_s(self) -> float:
         return self._ttl_ms / 1000
 
+    def at_hand(self, key: str, account: str) -> Known | None:
+        """What `look_up` would find without asking the store; None if it would ask."""
+        now = monotonic()
+        hot, book, seen = self._hot.get(key, now), self._books.get(account), self._balances.get(account)
+        if hot is None or book is None or seen is None:
+            return None
+        if now - book.read_at >= BOOK_REREAD_S or book.has_dropped(hot):
+            return None
+        entry = hot.entry
+        if entry.nonces != book.nonces:
+            return None if book.is_behind(entry) else self._known(now, hot, book, seen)
+        age_s = (hot.now_ms - entry.put_at_ms) / 1000 + now - hot.read_at
+        if age_s < 0:  # the store's clock has gone back
+            return self._known(now, hot, book, seen)
+        stored = StoredPrice(entry.price, age_s, entry.ttl_ms / 1000 - age_s, entry.body_digest)
+        return Known(stored, seen.as_of(now), entry.put_at_ms)
+
+    def _known(self, now: float, hot: HotEntry, book: _Book, seen: _SeenBalance) -> Known:
+        stored = _as_of(now, hot.entry, hot.now_ms, hot.read_at, book)
+        return Known(stored, seen.as_of(now), hot.entry.put_at_ms)
+
     async def look_up(self, key: str, account: str) -> Known:
         """What is known for `key`, and the account's newest balance."""
         hot = self._hot.get(key, monotonic())
-        if hot is None:
-            hot, book = await asyncio.gather(self._read_price(key), self._book(account))
-        else:
+        if hot is not None:
             book = await self._book_for_hot(account)
+            if book.has_dropped(hot):
+                hot = await self._read_price(key, account)
+        elif (read := self._book_of_a_moment_ago(account)) is not None:
+            hot, book = await self._read_price(key, account), read
+        else:
+            hot, book = await asyncio.gather(self._read_price(key, account), self._book(account))
         if hot is None:
             return Known(None, self.balance(account), None)
         if book.is_behind(hot.entry) or self.balance(account) is None:
             book = await self._read_book(account)  # whoever stored the price has put nonces and balance there first
-        stored = _as_of_now(hot.entry, hot.now_ms, hot.read_at, book)
+        stored = _as_of(monotonic(), hot.entry, hot.now_ms, hot.read_at, book)
         return Known(stored, self.balance(account), hot.entry.put_at_ms)
 
     async def take_lease(
@@ -143,7 +181,7 @@ class PriceBook:
         """The lease, or whom to wait for, or a fresh price that is another than the one put at `seen_ms`."""
         token = secrets.token_urlsafe(9)
         while True:  # each turn has seen another text, and in the end there is none
-            read_at = monotonic()
+            read_at, drops = monotonic(), self._drops(account)
             args = (token, round(LEASE_S * 1000), "" if seen_ms is None else seen_ms, int(by_force))
             book, (kind, text, now_ms) = await asyncio.gather(
                 self._read_book(account), self._store.call(_LEASE_TAKE, *_keys(key), args=args)
@@ -152,7 +190,7 @@ class PriceBook:
                 return Lease(key, account, token, book.nonces)
             if kind == b"wait":
                 return Wait(text.decode())
-            if (stored := self._fresh(key, _entry(text, now_ms, read_at), book)) is not None:
+            if (stored := self._fresh(key, _entry(text, now_ms, read_at, drops), book)) is not None:
                 return stored
             seen_ms = int(text.split(b" ", 2)[1])
 
@@ -161,7 +199,7 @@ class PriceBook:
         book = await self._book(account)
         read_at = monotonic()
         text, lease, now_ms = await self._store.call(_LEASE_WATCH, *_keys(key))
-        found = _entry(text, now_ms, read_at)
+        found = _entry(text, now_ms, read_at, book.drops)
         is_other = found is not None and found.entry.put_at_ms != seen_ms
         if is_other and (stored := self._fresh(key, found, book)) is not None:
             return stored
@@ -180,7 +218,7 @@ class PriceBook:
     async def put(self, lease: Lease, price: Price, body_digest: bytes) -> bool:
         """Stores a price and ends the lease; False if it was overtaken: by another leader, or by a purge."""
         encoded = encode_price(price, ttl_ms=self._ttl_ms, nonces=lease.nonces, body_digest=body_digest)
-        read_at = monotonic()
+        read_at, drops = monotonic(), self._drops(lease.account)
         args = (lease.token, ENCODING, encoded, self._lifetime_ms)
         now_ms = await self._store.call(_PRICE_PUT, *_keys(lease.key), args=args)
         if not now_ms:
@@ -188,9 +226,8 @@ class PriceBook:
         book = self._books.get(lease.account)
         if book is not None and book.nonces.purge != lease.nonces.purge:
             return False
-        self._keep_hot(
-            lease.key, HotEntry(Entry(price, now_ms, self._ttl_ms, lease.nonces, body_digest), now_ms, read_at)
-        )
+        entry = Entry(price, now_ms, self._ttl_ms, lease.nonces, body_digest)
+        self._keep_hot(lease.key, HotEntry(entry, now_ms, read_at, drops))
         return True
 
     async def end(self, lease: Lease, *, word: bytes = b"", end_price: bool = False) -> bool:
@@ -204,10 +241,14 @@ class PriceBook:
             self._hot.drop(lease.key)
         return ended
 
-    async def purge_question(self, key: str) -> bool:
-        """Forgets one question everywhere within `MAX_AGE_S`; whether there was a price."""
+    async def purge_question(self, key: str, account: str) -> bool:
+        """Forgets one question, everywhere within `BOOK_REREAD_S`; whether there was a price.
+
+        What fails half-way is to be done again: other processes may have the price in memory.
+        """
         found = bool(await self._store.call(_PRICE_PURGE, *_keys(key)))
         self._hot.drop(key)  # not before: a look-up that began meanwhile may have brought it back
+        await self._store.call(_BOOK_DROP, self._book_key(account))
         return found
 
     async def purge_account(self, account: str) -> None:
@@ -225,7 +266,7 @@ class PriceBook:
     def balance(self, account: str) -> Balance | None:
         """The newest balance that this process knows of."""
         seen = self._balances.get(account)
-        return None if seen is None else Balance(seen.amount, max(0.0, monotonic() - seen.born))
+        return None if seen is None else seen.as_of(monotonic())
 
     async def balances(self, accounts: Collection[str]) -> dict[str, Balance]:
         """The newest balances that the fleet knows of."""
@@ -250,10 +291,10 @@ class PriceBook:
             self._books.pop(account, None)
         return repriced
 
-    async def _read_price(self, key: str) -> HotEntry | None:
-        read_at = monotonic()
+    async def _read_price(self, key: str, account: str) -> HotEntry | None:
+        read_at, drops = monotonic(), self._drops(account)
         text, now_ms = await self._store.call(_PRICE_GET, _keys(key)[0])
-        found = _entry(text, now_ms, read_at)
+        found = _entry(text, now_ms, read_at, drops)
         if found is not None:
             self._keep_hot(key, found)
         return found
@@ -274,20 +315,29 @@ class PriceBook:
         if known is None or known.entry.put_at_ms <= found.entry.put_at_ms:
             self._hot.put(key, found)
 
-    async def _book(self, account: str) -> _Book:
+    def _book_of_a_moment_ago(self, account: str) -> _Book | None:
         book = self._books.get(account)
-        if book is not None and monotonic() - book.read_at < BOOK_REREAD_S:
-            return book
-        return await self._read_book(account)
+        return book if book is not None and monotonic() - book.read_at < BOOK_REREAD_S else None
+
+    def _drops(self, account: str) -> int:
+        book = self._books.get(account)
+        return -1 if book is None else book.drops
+
+    async def _book(self, account: str) -> _Book:
+        """One read for all who need it at the same time."""
+        book = self._book_of_a_moment_ago(account)
+        if book is None:
+            book, _ = await self._rereads.join(account, lambda: self._read_book(account))
+        return book
 
     async def _read_book(self, account: str) -> _Book:
         read_at = monotonic()
-        purge, reprice, now_ms, repriced_ago_ms, amount, age_ms = await self._store.call(
+        purge, reprice, now_ms, repriced_ago_ms, amount, age_ms, drops = await self._store.call(
             _BOOK_GET, self._book_key(account), args=(_nonce(), _nonce())
         )
         if amount is not None and age_ms is not None:
             self._take_balance(account, _SeenBalance(amount, read_at - age_ms / 1000, now_ms - age_ms))
-        book = _Book(Nonces(purge, reprice), repriced_ago_ms, now_ms, read_at)
+        book = _Book(Nonces(purge, reprice), drops, repriced_ago_ms, now_ms, read_at)
         known = self._books.get(account)
         if known is None or known.read_at <= read_at:
             self._books[account] = book
@@ -312,17 +362,17 @@ class PriceBook:
         return f"ep1:book:{self._origin}:{account}"
 
 
-def _as_of_now(entry: Entry, now_ms: int, read_at: float, book: _Book) -> StoredPrice | None:
-    now = monotonic()
+def _as_of(now: float, entry: Entry, now_ms: int, read_at: float, book: _Book) -> StoredPrice | None:
+    """`now` and `read_at` are monotonic: at `read_at` it was `now_ms` for the store."""
     repriced_ago_ms = book.repriced_ago_ms
     if repriced_ago_ms is not None:
         repriced_ago_ms += round((now - book.read_at) * 1000)
     return as_of(entry, now_ms + round((now - read_at) * 1000), book.nonces, repriced_ago_ms)
 
 
-def _entry(text: bytes | None, now_ms: int, read_at: float) -> HotEntry | None:
+def _entry(text: bytes | None, now_ms: int, read_at: float, drops: int) -> HotEntry | None:
     entry = None if text is None else decode_price(text)
-    return None if entry is None else HotEntry(entry, now_ms, read_at)
+    return None if entry is None else HotEntry(entry, now_ms, read_at, drops)
 
 
 def _keys(key: str) -> tuple[str, str]:

@@ -1,9 +1,11 @@
 """Prices and balances: what the price book keeps of upstream's answers, and what clients get to see of it.
 
-Amounts stay the JSON numbers that upstream wrote, in bytes.
+Amounts stay the JSON numbers that upstream wrote, in bytes. What is made anew for every hit is a tuple, which takes a
+third of the time of a frozen dataclass.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 ENCODING = b"2"
 """Counts changes of `encode_price`; a price stored in another encoding is not found."""
@@ -21,8 +23,7 @@ class Price:
     rest: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Nonces:
+class Nonces(NamedTuple):
     """The nonces of an account's book: prices of another `purge` are gone, those of another `reprice` are stale."""
 
     purge: bytes
@@ -44,8 +45,7 @@ class Entry:
     body_digest: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class StoredPrice:
+class StoredPrice(NamedTuple):
     """A price as it stands now. `ttl_s` is what is left of its time, negative once it is stale."""
 
     price: Price
@@ -54,16 +54,14 @@ class StoredPrice:
     body_digest: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Balance:
+class Balance(NamedTuple):
     """An account's balance, as a JSON number, and how long ago upstream said it."""
 
     amount: bytes
     age_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
+class Known(NamedTuple):
     """What is known for a question. `seen_ms` says when the text in the store was put there, whatever it is worth."""
 
     stored: StoredPrice | None
@@ -94,10 +92,10 @@ def as_of(entry: Entry, now_ms: int, nonces: Nonces, repriced_ago_ms: int | None
 
     The store's clock may have gone back: nothing is younger than new, nor fresh again once it was repriced.
     """
-    if entry.nonces.purge != nonces.purge:
-        return None
     age_ms = max(0, now_ms - entry.put_at_ms)
     left_ms = entry.ttl_ms - age_ms
+    if entry.nonces.purge != nonces.purge:
+        return None
     if entry.nonces.reprice != nonces.reprice:
         left_ms = min(left_ms, -max(0, repriced_ago_ms or 0))
     return StoredPrice(entry.price, age_ms / 1000, left_ms / 1000, entry.body_digest)

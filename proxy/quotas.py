@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
-from typing import Literal
+from typing import Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
 import orjson
@@ -24,20 +24,22 @@ from proxy.windows import Per, Window, rfc3339
 Scope = Literal["team", "org"]
 Measure = Literal["requests", "estimated_credits"]
 
+_US = 1_000_000
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class Rate:
     """`per_s` requests a second, after a pause `burst` at once."""
 
     per_s: float
     burst: int
 
-    @property
+    @cached_property
     def interval_us(self) -> int:
         """Between two requests, rounded down: nobody gets less than was said."""
         return int(1_000_000 / self.per_s)
 
-    @property
+    @cached_property
     def ahead_us(self) -> int:
         """How far ahead of the clock the theoretical arrival time may lie."""
         return self.interval_us * self.burst
@@ -84,9 +86,13 @@ class Terms:
     def org_quotas(self) -> tuple[Quota, ...]:
         return tuple(quota for quota in self.quotas if quota.scope == "org")
 
+    @cached_property
+    def warns(self) -> bool:
+        """Whether some quota only warns."""
+        return not all(quota.refuse for quota in self.quotas)
 
-@dataclass(frozen=True, slots=True)
-class Charge:
+
+class Charge(NamedTuple):
     """What a request has come to. `credits_micro` is None where nothing was priced."""
 
     outcome: Outcome
@@ -94,12 +100,13 @@ class Charge:
     model: str = NONE
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Standing:
     """How a team stands after the ledger has decided, at `now_us` of the store's clock.
 
     lead_us: how far the theoretical arrival time lies ahead.
     used: of each quota, in the order of the terms.
+    policy_field: as `policies_of` has it, from whom keeps it for many standings.
     """
 
     terms: Terms
@@ -107,27 +114,29 @@ class Standing:
     now_us: int
     lead_us: int
     used: Sequence[int]
+    policy_field: bytes = b""
+    _lines: tuple[bytes, ...] = ()
 
-    def policies(self) -> str:
-        """`RateLimit-Policy`: a list of quota policies (§3)."""
-        rate = self.terms.rate
-        items = [f'"rate";q={rate.burst};w={ceil(rate.burst / rate.per_s)}']
-        for quota in self.terms.quotas:
-            window = self.windows[quota.per]
-            unit = "" if quota.measure == "requests" else ';qu="credits"'
-            items.append(f'"{quota.policy}";q={quota.told(quota.limit)}{unit};w={window.end_s - window.start_s}')
-        return ", ".join(items)
+    @property
+    def lines(self) -> tuple[bytes, ...]:
+        """As header fields: many requests may be told of one standing."""
+        if not self._lines:
+            policies = self.policy_field or policies_of(self.terms, self.windows)
+            self._lines = b"ratelimit-policy: " + policies, b"ratelimit: " + self.limits().encode()
+        return self._lines
 
     def limits(self) -> str:
         """`RateLimit`: a list of what is left (§4)."""
-        items = [f'"rate";r={self.rate_remaining()};t={ceil(self.lead_us / 1_000_000)}']
+        items = [f'"rate";r={self.rate_remaining()};t={-(-self.lead_us // _US)}']
         for quota, used in zip(self.terms.quotas, self.used, strict=True):
-            left = max(0, quota.limit - used)
-            items.append(f'"{quota.policy}";r={quota.told(left)};t={self.seconds_left(quota)}')
+            left = quota.told(quota.limit - used) if used < quota.limit else 0
+            items.append(f'"{quota.policy}";r={left};t={self.seconds_left(quota)}')
         return ", ".join(items)
 
     def warnings(self) -> tuple[Quota, ...]:
         """The quotas that only warn, and are passed."""
+        if not self.terms.warns:
+            return ()
         pairs = zip(self.terms.quotas, self.used, strict=True)
         return tuple(quota for quota, used in pairs if used > quota.limit and not quota.refuse)
 
@@ -137,7 +146,7 @@ class Standing:
 
     def seconds_left(self, quota: Quota) -> int:
         """Until the quota's window ends."""
-        return max(0, ceil(self.windows[quota.per].end_s - self.now_us / 1_000_000))
+        return max(0, -((self.now_us - self.windows[quota.per].end_s * _US) // _US))
 
     def rate_limited(self) -> Problem:
         rate = self.terms.rate
@@ -187,3 +196,14 @@ class Standing:
         if requested > quota.limit:
             return f"This estimate needs more than the whole quota, however long you wait: {left} are left."
         return f"This estimate needs more than is left: {left}, until {resets_at}."
+
+
+def policies_of(terms: Terms, windows: Mapping[Per, Window]) -> bytes:
+    """`RateLimit-Policy`: a list of quota policies (§3)."""
+    rate = terms.rate
+    items = [f'"rate";q={rate.burst};w={ceil(rate.burst / rate.per_s)}']
+    for quota in terms.quotas:
+        window = windows[quota.per]
+        unit = "" if quota.measure == "requests" else ';qu="credits"'
+        items.append(f'"{quota.policy}";q={quota.told(quota.limit)}{unit};w={window.end_s - window.start_s}')
+    return ", ".join(items).encode()

@@ -63,6 +63,7 @@ class Scrape:
             return refusal
         snapshot = await self._newest()
         encode, media_type = choose_encoder(_media_types(ask.accept or ""))
+        self._metrics.flush()
         registry = CollectorRegistry()
         registry.register(_Everything(self._metrics.registry, snapshot))
         return Report(await asyncio.to_thread(encode, registry), media_type)

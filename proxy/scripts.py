@@ -1,6 +1,8 @@
 """Scripts, and calls of them on one connection.
 
 A call knows at each moment whether the server may have run it: it was sent, and no word of the server says otherwise.
+So nothing is sent where it is known to be lost, or likely: on a connection that has ended while it lay idle, or on one
+that lay idle while another one to the same server broke or fell silent.
 """
 
 import asyncio
@@ -11,11 +13,10 @@ from hashlib import sha1
 from importlib.resources import files
 from typing import Any, Final
 
-from redis.asyncio import BlockingConnectionPool
-from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import BusyLoadingError, NoScriptError, RedisError, ResponseError
 
 from proxy.settings_urls import Address
+from proxy.wires import Command, Wire, Wires
 
 
 class Script:
@@ -44,14 +45,18 @@ class Unsaid:
 UNSAID: Final = Unsaid()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Node:
-    """A server. `label` is what the log calls the way there."""
+    """A server. `label` is what the log calls the way there.
+
+    answered: when the latest call began that it has answered, on the loop's clock.
+    """
 
     name: str
     label: str
     host: str
-    pool: BlockingConnectionPool
+    wires: Wires
+    answered: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -85,51 +90,63 @@ async def exchange(node: Node, calls: Sequence[Call]) -> None:
     for call in calls:
         call.node, call.sent, call.word = node, False, UNSAID
     try:
-        connection = await node.pool.get_connection()  # type: ignore[no-untyped-call]  # redis-py's decorator
+        wire = await node.wires.take()
         try:
-            await _exchange(connection, calls)
+            await _exchange(wire, calls)
+            node.answered = max(node.answered, calls[0].began)
+        except BaseException:  # replies may still come, and would be taken for another's
+            wire.close()
+            node.wires.close_idle()
+            raise
         finally:
-            await node.pool.release(connection)
+            node.wires.give_back(wire)
     except (RedisError, OSError) as error:
         for call in calls:
             if call.word is UNSAID:
                 call.word = error
 
 
-async def _exchange(connection: AbstractConnection, calls: Sequence[Call]) -> None:
+async def ask(node: Node, *command: str) -> Any:
+    """The reply to a command that is no script. Raises `RedisError`, `OSError`."""
+    wire, replies = await node.wires.take(), list[Any]()
+    try:
+        await wire.say([command], replies)
+    except BaseException:
+        wire.close()
+        raise
+    finally:
+        node.wires.give_back(wire)
+    if isinstance(replies[0], Exception):
+        raise replies[0]
+    return replies[0]
+
+
+async def _exchange(wire: Wire, calls: Sequence[Call]) -> None:
     """A script that the server did not know has not run: it goes again."""
-    await _converse(connection, calls)
+    await _converse(wire, calls)
     unknown = [call for call in calls if isinstance(call.word, NoScriptError)]
-    if not unknown:
-        return
-    for text in {call.script.text for call in unknown}:
-        await connection.send_packed_command(connection.pack_command("SCRIPT", "LOAD", text))
-        await _read(connection)
-    await _converse(connection, unknown)
+    if unknown:
+        await wire.say([("SCRIPT", "LOAD", text) for text in {call.script.text for call in unknown}], [])
+        await _converse(wire, unknown)
 
 
-async def _converse(connection: AbstractConnection, calls: Sequence[Call]) -> None:
-    commands: list[tuple[bytes | int | str, ...]] = []
+async def _converse(wire: Wire, calls: Sequence[Call]) -> None:
+    commands: list[Command] = []
+    takers: list[Call | None] = []
     for call in calls:
         if call.asks:
             commands.append(("ASKING",))
+            takers.append(None)
         commands.append(("EVALSHA", call.script.digest, len(call.keys), *call.keys, *call.args))
-    packed = connection.pack_commands(commands)
-    for call in calls:
+        takers.append(call)
         call.sent, call.word = True, UNSAID
-    await connection.send_packed_command(packed)
-    for call in calls:
-        if call.asks:
-            await _read(connection)
-        call.word = await _read(connection)
-
-
-async def _read(connection: AbstractConnection) -> Any:
-    """A reply, or what the server refuses with. LOADING is such a word too, and more replies follow it."""
+    replies: list[Any] = []
     try:
-        return await connection.read_response(disconnect_on_error=False)
-    except (ResponseError, BusyLoadingError) as error:
-        return error
-    except BaseException:  # the reply may still come, and would be taken for another one's
-        await connection.disconnect(nowait=True)
-        raise
+        await wire.say(commands, replies)
+    finally:
+        for taker, reply in zip(takers, replies, strict=False):  # some may be missing
+            if taker is not None:
+                taker.word = reply
+    for reply in replies:
+        if isinstance(reply, Exception) and not isinstance(reply, (ResponseError, BusyLoadingError)):
+            raise reply  # such as that we may no longer be here

@@ -1,41 +1,34 @@
 """Where calls go: one server, the primary that Sentinels name, or the servers of a cluster.
 
-* redis-py's connections and pools are used; its Sentinel and cluster clients are not: they retry by themselves, and
-  would run a script again whose reply was lost.
+* redis-py's Sentinel and cluster clients are not used: they retry by themselves, and would run a script again whose
+  reply was lost.
 * The topology is asked for when it is found wrong, never per call: one inquiry at a time, of at most `LEARN_S`. It goes
   to all who may know at once, and the first answer counts.
 """
 
 import asyncio
 import ssl
-from collections.abc import Callable, Coroutine, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, Protocol
 
-from redis.asyncio import BlockingConnectionPool
-from redis.asyncio.connection import AbstractConnection, Connection, UnixDomainSocketConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.crc import key_slot
 from redis.exceptions import ConnectionError as NotConnectedError
 from redis.exceptions import RedisError, ResponseError
-from redis.maint_notifications import MaintNotificationsConfig
 
 from proxy.redirects import SLOTS, homes_of
-from proxy.scripts import Node
+from proxy.scripts import Node, ask
 from proxy.settings_urls import Address, StoreUrl, parse_store_url
+from proxy.wires import Command, Wire, Wires, greeted
 
 MAX_CONNECTIONS = 16
 """To one server."""
 
 LEARN_S = 0.2
 """Less than a call has: while nobody can tell, what was known is tried."""
-
-CLOSE_S = 1.0
-"""For a connection to close: TLS waits for the other side."""
 
 SELDOM_S = 1.0
 
@@ -96,7 +89,7 @@ def servers_of(url: str, access: Access = NO_ACCESS) -> Servers:
         case "server":
             return OneServer(_node(to_servers, place.addresses[0]))
         case "socket":
-            return OneServer(Node(place.path, CONNECTION, place.path, to_servers.pool({"path": place.path})))
+            return OneServer(Node(place.path, CONNECTION, place.path, to_servers.wires(place.path)))
 
 
 class OneServer:
@@ -121,7 +114,7 @@ class OneServer:
         return [self._node]
 
     async def close(self) -> None:
-        await _close(self._node.pool)
+        await self._node.wires.close()
 
 
 class SentinelServers:
@@ -158,11 +151,10 @@ class SentinelServers:
     async def _look(self) -> None:
         address = await _first(self._primary_by(sentinel) for sentinel in self._place.addresses)
         self._primary = self._nodes.at(address)
-        await self._nodes.keep({address})
+        self._nodes.keep({address})
 
     async def _primary_by(self, sentinel: Address) -> Address:
-        command = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._place.primary)
-        reply = await _ask(self._to_sentinels.connection(sentinel), command)
+        reply = await _ask(self._to_sentinels, sentinel, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._place.primary)
         if reply is None:
             raise NotConnectedError(f"the Sentinel {sentinel} watches no {self._place.primary}")
         return Address(reply[0].decode(), int(reply[1]))
@@ -208,10 +200,10 @@ class ClusterServers:
     async def _look(self) -> None:
         asked = list(dict.fromkeys((*sorted(self._known()), *self._seeds)))[:MAX_ASKED]
         self._homes = await _first(self._homes_by(address) for address in asked)
-        await self._nodes.keep(self._known())
+        self._nodes.keep(self._known())
 
     async def _homes_by(self, address: Address) -> list[Address | None]:
-        reply = await _ask(self._connections.connection(address), ("CLUSTER", "SLOTS"))
+        reply = await _ask(self._connections, address, "CLUSTER", "SLOTS")
         homes = homes_of(reply, address.host)
         if not any(homes):
             raise NotConnectedError(f"{address} knows no cluster")
@@ -225,7 +217,7 @@ class _Nodes:
     connections: "_Connections"
     label: str = ""
     _nodes: dict[Address, Node] = field(default_factory=dict)
-    _left: list[BlockingConnectionPool] = field(default_factory=list)
+    _left: list[Wires] = field(default_factory=list)
 
     def at(self, address: Address) -> Node:
         node = self._nodes.get(address)
@@ -233,16 +225,15 @@ class _Nodes:
             node = self._nodes[address] = _node(self.connections, address, self.label or f"{CONNECTION} to {address}")
         return node
 
-    async def keep(self, addresses: set[Address]) -> None:
-        self._left += [self._nodes.pop(address).pool for address in self._nodes.keys() - addresses]
-        for pool in self._left:
-            with suppress(RedisError, OSError):
-                await pool.disconnect(inuse_connections=False)
-        self._left = [pool for pool in self._left if _in_use(pool)]
+    def keep(self, addresses: set[Address]) -> None:
+        self._left += [self._nodes.pop(address).wires for address in self._nodes.keys() - addresses]
+        for wires in self._left:
+            wires.close_idle()
+        self._left = [wires for wires in self._left if wires.are_used]
 
     async def close(self) -> None:
-        for pool in (*self._left, *(node.pool for node in self._nodes.values())):
-            await _close(pool)
+        for wires in (*self._left, *(node.wires for node in self._nodes.values())):
+            await wires.close()
 
 
 class _Inquiry:
@@ -284,57 +275,35 @@ class _Inquiry:
         return None
 
 
-class _TlsConnection(Connection):
-    """With a context that is made once: to read the system's certificates takes longer than a call may."""
-
-    def __init__(self, *, tls: ssl.SSLContext, **options: Any) -> None:
-        super().__init__(**options)
-        self._tls = tls
-
-    def _connection_arguments(self) -> Mapping[str, Any]:
-        return {**super()._connection_arguments(), "ssl": self._tls}
-
-
 class _Connections:
-    """Connections of one kind, and pools of them."""
+    """Connections of one kind."""
 
     def __init__(self, place: StoreUrl, access: Access, *, to_sentinels: bool = False) -> None:
-        self._class = _class_of(place)
-        self._options: dict[str, Any] = {
-            "socket_timeout": None,  # a call's time is counted by the store, once
-            "socket_connect_timeout": CLOSE_S,  # for closing, that is: it is longer than any call has
-            "retry": Retry(NoBackoff(), 0),
-            "protocol": 2,
-            "legacy_responses": False,
-        }
-        if place.tls:
-            self._options["tls"] = _tls_context(access)
-        if to_sentinels:
-            self._options["password"] = access.sentinel_password
+        self._tls = _tls_context(access) if place.tls else None
+        self._username = None if to_sentinels else place.username or access.username
+        self._password = access.sentinel_password if to_sentinels else place.password or access.password
+        self._database = 0 if to_sentinels else place.database
+
+    def wires(self, where: Address | str) -> Wires:
+        """To the server there, or at the path of a socket."""
+        return Wires(partial(self.dial, where), at_most=MAX_CONNECTIONS)
+
+    async def dial(self, where: Address | str) -> Wire:
+        """Raises `RedisError`, `OSError`."""
+        loop = asyncio.get_running_loop()
+        if isinstance(where, Address):
+            _, wire = await loop.create_connection(Wire, where.host, where.port, ssl=self._tls)
         else:
-            self._options["username"] = place.username or access.username
-            self._options["password"] = place.password or access.password
-            self._options["db"] = place.database
+            _, wire = await loop.create_unix_connection(Wire, where)
+        return await greeted(wire, self._introduction())
 
-    def connection(self, address: Address) -> AbstractConnection:
-        made: AbstractConnection = self._class(host=address.host, port=address.port, **self._options)
-        return made
-
-    def pool(self, where: Mapping[str, Any]) -> BlockingConnectionPool:
-        return BlockingConnectionPool(
-            connection_class=self._class,
-            max_connections=MAX_CONNECTIONS,
-            timeout=None,
-            maint_notifications_config=MaintNotificationsConfig(enabled=False),
-            **where,
-            **self._options,
-        )
-
-
-def _class_of(place: StoreUrl) -> type[Any]:
-    if place.kind == "socket":
-        return UnixDomainSocketConnection
-    return _TlsConnection if place.tls else Connection
+    def _introduction(self) -> list[Command]:
+        commands: list[Command] = []
+        if self._username or self._password:
+            commands.append(("AUTH", *filter(None, (self._username,)), self._password or ""))
+        if self._database:
+            commands.append(("SELECT", self._database))
+        return commands
 
 
 def _tls_context(access: Access) -> ssl.SSLContext:
@@ -348,17 +317,16 @@ def _tls_context(access: Access) -> ssl.SSLContext:
 
 
 def _node(connections: _Connections, address: Address, label: str = CONNECTION) -> Node:
-    return Node(str(address), label, address.host, connections.pool(address._asdict()))
+    return Node(str(address), label, address.host, connections.wires(address))
 
 
-async def _ask(connection: AbstractConnection, command: tuple[str, ...]) -> Any:
+async def _ask(connections: _Connections, address: Address, *command: str) -> Any:
     """The reply to a command, on a connection that is there for it alone."""
+    wires = connections.wires(address)
     try:
-        await connection.connect()  # type: ignore[no-untyped-call]  # redis-py's
-        await connection.send_command(*command)
-        return await connection.read_response()
+        return await ask(Node(str(address), str(address), address.host, wires), *command)
     finally:
-        await connection.disconnect(nowait=True)
+        wires.close_idle()
 
 
 async def _first(inquiries: Iterable[Coroutine[Any, Any, Any]]) -> Any:
@@ -376,13 +344,3 @@ async def _first(inquiries: Iterable[Coroutine[Any, Any, Any]]) -> Any:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _in_use(pool: BlockingConnectionPool) -> bool:
-    (_, _), (used, _) = pool.get_connection_count()
-    return used > 0
-
-
-async def _close(pool: BlockingConnectionPool) -> None:
-    with suppress(RedisError, OSError):
-        await pool.aclose()

@@ -16,7 +16,7 @@ MAX_ADDRESSES = 32
 _LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"  # RFC 1035 §2.3.1, and `_`, as containers have it
 _NAME = re.compile(rf"(?=.{{1,253}}$)({_LABEL}\.)*(?![0-9]+\.?$){_LABEL}\.?")
 
-_LOCATION = re.compile(r"(\[[^][]+:[^][]*\]|[^][:]*)(:[0-9]*)?")  # urlsplit passes over what stands beside the brackets
+_LOCATION = re.compile(r"(\[[^][]+:[^][]*\]|[^][:]*)(:[0-9]*)?")  # `hostname` passes over what is beside the brackets
 _INVALID = "is not a valid URL: a port is 1 to 65535, and special characters are percent-encoded"
 
 Kind = Literal["server", "socket", "sentinel", "cluster"]
@@ -120,8 +120,11 @@ def parse_store_url(url: str) -> StoreUrl:
 
 
 def _split(url: str, schemes: tuple[str, ...]) -> SplitResult:
+    """What urlsplit says without having seen the hosts: some versions of it refuse brackets behind the first."""
+    scheme, slashes, rest = url.partition("://")
+    location = re.split("[/?#]", rest, maxsplit=1)[0]
     try:
-        parts = urlsplit(url)
+        parts = urlsplit(f"{scheme}{slashes}{rest[len(location) :]}")._replace(netloc=location)
     except ValueError:
         raise ValueError(_INVALID) from None
     if not url.isprintable() or " " in url or len(url) > MAX_URL_CHARACTERS:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from zoneinfo import ZoneInfo
 
-from proxy.quotas import Quota, Terms
+from proxy.quotas import Quota, Terms, policies_of
 from proxy.windows import Per, Window, day_of, start_of, window_of
 
 USAGE_KEPT_DAYS = 400
@@ -62,6 +62,7 @@ class Sheet:
     holds: the time during which it is the sheet to book on.
     keys, args: as `lua/ledger_decide.lua` reads them.
     org: the organisation's sheet of the same time; None if this is it.
+    policy_field: `RateLimit-Policy` of a team whose sheet it is.
     """
 
     windows: Mapping[Per, Window]
@@ -69,6 +70,7 @@ class Sheet:
     keys: tuple[str, ...]
     args: tuple[str | int, ...]
     org: "Sheet | None" = None
+    policy_field: bytes = b""
 
 
 def org_sheet(keys: LedgerKeys, quotas: Sequence[Quota], at_s: int, zone: ZoneInfo) -> Sheet:
@@ -86,12 +88,14 @@ def team_sheet(keys: LedgerKeys, terms: Terms, org: Sheet, at_s: int, zone: Zone
     usage_ends_s = start_of(day + timedelta(days=1 + USAGE_KEPT_DAYS), zone)
     counters = (keys.counter(terms.team, per, window) for per, window in windows.items())
     interval_us, ahead_us = terms.rate.interval_us, terms.rate.ahead_us
+    all_windows = {**org.windows, **windows}
     return Sheet(
-        {**org.windows, **windows},
+        all_windows,
         _common((org.holds, *windows.values())),
         (keys.usage(terms.team, day), keys.rate(terms.team), *counters),
         (1000 * usage_ends_s, terms.team, interval_us, ahead_us, *_counter_args(windows, own)),
         org,
+        policies_of(terms, all_windows),
     )
 
 

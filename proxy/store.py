@@ -5,36 +5,37 @@
   here that is a failure, but for scripts that only look. What a server has not run goes again, to where it says, or to
   where the topology has it by then.
 * A call that fails says whether a server may have run it: `StoreUnanswered` if it was sent.
-* A try takes `TIMEOUT_S` at the most, waiting for connections and looking for servers included. After a failure that
-  server is left alone for `REST_S`, and its calls fail at once, so that a hanging one costs one wait rather than one a
-  request.
+* A try takes `TIMEOUT_S` and two ticks at the most, waiting for connections and looking for servers included. After a
+  failure that server is left alone for `REST_S`, and its calls fail at once: a hanging one costs one wait, not one a
+  request. Where it has both roles, the failure of one is that of the other.
 """
 
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as NotConnectedError
 from redis.exceptions import MovedError, RedisError, ResponseError
 
 from proxy.embedded import Role
+from proxy.limits import TimeLimit
 from proxy.metrics import Metrics
 from proxy.problems import StoreUnanswered, StoreUnavailable
 from proxy.redirects import Ask, Elsewhere, Final, Later, Meaning, Moved, Unreached, may_have_run, meaning_of
-from proxy.scripts import UNSAID, Call, Node, Script, Unsaid, exchange
+from proxy.scripts import UNSAID, Call, Node, Script, Unsaid, ask, exchange
 from proxy.servers import CONNECTION, NO_ACCESS, Access, servers_of
 from proxy.settings import Settings
+from proxy.troubles import Troubles
 
 __all__ = ["EmbeddedUrls", "Script", "Store", "open_book_store", "open_ledger_store"]
 
 TIMEOUT_S = 0.25
-GRACE_S = 0.05
+TICK_S = 0.025
 REST_S = 0.5
 PAUSE_S = 0.01
 """Before a server that could not run a call is asked again; each time it is longer."""
@@ -45,53 +46,79 @@ ROUNDS_AT_ONCE = 2
 OLDEST_REDIS = (7, 0)
 
 EmbeddedUrls = Mapping[Role, str]
-Question = Callable[[Redis], Awaitable[Any]]
+
+Rests = dict[str, float]
+"""Until when a server is left alone, by its label, on the event loop's clock; `CONNECTION` stands for all of them."""
+
+_NOBODY = NotConnectedError("no server has these keys")
 
 log = logging.getLogger(__name__)
 
 
 class Store:
-    """Redis or Valkey in one role, such as `ledger`: what `url` names. `close` must be called."""
+    """Redis or Valkey in one role, such as `ledger`: what `url` names. `close` must be called.
 
-    def __init__(self, url: str, role: Role, metrics: Metrics | None = None, *, access: Access = NO_ACCESS) -> None:
+    `rests` is shared with the other role, where that is on the same servers.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        role: Role,
+        metrics: Metrics | None = None,
+        *,
+        access: Access = NO_ACCESS,
+        rests: Rests | None = None,
+    ) -> None:
         self.role = role
         self._metrics = metrics
         self._servers = servers_of(url, access)
         self._waiting: list[Call] = []
         self._running: set[asyncio.Task[None]] = set()
-        self._rests_until = 0.0
-        self._rests: dict[str, float] = {}
-        """Until when one of several servers is left alone, by its label."""
+        self.rests: Rests = {} if rests is None else rests
         self._doubted: set[str] = set()
         """Servers that may be the wrong ones, by their names."""
-        self._troubles: dict[str, str] = {}
+        self._limit = TimeLimit(TIMEOUT_S, tick_s=TICK_S)
+        self._troubles = Troubles()
         self._down: set[str] = set()
+        self._known_up: bool | None = None
         self._note_up()
 
     async def call(self, script: Script, *keys: str, args: tuple[bytes | int | str, ...] = ()) -> Any:
         """The reply of `script`, whose keys are in one slot. Raises `StoreUnavailable`."""
-        loop = asyncio.get_running_loop()
-        call = Call(script, keys, args, loop.create_future(), loop.time())
-        if self._is_resting(self._label_of(call), call.began):
-            raise StoreUnavailable("left alone for a moment after a failure")
+        call = self._new_call(script, keys, args)
         self._waiting.append(call)
         if len(self._waiting) == 1:
-            loop.call_soon(self._send)
+            asyncio.get_running_loop().call_soon(self._send)
         return await call.reply
+
+    async def call_at_once(self, script: Script, *keys: str, args: tuple[bytes | int | str, ...] = ()) -> Any:
+        """As `call`, for what is a batch by itself: it waits for nothing that others want. It must not be cancelled."""
+        call = self._new_call(script, keys, args)
+        await self._run([call])
+        return call.reply.result()
+
+    def _new_call(self, script: Script, keys: tuple[str, ...], args: tuple[bytes | int | str, ...]) -> Call:
+        loop = asyncio.get_running_loop()
+        call = Call(script, keys, args, loop.create_future(), loop.time())
+        if self._is_resting(label := self._label_of(call), call.began):
+            self._note_down(label, "it failed in its other role")
+            raise StoreUnavailable("left alone for a moment after a failure")
+        return call
 
     async def ping(self) -> bool:
         """Whether every server answers now."""
-        return all(await self._of_all(lambda client: client.ping(), None))
+        return None not in await self._of_all("PING")
 
     async def version(self) -> tuple[int, ...] | None:
         """The oldest Redis version that a server is or is compatible with; None if none of them says."""
-        found = [str(info.get("redis_version")) for info in await self._infos("server")]
+        found = await self._facts("server", "redis_version")
         known = [tuple(map(int, text.split("."))) for text in found if re.fullmatch(r"[0-9]+(\.[0-9]+)*", text)]
         return min(known, default=None)
 
     async def eviction_policy(self) -> str | None:
         """`maxmemory-policy`, of several the first that evicts; None if no server says."""
-        found = [str(policy) for info in await self._infos("memory") if (policy := info.get("maxmemory_policy"))]
+        found = await self._facts("memory", "maxmemory_policy")
         return next((policy for policy in found if policy != "noeviction"), found[0] if found else None)
 
     async def close(self) -> None:
@@ -99,19 +126,21 @@ class Store:
             await asyncio.wait(self._running)
         await self._servers.close()
 
-    async def _infos(self, section: str) -> list[dict[str, Any]]:
-        return [dict(info) for info in await self._of_all(lambda client: client.info(section), {})]
+    async def _facts(self, section: str, name: str) -> list[str]:
+        """What the servers say of one thing in a section of INFO."""
+        told = [text.decode() for text in await self._of_all("INFO", section) if text is not None]
+        return [fact for text in told for fact in re.findall(rf"^{name}:(.*?)\r?$", text, re.MULTILINE)]
 
-    async def _of_all(self, question: Question, silence: Any) -> list[Any]:
-        """What each server says to a question; `silence` of one that does not answer, or for all if none is known."""
+    async def _of_all(self, *command: str) -> list[bytes | None]:
+        """What each server says to a command; None of one that does not answer, or for all if none is known."""
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 if not self._servers.primaries():
                     await self._servers.learn()
         except (RedisError, OSError, TimeoutError):
-            return [silence]
-        said = await asyncio.gather(*(_of_one(node, question, silence) for node in self._servers.primaries()))
-        if silence in said:
+            return [None]
+        said = await asyncio.gather(*(_of_one(node, *command) for node in self._servers.primaries()))
+        if None in said:
             with suppress(
                 RedisError, OSError
             ):  # where nothing is called, nothing else finds out that they have changed
@@ -123,7 +152,7 @@ class Store:
         return CONNECTION if home is None else home.label
 
     def _is_resting(self, label: str, now: float) -> bool:
-        return now < self._rests_until or (label in self._rests and now < self._rests[label])
+        return now < self.rests.get(label, now) or now < self.rests.get(CONNECTION, now)
 
     def _send(self) -> None:
         """One batch for each server: one that hangs keeps nobody waiting who needs another."""
@@ -149,21 +178,28 @@ class Store:
         self._take_note(calls)
         for call in calls:
             self._deliver(call)
+        if self._metrics is not None:
+            now = asyncio.get_running_loop().time()
+            for call in calls:
+                self._metrics.note_store(call.script.name, now - call.began)
 
     async def _converse_in_time(self, calls: Sequence[Call]) -> None:
         """What may be repeated has a second try, so that one hiccup costs no upstream call."""
         try:
-            await _in_time(self._converse(calls))
+            await self._limit.hold(self._converse(calls))
         except TimeoutError:
             late = [call for call in calls if call.word is UNSAID]
             if self._servers.learns:
                 self._doubted |= {call.node.name for call in late if call.node}
             if not late or not all(call.script.repeatable for call in calls):
                 raise
-            await _in_time(self._converse(late))
+            await self._limit.hold(self._converse(late))
 
     async def _converse(self, calls: Sequence[Call]) -> None:
         """Until each call has its last word: what was not run goes again, while there is time."""
+        if not self._servers.learns:  # there is one place, and its word is the last one
+            await exchange(self._servers.primaries()[0], calls)
+            return
         rounds = 0
         while groups := await self._placed(calls):
             await _together([exchange(node, group) for node, group in groups.items()])
@@ -186,7 +222,7 @@ class Store:
 
     async def _look_again(self, calls: Sequence[Call]) -> Exception:
         """Learns where the servers are, if one is not known or in doubt. Why one may not be known then."""
-        nobody: Exception = NotConnectedError("no server has these keys")
+        nobody: Exception = _NOBODY
         places = [self._place_of(call) for call in calls]
         if any(place is None or place.name in self._doubted for place in places):
             try:
@@ -219,6 +255,8 @@ class Store:
 
     def _take_note(self, calls: Sequence[Call]) -> None:
         """Which servers have served, and which are to be left alone."""
+        if not self._down and not any(map(self._is_unserved, calls)):
+            return
         by_label: dict[str, list[Call]] = {}
         for call in calls:
             by_label.setdefault(call.node.label if call.node else CONNECTION, []).append(call)
@@ -226,7 +264,7 @@ class Store:
             unserved = next((call for call in group if self._is_unserved(call)), None)
             if unserved is None:
                 self._note_served(label)
-            else:
+            elif not _has_answered_since(unserved):
                 self._leave_alone(label, _reason_of(unserved))
         self._note_up()
 
@@ -237,13 +275,16 @@ class Store:
         return isinstance(call.word, Exception | Unsaid)
 
     def _leave_alone(self, label: str, reason: str) -> None:
-        until = asyncio.get_running_loop().time() + REST_S
-        if label == CONNECTION:
-            self._rests_until = until
-        else:
-            self._rests[label] = until
+        self.rests[label] = asyncio.get_running_loop().time() + REST_S
         self._down.add(label)
         self._trouble(label, reason)
+
+    def _note_down(self, label: str, reason: str) -> None:
+        """Of a server that is left alone already: mostly its trouble is known."""
+        if not self._down:
+            self._down.add(label)
+            self._trouble(label, reason)
+            self._note_up()
 
     def _note_served(self, label: str) -> None:
         """Nothing is said any more of servers that are none of ours by now."""
@@ -252,12 +293,10 @@ class Store:
         ours = {node.label for node in self._servers.primaries()}
         for served in ({label, CONNECTION} | (self._down - ours)) & self._down:
             self._down.discard(served)
-            self._rests.pop(served, None)
+            self.rests.pop(served, None)
             self._recovered(served, "works again" if served in {label, CONNECTION} else "is needed no more")
 
     def _deliver(self, call: Call) -> None:
-        if self._metrics is not None:
-            self._metrics.observe_store(call.script.name, asyncio.get_running_loop().time() - call.began)
         failure = _failure_of(call)
         if failure is None:
             self._recovered(call.script.name)
@@ -271,22 +310,27 @@ class Store:
             call.reply.set_exception(failure)
 
     def _note_up(self) -> None:
-        if self._metrics is not None:
-            self._metrics.store_up.labels(self.role).set(not self._down)
+        is_up = not self._down
+        if self._metrics is not None and is_up != self._known_up:
+            self._known_up = is_up
+            self._metrics.store_up.labels(self.role).set(is_up)
 
     def _trouble(self, part: str, reason: str) -> None:
-        """Logs a trouble when it begins or changes, not for every request."""
-        if self._troubles.get(part) != reason:
-            self._troubles[part] = reason
+        if self._troubles.begins(part, reason, asyncio.get_running_loop().time()):
             log.error("the %s's %s fails: %s", self.role, part, reason)
 
     def _recovered(self, part: str, how: str = "works again") -> None:
-        if self._troubles.pop(part, None) is not None:
+        if self._troubles and self._troubles.ends(part, asyncio.get_running_loop().time()):
             log.info("the %s's %s %s", self.role, part, how)
 
 
 def _meaning_of(call: Call) -> Meaning:
     return meaning_of(call.word, sent=call.sent, host=call.node.host if call.node else "")
+
+
+def _has_answered_since(call: Call) -> bool:
+    """Whether the call's server has answered a later one: then it was the connection that led nowhere."""
+    return call.node is not None and call.node.answered > call.began
 
 
 def _name_of(call: Call) -> str:
@@ -306,12 +350,13 @@ def _reason_of(call: Call) -> str:
     return "no answer in time" if call.word is UNSAID else str(call.word) or "no answer in time"
 
 
-async def _of_one(node: Node, question: Question, silence: Any) -> Any:
+async def _of_one(node: Node, *command: str) -> bytes | None:
     try:
         async with asyncio.timeout(TIMEOUT_S):
-            return await question(Redis.from_pool(node.pool))
+            said: bytes = await ask(node, *command)
+            return said
     except (RedisError, OSError):  # TimeoutError is an OSError
-        return silence
+        return None
 
 
 async def _together(exchanges: Sequence[Coroutine[Any, Any, None]]) -> None:
@@ -322,22 +367,6 @@ async def _together(exchanges: Sequence[Coroutine[Any, Any, None]]) -> None:
         await asyncio.gather(*exchanges)
 
 
-async def _in_time(work: Coroutine[Any, Any, None]) -> None:
-    """Does `work` within `TIMEOUT_S`. Raises `TimeoutError`.
-
-    An event loop that stood still is late itself: its timers and the replies that came meanwhile are due in the same
-    turn, and a reply that is there already must count.
-    """
-    task = asyncio.ensure_future(work)
-    for limit_s in (TIMEOUT_S, GRACE_S):
-        await asyncio.wait({task}, timeout=limit_s)
-        if task.done():
-            return task.result()
-    task.cancel()
-    await asyncio.wait({task})
-    raise TimeoutError
-
-
 def open_ledger_store(settings: Settings, embedded_urls: EmbeddedUrls, metrics: Metrics | None = None) -> Store:
     """The store of quotas and usage: the one that the settings name, or else the embedded one."""
     if settings.store.url is None:
@@ -345,12 +374,15 @@ def open_ledger_store(settings: Settings, embedded_urls: EmbeddedUrls, metrics: 
     return Store(settings.store.url.get_secret_value(), "ledger", metrics, access=_access_to_store(settings))
 
 
-def open_book_store(settings: Settings, embedded_urls: EmbeddedUrls, metrics: Metrics | None = None) -> Store:
-    """The store of prices: one of their own, or else the ledger's, or else the embedded one."""
+def open_book_store(
+    settings: Settings, embedded_urls: EmbeddedUrls, metrics: Metrics | None = None, *, ledger: Store | None = None
+) -> Store:
+    """The store of prices: one of their own, or else the ledger's, which may be open already, or the embedded one."""
     if settings.cache.url is not None:
         return Store(settings.cache.url.get_secret_value(), "price-book", metrics, access=_access_to_cache(settings))
     if settings.store.url is not None:
-        return Store(settings.store.url.get_secret_value(), "price-book", metrics, access=_access_to_store(settings))
+        url, access = settings.store.url.get_secret_value(), _access_to_store(settings)
+        return Store(url, "price-book", metrics, access=access, rests=None if ledger is None else ledger.rests)
     return Store(embedded_urls["price-book"], "price-book", metrics)
 
 

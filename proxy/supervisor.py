@@ -15,6 +15,7 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import select
 import signal
 import socket
@@ -85,6 +86,7 @@ class Supervisor:
 
     def run(self) -> int:
         """The exit status. Raises `EmbeddedStoreError`, `NoMetricsDirectoryError` if it cannot begin."""
+        _allow_many_connections()
         with self._listener, _signals() as signals, metrics_directory() as metrics_dir, self._stores_running():
             self._begin_to_listen()  # only now: until here nobody could be answered
             premises = Premises(self._listener, _url_of(self._listener), self._stores.urls, metrics_dir)
@@ -153,6 +155,12 @@ class Supervisor:
             self._stop_by = now + self._settings.server.drain_s + KILL_GRACE_S
             self._listener.close()
             self._workforce.say(STOP)
+
+
+def _allow_many_connections() -> None:
+    """As many open files as the system lets this process have, and so its children: each connection is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class _Signals:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
+from functools import lru_cache
 from hashlib import sha256
 from zlib import crc32
 
@@ -17,6 +18,7 @@ from proxy.quotas import Terms
 PREFIX = "ep_"
 RANDOM_CHARACTERS = 32
 CHECK_CHARACTERS = 6
+TOKEN_CHARACTERS = len(PREFIX) + RANDOM_CHARACTERS + CHECK_CHARACTERS
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 _TOKEN = re.compile(rf"{PREFIX}[0-9A-Za-z]{{{RANDOM_CHARACTERS + CHECK_CHARACTERS}}}", re.ASCII)
@@ -37,21 +39,30 @@ class Credential:
     team: Team
     expires: date | None
 
+    def works_on(self, today: date) -> bool:
+        return self.expires is None or today <= self.expires
+
 
 class Teams:
     """All teams, by the digests of their tokens."""
 
     def __init__(self, by_digest: Mapping[str, Credential]) -> None:
         self._by_digest = by_digest
+        self._well_formed: set[str] = set()
+        """The digests that tokens were seen for: a digest has one token, so its form needs no second look."""
 
-    def find(self, token: str, today: date) -> Team | None:
-        """The team that `token` belongs to, unless it is malformed, unknown or expired."""
+    def find(self, token: str) -> Credential | None:
+        """What `token` opens, unless it is malformed or unknown."""
+        if len(token) != TOKEN_CHARACTERS or not token.isascii():
+            return None
+        digest = _digest_of(token)
+        credential = self._by_digest.get(digest)
+        if credential is None or digest in self._well_formed:
+            return credential
         if not is_well_formed(token):
             return None
-        credential = self._by_digest.get(digest_of(token))
-        if credential is None or (credential.expires is not None and today > credential.expires):
-            return None
-        return credential.team
+        self._well_formed.add(digest)
+        return credential
 
 
 def token_of(random: str) -> str:
@@ -68,6 +79,10 @@ def is_well_formed(token: str) -> bool:
 def digest_of(token: str) -> str:
     """The form in which the config holds a token: `sha256:` and 64 hexadecimal characters."""
     return "sha256:" + sha256(token.encode()).hexdigest()
+
+
+_digest_of = lru_cache(maxsize=1000)(digest_of)
+"""For what may be a token by its length, and so takes little room."""
 
 
 def _check_characters(stem: str) -> str:

@@ -19,13 +19,21 @@ import httpx2
 from proxy import __version__, settings
 from proxy.canonical import key_of
 from proxy.circuit import Circuit, Gate
+from proxy.lanes import Lanes
 from proxy.metrics import Metrics
 from proxy.problems import Code, Problem
 from proxy.replies import Failed, Rejected, Reply, read_reply
 from proxy.settings import SecretText
+from proxy.troubles import Troubles
 
 ESTIMATE_PATH = "/pub/v1/generations/estimate"
 MAX_ANSWER_BYTES = 2**20
+
+QUEUED_PER_CONNECTION = 1
+"""Asks that may wait for a connection: those take one answer of upstream's longer, and more are refused at once."""
+
+QUIET_S = 10.0
+"""An upstream that fails now and then is said to fail, and to answer again, no more often."""
 
 # RFC 3986 §3.4, the percent sign of what is encoded already, and what lenient clients leave bare.
 _QUERY_CHARACTERS = "%!$&'()*+,;=:@/?-._~[]{}|\\^`"
@@ -34,6 +42,11 @@ _QUERY_CHARACTERS = "%!$&'()*+,;=:@/?-._~[]{}|\\^`"
 _OUTAGES = (Code.UPSTREAM_ERROR, Code.UPSTREAM_TIMEOUT)
 
 log = logging.getLogger(__name__)
+
+
+_TOO_MANY_ASKS = Problem(
+    Code.OVERLOADED, "RenderNet is being asked as much at a time as the gateway allows: try again.", retry_after_s=1
+)
 
 
 class _AnswerTooLargeError(Exception):
@@ -75,15 +88,23 @@ class Upstream:
         self._keys: dict[str, SecretText] = {}
         self._metrics = metrics
         self._timeout_s = configured.timeout_s
-        self._transport = httpx2.AsyncHTTPTransport(
-            verify=_tls_context(configured.ca_file),
-            trust_env=False,
-            proxy=None if configured.proxy is None else configured.proxy.get_secret_value(),
-            limits=httpx2.Limits(max_connections=configured.max_connections),
+        self._timeouts = {"timeout": httpx2.Timeout(configured.timeout_s).as_dict()}
+        tls, proxy = _tls_context(configured.ca_file), configured.proxy
+        self._lanes = Lanes(
+            configured.max_connections,
+            lambda size: httpx2.AsyncHTTPTransport(
+                verify=tls,
+                trust_env=False,
+                proxy=None if proxy is None else proxy.get_secret_value(),
+                limits=httpx2.Limits(max_connections=size),
+            ),
         )
+        self._asks = 0
+        self._most_asks = (1 + QUEUED_PER_CONNECTION) * configured.max_connections
         self._circuits: dict[str, Circuit] = {}
         self.take_keys(keys)
-        self._troubles: dict[str, str] = {}
+        self._failing: set[str] = set()
+        self._troubles = Troubles(quiet_s=QUIET_S)
 
     def take_keys(self, keys: Mapping[str, SecretText]) -> None:
         """New and changed keys. Accounts that are not named any more keep theirs for what is still under way."""
@@ -94,13 +115,22 @@ class Upstream:
     @property
     def in_trouble(self) -> bool:
         """Whether some account's newest exchange failed."""
-        return bool(self._troubles)
+        return bool(self._failing)
 
     async def estimate(self, account: str, canonical: bytes, query: str, *, deadline: float) -> Reply:
         """What upstream says to `canonical`, asked with the account's key. Failures are replies too.
 
         `deadline` stands on the event loop's clock.
         """
+        if self._asks >= self._most_asks:
+            return Failed(_TOO_MANY_ASKS, asked=False)
+        self._asks += 1
+        try:
+            return await self._estimate(account, canonical, query, deadline)
+        finally:
+            self._asks -= 1
+
+    async def _estimate(self, account: str, canonical: bytes, query: str, deadline: float) -> Reply:
         loop = asyncio.get_running_loop()
         circuit = self._circuits[account]
         gate = circuit.admit(loop.time(), probe_s=self._timeout_s)
@@ -117,7 +147,7 @@ class Upstream:
         return reply
 
     async def close(self) -> None:
-        await self._transport.aclose()
+        await self._lanes.close()
 
     async def _ask(self, account: str, canonical: bytes, query: str, deadline: float) -> Reply:
         reply: Reply
@@ -143,7 +173,7 @@ class Upstream:
         secret = self._keys[account].get_secret_value()
         request = httpx2.Request(
             "POST",
-            self.address.url.copy_with(query=query.encode() or None),
+            self.address.url.copy_with(query=query.encode()) if query else self.address.url,
             content=canonical,
             headers={
                 "x-api-key": secret,
@@ -152,13 +182,17 @@ class Upstream:
                 "accept-encoding": "identity",
                 "user-agent": f"estimate-proxy/{__version__}",
             },
-            extensions={"timeout": httpx2.Timeout(self._timeout_s).as_dict()},
+            extensions=self._timeouts,
         )
-        response = await self._transport.handle_async_request(request)
-        try:
-            body = await _read(response)
-        finally:
-            await response.aclose()
+        with self._lanes.one() as transport:
+            try:
+                response = await transport.handle_async_request(request)
+            except AttributeError as error:  # anyio's, where a connection is reset in the moment in which it is there
+                raise httpx2.ConnectError("the connection was reset at once") from error
+            try:
+                body = await _read(response)
+            finally:
+                await response.aclose()
         return read_reply(
             response.status_code,
             body,
@@ -168,14 +202,15 @@ class Upstream:
         )
 
     def _note_trouble(self, account: str, reason: str | None) -> None:
-        """Logs a trouble when it begins, changes and ends, not for every request."""
-        before = self._troubles.pop(account, None)
-        if reason is not None:
-            self._troubles[account] = reason
-        if reason is not None and reason != before:
-            log.error("upstream fails for the account %s: %s", account, reason)
-        elif reason is None and before is not None:
-            log.info("upstream answers again for the account %s", account)
+        now = asyncio.get_running_loop().time()
+        if reason is None:
+            self._failing.discard(account)
+            if self._troubles.ends(account, now):
+                log.info("upstream answers again for the account %s", account)
+        else:
+            self._failing.add(account)
+            if self._troubles.begins(account, reason, now):
+                log.error("upstream fails for the account %s: %s", account, reason)
 
 
 def _status_class(reply: Reply) -> str:

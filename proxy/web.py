@@ -1,16 +1,16 @@
 """HTTP in, HTTP out: the endpoints as ASGI applications, problems as documents, one log line a request.
 
-* The header list is taken once, before the first `receive()`: the server appends chunked trailers to it later.
+* The header list is read once, before the first `receive()`: the server appends chunked trailers to it later.
 * `http.disconnect` while a body is read is an abort, never the end of the body.
 * Decisions are taken on `scope["path"]` alone; nothing of a request steers where upstream is.
 """
 
 import asyncio
 import logging
-import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from functools import cached_property
+from itertools import count
 from math import floor
 from time import perf_counter
 
@@ -20,72 +20,67 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from proxy.directives import Directives, parse_directives
 from proxy.gateway import Answer, Ask, Explanation, Purged, Trace
+from proxy.heads import Head, Headers, Lines
 from proxy.ledger import Admitted, Denied
+from proxy.lifecycle import Lifecycle
 from proxy.logs import event
 from proxy.metrics import Metrics
 from proxy.problems import BadRequest, ClientGone, Code, Outcome, Problem
+from proxy.server import HEAD, REPLY, WHOLE_BODY
 from proxy.statements import Report
-
-MAX_IN_FLIGHT = 2000
-"""Requests that one process works on at a time; more are told to come back."""
 
 MAX_DISCARDED_BYTES = 4 * 2**20
 """Of a body that is too large, so much is read and dropped for the client to hear the answer."""
 
-Headers = list[tuple[bytes, bytes]]
 Ending = Answer | Explanation | Purged | Report | Problem
 Story = Callable[[Ask, Trace], Awaitable[Ending]]
 
 MAX_QUERY_BYTES = 8192
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}", re.ASCII)
-_JSON = b"application/json"
+_JSON_TYPE = b"content-type: application/json"
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class Lifecycle:
-    """What the process is doing, as its endpoints need to know it."""
+class RequestIds:
+    """Names for requests whose client gave none: a random beginning, then a count."""
 
-    draining: bool = False
-    in_flight: int = 0
-    stop_by: float = 0.0
-    """Monotonic time by which everything is to be over, once it is stopping."""
+    def __init__(self) -> None:
+        self._begin = secrets.token_hex(8)
+        self._numbers = count()
+
+    def next(self) -> str:
+        return f"{self._begin}{next(self._numbers):016x}"
 
 
-@dataclass(slots=True)
-class Exchange:
+class Exchange(Trace):
     """One request on its way to its one log line."""
 
-    operation: str
-    request_id: str
-    started: float = field(default_factory=perf_counter)
-    trace: Trace = field(default_factory=Trace)
-    close: bool = False
+    close = False
+    """The connection, behind the answer."""
 
-    @classmethod
-    def begin(cls, operation: str, headers: Headers) -> "Exchange":
-        given = [value.decode("latin-1") for value in values(headers, b"x-request-id")]
-        known = len(given) == 1 and _REQUEST_ID.fullmatch(given[0])
-        return cls(operation, given[0] if known else secrets.token_hex(16))
+    def __init__(self, operation: str, request_id: str) -> None:
+        self.operation = operation
+        self.request_id = request_id
+        self.started = perf_counter()
 
     def end(self, metrics: Metrics, outcome: Outcome, status: int) -> None:
         """Counts the request, and writes its log line."""
         duration_s = perf_counter() - self.started
-        metrics.count_request(self.trace.team, self.operation, outcome, duration_s)
+        metrics.note_request(self.team, self.operation, outcome, duration_s)
+        if not log.isEnabledFor(logging.INFO):
+            return
         facts = {
             "request_id": self.request_id,
-            "team": self.trace.team,
+            "team": self.team,
             "operation": self.operation,
             "outcome": outcome.value,
             "status": status,
             "ms": _ms(duration_s),
         }
-        if self.trace.upstream_s is not None:
-            facts["upstream_ms"] = _ms(self.trace.upstream_s)
+        if self.upstream_s is not None:
+            facts["upstream_ms"] = _ms(self.upstream_s)
         event(log, logging.INFO, "request", facts)
 
 
@@ -108,42 +103,39 @@ class StoryEndpoint:
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._timeout_s = timeout_s
+        self._ids = RequestIds()
+
+    @cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        """Looked up once: Python asks the system each time whether the process is still the same."""
+        return asyncio.get_running_loop()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers: Headers = list(scope["headers"])
-        exchange = Exchange.begin(self._operation, headers)
+        head: Head = scope[HEAD]
+        exchange = Exchange(self._operation, head.request_id or self._ids.next())
         self._lifecycle.in_flight += 1
-        self._metrics.requests_in_flight.inc()
         try:
-            ending = await self._answer(scope, headers, receive, exchange)
+            ending = await self._answer(scope, head, receive, exchange)
         except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is not None:
+                task.uncancel()  # it goes on: Python 3.11.2 would end it at its next time limit otherwise
             ending = Problem(Code.DRAINING, "The gateway is shutting down: ask again.", retry_after_s=1)
             exchange.close = True
         finally:
             self._lifecycle.in_flight -= 1
-            self._metrics.requests_in_flight.dec()
-        if ending is None or (exchange.trace.waited and await _is_gone(receive)):
+        if ending is None or (exchange.waited and await _is_gone(receive)):
             exchange.end(self._metrics, Outcome.CANCELLED, 499)
             return
         exchange.close = exchange.close or self._lifecycle.draining
-        await respond(send, exchange, ending, self._metrics)
+        await respond(scope, send, exchange, ending, self._metrics)
 
-    async def _answer(self, scope: Scope, headers: Headers, receive: Receive, exchange: Exchange) -> Ending | None:
+    async def _answer(self, scope: Scope, head: Head, receive: Receive, exchange: Exchange) -> Ending | None:
         """How the story ends; None when nobody is left to hear it. What the story raises becomes a problem here."""
-        deadline = asyncio.get_running_loop().time() + self._timeout_s
-        body = _Body(receive, self._max_body_bytes, exchange)
         try:
-            if self._lifecycle.in_flight > MAX_IN_FLIGHT:
+            if self._lifecycle.is_overloaded():
                 return Problem(Code.OVERLOADED, "The gateway has too much to do: try again.", retry_after_s=1)
-            ask = Ask(
-                token=_token(headers),
-                read_body=lambda: body.read(headers, deadline),
-                query=_query(scope),
-                directives=_directives(headers),
-                accept=", ".join(value.decode("latin-1") for value in values(headers, b"accept")) or None,
-                deadline=deadline,
-            )
-            return await self._story(ask, exchange.trace)
+            deadline = self._loop.time() + self._timeout_s
+            return await self._story(_Asked(scope, head, receive, exchange, self._max_body_bytes, deadline), exchange)
         except BadRequest as error:
             return error.problem
         except ClientGone:
@@ -153,36 +145,60 @@ class StoryEndpoint:
             return Problem(Code.INTERNAL_ERROR, "The gateway failed; its log has the reason under this request's id.")
 
 
-class _Body:
-    """A request's body, read once."""
+class _Asked:
+    """What a request asks for. Raises `BadRequest` if its head is malformed."""
 
-    def __init__(self, receive: Receive, max_bytes: int, exchange: Exchange) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        head: Head,
+        receive: Receive,
+        exchange: Exchange,
+        max_bytes: int,
+        deadline: float,
+    ) -> None:
+        self.token = head.token
+        self.directives = head.directives
+        self.accept = head.accept
+        self.query: bytes = scope["query_string"]
+        self.deadline = deadline
+        if len(self.query) > MAX_QUERY_BYTES:
+            raise BadRequest(Code.INVALID_REQUEST, f"The query string has more than {MAX_QUERY_BYTES} bytes.")
+        self._scope = scope
+        self._head = head
         self._receive = receive
-        self._max_bytes = max_bytes
         self._exchange = exchange
+        self._max_bytes = max_bytes
 
-    async def read(self, headers: Headers, deadline: float) -> bytes:
-        """The whole body.
+    async def read_body(self) -> bytes:
+        """The whole body, once.
 
         Raises `BadRequest` if it is late, too large or not declared as plain JSON, `ClientGone`.
         """
-        _check_media_type(headers)
-        if _declared_bytes(headers) > self._max_bytes + MAX_DISCARDED_BYTES:
+        self._head.check_media_type()
+        whole: bytes | None = self._scope.get(WHOLE_BODY)
+        if whole is not None:
+            if len(whole) > self._max_bytes:
+                raise self._too_large()
+            return whole
+        if self._head.content_length > self._max_bytes + MAX_DISCARDED_BYTES:
             raise self._too_large()
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(self.deadline):
                 return await self._collect()
         except TimeoutError:
             self._exchange.close = True
             raise BadRequest(Code.INVALID_REQUEST, "The body did not arrive in time.") from None
 
     async def _collect(self) -> bytes:
-        chunks, size = [], 0
-        async for chunk in self._chunks():
-            size += len(chunk)
-            if size > self._max_bytes + MAX_DISCARDED_BYTES:
-                break
-            chunks.append(chunk if size <= self._max_bytes else b"")
+        chunks, size, more = [], 0, True
+        while more and size <= self._max_bytes + MAX_DISCARDED_BYTES:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            size += len(message["body"])
+            chunks.append(message["body"] if size <= self._max_bytes else b"")
+            more = message["more_body"]
         if size > self._max_bytes:
             raise self._too_large()
         return b"".join(chunks)
@@ -191,39 +207,31 @@ class _Body:
         self._exchange.close = True
         return BadRequest(Code.BODY_TOO_LARGE, f"The body has more than {self._max_bytes} bytes: send fewer items.")
 
-    async def _chunks(self) -> AsyncIterator[bytes]:
-        more = True
-        while more:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            yield message["body"]
-            more = message["more_body"]
 
-
-async def respond(send: Send, exchange: Exchange, ending: Ending, metrics: Metrics) -> None:
+async def respond(scope: Scope, send: Send, exchange: Exchange, ending: Ending, metrics: Metrics) -> None:
     """Sends the response, and ends the exchange."""
     match ending:
-        case Problem(status=status):
-            headers, body = ending.headers(), ending.document(exchange.request_id)
         case Answer(status=status):
-            headers, body = _answer_headers(ending), ending.body
+            lines, body = _answer_lines(ending), ending.body
+        case Problem(status=status):
+            lines, body = [*map(b": ".join, ending.headers())], ending.document(exchange.request_id)
         case Explanation():
-            status, headers, body = 200, [(b"content-type", _JSON)], _explanation_document(ending)
+            status, lines, body = 200, [_JSON_TYPE], _explanation_document(ending)
         case Purged():
-            status, headers, body = 200, [(b"content-type", _JSON)], _purged_document(ending)
+            status, lines, body = 200, [_JSON_TYPE], _purged_document(ending)
         case Report():
-            status, headers, body = 200, _report_headers(ending), ending.body
-    headers += _common_headers(exchange)
-    headers.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+            status, lines, body = 200, _report_lines(ending), ending.body
+    lines += _common_lines(exchange)
+    if not scope[REPLY](status, lines, body, close=exchange.close):
+        headers = _fields([*lines, b"content-length: %d" % len(body)], exchange)
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
     exchange.end(metrics, Outcome.HIT if isinstance(ending, Purged | Report) else ending.outcome, status)
 
 
 async def refuse_route(lifecycle: Lifecycle, metrics: Metrics, request: Request, error: Exception) -> Response:
     """The answer to a path or method that is not served."""
-    exchange = Exchange.begin("other", request.scope["headers"])
+    exchange = Exchange("other", request.scope[HEAD].request_id or secrets.token_hex(16))
     exchange.close = lifecycle.draining
     if isinstance(error, HTTPException) and error.status_code == 405:  # noqa: PLR2004 -- RFC 9110 §15.5.6
         allow = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
@@ -232,27 +240,29 @@ async def refuse_route(lifecycle: Lifecycle, metrics: Metrics, request: Request,
         problem = Problem(Code.NOT_FOUND, "Of RenderNet's API the gateway serves POST /pub/v1/generations/estimate.")
     body = problem.document(exchange.request_id)
     exchange.end(metrics, problem.outcome, problem.status)
-    headers = [(name.decode(), value.decode()) for name, value in problem.headers() + _common_headers(exchange)]
-    return Response(body, problem.status, dict(headers))
+    fields = [*problem.headers(), *_fields(_common_lines(exchange), exchange)]
+    return Response(body, problem.status, {name.decode(): value.decode() for name, value in fields})
 
 
-def values(headers: Headers, name: bytes) -> Iterator[bytes]:
-    return (value for header, value in headers if header == name)
+def _fields(lines: Lines, exchange: Exchange) -> Headers:
+    """As a message to the server has them."""
+    pairs = (line.split(b": ", 1) for line in ([*lines, b"connection: close"] if exchange.close else lines))
+    return [(name, value) for name, value in pairs]
 
 
-def _answer_headers(answer: Answer) -> Headers:
-    headers = [(b"content-type", _JSON)]
+def _answer_lines(answer: Answer) -> Lines:
+    lines = [_JSON_TYPE]
     if answer.status >= 400:  # noqa: PLR2004 -- upstream's own errors are errors too
-        headers.append((b"cache-control", b"no-store"))
+        lines.append(b"cache-control: no-store")
     if answer.age_s is not None:
-        headers.append((b"age", str(int(answer.age_s)).encode()))
+        lines.append(b"age: %d" % answer.age_s)
     if answer.balance_age_s is not None:
-        headers.append((b"estimate-proxy-balance-age", str(int(answer.balance_age_s)).encode()))
-    return headers
+        lines.append(b"estimate-proxy-balance-age: %d" % answer.balance_age_s)
+    return lines
 
 
-def _report_headers(report: Report) -> Headers:
-    return [(b"content-type", report.media_type.encode()), (b"vary", b"accept"), (b"cache-control", b"no-store")]
+def _report_lines(report: Report) -> Lines:
+    return [b"content-type: " + report.media_type.encode(), b"vary: accept", b"cache-control: no-store"]
 
 
 def _explanation_document(explanation: Explanation) -> bytes:
@@ -290,86 +300,33 @@ def _purged_document(purged: Purged) -> bytes:
     )
 
 
-def _common_headers(exchange: Exchange) -> Headers:
-    trace = exchange.trace
-    headers = [(b"x-request-id", exchange.request_id.encode())]
+def _common_lines(exchange: Exchange) -> Lines:
+    lines = [b"x-request-id: " + exchange.request_id.encode()]
+    if exchange.cache_status is not None:
+        lines.append(b"cache-status: estimate-proxy; " + exchange.cache_status.encode())
+    if exchange.standing is not None:
+        lines += exchange.standing.lines
+    if exchange.warnings:
+        names = ", ".join(f'"{quota.policy}"' for quota in exchange.warnings)
+        lines.append(b"estimate-proxy-warning: " + names.encode())
+    if timing := _timings(exchange):
+        lines.append(b"server-timing: " + b", ".join(timing))
+    return lines
+
+
+def _timings(trace: Trace) -> list[bytes]:
+    timings = []
     if trace.cache_status is not None:
-        headers.append((b"cache-status", b"estimate-proxy; " + trace.cache_status.encode()))
-    headers += _limit_headers(trace)
-    if timing := _server_timing(trace):
-        headers.append((b"server-timing", timing.encode()))
-    if exchange.close:
-        headers.append((b"connection", b"close"))
-    return headers
-
-
-def _limit_headers(trace: Trace) -> Headers:
-    if trace.standing is None:
-        return []
-    policies, limits = trace.standing.policies(), trace.standing.limits()
-    headers = [(b"ratelimit-policy", policies.encode()), (b"ratelimit", limits.encode())]
-    if trace.warnings:
-        names = ", ".join(f'"{quota.policy}"' for quota in trace.warnings)
-        headers.append((b"estimate-proxy-warning", names.encode()))
-    return headers
-
-
-def _server_timing(trace: Trace) -> str:
-    parts = []
-    if trace.cache_status is not None:
-        parts.append(f"cache;desc={'hit' if trace.cache_status.startswith('hit') else 'miss'}")
+        timings.append(b"cache;desc=hit" if trace.cache_status.startswith("hit") else b"cache;desc=miss")
     if trace.store_s is not None:
-        parts.append(f"store;dur={_ms(trace.store_s)}")
+        timings.append(b"store;dur=%.1f" % (1000 * trace.store_s))
     if trace.upstream_s is not None:
-        parts.append(f"upstream;dur={_ms(trace.upstream_s)}")
-    return ", ".join(parts)
+        timings.append(b"upstream;dur=%.1f" % (1000 * trace.upstream_s))
+    return timings
 
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1000, 1)
-
-
-def _token(headers: Headers) -> str | None:
-    """The team's token: `X-API-KEY`, or else `Authorization: Bearer`. One sent twice is refused."""
-    key = _only(headers, b"x-api-key")
-    authorization = _only(headers, b"authorization")
-    if key is not None:
-        return key
-    if authorization is None:
-        return None
-    scheme, _, token = authorization.partition(" ")
-    return token.strip() if scheme.lower() == "bearer" else None
-
-
-def _query(scope: Scope) -> bytes:
-    query: bytes = scope["query_string"]
-    if len(query) > MAX_QUERY_BYTES:
-        raise BadRequest(Code.INVALID_REQUEST, f"The query string has more than {MAX_QUERY_BYTES} bytes.")
-    return query
-
-
-def _directives(headers: Headers) -> Directives:
-    return parse_directives(", ".join(value.decode("latin-1") for value in values(headers, b"cache-control")))
-
-
-def _only(headers: Headers, name: bytes) -> str | None:
-    found = list(values(headers, name))
-    if len(found) > 1:
-        raise BadRequest(Code.INVALID_REQUEST, f"The header {name.decode()} was sent {len(found)} times.")
-    return found[0].decode("latin-1").strip() if found else None
-
-
-def _declared_bytes(headers: Headers) -> int:
-    """The Content-Length; the server has seen to it that it is one number, or absent."""
-    return int(_only(headers, b"content-length") or 0)
-
-
-def _check_media_type(headers: Headers) -> None:
-    content_type = _only(headers, b"content-type")
-    if content_type is not None and content_type.partition(";")[0].strip().lower() != _JSON.decode():
-        raise BadRequest(Code.UNSUPPORTED_MEDIA_TYPE, "Send the body with Content-Type: application/json.")
-    if (coding := _only(headers, b"content-encoding")) is not None and coding.lower() != "identity":
-        raise BadRequest(Code.UNSUPPORTED_MEDIA_TYPE, "Send the body without a content coding.")
 
 
 async def _is_gone(receive: Receive) -> bool:

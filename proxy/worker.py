@@ -7,6 +7,7 @@ dead and the worker goes too. The worker says `READY` when it serves.
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -23,15 +24,18 @@ from starlette.applications import Starlette
 from proxy import logs
 from proxy.app import build, objections
 from proxy.embedded import Role
+from proxy.lifecycle import Lifecycle
 from proxy.metrics import Metrics
 from proxy.server import Server
 from proxy.settings import Settings
-from proxy.web import Lifecycle
 
 READY, DRAIN, STOP, RELOAD_FAILED = "ready", "drain", "stop", "reload failed"
 ORPHAN_GRACE_S = 2.0
 CANNOT_SERVE = 3
 """Exit status of a worker that another one could not do better than."""
+
+YOUNG_OBJECTS = 10_000
+"""So many more before the collector of cycles looks at the youngest: hardly anything here is in a cycle."""
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +60,7 @@ class Worker:
         drain_s = settings.server.drain_s
         metrics = Metrics(settings.teams, settings.accounts)
         app = build(settings, embedded_urls, self._lifecycle, metrics)
-        server = Server(app, drain_s=drain_s, announce=lambda: self._channel.send(READY))
+        server = Server(app, drain_s=drain_s, announce=self._announce)
         stop = partial(self._stop, server, drain_s)
         reload = partial(self._reload, app, metrics)
         loop = asyncio.get_running_loop()
@@ -65,6 +69,13 @@ class Worker:
         await server.serve([self._listener])
         loop.remove_reader(self._channel.fileno())
         return 0
+
+    def _announce(self) -> None:
+        """What is here by now stays: the collector of cycles, which would stop the loop for it, need not look again."""
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(YOUNG_OBJECTS)
+        self._channel.send(READY)
 
     def _listen(self, server: Server, stop: Callable[[], None], reload: Callable[[Settings | None], None]) -> None:
         try:

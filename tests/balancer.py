@@ -4,7 +4,7 @@ import asyncio
 import threading
 from asyncio import StreamReader, StreamWriter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from itertools import count
 
 from processes import address_of
@@ -91,9 +91,9 @@ async def _says_ready(url: str) -> bool:
     try:
         async with asyncio.timeout(1):
             reader, writer = await asyncio.open_connection(host, port)
-            writer.write(b"GET /readyz HTTP/1.1\r\nhost: replica\r\nconnection: close\r\n\r\n")
-            answer = await reader.read()
-            writer.close()
+            with closing(writer):
+                writer.write(b"GET /readyz HTTP/1.1\r\nhost: replica\r\nconnection: close\r\n\r\n")
+                answer = await reader.read()
             return answer.startswith(b"HTTP/1.1 200 ")
     except (OSError, TimeoutError):
         return False

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -14,10 +15,16 @@ import pytest
 import redis
 from starlette.types import Receive, Scope, Send
 
+from ledger_desk import REST_S, Skewed
+from processes import Tree
 from proxy.embedded import EmbeddedStores
 from proxy.simulator import Simulator
-from scene import API_KEY, Scene, gateway, settings
+from proxy.teams import digest_of
+from quota_scenes import ADMIN, Limited, team
+from relay import Relay, relay
+from scene import API_KEY, DESIGN, PLENTY, Scene, gateway, settings
 from serving import HOSTS, serving, wait_until
+from watching import GUARD
 
 # A busy machine is slow, not wrong: the suite as a whole has the time limit.
 hypothesis.settings.register_profile("house", deadline=None)
@@ -40,6 +47,14 @@ class Stage:
 def _hosts() -> Iterator[None]:
     yield
     HOSTS.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _counted_at_once() -> Iterator[None]:
+    """Gateways in the tests' own process count what has happened in the next turn of their loop."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("proxy.metrics.FLUSH_AFTER_S", 0)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -127,3 +142,58 @@ def cold(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def scene(open_gateway: Opened) -> Scene:
     return open_gateway()
+
+
+@pytest.fixture
+def watched(open_gateway: Opened) -> Opened:
+    """Opens gateways that may be scraped."""
+
+    def enter(**sections: Tree) -> Scene:
+        return open_gateway(**{**GUARD, **sections})
+
+    return enter
+
+
+@pytest.fixture
+def within_a_minute() -> None:
+    """Windows begin and end at whole minutes: a test has some seconds without one."""
+    wait_until(lambda: time.time() % 60 < 55)
+
+
+@pytest.fixture
+def limited(open_gateway: Opened) -> Limited:
+    """Opens a gateway whose team `design` has these quotas; there is a token for its operator."""
+
+    def enter(*quotas: Tree, rate: Tree = PLENTY, teams: Tree | None = None, **sections: Tree) -> Scene:
+        sections["teams"] = {"design": team(DESIGN, *quotas, rate=rate)} | (teams or {})
+        return open_gateway(admin={"tokens": [digest_of(ADMIN)]}, **sections)
+
+    return enter
+
+
+@pytest.fixture
+def server(any_store_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(any_store_url) as client:
+        client.flushall()
+        client.config_resetstat()
+        yield client
+
+
+@pytest.fixture
+def way(any_store_url: str) -> Iterator[Relay]:
+    with relay(any_store_url) as found:
+        yield found
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an outage nobody waits for long."""
+    monkeypatch.setattr("proxy.store.REST_S", REST_S)
+    monkeypatch.setattr("proxy.ledger.FLUSH_EVERY_S", 0.02)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Skewed:
+    skewed = Skewed()
+    monkeypatch.setattr("proxy.decisions.time_ns", skewed)
+    return skewed

@@ -22,8 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from processes import SOON_S, Served, Tree, house
 from proxy.config import PREFIX
-from proxy.hot import MAX_AGE_S
-from proxy.pricebook import LEASE_S
+from proxy.pricebook import BOOK_REREAD_S, LEASE_S
 from proxy.simulator import Exchange, Handler
 from proxy.teams import digest_of, token_of
 from proxy.valkey import Valkey
@@ -112,7 +111,8 @@ class Crew:
         assert isinstance(text, bytes)
         encoding, put_at, rest = text.split(b" ", 2)
         store.set(key, b"%b %d %b" % (encoding, int(put_at) - seconds * 1000, rest), keepttl=True)
-        time.sleep(MAX_AGE_S + 0.05)
+        store.hincrby(self.book.decode(), "drops", 1)
+        time.sleep(BOOK_REREAD_S + 0.05)
 
     @property
     def book(self) -> bytes:

@@ -143,6 +143,8 @@ class Book:
     repriced_at: int | None = None
     balance: Balance | None = None
     audit_until: int = 0
+    drops: int = 0
+    """How many questions have been purged."""
     changed: dict[int, int] = field(default_factory=dict)
 
 
@@ -172,6 +174,7 @@ class Fleet:
     def purge_question(self, key: int) -> bool:
         self.leases.pop(key, None)
         self.words.pop(key, None)
+        self.book.drops += self.book.purge is not None
         return self.prices.pop(key, None) is not None
 
     def purge_account(self) -> None:
@@ -231,6 +234,7 @@ class Page:
     purge: int
     reprice: int
     repriced_at: int | None
+    drops: int
     read_at: int
 
 
@@ -307,7 +311,8 @@ class Process:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._hot: dict[int, tuple[Price, int]] = {}
+        self._hot: dict[int, tuple[Price, int, int]] = {}
+        """Prices, with when they were read and how many purges were known then."""
         self._page: Page | None = None
         self._circuit = Circuit()
         self.balance: Balance | None = None
@@ -364,8 +369,10 @@ class Process:
         fleet = self._fleet
         remembered = self._hot.pop(key, None)
         if remembered is None or fleet.now - remembered[1] > fleet.hot_ms:
-            remembered = (fleet.prices[key], fleet.now) if key in fleet.prices else None
-        page = self._read()
+            remembered = self._in_store(key, self._drops)
+            page = self._read()
+        elif (page := self._read()).drops != remembered[2] or page.purge != remembered[0].purge:
+            remembered = self._in_store(key, page.drops)
         if remembered is None:
             return None, None
         price = remembered[0]
@@ -446,11 +453,11 @@ class Process:
 
     def _take_lease(self, key: int, known: Price | None, *, force: bool = False) -> Lease | Price | None:
         """The lease, or a newer price that is fresh, or None: another process asks."""
-        page, fleet = self._read(anew=True), self._fleet
+        drops, page, fleet = self._drops, self._read(anew=True), self._fleet
         stored = fleet.prices.get(key)
         if not force:
             if stored is not None and stored != known and self._is_fresh(stored, page):
-                self._hot[key] = stored, fleet.now
+                self._hot[key] = stored, fleet.now, drops
                 return stored
             if key in fleet.leases:
                 return None
@@ -488,7 +495,7 @@ class Process:
             fleet.prices[key] = price
             if self._page is not None and self._page.purge != lease.purge:
                 return False
-            self._hot[key] = price, fleet.now
+            self._hot[key] = price, fleet.now, self._drops
             return True
         if isinstance(reply, Rejected):
             fleet.prices.pop(key, None)
@@ -512,7 +519,7 @@ class Process:
         fleet, key = self._fleet, flight.body.key
         stored = fleet.prices.get(key)
         if stored is not None and stored != flight.known and self._is_fresh(stored, self._read()):
-            self._hot[key] = stored, fleet.now
+            self._hot[key] = stored, fleet.now, self._drops
             return self._found(stored)
         if key in fleet.words:
             return Told(fleet.words[key], elsewhere=True)
@@ -534,8 +541,16 @@ class Process:
             book.purge, book.reprice, repriced_at = next(fleet.nonces), next(fleet.nonces), None
         if book.balance is not None and (self.balance is None or book.balance.at >= self.balance.at):
             self.balance = book.balance
-        self._page = Page(book.purge, book.reprice, repriced_at, fleet.now)
+        self._page = Page(book.purge, book.reprice, repriced_at, book.drops, fleet.now)
         return self._page
+
+    @property
+    def _drops(self) -> int:
+        return -1 if self._page is None else self._page.drops
+
+    def _in_store(self, key: int, drops: int) -> tuple[Price, int, int] | None:
+        fleet = self._fleet
+        return (fleet.prices[key], fleet.now, drops) if key in fleet.prices else None
 
     def _seen(self, price: Price, page: Page) -> Seen | None:
         if price.purge != page.purge:

@@ -26,16 +26,31 @@ class Way:
     latency_s: before each piece of a reply.
     piece_bytes: replies are passed on in pieces of so many bytes, so that with a latency they drip.
     swallows: a connection's replies are lost, for good, once a chunk with these bytes was sent; b"": any chunk.
+    carries: otherwise a connection on which something is sent leads nowhere from then on: it is half open.
     accepts: otherwise new connections are reset at once.
     """
 
     latency_s: float = 0.0
     piece_bytes: int = CHUNK
     swallows: bytes | None = None
+    carries: bool = True
     accepts: bool = True
 
 
 GOOD = Way()
+
+
+@dataclass(eq=False)
+class _Line:
+    """A connection through the relay.
+
+    mute: its replies are lost.
+    forgotten: nothing passes any more, in neither direction, and the client does not hear of the server's end.
+    """
+
+    client: StreamWriter
+    mute: bool = False
+    forgotten: bool = False
 
 
 class Relay:
@@ -47,7 +62,7 @@ class Relay:
         """Set when a reply has been lost."""
         self._server = urlsplit(server_url)
         self._way = GOOD
-        self._clients: set[StreamWriter] = set()
+        self._lines: set[_Line] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def become(self, way: Way) -> None:
@@ -55,9 +70,25 @@ class Relay:
         self.swallowed.clear()
         self._way = way
 
+    @contextmanager
+    def being(self, way: Way) -> Iterator[None]:
+        """For a while; where nobody gets through, those who did are torn off."""
+        self.become(way)
+        if not way.accepts:
+            self.tear()
+        try:
+            yield
+        finally:
+            self.become(GOOD)
+
     def tear(self) -> None:
         """Resets all connections; returns when that is done."""
         asyncio.run_coroutine_threadsafe(self._close_all(_tear), self._loop).result(WITHIN_S)
+
+    def forget(self) -> None:
+        """All connections that are there lead nowhere from now on, as behind a firewall that has dropped its table."""
+        for line in list(self._lines):
+            line.forgotten = True
 
     def cut(self) -> None:
         """Nobody gets through any more: connections are closed, as by a server that ends."""
@@ -80,60 +111,65 @@ class Relay:
         self._loop.call_soon_threadsafe(self._over.set)
 
     async def _close_all(self, close: Callable[[StreamWriter], None]) -> None:
-        for client in self._clients:
-            close(client)
+        for line in self._lines:
+            close(line.client)
         await asyncio.sleep(0)  # that is when sockets are closed
 
     async def _welcome(self, reader: StreamReader, client: StreamWriter) -> None:
-        if not self._way.accepts or len(self._clients) == MAX_CONNECTIONS:
+        if not self._way.accepts or len(self._lines) == MAX_CONNECTIONS:
             _tear(client)
             return
-        task = asyncio.ensure_future(self._relay(reader, client))
+        line = _Line(client)
+        task = asyncio.ensure_future(self._relay(reader, line))
         self._tasks.add(task)
-        self._clients.add(client)
+        self._lines.add(line)
         await asyncio.wait({task})
-        self._clients.discard(client)
+        self._lines.discard(line)
         self._tasks.discard(task)
 
-    async def _relay(self, reader: StreamReader, client: StreamWriter) -> None:
+    async def _relay(self, reader: StreamReader, line: _Line) -> None:
         """Until either side closes; then the other is closed too."""
         with suppress(OSError):
             from_server, server = await self._connect()
-            lost = asyncio.Event()
             both = {
-                asyncio.ensure_future(self._pass_on(reader, server, lost)),
-                asyncio.ensure_future(self._bring_back(from_server, client, lost)),
+                asyncio.ensure_future(self._pass_on(reader, server, line)),
+                asyncio.ensure_future(self._bring_back(from_server, line)),
             }
             _, other = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             for task in other:
                 task.cancel()
             await asyncio.wait(both)
             server.close()
-        client.close()
+        line.client.close()
 
     async def _connect(self) -> tuple[StreamReader, StreamWriter]:
         if self._server.scheme == "unix":
             return await asyncio.open_unix_connection(unquote(self._server.path))
         return await asyncio.open_connection(self._server.hostname, self._server.port)
 
-    async def _pass_on(self, reader: StreamReader, server: StreamWriter, lost: asyncio.Event) -> None:
+    async def _pass_on(self, reader: StreamReader, server: StreamWriter, line: _Line) -> None:
         with suppress(OSError):
             while chunk := await reader.read(CHUNK):
-                if self._way.swallows is not None and self._way.swallows in chunk:
-                    lost.set()
-                server.write(chunk)
-                await server.drain()
+                line.mute |= self._way.swallows is not None and self._way.swallows in chunk
+                line.forgotten |= not self._way.carries
+                if not line.forgotten:
+                    server.write(chunk)
+                    await server.drain()
 
-    async def _bring_back(self, reader: StreamReader, client: StreamWriter, lost: asyncio.Event) -> None:
+    async def _bring_back(self, reader: StreamReader, line: _Line) -> None:
         with suppress(OSError):
             while chunk := await reader.read(CHUNK):
-                if lost.is_set():
+                if line.forgotten:
+                    continue
+                if line.mute:
                     self.swallowed.set()
                     continue
                 for piece in _pieces(chunk, self._way.piece_bytes):
                     await asyncio.sleep(self._way.latency_s)
-                    client.write(piece)
-                    await client.drain()
+                    line.client.write(piece)
+                    await line.client.drain()
+        if line.forgotten:
+            await asyncio.Future()  # until the client leaves
 
 
 def _pieces(chunk: bytes, size: int) -> Iterator[bytes]:

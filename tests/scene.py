@@ -13,11 +13,11 @@ import redis
 from starlette.responses import Response
 
 from proxy.app import build
+from proxy.lifecycle import Lifecycle
 from proxy.metrics import Metrics
 from proxy.settings import Settings
 from proxy.simulator import Handler, Simulator
 from proxy.teams import digest_of, token_of
-from proxy.web import Lifecycle
 from serving import serving
 
 PATH = "/pub/v1/generations/estimate"

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from proxy.server import Server
 
 
-class _Host:
+class Host:
     """A server that lasts, with room for one application at a time."""
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Hosts:
     """The servers that are free."""
 
     def __init__(self) -> None:
-        self.free: list[_Host] = []
+        self.free: list[Host] = []
 
     def close(self) -> None:
         for host in self.free:
@@ -75,7 +75,7 @@ HOSTS = Hosts()
 @contextmanager
 def serving(app: ASGIApp) -> Iterator[str]:
     """Runs `app`, lifespan and all, and gives its base URL."""
-    host = HOSTS.free.pop() if HOSTS.free else _Host()
+    host = HOSTS.free.pop() if HOSTS.free else Host()
     try:
         with host.serving(app):
             yield host.url

@@ -4,12 +4,15 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
 
 from conftest import Opened
+from proxy.problems import StoreUnavailable
 from proxy.simulator import Fault, Handler
+from proxy.store import Script, Store
 from proxy.teams import digest_of, token_of
 from scene import DESIGN, MARKETING, Scene, answers, cache_status, code_of
 from serving import wait_until
@@ -109,7 +112,7 @@ class TestStale:
         ],
     )
     def test_if_upstream_fails(self, open_gateway: Opened, fault: Fault, status: str) -> None:
-        scene = open_gateway(upstream={"timeout_s": 0.2})
+        scene = open_gateway(upstream={"timeout_s": 0.5})
         scene.ask()
         scene.age(3600 + 400)
         scene.simulator.script(fault)
@@ -328,6 +331,22 @@ class TestPurge:
         assert cache_status(scene.ask()).startswith("fwd=miss")
         assert cache_status(scene.ask(b"[{}]")).startswith("fwd=miss")
         assert cache_status(scene.ask()).startswith("hit")
+
+    def test_half_a_purge_is_told_as_none(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        scene.ask()
+        call = Store.call
+
+        async def half(store: Store, script: Script, *keys: str, args: tuple[bytes | int | str, ...] = ()) -> Any:
+            if script.name == "book_drop":
+                raise StoreUnavailable("it went away in between")
+            return await call(store, script, *keys, args=args)
+
+        with monkeypatch.context() as broken:
+            broken.setattr(Store, "call", half)
+            refused = self.purge(scene, '{"body":[{"model":"Flux"}]}')
+        assert (refused.status_code, code_of(refused)) == (503, "store-unavailable")
+        assert "nothing is sure to be purged" in refused.json()["detail"]
+        assert self.purge(scene, '{"body":[{"model":"Flux"}]}').status_code == 200
 
     def test_a_question_with_its_query(self, scene: Scene) -> None:
         path = "/pub/v1/generations/estimate?type=image"

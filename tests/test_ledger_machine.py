@@ -41,12 +41,13 @@ from ledger_model import (
     Ticket,
     span,
 )
-from proxy.decisions import Decisions
+from proxy.decisions import EXACT_MICRO, Decisions
 from proxy.ledger import Admitted, Denied, Ledger
 from proxy.metrics import Metrics
 from proxy.problems import Outcome
 from proxy.quotas import Charge, Quota, Rate, Standing, Terms
 from proxy.reports import Reports
+from proxy.servers import CONNECTION
 from proxy.sheets import LedgerKeys
 from proxy.store import Script, Store
 
@@ -61,7 +62,18 @@ HUGE = 10**15
 """Micro-credits of the dearest answer that there is."""
 
 Answer = Admitted | Denied | Standing | None
-Expected = tuple[Coroutine[Any, Any, Answer], Callable[[Answer], None]]
+
+
+class Expected(NamedTuple):
+    """What is to be asked, what the model has said to it, if anything, and how an answer is compared with that.
+
+    deal: whose standing it is to tell.
+    """
+
+    asked: Coroutine[Any, Any, Answer]
+    said: Said | None
+    check: Callable[[Said | None, Answer], None]
+    deal: Deal | None = None
 
 
 class Clock:
@@ -103,9 +115,9 @@ class Gateway:
 
     def begin(self) -> None:
         """Anew, and knowing nothing; what the last example still owed is lost."""
-        self._store._rests_until = inf
+        self._store.rests[CONNECTION] = inf
         self._runner.run(self.ledger.close(1))
-        self._store._rests_until = 0
+        self._store.rests[CONNECTION] = 0
         self._clock.skew_us = 0
         self.ledger = self._new_ledger()
         self._runner.run(self.ledger.open())
@@ -129,12 +141,12 @@ class Gateway:
 
     def _let(self, process: Process) -> None:
         """Whether there is a ledger, and what time it is, are this process's own matters."""
-        self._store._rests_until = inf if process.out else 0
+        self._store.rests[CONNECTION] = inf if process.out else 0
         self._clock.skew_us = process.skew_us
 
     def _new_ledger(self) -> Ledger:
         metrics = Metrics()
-        return Ledger(Decisions(self._store, KEYS, ZONE, metrics), metrics, ZONE, admits_on_outage=True)
+        return Ledger(Decisions(self._store, KEYS, ZONE, metrics), metrics, admits_on_outage=True)
 
 
 async def _store(url: str) -> Store:
@@ -361,12 +373,12 @@ class LedgerMachine(RuleBasedStateMachine):
         Without the ledger, nothing is called.
         """
         process, calls = self._processes[where], self._world.calls()
-        expected = [self._expect(where, act) for act in acts]
-        answers = self._world.gateways[where].run(process, [asked for asked, _ in expected])
+        expected = self._expect_all(where, acts)
+        answers = self._world.gateways[where].run(process, [one.asked for one in expected])
         called = self._world.calls() - calls
         assert called == 0 if process.out else called == 1 or (called == 2 and not process.knows_the_time)
-        for answer, (_, check) in zip(answers, expected, strict=True):
-            check(answer)
+        for answer, one in zip(answers, expected, strict=True):
+            one.check(one.said, answer)
         if not process.out:
             process.hear()
 
@@ -421,7 +433,7 @@ class LedgerMachine(RuleBasedStateMachine):
             ticket, admitted = found
             process.owe(ticket, bill)
             (answer,) = gateway.run(process, [gateway.ledger.settle(admitted, charge_of(bill))])
-            self._on_credit(bill, answer)
+            self._on_credit(bill, None, answer)
             self._pay(where)
 
     @rule(where=_WHERE)
@@ -472,6 +484,47 @@ class LedgerMachine(RuleBasedStateMachine):
         most = self._books.used(owner, limit) + draft.most
         return replace(limit, most=min(max(0, most), 9 * HUGE))
 
+    def _expect_all(self, where: int, acts: list[Act]) -> list[Expected]:
+        """In the order of `acts`. Those alike are decided in the place of the first one.
+
+        Who is refused is told what was so then, who is admitted what is so behind them all.
+        """
+        expected: dict[int, Expected] = {}
+        out = self._processes[where].out
+        for numbers in [[number] for number in range(len(acts))] if out else self._alike(where, acts):
+            found = [self._expect(where, acts[number]) for number in numbers]
+            if len(found) > 1:
+                found = [one._replace(said=_standing_as(found[-1].said, one.said)) for one in found]
+            expected.update(zip(numbers, found, strict=True))
+        return [self._behind_all(expected[number]) for number in range(len(acts))]
+
+    def _behind_all(self, one: Expected) -> Expected:
+        if one.said is None or one.deal is None or one.said.word != "ok":
+            return one
+        if not all(limit.refuses for limit in one.deal.limits):
+            return one
+        return one._replace(said=_standing_as(self._books.say(one.deal), one.said))
+
+    def _alike(self, where: int, acts: list[Act]) -> list[list[int]]:
+        """The numbers of those that are decided as one, which a sum beyond what Lua holds exactly would not be."""
+        groups: list[list[int]] = []
+        known: dict[object, list[int]] = {}
+        waiting = sum(ticket.entry is not None for ticket, _ in self._waiting[where])
+        for number, act in enumerate(acts):
+            ends = act.kind in ("settle", "refund") and waiting > 0
+            waiting -= ends
+            alike = not ends and act.kind not in ("peek", "pass")
+            alike = alike and all(one.refuses for one in self._deals[act.team][0].limits)
+            bill = act.bill if act.kind == "charge" else None  # all others are admitted
+            kind = (act.team, bill) if alike else number
+            micro = (bill and bill.micro) or 0
+            group = known.get(kind)
+            if group is None or (len(group) + 1) * micro > EXACT_MICRO:
+                group = known[kind] = []
+                groups.append(group)
+            group.append(number)
+        return groups
+
     def _expect(self, where: int, act: Act) -> Expected:
         """What is to be asked, and what must come of it."""
         if act.kind in ("settle", "refund") and (found := self._pick(where, act.pick, unseen=False)):
@@ -482,16 +535,18 @@ class LedgerMachine(RuleBasedStateMachine):
         ledger, (deal, terms), bill = self._world.gateways[where].ledger, self._deals[act.team], act.bill
         match act.kind:
             case "charge":
-                return later(ledger.charge(terms, charge_of(bill))), partial(_check, self._books.charge(deal, bill))
+                return Expected(
+                    later(ledger.charge(terms, charge_of(bill))), self._books.charge(deal, bill), _check, deal
+                )
             case "peek":
-                return later(ledger.peek(terms, bill.micro)), partial(_check, self._books.peek(deal, bill.micro))
+                return Expected(later(ledger.peek(terms, bill.micro)), self._books.peek(deal, bill.micro), _check, deal)
             case "pass":
                 said = self._books.pass_over(deal, "not-cached")
-                return later(ledger.pass_over(terms, Outcome.NOT_CACHED)), partial(_check, said)
+                return Expected(later(ledger.pass_over(terms, Outcome.NOT_CACHED)), said, _check, deal)
             case _:
                 said, entry = self._books.admit(deal)
                 ticket = Ticket(deal, self._books.now_us, entry)
-                return later(ledger.admit(terms)), partial(self._check_admission, where, said, ticket)
+                return Expected(later(ledger.admit(terms)), said, partial(self._check_admission, where, ticket), deal)
 
     def _expect_unseen(self, where: int, act: Act) -> Expected:
         """Without the ledger everybody is admitted."""
@@ -504,11 +559,14 @@ class LedgerMachine(RuleBasedStateMachine):
         match act.kind:
             case "charge" | "peek":
                 process.owe(ticket, act.bill)
-                return later(ledger.charge(terms, charge_of(act.bill))), partial(self._on_credit, act.bill)
+                asked = ledger.charge(terms, charge_of(act.bill))
+                return Expected(later(asked), None, partial(self._on_credit, act.bill))
             case "pass":
-                return later(ledger.pass_over(terms, Outcome.NOT_CACHED)), partial(self._on_credit, Bill("not-cached"))
+                asked = ledger.pass_over(terms, Outcome.NOT_CACHED)
+                return Expected(later(asked), None, partial(self._on_credit, Bill("not-cached")))
             case _:
-                return later(ledger.admit(terms)), partial(self._on_credit, Bill("cancelled"), waiting=(where, ticket))
+                check = partial(self._on_credit, Bill("cancelled"), waiting=(where, ticket))
+                return Expected(later(ledger.admit(terms)), None, check)
 
     def _expect_end(self, where: int, act: Act, ticket: Ticket, admitted: Admitted) -> Expected:
         process, ledger = self._processes[where], self._world.gateways[where].ledger
@@ -516,13 +574,15 @@ class LedgerMachine(RuleBasedStateMachine):
             asked = ledger.refund(admitted, Outcome.UPSTREAM_BUSY)
             if process.out:
                 process.owe(ticket, None)
-                return asked, _check_nothing
-            return asked, partial(_check_shown, self._books.refund(ticket.deal, _entry(ticket), "upstream-busy"))
+                return Expected(asked, None, _check_nothing)
+            return Expected(
+                asked, self._books.refund(ticket.deal, _entry(ticket), "upstream-busy"), _check_shown, ticket.deal
+            )
         settled = ledger.settle(admitted, charge_of(act.bill))
         if process.out:
             process.owe(ticket, act.bill)
-            return settled, partial(self._on_credit, act.bill)
-        return settled, partial(_check, self._books.settle(ticket.deal, _entry(ticket), act.bill))
+            return Expected(settled, None, partial(self._on_credit, act.bill))
+        return Expected(settled, self._books.settle(ticket.deal, _entry(ticket), act.bill), _check, ticket.deal)
 
     def _pick(self, where: int, pick: int, *, unseen: bool) -> tuple[Ticket, Admitted] | None:
         """One of those that have been admitted: from now on it is not there any more."""
@@ -533,12 +593,12 @@ class LedgerMachine(RuleBasedStateMachine):
         self._waiting[where].remove(picked)
         return picked
 
-    def _check_admission(self, where: int, said: Said, ticket: Ticket, answer: Answer) -> None:
+    def _check_admission(self, where: int, ticket: Ticket, said: Said | None, answer: Answer) -> None:
         _check(said, answer)
         if isinstance(answer, Admitted):
             self._waiting[where].append((ticket, answer))
 
-    def _on_credit(self, bill: Bill, answer: Answer, waiting: tuple[int, Ticket] | None = None) -> None:
+    def _on_credit(self, bill: Bill, _: Said | None, answer: Answer, waiting: tuple[int, Ticket] | None = None) -> None:
         assert isinstance(answer, Admitted)
         assert (answer.standing, answer.booked) == (None, False)
         assert answer.model == ("-" if bill.micro is None else "other")
@@ -554,16 +614,24 @@ class LedgerMachine(RuleBasedStateMachine):
             process.hear()
 
 
-def _check(said: Said, answer: Answer) -> None:
+def _standing_as(last: Said | None, said: Said | None) -> Said:
+    assert last is not None
+    assert said is not None
+    return replace(said, lead_us=last.lead_us, rate_left=last.rate_left, used=last.used)
+
+
+def _check(said: Said | None, answer: Answer) -> None:
+    assert said is not None
     assert agree(said_by(answer), said), f"{said_by(answer)} is not {said}"
 
 
-def _check_shown(said: Said, answer: Answer) -> None:
+def _check_shown(said: Said | None, answer: Answer) -> None:
+    assert said is not None
     assert isinstance(answer, Standing)
     assert agree(shown_by(answer), said), f"{shown_by(answer)} is not {said}"
 
 
-def _check_nothing(answer: Answer) -> None:
+def _check_nothing(_: Said | None, answer: Answer) -> None:
     assert answer is None
 
 

@@ -212,16 +212,24 @@ def _fail_upstream(stand: Stand) -> None:
 
 
 def _ask_without_stores(stand: Stand) -> None:
-    """One debit stays without a reply. Another one waits, as soon as upstream is asked again and answers."""
+    """One debit stays without a reply: a scrape may be the first to find the ledger silent, so that none is sent.
+
+    Another one waits, as soon as upstream is asked again and answers.
+    """
     stand.upstream.simulator = renders()
+    wait_until(lambda: stand.ask(DESIGN, ONE) == 503 and not _has(stand, "unanswered_debits_total", 0))
     wait_until(lambda: stand.ask(DESIGN, ONE) == 200)
 
 
 def _lose_the_ledger(stand: Stand) -> None:
-    wait_until(lambda: "estimate_proxy_buffered_debits 0.0" in _metrics(stand))
+    wait_until(lambda: _has(stand, "buffered_debits", 0))
     with redis.Redis.from_url(stand.ledger.url) as store:
         store.flushall()
-    assert stand.ask(DESIGN, b"[{},{}]") == 200
+    wait_until(lambda: stand.ask(DESIGN, b"[{},{}]") == 200)
+
+
+def _has(stand: Stand, name: str, value: float) -> bool:
+    return f"estimate_proxy_{name} {value:.1f}\n" in _metrics(stand)
 
 
 def _metrics(stand: Stand) -> str:

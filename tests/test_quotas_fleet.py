@@ -4,7 +4,6 @@ What deaths have cost is logged: see `-o log_cli=true`.
 """
 
 import asyncio
-import json
 import logging
 import secrets
 import time
@@ -21,6 +20,7 @@ import psutil
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from books import Books, books_of
 from conftest import Stage
 from fleet import BODY, Crew, Fleet, fleet_of, limiting
 from processes import House, Served, Tree, address_of, house, kill
@@ -35,7 +35,7 @@ COUNTED: Tree = {"measure": "requests", "limit": 10**6, "per": "month"}
 """Nobody reaches it: it shows its counter."""
 PATIENT: dict[str, Tree] = {
     "server": {"request_timeout_s": 30},
-    "upstream": {"timeout_s": 30},
+    "upstream": {"timeout_s": 30, "max_connections": 1000},
     "team_defaults": {"rate": {"per_s": 100_000, "burst": 1_000_000}},
 }
 
@@ -95,32 +95,6 @@ def callers(crews: Sequence[Crew], body: Bodies) -> list[Caller]:
     urls = [served.url for served in crews[0].fleet.gateways]
     pairs = [(crew.token, url) for crew in crews for url in urls]
     return [Caller(url, token, body(n)) for n in range(CALLERS) for token, url in [pairs[n % len(pairs)]]]
-
-
-@dataclass(frozen=True)
-class Books:
-    """What the ledger says of a team: its quotas' counters, and its usage."""
-
-    used: list[Decimal]
-    usage: Tree
-
-    @classmethod
-    def of(cls, served: Served, token: str) -> "Books":
-        quotas, rows = _shown(served, token, "/v1/quota")["quotas"], _shown(served, token, "/v1/usage?by=model")["rows"]
-        total = {name: sum(row[name] for row in rows) for name in ("requests", "refused", "estimated_credits")}
-        outcomes = sum((Counter[str](row["outcomes"]) for row in rows), Counter[str]())
-        return cls([quota["used"] for quota in quotas], {**total, "outcomes": dict(outcomes)})
-
-
-def _shown(served: Served, token: str, path: str) -> Any:
-    with served.client() as client:
-        answer = client.get(path, headers={"x-api-key": token})
-    assert answer.status_code == 200, answer.text
-    return json.loads(answer.text, parse_float=Decimal)
-
-
-def books_of(crew: Crew, at: int = 0) -> Books:
-    return Books.of(crew.fleet.gateways[at], crew.token)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -29,14 +29,6 @@ HUGE = 2**53 + 1
 """As a number of Lua or JavaScript it would be rounded."""
 
 Tell = Callable[[Callable[[Reports], Coroutine[Any, Any, None]]], None]
-
-
-@pytest.fixture
-def server(any_store_url: str) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(any_store_url) as client:
-        client.flushall()
-        client.config_resetstat()
-        yield client
 
 
 @pytest.fixture
@@ -285,7 +277,7 @@ def test_reports_say_what_the_ledger_has_booked(any_store_url: str, server: redi
 
     async def story(store: Store) -> None:
         metrics = Metrics()
-        ledger = Ledger(Decisions(store, KEYS, ZONE, metrics), metrics, ZONE, admits_on_outage=False)
+        ledger = Ledger(Decisions(store, KEYS, ZONE, metrics), metrics, admits_on_outage=False)
         reports = Reports(store, KEYS, ZONE)
         for _ in range(3):
             await ledger.charge(design, Charge(Outcome.HIT, 4_500_000, "Flux"))

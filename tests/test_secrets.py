@@ -351,7 +351,7 @@ def test_the_secrets_were_used(play: Play) -> None:
     assert proxied == {b"Basic " + base64.b64encode(f"us:{PROXY_PASSWORD}".encode())}
 
 
-@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("core", CORES, ids=range(len(CORES)))  # pytest puts a test's name into the environment
 def test_no_output_has_a_secret(core: str, play: Play) -> None:
     assert [(where, forms) for where, said in play.said.items() if (forms := shown(core, said))] == []
 

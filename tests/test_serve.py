@@ -283,7 +283,7 @@ def test_several_workers_are_one_gateway(home: House) -> None:
     assert len(served.children()) == 5
     for _ in range(60):
         assert served.ask().status_code == 200
-    assert total(served, "estimate_proxy_requests_total") >= 60
+    wait_until(lambda: total(served, "estimate_proxy_requests_total") >= 60)
     kill(workers[0])
     served.wait_until_serving(times=4)
     assert [line.partition(" died")[0] for line in served.told(" died")] == ["worker 1 of 3"]
@@ -424,22 +424,6 @@ def test_without_its_ledger_it_refuses_until_the_ledger_is_back(home: House) -> 
     assert not served.told("price-book")
     assert served.stop() == 0
     assert_nothing_left(home)
-
-
-@pytest.mark.usefixtures("simulator")
-def test_a_price_book_that_hangs_costs_a_moment(home: House) -> None:
-    served = home.start()
-    served.ask()
-    store = served.store("price-book")
-    store.suspend()
-    try:
-        for number in range(3):
-            answer = served.ask(b'[{"seed":%d}]' % number)
-            assert (answer.status_code, cache_status(answer)) == (200, BYPASS)
-            assert answer.elapsed.total_seconds() < 1.5
-    finally:
-        store.resume()
-    wait_until(lambda: is_hit(served.ask()))
 
 
 # Death of the supervisor

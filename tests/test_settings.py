@@ -553,7 +553,7 @@ NO_HOST = "must name a host"
         ("https://h:0", NO_URL),
         ("https://h:99999", NO_URL),
         ("https://h:x", NO_URL),
-        ("https://[::1", NO_URL),
+        ("https://[::1", NO_HOST),
         ("https://a b", NO_URL),
         ("https://h\\n", NO_URL),
         (f"https://h/{'a' * 2048}", NO_URL),

@@ -12,12 +12,15 @@ from urllib.parse import unquote
 import pytest
 import redis
 
+from lateness import assert_in_time
 from proxy.app import objections
+from proxy.metrics import Metrics
 from proxy.pricebook import Lease, PriceBook
 from proxy.prices import Known, Price
 from proxy.problems import StoreUnavailable
 from proxy.settings import Settings
 from proxy.store import REST_S, TIMEOUT_S, EmbeddedUrls, Script, Store, open_book_store, open_ledger_store
+from relay import GOOD, Way, relay
 from scene import settings
 from serving import free_port
 
@@ -204,11 +207,12 @@ def test_a_reply_that_is_late_is_a_failure_and_nothing_is_sent_again(any_store_u
         with pytest.raises(StoreUnavailable):
             await store.call(BALANCE, "late", args=(b"1",))
         waited = loop.time() - started
-        assert TIMEOUT_S <= waited < TIMEOUT_S + 0.25
+        assert waited >= TIMEOUT_S
+        assert_in_time(waited, TIMEOUT_S + 0.25)
         started = loop.time()
         with pytest.raises(StoreUnavailable):
             await store.call(BALANCE, "late", args=(b"1",))
-        assert loop.time() - started < TIMEOUT_S / 2
+        assert_in_time(loop.time() - started, TIMEOUT_S / 2)
 
     server.script_load(BALANCE.text)
     path = unquote(any_store_url.removeprefix("unix://"))
@@ -239,6 +243,57 @@ def test_it_recovers_by_itself(any_store_url: str, server: redis.Redis) -> None:
                 await asyncio.sleep(0.05)
 
     run(any_store_url, story)
+
+
+def test_an_old_calls_failure_is_no_news_of_a_server_that_has_answered_since(
+    any_store_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its connection led nowhere; the server is none the worse."""
+    caplog.set_level("INFO", "proxy.store")
+
+    async def story(store: Store) -> None:
+        await store.call(GET, "x")
+        way.become(Way(swallows=b""))
+        old = asyncio.ensure_future(store.call(BALANCE, "x", args=(b"1",)))
+        assert await asyncio.to_thread(way.swallowed.wait, 5)
+        way.become(GOOD)
+        await store.call(GET, "x")
+        with pytest.raises(StoreUnavailable, match="no answer in time"):
+            await old
+        await store.call(GET, "x")
+        assert caplog.messages == []
+
+    with relay(any_store_url) as way:
+        run(way.url, story)
+
+
+def test_a_server_that_fails_in_one_role_is_left_alone_in_the_other(
+    any_store_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "proxy.store")
+    metrics = Metrics()
+
+    async def story() -> None:
+        configured = settings(way.url, "http://127.0.0.1:1")
+        ledger = open_ledger_store(configured, {}, metrics)
+        book = open_book_store(configured, {}, metrics, ledger=ledger)
+        way.become(Way(swallows=b""))
+        with pytest.raises(StoreUnavailable):
+            await book.call(GET, "x")
+        with pytest.raises(StoreUnavailable, match="left alone"):
+            await ledger.call(BALANCE, "x", args=(b"1",))
+        assert "the ledger's connection fails: it failed in its other role" in caplog.messages
+        assert metrics.registry.get_sample_value("estimate_proxy_store_up", {"role": "ledger"}) == 0
+        way.become(GOOD)
+        await asyncio.sleep(REST_S)
+        await ledger.call(GET, "x")
+        assert caplog.messages[-1] == "the ledger's connection works again"
+        assert metrics.registry.get_sample_value("estimate_proxy_store_up", {"role": "ledger"}) == 1
+        await book.close()
+        await ledger.close()
+
+    with relay(any_store_url) as way:
+        asyncio.run(story())
 
 
 def test_credentials_of_the_settings_are_used(any_store_url: str, server: redis.Redis) -> None:

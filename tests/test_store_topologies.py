@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -29,6 +30,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as NotConnectedError
 
 from conftest import Stage as UpstreamStage
+from lateness import assert_in_time
 from processes import house
 from proxy.decisions import Decisions
 from proxy.ledger import Admitted, Ledger
@@ -42,7 +44,7 @@ from proxy.reports import Reports
 from proxy.servers import Access
 from proxy.settings_urls import Address
 from proxy.sheets import LedgerKeys
-from proxy.store import GRACE_S, TIMEOUT_S, Script, Store
+from proxy.store import TICK_S, TIMEOUT_S, Script, Store
 from proxy.usage import UsageQuery
 from serving import free_port, wait_until
 from topologies import LOCAL, NAME, Cluster, Member, Papers, cluster, needed, papers, stage_of, watched
@@ -120,7 +122,7 @@ Story = Callable[[Desk], Coroutine[Any, Any, None]]
 async def opened(url: str, access: Access = Access()) -> AsyncIterator[Desk]:  # noqa: B008 -- it is frozen
     metrics = Metrics()
     store = Store(url, "ledger", metrics, access=access)
-    ledger = Ledger(Decisions(store, KEYS, ZONE, metrics), metrics, ZONE, admits_on_outage=False)
+    ledger = Ledger(Decisions(store, KEYS, ZONE, metrics), metrics, admits_on_outage=False)
     try:
         await ledger.open()
         yield Desk(store, ledger, metrics)
@@ -155,7 +157,7 @@ def _empty(request: pytest.FixtureRequest) -> None:
 def assert_counted_once(desk: Desk, booked: int, *, lost: int = 0) -> None:
     """`lost`: what a primary that was killed may have acknowledged and not passed on to its replica."""
     assert desk.admitted - lost <= booked <= desk.admitted + desk.unanswered
-    assert desk.longest_s < TIMEOUT_S + GRACE_S + LATE_S
+    assert_in_time(desk.longest_s, TIMEOUT_S + 2 * TICK_S + LATE_S)
 
 
 # What words mean
@@ -206,6 +208,10 @@ class _Noting(Store):
         self.noted.append((script.name, keys))
         return await super().call(script, *keys, args=args)
 
+    async def call_at_once(self, script: Script, *keys: str, args: tuple[bytes | int | str, ...] = ()) -> Any:
+        self.noted.append((script.name, keys))
+        return await super().call_at_once(script, *keys, args=args)
+
 
 async def _use_everything(store: Store) -> None:
     book = PriceBook(store, origin="https://upstream.example", ttl_s=60, stale_s=30)
@@ -223,10 +229,10 @@ async def _use_everything(store: Store) -> None:
     await book.claim_audit("default", max_age_s=1, for_s=1)
     await book.note_change("default", key)
     await PriceBook(store, origin="https://upstream.example", ttl_s=60, stale_s=30).look_up(key, "default")
-    await book.purge_question(key)
+    await book.purge_question(key, "default")
     await book.purge_account("default")
     metrics = Metrics()
-    ledger = Ledger(Decisions(store, KEYS, ZONE, metrics), metrics, ZONE, admits_on_outage=False)
+    ledger = Ledger(Decisions(store, KEYS, ZONE, metrics), metrics, admits_on_outage=False)
     assert isinstance(await ledger.charge(TERMS, HIT), Admitted)
     reports, today = Reports(store, KEYS, ZONE), date.today()  # noqa: DTZ011 -- any two days will do
     await reports.usage(UsageQuery(today, today, ("team",), None, csv=False))
@@ -400,9 +406,10 @@ def test_a_hanging_primary_keeps_only_its_own_callers_waiting(fleet: Cluster) ->
             calls = [timed(desk.store, key) for key in (theirs[0], others[0], others[-1])]
             lost, *served = await asyncio.gather(*calls)
         assert not lost[0]
-        assert TIMEOUT_S <= lost[1] < TIMEOUT_S + GRACE_S + LATE_S
+        assert lost[1] >= TIMEOUT_S
+        assert_in_time(lost[1], TIMEOUT_S + 2 * TICK_S + LATE_S)
         assert [is_served for is_served, _ in served] == [True, True]
-        assert max(took_s for _, took_s in served) < TIMEOUT_S / 2
+        assert_in_time(max(took_s for _, took_s in served), TIMEOUT_S / 2)
         async with asyncio.timeout(5):
             while not await is_run(desk.store):  # noqa: ASYNC110 -- what happens in a server sends no event
                 await asyncio.sleep(0.05)
@@ -555,7 +562,7 @@ def test_sentinels_and_a_cluster_behind_tls(certified: Papers) -> None:
     ("without", "reason"),
     [
         (("ca_file", "cert_file"), "CERTIFICATE_VERIFY_FAILED"),
-        (("cert_file",), "READING_FROM"),  # TLS 1.3: the server says no, or hangs up, when we take the way for open
+        (("cert_file",), "CERTIFICATE_REQUIRED|SERVER_CLOSED|RESET_BY_PEER"),  # TLS 1.3: it says so late, or hangs up
         (("ca_file",), "CERTIFICATE_VERIFY_FAILED"),
     ],
 )
@@ -566,7 +573,7 @@ def test_tls_that_is_not_trusted(
     play(f"rediss://{LOCAL}:{guarded.port}", _is_refused, access)
     (said,) = (record.getMessage() for record in caplog.records if record.name == "proxy.store")
     assert said.startswith("the ledger's connection fails: ")
-    assert reason in said.upper().replace(" ", "_")
+    assert re.search(reason, said.upper().replace(" ", "_"))
 
 
 def test_a_socket_with_user_and_password(any_store_url: str) -> None:

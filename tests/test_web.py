@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import select
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,12 +14,14 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from processes import address_of
 from proxy.gateway import Answer, Ask, Trace
+from proxy.lifecycle import MAX_AT_WORK, MAX_IN_FLIGHT, Lifecycle
 from proxy.metrics import Metrics
 from proxy.problems import Outcome
-from proxy.web import MAX_IN_FLIGHT, Ending, Lifecycle, Story, StoryEndpoint
+from proxy.web import Ending, Story, StoryEndpoint
 from scene import PATH, Scene, code_of
-from serving import serving, wait_until
+from serving import Host, serving, wait_until
 
 
 @contextmanager
@@ -85,12 +89,18 @@ def test_the_log_line_of_an_estimate_names_what_upstream_took(scene: Scene, capl
 
 def test_more_than_it_can_serve_is_told_to_come_back() -> None:
     with telling(fine) as (client, lifecycle):
-        lifecycle.in_flight = MAX_IN_FLIGHT
-        response = client.post("/")
-        assert (response.status_code, code_of(response)) == (503, "overloaded")
-        assert response.headers["retry-after"] == "1"
-        lifecycle.in_flight = 0
-        assert client.post("/").status_code == 200
+        for in_flight, waiting, status in (
+            (MAX_AT_WORK, 0, 503),
+            (MAX_AT_WORK, 1, 200),
+            (MAX_IN_FLIGHT - 1, MAX_IN_FLIGHT - 1, 200),
+            (MAX_IN_FLIGHT, MAX_IN_FLIGHT, 503),
+        ):
+            lifecycle.in_flight, lifecycle.waiting = in_flight, waiting
+            response = client.post("/")
+            assert response.status_code == status
+            if status == 503:
+                assert code_of(response) == "overloaded"
+                assert response.headers["retry-after"] == "1"
 
 
 def test_a_body_that_does_not_arrive(scene: Scene) -> None:
@@ -150,3 +160,47 @@ def test_readiness_tells_of_a_lost_store(scene: Scene) -> None:
     scene.store.client_pause(700)
     assert scene.client.get("/readyz").json() == {"status": "ready", "degraded": ["ledger", "price-book"]}
     wait_until(lambda: scene.client.get("/readyz").json()["degraded"] == [])
+
+
+def test_two_requests_in_one_piece_have_each_their_answer(scene: Scene) -> None:
+    token, first, last = scene.client.headers["x-api-key"], b'[{"model":"Flux"}]', b'[{"model":"Flux","steps":30}]'
+    pieces = []
+    for body, connection in ((first, "keep-alive"), (last, "close")):
+        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-API-KEY: {token}\r\nConnection: {connection}\r\n"
+        pieces.append(head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+    told = scene.raw(b"".join(pieces))
+    assert told.count(b"HTTP/1.1 200 OK\r\n") == 2
+    assert told.count(b"connection: close") == 1
+    assert [exchange.body for exchange in scene.simulator.received] == [first, last]
+
+
+def test_a_field_that_would_break_the_head_goes_nowhere(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(_ask: Ask, trace: Trace) -> Ending:
+        trace.cache_status = "hit\r\nset-cookie: a=b"
+        return Answer(Outcome.HIT, 200, b"{}")
+
+    with telling(broken) as (client, _):
+        response = client.post("/")
+    assert response.status_code == 500
+    assert "set-cookie" not in response.headers
+    assert "a header field has a line break or NUL in it" in caplog.text
+
+
+def test_a_head_is_answered_without_a_body(scene: Scene) -> None:
+    wanted, told = scene.client.get("/v1/quota"), scene.client.head("/v1/quota")
+    assert (told.status_code, told.content) == (200, b"")
+    assert told.headers["content-length"] == str(len(wanted.content))
+
+
+def test_a_connection_is_closed_when_it_has_been_idle_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.server.KEEP_ALIVE_S", 1)
+    server = Host()
+    try:
+        with server.serving(Starlette()), socket.create_connection(address_of(server.url), timeout=5) as connection:
+            for _ in range(4):
+                connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert connection.recv(65536).startswith(b"HTTP/1.1 404 ")
+                assert not select.select([connection], [], [], 0.4)[0], "it is used now and then"
+            assert connection.recv(65536) == b""
+    finally:
+        server.close()

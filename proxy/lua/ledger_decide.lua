@@ -4,116 +4,139 @@
 --   KEYS  1 ledger's id, 2 models, 3 teams, 4 what makes a second run a no-op (or 1 again: nothing does)
 --         then of each sheet: the team's usage and rate (not of the organisation's), and one counter a window
 --   ARGV  1 from and 2 until which time in µs the sheets hold, 3 an id for a new ledger, 4 most models,
---         5 lifetime in ms of KEYS[4], 6 number of sheets, 7 number of requests
+--         5 lifetime in ms of KEYS[4], 6 number of sheets, 7 number of entries
 --         of each sheet: number of the organisation's sheet (0: this is it), end of its usage in ms, team,
 --           µs between two requests and how far ahead they may run, number of counters, of each its end in ms,
 --           number of quotas, of each: its counter, its field, its limit, 1 if it refuses
---         of each request: operation, sheet, number of requests, micro-credits ('' unknown), model, outcome,
+--         of each entry: operation, sheet, number of requests, micro-credits ('' unknown), model, outcome,
 --           the sheet on which it was admitted
 --   reply { now in µs } if the sheets do not hold now, or { now in µs, '' } after a second run; nothing is written
---         { now in µs, id, created at in ms, 1 if the ledger is new, a verdict a request }
---         A verdict is '<ok | rate | violated quotas by number, with commas> <µs the rate runs ahead>
---         <used of each quota, the team's and then the organisation's> <model>'.
+--         { now in µs, id, created at in ms, 1 if the ledger is new, verdicts of the entries, standings of the sheets }
+--         A verdict is { ok | rate | violated quotas by number, with commas; requests that were admitted; model; how
+--         the team stood then, if somebody is refused or a quota only warns }. A standing is { µs the rate runs ahead;
+--         used of each quota, the team's and then the organisation's }, behind all entries; of the organisation's
+--         sheet it is {}.
 -- Operations:
---   charge  a stored answer: rate, requests and credits
---   admit   a question on its way upstream: rate and requests; no credits may be left over the limit
---   settle  what became of it, in the windows of now: request and credits, or a refusal that gives the request back
---   refund  it never reached upstream: gives the request back
+--   charge  stored answers of one price: rate, requests and credits
+--   admit   questions on their way upstream: rate and requests; no credits may be left over the limit
+--   settle  what became of one, in the windows of now: request and credits, or a refusal that gives the request back
+--   refund  one never reached upstream: gives the request back
 --   peek    rate alone; says how quotas stand
 --   pass    rate alone, for an estimate that the client did not want from upstream
---   apply   what was admitted without the ledger: no checks
+--   apply   what was admitted without the ledger, credits in all: no checks
+-- `charge` and `admit` take several requests alike: the first ones are admitted, as many as there is room for, and all
+-- others refused by the verdict's word.
 -- An admitted request stands in the usage as 'cancelled' until it is settled, so usage and counters always agree.
 -- Sums are kept below 2^53, where numbers of Lua are exact; a quota's limit is lower than that.
 local PENDING = '-:cancelled:requests'
-local EXACT, FULL = 9e15, 8e18
+local EXACT, FULL = 9e15, 4e18
+local call = redis.call
 
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]
 if now < tonumber(ARGV[1]) or now >= tonumber(ARGV[2]) then
-  return { string.format('%.0f', now) }
+  return { now }
 end
 local once = KEYS[4] ~= KEYS[1]
-if once and redis.call('EXISTS', KEYS[4]) == 1 then
-  return { string.format('%.0f', now), '' }
+if once and call('EXISTS', KEYS[4]) == 1 then
+  return { now, '' }
 end
 
-local key_at, arg_at = 4, 7
-local function next_key()
-  key_at = key_at + 1
-  return KEYS[key_at]
-end
-local function next_arg()
-  arg_at = arg_at + 1
-  return ARGV[arg_at]
-end
-local function next_number()
-  return tonumber(next_arg())
-end
+-- What this call adds to counters and usage, by key. `parts` is what would have made a sum inexact, by field.
+local counters, usages = {}, {}
 
-local bases, sums, ends = {}, {}, {}
-
--- What a counter held before this call, by field.
-local function base(key)
-  local found = bases[key]
-  if not found then
-    local fields = redis.call('HMGET', key, 'requests', 'credits')
-    found = { requests = tonumber(fields[1] or 0), credits = tonumber(fields[2] or 0) }
-    bases[key] = found
+local function counter_at(key, ends)
+  local counter = counters[key]
+  if not counter then
+    counter = { key = key, ends = ends, requests = 0, credits = 0, parts = {} }
+    counters[key] = counter
   end
-  return found
+  return counter
 end
 
-local function add(key, field, amount)
-  local fields = sums[key]
-  if not fields then
-    fields = {}
-    sums[key] = fields
+local function usage_at(key, ends)
+  local usage = usages[key]
+  if not usage then
+    usage = { key = key, ends = ends, sums = {}, parts = {} }
+    usages[key] = usage
   end
-  local parts = fields[field]
-  if not parts then
-    parts = { 0 }
-    fields[field] = parts
-  end
-  if math.abs(parts[#parts] + amount) > EXACT then
-    parts[#parts + 1] = 0
-  end
-  parts[#parts] = parts[#parts] + amount
+  return usage
 end
 
-local function used(key, field)
-  local total = base(key)[field]
-  local parts = sums[key] and sums[key][field]
-  if parts then
-    for i = 1, #parts do
-      total = total + parts[i]
+local function count_in(owner, requests, credits)
+  for i = 1, #owner.counters do
+    local counter = owner.counters[i]
+    counter.requests = counter.requests + requests
+    if counter.credits + credits > EXACT then
+      counter.parts[#counter.parts + 1] = counter.credits
+      counter.credits = 0
+    end
+    counter.credits = counter.credits + credits
+  end
+end
+
+local function count(sheet, requests, credits)
+  count_in(sheet, requests, credits)
+  count_in(sheet.org, requests, credits)
+end
+
+local function add(usage, field, amount)
+  local sum = usage.sums[field] or 0
+  if sum + amount > EXACT then
+    usage.parts[#usage.parts + 1] = { field, sum }
+    sum = 0
+  end
+  usage.sums[field] = sum + amount
+end
+
+-- What a counter holds with what this call adds. What it held before is read once.
+local function used(counter, field)
+  if not counter.held then
+    local held = call('HMGET', counter.key, 'requests', 'credits')
+    counter.held = { requests = tonumber(held[1] or 0), credits = tonumber(held[2] or 0) }
+  end
+  local total = counter.held[field] + counter[field]
+  if field == 'credits' then
+    for i = 1, #counter.parts do
+      total = total + counter.parts[i]
     end
   end
   return total
 end
 
+local key_at, arg_at = 4, 7
+
 local function read_sheet(sheets)
-  local sheet = { org = sheets[next_number()], counters = {}, quotas = {} }
-  local usage_end = next_number()
-  sheet.team, sheet.interval, sheet.ahead = next_arg(), next_number(), next_number()
+  local sheet = { org = sheets[tonumber(ARGV[arg_at + 1])], counters = {}, quotas = {}, team = ARGV[arg_at + 3] }
   if sheet.org then
-    sheet.usage, sheet.rate = next_key(), next_key()
-    ends[sheet.usage] = usage_end
+    sheet.usage, sheet.rate = usage_at(KEYS[key_at + 1], ARGV[arg_at + 2]), KEYS[key_at + 2]
+    sheet.interval, sheet.ahead = tonumber(ARGV[arg_at + 4]), tonumber(ARGV[arg_at + 5])
+    key_at = key_at + 2
   end
-  for i = 1, next_number() do
-    sheet.counters[i] = next_key()
-    ends[sheet.counters[i]] = next_number()
+  local counter_count = tonumber(ARGV[arg_at + 6])
+  arg_at = arg_at + 6
+  for i = 1, counter_count do
+    sheet.counters[i] = counter_at(KEYS[key_at + i], ARGV[arg_at + i])
   end
-  for i = 1, next_number() do
-    local quota = { counter = sheet.counters[next_number()], field = next_arg() }
-    quota.limit, quota.refuses = next_number(), next_arg() == '1'
-    sheet.quotas[i] = quota
+  key_at, arg_at = key_at + counter_count, arg_at + counter_count + 1
+  for i = 1, tonumber(ARGV[arg_at]) do
+    local counter, field = sheet.counters[tonumber(ARGV[arg_at + 1])], ARGV[arg_at + 2]
+    local limit, refuses = tonumber(ARGV[arg_at + 3]), ARGV[arg_at + 4] == '1'
+    sheet.warns = sheet.warns or not refuses
+    sheet.quotas[i] = { counter = counter, field = field, limit = limit, refuses = refuses }
+    arg_at = arg_at + 4
+  end
+  if sheet.org then
+    sheet.warns = sheet.warns or sheet.org.warns
+    for i = 1, #sheet.org.quotas do
+      sheet.quotas[#sheet.quotas + 1] = sheet.org.quotas[i]
+    end
   end
   return sheet
 end
 
 local sheets = {}
-local sheet_count, request_count = tonumber(ARGV[6]), tonumber(ARGV[7])
-for i = 1, sheet_count do
+for i = 1, tonumber(ARGV[6]) do
   sheets[i] = read_sheet(sheets)
 end
 
@@ -123,43 +146,55 @@ local leads, new_leads = {}, {}
 local function lead(sheet)
   local found = leads[sheet.rate]
   if not found then
-    found = tonumber(redis.call('GET', sheet.rate) or 0) - now
+    found = tonumber(call('GET', sheet.rate) or 0) - now
     leads[sheet.rate] = found
   end
   return math.min(math.max(found, 0), sheet.ahead)
 end
 
-local function each_quota(sheet, visit)
-  for i = 1, #sheet.quotas do
-    visit(i, sheet.quotas[i])
-  end
-  for i = 1, #sheet.org.quotas do
-    visit(#sheet.quotas + i, sheet.org.quotas[i])
-  end
+local function run_ahead(sheet, requests)
+  local ahead = lead(sheet) + requests * sheet.interval
+  leads[sheet.rate], new_leads[sheet.rate] = ahead, ahead
 end
 
 -- The numbers of the quotas that this would pass. To begin something, of credits some must be left.
 local function violated(sheet, requests, credits, begins)
-  local found = {}
-  each_quota(sheet, function(number, quota)
+  local found
+  for i = 1, #sheet.quotas do
+    local quota = sheet.quotas[i]
     if quota.refuses then
-      local wanted = quota.field == 'requests' and requests or credits
       local total = used(quota.counter, quota.field)
+      local wanted = quota.field == 'requests' and requests or credits
       if total + wanted > quota.limit or (begins and total >= quota.limit) then
-        found[#found + 1] = number
+        found = found and found .. ',' .. i or tostring(i)
       end
     end
-  end)
-  return #found > 0 and table.concat(found, ',') or 'ok'
+  end
+  return found or 'ok'
 end
 
-local function count(sheet, requests, credits)
-  for _, owner in ipairs({ sheet, sheet.org }) do
-    for i = 1, #owner.counters do
-      add(owner.counters[i], 'requests', requests)
-      add(owner.counters[i], 'credits', credits)
+-- How often `each` goes into `room`, and no rounding makes it more.
+local function times(room, each)
+  local found = math.floor(room / each)
+  return found * each > room and found - 1 or found
+end
+
+-- How many of so many requests alike may begin: for each of them in turn, nothing would be violated.
+local function room_for(sheet, requests, credits)
+  local room = math.min(requests, times(sheet.ahead - lead(sheet), sheet.interval))
+  for i = 1, #sheet.quotas do
+    local quota = sheet.quotas[i]
+    if quota.refuses and room > 0 then
+      local left = quota.limit - used(quota.counter, quota.field)
+      local each = quota.field == 'requests' and 1 or credits
+      if left <= 0 then
+        room = 0
+      elseif each > 0 then
+        room = math.min(room, times(left, each))
+      end
     end
   end
+  return room
 end
 
 local models, model_count, new_models = {}, nil, {}
@@ -170,9 +205,9 @@ local function named(model)
     return model
   end
   if models[model] == nil then
-    models[model] = redis.call('SISMEMBER', KEYS[2], model) == 1
+    models[model] = call('SISMEMBER', KEYS[2], model) == 1
     if not models[model] then
-      model_count = model_count or redis.call('SCARD', KEYS[2])
+      model_count = model_count or call('SCARD', KEYS[2])
       if model_count < tonumber(ARGV[4]) then
         model_count, models[model] = model_count + 1, true
         new_models[#new_models + 1] = model
@@ -182,16 +217,16 @@ local function named(model)
   return models[model] and model or 'other'
 end
 
-local function book(sheet, request, requests, credits)
-  request.named = credits and named(request.model) or '-'
-  local row = request.named .. ':' .. request.outcome
+local function book(sheet, entry, requests, credits)
+  entry.named = credits and named(entry.model) or '-'
+  local row = entry.named .. ':' .. entry.outcome
   count(sheet, requests, credits or 0)
   add(sheet.usage, row .. ':requests', requests)
   add(sheet.usage, row .. ':credits', credits or 0)
 end
 
-local function refuse(sheet, outcome)
-  add(sheet.usage, '-:' .. outcome .. ':refused', 1)
+local function refuse(sheet, outcome, requests)
+  add(sheet.usage, '-:' .. outcome .. ':refused', requests)
 end
 
 local function take_back(sheet)
@@ -199,137 +234,161 @@ local function take_back(sheet)
   count(sheet, -1, 0)
 end
 
+local function by_rate(sheet)
+  return lead(sheet) + sheet.interval > sheet.ahead
+end
+
+-- What is left of requests alike is refused, each by the same verdict: nothing has changed between them.
+local function verdict_of(sheet, entry, admitted, credits)
+  if admitted == entry.requests then
+    return 'ok', admitted
+  end
+  local verdict = by_rate(sheet) and 'rate' or violated(sheet, 1, credits, true)
+  refuse(sheet, verdict == 'rate' and 'rate-limited' or 'quota-exceeded', entry.requests - admitted)
+  return verdict, admitted
+end
+
 local operations = {}
 
--- What `charge`, `admit` and `peek` have in common: the rate first, then quotas.
-local function begin(sheet, requests, credits)
-  local ahead = lead(sheet) + sheet.interval
-  if ahead > sheet.ahead then
-    return 'rate'
+function operations.charge(sheet, entry)
+  local credits = entry.credits or 0
+  local admitted = room_for(sheet, entry.requests, credits)
+  if admitted > 0 then
+    run_ahead(sheet, admitted)
+    book(sheet, entry, admitted, entry.credits and admitted * credits)
   end
-  local verdict = violated(sheet, requests, credits, true)
-  if verdict == 'ok' then
-    leads[sheet.rate], new_leads[sheet.rate] = ahead, ahead
-  end
-  return verdict
+  return verdict_of(sheet, entry, admitted, credits)
 end
 
-local function denied(sheet, verdict)
-  refuse(sheet, verdict == 'rate' and 'rate-limited' or 'quota-exceeded')
-  return verdict
+function operations.admit(sheet, entry)
+  local admitted = room_for(sheet, entry.requests, 0)
+  if admitted > 0 then
+    run_ahead(sheet, admitted)
+    count(sheet, admitted, 0)
+    add(sheet.usage, PENDING, admitted)
+  end
+  return verdict_of(sheet, entry, admitted, 0)
 end
 
-function operations.charge(sheet, request)
-  local verdict = begin(sheet, 1, request.credits or 0)
+function operations.settle(sheet, entry)
+  take_back(entry.admitted_on)
+  local verdict = entry.credits and violated(sheet, 1, entry.credits, false) or 'ok'
   if verdict ~= 'ok' then
-    return denied(sheet, verdict)
+    refuse(sheet, 'quota-exceeded', 1)
+    return verdict, 0
   end
-  book(sheet, request, 1, request.credits)
-  return verdict
+  book(sheet, entry, 1, entry.credits)
+  return verdict, 1
 end
 
-function operations.admit(sheet)
-  local verdict = begin(sheet, 1, 0)
-  if verdict ~= 'ok' then
-    return denied(sheet, verdict)
+function operations.refund(sheet, entry)
+  take_back(entry.admitted_on)
+  refuse(sheet, entry.outcome, 1)
+  return 'ok', 1
+end
+
+function operations.peek(sheet, entry)
+  if by_rate(sheet) then
+    return 'rate', 0
   end
-  count(sheet, 1, 0)
-  add(sheet.usage, PENDING, 1)
-  return verdict
+  run_ahead(sheet, 1)
+  local verdict = violated(sheet, 1, entry.credits or 0, true)
+  return verdict, verdict == 'ok' and 1 or 0
 end
 
-function operations.settle(sheet, request)
-  take_back(request.admitted)
-  local verdict = request.credits and violated(sheet, 1, request.credits, false) or 'ok'
-  if verdict ~= 'ok' then
-    return denied(sheet, verdict)
+function operations.pass(sheet, entry)
+  if by_rate(sheet) then
+    refuse(sheet, 'rate-limited', 1)
+    return 'rate', 0
   end
-  book(sheet, request, 1, request.credits)
-  return verdict
+  run_ahead(sheet, 1)
+  refuse(sheet, entry.outcome, 1)
+  return 'ok', 1
 end
 
-function operations.refund(sheet, request)
-  take_back(request.admitted)
-  refuse(sheet, request.outcome)
-  return 'ok'
+function operations.apply(sheet, entry)
+  book(sheet, entry, entry.requests, entry.credits)
+  return 'ok', entry.requests
 end
 
-function operations.peek(sheet, request)
-  local ahead = lead(sheet) + sheet.interval
-  if ahead > sheet.ahead then
-    return 'rate'
+local function standing(sheet)
+  local told = { lead(sheet) }
+  for i = 1, #sheet.quotas do
+    told[1 + i] = used(sheet.quotas[i].counter, sheet.quotas[i].field)
   end
-  leads[sheet.rate], new_leads[sheet.rate] = ahead, ahead
-  return violated(sheet, 1, request.credits or 0, true)
+  return told
 end
 
-function operations.pass(sheet, request)
-  local verdict = operations.peek(sheet, {})
-  refuse(sheet, verdict == 'rate' and 'rate-limited' or request.outcome)
-  return verdict == 'rate' and verdict or 'ok'
+local verdicts, standings = {}, {}
+for i = 1, tonumber(ARGV[7]) do
+  local sheet = sheets[tonumber(ARGV[arg_at + 2])]
+  local entry = { requests = tonumber(ARGV[arg_at + 3]), credits = tonumber(ARGV[arg_at + 4]) }
+  entry.model, entry.outcome = ARGV[arg_at + 5], ARGV[arg_at + 6]
+  entry.admitted_on = sheets[tonumber(ARGV[arg_at + 7])]
+  local verdict, admitted = operations[ARGV[arg_at + 1]](sheet, entry)
+  local stood = (sheet.warns or verdict ~= 'ok') and standing(sheet)
+  verdicts[i] = { verdict, admitted, entry.named or '-', stood or nil }
+  arg_at = arg_at + 7
 end
-
-function operations.apply(sheet, request)
-  book(sheet, request, request.requests, request.credits)
-  return 'ok'
-end
-
-local reply = { string.format('%.0f', now), '', '', 0 }
-for i = 1, request_count do
-  local operation, sheet = next_arg(), sheets[next_number()]
-  local request = { requests = next_number(), credits = tonumber(next_arg()), model = next_arg(), outcome = next_arg() }
-  request.admitted = sheets[next_number()]
-  local verdict = operations[operation](sheet, request)
-  local words = { verdict, string.format('%.0f', lead(sheet)) }
-  each_quota(sheet, function(_, quota)
-    words[#words + 1] = string.format('%.0f', used(quota.counter, quota.field))
-  end)
-  words[#words + 1] = request.named or '-'
-  reply[4 + i] = table.concat(words, ' ')
-end
-for i = 1, sheet_count do
-  if not sheets[i].org then -- no counter is larger than the organisation's: if those are not full, none is
-    for _, counter in ipairs(sheets[i].counters) do
-      if used(counter, 'requests') > FULL or used(counter, 'credits') > FULL then
-        return redis.error_reply('FULL a counter of the ledger is about to overflow')
-      end
+for i = 1, #sheets do
+  standings[i] = sheets[i].org and standing(sheets[i]) or {}
+  if not sheets[i].org then -- no counter is larger than the organisation's; a week is in two months, which come last
+    local month = sheets[i].counters[#sheets[i].counters]
+    if used(month, 'requests') > FULL or used(month, 'credits') > FULL then
+      return redis.error_reply('FULL a counter of the ledger is about to overflow')
     end
   end
 end
 
-local id = redis.call('HMGET', KEYS[1], 'id', 'created_ms')
-if not id[1] then
+local id = call('HMGET', KEYS[1], 'id', 'created_ms')
+local is_new = not id[1]
+if is_new then
   id = { ARGV[3], string.format('%.0f', math.floor(now / 1000)) }
-  redis.call('HSET', KEYS[1], 'id', id[1], 'created_ms', id[2])
-  reply[4] = 1
+  call('HSET', KEYS[1], 'id', id[1], 'created_ms', id[2])
 end
-reply[2], reply[3] = id[1], id[2]
 if once then
-  redis.call('SET', KEYS[4], '1', 'PX', ARGV[5])
+  call('SET', KEYS[4], '1', 'PX', ARGV[5])
 end
 for key, ahead in pairs(new_leads) do
-  redis.call('SET', key, string.format('%.0f', now + ahead), 'PX', math.ceil(ahead / 1000))
+  call('SET', key, string.format('%.0f', now + ahead), 'PX', math.ceil(ahead / 1000))
 end
 for _, model in ipairs(new_models) do
-  redis.call('SADD', KEYS[2], model)
+  call('SADD', KEYS[2], model)
 end
-for key, fields in pairs(sums) do
-  for field, parts in pairs(fields) do
-    for i = 1, #parts do
-      if parts[i] ~= 0 then
-        redis.call('HINCRBY', key, field, string.format('%.0f', parts[i]))
-      end
-    end
+
+-- Notes whether a field begins with this: only then can its hash, or its team, be new.
+local function increase(hash, field, amount)
+  if amount ~= 0 and call('HINCRBY', hash.key, field, string.format('%.0f', amount)) == amount then
+    hash.begins = true
   end
 end
-for key in pairs(sums) do
-  if redis.call('PTTL', key) == -1 then
-    redis.call('PEXPIREAT', key, string.format('%.0f', ends[key]))
+
+local function expire(hash)
+  if hash.begins and call('PTTL', hash.key) == -1 then
+    call('PEXPIREAT', hash.key, hash.ends)
   end
 end
-for i = 1, sheet_count do
-  if sheets[i].org and sums[sheets[i].usage] then
-    redis.call('SADD', KEYS[3], sheets[i].team)
+
+for _, counter in pairs(counters) do
+  increase(counter, 'requests', counter.requests)
+  increase(counter, 'credits', counter.credits)
+  for i = 1, #counter.parts do
+    increase(counter, 'credits', counter.parts[i])
+  end
+  expire(counter)
+end
+for _, usage in pairs(usages) do
+  for field, sum in pairs(usage.sums) do
+    increase(usage, field, sum)
+  end
+  for i = 1, #usage.parts do
+    increase(usage, usage.parts[i][1], usage.parts[i][2])
+  end
+  expire(usage)
+end
+for i = 1, #sheets do
+  if sheets[i].org and sheets[i].usage.begins then
+    call('SADD', KEYS[3], sheets[i].team)
   end
 end
-return reply
+return { now, id[1], id[2], is_new and 1 or 0, verdicts, standings }
