@@ -1,0 +1,49 @@
+"""One request on a connection of its own, to see what a server says before its answers are counted."""
+
+import socket
+from dataclasses import dataclass
+from http.client import HTTPException, HTTPResponse
+from urllib.parse import urlsplit
+
+_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    status: int
+    cache_status: str
+    body: bytes
+
+
+def ask(url: str, request: bytes) -> Said:
+    """Raises `OSError` where there is no answer."""
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=_TIMEOUT_S) as connection:
+        connection.sendall(request)
+        response = HTTPResponse(connection)
+        try:
+            response.begin()
+            return Said(response.status, response.headers.get("cache-status", ""), response.read())
+        except HTTPException as error:
+            raise OSError(f"no HTTP: {error}") from None
+
+
+def get(url: str, path: str, method: str = "GET") -> Said:
+    """As `ask`, for a path."""
+    return ask(url, f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+
+
+def answers(url: str, path: str) -> bool:
+    """Whether it says 200."""
+    try:
+        return get(url, path).status == 200
+    except OSError:
+        return False
+
+
+def speaks(url: str) -> bool:
+    """Whether it says anything."""
+    try:
+        return get(url, "/").status > 0
+    except OSError:
+        return False

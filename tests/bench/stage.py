@@ -1,0 +1,81 @@
+"""Everything that a run plays on. Servers are started when a case first asks for them, and end with the stage."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from bench.gateways import Terms, gateway
+from bench.load import Kind, Loads
+from bench.machine import Cores
+from bench.sites import Place, Site, Store, Upstream, bare, peer, store, upstream
+from bench.traffic import TEAMS
+
+_Opened = TypeVar("_Opened")
+
+FULL = Terms("full", TEAMS)
+WITHOUT_QUOTAS = Terms("without-quotas", TEAMS, quotas=False)
+
+
+class Stage:
+    def __init__(self, place: Place, kind: Kind, opened: ExitStack) -> None:
+        self.place = place
+        self.loads = Loads(kind, place.folder, place.cores.load)
+        self._opened = opened
+        self._gateways: dict[Terms, Site] = {}
+
+    def gateway(self, terms: Terms) -> Site:
+        if terms not in self._gateways:
+            self._gateways[terms] = self._enter(gateway(self.place, terms, *self._stores, self.upstream.site.url))
+        return self._gateways[terms]
+
+    @contextmanager
+    def another_gateway(self, terms: Terms) -> Iterator[Site]:
+        """One that ends before the stage does."""
+        with gateway(self.place, terms, *self._stores, self.upstream.site.url) as opened:
+            yield opened
+
+    @cached_property
+    def full(self) -> Site:
+        """The gateway with everything on."""
+        return self.gateway(FULL)
+
+    @cached_property
+    def without_quotas(self) -> Site:
+        return self.gateway(WITHOUT_QUOTAS)
+
+    @cached_property
+    def starlette(self) -> Site:
+        return self._enter(bare(self.place, "starlette"))
+
+    @cached_property
+    def asgi(self) -> Site:
+        return self._enter(bare(self.place, "asgi"))
+
+    @cached_property
+    def forward(self) -> Site:
+        return self._enter(bare(self.place, "forward", self.upstream.site.url))
+
+    @cached_property
+    def peer(self) -> Site:
+        return self._enter(peer(self.place, self._enter(store(self.place, "peer-store"))))
+
+    @cached_property
+    def upstream(self) -> Upstream:
+        return self._enter(upstream(self.place))
+
+    @cached_property
+    def _stores(self) -> tuple[Store, Store]:
+        """For ledgers and for price books."""
+        return self._enter(store(self.place, "ledger")), self._enter(store(self.place, "price-book"))
+
+    def _enter(self, opening: AbstractContextManager[_Opened]) -> _Opened:
+        return self._opened.enter_context(opening)
+
+
+@contextmanager
+def stage(cores: Cores, kind: Kind) -> Iterator[Stage]:
+    with tempfile.TemporaryDirectory(prefix="ep-bench-") as folder, ExitStack() as opened:
+        yield Stage(Place(Path(folder), cores), kind, opened)
