@@ -1,12 +1,13 @@
-"""The hottest prices, in this process: an LRU cache bounded by entries and bytes, for seconds at the most."""
+"""The hottest prices, in this process: an LRU cache bounded by entries and bytes, for a minute at the most."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
 
 from proxy.prices import Entry
 
-MAX_AGE_S = 5.0
-"""So long a process may miss that another one has stored a newer price."""
+MAX_AGE_S = 60.0
+"""So long a process may miss that another one has asked for the same price anew. Another price it hears of: see `drops`
+in `proxy.pricebook`."""
 
 MAX_ENTRIES = 10_000
 MAX_BYTES = 16 * 2**20
@@ -18,7 +19,7 @@ OVERHEAD_BYTES = 600
 class HotEntry:
     """`read_at` is on this process's monotonic clock, taken before the store was asked, and so is `drops`.
 
-    drops: how many questions had been purged from the account's book, as far as was known; -1 if nothing was.
+    drops: of the account's book, as far as was known; -1 if nothing was.
     """
 
     entry: Entry

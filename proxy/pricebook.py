@@ -13,6 +13,7 @@
 import asyncio
 import secrets
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import monotonic
 
@@ -34,7 +35,7 @@ from proxy.problems import StoreUnavailable
 from proxy.store import Script, Store
 
 BOOK_REREAD_S = 1.0
-"""How long a process may miss what another one did to a book, or which questions it has purged."""
+"""How long a process may miss what another one did to a book, or which prices it has purged or changed."""
 
 LEASE_S = 2.0
 """After so long a leader that died is replaced. It is renewed every quarter of that while its holder lives."""
@@ -83,7 +84,8 @@ class Word:
 class _Book:
     """An account's book as this process read it, at `now_ms` of the store and `read_at` on its own monotonic clock.
 
-    drops: counts the questions that have been purged, so that no process goes on serving one from memory.
+    drops: counts the questions that have been purged, or have got another price before their time, so that no process
+        goes on serving the old one from memory.
     """
 
     nonces: Nonces
@@ -93,7 +95,7 @@ class _Book:
     read_at: float
 
     def has_dropped(self, hot: HotEntry) -> bool:
-        """Whether the price may have been purged since, so that only the store can tell."""
+        """Whether the price may have been purged or replaced since, so that only the store can tell."""
         return hot.drops != self.drops or hot.entry.nonces.purge != self.nonces.purge
 
     def is_behind(self, entry: Entry) -> bool:
@@ -142,11 +144,12 @@ class PriceBook:
         hot, book, seen = self._hot.get(key, now), self._books.get(account), self._balances.get(account)
         if hot is None or book is None or seen is None:
             return None
-        if now - book.read_at >= BOOK_REREAD_S or book.has_dropped(hot):
-            return None
         entry = hot.entry
+        if now - book.read_at >= BOOK_REREAD_S or hot.drops != book.drops:
+            return None
         if entry.nonces != book.nonces:
-            return None if book.is_behind(entry) else self._known(now, hot, book, seen)
+            is_gone = book.has_dropped(hot) or book.is_behind(entry)
+            return None if is_gone else self._known(now, hot, book, seen)
         age_s = (hot.now_ms - entry.put_at_ms) / 1000 + now - hot.read_at
         if age_s < 0:  # the store's clock has gone back
             return self._known(now, hot, book, seen)
@@ -220,15 +223,19 @@ class PriceBook:
         encoded = encode_price(price, ttl_ms=self._ttl_ms, nonces=lease.nonces, body_digest=body_digest)
         read_at, drops = monotonic(), self._drops(lease.account)
         args = (lease.token, ENCODING, encoded, self._lifetime_ms)
-        now_ms = await self._store.call(_PRICE_PUT, *_keys(lease.key), args=args)
-        if not now_ms:
+        put = await self._store.call(_PRICE_PUT, *_keys(lease.key), args=args)
+        if not put:
             return False
+        now_ms, is_another = put
         book = self._books.get(lease.account)
-        if book is not None and book.nonces.purge != lease.nonces.purge:
-            return False
-        entry = Entry(price, now_ms, self._ttl_ms, lease.nonces, body_digest)
-        self._keep_hot(lease.key, HotEntry(entry, now_ms, read_at, drops))
-        return True
+        is_purged = book is not None and book.nonces.purge != lease.nonces.purge
+        if not is_purged:
+            entry = Entry(price, now_ms, self._ttl_ms, lease.nonces, body_digest)
+            self._keep_hot(lease.key, HotEntry(entry, now_ms, read_at, drops))
+        if is_another:
+            with suppress(StoreUnavailable):  # others go on telling the old one then, for as long as they remember any
+                await self._store.call(_BOOK_DROP, self._book_key(lease.account))
+        return not is_purged
 
     async def end(self, lease: Lease, *, word: bytes = b"", end_price: bool = False) -> bool:
         """Gives a lease back: with a word for those who wait, and with the stored price, if that has ended.

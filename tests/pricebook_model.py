@@ -144,7 +144,7 @@ class Book:
     balance: Balance | None = None
     audit_until: int = 0
     drops: int = 0
-    """How many questions have been purged."""
+    """How many questions have been purged, or have got another price before their time."""
     changed: dict[int, int] = field(default_factory=dict)
 
 
@@ -174,8 +174,12 @@ class Fleet:
     def purge_question(self, key: int) -> bool:
         self.leases.pop(key, None)
         self.words.pop(key, None)
-        self.book.drops += self.book.purge is not None
+        self.drop()
         return self.prices.pop(key, None) is not None
+
+    def drop(self) -> None:
+        """Whoever remembers a price looks again. A book that is made anew says so by its nonces."""
+        self.book.drops += self.book.purge is not None
 
     def purge_account(self) -> None:
         self.book.purge, self.book.reprice, self.book.repriced_at = next(self.nonces), next(self.nonces), None
@@ -492,6 +496,8 @@ class Process:
         del fleet.leases[key]
         if isinstance(reply, Priced):
             price = Price(reply.serial, reply.amount, body, fleet.now, lease.purge, lease.reprice)
+            if (old := fleet.prices.get(key)) is not None and self._is_early(price, old):
+                fleet.drop()  # each answer of upstream's is numbered, so it is another one
             fleet.prices[key] = price
             if self._page is not None and self._page.purge != lease.purge:
                 return False
@@ -501,6 +507,11 @@ class Process:
             fleet.prices.pop(key, None)
         fleet.words[key] = reply
         return True
+
+    def _is_early(self, price: Price, old: Price) -> bool:
+        """Whether a price replaces one that anybody would still take for fresh."""
+        nonces = (price.purge, price.reprice) == (old.purge, old.reprice)
+        return nonces and self._fleet.now - old.put_at < TTL_MS
 
     def _compare(self, flight: Flight, old: Price) -> None:
         new = self._fleet.prices[flight.body.key]

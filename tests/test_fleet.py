@@ -198,6 +198,16 @@ def test_a_purge_reaches_every_gateway(purge: str, crew: Crew) -> None:
     assert cache_status(crew.ask(0)).startswith("hit; ")
 
 
+def test_another_price_reaches_every_gateway(crew: Crew, simulator: Simulator) -> None:
+    simulator.script(priced(1), priced(1), priced(2))
+    assert [crew.ask(at).json()["data"]["estimated"] for at in (0, 1, 1)] == [1] * 3
+    assert crew.ask(0, cache_control="no-cache").json()["data"]["estimated"] == 1
+    assert crew.fleet.store.hget(crew.book.decode(), "drops") is None, "the same one is no news"
+    assert crew.ask(0, cache_control="no-cache").json()["data"]["estimated"] == 2
+    assert_in_time(seconds_until(lambda: crew.ask(1).json()["data"]["estimated"] == 2, within_s=10), 2.2)
+    assert simulator.calls == 3
+
+
 @pytest.mark.parametrize("purge", PURGES)
 def test_an_ask_under_way_does_not_revive_what_was_purged(purge: str, crew: Crew, simulator: Simulator) -> None:
     release = threading.Event()
@@ -253,6 +263,7 @@ def test_a_stale_price_is_refreshed_once_for_all(crew: Crew, simulator: Simulato
     release.set()
     wait_until(lambda: all(crew.ask(at).json()["data"]["estimated"] == 2 for at in range(4)), within_s=1)
     assert simulator.calls == 2
+    assert crew.fleet.store.hget(crew.book.decode(), "drops") == b"1", "it was stale: what made it so is all there is"
 
 
 def test_a_failure_is_asked_once_and_the_stale_price_serves_everywhere(crew: Crew, simulator: Simulator) -> None:

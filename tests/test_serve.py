@@ -392,17 +392,16 @@ def test_a_store_that_cannot_start_is_named_and_nothing_is_left(role: Role, home
 @pytest.mark.usefixtures("simulator")
 def test_without_its_price_book_it_asks_upstream_until_the_price_book_is_back(home: House) -> None:
     served = home.start()
-    first = served.ask()
+    assert served.ask().status_code == 200
     served.send(signal.SIGSTOP)  # nobody starts another store meanwhile
     kill(served.store("price-book"))
-    assert is_hit(served.ask())  # out of the process's memory, for two seconds
-    wait_until(lambda: not is_hit(served.ask()))
-    answers = [served.ask() for _ in range(5)]
+    assert is_hit(served.ask())  # out of the process's memory
+    answers = [served.ask(OTHER) for _ in range(5)]
     assert {(answer.status_code, cache_status(answer)) for answer in answers} == {(200, BYPASS)}
-    assert {answer.content for answer in answers} == {first.content}
+    assert len({answer.content for answer in answers}) == 1
     assert served.get("/readyz").json() == {"status": "ready", "degraded": ["price-book"]}
     served.send(signal.SIGCONT)
-    wait_until(lambda: is_hit(served.ask()))
+    wait_until(lambda: is_hit(served.ask(OTHER)))
     assert served.told("embedded store price-book was killed by signal 9 (Killed); embedded store price-book restarted")
     assert 1 <= len(served.told("the price-book's connection fails")) <= 3, "it is one trouble, not one a request"
     assert served.stop() == 0

@@ -1,5 +1,6 @@
 #!lua flags=allow-oom
--- Notes that a question of the account has been purged: whoever remembers its price asks the store again.
+-- Notes that a question of the account has been purged, or has another price: whoever remembers its price asks the
+-- store again.
 --   KEYS  1 book
 --   reply 1
 -- A book that is not there gets new nonces when it is next read, which does the same.

@@ -4,7 +4,7 @@
 --   KEYS  1 book
 --   ARGV  1 a fresh nonce for purge, 2 a fresh nonce for reprice
 --   reply { purge, reprice, now in ms, ms since the last repricing | nil, balance | nil, its age in ms | nil, drops }
---         where drops counts the questions that were purged
+--         where drops counts the questions that were purged, or have got another price early
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local book = redis.call('HMGET', KEYS[1], 'purge', 'reprice', 'repriced_at_ms', 'balance', 'balance_at_ms', 'drops')
