@@ -7,6 +7,11 @@ from zoneinfo import ZoneInfo
 from proxy.problems import Code, Problem
 from proxy.teams import Team, Teams, digest_of
 
+_NO_TOKEN = Problem(Code.UNKNOWN_TOKEN, "Send your team's token as X-API-KEY, or as Authorization: Bearer <token>.")
+_UNKNOWN = Problem(
+    Code.UNKNOWN_TOKEN, "This token is unknown, expired or mistyped: ask the gateway's operator for one."
+)
+
 
 class Access:
     """What the tokens open. `zone` is where a token's last day ends."""
@@ -37,17 +42,13 @@ class Access:
     def team(self, token: str | None) -> Team | Problem:
         """The team that asks, be it disabled: see `refusal`."""
         if token is None:
-            return Problem(
-                Code.UNKNOWN_TOKEN, "Send your team's token as X-API-KEY, or as Authorization: Bearer <token>."
-            )
+            return _NO_TOKEN
         credential = self._teams.find(token)
         if credential is not None and (credential.expires is None or credential.works_on(self._today())):
             return credential.team
         if self.is_admin(token) or digest_of(token) in self._metrics_digests:
             return Problem(Code.FORBIDDEN, "This is an admin's or a scraper's token: send your team's.")
-        return Problem(
-            Code.UNKNOWN_TOKEN, "This token is unknown, expired or mistyped: ask the gateway's operator for one."
-        )
+        return _UNKNOWN
 
     def refusal(self, team: Team) -> Problem:
         """Why a disabled team may not ask."""

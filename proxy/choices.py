@@ -1,7 +1,6 @@
 """What to do with what is known: serve it, serve it stale, or ask upstream."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from proxy.directives import Directives
 from proxy.prices import Balance, Known, StoredPrice
@@ -15,7 +14,8 @@ class Windows:
     stale_if_error_s: float
 
 
-class Serve(NamedTuple):
+@dataclass(slots=True)
+class Serve:
     """A stored price will do; a stale one is to be refreshed behind the answer."""
 
     stored: StoredPrice

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import time_ns
 from typing import Any, NamedTuple
@@ -32,8 +32,8 @@ from proxy.windows import Window
 MAX_BATCH = 200
 """Entries in one script call: some milliseconds of the store's time."""
 
-TURNS_BETWEEN = 2
-"""Of the event loop, between two calls. In them those are heard who come next: batches have a third more requests."""
+TURNS_BETWEEN = 3
+"""Of the event loop, between two calls. In them those are heard who have just been answered, and ask again."""
 
 FLUSH_REMEMBERED_S = 86400
 
@@ -321,8 +321,8 @@ def _parts(owed: Owed) -> Iterator[tuple[Charge, int]]:
     """What is owed, its requests with the first part of the credits."""
     charge, requests = owed.charge, owed.requests
     while charge.credits_micro is not None and charge.credits_micro > EXACT_MICRO:
-        yield charge._replace(credits_micro=EXACT_MICRO), requests
-        charge, requests = charge._replace(credits_micro=charge.credits_micro - EXACT_MICRO), 0
+        yield replace(charge, credits_micro=EXACT_MICRO), requests
+        charge, requests = replace(charge, credits_micro=charge.credits_micro - EXACT_MICRO), 0
     yield charge, requests
 
 

@@ -7,7 +7,7 @@
 import asyncio
 from dataclasses import dataclass
 from time import perf_counter
-from typing import NamedTuple, Protocol, Self, assert_never
+from typing import Protocol, Self, assert_never
 
 from proxy.access import Access
 from proxy.asking import Asker, Told
@@ -55,7 +55,8 @@ class Ask(Protocol):
         """The body, which is there once. Raises `BadRequest`, `ClientGone`."""
 
 
-class Answer(NamedTuple):
+@dataclass(slots=True)
+class Answer:
     """What a client gets: a JSON body. `price` is set where it has one, `age_s` where it is a stored one."""
 
     outcome: Outcome
@@ -137,10 +138,11 @@ class Gateway:
 
     async def estimate(self, ask: Ask, trace: Trace) -> Answer | Problem:
         """What upstream says, or said, to the body. Raises `BadRequest`, `ClientGone`."""
-        heard = await self._hear(ask, trace, self._in_force.rules)
-        if isinstance(heard, Problem):
-            return heard
-        team, question = heard
+        rules = self._in_force.rules
+        team = _who_asks(ask, trace, rules.access)
+        if isinstance(team, Problem):
+            return team
+        question = self._read(await ask.read_body(), team, ask.query, rules)
 
         known = self._book.at_hand(question.key, question.account) or await self._look_up(question, trace)
         match choose(known, ask.directives, self._policy.windows):
@@ -170,10 +172,10 @@ class Gateway:
     async def explain(self, ask: Ask, trace: Trace) -> Explanation | Problem:
         """How the gateway reads a body and what it knows of it. Asks upstream nothing. Raises as `estimate`."""
         rules = self._in_force.rules
-        heard = await self._hear(ask, trace, rules)
-        if isinstance(heard, Problem):
-            return heard
-        team, question = heard
+        team = _who_asks(ask, trace, rules.access)
+        if isinstance(team, Problem):
+            return team
+        question = self._read(await ask.read_body(), team, ask.query, rules)
         known = await self._look_up(question, trace)
         stored = None if known is None else known.stored
         admission = await self._peek(team, stored, trace)
@@ -208,16 +210,8 @@ class Gateway:
         await self._asker.finish(timeout_s)
         await self._ledger.close(timeout_s)
 
-    async def _hear(self, ask: Ask, trace: Trace, rules: Rules) -> tuple[Team, Question] | Problem:
-        """Who asks, then what: nobody's body is read before its token is known."""
-        team = rules.access.team(ask.token)
-        if isinstance(team, Problem):
-            return team
-        trace.team = team.id
-        if team.disabled:
-            return rules.access.refusal(team)
-        body = await ask.read_body()
-        return team, self._reader.read(body, account=team.account, query=ask.query, ignored=rules.ignored)
+    def _read(self, body: bytes, team: Team, query: bytes, rules: Rules) -> Question:
+        return self._reader.read(body, account=team.account, query=query, ignored=rules.ignored)
 
     async def _look_up(self, question: Question, trace: Trace) -> Known | None:
         """What the book knows; None if it is out of reach."""
@@ -317,6 +311,15 @@ class Gateway:
         return ending
 
 
+def _who_asks(ask: Ask, trace: Trace, access: Access) -> Team | Problem:
+    """Nobody's body is read before its token is known."""
+    team = access.team(ask.token)
+    if isinstance(team, Problem):
+        return team
+    trace.team = team.id
+    return access.refusal(team) if team.disabled else team
+
+
 def _deny_all_but_admins(access: Access, token: str | None, trace: Trace) -> Problem | None:
     if access.is_admin(token):
         return None
@@ -334,8 +337,7 @@ def _charge(outcome: Outcome, question: Question, price: Price | None) -> Charge
 
 
 def _stored_answer(outcome: Outcome, stored: StoredPrice, balance: Balance) -> Answer:
-    body = document(stored.price, balance)
-    return Answer(outcome, 200, body, stored.price, age_s=stored.age_s, balance_age_s=balance.age_s)
+    return Answer(outcome, 200, document(stored.price, balance), stored.price, stored.age_s, balance.age_s)
 
 
 def _outcome(forward: Forward, *, collapsed: bool) -> Outcome:

@@ -1,7 +1,7 @@
 """Prices and balances: what the price book keeps of upstream's answers, and what clients get to see of it.
 
-Amounts stay the JSON numbers that upstream wrote, in bytes. What is made anew for every hit is a tuple, which takes a
-third of the time of a frozen dataclass.
+Amounts stay the JSON numbers that upstream wrote, in bytes. What is made anew for every hit is not frozen, which
+would take three times as long.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,8 @@ class Entry:
     body_digest: bytes
 
 
-class StoredPrice(NamedTuple):
+@dataclass(slots=True)
+class StoredPrice:
     """A price as it stands now. `ttl_s` is what is left of its time, negative once it is stale."""
 
     price: Price
@@ -54,14 +55,16 @@ class StoredPrice(NamedTuple):
     body_digest: bytes
 
 
-class Balance(NamedTuple):
+@dataclass(slots=True)
+class Balance:
     """An account's balance, as a JSON number, and how long ago upstream said it."""
 
     amount: bytes
     age_s: float
 
 
-class Known(NamedTuple):
+@dataclass(slots=True)
+class Known:
     """What is known for a question. `seen_ms` says when the text in the store was put there, whatever it is worth."""
 
     stored: StoredPrice | None
@@ -103,10 +106,6 @@ def as_of(entry: Entry, now_ms: int, nonces: Nonces, repriced_ago_ms: int | None
 
 def document(price: Price, balance: Balance | None) -> bytes:
     """The answer a client gets: upstream's envelope with the newest balance known."""
-    parts = [b'{"data":{"estimated":', price.estimated]
-    if balance is not None:
-        parts += [b',"balance":', balance.amount]
-    if price.rest:
-        parts += [b",", price.rest]
-    parts.append(b'},"error":{}}')
-    return b"".join(parts)
+    shown = b"" if balance is None else b',"balance":' + balance.amount
+    rest = price.rest and b"," + price.rest
+    return b'{"data":{"estimated":%b%b%b},"error":{}}' % (price.estimated, shown, rest)

@@ -13,6 +13,7 @@ A *denial* is a `Problem`, returned like any other value. A *failure* is an exce
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import orjson
@@ -110,7 +111,7 @@ LONGEST_RETRY_AFTER_S = 3600
 """A longer wait is not told to clients: they would rather fail than sleep."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Problem:
     """Why a request gets no estimate. `detail` is a sentence that says what to do, without any secret.
 
@@ -134,21 +135,27 @@ class Problem:
         return _KINDS[self.code].outcome
 
     def document(self, request_id: str) -> bytes:
-        """RFC 9457 problem details that are RenderNet's error envelope too, as JSON."""
-        return orjson.dumps(
-            {
-                "type": _TYPES.get(self.code, f"urn:estimate-proxy:problem:{self.code}"),
-                "title": _KINDS[self.code].title,
-                "status": self.status,
-                "detail": self.detail,
-                "request_id": request_id,
-                "data": None,
-                "error": {"code": self.code, "message": self.detail},
-                **self.members,
-            }
-        )
+        """RFC 9457 problem details that are RenderNet's error envelope too, as JSON.
 
-    def headers(self) -> list[tuple[bytes, bytes]]:
+        request_id: of characters that JSON does not escape.
+        """
+        before, behind = self._around_the_id
+        return b'%b,"request_id":"%b",%b' % (before, request_id.encode(), behind)
+
+    @cached_property
+    def _around_the_id(self) -> tuple[bytes, bytes]:
+        """Of a document: many requests may be told of one problem."""
+        before = {
+            "type": _TYPES.get(self.code, f"urn:estimate-proxy:problem:{self.code}"),
+            "title": _KINDS[self.code].title,
+            "status": self.status,
+            "detail": self.detail,
+        }
+        behind = {"data": None, "error": {"code": self.code, "message": self.detail}, **self.members}
+        return orjson.dumps(before)[:-1], orjson.dumps(behind)[1:]
+
+    @cached_property
+    def headers(self) -> tuple[tuple[bytes, bytes], ...]:
         """The response headers that belong to this problem (RFC 9110 §11.6.1, §15.5.6, §10.2.3)."""
         headers = [(b"content-type", b"application/problem+json"), (b"cache-control", b"no-store")]
         if self.code is Code.UNKNOWN_TOKEN:
@@ -157,7 +164,12 @@ class Problem:
             headers.append((b"allow", self.allow.encode()))
         if self.retry_after_s is not None and self.retry_after_s <= LONGEST_RETRY_AFTER_S:
             headers.append((b"retry-after", str(self.retry_after_s).encode()))
-        return headers
+        return tuple(headers)
+
+    @cached_property
+    def lines(self) -> tuple[bytes, ...]:
+        """The same as they are sent: `name: value`."""
+        return tuple(map(b": ".join, self.headers))
 
 
 class ProxyError(Exception):

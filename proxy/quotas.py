@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
-from typing import Literal, NamedTuple
+from typing import Literal
 from zoneinfo import ZoneInfo
 
 import orjson
@@ -92,7 +92,8 @@ class Terms:
         return not all(quota.refuse for quota in self.quotas)
 
 
-class Charge(NamedTuple):
+@dataclass(slots=True)
+class Charge:
     """What a request has come to. `credits_micro` is None where nothing was priced."""
 
     outcome: Outcome

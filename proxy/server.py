@@ -56,6 +56,7 @@ class _Cycle(RequestResponseCycle):
     expected_content_length = 0
     access_log = False
     logger = log
+    task: asyncio.Task[None]
 
     def __init__(self, scope: Any, protocol: "_Protocol", *, keep_alive: bool, body: bytes | None) -> None:
         self.scope = scope
@@ -63,6 +64,7 @@ class _Cycle(RequestResponseCycle):
         self.flow = protocol.flow
         self.default_headers = protocol.server_state.default_headers
         self.on_response = protocol.on_response_complete
+        self.tasks = protocol.tasks
         self.keep_alive = keep_alive
         self.body = bytearray() if body is None else body  # type: ignore[assignment] # it is read, and grows if None
         self.more_body = body is None
@@ -76,10 +78,26 @@ class _Cycle(RequestResponseCycle):
         return event
 
     async def run_asgi(self, app: Any) -> None:
+        """As uvicorn does it, less what is checked of applications that anybody wrote."""
         try:
-            await super().run_asgi(app)
+            await app(self.scope, self.receive, self.send)
+        except BaseException as error:  # noqa: BLE001 -- as uvicorn: a client hears of anything
+            await self._fail(error)
+        else:
+            if not self.response_complete and not self.disconnected:
+                await self._fail(None)
         finally:
+            self.on_response = _nothing
             self.scope.pop(REPLY, None)  # type: ignore[misc] # else the two hold each other
+            self.tasks.discard(self.task)
+
+    async def _fail(self, error: BaseException | None) -> None:
+        """The application has not answered, which is a defect of it."""
+        log.error("a request ended without an answer", exc_info=error)
+        if self.response_started:
+            self.transport.close()
+        else:
+            await self.send_500_response()
 
     def reply(self, status: int, lines: Lines, body: bytes, *, close: bool) -> bool:
         """Sends an answer, whose header `lines` say nothing of its length and connection.
@@ -220,6 +238,11 @@ class _Protocol(HttpToolsProtocol):
             self.scope[WHOLE_BODY] = bytes(self.cycle.body)  # type: ignore[literal-required] # a key of ours
             self._remember(self._piece)
 
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        """As uvicorn does it, but the task is taken out of the server's by itself: a callback would be a turn more."""
+        cycle.task = self.loop.create_task(cycle.run_asgi(app))
+        self.tasks.add(cycle.task)
+
     def on_response_complete(self) -> None:
         """As uvicorn does it, but with a timer a connection rather than one a request."""
         self.server_state.total_requests += 1
@@ -253,11 +276,15 @@ class _Protocol(HttpToolsProtocol):
         self._in_head = False
         problem, request_id = Problem(Code.INVALID_REQUEST, msg), secrets.token_hex(16)
         body = problem.document(request_id)
-        headers = [*problem.headers(), (b"x-request-id", request_id.encode()), (b"connection", b"close")]
+        headers = [*problem.headers, (b"x-request-id", request_id.encode()), (b"connection", b"close")]
         headers.append((b"content-length", str(len(body)).encode()))
         lines = [b"HTTP/1.1 400 Bad Request", *(name + b": " + value for name, value in headers), b"", body]
         self.transport.write(b"\r\n".join(lines))
         self.transport.close()
+
+
+def _nothing() -> None:
+    """Happens behind a response that is complete."""
 
 
 class Server(uvicorn.Server):

@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
-from functools import lru_cache
 from hashlib import sha256
 from zlib import crc32
 
@@ -48,21 +47,17 @@ class Teams:
 
     def __init__(self, by_digest: Mapping[str, Credential]) -> None:
         self._by_digest = by_digest
-        self._well_formed: set[str] = set()
-        """The digests that tokens were seen for: a digest has one token, so its form needs no second look."""
+        self._found: dict[str, Credential] = {}
+        """By tokens that have been used: they are as many as the digests, at most."""
 
     def find(self, token: str) -> Credential | None:
         """What `token` opens, unless it is malformed or unknown."""
-        if len(token) != TOKEN_CHARACTERS or not token.isascii():
-            return None
-        digest = _digest_of(token)
-        credential = self._by_digest.get(digest)
-        if credential is None or digest in self._well_formed:
-            return credential
-        if not is_well_formed(token):
-            return None
-        self._well_formed.add(digest)
-        return credential
+        found = self._found.get(token)
+        if found is None and len(token) == TOKEN_CHARACTERS and is_well_formed(token):
+            found = self._by_digest.get(digest_of(token))
+            if found is not None:
+                self._found[token] = found
+        return found
 
 
 def token_of(random: str) -> str:
@@ -79,10 +74,6 @@ def is_well_formed(token: str) -> bool:
 def digest_of(token: str) -> str:
     """The form in which the config holds a token: `sha256:` and 64 hexadecimal characters."""
     return "sha256:" + sha256(token.encode()).hexdigest()
-
-
-_digest_of = lru_cache(maxsize=1000)(digest_of)
-"""For what may be a token by its length, and so takes little room."""
 
 
 def _check_characters(stem: str) -> str:

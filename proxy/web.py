@@ -40,6 +40,8 @@ MAX_QUERY_BYTES = 8192
 
 _JSON_TYPE = b"content-type: application/json"
 
+_OVERLOADED = Problem(Code.OVERLOADED, "The gateway has too much to do: try again.", retry_after_s=1)
+
 log = logging.getLogger(__name__)
 
 
@@ -113,36 +115,29 @@ class StoryEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         head: Head = scope[HEAD]
         exchange = Exchange(self._operation, head.request_id or self._ids.next())
+        ending: Ending | None
         self._lifecycle.in_flight += 1
         try:
-            ending = await self._answer(scope, head, receive, exchange)
-        except asyncio.CancelledError:
-            if (task := asyncio.current_task()) is not None:
-                task.uncancel()  # it goes on: Python 3.11.2 would end it at its next time limit otherwise
-            ending = Problem(Code.DRAINING, "The gateway is shutting down: ask again.", retry_after_s=1)
-            exchange.close = True
+            if self._lifecycle.is_overloaded():
+                ending = _OVERLOADED
+            else:
+                deadline = self._loop.time() + self._timeout_s
+                asked = _Asked(scope, head, receive, exchange, self._max_body_bytes, deadline)
+                ending = await self._story(asked, exchange)
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 -- none of them is left unsaid
+            ending = _ending_of(error, exchange)
         finally:
             self._lifecycle.in_flight -= 1
         if ending is None or (exchange.waited and await _is_gone(receive)):
             exchange.end(self._metrics, Outcome.CANCELLED, 499)
             return
         exchange.close = exchange.close or self._lifecycle.draining
-        await respond(scope, send, exchange, ending, self._metrics)
-
-    async def _answer(self, scope: Scope, head: Head, receive: Receive, exchange: Exchange) -> Ending | None:
-        """How the story ends; None when nobody is left to hear it. What the story raises becomes a problem here."""
-        try:
-            if self._lifecycle.is_overloaded():
-                return Problem(Code.OVERLOADED, "The gateway has too much to do: try again.", retry_after_s=1)
-            deadline = self._loop.time() + self._timeout_s
-            return await self._story(_Asked(scope, head, receive, exchange, self._max_body_bytes, deadline), exchange)
-        except BadRequest as error:
-            return error.problem
-        except ClientGone:
-            return None
-        except Exception:
-            log.exception("request %s failed", exchange.request_id)
-            return Problem(Code.INTERNAL_ERROR, "The gateway failed; its log has the reason under this request's id.")
+        status, lines, body = _answer_of(ending, exchange)
+        if not scope[REPLY](status, lines, body, close=exchange.close):
+            headers = _fields([*lines, b"content-length: %d" % len(body)], exchange)
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+        exchange.end(self._metrics, Outcome.HIT if isinstance(ending, Purged | Report) else ending.outcome, status)
 
 
 class _Asked:
@@ -208,25 +203,37 @@ class _Asked:
         return BadRequest(Code.BODY_TOO_LARGE, f"The body has more than {self._max_bytes} bytes: send fewer items.")
 
 
-async def respond(scope: Scope, send: Send, exchange: Exchange, ending: Ending, metrics: Metrics) -> None:
-    """Sends the response, and ends the exchange."""
+def _ending_of(error: BaseException, exchange: Exchange) -> Problem | None:
+    """What a story has raised, as a problem; None when nobody is left to hear it."""
+    match error:
+        case BadRequest(problem=problem):
+            return problem
+        case ClientGone():
+            return None
+        case asyncio.CancelledError():
+            if (task := asyncio.current_task()) is not None:
+                task.uncancel()  # it goes on: Python 3.11.2 would end it at its next time limit otherwise
+            exchange.close = True
+            return Problem(Code.DRAINING, "The gateway is shutting down: ask again.", retry_after_s=1)
+        case _:
+            log.error("request %s failed", exchange.request_id, exc_info=error)
+            return Problem(Code.INTERNAL_ERROR, "The gateway failed; its log has the reason under this request's id.")
+
+
+def _answer_of(ending: Ending, exchange: Exchange) -> tuple[int, Lines, bytes]:
+    """Status, header fields but those of its length and connection, and body."""
     match ending:
         case Answer(status=status):
             lines, body = _answer_lines(ending), ending.body
         case Problem(status=status):
-            lines, body = [*map(b": ".join, ending.headers())], ending.document(exchange.request_id)
+            lines, body = [*ending.lines], ending.document(exchange.request_id)
         case Explanation():
             status, lines, body = 200, [_JSON_TYPE], _explanation_document(ending)
         case Purged():
             status, lines, body = 200, [_JSON_TYPE], _purged_document(ending)
         case Report():
             status, lines, body = 200, _report_lines(ending), ending.body
-    lines += _common_lines(exchange)
-    if not scope[REPLY](status, lines, body, close=exchange.close):
-        headers = _fields([*lines, b"content-length: %d" % len(body)], exchange)
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
-    exchange.end(metrics, Outcome.HIT if isinstance(ending, Purged | Report) else ending.outcome, status)
+    return status, lines + _common_lines(exchange), body
 
 
 async def refuse_route(lifecycle: Lifecycle, metrics: Metrics, request: Request, error: Exception) -> Response:
@@ -240,7 +247,7 @@ async def refuse_route(lifecycle: Lifecycle, metrics: Metrics, request: Request,
         problem = Problem(Code.NOT_FOUND, "Of RenderNet's API the gateway serves POST /pub/v1/generations/estimate.")
     body = problem.document(exchange.request_id)
     exchange.end(metrics, problem.outcome, problem.status)
-    fields = [*problem.headers(), *_fields(_common_lines(exchange), exchange)]
+    fields = [*problem.headers, *_fields(_common_lines(exchange), exchange)]
     return Response(body, problem.status, {name.decode(): value.decode() for name, value in fields})
 
 

@@ -223,7 +223,7 @@ def test_a_warning_is_a_quota_that_is_passed_and_only_warns() -> None:
 
 def told(problem: Problem) -> tuple[dict[str, Any], str | None]:
     """The document of a problem, its numbers as written, and its `Retry-After`."""
-    retry_after = dict(problem.headers()).get(b"retry-after")
+    retry_after = dict(problem.headers).get(b"retry-after")
     document = json.loads(problem.document("req-1"), parse_int=Decimal, parse_float=Decimal)
     return document, None if retry_after is None else retry_after.decode()
 

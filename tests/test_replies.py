@@ -184,7 +184,7 @@ def test_our_key_is_found_where_its_bytes_mean_something_else() -> None:
 def test_nothing_of_a_failure_shows_our_key(status: int, spelling: str) -> None:
     failed = reply(status, b'{"error":{"message":"%s"}}' % spelling.encode(), retry_after=SECRET)
     assert isinstance(failed, Failed)
-    shown = failed.problem.document("req-1").decode() + repr(failed) + repr(failed.problem.headers())
+    shown = failed.problem.document("req-1").decode() + repr(failed) + repr(failed.problem.headers)
     assert "canary" not in shown
 
 
