@@ -25,7 +25,7 @@ class Expected:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """warm: what is asked once, request by request, before anything is measured. delay_ms: upstream's.
+    """warm: what is asked once, request by request, before each measurement. delay_ms: upstream's.
 
     least_s: it is measured for no shorter time.
     """

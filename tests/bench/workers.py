@@ -18,6 +18,8 @@ from bench.table import cpu_us, notes, per_s
 from bench.traffic import TEAMS
 
 CORES_NEEDED = 4
+CONNECTIONS = 256
+"""So many that batches of the ledger are as large as they get, whether one worker has them all or half of them."""
 _GAIN = 1.8
 _EVEN = 0.5
 _COLUMNS = ("case", "req/s", "CPU µs", "CPU ÷ one worker", "least worker ÷ most", "p50 ms", "p99 ms")
@@ -45,7 +47,7 @@ def _case(name: str, workers: int) -> Case:
         return opened.gateway(Terms(name.replace(" ", "-"), TEAMS, workers=workers))
 
     (hit,) = (case for case in CASES if case.name == "hit")
-    return hit.at(name, site=site, connections=64)
+    return hit.at(name, site=site, connections=CONNECTIONS)
 
 
 def _row(name: str, found: Rounds) -> list[str]:
