@@ -4,9 +4,10 @@ import asyncio
 import re
 from typing import Any
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proxy.server import HEAD, MAX_KNOWN, MAX_KNOWN_BYTES, REPLY, WHOLE_BODY, Server
 
@@ -97,8 +98,8 @@ async def told(scope: Scope, receive: Receive, send: Send) -> None:
 class Connection:
     """One to a server that knows these heads."""
 
-    def __init__(self, known: dict[bytes, Any]) -> None:
-        server = Server(told, drain_s=1, announce=lambda: None)
+    def __init__(self, known: dict[bytes, Any], app: ASGIApp) -> None:
+        server = Server(app, drain_s=1, announce=lambda: None)
         server.config.load()
         make: Any = server.config.http_protocol_class
         self._tasks = server.server_state.tasks
@@ -127,8 +128,8 @@ async def _turn(turns: int) -> None:
         await asyncio.sleep(0)
 
 
-async def answers(known: dict[bytes, Any], pieces: list[tuple[bytes, int]]) -> tuple[bytes, bool]:
-    connection = Connection(known)
+async def answers(known: dict[bytes, Any], pieces: list[tuple[bytes, int]], app: ASGIApp = told) -> tuple[bytes, bool]:
+    connection = Connection(known, app)
     for piece, turns in pieces:
         await connection.feed(piece, turns=turns)
     return await connection.end()
@@ -184,3 +185,32 @@ def test_the_memory_of_heads_is_bounded() -> None:
     assert len(found) == MAX_KNOWN
     assert many[0][:-4] not in found
     assert many[-1][:-4] in found
+
+
+@pytest.mark.parametrize("line", [b"a: b\r\nc: d", b"a: b\nc: d", b"a: b\rc: d", b"a: b\0"])
+def test_a_line_that_would_break_the_head_is_a_failure(line: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    async def app(scope: Scope, _: Receive, __: Send) -> None:
+        scope[REPLY](200, [line], b"", close=False)
+
+    said, _ = asyncio.run(answers({}, [(post(), TURNS)], app))
+    assert said.startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
+    assert line not in said
+    assert "a header field has a line break or NUL in it" in caplog.text
+
+
+def test_an_application_that_says_nothing_has_failed(caplog: pytest.LogCaptureFixture) -> None:
+    async def app(_: Scope, __: Receive, ___: Send) -> None:
+        pass
+
+    said, closed = asyncio.run(answers({}, [(post(), TURNS)], app))
+    assert said.startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
+    assert closed
+    assert "a request ended without an answer" in caplog.text
+
+
+def test_an_answer_that_breaks_off_is_cut_off() -> None:
+    async def app(_: Scope, __: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
+        await send({"type": "http.response.body", "body": b"[", "more_body": True})
+
+    assert asyncio.run(answers({}, [(post(), TURNS)], app)) == (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n[", True)
