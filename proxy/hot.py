@@ -1,4 +1,8 @@
-"""The hottest prices, in this process: an LRU cache bounded by entries and bytes, for a minute at the most."""
+"""The hottest prices, in this process: bounded by entries and bytes, for a minute at the most.
+
+Where there is no room, the one goes that was read longest ago. What is in use comes back with its next minute, and to
+note each use would take longer than to read a price again now and then.
+"""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -45,7 +49,6 @@ class HotPrices:
         if now - found.read_at > MAX_AGE_S:
             self.drop(key)
             return None
-        self._entries.move_to_end(key)
         return found
 
     def put(self, key: str, found: HotEntry) -> None:
@@ -57,8 +60,8 @@ class HotPrices:
         self._entries[key] = found
         self._bytes += _size(found)
         while len(self._entries) > self._max_entries or self._bytes > self._max_bytes:
-            _, coldest = self._entries.popitem(last=False)
-            self._bytes -= _size(coldest)
+            _, oldest = self._entries.popitem(last=False)
+            self._bytes -= _size(oldest)
 
     def drop(self, key: str) -> None:
         found = self._entries.pop(key, None)

@@ -13,7 +13,7 @@ from proxy.models import model_of
 from proxy.upstream import Address
 
 MAX_REMEMBERED = 10_000
-"""Some 5 MB. Beyond it, those that have not been asked for longest are forgotten."""
+"""Some 5 MB. Beyond it, those that were read longest ago are forgotten, and read again."""
 
 
 class Reading(NamedTuple):
@@ -69,7 +69,6 @@ class Reader:
         spelling = (sha256(raw).digest(), account, query, ignored)
         reading = self._readings.get(spelling)
         if reading is not None:
-            self._readings.move_to_end(spelling)
             return Question(reading, raw, account=account, ignored=ignored)
         question = self.of(canonicalise(raw), account=account, query=query, ignored=ignored)
         self._readings[spelling] = Reading(question.query, question.key, question.model)
