@@ -240,14 +240,14 @@ def test_a_terminal_shows_a_live_line() -> None:
 
 
 @pytest.fixture
-def hung_up() -> Iterator[None]:
+def sighup_not_ignored() -> Iterator[None]:
     """What starts here is ended by SIGHUP, though the tests may run under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.usefixtures("hung_up")
+@pytest.mark.usefixtures("sighup_not_ignored")
 def test_a_closed_terminal_ends_it() -> None:
     with demo("--port", "0", terminal=True) as show:
         show.wait_for("questions 1")

@@ -69,11 +69,10 @@ class _Reading:
 
 
 def prepare(stage: Stage, case: Case) -> None:
-    """Starts what the case needs, stores the prices that its hits find, and has it run for a moment."""
+    """Starts what the case needs, and has it run for a moment."""
     with _about(case):
         site = case.site(stage)
         stage.upstream.delay(0)
-        _warm(stage, case, site)
         stage.loads.make(site.url, case.traffic(), Shape(WARMING_S, most=WARM_REQUESTS))
 
 
@@ -82,7 +81,9 @@ def measure(stage: Stage, case: Case, seconds: float, *, rate: float = 0.0) -> M
     with _about(case):
         site, traffic = case.site(stage), case.traffic()
         stage.upstream.delay(case.delay_ms)
-        _warm(stage, case, site)  # while others had their turns, what it remembers has aged
+        if case.warm is not None:  # while others had their turns, what is remembered has aged
+            each = once_each(case.warm())
+            stage.loads.make(site.url, each, Shape(WARMING_S, most=len(each.requests)))
         _check_one(case, lambda: ask(site.url, stage.loads.sample(traffic)))
         before = _read(stage, site)
         try:
@@ -93,12 +94,6 @@ def measure(stage: Stage, case: Case, seconds: float, *, rate: float = 0.0) -> M
                 _wait_until_quiet(stage)
         _check_all(case, load, after.asked - before.asked)
         return _measured(case, load, before, after, cores=len(stage.place.cores.server))
-
-
-def _warm(stage: Stage, case: Case, site: Site) -> None:
-    if case.warm is not None:
-        each = once_each(case.warm())
-        stage.loads.make(site.url, each, Shape(WARMING_S, most=len(each.requests)))
 
 
 @contextmanager
