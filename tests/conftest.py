@@ -15,7 +15,9 @@ import pytest
 import redis
 from starlette.types import Receive, Scope, Send
 
+from configs import Problems, Read
 from ledger_desk import REST_S, Skewed
+from ledger_stage import World, open_world
 from processes import Tree
 from proxy.embedded import EmbeddedStores
 from proxy.simulator import Simulator
@@ -186,6 +188,12 @@ def way(any_store_url: str) -> Iterator[Relay]:
 
 
 @pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch, any_store_url: str) -> Iterator[World]:
+    with open_world(any_store_url, monkeypatch) as opened:
+        yield opened
+
+
+@pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """After an outage nobody waits for long."""
     monkeypatch.setattr("proxy.store.REST_S", REST_S)
@@ -197,3 +205,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Skewed:
     skewed = Skewed()
     monkeypatch.setattr("proxy.decisions.time_ns", skewed)
     return skewed
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Read:
+    return Read(tmp_path)
+
+
+@pytest.fixture
+def problems_of(read: Read) -> Problems:
+    return Problems(read)

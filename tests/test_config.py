@@ -13,17 +13,6 @@ from proxy.config import load, load_keying
 from proxy.settings import SecretText
 from proxy.settings_problems import SettingsError
 
-
-@pytest.fixture
-def read(tmp_path: Path) -> Read:
-    return Read(tmp_path)
-
-
-@pytest.fixture
-def problems_of(read: Read) -> Problems:
-    return Problems(read)
-
-
 # --- The file ---------------------------------------------------------------------------------------------------
 
 

@@ -7,73 +7,42 @@ are compared exactly. What expires in the store by itself is ended by the test, 
 
 import os
 import re
-import ssl
-import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from functools import cache, partial
-from hashlib import sha1
-from importlib.resources import files
-from random import Random
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, NamedTuple
 
 import httpx2
 import hypothesis
 import orjson
 import pytest
-import redis
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from starlette.applications import Starlette
-from starlette.responses import HTMLResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-import proxy.app
-from bodies import respell
 from conftest import Stage
-from pricebook_model import (
-    BALANCE_MAX_AGE_MS,
-    BUSY_S,
-    IF_ERROR_MS,
-    LIFETIME_MS,
-    MOODS,
-    PROBE_MS,
-    REJECTION,
-    REVALIDATE_MS,
-    TTL_MS,
-    Answer,
-    Body,
-    Book,
-    Fleet,
-    Flight,
-    Pending,
-    Priced,
-    Process,
-    Upstream,
-    Wants,
-    document,
-    spelled,
+from pricebook_fleet import BALANCE_MAX_AGE_MS, LIFETIME_MS, Answer, Book, Fleet, Flight, Pending, Wants
+from pricebook_model import Process
+from pricebook_requests import (
+    AGES_MS,
+    ANY_MOOD,
+    BODIES,
+    KEYS,
+    NO_CACHE,
+    PAUSES_MS,
+    PLAIN,
+    SEEDS,
+    TICK_MS,
+    WANTS,
+    WHERE,
+    Numbered,
+    content,
+    told_by,
 )
-from proxy.asking import Asker, Told
-from proxy.circuit import Circuit, Gate
-from proxy.lifecycle import Lifecycle
-from proxy.metrics import Metrics
-from proxy.questions import Question
-from proxy.settings import Settings
-from proxy.simulator import Exchange, Simulator
-from proxy.store import Script
-from proxy.teams import digest_of, token_of
-from scene import API_KEY, DESIGN, PATH, code_of, settings
-from serving import serving
+from pricebook_stage import ADMIN, START_MS, Clock, World, opened_world, set_clocks, soon
+from pricebook_upstream import Body, Priced, Upstream, spelled
+from scene import PATH
 
-ADMIN = token_of("a" * 32)
-KEYS, SEEDS = 4, 2
-TICK_MS = 125
-"""Between steps; thousandths of which binary fractions are exact, so that no boundary is blurred."""
-
-START_MS = 1_700_000_000_000
 TRIES = 3
 """Work behind answers may be late on a machine that has much to do. Hypothesis repeats what fails: if it does not fail
 again, that was it, and all is played from the beginning."""
@@ -84,206 +53,12 @@ UNHURRIED_MS = 60_000
 MEDDLINGS = ("purge question", "purge account", "evict price", "evict book", "ask anew", "reprice")
 
 
-class Clock:
-    """What time it is for the gateways."""
-
-    def __init__(self) -> None:
-        self.ms = START_MS
-
-    def __call__(self) -> float:
-        return self.ms / 1000
-
-
-def soon(condition: Callable[[], bool]) -> None:
-    """As `wait_until`, for what comes true in less than its pauses."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.0005)
-
-
-class WatchedAsker(Asker):
-    """Shows who waits."""
-
-    joined = 0
-    followed = 0
-
-    async def ask(self, question: Question, *, seen_ms: int | None) -> tuple[Told, bool]:
-        self.joined += 1
-        return await super().ask(question, seen_ms=seen_ms)
-
-    async def _follow(self, question: Question, seen_ms: int | None, deadline: float) -> Told | None:
-        self.followed += 1
-        return await super()._follow(question, seen_ms, deadline)
-
-
-class Replica:
-    """A place in the fleet, for a gateway that comes and goes."""
-
-    asker: WatchedAsker
-
-    def __init__(self, make: Callable[[], tuple[Starlette, WatchedAsker]], client: httpx2.Client) -> None:
-        self._make = make
-        self._gateway = ExitStack()
-        self.client = client
-
-    def restart(self) -> None:
-        """Another gateway in the place of this one."""
-        self.close()
-        app, self.asker = self._make()
-        self.client.base_url = self._gateway.enter_context(serving(app))
-
-    def close(self) -> None:
-        self._gateway.close()
-
-    def wait_until_flying(self, flights: int) -> None:
-        """Until so many questions are on their way."""
-        soon(lambda: len(self.asker._flights) + len(self.asker._audits) == flights)
-
-
-class World:
-    """What all examples use: the servers, and the clock."""
-
-    def __init__(
-        self, stage: Stage, store: redis.Redis, clock: Clock, replicas: list[Replica], pool: ThreadPoolExecutor
-    ) -> None:
-        self.stage = stage
-        self.store = store
-        self.replicas = replicas
-        self.pool = pool
-        self._clock = clock
-        self.keys: list[str] = []
-        self.book_key = ""
-
-    def begin(self) -> None:
-        """An empty store, and gateways that remember nothing."""
-        self._clock.ms = START_MS
-        self.store.flushall()
-        self.set_clock(START_MS)
-        for replica in self.replicas:
-            replica.restart()
-        self.stage.simulator = Simulator(api_key=API_KEY)
-
-    def set_clock(self, ms: int) -> None:
-        self._clock.ms = ms
-        self.store.hset("clock", mapping={"s": ms // 1000, "us": ms % 1000 * 1000})
-
-    def learn_keys(self) -> None:
-        """The keys of the questions; upstream is not asked."""
-        self.begin()
-        documents = (self.replicas[0].client.post("/v1/explain", content=content(Body(key, 0))) for key in range(KEYS))
-        self.keys = [document.json()["key"] for document in documents]
-        assert len(set(self.keys)) == KEYS
-        (book,) = self.store.scan_iter("ep1:book:*")
-        self.book_key = book.decode()
-
-    def texts(self) -> dict[int, bytes]:
-        """The prices in the store."""
-        texts: Any = self.store.mget([self.price_key(key) for key in range(KEYS)])
-        return {key: text for key, text in enumerate(texts) if text is not None}
-
-    def price_key(self, key: int) -> str:
-        return f"ep1:{{{self.keys[key]}}}:price"
-
-
 class Asked(NamedTuple):
     """A request on its way: to which process, what is expected of it, and what comes."""
 
     where: int
     expected: Answer | Pending
     response: Future[httpx2.Response]
-
-
-def content(body: Body, spelling: int | None = None) -> bytes:
-    items = [{"model": "Flux", "steps": 20 + body.key, "seed": body.seed}]
-    return orjson.dumps(items) if spelling is None else respell(items, Random(spelling))
-
-
-class Numbered:
-    """Answers as the model of upstream says, each with the next number."""
-
-    def __init__(self, upstream: Upstream) -> None:
-        self._upstream = upstream
-        self.asked: list[int] = []
-        """The question that each answer was for."""
-
-    @property
-    def serial(self) -> int:
-        return len(self.asked)
-
-    def __call__(self, exchange: Exchange) -> ASGIApp:  # noqa: PLR0911 -- a line a mood
-        (item,) = orjson.loads(exchange.received.body)
-        body = Body(item["steps"] - 20, item["seed"])
-        self.asked.append(body.key)
-        match self._upstream.mood:
-            case None:
-                return _json(200, document(spelled(self._upstream.prices[body]), self._upstream.balance, self.serial))
-            case "gives no price":
-                return _json(200, document("null", self._upstream.balance, self.serial))
-            case "rejects":
-                return _json(422, REJECTION)
-            case "fails":
-                return _json(500, REJECTION)
-            case "sends a page":
-                return HTMLResponse("<h1>Edge</h1>")
-            case "is busy":
-                return _json(429, REJECTION, **{"retry-after": str(BUSY_S)})
-            case "refuses the key":
-                return _json(401, REJECTION)
-            case mood:
-                assert mood == "hangs up"
-                return _hang_up
-
-
-def _json(status: int, body: str, **headers: str) -> Response:
-    return Response(body, status, headers, media_type="application/json")
-
-
-async def _hang_up(_: Scope, __: Receive, send: Send) -> None:
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"100")]})
-
-
-def told_by(response: httpx2.Response) -> Answer:
-    """A response as the model would put it."""
-    headers = response.headers
-    is_problem = headers["content-type"] == "application/problem+json"
-    assert is_problem or (headers.get("cache-control") == "no-store") == (response.status_code >= 400)
-    status = headers.get("cache-status")
-    age_s, balance_age_s, retry_after_s = (
-        None if name not in headers else int(headers[name])
-        for name in ("age", "estimate-proxy-balance-age", "retry-after")
-    )
-    return Answer(
-        response.status_code,
-        code_of(response) if is_problem else response.text,
-        None if status is None else status.removeprefix("estimate-proxy; "),
-        age_s,
-        balance_age_s,
-        retry_after_s,
-    )
-
-
-_BODIES = st.builds(Body, st.integers(0, KEYS - 1), st.integers(0, SEEDS - 1))
-_WHERE = st.sampled_from([0, 0, 1])
-_PLAIN = Wants()
-_NO_CACHE = Wants("no-cache", anew=True)
-_WANTS = st.sampled_from(
-    [
-        *[_PLAIN] * 8,
-        _NO_CACHE,
-        Wants("no-store", anew=True, store=False),
-        Wants("max-age=0", max_age_s=0),
-        Wants("max-age=30", max_age_s=30),
-        Wants("max-stale, max-age=100", max_age_s=100),
-        Wants("only-if-cached", only_if_cached=True),
-        Wants("only-if-cached, max-age=30", only_if_cached=True, max_age_s=30),
-        Wants("only-if-cached, no-cache", only_if_cached=True, anew=True),
-    ]
-)
-_MOODS = st.sampled_from([None, None, *MOODS])
-_EDGES_MS = (BALANCE_MAX_AGE_MS, 30_000, TTL_MS, TTL_MS + REVALIDATE_MS, LIFETIME_MS)
-_AGES_MS = st.sampled_from([edge + more for edge in _EDGES_MS for more in (-TICK_MS, 0, TICK_MS, 10_000)])
-_PAUSES_MS = st.sampled_from([875, 1_000, 2_000, 2_125, 5_000, 10_000, 11_000, 600_000, 3_600_000])
 
 
 class PriceBookMachine(RuleBasedStateMachine):
@@ -305,18 +80,18 @@ class PriceBookMachine(RuleBasedStateMachine):
     def start(self, knows_balance: int) -> None:
         self._upstream.balance = 1000 if knows_balance else None
 
-    @rule(body=_BODIES, wants=_WANTS, where=_WHERE, spelling=st.none() | st.integers(0, 99))
+    @rule(body=BODIES, wants=WANTS, where=WHERE, spelling=st.none() | st.integers(0, 99))
     def ask(self, body: Body, wants: Wants, where: int, spelling: int | None) -> None:
         self._tick()
         self._conclude(self._begin(where, body, wants, spelling))
 
     @rule(
-        body=_BODIES,
-        wants=_WANTS,
-        where=_WHERE,
-        meddler=_WHERE,
+        body=BODIES,
+        wants=WANTS,
+        where=WHERE,
+        meddler=WHERE,
         meddling=st.sampled_from(MEDDLINGS),
-        latecomer=st.none() | _WHERE,
+        latecomer=st.none() | WHERE,
     )
     def ask_and_meddle(
         self, body: Body, wants: Wants, where: int, meddler: int, meddling: str, latecomer: int | None
@@ -331,76 +106,76 @@ class PriceBookMachine(RuleBasedStateMachine):
             if held:
                 self._meddle(meddling, body, meddler)
             if latecomer is not None:
-                asked += self._ask_unheld(latecomer, body, _PLAIN)
+                asked += self._ask_unheld(latecomer, body, PLAIN)
         self._conclude(asked)
         if meddling.startswith("purge"):
             replies = [flight.told.reply for _, flight in held if flight.told is not None]
             self._forget(meddler, [reply.serial for reply in replies if isinstance(reply, Priced)])
 
-    @rule(body=_BODIES, where=_WHERE, others=st.lists(_WHERE, min_size=1, max_size=3))
+    @rule(body=BODIES, where=WHERE, others=st.lists(WHERE, min_size=1, max_size=3))
     def crowd(self, body: Body, where: int, others: list[int]) -> None:
         """Equal questions at once, in one process and in two."""
         self._tick()
         with self._world.stage.simulator.hold():
-            asked = [waiting for at in (where, *others) for waiting in self._begin(at, body, _PLAIN)]
+            asked = [waiting for at in (where, *others) for waiting in self._begin(at, body, PLAIN)]
         self._conclude(asked)
 
-    @rule(ms=_PAUSES_MS | _AGES_MS)
+    @rule(ms=PAUSES_MS | AGES_MS)
     def time_passes(self, ms: int) -> None:
         self._tick(ms)
 
-    @rule(body=_BODIES, alone=st.integers(0, 3))
+    @rule(body=BODIES, alone=st.integers(0, 3))
     def price_changes(self, body: Body, alone: int) -> None:
         """Of a question; or of one body of it, so that a member which was declared neutral is not."""
         bodies = [body] if alone == 0 else [Body(body.key, seed) for seed in range(SEEDS)]
         self._upstream.change(*bodies)
 
-    @rule(body=_BODIES, seed=st.integers(0, SEEDS - 1), age_ms=_AGES_MS, mood=_MOODS, wants=_WANTS, where=_WHERE)
+    @rule(body=BODIES, seed=st.integers(0, SEEDS - 1), age_ms=AGES_MS, mood=ANY_MOOD, wants=WANTS, where=WHERE)
     def price_ages(self, body: Body, seed: int, age_ms: int, mood: str | None, wants: Wants, where: int) -> None:
         """Until the question is asked again, in a body that may have another price, and upstream may have trouble."""
         self._upstream.mood = None
-        self.ask(body, _NO_CACHE, where, None)
+        self.ask(body, NO_CACHE, where, None)
         self.price_changes(Body(body.key, seed), seed)
         self.time_passes(age_ms - TICK_MS)
         self._upstream.mood = mood
         self.ask(Body(body.key, seed), wants, where, None)
 
-    @rule(where=_WHERE)
+    @rule(where=WHERE)
     def price_list_changes(self, where: int) -> None:
         """Audits find out, one after the other."""
         self._upstream.mood = None
         self.time_passes(30_000)
         for key in range(KEYS):
-            self.ask(Body(key, 0), _NO_CACHE, where, None)
+            self.ask(Body(key, 0), NO_CACHE, where, None)
         for key in range(KEYS):
             self._upstream.change(*(Body(key, seed) for seed in range(SEEDS)))
         for key in range(3):
             self.time_passes(BALANCE_MAX_AGE_MS + TICK_MS)
-            self.ask(Body(key, 0), _PLAIN, where, None)
+            self.ask(Body(key, 0), PLAIN, where, None)
 
     @rule(balance=st.none() | st.integers(0, 9999))
     def balance_changes(self, balance: int | None) -> None:
         self._upstream.balance = balance
 
-    @rule(mood=_MOODS)
+    @rule(mood=ANY_MOOD)
     def upstream_turns(self, mood: str | None) -> None:
         self._upstream.mood = mood
 
-    @rule(body=_BODIES, where=_WHERE)
+    @rule(body=BODIES, where=WHERE)
     def purge_question(self, body: Body, where: int) -> None:
         self._tick()
         self._meddle("purge question", body, where)
 
-    @rule(where=_WHERE)
+    @rule(where=WHERE)
     def purge_account(self, where: int) -> None:
         self._tick()
         self._meddle("purge account", Body(0, 0), where)
 
-    @rule(where=_WHERE)
+    @rule(where=WHERE)
     def purge_other_account(self, where: int) -> None:
         assert self._purge(where, {"account": "second", "all": True}) == {"account": "second", "purged": "all"}
 
-    @rule(body=_BODIES)
+    @rule(body=BODIES)
     def evict_price(self, body: Body) -> None:
         self._meddle("evict price", body, 0)
 
@@ -414,12 +189,12 @@ class PriceBookMachine(RuleBasedStateMachine):
         self._tick()
         self._meddle("reprice", Body(0, 0), 0)
 
-    @rule(where=_WHERE)
+    @rule(where=WHERE)
     def restart(self, where: int) -> None:
         self._world.replicas[where].restart()
         self._processes[where] = Process(self._fleet)
 
-    @rule(body=_BODIES, where=_WHERE)
+    @rule(body=BODIES, where=WHERE)
     def explain(self, body: Body, where: int) -> None:
         self._tick()
         _, seen = self._processes[where].look_up(body.key)
@@ -558,7 +333,7 @@ class PriceBookMachine(RuleBasedStateMachine):
                 store.delete(self._world.book_key)
                 fleet.book = Book()
             case "ask anew":
-                self._ask_unheld(where, body, _NO_CACHE)
+                self._ask_unheld(where, body, NO_CACHE)
             case "reprice" if fleet.book.purge is not None and fleet.book.reprice is not None:
                 fleet.reprice()
                 renewed: Any = {"reprice": f"test-{fleet.book.reprice}", "repriced_at_ms": fleet.now}
@@ -573,90 +348,16 @@ class PriceBookMachine(RuleBasedStateMachine):
         self._forgotten |= dict.fromkeys(answers, (self._fleet.now, teller))
 
 
-def _configured(store_url: str, upstream_url: str) -> Settings:
-    return settings(
-        store_url,
-        upstream_url,
-        admin={"tokens": [digest_of(ADMIN)]},
-        cache={
-            "ttl_s": TTL_MS / 1000,
-            "stale_while_revalidate_s": REVALIDATE_MS / 1000,
-            "stale_if_error_s": IF_ERROR_MS / 1000,
-            "balance_max_age_s": BALANCE_MAX_AGE_MS / 1000,
-            "ignore": ["seed"],
-        },
-        upstream={"base_url": upstream_url, "timeout_s": PROBE_MS / 1000},
-    )
-
-
-def _clocked(clock: Clock) -> type[Circuit]:
-    """A circuit that goes by `clock` instead of the event loop's."""
-
-    class ClockedCircuit(Circuit):
-        def admit(self, _: float, *, probe_s: float) -> Gate:
-            return super().admit(clock(), probe_s=probe_s)
-
-        def wait_s(self, _: float) -> float:
-            return super().wait_s(clock())
-
-        def pause(self, _: float, seconds: float) -> None:
-            super().pause(clock(), seconds)
-
-        def note(self, _: float, *, failed: bool) -> None:
-            super().note(clock(), failed=failed)
-
-    return ClockedCircuit
-
-
-@cache
-def _clocked_script(name: str) -> tuple[bytes, str]:
-    """A script that reads the time where the test has put it, and Redis' name for it."""
-    text = (files("proxy") / "lua" / f"{name}.lua").read_bytes()
-    clocked = text.replace(b"redis.call('TIME')", b"redis.call('HMGET', 'clock', 's', 'us')")
-    assert b"'TIME'" not in clocked
-    return clocked, sha1(clocked, usedforsecurity=False).hexdigest()
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """What time it is for gateways and store; none of their patience is tried by a busy machine."""
-    clock = Clock()
-    monkeypatch.setattr("proxy.pricebook.monotonic", clock)
-    monkeypatch.setattr("proxy.upstream.Circuit", _clocked(clock))
-    monkeypatch.setattr(Script, "text", property(lambda script: _clocked_script(script.name)[0]))
-    monkeypatch.setattr(Script, "digest", property(lambda script: _clocked_script(script.name)[1]))
-    monkeypatch.setattr("proxy.asking.AUDIT_PAUSE_S", 0)
-    monkeypatch.setattr("proxy.store.TIMEOUT_S", 10)
-    return clock
+    return set_clocks(monkeypatch)
 
 
 @pytest.fixture
 def world(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, valkey_url: str, upstream: tuple[Stage, str]
 ) -> Iterator[World]:
-    stage, upstream_url = upstream
-    context = ssl.create_default_context()
-    monkeypatch.setattr("proxy.upstream._tls_context", lambda _: context)  # it takes longer to make than an example
-    askers: list[WatchedAsker] = []
-
-    def watched(*args: Any, **named: Any) -> WatchedAsker:
-        askers.append(WatchedAsker(*args, **named))
-        return askers[-1]
-
-    def make() -> tuple[Starlette, WatchedAsker]:
-        app = proxy.app.build(_configured(valkey_url, upstream_url), {}, Lifecycle(), Metrics())
-        return app, askers.pop()
-
-    monkeypatch.setattr("proxy.app.Asker", watched)
-    with ExitStack() as opened:
-        clients = [httpx2.Client(trust_env=False, headers={"x-api-key": DESIGN}, timeout=30) for _ in range(2)]
-        replicas = [Replica(make, opened.enter_context(client)) for client in clients]
-        for replica in replicas:
-            opened.callback(replica.close)
-        store = opened.enter_context(redis.Redis.from_url(valkey_url))
-        pool = opened.enter_context(ThreadPoolExecutor(8))
-        world = World(stage, store, clock, replicas, pool)
-        world.learn_keys()
+    with opened_world(clock, monkeypatch, valkey_url, upstream) as world:
         yield world
 
 

@@ -3,7 +3,6 @@
 import json
 import pickle
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,16 +15,6 @@ from proxy.settings import Quota, Rate, Settings, effective
 
 SCOPES = ("org", "team_defaults", "teams.design")
 """Where quotas can stand."""
-
-
-@pytest.fixture
-def read(tmp_path: Path) -> Read:
-    return Read(tmp_path)
-
-
-@pytest.fixture
-def problems_of(read: Read) -> Problems:
-    return Problems(read)
 
 
 def quota(scope: str = "org", **members: str) -> str:
