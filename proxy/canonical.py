@@ -95,7 +95,16 @@ def _load(raw: bytes) -> Any:
     try:
         return orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        raise _invalid(f"The body is not valid JSON: {error}.") from None
+        raise _invalid(f"The body is not valid JSON: {_flaw(raw, error)}.") from None
+
+
+def _flaw(raw: bytes, error: orjson.JSONDecodeError) -> str:
+    """What is no UTF-8 orjson would place at the beginning."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError as no_text:
+        return f"it is not UTF-8 from byte {no_text.start} on"
+    return str(error)
 
 
 def _kept_apart(token: re.Match[bytes]) -> bytes:

@@ -50,7 +50,7 @@ class Reloader:
         self.settings = merged(self.settings, found)
         for path in differences(self.settings, found):
             log.warning("%s has changed: restart the gateway for it", path)
-        log.info("the settings were read again: %d teams", len(self.settings.teams))
+        log.info("the settings were read again; teams: %d", len(self.settings.teams))
         return self.settings
 
 

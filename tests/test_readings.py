@@ -227,6 +227,7 @@ def test_refusals_say_what_is_wrong() -> None:
         return caught.value.problem.detail
 
     assert "not valid JSON" in detail(b"[{]")
+    assert "it is not UTF-8 from byte 7 on" in detail(b'[{"a":"\xff"}]')
     assert "array of one or more" in detail(b"[]")
     assert "beyond 64 bits" in detail(with_number(str(2**64)))
     assert "beyond 64 bits" in detail(with_number(str(MIN - 1)))
