@@ -11,7 +11,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
@@ -38,7 +38,7 @@ from proxy.statements import Statements
 from proxy.store import OLDEST_REDIS, EmbeddedUrls, Store, open_book_store, open_ledger_store
 from proxy.teams import Credential, Team, Teams
 from proxy.upstream import ESTIMATE_PATH, Address, Upstream
-from proxy.web import StoryEndpoint, refuse_route
+from proxy.web import StoryEndpoint, probe_answer, refuse_route
 
 EXPLAIN_PATH = "/v1/explain"
 PURGE_PATH = "/v1/cache/purge"
@@ -221,16 +221,16 @@ async def objections(settings: Settings, embedded_urls: EmbeddedUrls) -> str | N
     return None
 
 
-async def _healthz(_: Request) -> Response:
-    return JSONResponse({"status": "alive"})
+async def _healthz(request: Request) -> Response:
+    return probe_answer(request, {"status": "alive"})
 
 
-async def _readyz(stores: Sequence[Store], upstream: Upstream, lifecycle: Lifecycle, _: Request) -> Response:
+async def _readyz(stores: Sequence[Store], upstream: Upstream, lifecycle: Lifecycle, request: Request) -> Response:
     """Ready unless shutting down: a lost store or upstream has its own promises, and all replicas share it."""
     if lifecycle.draining:
-        return JSONResponse({"status": "draining"}, 503, {"connection": "close", "cache-control": "no-store"})
+        return probe_answer(request, {"status": "draining"}, draining=True)
     answers = await asyncio.gather(*(store.ping() for store in stores))
     degraded: list[str] = [store.role for store, is_up in zip(stores, answers, strict=True) if not is_up]
     if upstream.in_trouble:
         degraded.append("upstream")
-    return JSONResponse({"status": "ready", "degraded": degraded})
+    return probe_answer(request, {"status": "ready", "degraded": degraded})

@@ -8,9 +8,9 @@ import re
 from functools import cached_property
 
 from proxy.directives import Directives, parse_directives
+from proxy.framing import Headers
 from proxy.problems import BadRequest, Code
 
-Headers = list[tuple[bytes, bytes]]
 Lines = list[bytes]
 """Header fields as they are sent: `name: value`."""
 
@@ -94,9 +94,11 @@ class Head:
     def _look_closer(self) -> None:
         content_type, coding = self._only(b"content-type"), self._only(b"content-encoding")
         if content_type is not None and content_type.partition(";")[0].strip().lower() != JSON:
-            raise BadRequest(Code.UNSUPPORTED_MEDIA_TYPE, f"Send the body with Content-Type: {JSON}.")
+            detail = f"Send the body with Content-Type: {JSON}."
+            raise BadRequest(Code.UNSUPPORTED_MEDIA_TYPE, detail, (b"accept", _JSON))
         if coding is not None and coding.lower() != "identity":
-            raise BadRequest(Code.UNSUPPORTED_MEDIA_TYPE, "Send the body without a content coding.")
+            detail = "Send the body without a content coding."
+            raise BadRequest(Code.UNSUPPORTED_MEDIA_TYPE, detail, (b"accept-encoding", b"identity"))
 
     def _only(self, name: bytes) -> str | None:
         value = self._fields.get(name)

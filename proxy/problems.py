@@ -6,6 +6,7 @@ A *denial* is a `Problem`, returned like any other value. A *failure* is an exce
     ProxyError
     ├── BadRequest          the request itself is at fault; carries its `Problem`
     ├── ClientGone          nobody is left to answer
+    ├── Overloaded          more than this process can serve
     └── StoreUnavailable    price book or ledger is out of reach, or does not answer in time
         └── StoreUnanswered     after it was asked: what was to be done may have been done
 """
@@ -57,7 +58,10 @@ class Code(StrEnum):
     NOT_FOUND = "not-found"
     METHOD_NOT_ALLOWED = "method-not-allowed"
     BODY_TOO_LARGE = "body-too-large"
+    HEADERS_TOO_LARGE = "headers-too-large"
     UNSUPPORTED_MEDIA_TYPE = "unsupported-media-type"
+    NOT_IMPLEMENTED = "not-implemented"
+    VERSION_NOT_SUPPORTED = "version-not-supported"
     RATE_LIMITED = "rate-limited"
     QUOTA_EXCEEDED = "quota-exceeded"
     INTERNAL_ERROR = "internal-error"
@@ -89,6 +93,9 @@ _KINDS = {
     Code.NOT_FOUND: _Kind(404, "Nothing is served here", Outcome.INVALID),
     Code.METHOD_NOT_ALLOWED: _Kind(405, "This path does not take this method", Outcome.INVALID),
     Code.BODY_TOO_LARGE: _Kind(413, "The body is too large", Outcome.INVALID),
+    Code.HEADERS_TOO_LARGE: _Kind(431, "The request's head is too large", Outcome.INVALID),
+    Code.NOT_IMPLEMENTED: _Kind(501, "The request uses what is not implemented", Outcome.INVALID),
+    Code.VERSION_NOT_SUPPORTED: _Kind(505, "The HTTP version is not supported", Outcome.INVALID),
     Code.UNSUPPORTED_MEDIA_TYPE: _Kind(415, "The body must be plain JSON", Outcome.INVALID),
     Code.RATE_LIMITED: _Kind(429, "The team asks too often", Outcome.RATE_LIMITED),
     Code.QUOTA_EXCEEDED: _Kind(402, "A quota is used up, or would be passed", Outcome.QUOTA_EXCEEDED),
@@ -107,6 +114,9 @@ _KINDS = {
 _TYPES = {Code.QUOTA_EXCEEDED: "https://iana.org/assignments/http-problem-types#quota-exceeded"}
 """Where the draft of RateLimit fields has registered a type (draft-ietf-httpapi-ratelimit-headers-11 §6)."""
 
+DEFAULT_RETRY_AFTER_S = 1
+"""For a 503 whose end nobody knows."""
+
 LONGEST_RETRY_AFTER_S = 3600
 """A longer wait is not told to clients: they would rather fail than sleep."""
 
@@ -115,6 +125,7 @@ LONGEST_RETRY_AFTER_S = 3600
 class Problem:
     """Why a request gets no estimate. `detail` is a sentence that says what to do, without any secret.
 
+    fields: response header fields that go with it, such as `Allow`.
     members: what the document has besides, as JSON.
     other_status: where it is not the one that goes with the code.
     """
@@ -122,7 +133,7 @@ class Problem:
     code: Code
     detail: str
     retry_after_s: int | None = None
-    allow: str | None = None
+    fields: tuple[tuple[bytes, bytes], ...] = ()
     members: Mapping[str, Any] = field(default_factory=dict)
     other_status: int | None = None
 
@@ -156,15 +167,16 @@ class Problem:
 
     @cached_property
     def headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        """The response headers that belong to this problem (RFC 9110 §11.6.1, §15.5.6, §10.2.3)."""
+        """The response headers that belong to this problem (RFC 9110 §11.6.1, §10.2.3)."""
         headers = [(b"content-type", b"application/problem+json"), (b"cache-control", b"no-store")]
         if self.code is Code.UNKNOWN_TOKEN:
             headers.append((b"www-authenticate", b"Bearer"))
-        if self.allow is not None:
-            headers.append((b"allow", self.allow.encode()))
-        if self.retry_after_s is not None and self.retry_after_s <= LONGEST_RETRY_AFTER_S:
-            headers.append((b"retry-after", str(self.retry_after_s).encode()))
-        return tuple(headers)
+        retry_after_s = self.retry_after_s
+        if retry_after_s is None and self.status == 503:  # noqa: PLR2004 -- RFC 9110 §15.6.4
+            retry_after_s = DEFAULT_RETRY_AFTER_S
+        if retry_after_s is not None and retry_after_s <= LONGEST_RETRY_AFTER_S:
+            headers.append((b"retry-after", b"%d" % retry_after_s))
+        return (*headers, *self.fields)
 
     @cached_property
     def lines(self) -> tuple[bytes, ...]:
@@ -177,12 +189,17 @@ class ProxyError(Exception):
 
 
 class BadRequest(ProxyError):  # noqa: N818 -- named as HTTP names it
-    def __init__(self, code: Code, detail: str) -> None:
+    def __init__(self, code: Code, detail: str, *fields: tuple[bytes, bytes]) -> None:
+        """fields: as in `Problem`."""
         super().__init__(detail)
-        self.problem = Problem(code, detail)
+        self.problem = Problem(code, detail, fields=fields)
 
 
 class ClientGone(ProxyError):  # noqa: N818 -- a fact, not an error of ours
+    pass
+
+
+class Overloaded(ProxyError):  # noqa: N818 -- a state, not a defect
     pass
 
 

@@ -204,6 +204,8 @@ class Server(_Section):
     max_body_bytes: Annotated[Whole, Field(ge=2, le=64 * 2**20)] = 262_144
     request_timeout_s: Annotated[Seconds, Field(gt=0, le=3600)] = 15.0
     """From a request's head to its answer, asking upstream included."""
+    head_timeout_s: Annotated[Seconds, Field(gt=0, le=3600)] = 10.0
+    """For a request's head to arrive, from its first byte; on a new connection from its opening."""
     drain_delay_s: Annotated[Seconds, Field(ge=0, le=3600)] = 5.0
     """After SIGTERM: not ready, still serving."""
     drain_s: Annotated[Seconds, Field(ge=0, le=3600)] = 30.0

@@ -2,36 +2,37 @@
 
 * The header list is read once, before the first `receive()`: the server appends chunked trailers to it later.
 * `http.disconnect` while a body is read is an abort, never the end of the body.
+* A request whose body is still arriving is not work yet: it counts as `proxy.lifecycle` says, by its team.
 * Decisions are taken on `scope["path"]` alone; nothing of a request steers where upstream is.
 """
 
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import cached_property
 from itertools import count
 from math import floor
 from time import perf_counter
+from typing import Any
 
 import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from proxy.connection import HEAD, WHOLE_BODY
+from proxy.cycle import REPLY, Delivery
+from proxy.framing import Headers
 from proxy.gateway import Answer, Ask, Explanation, Purged, Trace
-from proxy.heads import Head, Headers, Lines
+from proxy.heads import Head, Lines
 from proxy.ledger import Admitted, Denied
-from proxy.lifecycle import Lifecycle
+from proxy.lifecycle import ARRIVING_REQUEST_BYTES, Arrival, Lifecycle
 from proxy.logs import event
 from proxy.metrics import Metrics
-from proxy.problems import BadRequest, ClientGone, Code, Outcome, Problem
-from proxy.server import HEAD, REPLY, WHOLE_BODY
+from proxy.problems import DEFAULT_RETRY_AFTER_S, BadRequest, ClientGone, Code, Outcome, Overloaded, Problem
 from proxy.statements import Report
-
-MAX_DISCARDED_BYTES = 4 * 2**20
-"""Of a body that is too large, so much is read and dropped for the client to hear the answer."""
 
 Ending = Answer | Explanation | Purged | Report | Problem
 Story = Callable[[Ask, Trace], Awaitable[Ending]]
@@ -39,8 +40,10 @@ Story = Callable[[Ask, Trace], Awaitable[Ending]]
 MAX_QUERY_BYTES = 8192
 
 _JSON_TYPE = b"content-type: application/json"
+_NO_STORE = b"cache-control: no-store"
 
-_OVERLOADED = Problem(Code.OVERLOADED, "The gateway has too much to do: try again.", retry_after_s=1)
+_CLIENT_GONE = 499
+"""What the log shows for a request whose client did not wait for the answer, as nginx does."""
 
 log = logging.getLogger(__name__)
 
@@ -118,26 +121,28 @@ class StoryEndpoint:
         ending: Ending | None
         self._lifecycle.in_flight += 1
         try:
-            if self._lifecycle.is_overloaded():
-                ending = _OVERLOADED
-            else:
-                deadline = self._loop.time() + self._timeout_s
-                asked = _Asked(scope, head, receive, exchange, self._max_body_bytes, deadline)
-                ending = await self._story(asked, exchange)
+            _refuse_overload(self._lifecycle)
+            deadline = self._loop.time() + self._timeout_s
+            asked = _Asked(scope, receive, exchange, self._lifecycle, self._max_body_bytes, deadline)
+            ending = await self._story(asked, exchange)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 -- none of them is left unsaid
             ending = _ending_of(error, exchange)
         finally:
             self._lifecycle.in_flight -= 1
-        if ending is None or (exchange.waited and await _is_gone(receive)):
-            exchange.end(self._metrics, Outcome.CANCELLED, 499)
+        if ending is None:
+            exchange.end(self._metrics, Outcome.CANCELLED, _CLIENT_GONE)
             return
         exchange.close = exchange.close or self._lifecycle.draining
+        outcome = Outcome.HIT if isinstance(ending, Purged | Report) else ending.outcome
         status, lines, body = _answer_of(ending, exchange)
-        if not scope[REPLY](status, lines, body, close=exchange.close):
-            headers = _fields([*lines, b"content-length: %d" % len(body)], exchange)
-            await send({"type": "http.response.start", "status": status, "headers": headers})
-            await send({"type": "http.response.body", "body": body})
-        exchange.end(self._metrics, Outcome.HIT if isinstance(ending, Purged | Report) else ending.outcome, status)
+        match scope[REPLY](status, lines, body, close=exchange.close):
+            case Delivery.BY_MESSAGES:
+                headers = _fields([*lines, b"content-length: %d" % len(body)], exchange)
+                await send({"type": "http.response.start", "status": status, "headers": headers})
+                await send({"type": "http.response.body", "body": body})
+            case Delivery.CLIENT_GONE:
+                outcome, status = Outcome.CANCELLED, _CLIENT_GONE
+        exchange.end(self._metrics, outcome, status)
 
 
 class _Asked:
@@ -146,12 +151,13 @@ class _Asked:
     def __init__(
         self,
         scope: Scope,
-        head: Head,
         receive: Receive,
         exchange: Exchange,
+        lifecycle: Lifecycle,
         max_bytes: int,
         deadline: float,
     ) -> None:
+        head: Head = scope[HEAD]
         self.token = head.token
         self.directives = head.directives
         self.accept = head.accept
@@ -163,44 +169,59 @@ class _Asked:
         self._head = head
         self._receive = receive
         self._exchange = exchange
+        self._lifecycle = lifecycle
         self._max_bytes = max_bytes
 
     async def read_body(self) -> bytes:
         """The whole body, once.
 
-        Raises `BadRequest` if it is late, too large or not declared as plain JSON, `ClientGone`.
+        Raises `BadRequest` if it is late, too large or not declared as plain JSON, `ClientGone`, `Overloaded`.
         """
         self._head.check_media_type()
         whole: bytes | None = self._scope.get(WHOLE_BODY)
-        if whole is not None:
-            if len(whole) > self._max_bytes:
-                raise self._too_large()
-            return whole
-        if self._head.content_length > self._max_bytes + MAX_DISCARDED_BYTES:
+        if len(whole or b"") > self._max_bytes or self._head.content_length > self._max_bytes:
             raise self._too_large()
+        if whole is not None:
+            return whole
         try:
             async with asyncio.timeout_at(self.deadline):
-                return await self._collect()
+                body = await self._collect()
         except TimeoutError:
             self._exchange.close = True
             raise BadRequest(Code.INVALID_REQUEST, "The body did not arrive in time.") from None
+        _refuse_overload(self._lifecycle)
+        return body
 
     async def _collect(self) -> bytes:
-        chunks, size, more = [], 0, True
-        while more and size <= self._max_bytes + MAX_DISCARDED_BYTES:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            size += len(message["body"])
-            chunks.append(message["body"] if size <= self._max_bytes else b"")
-            more = message["more_body"]
-        if size > self._max_bytes:
-            raise self._too_large()
-        return b"".join(chunks)
+        """The body's pieces, as they arrive."""
+        pieces, size, more = [], 0, True
+        with self._lifecycle.arriving(self._exchange.team) as arrival:
+            self._hold(arrival, ARRIVING_REQUEST_BYTES)
+            while more:
+                message = await self._receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                piece, more = message["body"], message["more_body"]
+                size += len(piece)
+                if size > self._max_bytes:
+                    raise self._too_large()
+                self._hold(arrival, len(piece))
+                pieces.append(piece)
+        return b"".join(pieces)
+
+    def _hold(self, arrival: Arrival, size: int) -> None:
+        if not arrival.hold(size):
+            self._exchange.close = True
+            raise Overloaded("Too many request bodies are still arriving: send fewer at a time.")
 
     def _too_large(self) -> BadRequest:
         self._exchange.close = True
         return BadRequest(Code.BODY_TOO_LARGE, f"The body has more than {self._max_bytes} bytes: send fewer items.")
+
+
+def _refuse_overload(lifecycle: Lifecycle) -> None:
+    if lifecycle.is_overloaded():
+        raise Overloaded("The gateway has too much to do: try again.")
 
 
 def _ending_of(error: BaseException, exchange: Exchange) -> Problem | None:
@@ -210,6 +231,8 @@ def _ending_of(error: BaseException, exchange: Exchange) -> Problem | None:
             return problem
         case ClientGone():
             return None
+        case Overloaded():
+            return Problem(Code.OVERLOADED, str(error))
         case asyncio.CancelledError():
             if (task := asyncio.current_task()) is not None:
                 task.uncancel()  # it goes on: Python 3.11.2 would end it at its next time limit otherwise
@@ -228,12 +251,21 @@ def _answer_of(ending: Ending, exchange: Exchange) -> tuple[int, Lines, bytes]:
         case Problem(status=status):
             lines, body = [*ending.lines], ending.document(exchange.request_id)
         case Explanation():
-            status, lines, body = 200, [_JSON_TYPE], _explanation_document(ending)
+            status, lines, body = 200, [_JSON_TYPE, _NO_STORE], _explanation_document(ending)
         case Purged():
-            status, lines, body = 200, [_JSON_TYPE], _purged_document(ending)
+            status, lines, body = 200, [_JSON_TYPE, _NO_STORE], _purged_document(ending)
         case Report():
             status, lines, body = 200, _report_lines(ending), ending.body
     return status, lines + _common_lines(exchange), body
+
+
+def probe_answer(request: Request, document: Mapping[str, Any], *, draining: bool = False) -> Response:
+    """The answer to a load balancer's or an orchestrator's check: JSON, for this moment only."""
+    request_id = request.scope[HEAD].request_id or secrets.token_hex(16)
+    headers = {"cache-control": "no-store", "x-request-id": request_id}
+    if draining:
+        headers |= {"connection": "close", "retry-after": str(DEFAULT_RETRY_AFTER_S)}
+    return JSONResponse(document, 503 if draining else 200, headers)
 
 
 async def refuse_route(lifecycle: Lifecycle, metrics: Metrics, request: Request, error: Exception) -> Response:
@@ -242,7 +274,7 @@ async def refuse_route(lifecycle: Lifecycle, metrics: Metrics, request: Request,
     exchange.close = lifecycle.draining
     if isinstance(error, HTTPException) and error.status_code == 405:  # noqa: PLR2004 -- RFC 9110 §15.5.6
         allow = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
-        problem = Problem(Code.METHOD_NOT_ALLOWED, f"This path takes {allow}.", allow=allow)
+        problem = Problem(Code.METHOD_NOT_ALLOWED, f"This path takes {allow}.", fields=((b"allow", allow.encode()),))
     else:
         problem = Problem(Code.NOT_FOUND, "Of RenderNet's API the gateway serves POST /pub/v1/generations/estimate.")
     body = problem.document(exchange.request_id)
@@ -260,7 +292,7 @@ def _fields(lines: Lines, exchange: Exchange) -> Headers:
 def _answer_lines(answer: Answer) -> Lines:
     lines = [_JSON_TYPE]
     if answer.status >= 400:  # noqa: PLR2004 -- upstream's own errors are errors too
-        lines.append(b"cache-control: no-store")
+        lines.append(_NO_STORE)
     if answer.age_s is not None:
         lines.append(b"age: %d" % answer.age_s)
     if answer.balance_age_s is not None:
@@ -269,7 +301,7 @@ def _answer_lines(answer: Answer) -> Lines:
 
 
 def _report_lines(report: Report) -> Lines:
-    return [b"content-type: " + report.media_type.encode(), b"vary: accept", b"cache-control: no-store"]
+    return [b"content-type: " + report.media_type.encode(), b"vary: accept", _NO_STORE]
 
 
 def _explanation_document(explanation: Explanation) -> bytes:
@@ -334,12 +366,3 @@ def _timings(trace: Trace) -> list[bytes]:
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1000, 1)
-
-
-async def _is_gone(receive: Receive) -> bool:
-    """Whether the client has hung up, without waiting for it to."""
-    try:
-        async with asyncio.timeout(0):
-            return bool((await receive())["type"] == "http.disconnect")
-    except TimeoutError:
-        return False

@@ -57,10 +57,10 @@ class Worker:
         if (reason := await objections(settings, embedded_urls)) is not None:
             log.error("cannot serve: %s", reason)
             return CANNOT_SERVE
-        drain_s = settings.server.drain_s
+        head_timeout_s, drain_s = settings.server.head_timeout_s, settings.server.drain_s
         metrics = Metrics(settings.teams, settings.accounts)
         app = build(settings, embedded_urls, self._lifecycle, metrics)
-        server = Server(app, drain_s=drain_s, announce=self._announce)
+        server = Server(app, head_timeout_s=head_timeout_s, drain_s=drain_s, announce=self._announce)
         stop = partial(self._stop, server, drain_s)
         reload = partial(self._reload, app, metrics)
         loop = asyncio.get_running_loop()

@@ -1,6 +1,7 @@
 """A gateway on the stage: real sockets, a real store, the simulator as upstream."""
 
 import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,6 +95,12 @@ def gateway(configured: Settings, store_url: str, simulator: Simulator) -> Itera
         redis.Redis.from_url(store_url) as store,
     ):
         yield Scene(url, client, simulator, store, lifecycle, metrics)
+
+
+def break_off(connection: socket.socket) -> None:
+    """Resets a connection. A client that only closes its side may still want an answer."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
 
 
 def cache_status(response: httpx2.Response) -> str:

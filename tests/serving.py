@@ -23,7 +23,7 @@ class Host:
         listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self._serves = threading.Event()
-        self._server = Server(self, drain_s=5, announce=self._begin)
+        self._server = Server(self, head_timeout_s=10, drain_s=5, announce=self._begin)
         self._thread = threading.Thread(target=self._server.run, args=([listener],))
         self._thread.start()
         self._serves.wait()

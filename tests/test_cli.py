@@ -190,6 +190,7 @@ def test_check_prints_toml(run: Run) -> None:
         "workers": 1,
         "max_body_bytes": 262144,
         "request_timeout_s": 15.0,
+        "head_timeout_s": 10.0,
         "drain_delay_s": 5.0,
         "drain_s": 30.0,
     }

@@ -3,13 +3,12 @@
 import contextlib
 import json
 import socket
-from collections.abc import Iterator
-from typing import Self
 
 import pytest
 
 from scene import API_KEY, DESIGN, PATH, Scene, cache_status
 from serving import wait_until
+from wire import chunked, talking
 
 TOKEN = DESIGN.encode()
 
@@ -29,6 +28,7 @@ Content-Length: %d
 Content-Type: application/json
 
 """
+TOO_LARGE = "The request's head, trailers and chunk extensions have more than 65536 bytes."
 FETCH_HEAD = b"""POST /pub/v1/generations/estimate HTTP/1.1
 host: gateway.internal:8080
 connection: keep-alive
@@ -54,39 +54,6 @@ Content-Type: application/json; charset=utf-8
 
 def head(text: bytes, *values: object) -> bytes:
     return text.replace(b"\n", b"\r\n") % values
-
-
-def chunked(body: bytes, *, trailer: bytes = b"") -> bytes:
-    half = len(body) // 2
-    parts = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:half], body[half:]))
-    return parts + b"0\r\n" + trailer + b"\r\n"
-
-
-class Reader:
-    """Takes responses off a connection, one after the other."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._file = connection.makefile("rb")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def response(self) -> tuple[int, dict[str, str], bytes]:
-        status = int(self._file.readline().split()[1])
-        headers = {}
-        while line := self._file.readline().decode().strip():
-            name, _, value = line.partition(": ")
-            headers[name] = value
-        return status, headers, self._file.read(int(headers.get("content-length", "0")))
-
-
-@contextlib.contextmanager
-def talking(scene: Scene) -> Iterator[tuple[socket.socket, Reader]]:
-    with scene.connect() as connection, Reader(connection) as reader:
-        yield connection, reader
 
 
 def test_three_clients_ask_one_question_over_one_connection(scene: Scene) -> None:
@@ -156,8 +123,8 @@ def test_http_1_0_gets_an_answer_and_a_closed_connection(scene: Scene) -> None:
 def test_a_client_that_leaves_in_the_middle_of_its_body_asks_nothing(scene: Scene) -> None:
     with scene.connect() as connection:
         connection.sendall(head(FETCH_HEAD, TOKEN, len(FETCH)) + FETCH[:10])
-        wait_until(lambda: scene.lifecycle.in_flight == 1)
-    wait_until(lambda: scene.lifecycle.in_flight == 0)
+        wait_until(lambda: scene.lifecycle.arriving_bytes)
+    wait_until(lambda: not scene.lifecycle.arriving_bytes)
     assert scene.simulator.calls == 0
     assert cache_status(scene.ask(FETCH)).startswith("fwd=miss")
 
@@ -241,7 +208,7 @@ def test_a_head_without_end_is_cut_off(scene: Scene, line: bytes) -> None:
 
 def test_a_head_of_many_headers_is_cut_off(scene: Scene) -> None:
     reply = scene.raw(b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * 2**14)
-    assert json.loads(reply.partition(b"\r\n\r\n")[2])["detail"] == "The request's head has more than 65536 bytes."
+    assert json.loads(reply.partition(b"\r\n\r\n")[2])["detail"] == TOO_LARGE
 
 
 def test_a_large_body_is_no_large_head(scene: Scene) -> None:

@@ -19,7 +19,7 @@ from fleet import limiting, own_ledger
 from processes import SOON_S, House, Served, address_of, house
 from proxy.simulator import Simulator
 from relay import Way, relay
-from scene import DESIGN, PATH, cache_status
+from scene import DESIGN, PATH, break_off, cache_status
 from serving import wait_until
 
 LIMITS = limiting(team_defaults=[CREDITS, REQUESTS])
@@ -59,10 +59,11 @@ def leaving(served: Served, body: bytes) -> socket.socket:
 def test_a_client_that_leaves_takes_nobodys_answer_along(served: Served, simulator: Simulator) -> None:
     body, (spent, requests) = new_body(), used(served)
     with ThreadPoolExecutor() as pool:
-        with simulator.hold(), leaving(served, body):
+        with simulator.hold(), leaving(served, body) as connection:
             assert simulator.arrived(1)
             follower = pool.submit(served.ask, body)
             wait_until(lambda: used(served)[1] == requests + 2)
+            break_off(connection)
         answer = follower.result(SOON_S)
     assert (answer.status_code, answer.json()["data"]["estimated"]) == (200, PRICE)
     assert cache_status(answer).endswith("; collapsed")

@@ -22,7 +22,7 @@ from proxy.models import MAX_MODELS
 from proxy.problems import Outcome
 from proxy.simulator import Fault
 from proxy.web import Ending, StoryEndpoint
-from scene import DESIGN, MARKETING, PATH, RETIRED, Scene, code_of
+from scene import DESIGN, MARKETING, PATH, RETIRED, Scene, break_off, code_of
 from serving import free_port, serving, wait_until
 from watching import FLUX, ONE, TEAMS, limited, quota, toured
 
@@ -86,6 +86,7 @@ def _hang_up(scene: Scene) -> None:
     with scene.simulator.hold(), scene.connect() as connection:
         connection.sendall(head.encode() + ONE)
         assert scene.simulator.arrived(1)
+        break_off(connection)
 
 
 CASES: dict[Outcome, Case] = {

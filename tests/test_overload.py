@@ -1,11 +1,14 @@
 """More than a gateway can do: what is too much is told so at once, and what is admitted is answered as ever."""
 
 import asyncio
+import json
 import resource
+import socket
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import monotonic
@@ -14,10 +17,11 @@ import pytest
 
 from conftest import Opened, Stage
 from processes import House, Served, address_of, house
-from proxy.lifecycle import MAX_AT_WORK
+from proxy.lifecycle import ARRIVING_REQUEST_BYTES, MAX_AT_WORK
 from proxy.upstream import QUEUED_PER_CONNECTION
-from scene import DESIGN, PATH, cache_status, code_of
+from scene import DESIGN, MARKETING, PATH, Scene, cache_status, code_of
 from serving import wait_until
+from wire import talking
 
 CROWD = MAX_AT_WORK + 500
 """Clients that all ask in the same moment."""
@@ -124,3 +128,87 @@ def test_upstream_has_a_short_queue_and_stored_prices_are_served_beside_it(open_
     usage = scene.client.get("/v1/usage").json()["total"]
     assert usage["outcomes"] == {"hit": 20, "miss": 1 + admitted, "overloaded": 20}
     assert (usage["requests"], usage["refused"]) == (21 + admitted, 20)
+
+
+SLOW_BODIES = 1100
+SILENT = 8000
+
+
+@pytest.mark.usefixtures("simulator")
+def test_bodies_that_arrive_slowly_and_silent_connections_are_nobody_elses_trouble(home: House) -> None:
+    served = home.start()
+    assert served.ask(BODY).status_code == 200
+    with many_files(), ExitStack() as opened:
+        connect = partial(socket.create_connection, address_of(served.url), timeout=30)
+        slow = [opened.enter_context(connect()) for _ in range(SLOW_BODIES)]
+        for connection in slow:
+            connection.sendall(REQUEST[: 1 - len(BODY)])
+        silent = [opened.enter_context(connect()) for _ in range(SILENT)]
+        with served.client() as client:
+            others = [client.post(PATH, content=BODY, headers={"x-api-key": MARKETING}) for _ in range(500)]
+        assert {response.status_code for response in others} == {200}
+        for connection in slow:
+            connection.sendall(BODY[1:])
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 "), "a body is answered when it is there"
+    assert len(silent) == SILENT
+    assert served.stop() == 0
+
+
+def test_one_team_holds_half_of_what_can_arrive_and_the_rest_is_refused(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.lifecycle.MAX_ARRIVING_BYTES", 8 * ARRIVING_REQUEST_BYTES)
+    beginning, other = REQUEST[: 1 - len(BODY)], REQUEST.replace(DESIGN.encode(), MARKETING.encode())
+    with ExitStack() as opened:
+        slow = [opened.enter_context(scene.connect()) for _ in range(4)]
+        for connection in slow[:3]:
+            connection.sendall(beginning)
+        wait_until(lambda: scene.lifecycle.arriving_bytes["design"] > 3 * ARRIVING_REQUEST_BYTES)
+        with talking(scene) as (connection, reader):
+            connection.sendall(beginning)
+            status, headers, body = reader.response()
+        assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
+        assert json.loads(body)["error"]["code"] == "overloaded"
+        with talking(scene) as (connection, reader):
+            connection.sendall(other[: 1 - len(BODY)])
+            wait_until(lambda: scene.lifecycle.arriving_bytes["marketing"])
+            connection.sendall(other[1 - len(BODY) :])
+            assert reader.response()[0] == 200, "another team has its own half"
+        assert scene.ask(BODY).status_code == 200, "a body that comes with its head takes no place"
+        for connection in slow[:3]:
+            connection.sendall(BODY[1:])
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+    wait_until(lambda: not scene.lifecycle.arriving_bytes)
+
+
+def test_bodies_that_arrive_all_at_once_are_work_like_any(scene: Scene) -> None:
+    """They were admitted while they were none."""
+    with talking(scene) as (connection, reader):
+        connection.sendall(REQUEST[: 1 - len(BODY)])
+        wait_until(lambda: scene.lifecycle.arriving_bytes)
+        scene.lifecycle.in_flight += MAX_AT_WORK
+        connection.sendall(BODY[1:])
+        status, _, _ = reader.response()
+        scene.lifecycle.in_flight -= MAX_AT_WORK
+    assert status == 503
+
+
+@pytest.mark.usefixtures("simulator")
+@pytest.mark.parametrize("with_token", [True, False])
+def test_trailers_without_end_take_no_memory(home: House, *, with_token: bool) -> None:
+    served = home.start()
+    assert served.ask(BODY).status_code == 200
+    worker, line = served.worker(), b"A: %b\r\n" % (b"b" * 1000)
+    before = worker.memory_info().rss
+    head = REQUEST.partition(b"Content-Length")[0] + b"Transfer-Encoding: chunked\r\n\r\n0\r\n"
+    head = head if with_token else head.replace(DESIGN.encode(), b"ep_nobody")
+    sent = 0
+    for _ in range(20):
+        with socket.create_connection(address_of(served.url), timeout=30) as connection, suppress(ConnectionError):
+            connection.sendall(head)
+            for _ in range(50):
+                connection.sendall(1000 * line)
+                sent += 1000 * len(line)
+    assert sent < 2**30, "1 GB was meant to be sent, and most of it found nobody to take it"
+    assert worker.memory_info().rss - before < 5 * 2**20
+    assert served.ask(BODY).status_code == 200

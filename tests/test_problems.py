@@ -20,6 +20,9 @@ PROMISED = {
     "not-found": (404, "invalid"),
     "method-not-allowed": (405, "invalid"),
     "body-too-large": (413, "invalid"),
+    "headers-too-large": (431, "invalid"),
+    "not-implemented": (501, "invalid"),
+    "version-not-supported": (505, "invalid"),
     "unsupported-media-type": (415, "invalid"),
     "rate-limited": (429, "rate-limited"),
     "quota-exceeded": (402, "quota-exceeded"),
@@ -94,16 +97,18 @@ def test_no_problem_is_kept_by_caches(code: Code) -> None:
     expected = {b"content-type": b"application/problem+json", b"cache-control": b"no-store"}
     if code == "unknown-token":
         expected[b"www-authenticate"] = b"Bearer"
+    if PROMISED[code][0] == 503:
+        expected[b"retry-after"] = b"1"
     assert headers(Problem(code, "")) == expected
 
 
 def test_methods_that_are_allowed_are_named() -> None:
-    problem = Problem(Code.METHOD_NOT_ALLOWED, "", allow="GET, HEAD")
+    problem = Problem(Code.METHOD_NOT_ALLOWED, "", fields=((b"allow", b"GET, HEAD"),))
     assert headers(problem)[b"allow"] == b"GET, HEAD"
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(None, None), (0, b"0"), (1, b"1"), (3600, b"3600"), (3601, None), (10**64, None)]
+    ("seconds", "told"), [(None, b"1"), (0, b"0"), (1, b"1"), (3600, b"3600"), (3601, None), (10**64, None)]
 )
 def test_a_wait_of_an_hour_at_the_most_is_told(seconds: int | None, told: bytes | None) -> None:
     problem = Problem(Code.UPSTREAM_BUSY, "", retry_after_s=seconds)
@@ -130,6 +135,7 @@ def test_the_tree_of_exceptions_is_as_it_is_drawn() -> None:
         == [
             "BadRequest",
             "ClientGone",
+            "Overloaded",
             "StoreUnavailable",
             "StoreUnanswered",
         ]

@@ -29,7 +29,7 @@ from proxy.embedded import EmbeddedStores
 from proxy.problems import Outcome
 from proxy.simulator import Fault, Simulator
 from proxy.teams import digest_of, token_of
-from scene import PATH, answers
+from scene import PATH, answers, break_off
 from serving import serving, wait_until
 
 KEY = "rn/KestrelWing1+\"x\\y'%7E=&<z>"
@@ -199,7 +199,7 @@ def play_together(play: Play) -> None:
         asking = [play.connect(request('[{"a":"b"}]', f"x-api-key: {TOKEN}")) for _ in range(2)]
         leaving = play.connect(request('[{"c":"d"}]', f"x-api-key: {TOKEN}"))
         assert play.simulator.arrived(calls + 2)
-        leaving.close()
+        break_off(leaving)
         play.call("GET", "/healthz")  # came after them, so both have been taken up
         hold.release()
     for connection in asking:

@@ -19,6 +19,7 @@ def test_defaults(read: Read) -> None:
         "workers": 1,
         "max_body_bytes": 262_144,
         "request_timeout_s": 15.0,
+        "head_timeout_s": 10.0,
         "drain_delay_s": 5.0,
         "drain_s": 30.0,
     }
@@ -47,7 +48,13 @@ def test_everything_that_can_be_set(read: Read, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("k2\n")
     settings = read(
         f"""
-        server = {{ host = "::1", port = 0, max_body_bytes = 2, request_timeout_s = 1, drain_s = 0 }}
+        [server]
+        host = "::1"
+        port = 0
+        max_body_bytes = 2
+        request_timeout_s = 1
+        head_timeout_s = 2
+        drain_s = 0
         [upstream]
         base_url = "http://localhost:1"
         timeout_s = 0.5
@@ -111,7 +118,7 @@ def test_effective_names_every_setting_and_masks_secrets(read: Read) -> None:
     assert rows["upstream.proxy"] is None
     assert rows["teams.design.tokens"][0]["sha256"] == DIGEST
     assert CANARY not in repr(rows)
-    assert len(rows) == 47
+    assert len(rows) == 48
 
 
 MANUAL = Path(__file__).parent.parent / "docs" / "configuration.md"

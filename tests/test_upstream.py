@@ -12,7 +12,7 @@ import pytest
 
 from conftest import Opened
 from proxy.simulator import Fault
-from scene import API_KEY, MARKETING, Scene, answers, cache_status, code_of
+from scene import API_KEY, MARKETING, Scene, answers, break_off, cache_status, code_of
 from serving import free_port, wait_until
 
 PRICED = b'{"data":{"estimated":5,"balance":20},"error":{}}'
@@ -96,7 +96,7 @@ def test_no_cookie_comes_back_to_it(scene: Scene) -> None:
 
 @pytest.mark.parametrize(
     ("retry_after", "told"),
-    [("7", "7"), ("3600", "3600"), ("3601", None), ("soon", None), ("-1", None), (None, None)],
+    [("7", "7"), ("3600", "3600"), ("3601", None), ("soon", "1"), ("-1", "1"), (None, "1")],
 )
 def test_its_retry_after_is_passed_on_up_to_an_hour(scene: Scene, retry_after: str | None, told: str | None) -> None:
     headers = {} if retry_after is None else {"retry_after": retry_after}
@@ -182,7 +182,7 @@ class TestCollapsing:
             assert scene.simulator.arrived(1)
             follower = pool.submit(scene.ask)
             wait_until(lambda: scene.lifecycle.in_flight == 2)
-            leader.close()
+            break_off(leader)
             hold.release()
             response = follower.result()
         assert response.json()["data"]["estimated"] == 2.75
@@ -195,7 +195,7 @@ class TestCollapsing:
             head = f"POST /pub/v1/generations/estimate HTTP/1.1\r\nHost: x\r\nX-API-KEY: {MARKETING}\r\n"
             leader.sendall(head.encode() + b"Content-Length: 18\r\n\r\n" + b'[{"model":"Flux"}]')
             assert scene.simulator.arrived(1)
-            leader.close()
+            break_off(leader)
             hold.release()
         wait_until(lambda: scene.lifecycle.in_flight == 0)
         assert cache_status(scene.ask()).startswith("hit")

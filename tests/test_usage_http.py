@@ -169,8 +169,8 @@ class TestWhatCounts:
         with scene.connect() as connection:
             head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-API-KEY: {DESIGN}\r\nContent-Length: 4\r\n\r\n["
             connection.sendall(head.encode())
-            wait_until(lambda: scene.lifecycle.in_flight)
-        wait_until(lambda: not scene.lifecycle.in_flight)
+            wait_until(lambda: scene.lifecycle.arriving_bytes)
+        wait_until(lambda: not scene.lifecycle.arriving_bytes)
         assert (usage(scene), used(scene)) == (row(), [0])
 
     @pytest.mark.usefixtures("cold")

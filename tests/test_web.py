@@ -20,7 +20,7 @@ from proxy.lifecycle import MAX_AT_WORK, MAX_IN_FLIGHT, Lifecycle
 from proxy.metrics import Metrics
 from proxy.problems import Outcome
 from proxy.web import Ending, Story, StoryEndpoint
-from scene import PATH, Scene, code_of
+from scene import PATH, Scene, break_off, code_of
 from serving import Host, serving, wait_until
 
 
@@ -133,13 +133,14 @@ def test_a_request_that_is_cut_off_is_told_why() -> None:
     assert response.headers["connection"] == "close"
 
 
-def test_a_client_that_has_gone_is_logged_as_cancelled(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_that_breaks_off_is_logged_as_cancelled(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "proxy"), scene.simulator.hold() as hold:
         with scene.connect() as connection:
             token = scene.client.headers["x-api-key"]
             head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-API-KEY: {token}\r\nContent-Length: 4\r\n\r\n[{{}}]"
             connection.sendall(head.encode())
             assert scene.simulator.arrived(1)
+            break_off(connection)
         hold.release()
         wait_until(lambda: facts_of(caplog))
     (facts,) = facts_of(caplog)
@@ -193,7 +194,7 @@ def test_a_head_is_answered_without_a_body(scene: Scene) -> None:
 
 
 def test_a_connection_is_closed_when_it_has_been_idle_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.server.KEEP_ALIVE_S", 1)
+    monkeypatch.setattr("proxy.connection.KEEP_ALIVE_S", 1)
     server = Host()
     try:
         with server.serving(Starlette()), socket.create_connection(address_of(server.url), timeout=5) as connection:

@@ -75,7 +75,7 @@ def main() -> None:
         case _:
             app = forward(*rest)
     with socket.socket(fileno=int(fd)) as listener:
-        Server(app, drain_s=1, announce=lambda: None).run([listener])
+        Server(app, head_timeout_s=10, drain_s=1, announce=lambda: None).run([listener])
 
 
 if __name__ == "__main__":
