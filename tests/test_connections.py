@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from conftest import Stage
+from malformed_http import NOT_CHUNKED, refused_heads
 from processes import address_of, house
 from proxy.connection import MAX_DISCARDED_BYTES
 from proxy.framing import MAX_HEAD_BYTES
@@ -99,35 +100,38 @@ def test_http_2_without_asking_is_refused(scene: Scene) -> None:
     assert b"version-not-supported" in reply
 
 
-@pytest.mark.parametrize(
-    ("request_head", "status"),
-    [
-        (f"POST {PATH} HTTP/1.1\r\n", 400),
-        (f"POST {PATH} HTTP/1.1\r\nHost: x\r\nHost: x\r\n", 400),
-        (f"POST {PATH} HTTP/1.1\r\nHost: x/y\r\n", 400),
-        (f"POST {PATH}#f HTTP/1.1\r\nHost: x\r\n", 400),
-        (f"POST {PATH} HTTP/1.1\nHost: x\r\n", 400),
-        (f"POST {PATH}\r\nHost: x\r\n", 400),
-        (f"POST {PATH} HTTP/1.0\r\nTransfer-Encoding: chunked\r\n", 400),
-        (f"POST {PATH} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n", 501),
-        (f"FOO {PATH} HTTP/1.1\r\nHost: x\r\n", 501),
-        (f"TRACE {PATH} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n", 405),
-        (f"POST {PATH} HTTP/1.2\r\nHost: x\r\n", 505),
-        (f"POST {PATH} HTTP/1.1\r\nHost: x\r\nA: {'a' * MAX_HEAD_BYTES}\r\n", 431),
-        ("GET /healthz HTTP/1.0\r\n", 200),
-    ],
-)
-def test_malformed_requests_are_refused_and_cut_off(scene: Scene, request_head: str, status: int) -> None:
-    reply = scene.raw(f"{request_head}\r\n".encode() + SMUGGLED)
+def assert_refused(reply: bytes, status: int) -> None:
+    """One problem document, and nothing after it."""
     assert statuses(reply) == [status]
     head, _, body = reply.partition(b"\r\n\r\n")
-    assert b"connection: close" in head
-    assert b"\r\ndate: " in head
-    assert b"x-request-id: " in head
-    assert b"cache-control: no-store" in head
-    if status >= 400:
-        assert json.loads(body)["status"] == status
+    fields = {line.split(b":")[0] for line in head.split(b"\r\n")}
+    assert {b"date", b"x-request-id"} <= fields
+    assert {b"connection: close", b"cache-control: no-store"} <= set(head.split(b"\r\n"))
+    assert json.loads(body)["status"] == status
+
+
+@pytest.mark.parametrize(("text", "status"), refused_heads().items())
+def test_a_malformed_head_is_refused_and_what_follows_is_not_read(scene: Scene, text: bytes, status: int) -> None:
+    assert_refused(scene.raw(text + SMUGGLED), status)
+
+
+@pytest.mark.parametrize("text", NOT_CHUNKED)
+def test_a_malformed_chunked_body_is_refused_and_what_follows_is_not_read(scene: Scene, text: bytes) -> None:
+    assert_refused(scene.raw(post(text + SMUGGLED, "Transfer-Encoding: chunked", length=False)), 400)
     assert scene.simulator.calls == 0
+
+
+def test_a_head_that_is_too_large_is_refused(scene: Scene) -> None:
+    assert_refused(scene.raw(post(BODY, f"A: {'a' * MAX_HEAD_BYTES}") + SMUGGLED), 431)
+
+
+def test_a_known_method_on_another_path_or_of_another_path_is_no_malformed_request(scene: Scene) -> None:
+    assert statuses(scene.raw(f"TRACE {PATH} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())) == [405]
+    assert statuses(scene.raw(b"OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")) == [404]
+
+
+def test_http_1_0_is_answered_without_a_host_and_cut_off(scene: Scene) -> None:
+    assert statuses(scene.raw(b"GET /healthz HTTP/1.0\r\n\r\n" + SMUGGLED)) == [200]
 
 
 class TestWhatIsNotTheBody:
