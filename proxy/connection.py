@@ -32,7 +32,7 @@ KEEP_ALIVE_S = 75
 """Longer than load balancers keep idle connections (60 s), so that they close first and never meet a closed one."""
 
 LINGER_S = 30.0
-"""Limits how long a client may go on sending after its answer, so that it can read it (RFC 9112 §9.6)."""
+"""Limits how long a client may take to read its answers, and to stop sending after one (RFC 9112 §9.6)."""
 
 MAX_DISCARDED_BYTES = 128 * 2**20
 """Limits what it may send meanwhile, which is dropped: some clients read only once they have sent all of a body."""
@@ -127,10 +127,13 @@ class Connection(asyncio.Protocol):
         return True
 
     def pause_writing(self) -> None:
+        """The client does not read its answers: it is waited for, and then given up."""
         self.flow.pause_writing()
+        self._expire_in(LINGER_S)
 
     def resume_writing(self) -> None:
         self.flow.resume_writing()
+        self._wait_until(math.inf if self._is_answering else self._loop.time() + KEEP_ALIVE_S)
 
     def shutdown(self) -> None:
         """The server drains: an idle connection is closed at once, one in use after its answer."""
@@ -180,7 +183,7 @@ class Connection(asyncio.Protocol):
             self._looked_at = len(received)
             return False
         self._looked_at = 0
-        self._expires = math.inf
+        self._wait_until(math.inf)
         known = self._known.get(received[:end]) or self._parse(received[:end])
         self._begin(known, end)
         return True
@@ -244,7 +247,7 @@ class Connection(asyncio.Protocol):
         else:
             self._count_discarded(len(received) - len(self._received))
             if not self._is_in_body:
-                self._expires = self._loop.time() + KEEP_ALIVE_S
+                self._wait_until(self._loop.time() + KEEP_ALIVE_S)
 
     def _give(self, piece: bytes) -> None:
         """To the application, which decides how much it wants to hold."""
@@ -294,7 +297,7 @@ class Connection(asyncio.Protocol):
         if self._is_in_body:
             self._expire_in(LINGER_S)
         else:
-            self._expires = self._loop.time() + KEEP_ALIVE_S
+            self._wait_until(self._loop.time() + KEEP_ALIVE_S)
             if self._timer is None or self._timer.when() > self._expires:
                 self._schedule()
         if self._received:
@@ -340,6 +343,11 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
 
     # Waiting
+
+    def _wait_until(self, time: float) -> None:
+        """A timer that is set already may run out earlier, and is set again then."""
+        if not self.flow.write_paused:
+            self._expires = time
 
     def _expire_in(self, seconds: float) -> None:
         self._expires = self._loop.time() + seconds

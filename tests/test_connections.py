@@ -266,6 +266,14 @@ class TestHeadsThatDoNotArrive:
             assert time.monotonic() - began >= PATIENCE_S - CLOCK_S
 
 
+def test_a_client_that_does_not_read_its_answers_is_cut_off(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.connection.LINGER_S", PATIENCE_S)
+    with scene.connect() as connection:
+        connection.settimeout(10)
+        assert_cut_off(connection, post(BODY) * 100, times=1000)
+    wait_until(lambda: not scene.lifecycle.in_flight)
+
+
 def test_requests_sent_ahead_wait_as_bytes(scene: Scene) -> None:
     """However many they are, one at a time is read."""
     with scene.simulator.hold() as hold, talking(scene) as (connection, reader):
