@@ -25,6 +25,7 @@ from proxy.gateway import Gateway, Policy
 from proxy.ledger import Ledger
 from proxy.lifecycle import Lifecycle
 from proxy.metrics import Metrics
+from proxy.persistence import data_loss_warning
 from proxy.pricebook import PriceBook
 from proxy.questions import Reader
 from proxy.quotas import Quota, Rate, Scope, Terms
@@ -201,24 +202,32 @@ def policy_of(settings: Settings) -> Policy:
 
 
 async def objections(settings: Settings, embedded_urls: EmbeddedUrls) -> str | None:
-    """Why a store must not be used, if its version is known and too old. A ledger that may forget is a warning."""
+    """Why a store must not be used, if its version is known and too old. Logs what could lose the ledger's data."""
     for open_role in (open_ledger_store, open_book_store):
         store = open_role(settings, embedded_urls)
         try:
             version = await store.version()
-            policy = await store.eviction_policy()
+            if store.role == "ledger":
+                await _log_data_loss_risks(store)
         finally:
             await store.close()
         if version is not None and version < OLDEST_REDIS:
             found, oldest = (".".join(map(str, numbers)) for numbers in (version, OLDEST_REDIS))
             return f"the store is Redis {found}: use Redis {oldest} or newer, or Valkey 7.2 or newer"
-        if store.role == "ledger" and policy not in (None, "noeviction"):
-            log.error(
-                "the ledger's server may evict (maxmemory-policy %s): quotas and usage can vanish in silence. "
-                "Set it to noeviction, and give the price book a server of its own (cache.url)",
-                policy,
-            )
     return None
+
+
+async def _log_data_loss_risks(ledger: Store) -> None:
+    policy = await ledger.eviction_policy()
+    if policy not in (None, "noeviction"):
+        log.error(
+            "the ledger's server may evict (maxmemory-policy %s): quotas and usage can vanish in silence. "
+            "Set it to noeviction, and give the price book a server of its own (cache.url)",
+            policy,
+        )
+    warning = data_loss_warning(await ledger.persistence())
+    if warning is not None:
+        log.error("the ledger's server %s", warning)
 
 
 async def _healthz(request: Request) -> Response:

@@ -25,6 +25,7 @@ from redis.exceptions import MovedError, RedisError, ResponseError
 from proxy.embedded import Role
 from proxy.limits import TimeLimit
 from proxy.metrics import Metrics
+from proxy.persistence import Persistence
 from proxy.problems import StoreUnanswered, StoreUnavailable
 from proxy.redirects import Ask, Elsewhere, Final, Later, Meaning, Moved, Unreached, may_have_run, meaning_of
 from proxy.scripts import UNSAID, Call, Node, Script, Unsaid, ask, exchange
@@ -121,6 +122,12 @@ class Store:
         found = await self._facts("memory", "maxmemory_policy")
         return next((policy for policy in found if policy != "noeviction"), found[0] if found else None)
 
+    async def persistence(self) -> list[Persistence]:
+        """What each server says about writing its data to disk."""
+        infos = await self._of_all("INFO", "persistence")
+        configs = await self._of_all("CONFIG", "GET", "save", "appendfsync")
+        return [_persistence_of(info, config) for info, config in zip(infos, configs, strict=False)]
+
     async def close(self) -> None:
         while self._running:
             await asyncio.wait(self._running)
@@ -131,7 +138,7 @@ class Store:
         told = [text.decode() for text in await self._of_all("INFO", section) if text is not None]
         return [fact for text in told for fact in re.findall(rf"^{name}:(.*?)\r?$", text, re.MULTILINE)]
 
-    async def _of_all(self, *command: str) -> list[bytes | None]:
+    async def _of_all(self, *command: str) -> list[Any]:
         """What each server says to a command; None of one that does not answer, or for all if none is known."""
         try:
             async with asyncio.timeout(TIMEOUT_S):
@@ -350,11 +357,18 @@ def _reason_of(call: Call) -> str:
     return "no answer in time" if call.word is UNSAID else str(call.word) or "no answer in time"
 
 
-async def _of_one(node: Node, *command: str) -> bytes | None:
+def _persistence_of(info: bytes | None, config: Any) -> Persistence:
+    enabled = re.search(rb"^aof_enabled:([01])", info or b"", re.MULTILINE)
+    words = [word.decode() for word in config] if isinstance(config, list) else []
+    settings = dict(zip(words[::2], words[1::2], strict=True))
+    append_only = None if enabled is None else enabled[1] == b"1"
+    return Persistence(append_only, settings.get("save"), settings.get("appendfsync"))
+
+
+async def _of_one(node: Node, *command: str) -> Any:
     try:
         async with asyncio.timeout(TIMEOUT_S):
-            said: bytes = await ask(node, *command)
-            return said
+            return await ask(node, *command)
     except (RedisError, OSError):  # TimeoutError is an OSError
         return None
 
