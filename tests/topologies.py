@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,7 +157,15 @@ class Watched:
 
 
 @contextmanager
-def watched(brand: str, *, password: str = "", sentinel_password: str = "") -> Iterator[Watched]:
+def watched(
+    brand: str,
+    *,
+    password: str = "",
+    sentinel_password: str = "",
+    sentinel_lines: Sequence[str] = (),
+    sentinel_access: Mapping[str, str] | None = None,
+) -> Iterator[Watched]:
+    """`sentinel_access` is how this test logs in to Sentinels whose `sentinel_lines` have users."""
     with stage_of(brand) as stage:
         own = (f"requirepass {password}", f"masterauth {password}") if password else ()
         known: dict[str, Any] = {"password": password or None}
@@ -169,9 +177,10 @@ def watched(brand: str, *, password: str = "", sentinel_password: str = "") -> I
             f"sentinel failover-timeout {NAME} 2000",
             *([f"sentinel auth-pass {NAME} {password}"] if password else []),
             *([f"requirepass {sentinel_password}"] if sentinel_password else []),
+            *sentinel_lines,
         ]
         wait_until(lambda: replica.answers() and replica.info("replication", "master_link_status") == "up")
-        asked: dict[str, Any] = {"password": sentinel_password or None}
+        asked: dict[str, Any] = {"password": sentinel_password or None, **(sentinel_access or {})}
         sentinels = [stage.member(*monitor, options=["--sentinel"], **asked) for _ in range(3)]
         wait_until(lambda: all(map(_knows_all, sentinels)), within_s=20)
         yield Watched([primary, replica], sentinels)
