@@ -6,22 +6,28 @@ Rules of this file, beside those of `valkey`, which has the single server:
   long as any of them or the supervisor lives, and it is free, whatever happened, once all are gone.
 * All roles start or none does. From then on each dies and is restarted for itself.
 * `start` and `stop` may block, within limits; `poll` never does.
+* A ledger is started with all of its data or not at all. A price book whose files are damaged begins empty.
 * Every failure to start is an `EmbeddedStoreError` whose sentence says what to do, and it leaves nothing behind.
 """
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-from proxy.valkey import EmbeddedStoreError, Valkey
+from proxy.aof import damage_of_tail, find_damage, has_files, keep_newest, put_back, remedy_of, set_aside
+from proxy.valkey import EmbeddedStoreError, ExitedError, Valkey
 
 __all__ = ["EmbeddedStoreError", "EmbeddedStores", "Role", "running_url"]
 
@@ -36,6 +42,10 @@ days for which usage is kept."""
 
 _POLICIES: Mapping[Role, str] = {"ledger": "noeviction", "price-book": "allkeys-lru"}
 
+_EXPENDABLE: frozenset[Role] = frozenset({"price-book"})
+"""Stores that begin empty if their files are damaged. What is done about a ledger, which counts money, is not decided
+here."""
+
 _READY_TIMEOUT_S = 30.0
 _READY_INTERVAL_S = 0.01
 _STOP_TIMEOUT_S = 5.0
@@ -47,6 +57,8 @@ _SOCKET_DIR_PREFIX = "estimate-proxy-"
 _MAX_SOCKET_PATH_BYTES = 103
 """`sun_path` holds 108 bytes on Linux, 104 on macOS and the BSDs, the closing NUL among them."""
 _LOCK_MAX_BYTES = 4096
+
+log = logging.getLogger(__name__)
 
 
 class EmbeddedStores:
@@ -65,6 +77,8 @@ class EmbeddedStores:
         self._socket_dir: Path | None = None
         self._servers: dict[Role, Valkey] = {}
         """Empty unless started."""
+        self._aside: dict[Role, _Aside] = {}
+        """The files of stores that begin empty, until it is known whether that helps."""
 
     @property
     def urls(self) -> dict[Role, str]:
@@ -80,11 +94,17 @@ class EmbeddedStores:
         """
         if not self._roles:
             return
-        with ExitStack() as undo:
-            undo.callback(self.stop)
-            self._start_servers()
-            self._wait_until_ready()
-            undo.pop_all()
+        try:
+            with ExitStack() as undo:
+                undo.callback(self.stop)
+                self._start_servers()
+                self._wait_until_ready()
+                undo.pop_all()
+        except OSError as error:
+            raise EmbeddedStoreError(
+                f"cannot use {self._data_dir} for the embedded store ({error}): "
+                f"{_remedy_of(error)}, or set store.data_dir to another directory"
+            ) from error
 
     def poll(self) -> list[str]:
         """Restarts whoever died, and returns lines for the log; to be called about every 100 ms and on SIGCHLD.
@@ -94,7 +114,10 @@ class EmbeddedStores:
         return [news for server in self._servers.values() if (news := server.poll()) is not None]
 
     def stop(self) -> None:
-        """Ends the servers, after `_STOP_TIMEOUT_S` by force, and gives back directory and lock. Idempotent."""
+        """Ends the servers, after `_STOP_TIMEOUT_S` by force, and gives back directory and lock. Idempotent.
+
+        Files that were set aside in a start that failed are put back.
+        """
         servers, self._servers = self._servers, {}
         for server in servers.values():
             server.terminate()
@@ -104,19 +127,29 @@ class EmbeddedStores:
         if self._socket_dir is not None:
             _remove_socket_dir(self._socket_dir)
             self._socket_dir = None
-        self._lock.release()
+        try:
+            while self._aside:
+                role, aside = self._aside.popitem()
+                put_back(self._directory_of(role), aside.path)
+        finally:
+            self._lock.release()
 
     def _start_servers(self) -> None:
-        try:
-            self._take_data_dir()
-            for role in self._roles:
-                self._servers[role] = self._server_of(role)
-                self._servers[role].start()
-        except OSError as error:
-            raise EmbeddedStoreError(
-                f"cannot use {self._data_dir} for the embedded store ({error}): "
-                "make it writable, or set store.data_dir to another directory"
-            ) from error
+        self._take_data_dir()
+        for role in self._roles:
+            self._servers[role] = self._server_of(role)
+            self._start_server(role)
+
+    def _start_server(self, role: Role) -> None:
+        damage = find_damage(self._directory_of(role))
+        if damage is not None:
+            if role not in _EXPENDABLE:
+                raise EmbeddedStoreError(f"embedded store {role}: {damage}")
+            self._set_aside(role, damage.what)
+        self._servers[role].start()
+
+    def _set_aside(self, role: Role, why: str) -> None:
+        self._aside[role] = _Aside(set_aside(self._directory_of(role), datetime.now(UTC)), why)
 
     def _take_data_dir(self) -> None:
         _make_private(self._data_dir)
@@ -126,10 +159,13 @@ class EmbeddedStores:
         self._lock.write({"pid": os.getpid(), "socket_dir": str(self._socket_dir)})
 
     def _server_of(self, role: Role) -> Valkey:
-        directory = self._data_dir / role
+        directory = self._directory_of(role)
         _make_private(directory)
         settings = {"maxmemory": f"{self._max_memory_mb[role]}mb", "maxmemory-policy": _POLICIES[role]}
         return Valkey(role, settings, directory=directory, socket_path=self._socket_of(role), lock_fd=self._lock.fd)
+
+    def _directory_of(self, role: Role) -> Path:
+        return self._data_dir / role
 
     def _socket_of(self, role: Role) -> Path:
         if self._socket_dir is None:
@@ -139,10 +175,50 @@ class EmbeddedStores:
     def _wait_until_ready(self) -> None:
         """Each look is at all of them: one that has ended is noticed while another still reads its files."""
         deadline = time.monotonic() + _READY_TIMEOUT_S
-        while waiting := [server for server in self._servers.values() if not server.answers()]:
+        while waiting := [role for role in self._servers if not self._is_ready(role)]:
             if time.monotonic() > deadline:
-                raise waiting[0].late(_READY_TIMEOUT_S)
+                raise self._servers[waiting[0]].late(_READY_TIMEOUT_S)
             time.sleep(_READY_INTERVAL_S)
+        self._report()
+
+    def _report(self) -> None:
+        """What has become of the files, now that all have started."""
+        while self._aside:
+            role, aside = self._aside.popitem()
+            log.error("embedded store %s: %s. It begins empty; its files are now in %s", role, aside.why, aside.path)
+            keep_newest(self._directory_of(role))
+        for server in self._servers.values():
+            if (news := server.cut_off()) is not None:
+                log.warning("%s", news)
+
+    def _is_ready(self, role: Role) -> bool:
+        try:
+            return self._servers[role].answers()
+        except ExitedError as error:
+            if role not in _EXPENDABLE:
+                raise EmbeddedStoreError(self._remedied(role, error)) from error
+            self._try_without_files(role, error)
+            return False
+
+    def _remedied(self, role: Role, error: ExitedError) -> str:
+        directory = self._directory_of(role)
+        damage = damage_of_tail(directory, self._servers[role].program)
+        return f"embedded store {role}: {damage}" if damage else f"{error}: {remedy_of(str(error), directory)}"
+
+    def _try_without_files(self, role: Role, error: ExitedError) -> None:
+        """If it does not start empty either, its files were not to blame: `stop` gives them back."""
+        if role in self._aside or not has_files(self._directory_of(role)):
+            raise EmbeddedStoreError(f"{error}: it does not start without its files either") from error
+        self._set_aside(role, str(error))
+        self._servers[role].start()
+
+
+@dataclass(frozen=True, slots=True)
+class _Aside:
+    """Files that were set aside: where they are, and why."""
+
+    path: Path
+    why: str
 
 
 class _Lock:
@@ -163,8 +239,8 @@ class _Lock:
             if not _flock_within(fd, _LOCK_TIMEOUT_S):
                 owner = _read_json(fd).get("pid", "unknown")
                 raise EmbeddedStoreError(
-                    f"another gateway (pid {owner}) is using {self._data_dir}: "
-                    "stop it, or set store.data_dir to another directory"
+                    f"another gateway (pid {owner}), or a Valkey server that it left behind, is using "
+                    f"{self._data_dir}: end it, or set store.data_dir to another directory"
                 )
             undo.pop_all()
         self.fd = fd
@@ -196,6 +272,16 @@ def running_url(data_dir: Path, *, role: Role) -> str:
 
 def _socket_name(role: Role) -> str:
     return f"{role}.sock"
+
+
+def _remedy_of(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "free some space there"
+        case errno.EACCES | errno.EPERM:
+            return f"all of it must belong to the user that runs the gateway (uid {os.geteuid()})"
+        case _:
+            return "make it writable"
 
 
 def _url_of(path: Path) -> str:

