@@ -55,7 +55,7 @@ class Files:
 Harm = Callable[[Path], object]
 
 
-def zeros_behind(path: Path) -> None:
+def zeros_at_end(path: Path) -> None:
     with path.open("ab") as file:
         file.write(bytes(4096))
 
@@ -101,7 +101,7 @@ def of_a_newer_version(path: Path) -> None:
 
 NOISE, ZEROS = written_over(b"\xf7\x00\x9c" * 13), written_over(bytes(40))
 CAN_BE_CUT: dict[str, tuple[Harm, int]] = {
-    "zeros behind": (zeros_behind, 50),
+    "zeros at the end": (zeros_at_end, 50),
     "noise in the middle": (NOISE, 24),
     "zeros in the middle": (ZEROS, 24),
     "nothing but zeros": (all_zeros, 0),
@@ -112,7 +112,7 @@ CAN_BE_CUT: dict[str, tuple[Harm, int]] = {
 MANIFESTS: dict[str, Harm] = {
     "empty": emptied,
     "nothing but zeros": all_zeros,
-    "zeros behind": zeros_behind,
+    "zeros at the end": zeros_at_end,
     "zeros in the middle": ZEROS,
     "cut": cut,
     "garbage": garbage,
@@ -120,8 +120,8 @@ MANIFESTS: dict[str, Harm] = {
 }
 BEYOND_REPAIR: dict[str, tuple[str, Harm]] = {
     "base: noise in the middle": ("base", NOISE),
-    "base: zeros in the middle, of which Valkey crashes": ("base", ZEROS),
-    "base: zeros behind": ("base", zeros_behind),
+    "base: zeros in the middle, on which Valkey crashes": ("base", ZEROS),
+    "base: zeros at the end": ("base", zeros_at_end),
     "base: nothing but zeros": ("base", all_zeros),
     "base: cut": ("base", cut),
     "base: empty": ("base", emptied),
@@ -421,7 +421,7 @@ def test_a_gateway_refuses_a_damaged_ledger_in_one_line_and_serves_with_an_empty
     home: House, intact: Path
 ) -> None:
     ledger, book = (files_of(home.data_dir, role, intact) for role in ("ledger", "price-book"))
-    zeros_behind(ledger.commands)
+    zeros_at_end(ledger.commands)
     emptied(book.manifest)
     line = home.refused()
     assert line.startswith(f"estimate-proxy: embedded store ledger: {ledger.commands} is damaged after its first ")
