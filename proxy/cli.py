@@ -25,7 +25,7 @@ from proxy.canonical import canonicalise, present
 from proxy.config import PLACES, Source, find_config, load, load_keying
 from proxy.embedded import EmbeddedStoreError
 from proxy.inquiries import ask_standings, ask_usage
-from proxy.metrics_files import NoMetricsDirectoryError
+from proxy.multiprocess import NoMetricsFileError
 from proxy.problems import BadRequest, StoreUnavailable
 from proxy.settings import Settings, effective, is_identifier, warnings
 from proxy.settings_problems import SettingsError
@@ -95,7 +95,7 @@ def serve(config: Path | None, host: str | None, port: int | None, workers: int 
     logs.configure(settings.log.level, settings.log.format)
     try:
         status = Supervisor(settings, source).run()
-    except (ListenError, EmbeddedStoreError, NoMetricsDirectoryError) as error:
+    except (ListenError, EmbeddedStoreError, NoMetricsFileError) as error:
         _fail(str(error))
     sys.exit(status)
 

@@ -4,20 +4,22 @@
 * What happens with every request is noted in memory and written twenty times a second, and for every scrape: files
   are slower. A worker that is killed takes that much along.
 * Children are resolved once; those whose labels are known are there before their first event.
-* Workers write into files that the supervisor has made for them, if it has (`PROMETHEUS_MULTIPROC_DIR`): counters of
-  dead workers stay in the sum, and each gauge says how those of several workers become one.
+* Workers share their numbers through `proxy.multiprocess`; each gauge says how those of several workers become one.
 * What the stores know is not counted here: see `proxy.scrape`.
 """
 
 import asyncio
 from bisect import bisect_left
 from collections import Counter as Counts
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric
+from prometheus_client.metrics import MetricWrapperBase
 
 from proxy import __version__
+from proxy.multiprocess import SharedValues, series_of
 from proxy.problems import Outcome
 from proxy.quotas import Quota, Terms
 
@@ -48,10 +50,14 @@ class Metrics:
     """The instruments of one process, in a registry of their own.
 
     teams, accounts: those that are configured.
+    shared: where the instruments of several workers meet; it must be installed. None: this process is the only one.
     """
 
-    def __init__(self, teams: Collection[str] = (), accounts: Collection[str] = ()) -> None:
+    def __init__(
+        self, teams: Collection[str] = (), accounts: Collection[str] = (), shared: SharedValues | None = None
+    ) -> None:
         self.registry = CollectorRegistry()
+        self._shared = shared
         self._declare_requests()
         self._declare_upstream()
         self._declare_stores()
@@ -182,6 +188,21 @@ class Metrics:
             multiprocess_mode="livemax",
             registry=self.registry,
         )
+
+    def collect(self) -> Iterator[Metric]:
+        """What all workers have counted together, as a collector of prometheus_client."""
+        if self._shared is not None:
+            instruments = {
+                family.name: instrument
+                for instrument in vars(self).values()
+                if isinstance(instrument, MetricWrapperBase)
+                for family in instrument.describe()
+            }
+            for key in self._shared.read():
+                with suppress(KeyError, ValueError):  # a bucket has a label more; another version has other instruments
+                    family, labels = series_of(key)
+                    instruments[family].labels(*labels)  # from now on this worker has the series, too
+        yield from self.registry.collect()
 
     def begin(self, teams: Collection[str], accounts: Collection[str]) -> None:
         """Series whose labels are known begin at 0, so that their first event is an increase."""

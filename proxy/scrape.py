@@ -6,7 +6,6 @@ than old.
 """
 
 import asyncio
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
@@ -14,7 +13,7 @@ from time import monotonic
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 from proxy.credits import MICRO
 from proxy.decisions import Decisions
@@ -65,7 +64,7 @@ class Scrape:
         encode, media_type = choose_encoder(_media_types(ask.accept or ""))
         self._metrics.flush()
         registry = CollectorRegistry()
-        registry.register(_Everything(self._metrics.registry, snapshot))
+        registry.register(_Everything(self._metrics, snapshot))
         return Report(await asyncio.to_thread(encode, registry), media_type)
 
     def _refusal(self, ask: Ask, trace: Trace) -> Problem | None:
@@ -111,15 +110,12 @@ class Scrape:
 class _Everything:
     """As prometheus_client wants a collector to be."""
 
-    def __init__(self, instruments: CollectorRegistry, snapshot: Snapshot) -> None:
+    def __init__(self, instruments: Collector, snapshot: Snapshot) -> None:
         self._instruments = instruments
         self._snapshot = snapshot
 
     def collect(self) -> Iterator[Metric]:
-        if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
-            yield from MultiProcessCollector(None).collect()  # type: ignore[no-untyped-call]  # it has no types
-        else:
-            yield from self._instruments.collect()
+        yield from self._instruments.collect()
         yield from _windows(self._snapshot)
         yield from _quotas(self._snapshot.standings)
         yield from _balances(self._snapshot)

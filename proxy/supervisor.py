@@ -24,7 +24,7 @@ from time import monotonic
 
 from proxy.config import Source
 from proxy.embedded import EmbeddedStores, Role
-from proxy.metrics_files import metrics_directory
+from proxy.multiprocess import metrics_files
 from proxy.reloading import Reloader
 from proxy.settings import Server, Settings
 from proxy.worker import DRAIN, STOP
@@ -85,11 +85,12 @@ class Supervisor:
         self._stop_by: float | None = None
 
     def run(self) -> int:
-        """The exit status. Raises `EmbeddedStoreError`, `NoMetricsDirectoryError` if it cannot begin."""
+        """The exit status. Raises `EmbeddedStoreError`, `NoMetricsFileError` if it cannot begin."""
         _allow_many_connections()
-        with self._listener, _signals() as signals, metrics_directory() as metrics_dir, self._stores_running():
+        workers = self._settings.server.workers
+        with self._listener, _signals() as signals, metrics_files(workers) as metrics_fds, self._stores_running():
             self._begin_to_listen()  # only now: until here nobody could be answered
-            premises = Premises(self._listener, _url_of(self._listener), self._stores.urls, metrics_dir)
+            premises = Premises(self._listener, _url_of(self._listener), self._stores.urls, metrics_fds)
             self._workforce = Workforce(self._settings, premises)
             try:
                 return self._watch(signals)

@@ -1,9 +1,9 @@
 """A worker: one process, one event loop, one application, on a socket that the supervisor owns.
 
-Run as `python -m proxy.worker <listener fd> <channel fd>`. Over the channel come the settings and the addresses of the
-embedded stores, then words: `DRAIN` (answer, but say that you will not for long), `STOP` (finish and exit), new
-settings, and `RELOAD_FAILED` (there are new ones that cannot be used). When the other end closes, the supervisor is
-dead and the worker goes too. The worker says `READY` when it serves.
+Run as `python -m proxy.worker <listener fd> <channel fd> <metrics fd> [<metrics fd of another worker>...]`. Over the
+channel come the settings and the addresses of the embedded stores, then words: `DRAIN` (answer, but say that you will
+not for long), `STOP` (finish and exit), new settings, and `RELOAD_FAILED` (there are new ones that cannot be used).
+When the other end closes, the supervisor is dead and the worker goes too. The worker says `READY` when it serves.
 """
 
 import asyncio
@@ -26,6 +26,7 @@ from proxy.app import build, objections
 from proxy.embedded import Role
 from proxy.lifecycle import Lifecycle
 from proxy.metrics import Metrics
+from proxy.multiprocess import SharedValues
 from proxy.server import Server
 from proxy.settings import Settings
 
@@ -41,15 +42,17 @@ log = logging.getLogger(__name__)
 
 
 class Worker:
-    def __init__(self, listener: socket.socket, channel: Connection) -> None:
+    def __init__(self, listener: socket.socket, channel: Connection, shared: SharedValues) -> None:
         self._listener = listener
         self._channel = channel
+        self._shared = shared
         self._lifecycle = Lifecycle()
 
     def run(self) -> int:
         """Serves until told to stop; the process's exit status."""
         settings, embedded_urls = self._channel.recv()
         logs.configure(settings.log.level, settings.log.format)
+        self._shared.install()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(self._serve(settings, embedded_urls))
 
@@ -58,7 +61,7 @@ class Worker:
             log.error("cannot serve: %s", reason)
             return CANNOT_SERVE
         head_timeout_s, drain_s = settings.server.head_timeout_s, settings.server.drain_s
-        metrics = Metrics(settings.teams, settings.accounts)
+        metrics = Metrics(settings.teams, settings.accounts, self._shared)
         app = build(settings, embedded_urls, self._lifecycle, metrics)
         server = Server(app, head_timeout_s=head_timeout_s, drain_s=drain_s, announce=self._announce)
         stop = partial(self._stop, server, drain_s)
@@ -112,9 +115,9 @@ class Worker:
 
 
 def main() -> None:
-    listener_fd, channel_fd = map(int, sys.argv[1:])
+    listener_fd, channel_fd, metrics_fd, *others = map(int, sys.argv[1:])
     with socket.socket(fileno=listener_fd) as listener, Connection(channel_fd) as channel:
-        sys.exit(Worker(listener, channel).run())
+        sys.exit(Worker(listener, channel, SharedValues(metrics_fd, others)).run())
 
 
 if __name__ == "__main__":

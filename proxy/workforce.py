@@ -1,6 +1,7 @@
 """The workers of one gateway: N processes on one socket, each replaced when it dies.
 
-* A worker is started anew after a delay that grows with each quick death in a row: at once, 0.5 s, 1 s, … 10 s.
+* A worker is started again after a delay that grows with each quick death in a row: at once, 0.5 s, 1 s, … 10 s. A
+  start that the system refuses (no process, no file descriptor) is repeated after the same delays.
 * One that dies again and again before it ever served is given up, loudly; with the last one ends the gateway.
 * Called by one thread, and never blocks.
 """
@@ -10,17 +11,15 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
-from pathlib import Path
 from time import monotonic
 
 from proxy.config import FAMILIAR_VARIABLES, PREFIX
 from proxy.lifeline import die_with_parent
-from proxy.metrics_files import VARIABLE as METRICS_VARIABLE
-from proxy.metrics_files import forget_worker
+from proxy.multiprocess import vacate
 from proxy.settings import Settings
 from proxy.store import EmbeddedUrls
 from proxy.valkey import restart_delay_s
@@ -35,27 +34,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Premises:
-    """What all workers have in common."""
+    """What all workers have in common. `metrics_fds`: for each of them the file in which it counts."""
 
     listener: socket.socket
     url: str
     embedded_urls: EmbeddedUrls
-    metrics_dir: Path
+    metrics_fds: Sequence[int]
 
 
 class _Worker:
-    """A worker as its supervisor sees it."""
+    """A worker as its supervisor sees it. It counts in the file at `metrics_fd`."""
 
-    def __init__(self, premises: Premises, settings: Settings) -> None:
+    def __init__(self, premises: Premises, settings: Settings, metrics_fd: int) -> None:
         self.channel, theirs = Pipe()
         self.ready = False
         self.began_at = monotonic()
         with theirs:
-            fds = (premises.listener.fileno(), theirs.fileno())
+            others = (fd for fd in premises.metrics_fds if fd != metrics_fd)
+            fds = (premises.listener.fileno(), theirs.fileno(), metrics_fd, *others)
             self.process = subprocess.Popen(  # noqa: S603 -- our own module, no shell
                 [sys.executable, *_path_options(), "-m", "proxy.worker", *map(str, fds)],
                 stdin=subprocess.DEVNULL,
-                env={**_environment_without_settings(), METRICS_VARIABLE: str(premises.metrics_dir)},
+                env=_environment_without_settings(),
                 pass_fds=fds,
                 start_new_session=True,  # Ctrl-C in a terminal is the supervisor's to handle
                 preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 -- no threads here
@@ -84,16 +84,25 @@ class _Worker:
 class _Post:
     """A place for one worker, and how its workers have fared.
 
-    worker: None while the next one's time has not come, and when there is to be none.
+    worker: None before the first start, while the next one's time has not come, and when there is to be none.
     """
 
-    def __init__(self, name: str, worker: _Worker) -> None:
+    def __init__(self, name: str, metrics_fd: int) -> None:
         self.name = name
-        self.worker: _Worker | None = worker
+        self.metrics_fd = metrics_fd
+        self.worker: _Worker | None = None
         self.status: int | None = None
-        self.next_at: float | None = None
+        self.next_at: float | None = monotonic()
         self._failed_starts = 0
         self._quick_deaths = 0
+
+    def start(self, premises: Premises, settings: Settings) -> str | None:
+        """Starts a worker. If the system refuses, returns what is to be said of it, and there is a next start."""
+        try:
+            self.worker, self.next_at = _Worker(premises, settings, self.metrics_fd), None
+        except OSError as error:
+            return f"{self.name} cannot be started ({error.strerror}): trying again{self._back_off()}"
+        return None
 
     def serves(self) -> None:
         self._failed_starts = 0
@@ -109,11 +118,14 @@ class _Post:
             return f"{self.name} died {self._failed_starts} times before it served (status {status}): giving up"
         if now - worker.began_at >= SETTLED_S:
             self._quick_deaths = 0
+        return f"{self.name} died (status {status}): starting another{self._back_off()}"
+
+    def _back_off(self) -> str:
+        """Sets the time of the next start; the words for it."""
         delay_s = restart_delay_s(self._quick_deaths)
         self._quick_deaths += 1
-        self.next_at = now + delay_s
-        when = f" in {delay_s:g} s" if delay_s else ""
-        return f"{self.name} died (status {status}): starting another{when}"
+        self.next_at = monotonic() + delay_s
+        return f" in {delay_s:g} s" if delay_s else ""
 
 
 class Workforce:
@@ -125,8 +137,9 @@ class Workforce:
         self._reload_failed = False
         count = settings.server.workers
         names = ["the worker"] if count == 1 else [f"worker {number} of {count}" for number in range(1, count + 1)]
-        self._posts = [_Post(name, self._start()) for name in names]
+        self._posts = [_Post(name, fd) for name, fd in zip(names, premises.metrics_fds, strict=True)]
         self._leaving = False
+        self.look_after()
 
     def channels(self) -> list[int]:
         """Those on which a worker is about to say that it serves."""
@@ -169,7 +182,7 @@ class Workforce:
         worker = post.worker
         if worker is None:
             if post.next_at is not None and monotonic() >= post.next_at and not self._leaving:
-                post.worker, post.next_at = self._start(), None
+                self._start(post)
             return
         if worker.has_become_ready():
             post.serves()
@@ -181,7 +194,7 @@ class Workforce:
 
     def _bury(self, post: _Post, worker: _Worker, status: int) -> None:
         worker.end()
-        forget_worker(self._premises.metrics_dir, worker.process.pid)
+        vacate(post.metrics_fd)
         if self._leaving:
             post.worker, post.status = None, status
             return
@@ -192,11 +205,11 @@ class Workforce:
     def _workers(self) -> Iterator[_Worker]:
         return (post.worker for post in self._posts if post.worker is not None)
 
-    def _start(self) -> _Worker:
-        worker = _Worker(self._premises, self._settings)
-        if self._reload_failed:
-            worker.say(RELOAD_FAILED)
-        return worker
+    def _start(self, post: _Post) -> None:
+        if (refusal := post.start(self._premises, self._settings)) is not None:
+            log.error("%s", refusal)
+        elif post.worker is not None and self._reload_failed:
+            post.worker.say(RELOAD_FAILED)
 
 
 def _path_options() -> list[str]:

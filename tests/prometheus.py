@@ -58,6 +58,11 @@ class Scraped:
         """Of the series with exactly these labels."""
         return self.samples.get((f"estimate_proxy_{name}", frozenset(labels.items())))
 
+    def counted(self) -> dict[tuple[str, Labels], float]:
+        """The series that only grow."""
+        growing = ("_total", "_count", "_sum", "_bucket")
+        return {key: value for key, value in self.samples.items() if key[0].endswith(growing)}
+
     def series(self, name: str, *by: str) -> dict[tuple[str, ...], float]:
         """All series of that name, by the values of these labels, which are all that they have."""
         found = {labels: value for (other, labels), value in self.samples.items() if other == f"estimate_proxy_{name}"}

@@ -1,0 +1,233 @@
+"""Metrics of several workers: each worker counts in a file of its own, and any of them can add all files up.
+
+* There is one file for each worker slot. The supervisor opens it and every worker inherits it. On Linux it lies in
+  memory and nowhere has a name, so nothing can remove it while the gateway runs, and nothing is left afterwards.
+* A worker writes only into the file of its own slot.
+* Counters outlive their worker: the next one in the slot continues them. Gauges end with their worker: the supervisor
+  then marks the slot as vacant.
+* Numbers are written with `pwrite` instead of through a memory map: if memory runs out, the other workers see an old
+  number, and no process is ended by SIGBUS.
+
+A file has a header (how many bytes are in use; whether a worker is alive) and entries (amount; time of the last `set`;
+length of the key; key). Entries are appended; afterwards only their two numbers change.
+"""
+
+import os
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from struct import Struct
+from threading import Lock
+from time import time
+from typing import Any, BinaryIO
+
+import orjson
+from prometheus_client import disable_created_metrics, values
+
+_HEADER = Struct("=QQ")
+_USED, _ALIVE = Struct("=Q"), Struct("=Q")
+_ALIVE_AT = _USED.size
+_ENTRY = Struct("=ddQ")
+_NUMBERS = Struct("=dd")
+_GAUGE = b'["gauge",'
+
+_Reading = tuple[float, float]
+"""An amount, and when it was set in seconds since 1970; counters are never set."""
+
+
+class NoMetricsFileError(Exception):
+    """Workers would have nowhere to count; the message says what to do."""
+
+
+@contextmanager
+def metrics_files(slots: int) -> Iterator[list[int]]:
+    """The descriptors of a new file for each slot. Raises `NoMetricsFileError`."""
+    with ExitStack() as opened:
+        try:
+            descriptors = [opened.enter_context(_nameless_file()).fileno() for _ in range(slots)]
+        except OSError as error:
+            raise NoMetricsFileError(
+                f"cannot open a file for metrics ({error.strerror}): set TMPDIR to a writable folder"
+            ) from None
+        yield descriptors
+
+
+def _nameless_file() -> BinaryIO:
+    if sys.platform == "linux":
+        with suppress(OSError):  # a sandbox may not have it
+            return open(os.memfd_create("estimate-proxy-metrics"), "r+b", buffering=0)  # noqa: PTH123 -- it has no path
+    return tempfile.TemporaryFile(buffering=0)
+
+
+def vacate(descriptor: int) -> None:
+    """Marks a slot whose worker has ended: its gauges count no longer, its counters do."""
+    os.pwrite(descriptor, _ALIVE.pack(0), _ALIVE_AT)
+
+
+class SharedValues:
+    """The numbers of this worker, and those of the other workers as they were last read.
+
+    own: the descriptor of this slot's file. others: those of the other slots.
+    """
+
+    def __init__(self, own: int, others: Sequence[int]) -> None:
+        self._own = own
+        self._others = others
+        self._values: dict[bytes, _Value] = {}
+        self._inherited: dict[bytes, tuple[int, _Reading]] = {}
+        """What earlier workers in this slot have left, and where it stands in the file."""
+        self._readings: Mapping[bytes, Sequence[_Reading]] = {}
+        self._appending = Lock()
+        self._used = _HEADER.size
+        self._take_over(_content(own))
+
+    def install(self) -> None:
+        """Makes this process's instruments count here, those that are declared from now on."""
+        values.ValueClass = self.new_value
+        disable_created_metrics()  # type: ignore[no-untyped-call] # a worker's start is not when its counters began
+
+    def new_value(
+        self, kind: str, family: str, name: str, _: Any, labels: Sequence[str], __: str, multiprocess_mode: str = ""
+    ) -> "_Value":
+        """A number as prometheus_client wants it; its own parameters are the names of the labels and a help text."""
+        key = _padded(orjson.dumps([kind, family, name, labels]))
+        position, reading = self._inherited.get(key, (None, (0.0, 0.0)))
+        value = self._values[key] = _Value(self, key, reading, position, _MERGES[multiprocess_mode])
+        self.write(value)
+        return value
+
+    def write(self, value: "_Value") -> None:
+        if value.position is None:
+            with self._appending:  # a scrape in its thread makes values, too
+                self._append(value)
+        else:
+            with suppress(OSError):  # there is no memory: it is written with its next change
+                os.pwrite(self._own, _NUMBERS.pack(value.amount, value.set_at), value.position)
+
+    def read(self) -> list[bytes]:
+        """Reads what the other workers have counted.
+
+        Returns the keys that other or earlier workers have declared and this one has not; see `series_of`.
+        """
+        readings: dict[bytes, list[_Reading]] = defaultdict(list)
+        for descriptor in self._others:
+            with suppress(OSError):
+                for key, reading in _counting(_content(descriptor)):
+                    readings[key].append(reading)
+        self._readings = readings
+        return [key for key in (*readings, *self._inherited) if key not in self._values]
+
+    def readings(self, key: bytes) -> Sequence[_Reading]:
+        """What the other workers have of a number."""
+        return self._readings.get(key, ())
+
+    def _take_over(self, content: bytes) -> None:
+        """Continues the counters of the worker before, and sets its gauges to nothing."""
+        for key, position, reading in _entries(content):
+            if key.startswith(_GAUGE):
+                reading = (0.0, 0.0)  # noqa: PLW2901
+                os.pwrite(self._own, _NUMBERS.pack(*reading), position)
+            self._inherited[key] = position, reading
+            self._used = position + _ENTRY.size + len(key)
+        os.pwrite(self._own, _HEADER.pack(self._used, 1), 0)
+
+    def _append(self, value: "_Value") -> None:
+        """The header counts an entry only once all of it is there: the file can be read at any moment."""
+        entry = _ENTRY.pack(value.amount, value.set_at, len(value.key)) + value.key
+        with suppress(OSError):  # there is no memory: it is tried again with the next change
+            if os.pwrite(self._own, entry, self._used) == len(entry):
+                os.pwrite(self._own, _USED.pack(self._used + len(entry)), 0)
+                value.position = self._used
+                self._used += len(entry)
+
+
+class _Value:
+    """A number of one series of this worker, with the methods that prometheus_client calls."""
+
+    __slots__ = ("_merge", "_shared", "amount", "key", "position", "set_at")
+
+    def __init__(
+        self,
+        shared: SharedValues,
+        key: bytes,
+        reading: _Reading,
+        position: int | None,
+        merge: "Callable[[Sequence[_Reading]], float]",
+    ) -> None:
+        self._shared = shared
+        self._merge = merge
+        self.key = key
+        self.amount, self.set_at = reading
+        self.position = position
+
+    def inc(self, amount: float) -> None:
+        self.amount += amount
+        self._shared.write(self)
+
+    def set(self, amount: float, timestamp: float | None = None) -> None:
+        self.amount, self.set_at = amount, timestamp or time()
+        self._shared.write(self)
+
+    def get(self) -> float:
+        """That of all workers together."""
+        return self._merge([(self.amount, self.set_at), *self._shared.readings(self.key)])
+
+    def get_exemplar(self) -> None:
+        """There are none."""
+
+
+def series_of(key: bytes) -> tuple[str, Sequence[str]]:
+    """The name of a key's family, and its labels. Raises `ValueError` for a key that a damaged file has."""
+    _, family, _, labels = orjson.loads(key)
+    return family, labels
+
+
+def _sum(readings: Sequence[_Reading]) -> float:
+    return sum(amount for amount, _ in readings)
+
+
+def _max(readings: Sequence[_Reading]) -> float:
+    return max((amount for amount, set_at in readings if set_at), default=0.0)
+
+
+def _min(readings: Sequence[_Reading]) -> float:
+    return min((amount for amount, set_at in readings if set_at), default=0.0)
+
+
+def _newest(readings: Sequence[_Reading]) -> float:
+    return max(readings, key=lambda reading: reading[1])[0]
+
+
+_MERGES = {"": _sum, "livesum": _sum, "livemax": _max, "livemin": _min, "mostrecent": _newest}
+"""How the numbers of several workers become one, by the name that prometheus_client has for it; "" is a counter's."""
+
+
+def _content(descriptor: int) -> bytes:
+    return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+
+
+def _counting(content: bytes) -> Iterator[tuple[bytes, _Reading]]:
+    """The numbers that count: of a slot without a worker, those of counters."""
+    _, alive = _HEADER.unpack_from(content.ljust(_HEADER.size, b"\0"))
+    return ((key, reading) for key, _, reading in _entries(content) if alive or not key.startswith(_GAUGE))
+
+
+def _entries(content: bytes) -> Iterator[tuple[bytes, int, _Reading]]:
+    """Keys, where their numbers stand, and the numbers, as far as the content is whole."""
+    if len(content) < _HEADER.size:
+        return
+    position, used = _HEADER.size, min(_HEADER.unpack_from(content)[0], len(content))
+    while position + _ENTRY.size <= used:
+        amount, set_at, length = _ENTRY.unpack_from(content, position)
+        start = position + _ENTRY.size
+        if not length or start + length > used:
+            return
+        yield content[start : start + length], position, (amount, set_at)
+        position = start + length
+
+
+def _padded(key: bytes) -> bytes:
+    """Numbers that lie on whole words are never read half written."""
+    return key + b" " * (-len(key) % 8)
