@@ -5,6 +5,7 @@
 * One asyncio task does everything else. SIGINT, SIGTERM and a closed terminal cancel it, once, and what was opened is
   closed on the way out: traffic, gateway, simulated RenderNet, folder.
 * Killed with -9, the demo takes the gateway along; its folder stays behind.
+* The folder is locked, so that systemd-tmpfiles does not clean it however long the demo runs.
 * Commands are printed unwrapped and uncoloured: they are there to be pasted.
 """
 
@@ -45,6 +46,7 @@ from proxy.demo_stage import (
 from proxy.demo_traffic import QUERY, Tally, Traffic
 from proxy.lifeline import die_with_parent
 from proxy.simulator import Fault, Simulator
+from proxy.socket_dir import lock_dir
 
 LATENCY_S: Final = (0.06, 0.25)
 BALANCE: Final = 10_000
@@ -101,7 +103,7 @@ async def _until_told_to_stop(console: Console, tally: Tally, *, port: int, traf
 
 async def _play(console: Console, tally: Tally, *, port: int, traffic: bool, prometheus: bool) -> None:
     """The whole demo: sets the stage, lets gateway and teams act; it never returns by itself. Raises `DemoError`."""
-    with TemporaryDirectory(prefix="estimate-proxy-demo-", ignore_cleanup_errors=True) as folder:
+    with TemporaryDirectory(prefix="estimate-proxy-demo-", ignore_cleanup_errors=True) as folder, _locked(folder):
         async with _simulated_rendernet() as upstream_url:
             stage = Stage(Path(folder), upstream_url, {team: new_token() for team in TEAMS})
             stage.config.write_text(config_text(stage, port=port), encoding="utf-8")
@@ -116,6 +118,15 @@ async def _play(console: Console, tally: Tally, *, port: int, traffic: bool, pro
                 status = await _ended(gateway)
                 errors = _errors_in(stage.log) or "it does not say why"
                 raise DemoError(f"the gateway ended by itself, with status {status}: {errors}", GATEWAY_DIED)
+
+
+@contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    fd = lock_dir(Path(folder))
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 def _introduce(console: Console, stage: Stage, url: str, *, traffic: bool) -> None:

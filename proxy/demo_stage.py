@@ -74,7 +74,7 @@ def new_token() -> str:
 
 def environment(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
     """`environ` less what would change the gateway's settings; what is temporary goes into `folder`."""
-    foreign = {*FAMILIAR_VARIABLES, "XDG_RUNTIME_DIR"}
+    foreign = {*FAMILIAR_VARIABLES, "XDG_RUNTIME_DIR", "RUNTIME_DIRECTORY"}
     kept = {name: value for name, value in environ.items() if name not in foreign and not name.startswith(PREFIX)}
     return {**kept, "TMPDIR": str(folder)}
 

@@ -5,6 +5,8 @@ Rules of this file, beside those of `valkey`, which has the single server:
 * A data directory has one user. It is taken by an flock that every child inherits, so it counts as taken as
   long as any of them or the supervisor lives, and it is free, whatever happened, once all are gone.
 * All roles start or none does. From then on each dies and is restarted for itself.
+* A server whose socket was removed is restarted, because it cannot make another one. If there can be no other, it goes
+  on serving the connections that it has.
 * `start` and `stop` may block, within limits; `poll` never does.
 * A ledger is started with all of its data or not at all. A price book whose files are damaged begins empty.
 * Every failure to start is an `EmbeddedStoreError` whose sentence says what to do, and it leaves nothing behind.
@@ -15,10 +17,8 @@ import fcntl
 import json
 import logging
 import os
-import stat
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,6 +27,7 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from proxy.aof import damage_of_tail, find_damage, has_files, keep_newest, put_back, remedy_of, set_aside
+from proxy.socket_dir import SocketDir, make_private, remove_abandoned
 from proxy.valkey import EmbeddedStoreError, ExitedError, Valkey
 
 __all__ = ["EmbeddedStoreError", "EmbeddedStores", "Role", "running_url"]
@@ -53,9 +54,6 @@ _LOCK_TIMEOUT_S = 3.0
 """A gateway that was killed a moment ago may still be going away."""
 _LOCK_INTERVAL_S = 0.05
 
-_SOCKET_DIR_PREFIX = "estimate-proxy-"
-_MAX_SOCKET_PATH_BYTES = 103
-"""`sun_path` holds 108 bytes on Linux, 104 on macOS and the BSDs, the closing NUL among them."""
 _LOCK_MAX_BYTES = 4096
 
 log = logging.getLogger(__name__)
@@ -74,7 +72,7 @@ class EmbeddedStores:
         self._roles = roles
         self._max_memory_mb = max_memory_mb
         self._lock = _Lock(self._data_dir)
-        self._socket_dir: Path | None = None
+        self._socket_dir: SocketDir | None = None
         self._servers: dict[Role, Valkey] = {}
         """Empty unless started."""
         self._aside: dict[Role, _Aside] = {}
@@ -111,7 +109,11 @@ class EmbeddedStores:
 
         A server that keeps dying is restarted ever more slowly, and does not hold up the other.
         """
-        return [news for server in self._servers.values() if (news := server.poll()) is not None]
+        if self._socket_dir is None:
+            return []
+        lost = [server for server in self._servers.values() if server.has_lost_socket()]
+        news = [_replace_socket(server, self._socket_dir) for server in lost]
+        return news + [line for server in self._servers.values() if (line := server.poll()) is not None]
 
     def stop(self) -> None:
         """Ends the servers, after `_STOP_TIMEOUT_S` by force, and gives back directory and lock. Idempotent.
@@ -125,7 +127,7 @@ class EmbeddedStores:
         for server in servers.values():
             server.end(max(0.0, deadline - time.monotonic()))
         if self._socket_dir is not None:
-            _remove_socket_dir(self._socket_dir)
+            self._socket_dir.remove()
             self._socket_dir = None
         try:
             while self._aside:
@@ -152,15 +154,19 @@ class EmbeddedStores:
         self._aside[role] = _Aside(set_aside(self._directory_of(role), datetime.now(UTC)), why)
 
     def _take_data_dir(self) -> None:
-        _make_private(self._data_dir)
+        make_private(self._data_dir)
         self._lock.acquire()
-        _remove_stale_socket_dir(self._lock.read().get("socket_dir"))
-        self._socket_dir = _make_socket_dir(_socket_name(max(self._roles, key=len)))
-        self._lock.write({"pid": os.getpid(), "socket_dir": str(self._socket_dir)})
+        remove_abandoned(self._lock.read().get("socket_dir"))
+        self._socket_dir = SocketDir.make(self._data_dir, _socket_name(max(self._roles, key=len)))
+        if self._socket_dir is None:
+            raise EmbeddedStoreError(
+                "there is no writable directory with a short path for the store's socket: set TMPDIR to one"
+            )
+        self._lock.write({"pid": os.getpid(), "socket_dir": str(self._socket_dir.path)})
 
     def _server_of(self, role: Role) -> Valkey:
         directory = self._directory_of(role)
-        _make_private(directory)
+        make_private(directory)
         settings = {"maxmemory": f"{self._max_memory_mb[role]}mb", "maxmemory-policy": _POLICIES[role]}
         return Valkey(role, settings, directory=directory, socket_path=self._socket_of(role), lock_fd=self._lock.fd)
 
@@ -170,7 +176,7 @@ class EmbeddedStores:
     def _socket_of(self, role: Role) -> Path:
         if self._socket_dir is None:
             raise EmbeddedStoreError("the embedded store has no address: start it first")
-        return self._socket_dir / _socket_name(role)
+        return self._socket_dir.path / _socket_name(role)
 
     def _wait_until_ready(self) -> None:
         """Each look is at all of them: one that has ended is noticed while another still reads its files."""
@@ -270,6 +276,16 @@ def running_url(data_dir: Path, *, role: Role) -> str:
     raise EmbeddedStoreError(f"no gateway is running on {data_dir}: start one, or set store.url")
 
 
+def _replace_socket(server: Valkey, socket_dir: SocketDir) -> str:
+    """Restarts a server whose socket was removed, if it can have another one. Returns a line for the log."""
+    try:
+        socket_dir.restore()
+    except OSError as error:
+        return f"{server.name} lost its socket, and there can be no other ({error}): restart the gateway"
+    server.terminate()
+    return f"{server.name} lost its socket {server.socket_path}: restarting it"
+
+
 def _socket_name(role: Role) -> str:
     return f"{role}.sock"
 
@@ -286,13 +302,6 @@ def _remedy_of(error: OSError) -> str:
 
 def _url_of(path: Path) -> str:
     return f"unix://{quote(str(path))}"
-
-
-def _make_private(directory: Path) -> None:
-    """Makes the directory and its missing parents, each with mode 0700."""
-    for level in (*reversed(directory.parents), directory):
-        if not level.exists():
-            level.mkdir(mode=0o700, exist_ok=True)
 
 
 def _flock_within(fd: int, timeout_s: float) -> bool:
@@ -313,42 +322,3 @@ def _read_json(fd: int) -> dict[str, Any]:
         if isinstance(content, dict):
             return content
     return {}
-
-
-def _make_socket_dir(socket_name: str) -> Path:
-    for parent in _socket_parents():
-        longest = parent / f"{_SOCKET_DIR_PREFIX}{'x' * 8}" / socket_name  # mkdtemp appends 8 characters
-        if len(os.fsencode(longest)) <= _MAX_SOCKET_PATH_BYTES:
-            with suppress(OSError):
-                return Path(tempfile.mkdtemp(prefix=_SOCKET_DIR_PREFIX, dir=parent))
-    raise EmbeddedStoreError(
-        "there is no writable directory with a short path for the store's socket: set TMPDIR to one"
-    )
-
-
-def _socket_parents() -> Iterator[Path]:
-    runtime = Path(os.environ.get("XDG_RUNTIME_DIR", ""))
-    with suppress(OSError):
-        if runtime.is_absolute() and runtime.stat().st_uid == os.geteuid():
-            yield runtime
-    with suppress(FileNotFoundError):
-        yield Path(tempfile.gettempdir())
-    yield Path("/tmp")  # noqa: S108 -- only the parent of what mkdtemp makes, with mode 0700
-
-
-def _remove_stale_socket_dir(named: object) -> None:
-    """Removes what a crashed predecessor left, if what its lock file names is a directory of ours."""
-    if not isinstance(named, str) or not Path(named).name.startswith(_SOCKET_DIR_PREFIX):
-        return
-    with suppress(OSError, ValueError):
-        found = os.lstat(named)
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
-            _remove_socket_dir(Path(named))
-
-
-def _remove_socket_dir(directory: Path) -> None:
-    """Removes sockets, then the directory if nothing else is in it: a wrong name costs no data."""
-    with suppress(OSError):
-        for entry in directory.glob("*.sock"):
-            entry.unlink()
-        directory.rmdir()

@@ -31,6 +31,8 @@ _SETTLED_S = 30.0
 _FIRST_BACKOFF_S = 0.5
 _MAX_BACKOFF_S = 10.0
 _PING_TIMEOUT_S = 1.0
+_SOCKET_LOST_S = 1.0
+"""So long the socket of a running server is missed before the server is restarted for it."""
 
 _LOG_TAIL_BYTES = 2048
 _LOG_TAIL_LINES = 5
@@ -72,13 +74,15 @@ class Valkey:
     def __init__(
         self, name: str, settings: Mapping[str, str], *, directory: Path, socket_path: Path, lock_fd: int
     ) -> None:
-        self._name = f"embedded store {name}"
+        self.name = f"embedded store {name}"
+        self.socket_path = socket_path
         self._settings = {**_SETTINGS, **settings, "dir": str(directory), "unixsocket": str(socket_path)}
         self._log = directory / "valkey.log"
-        self._socket_path = socket_path
         self._lock_fd = lock_fd
         self._child: subprocess.Popen[bytes] | None = None
         """None before the first start, and between a death and the next one."""
+        self._socket_seen_at: float | None = None
+        """Monotonic time; None before that, and once its loss was told."""
         self._spawned_at = 0.0
         self._deaths = 0
         """Deaths in a row, each within `_SETTLED_S` of its start."""
@@ -109,7 +113,7 @@ class Valkey:
 
     def answers(self) -> bool:
         """Whether it has read its files and answers. Raises `ExitedError`, `EmbeddedStoreError` if it has ended."""
-        if _answers_ping(self._socket_path):
+        if _answers_ping(self.socket_path):
             return True
         status = self._child.poll() if self._child else None
         if status is None:
@@ -123,12 +127,12 @@ class Valkey:
         found = _CUT_OFF.search(self._log.read_text(errors="replace"))
         if found is None:
             return None
-        return f"{self._name} dropped an incomplete command from the end of {found[1]}, at byte {found[2]}"
+        return f"{self.name} dropped an incomplete command from the end of {found[1]}, at byte {found[2]}"
 
     def late(self, timeout_s: float) -> EmbeddedStoreError:
         """The error of a server that did not answer in time."""
         return EmbeddedStoreError(
-            f"{self._name} did not answer within {timeout_s:g} s: look into {self._log}, which ends: {self._log_tail()}"
+            f"{self.name} did not answer within {timeout_s:g} s: look into {self._log}, which ends: {self._log_tail()}"
         )
 
     def poll(self) -> str | None:
@@ -146,6 +150,15 @@ class Valkey:
         delay_s = self._back_off()
         return f"{self._story(status)}; {self._restart_if_due() or f'next start in {delay_s:g} s'}"
 
+    def has_lost_socket(self) -> bool:
+        """Whether the socket of a running server was removed; told once. A server that ends removes its own."""
+        if self.socket_path.exists():
+            self._socket_seen_at = time.monotonic()
+        elif self._socket_seen_at is not None and time.monotonic() - self._socket_seen_at > _SOCKET_LOST_S:
+            self._socket_seen_at = None
+            return self._child is not None and self._child.poll() is None
+        return False
+
     def terminate(self) -> None:
         """Asks the child to end; `end` waits for it."""
         if self._child is not None:
@@ -162,7 +175,7 @@ class Valkey:
             self._child.wait()
 
     def _spawn(self) -> None:
-        self._spawned_at = time.monotonic()
+        self._spawned_at, self._socket_seen_at = time.monotonic(), None
         with self._log.open("ab") as log:
             self._child = subprocess.Popen(  # noqa: S603 -- a fixed program, no shell
                 self._command(),
@@ -195,14 +208,14 @@ class Valkey:
         try:
             self._spawn()
         except (OSError, ValkeyBinaryNotFoundError) as error:
-            return f"{self._name} cannot be run ({error}); next start in {self._back_off():g} s"
-        return f"{self._name} restarted"
+            return f"{self.name} cannot be run ({error}); next start in {self._back_off():g} s"
+        return f"{self.name} restarted"
 
     def _story(self, status: int) -> str:
         """How the child ended; a signal from outside leaves nothing in the log worth quoting."""
         if status < 0:
-            return f"{self._name} was killed by signal {-status} ({signal.strsignal(-status)})"
-        return f"{self._name} exited with status {status} and {self._log} ends: {self._log_tail()}"
+            return f"{self.name} was killed by signal {-status} ({signal.strsignal(-status)})"
+        return f"{self.name} exited with status {status} and {self._log} ends: {self._log_tail()}"
 
     def _log_tail(self) -> str:
         with suppress(OSError), self._log.open("rb") as log:

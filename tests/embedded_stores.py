@@ -74,7 +74,11 @@ def manifest(data_dir: Path, role: Role = "ledger") -> Path:
 
 def socket_dir_of(stores: EmbeddedStores) -> Path:
     assert stores._socket_dir is not None
-    return stores._socket_dir
+    return stores._socket_dir.path
+
+
+def mode_of(path: Path) -> int:
+    return path.stat().st_mode & 0o777
 
 
 def put(stores: EmbeddedStores) -> None:

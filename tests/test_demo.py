@@ -382,6 +382,7 @@ def test_commands_can_be_pasted_anywhere(tmp_path: Path) -> None:
 
 def test_the_environment_changes_no_setting(tmp_path: Path) -> None:
     environ = {"REDIS_URL": "r", "RENDERNET_API_KEY": "k", "ESTIMATE_PROXY_SERVER__PORT": "1", "LANG": "C.UTF-8"}
+    environ |= {"XDG_RUNTIME_DIR": "/run/user/1", "RUNTIME_DIRECTORY": "/run/other"}
 
     assert environment(environ, tmp_path) == {"LANG": "C.UTF-8", "TMPDIR": str(tmp_path)}
 

