@@ -20,6 +20,7 @@ from proxy.access import Access
 from proxy.asking import Asker
 from proxy.choices import Windows
 from proxy.decisions import Decisions
+from proxy.descriptors import DescriptorMonitor
 from proxy.embedded import running_url
 from proxy.gateway import Gateway, Policy
 from proxy.ledger import Ledger
@@ -92,7 +93,9 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, lifecycle: Lifecycle,
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await ledger.open()
+        monitor = asyncio.create_task(DescriptorMonitor(metrics).run())
         yield
+        monitor.cancel()
         await gateway.finish(max(0.0, lifecycle.stop_by - monotonic()))
         metrics.flush()
         await upstream.close()

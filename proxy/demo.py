@@ -44,6 +44,7 @@ from proxy.demo_stage import (
     scrape_config_text,
 )
 from proxy.demo_traffic import QUERY, Tally, Traffic
+from proxy.descriptors import raise_limit
 from proxy.lifeline import die_with_parent
 from proxy.simulator import Fault, Simulator
 from proxy.socket_dir import lock_dir
@@ -83,6 +84,7 @@ def run(*, port: int, traffic: bool, prometheus: bool) -> int:
 
     prometheus: whether to write a configuration for it.
     """
+    raise_limit()
     console = Console()
     tally = Tally()
     try:

@@ -71,6 +71,8 @@ class Metrics:
         self.in_flight: Callable[[], int] = lambda: 0
         """How many requests are being worked on; `flush` asks for it."""
         self._is_due = False
+        self.descriptor_failures = 0
+        """Of this process, since its start."""
         self.build_info.labels(__version__).set(1)
         self.config_last_reload_successful.set(1)
         self.begin(teams, accounts)
@@ -181,6 +183,11 @@ class Metrics:
             multiprocess_mode="livemin",
             registry=self.registry,
         )
+        self.descriptors_exhausted = Counter(
+            "estimate_proxy_descriptors_exhausted",
+            "Connections that failed, and looks once a second that found the same, for want of a file descriptor.",
+            registry=self.registry,
+        )
         self.build_info = Gauge(
             "estimate_proxy_build_info",
             "1, labelled with the version.",
@@ -251,6 +258,11 @@ class Metrics:
     def note_store(self, call: str, duration_s: float) -> None:
         self._called.setdefault(call, []).append(duration_s)
         self.flush_soon()
+
+    def record_descriptors_exhausted(self) -> None:
+        """Something has failed because this process had no file descriptor left."""
+        self.descriptor_failures += 1
+        self.descriptors_exhausted.inc()
 
     def flush_soon(self) -> None:
         if not self._is_due:

@@ -56,7 +56,7 @@ class Rejected:
 class Failed:
     """No answer of upstream's can be shown. `upstream_status` is what it sent, if anything.
 
-    `asked` is False where the circuit or upstream's own wish kept the question from being asked.
+    `asked` is False where the question did not reach upstream: the circuit, upstream's own wish or our load kept it.
     """
 
     problem: Problem

@@ -8,7 +8,6 @@ that lay idle while another one to the same server broke or fell silent.
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import sha1
 from importlib.resources import files
 from typing import Any, Final
@@ -22,20 +21,17 @@ from proxy.wires import Command, Wire, Wires
 class Script:
     """One of the files in `proxy/lua`; its header says what it takes and gives.
 
+    It is read at once: when it is first called there may be no file descriptor left.
+
     repeatable: to run it twice is the same as to run it once.
+    digest: Redis' own name for the script.
     """
 
     def __init__(self, name: str, *, repeatable: bool = False) -> None:
         self.name = name
         self.repeatable = repeatable
-
-    @cached_property
-    def text(self) -> bytes:
-        return (files("proxy") / "lua" / f"{self.name}.lua").read_bytes()
-
-    @cached_property
-    def digest(self) -> str:
-        return sha1(self.text, usedforsecurity=False).hexdigest()  # Redis' own name for a script
+        self.text = (files("proxy") / "lua" / f"{name}.lua").read_bytes()
+        self.digest = sha1(self.text, usedforsecurity=False).hexdigest()
 
 
 class Unsaid:

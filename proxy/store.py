@@ -22,6 +22,7 @@ from typing import Any
 from redis.exceptions import ConnectionError as NotConnectedError
 from redis.exceptions import MovedError, RedisError, ResponseError
 
+from proxy.descriptors import ran_out
 from proxy.embedded import Role
 from proxy.limits import TimeLimit
 from proxy.metrics import Metrics
@@ -272,8 +273,13 @@ class Store:
             if unserved is None:
                 self._note_served(label)
             elif not _has_answered_since(unserved):
+                self._note_descriptors(unserved)
                 self._leave_alone(label, _reason_of(unserved))
         self._note_up()
+
+    def _note_descriptors(self, call: Call) -> None:
+        if self._metrics is not None and isinstance(call.word, Exception) and ran_out(call.word):
+            self._metrics.record_descriptors_exhausted()
 
     def _is_unserved(self, call: Call) -> bool:
         """Whether the call's word, or that there is none, says that its server is out of order."""
@@ -354,6 +360,8 @@ def _failure_of(call: Call) -> StoreUnavailable | None:
 def _reason_of(call: Call) -> str:
     if isinstance(call.word, MovedError):
         return "the keys are on another server of a cluster, which is found if the URL begins with redis+cluster"
+    if isinstance(call.word, Exception) and ran_out(call.word):
+        return "this gateway has no file descriptor left for a connection"
     return "no answer in time" if call.word is UNSAID else str(call.word) or "no answer in time"
 
 

@@ -15,7 +15,6 @@ import contextlib
 import errno
 import logging
 import os
-import resource
 import select
 import signal
 import socket
@@ -23,9 +22,12 @@ from collections.abc import Iterator
 from time import monotonic
 
 from proxy.config import Source
+from proxy.descriptors import raise_limit
 from proxy.embedded import EmbeddedStores, Role
+from proxy.lifecycle import ARRIVING_REQUEST_BYTES, MAX_ARRIVING_BYTES, MAX_IN_FLIGHT
 from proxy.multiprocess import metrics_files
 from proxy.reloading import Reloader
+from proxy.servers import MAX_CONNECTIONS
 from proxy.settings import Server, Settings
 from proxy.worker import DRAIN, STOP
 from proxy.workforce import Premises, Workforce
@@ -34,6 +36,9 @@ TICK_S = 0.1
 BACKLOG = 2048
 KILL_GRACE_S = 5.0
 """After `drain_s`, for the last words."""
+
+OTHER_DESCRIPTORS = 100
+"""For the worker's own files, look-ups of names, and clients that are connected and do not ask."""
 
 
 log = logging.getLogger(__name__)
@@ -86,7 +91,8 @@ class Supervisor:
 
     def run(self) -> int:
         """The exit status. Raises `EmbeddedStoreError`, `NoMetricsFileError` if it cannot begin."""
-        _allow_many_connections()
+        if (warning := descriptor_warning(raise_limit(), self._settings)) is not None:
+            log.warning("%s", warning)
         workers = self._settings.server.workers
         with self._listener, _signals() as signals, metrics_files(workers) as metrics_fds, self._stores_running():
             self._begin_to_listen()  # only now: until here nobody could be answered
@@ -158,10 +164,18 @@ class Supervisor:
             self._workforce.say(STOP)
 
 
-def _allow_many_connections() -> None:
-    """As many open files as the system lets this process have, and so its children: each connection is one."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def descriptor_warning(limit: int, settings: Settings) -> str | None:
+    """What is to be said if a process may have fewer file descriptors than a busy worker needs."""
+    clients = MAX_IN_FLIGHT + MAX_ARRIVING_BYTES // ARRIVING_REQUEST_BYTES
+    upstream, stores = settings.upstream.max_connections, 2 * MAX_CONNECTIONS
+    needed = clients + upstream + stores + OTHER_DESCRIPTORS
+    if limit >= needed:
+        return None
+    return (
+        f"a process may have only {limit} file descriptors here, and a busy worker needs {needed}: "
+        f"{clients} for clients, {upstream} for RenderNet, {stores} for the stores, {OTHER_DESCRIPTORS} for the "
+        f"rest. Raise the limit: ulimit -n {needed}, or LimitNOFILE={needed} in the systemd unit"
+    )
 
 
 class _Signals:

@@ -19,6 +19,7 @@ import httpx2
 from proxy import __version__, settings
 from proxy.canonical import key_of
 from proxy.circuit import Circuit, Gate
+from proxy.descriptors import ran_out
 from proxy.lanes import Lanes
 from proxy.metrics import Metrics
 from proxy.problems import Code, Problem
@@ -46,6 +47,13 @@ log = logging.getLogger(__name__)
 
 _TOO_MANY_ASKS = Problem(
     Code.OVERLOADED, "RenderNet is being asked as much at a time as the gateway allows: try again.", retry_after_s=1
+)
+
+
+_NO_DESCRIPTOR = Problem(
+    Code.OVERLOADED,
+    "The gateway has no file descriptor left for a connection to RenderNet: try again.",
+    retry_after_s=1,
 )
 
 
@@ -138,6 +146,8 @@ class Upstream:
             return Failed(_closed_gate(gate, circuit.wait_s(loop.time())), asked=False)
         era, asked_at = circuit.era, loop.time()
         reply = await self._ask(account, canonical, query, min(deadline, loop.time() + self._timeout_s))
+        if isinstance(reply, Failed) and not reply.asked:  # it says nothing of upstream
+            return reply
         self._metrics.upstream_duration.labels(account, _status_class(reply)).observe(loop.time() - asked_at)
         if isinstance(reply, Failed) and reply.problem.code is Code.UPSTREAM_BUSY:
             circuit.pause(loop.time(), reply.problem.retry_after_s or 0)
@@ -159,6 +169,9 @@ class Upstream:
             problem = Problem(Code.UPSTREAM_TIMEOUT, "RenderNet did not answer in time: try again later.")
             reply, reason = Failed(problem), "no answer in time"
         except (httpx2.TransportError, httpx2.DecodingError, OSError) as error:
+            if ran_out(error):
+                self._metrics.record_descriptors_exhausted()
+                return Failed(_NO_DESCRIPTOR, asked=False)
             problem = Problem(Code.UPSTREAM_ERROR, "RenderNet could not be reached: try again later.")
             reply, reason = Failed(problem), f"{type(error).__name__}: {error}"
         except _AnswerTooLargeError:

@@ -43,6 +43,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "ledger_created_timestamp_seconds": ("gauge", set()),
     "ledger_lost_total": ("counter", set()),
     "unanswered_debits_total": ("counter", set()),
+    "descriptors_exhausted_total": ("counter", set()),
     "buffered_debits": ("gauge", set()),
     "config_last_reload_successful": ("gauge", set()),
     "build_info": ("gauge", {"version"}),
