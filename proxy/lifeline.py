@@ -12,8 +12,12 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent(parent_pid: int) -> Callable[[], None] | None:
     """What a child does between fork and exec so that it cannot outlive its parent, for `Popen(preexec_fn=…)`.
 
-    Linux only. The caller has one thread: the kernel sends the signal when the *thread* that forked ends. The signal
+    Linux only. Called by the main thread: the kernel sends the signal when the *thread* that forked ends. The signal
     is SIGKILL because it cannot be delayed.
+
+    Python warns of `preexec_fn` beside other threads because a lock that one of them holds stays locked in the child.
+    `proxy.log_writer` has such a thread, and this function needs no lock of it: it imports, logs and prints nothing.
+    Python's own locks are its own care: it holds those of imports and logging during the fork, and renews the rest.
 
     The race: fork; the parent dies; prctl. No signal will come any more, but the parent's pid has changed.
     """

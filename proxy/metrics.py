@@ -70,6 +70,8 @@ class Metrics:
         """Credits that are to be counted."""
         self.in_flight: Callable[[], int] = lambda: 0
         """How many requests are being worked on; `flush` asks for it."""
+        self.take_dropped_log_lines: Callable[[], int] = lambda: 0
+        """How many log lines were dropped since it was last called; `flush` calls it."""
         self._is_due = False
         self.descriptor_failures = 0
         """Of this process, since its start."""
@@ -195,6 +197,11 @@ class Metrics:
             multiprocess_mode="livemax",
             registry=self.registry,
         )
+        self.log_lines_dropped = Counter(
+            "estimate_proxy_log_lines_dropped",
+            "Log lines that standard error did not take in time, or at all.",
+            registry=self.registry,
+        )
 
     def collect(self) -> Iterator[Metric]:
         """What all workers have counted together, as a collector of prometheus_client."""
@@ -273,6 +280,7 @@ class Metrics:
         """Counts what has been noted."""
         self._is_due = False
         self.requests_in_flight.set(self.in_flight())
+        self.log_lines_dropped.inc(self.take_dropped_log_lines())
         ended, self._ended = self._ended, {}
         for kind, durations_s in ended.items():
             self._count_requests(*kind, durations_s)

@@ -1,7 +1,7 @@
 """The process in front: it owns the listening socket, the signals, the embedded stores and the workers.
 
-It has no event loop and one thread. It wakes for signals (through a pipe), for words of a worker, and ten times a
-second to look after its children. What it promises:
+It has no event loop, and one thread beside that which writes log lines. It wakes for signals (through a pipe), for
+words of a worker, and ten times a second to look after its children. What it promises:
 
 * SIGTERM: workers say that they are not ready and go on serving for `drain_delay_s`; then nothing new is accepted,
   what runs has `drain_s` to finish, and the exit status is 0. SIGINT leaves out the delay, and so does a second

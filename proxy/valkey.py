@@ -185,7 +185,7 @@ class Valkey:
                 env={},  # it needs nothing of an environment that may hold secrets
                 pass_fds=(self._lock_fd,),
                 start_new_session=True,  # Ctrl-C in a terminal is the supervisor's to handle
-                preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 -- no threads here
+                preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 -- needs no lock
             )
 
     def _command(self) -> list[str]:

@@ -51,17 +51,18 @@ class Worker:
     def run(self) -> int:
         """Serves until told to stop; the process's exit status."""
         settings, embedded_urls = self._channel.recv()
-        logs.configure(settings.log.level, settings.log.format)
+        log_writer = logs.configure(settings.log.level, settings.log.format)
         self._shared.install()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(self._serve(settings, embedded_urls))
+            return runner.run(self._serve(settings, embedded_urls, log_writer))
 
-    async def _serve(self, settings: Settings, embedded_urls: dict[Role, str]) -> int:
+    async def _serve(self, settings: Settings, embedded_urls: dict[Role, str], log_writer: logs.Writer) -> int:
         if (reason := await objections(settings, embedded_urls)) is not None:
             log.error("cannot serve: %s", reason)
             return CANNOT_SERVE
         head_timeout_s, drain_s = settings.server.head_timeout_s, settings.server.drain_s
         metrics = Metrics(settings.teams, settings.accounts, self._shared)
+        metrics.take_dropped_log_lines = log_writer.take_dropped
         app = build(settings, embedded_urls, self._lifecycle, metrics)
         server = Server(app, head_timeout_s=head_timeout_s, drain_s=drain_s, announce=self._announce)
         stop = partial(self._stop, server, drain_s)

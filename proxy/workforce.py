@@ -58,7 +58,7 @@ class _Worker:
                 env=_environment_without_settings(),
                 pass_fds=fds,
                 start_new_session=True,  # Ctrl-C in a terminal is the supervisor's to handle
-                preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 -- no threads here
+                preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 -- needs no lock
             )
         self.say((settings, premises.embedded_urls))
 

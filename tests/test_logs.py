@@ -1,15 +1,19 @@
 """Log lines: one a record, whatever it holds; JSON for machines, text on a terminal; libraries quiet."""
 
-import io
 import json
 import logging
 import os
 import pty
 import subprocess
 import sys
+import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,10 +33,14 @@ LIBRARIES = [
 log = logging.getLogger("proxy.something")
 
 
+WAIT_S = 5.0
+
+
 @pytest.fixture(autouse=True)
-def logging_as_it_was() -> Iterator[None]:
+def logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     root, ours = logging.getLogger(), logging.getLogger(logs.OURS)
     handlers, levels = root.handlers[:], (root.level, ours.level)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
     yield
     root.handlers[:] = handlers
     root.setLevel(levels[0])
@@ -40,19 +48,29 @@ def logging_as_it_was() -> Iterator[None]:
     logging.captureWarnings(capture=False)
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+class Log:
+    """What a configured process has written into a file."""
+
+    def __init__(self, level: str, style: str) -> None:
+        self._fd, path = tempfile.mkstemp()
+        weakref.finalize(self, os.close, self._fd)
+        Path(path).unlink()
+        self._writer = logs.configure(level, style, self._fd)
+
+    def getvalue(self) -> str:
+        self._writer.flush(WAIT_S)
+        return os.pread(self._fd, 2**20, 0).decode()
 
 
-def configured(level: str = "debug", style: str = "json", stream: io.StringIO | None = None) -> io.StringIO:
-    stream = stream or io.StringIO()
-    logs.configure(level, style, stream)
-    return stream
+def configured(level: str = "debug", style: str = "json") -> Log:
+    return Log(level, style)
 
 
-def only_line(stream: io.StringIO) -> str:
-    text = stream.getvalue()
+def only_line(stream: Log) -> str:
+    return only_line_of(stream.getvalue())
+
+
+def only_line_of(text: str) -> str:
     assert text.endswith("\n")
     assert text.count("\n") == 1
     return text[:-1]
@@ -152,19 +170,32 @@ def test_text_is_for_people() -> None:
     assert (level, rest) == ("info", "request team=design ms=1.5")
 
 
+@contextmanager
+def terminal() -> Iterator[tuple[int, int]]:
+    ours, theirs = pty.openpty()
+    yield ours, theirs
+    os.close(ours)
+    os.close(theirs)
+
+
+@contextmanager
+def pipe() -> Iterator[tuple[int, int]]:
+    ours, theirs = os.pipe()
+    yield ours, theirs
+    os.close(ours)
+    os.close(theirs)
+
+
 @pytest.mark.parametrize(
-    ("style", "stream", "text"),
-    [
-        ("auto", Terminal(), True),
-        ("auto", io.StringIO(), False),
-        ("text", io.StringIO(), True),
-        ("json", Terminal(), False),
-    ],
+    ("style", "target", "text"),
+    [("auto", terminal, True), ("auto", pipe, False), ("text", pipe, True), ("json", terminal, False)],
 )
-def test_which_form(style: str, stream: io.StringIO, text: bool) -> None:  # noqa: FBT001 -- a parameter of the test
-    configured(style=style, stream=stream)
-    log.info("hello")
-    assert only_line(stream).startswith("{") != text
+def test_which_form(style: str, target: Any, text: bool) -> None:  # noqa: FBT001 -- a parameter of the test
+    with target() as (ours, theirs):
+        writer = logs.configure("debug", style, theirs)
+        log.info("hello")
+        writer.flush(WAIT_S)
+        assert os.read(ours, 4096).startswith(b"{") != text
 
 
 @pytest.mark.parametrize(
@@ -245,7 +276,45 @@ def test_a_process_logs_text_on_a_terminal() -> None:
     assert shown.splitlines()[0].endswith(" info    hello")
 
 
-def test_standard_error_is_the_one_of_now(capsys: pytest.CaptureFixture[str]) -> None:
-    logs.configure("info", "json")
+PRINTS = """
+import logging, sys, threading
+from proxy import logs
+logs.configure("info", "json")
+print("printed", file=sys.stderr)
+logging.getLogger("somebody").error("%d", "no number")
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start()
+thread.join()
+logging.getLogger("proxy.x").info("before the crash")
+raise RuntimeError("the reason")
+"""
+
+
+def test_whatever_a_process_prints_is_there_before_it_has_crashed() -> None:
+    done = subprocess.run([sys.executable, "-c", PRINTS], capture_output=True, check=False, text=True)
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert lines[0] == "printed"
+    assert "--- Logging error ---" in lines
+    assert "ZeroDivisionError: division by zero" in lines
+    assert json.loads(lines[-4])["message"] == "before the crash"
+    assert lines[-3:] == [
+        "Traceback (most recent call last):",
+        '  File "<string>", line 11, in <module>',
+        "RuntimeError: the reason",
+    ]
+
+
+def test_an_event_is_a_record_for_others_who_listen(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "proxy"):
+        logs.event(log, logging.INFO, "request", {"team": "design"})
+        logs.event(log, logging.DEBUG, "too low", {})
+    (record,) = caplog.records
+    assert (record.getMessage(), record.__dict__["facts"]) == ("request", {"team": "design"})
+
+
+def test_standard_error_is_where_lines_go(capfd: pytest.CaptureFixture[str]) -> None:
+    writer = logs.configure("info", "json")
     log.info("hello")
-    assert json.loads(capsys.readouterr().err)["message"] == "hello"
+    writer.flush(WAIT_S)
+    assert json.loads(capfd.readouterr().err)["message"] == "hello"

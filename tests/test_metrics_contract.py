@@ -45,6 +45,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "unanswered_debits_total": ("counter", set()),
     "descriptors_exhausted_total": ("counter", set()),
     "buffered_debits": ("gauge", set()),
+    "log_lines_dropped_total": ("counter", set()),
     "config_last_reload_successful": ("gauge", set()),
     "build_info": ("gauge", {"version"}),
 }

@@ -64,6 +64,7 @@ CASES: tuple[Case, ...] = (
     Case("asgi", "bare ASGI application", lambda stage: stage.asgi, _hot),
     Case("peer", "nginx + Lua + Redis, hit", lambda stage: stage.peer, _hot, _HIT, warm=_hot),
     Case("hit", "hit, one hot body, quotas in two scopes", lambda stage: stage.full, _hot, _HIT, warm=_hot),
+    Case("hit-logged", "hit, with its log line in a file", lambda stage: stage.logged, _hot, _HIT, warm=_hot),
     Case("hit-free", "hit, one hot body, no quotas", lambda stage: stage.without_quotas, _hot, _HIT, warm=_hot),
     Case("zipf", "hit, Zipf over 10,000 bodies, three teams", lambda stage: stage.full, _zipf, _HIT, warm=_zipf),
     Case("401", "refused: unknown token", lambda stage: stage.full, lambda: hot(UNKNOWN_TOKEN), Expected(401)),

@@ -21,11 +21,15 @@ _HUGE = {"estimated_credits": 9_000_000_000, "requests": 10**12}
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Who may ask a gateway, and with what quotas: on credits and requests, of the team and of the organisation."""
+    """Who may ask a gateway, and with what quotas: on credits and requests, of the team and of the organisation.
+
+    logged: whether each request has its log line, as by default.
+    """
 
     name: str
     teams: Sequence[str]
     quotas: bool = True
+    logged: bool = False
     workers: int = 1
 
 
@@ -47,7 +51,7 @@ def gateway(place: Place, terms: Terms, ledger: Store, book: Store, upstream_url
 
 
 def _config(terms: Terms, ledger: Store, book: Store, upstream_url: str) -> dict[str, object]:
-    """Everything is on, and generous. Only the log line for every request is not written."""
+    """Everything is on, and generous."""
     tree: dict[str, object] = {
         "server.drain_delay_s": 0,
         "upstream.base_url": upstream_url,
@@ -55,7 +59,7 @@ def _config(terms: Terms, ledger: Store, book: Store, upstream_url: str) -> dict
         "accounts.default.api_key": "rn-bench",
         "store.url": ledger.url,
         "cache.url": book.url,
-        "log.level": "warning",
+        "log.level": "info" if terms.logged else "warning",
         "org.id": terms.name,
         "team_defaults.rate": {"per_s": 100_000, "burst": 1_000_000},
         f"teams.{BROKE}.quotas": _month({"estimated_credits": 1}),

@@ -17,6 +17,7 @@ _Opened = TypeVar("_Opened")
 
 FULL = Terms("full", TEAMS)
 WITHOUT_QUOTAS = Terms("without-quotas", TEAMS, quotas=False)
+LOGGED = Terms("logged", TEAMS, logged=True)
 
 
 class Stage:
@@ -45,6 +46,11 @@ class Stage:
     @cached_property
     def without_quotas(self) -> Site:
         return self.gateway(WITHOUT_QUOTAS)
+
+    @cached_property
+    def logged(self) -> Site:
+        """As `full`, and its log is a file."""
+        return self.gateway(LOGGED)
 
     @cached_property
     def starlette(self) -> Site:
