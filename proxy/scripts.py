@@ -6,16 +6,22 @@ that lay idle while another one to the same server broke or fell silent.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha1
 from importlib.resources import files
 from typing import Any, Final
 
+from hiredis import pack_command
+from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import BusyLoadingError, NoScriptError, RedisError, ResponseError
 
+from proxy.connection_pool import ConnectionPool
 from proxy.settings_urls import Address
-from proxy.wires import Command, Wire, Wires
+
+Command = tuple[bytes | int | str, ...]
+
+_pack: Callable[[Command], bytes] = pack_command  # type: ignore[assignment] # its stub knows tuples of one member
 
 
 class Script:
@@ -51,7 +57,7 @@ class Node:
     name: str
     label: str
     host: str
-    wires: Wires
+    pool: ConnectionPool
     answered: float = 0.0
 
 
@@ -86,48 +92,48 @@ async def exchange(node: Node, calls: Sequence[Call]) -> None:
     for call in calls:
         call.node, call.sent, call.word = node, False, UNSAID
     try:
-        wire = await node.wires.take()
+        connection = await node.pool.acquire()
         try:
-            await _exchange(wire, calls)
+            await _exchange(connection, calls)
             node.answered = max(node.answered, calls[0].began)
         except BaseException:  # replies may still come, and would be taken for another's
-            wire.close()
-            node.wires.close_idle()
+            await connection.disconnect(nowait=True)
+            await node.pool.close_idle()
             raise
         finally:
-            node.wires.give_back(wire)
+            await node.pool.release(connection)
     except (RedisError, OSError) as error:
         for call in calls:
             if call.word is UNSAID:
                 call.word = error
 
 
-async def ask(node: Node, *command: str) -> Any:
+async def ask(connection: AbstractConnection, *command: str) -> Any:
     """The reply to a command that is no script. Raises `RedisError`, `OSError`."""
-    wire, replies = await node.wires.take(), list[Any]()
+    await connection.send_packed_command(_pack(command), check_health=False)
+    return await connection.read_response()
+
+
+async def ask_node(node: Node, *command: str) -> Any:
+    """As `ask`, on one of the connections to a server."""
+    connection = await node.pool.acquire()
     try:
-        await wire.say([command], replies)
-    except BaseException:
-        wire.close()
-        raise
+        return await ask(connection, *command)
     finally:
-        node.wires.give_back(wire)
-    if isinstance(replies[0], Exception):
-        raise replies[0]
-    return replies[0]
+        await node.pool.release(connection)
 
 
-async def _exchange(wire: Wire, calls: Sequence[Call]) -> None:
-    """A script that the server did not know has not run: it goes again."""
-    await _converse(wire, calls)
+async def _exchange(connection: AbstractConnection, calls: Sequence[Call]) -> None:
+    """A script that the server did not know has not run: it is sent again, after its text and in one round trip."""
+    await _converse(connection, calls, texts={})
     unknown = [call for call in calls if isinstance(call.word, NoScriptError)]
     if unknown:
-        await wire.say([("SCRIPT", "LOAD", text) for text in {call.script.text for call in unknown}], [])
-        await _converse(wire, unknown)
+        await _converse(connection, unknown, texts={call.script.name: call.script.text for call in unknown})
 
 
-async def _converse(wire: Wire, calls: Sequence[Call]) -> None:
-    commands: list[Command] = []
+async def _converse(connection: AbstractConnection, calls: Sequence[Call], *, texts: Mapping[str, bytes]) -> None:
+    """Sends the calls, after the scripts in `texts`, and gives each its word."""
+    commands: list[Command] = [("SCRIPT", "LOAD", text) for text in texts.values()]
     takers: list[Call | None] = []
     for call in calls:
         if call.asks:
@@ -136,13 +142,17 @@ async def _converse(wire: Wire, calls: Sequence[Call]) -> None:
         commands.append(("EVALSHA", call.script.digest, len(call.keys), *call.keys, *call.args))
         takers.append(call)
         call.sent, call.word = True, UNSAID
-    replies: list[Any] = []
+    await connection.send_packed_command(b"".join(map(_pack, commands)), check_health=False)
+    loaded = {name: await _reply_on(connection) for name in texts}
+    for taker in takers:
+        word = await _reply_on(connection)
+        if taker is not None:  # of a script that could not be loaded, why is the word
+            taker.word = loaded[taker.script.name] if texts and isinstance(word, NoScriptError) else word
+
+
+async def _reply_on(connection: AbstractConnection) -> Any:
+    """The next reply, or an error that the server says. `LOADING` is one, though redis-py has it end the connection."""
     try:
-        await wire.say(commands, replies)
-    finally:
-        for taker, reply in zip(takers, replies, strict=False):  # some may be missing
-            if taker is not None:
-                taker.word = reply
-    for reply in replies:
-        if isinstance(reply, Exception) and not isinstance(reply, (ResponseError, BusyLoadingError)):
-            raise reply  # such as that we may no longer be here
+        return await connection.read_response(disconnect_on_error=False)
+    except (ResponseError, BusyLoadingError) as error:
+        return error

@@ -15,17 +15,16 @@ from math import inf
 from pathlib import Path
 from typing import Any, Protocol
 
+from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
 from redis.crc import key_slot
+from redis.driver_info import DriverInfo
 from redis.exceptions import ConnectionError as NotConnectedError
 from redis.exceptions import RedisError, ResponseError
 
+from proxy.connection_pool import ConnectionPool
 from proxy.redirects import SLOTS, homes_of
 from proxy.scripts import Node, ask
 from proxy.settings_urls import Address, StoreUrl, parse_store_url
-from proxy.wires import Command, Wire, Wires, greeted
-
-MAX_CONNECTIONS = 16
-"""To one server."""
 
 LEARN_S = 0.2
 """Less than a call has: while nobody can tell, what was known is tried."""
@@ -39,7 +38,10 @@ CONNECTION = "connection"
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What servers are told, and which of them are believed. What stands in a URL comes before it."""
+    """What servers are told, which are trusted, and how long they may take. What stands in a URL comes before it.
+
+    timeout_s: for a call. connect_timeout_s: for a connection to be set up, credentials included.
+    """
 
     username: str | None = None
     password: str | None = None
@@ -47,6 +49,8 @@ class Access:
     ca_file: Path | None = None
     cert_file: Path | None = None
     key_file: Path | None = None
+    timeout_s: float = 0.25
+    connect_timeout_s: float = 2.0
 
 
 NO_ACCESS = Access()
@@ -80,16 +84,16 @@ class Servers(Protocol):
 def servers_of(url: str, access: Access = NO_ACCESS) -> Servers:
     """The servers that a URL names. Raises `OSError` if a file of `access` cannot be used."""
     place = parse_store_url(url)
-    to_servers = _Connections(place, access)
+    to_servers = ConnectionFactory(place, access)
     match place.kind:
         case "sentinel":
-            return SentinelServers(place, to_servers, _Connections(place, access, to_sentinels=True))
+            return SentinelServers(place, to_servers, ConnectionFactory(place, access, to_sentinels=True))
         case "cluster":
             return ClusterServers(place, to_servers)
         case "server":
             return OneServer(_node(to_servers, place.addresses[0]))
         case "socket":
-            return OneServer(Node(place.path, CONNECTION, place.path, to_servers.wires(place.path)))
+            return OneServer(Node(place.path, CONNECTION, place.path, to_servers.pool(place.path)))
 
 
 class OneServer:
@@ -114,7 +118,7 @@ class OneServer:
         return [self._node]
 
     async def close(self) -> None:
-        await self._node.wires.close()
+        await self._node.pool.close()
 
 
 class SentinelServers:
@@ -122,7 +126,7 @@ class SentinelServers:
 
     learns = True
 
-    def __init__(self, place: StoreUrl, to_servers: "_Connections", to_sentinels: "_Connections") -> None:
+    def __init__(self, place: StoreUrl, to_servers: "ConnectionFactory", to_sentinels: "ConnectionFactory") -> None:
         self._place = place
         self._to_sentinels = to_sentinels
         self._nodes = _Nodes(to_servers, label=CONNECTION)
@@ -151,7 +155,7 @@ class SentinelServers:
     async def _look(self) -> None:
         address = await _first(self._primary_by(sentinel) for sentinel in self._place.addresses)
         self._primary = self._nodes.at(address)
-        self._nodes.keep({address})
+        await self._nodes.keep({address})
 
     async def _primary_by(self, sentinel: Address) -> Address:
         reply = await _ask(self._to_sentinels, sentinel, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._place.primary)
@@ -165,7 +169,7 @@ class ClusterServers:
 
     learns = True
 
-    def __init__(self, place: StoreUrl, to_servers: "_Connections") -> None:
+    def __init__(self, place: StoreUrl, to_servers: "ConnectionFactory") -> None:
         self._seeds = place.addresses
         self._connections = to_servers
         self._nodes = _Nodes(to_servers)
@@ -200,7 +204,7 @@ class ClusterServers:
     async def _look(self) -> None:
         asked = list(dict.fromkeys((*sorted(self._known()), *self._seeds)))[:MAX_ASKED]
         self._homes = await _first(self._homes_by(address) for address in asked)
-        self._nodes.keep(self._known())
+        await self._nodes.keep(self._known())
 
     async def _homes_by(self, address: Address) -> list[Address | None]:
         reply = await _ask(self._connections, address, "CLUSTER", "SLOTS")
@@ -214,10 +218,10 @@ class ClusterServers:
 class _Nodes:
     """The servers that calls have gone to. Who is one no longer is let go as soon as nobody waits for it."""
 
-    connections: "_Connections"
+    connections: "ConnectionFactory"
     label: str = ""
     _nodes: dict[Address, Node] = field(default_factory=dict)
-    _left: list[Wires] = field(default_factory=list)
+    _left: list[ConnectionPool] = field(default_factory=list)
 
     def at(self, address: Address) -> Node:
         node = self._nodes.get(address)
@@ -225,15 +229,15 @@ class _Nodes:
             node = self._nodes[address] = _node(self.connections, address, self.label or f"{CONNECTION} to {address}")
         return node
 
-    def keep(self, addresses: set[Address]) -> None:
-        self._left += [self._nodes.pop(address).wires for address in self._nodes.keys() - addresses]
-        for wires in self._left:
-            wires.close_idle()
-        self._left = [wires for wires in self._left if wires.are_used]
+    async def keep(self, addresses: set[Address]) -> None:
+        self._left += [self._nodes.pop(address).pool for address in self._nodes.keys() - addresses]
+        for pool in self._left:
+            await pool.close_idle()
+        self._left = [pool for pool in self._left if pool.is_in_use]
 
     async def close(self) -> None:
-        for wires in (*self._left, *(node.wires for node in self._nodes.values())):
-            await wires.close()
+        for pool in (*self._left, *(node.pool for node in self._nodes.values())):
+            await pool.close()
 
 
 class _Inquiry:
@@ -275,39 +279,39 @@ class _Inquiry:
         return None
 
 
-class _Connections:
-    """Connections of one kind."""
+class ConnectionFactory:
+    """Makes connections of one kind: redis-py's, with our certificates and credentials."""
 
     def __init__(self, place: StoreUrl, access: Access, *, to_sentinels: bool = False) -> None:
         self._tls = _tls_context(access) if place.tls else None
-        self._username = None if to_sentinels else place.username or access.username
-        self._password = access.sentinel_password if to_sentinels else place.password or access.password
-        self._database = 0 if to_sentinels else place.database
+        self._connect_timeout_s = access.connect_timeout_s
+        self._options: dict[str, Any] = {
+            "db": 0 if to_sentinels else place.database,
+            "username": None if to_sentinels else place.username or access.username,
+            "password": access.sentinel_password if to_sentinels else place.password or access.password,
+            "protocol": 2,
+            "socket_timeout": None,  # calls have a limit of their own; one here would make a task of each send
+            "socket_connect_timeout": access.connect_timeout_s,
+            "driver_info": DriverInfo("estimate-proxy", lib_version=None),
+        }
 
-    def wires(self, where: Address | str) -> Wires:
+    def pool(self, where: Address | str) -> ConnectionPool:
         """To the server there, or at the path of a socket."""
-        return Wires(partial(self.dial, where), at_most=MAX_CONNECTIONS)
+        return ConnectionPool(partial(self.make, where), connect_timeout_s=self._connect_timeout_s)
 
-    async def dial(self, where: Address | str) -> Wire:
-        """Raises `RedisError`, `OSError`."""
-        loop = asyncio.get_running_loop()
-        if isinstance(where, Address):
-            _, wire = await loop.create_connection(Wire, where.host, where.port, ssl=self._tls)
-        else:
-            _, wire = await loop.create_unix_connection(Wire, where)
-        return await greeted(wire, self._introduction())
-
-    def _introduction(self) -> list[Command]:
-        commands: list[Command] = []
-        if self._username or self._password:
-            commands.append(("AUTH", *filter(None, (self._username,)), self._password or ""))
-        if self._database:
-            commands.append(("SELECT", self._database))
-        return commands
+    def make(self, where: Address | str) -> AbstractConnection:
+        """A connection that is not open yet."""
+        if not isinstance(where, Address):
+            return UnixDomainSocketConnection(path=where, **self._options)
+        if self._tls is None:
+            return Connection(host=where.host, port=where.port, **self._options)
+        connection = SSLConnection(host=where.host, port=where.port, **self._options)
+        connection.ssl_context.context = self._tls  # redis-py's own trusts the system beside a CA file
+        return connection
 
 
 def _tls_context(access: Access) -> ssl.SSLContext:
-    """Believes the system's certificates, or those of `ca_file` alone. Raises `OSError`."""
+    """Trusts the system's certificates, or those of `ca_file` alone. Raises `OSError`."""
     context = ssl.create_default_context(cafile=access.ca_file)
     if access.cert_file is not None:
         context.load_cert_chain(
@@ -316,17 +320,18 @@ def _tls_context(access: Access) -> ssl.SSLContext:
     return context
 
 
-def _node(connections: _Connections, address: Address, label: str = CONNECTION) -> Node:
-    return Node(str(address), label, address.host, connections.wires(address))
+def _node(connections: ConnectionFactory, address: Address, label: str = CONNECTION) -> Node:
+    return Node(str(address), label, address.host, connections.pool(address))
 
 
-async def _ask(connections: _Connections, address: Address, *command: str) -> Any:
+async def _ask(connections: ConnectionFactory, address: Address, *command: str) -> Any:
     """The reply to a command, on a connection that is there for it alone."""
-    wires = connections.wires(address)
+    connection = connections.make(address)
     try:
-        return await ask(Node(str(address), str(address), address.host, wires), *command)
+        await connection.connect()  # type: ignore[no-untyped-call] # redis-py's
+        return await ask(connection, *command)
     finally:
-        wires.close_idle()
+        await connection.disconnect(nowait=True)
 
 
 async def _first(inquiries: Iterable[Coroutine[Any, Any, Any]]) -> Any:

@@ -29,7 +29,7 @@ from proxy.metrics import Metrics
 from proxy.persistence import Persistence
 from proxy.problems import StoreUnanswered, StoreUnavailable
 from proxy.redirects import Ask, Elsewhere, Final, Later, Meaning, Moved, Unreached, may_have_run, meaning_of
-from proxy.scripts import UNSAID, Call, Node, Script, Unsaid, ask, exchange
+from proxy.scripts import UNSAID, Call, Node, Script, Unsaid, ask_node, exchange
 from proxy.servers import CONNECTION, NO_ACCESS, Access, servers_of
 from proxy.settings import Settings
 from proxy.troubles import Troubles
@@ -376,7 +376,7 @@ def _persistence_of(info: bytes | None, config: Any) -> Persistence:
 async def _of_one(node: Node, *command: str) -> Any:
     try:
         async with asyncio.timeout(TIMEOUT_S):
-            return await ask(node, *command)
+            return await ask_node(node, *command)
     except (RedisError, OSError):  # TimeoutError is an OSError
         return None
 

@@ -569,7 +569,8 @@ def test_sentinels_and_a_cluster_behind_tls(certified: Papers) -> None:
 def test_tls_that_is_not_trusted(
     guarded: Member, certified: Papers, without: tuple[str, ...], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    access = replace(access_with(certified), **dict.fromkeys(without))
+    nothing: dict[str, Any] = dict.fromkeys(without)
+    access = replace(access_with(certified), **nothing)
     play(f"rediss://{LOCAL}:{guarded.port}", _is_refused, access)
     (said,) = (record.getMessage() for record in caplog.records if record.name == "proxy.store")
     assert said.startswith("the ledger's connection fails: ")
