@@ -119,14 +119,15 @@ def store_latency_by_call() -> dashboard.Panel:
 
 def store_state() -> dashboard.Panel:
     about = About(
-        "Stores in reach",
-        "Red while at least one process cannot reach the store of that role: without its ledger the gateway refuses"
-        " or buffers, as `store.on_outage` says; without its price book every estimate goes upstream.",
+        "Stores that serve",
+        "Red while at least one process cannot reach the store of that role, or the store refuses its writes: without"
+        " its ledger the gateway refuses or buffers, as `store.on_outage` says; without its price book estimates go"
+        " upstream.",
         STATE,
         8,
     )
     up = f"min by (role) ({select('estimate_proxy_store_up')})"
-    return states(about, Line(up, "{{role}}"), {"1": ("in reach", GREEN), "0": ("out of reach", RED)})
+    return states(about, Line(up, "{{role}}"), {"1": ("serves", GREEN), "0": ("down", RED)})
 
 
 def debits_unanswered() -> dashboard.Panel:

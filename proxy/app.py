@@ -92,6 +92,7 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, lifecycle: Lifecycle,
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await asyncio.gather(ledger_store.open(), book_store.open())
         await ledger.open()
         monitor = asyncio.create_task(DescriptorMonitor(metrics).run())
         yield
@@ -183,6 +184,7 @@ async def purge_book(settings: Settings, account: str, canonical: bytes | None, 
     address = Address.of(settings.upstream.base_url)
     book = book_of(settings, store, address)
     try:
+        await store.open()
         if canonical is None:
             await book.purge_account(account)
             return f"purged all prices of the account {account}"
@@ -241,8 +243,8 @@ async def _readyz(stores: Sequence[Store], upstream: Upstream, lifecycle: Lifecy
     """Ready unless shutting down: a lost store or upstream has its own promises, and all replicas share it."""
     if lifecycle.draining:
         return probe_answer(request, {"status": "draining"}, draining=True)
-    answers = await asyncio.gather(*(store.ping() for store in stores))
-    degraded: list[str] = [store.role for store, is_up in zip(stores, answers, strict=True) if not is_up]
+    found = await asyncio.gather(*(store.is_up() for store in stores))
+    degraded: list[str] = [store.role for store, is_up in zip(stores, found, strict=True) if not is_up]
     if upstream.in_trouble:
         degraded.append("upstream")
     return probe_answer(request, {"status": "ready", "degraded": degraded})

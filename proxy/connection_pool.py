@@ -4,6 +4,8 @@
   the set-up, and the next call uses the connection.
 * A connection that was closed, or received something, while it lay idle is not handed out. redis-py would reconnect in
   silence when something is sent on it.
+* A connection that was idle for `HEALTH_CHECK_S` is pinged, if `keep_warm` is called now and then. Middleboxes forget a
+  connection on which nothing passes, and tell nobody; one that leads nowhere is replaced before a call needs it.
 * redis-py's own pools are not used: a caller of theirs waits for the connection that it opens, though another one is
   released meanwhile, and takes its set-up along when it is cancelled.
 """
@@ -12,12 +14,21 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from math import inf
 
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as NotConnectedError
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 MAX_CONNECTIONS = 16
+MIN_CONNECTIONS = 4
+"""These are kept open: more calls at a time than usual do not wait for a set-up."""
+
+HEALTH_CHECK_S = 1.0
+"""Less than any middlebox's patience, and as long as a connection that leads nowhere can lie in wait for a call. A ping
+costs some 50 µs."""
+
+REPLACE_EVERY_S = 0.5
 
 
 class ConnectionPool:
@@ -30,6 +41,8 @@ class ConnectionPool:
         self._in_use: set[AbstractConnection] = set()
         self._opening: set[asyncio.Task[AbstractConnection]] = set()
         self._waiting: deque[asyncio.Future[AbstractConnection]] = deque()
+        self.replaced_at = -inf
+        """When `replace_all` last did so, on the event loop's clock."""
 
     @property
     def is_in_use(self) -> bool:
@@ -49,6 +62,8 @@ class ConnectionPool:
     async def release(self, connection: AbstractConnection) -> None:
         """Takes a connection back; one that was disconnected is forgotten."""
         self._in_use.remove(connection)
+        if connection.should_reconnect():  # type: ignore[no-untyped-call] # redis-py's
+            await connection.disconnect(nowait=True)
         if connection.is_connected:
             self._offer(connection)
         elif len(self._opening) < len(self._waiting):
@@ -59,6 +74,30 @@ class ConnectionPool:
         idle, self._idle = self._idle, []
         for connection in idle:
             await connection.disconnect(nowait=True)
+
+    async def replace_all(self) -> None:
+        """For when the server's name may lead to another one by now; at most once in `REPLACE_EVERY_S`.
+
+        Connections in use are closed when they are released.
+        """
+        now = asyncio.get_running_loop().time()
+        if now - self.replaced_at < REPLACE_EVERY_S:
+            return
+        self.replaced_at = now
+        for connection in self._in_use:
+            connection.mark_for_reconnect()  # type: ignore[no-untyped-call] # redis-py's
+        await self.close_idle()
+
+    async def keep_warm(self, ping_timeout_s: float) -> None:
+        """Pings what was idle, and opens connections until there are `MIN_CONNECTIONS`."""
+        now = asyncio.get_running_loop().time()
+        for connection in [idle for idle in self._idle if idle.next_health_check < now]:
+            if connection in self._idle:  # else a call has taken it meanwhile
+                self._idle.remove(connection)
+                self._in_use.add(connection)
+                await self._check(connection, ping_timeout_s)
+        for _ in range(MIN_CONNECTIONS - self._count()):
+            self._open_another()
 
     async def close(self) -> None:
         for task in self._opening:
@@ -80,8 +119,26 @@ class ConnectionPool:
                 await self.release(waiter.result())
             raise
 
+    async def _check(self, connection: AbstractConnection, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                if await _is_usable(connection):
+                    await connection.check_health()  # type: ignore[no-untyped-call] # redis-py's
+                else:
+                    await connection.disconnect(nowait=True)
+        except ResponseError:
+            pass  # the server is there, and does not let this user use PING
+        except (RedisError, OSError):
+            await connection.disconnect(nowait=True)
+            await self.close_idle()
+        finally:
+            await self.release(connection)
+
+    def _count(self) -> int:
+        return len(self._idle) + len(self._in_use) + len(self._opening)
+
     def _open_another(self) -> None:
-        if len(self._idle) + len(self._in_use) + len(self._opening) < MAX_CONNECTIONS:
+        if self._count() < MAX_CONNECTIONS:
             task = asyncio.get_running_loop().create_task(self._open())
             self._opening.add(task)
             task.add_done_callback(self._opened)
@@ -90,7 +147,7 @@ class ConnectionPool:
         connection = self._make()
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                await connection.connect()  # type: ignore[no-untyped-call] # redis-py's
+                await connection.connect_check_health(check_health=False, retry_socket_connect=False)
         except BaseException:
             await connection.disconnect(nowait=True)
             raise

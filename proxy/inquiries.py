@@ -35,6 +35,7 @@ async def _open_reports(settings: Settings) -> AsyncIterator[Reports]:
     embedded_urls: EmbeddedUrls = {"ledger": running_url(data_dir, role="ledger")} if settings.store.url is None else {}
     store = open_ledger_store(settings, embedded_urls)
     try:
+        await store.open()
         yield Reports(store, LedgerKeys(settings.org.id), settings.org.zone)
     finally:
         await store.close()

@@ -150,7 +150,7 @@ class Metrics:
         )
         self.store_up = Gauge(
             "estimate_proxy_store_up",
-            "Whether the store answered when it was last called.",
+            "Whether the store served the last write, and answers.",
             ["role"],
             multiprocess_mode="livemin",
             registry=self.registry,

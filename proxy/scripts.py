@@ -8,6 +8,7 @@ that lay idle while another one to the same server broke or fell silent.
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha1
 from importlib.resources import files
 from typing import Any, Final
@@ -17,6 +18,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import BusyLoadingError, NoScriptError, RedisError, ResponseError
 
 from proxy.connection_pool import ConnectionPool
+from proxy.redirects import leads_elsewhere
 from proxy.settings_urls import Address
 
 Command = tuple[bytes | int | str, ...]
@@ -39,6 +41,19 @@ class Script:
         self.text = (files("proxy") / "lua" / f"{name}.lua").read_bytes()
         self.digest = sha1(self.text, usedforsecurity=False).hexdigest()
 
+    @cached_property
+    def writes(self) -> bool:
+        return b"no-writes" not in self._first_line
+
+    @cached_property
+    def tells_of_writes(self) -> bool:
+        """Whether it is refused whenever the server refuses writes; flags such as `allow-oom` make exceptions."""
+        return self._first_line == b"#!lua"
+
+    @property
+    def _first_line(self) -> bytes:
+        return self.text.partition(b"\n")[0]
+
 
 class Unsaid:
     """No word of a server."""
@@ -51,7 +66,7 @@ UNSAID: Final = Unsaid()
 class Node:
     """A server. `label` is what the log calls the way there.
 
-    answered: when the latest call began that it has answered, on the loop's clock.
+    answered: when the latest call began that it has answered, on the loop's clock. answered_at: when it last answered.
     """
 
     name: str
@@ -59,6 +74,7 @@ class Node:
     host: str
     pool: ConnectionPool
     answered: float = 0.0
+    answered_at: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -88,14 +104,22 @@ class Call:
 
 
 async def exchange(node: Node, calls: Sequence[Call]) -> None:
-    """Sends the calls to a server together; each has a word then, its own or why there is none."""
+    """Sends the calls to a server together; each has a word then, its own or why there is none.
+
+    One that was refused here before, and cannot be sent now, keeps that word: it says more.
+    """
     for call in calls:
-        call.node, call.sent, call.word = node, False, UNSAID
+        if node is not call.node or not leads_elsewhere(call.word):
+            call.word = UNSAID
+        call.node, call.sent = node, False
     try:
         connection = await node.pool.acquire()
         try:
             await _exchange(connection, calls)
             node.answered = max(node.answered, calls[0].began)
+            node.answered_at = asyncio.get_running_loop().time()
+            if any(leads_elsewhere(call.word) for call in calls):
+                await node.pool.replace_all()
         except BaseException:  # replies may still come, and would be taken for another's
             await connection.disconnect(nowait=True)
             await node.pool.close_idle()

@@ -1,9 +1,9 @@
 """Where calls go: one server, the primary that Sentinels name, or the servers of a cluster.
 
-* redis-py's Sentinel and cluster clients are not used: they retry by themselves, and would run a script again whose
-  reply was lost.
-* The topology is asked for when it is found wrong, never per call: one inquiry at a time, of at most `LEARN_S`. It goes
-  to all who may know at once, and the first answer counts.
+* redis-py's Sentinel and cluster clients are not used. Its cluster client sends ASKING on another connection than the
+  call, closes connections under calls in flight, and learns nothing from READONLY; Sentinels are asked one by one.
+* The topology is asked for when it is found wrong, never per call: one inquiry at a time, beside the calls that wait
+  for it. It goes to all who may know at once, and the first answer counts.
 """
 
 import asyncio
@@ -21,13 +21,11 @@ from redis.driver_info import DriverInfo
 from redis.exceptions import ConnectionError as NotConnectedError
 from redis.exceptions import RedisError, ResponseError
 
-from proxy.connection_pool import ConnectionPool
+from proxy.connection_pool import HEALTH_CHECK_S, ConnectionPool
 from proxy.redirects import SLOTS, homes_of
 from proxy.scripts import Node, ask
+from proxy.settings import CONNECT_TIMEOUT_S, TIMEOUT_S
 from proxy.settings_urls import Address, StoreUrl, parse_store_url
-
-LEARN_S = 0.2
-"""Less than a call has: while nobody can tell, what was known is tried."""
 
 SELDOM_S = 1.0
 
@@ -49,8 +47,8 @@ class Access:
     ca_file: Path | None = None
     cert_file: Path | None = None
     key_file: Path | None = None
-    timeout_s: float = 0.25
-    connect_timeout_s: float = 2.0
+    timeout_s: float = TIMEOUT_S
+    connect_timeout_s: float = CONNECT_TIMEOUT_S
 
 
 NO_ACCESS = Access()
@@ -61,7 +59,7 @@ class Servers(Protocol):
 
     @property
     def learns(self) -> bool:
-        """Whether there is anybody to ask for better."""
+        """Whether there is anybody to ask where the servers are."""
 
     def home(self, key: str) -> Node | None:
         """The server of a key, as far as is known. Must be quick: it is asked for every call."""
@@ -72,7 +70,7 @@ class Servers(Protocol):
     def move(self, key: str, address: Address) -> None:
         """A server has said where the key's home is now."""
 
-    async def learn(self) -> None:
+    async def learn(self, within_s: float) -> None:
         """Looks again where the servers are. Raises `RedisError`, `OSError` or `TimeoutError` if nobody tells."""
 
     def primaries(self) -> list[Node]:
@@ -84,16 +82,16 @@ class Servers(Protocol):
 def servers_of(url: str, access: Access = NO_ACCESS) -> Servers:
     """The servers that a URL names. Raises `OSError` if a file of `access` cannot be used."""
     place = parse_store_url(url)
-    to_servers = ConnectionFactory(place, access)
     match place.kind:
         case "sentinel":
-            return SentinelServers(place, to_servers, ConnectionFactory(place, access, to_sentinels=True))
+            return SentinelServers(place, access)
         case "cluster":
-            return ClusterServers(place, to_servers)
+            return ClusterServers(place, access)
         case "server":
-            return OneServer(_node(to_servers, place.addresses[0]))
+            return OneServer(_node(ConnectionFactory(place, access), place.addresses[0]))
         case "socket":
-            return OneServer(Node(place.path, CONNECTION, place.path, to_servers.pool(place.path)))
+            pool = ConnectionFactory(place, access).pool(place.path)
+            return OneServer(Node(place.path, CONNECTION, place.path, pool))
 
 
 class OneServer:
@@ -111,8 +109,8 @@ class OneServer:
     def move(self, key: str, address: Address) -> None:
         """It is not a cluster: its word is passed on as an error."""
 
-    async def learn(self) -> None:
-        """There is nobody to ask."""
+    async def learn(self, within_s: float) -> None:
+        """There is nobody to ask: a new connection resolves the name again."""
 
     def primaries(self) -> list[Node]:
         return [self._node]
@@ -126,12 +124,13 @@ class SentinelServers:
 
     learns = True
 
-    def __init__(self, place: StoreUrl, to_servers: "ConnectionFactory", to_sentinels: "ConnectionFactory") -> None:
+    def __init__(self, place: StoreUrl, access: Access) -> None:
+        to_servers = ConnectionFactory(place, access)
         self._place = place
-        self._to_sentinels = to_sentinels
+        self._to_sentinels = ConnectionFactory(place, access, to_sentinels=True)
         self._nodes = _Nodes(to_servers, label=CONNECTION)
         self._primary: Node | None = None
-        self._inquiry = _Inquiry(self._look)
+        self._inquiry = _Inquiry(self._look, limit_s=access.connect_timeout_s + access.timeout_s)
 
     def home(self, key: str) -> Node | None:  # noqa: ARG002 -- all keys have one home
         return self._primary
@@ -142,8 +141,8 @@ class SentinelServers:
     def move(self, key: str, address: Address) -> None:
         """Sentinels watch no cluster."""
 
-    async def learn(self) -> None:
-        await self._inquiry.answer()
+    async def learn(self, within_s: float) -> None:
+        await self._inquiry.answer(within_s)
 
     def primaries(self) -> list[Node]:
         return [] if self._primary is None else [self._primary]
@@ -169,12 +168,13 @@ class ClusterServers:
 
     learns = True
 
-    def __init__(self, place: StoreUrl, to_servers: "ConnectionFactory") -> None:
+    def __init__(self, place: StoreUrl, access: Access) -> None:
+        to_servers = ConnectionFactory(place, access)
         self._seeds = place.addresses
         self._connections = to_servers
         self._nodes = _Nodes(to_servers)
         self._homes: list[Address | None] = [None] * SLOTS
-        self._inquiry = _Inquiry(self._look)
+        self._inquiry = _Inquiry(self._look, limit_s=access.connect_timeout_s + access.timeout_s)
 
     def home(self, key: str) -> Node | None:
         address = self._homes[key_slot(key.encode())]
@@ -188,8 +188,8 @@ class ClusterServers:
         self._homes[key_slot(key.encode())] = address
         self._inquiry.begin_seldom()
 
-    async def learn(self) -> None:
-        await self._inquiry.answer()
+    async def learn(self, within_s: float) -> None:
+        await self._inquiry.answer(within_s)
 
     def primaries(self) -> list[Node]:
         return [self._nodes.at(address) for address in sorted(self._known())]
@@ -241,10 +241,14 @@ class _Nodes:
 
 
 class _Inquiry:
-    """`look`, once at a time, for all who wait for it. Who stops waiting does not end it for the others."""
+    """`look`, once at a time, for all who wait for it. A caller that stops waiting does not end it.
 
-    def __init__(self, look: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    limit_s: a new connection has to fit into it.
+    """
+
+    def __init__(self, look: Callable[[], Coroutine[Any, Any, None]], *, limit_s: float) -> None:
         self._look = look
+        self._limit_s = limit_s
         self._running: asyncio.Task[Exception | None] | None = None
         self._began = -inf
 
@@ -260,21 +264,24 @@ class _Inquiry:
         if asyncio.get_running_loop().time() - self._began > SELDOM_S:
             self.begin()
 
-    async def answer(self) -> None:
+    async def answer(self, within_s: float) -> None:
         task = self.begin()
-        await asyncio.wait({task})
+        await asyncio.wait({task}, timeout=within_s)
+        if not task.done():
+            raise TimeoutError("nobody has said in time where the servers are")
         if (error := task.result()) is not None:
             raise error from None
 
     async def close(self) -> None:
         if self._running is not None:
+            self._running.cancel()
             await asyncio.wait({self._running})
 
     async def _run(self) -> Exception | None:
         try:
-            async with asyncio.timeout(LEARN_S):
+            async with asyncio.timeout(self._limit_s):
                 await self._look()
-        except (RedisError, OSError, TimeoutError) as error:
+        except (RedisError, OSError) as error:  # TimeoutError is an OSError
             return error
         return None
 
@@ -292,6 +299,7 @@ class ConnectionFactory:
             "protocol": 2,
             "socket_timeout": None,  # calls have a limit of their own; one here would make a task of each send
             "socket_connect_timeout": access.connect_timeout_s,
+            "health_check_interval": HEALTH_CHECK_S,
             "driver_info": DriverInfo("estimate-proxy", lib_version=None),
         }
 
@@ -328,7 +336,7 @@ async def _ask(connections: ConnectionFactory, address: Address, *command: str) 
     """The reply to a command, on a connection that is there for it alone."""
     connection = connections.make(address)
     try:
-        await connection.connect()  # type: ignore[no-untyped-call] # redis-py's
+        await connection.connect_check_health(check_health=False, retry_socket_connect=False)
         return await ask(connection, *command)
     finally:
         await connection.disconnect(nowait=True)

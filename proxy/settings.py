@@ -21,6 +21,9 @@ from proxy.settings_urls import check_host, is_ip, parse_store_url, split_url
 from proxy.windows import Per
 
 MASK = "**********"
+TIMEOUT_S, CONNECT_TIMEOUT_S = 0.25, 2.0
+"""The defaults of `store.timeout_s` and `store.connect_timeout_s`."""
+
 MAX_REQUESTS = 10**12
 MAX_CREDITS = 9 * 10**9
 """Micro-credits stay below 2**53: up to there the numbers of the store's scripts are exact."""
@@ -243,6 +246,10 @@ class Store(_Section):
     """What this gateway shows to servers that want to know it."""
     key_file: PlainPath | None = None
     """Of that certificate, without a passphrase. Left out: it stands in cert_file."""
+    timeout_s: Annotated[Seconds, Field(ge=0.05, le=10)] = TIMEOUT_S
+    """For a call, of cache.url too: more than a round trip."""
+    connect_timeout_s: Annotated[Seconds, Field(ge=0.05, le=60)] = CONNECT_TIMEOUT_S
+    """For setting up a connection, of cache.url too, TLS and password included. Calls do not wait for it."""
     data_dir: PlainPath
     on_outage: Literal["refuse", "admit"] = "refuse"
     """While quotas cannot be looked up: refuse estimates, or give them, and book them when the store is back."""

@@ -1,17 +1,14 @@
-"""The way to Redis or Valkey: scripts, batched.
+"""The client of Redis or Valkey: scripts, batched.
 
 * Calls made in the same turn of the event loop go out together, in one round trip to each server that they need.
-* Nothing is sent twice unless that is known to be harmless. redis-py would run any script again after a late reply;
-  here that is a failure, but for scripts that only look. What a server has not run goes again, to where it says, or to
-  where the topology has it by then.
+* Nothing is sent twice unless that is known to be harmless. A script whose reply is lost fails, but for scripts that
+  only look. What a server has refused without running it is sent again, to where the server says, or to where the
+  topology or the server's name leads by then.
 * A call that fails says whether a server may have run it: `StoreUnanswered` if it was sent.
-* A try takes `TIMEOUT_S` and two ticks at the most, waiting for connections and looking for servers included. After a
-  failure that server is left alone for `REST_S`, and its calls fail at once: a hanging one costs one wait, not one a
-  request. Where it has both roles, the failure of one is that of the other.
+* A try takes `access.timeout_s` and two ticks at the most, waiting for connections and looking for servers included.
 """
 
 import asyncio
-import logging
 import re
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -20,47 +17,48 @@ from functools import partial
 from typing import Any
 
 from redis.exceptions import ConnectionError as NotConnectedError
-from redis.exceptions import MovedError, RedisError, ResponseError
+from redis.exceptions import RedisError
 
-from proxy.descriptors import ran_out
+from proxy.connection_pool import HEALTH_CHECK_S
 from proxy.embedded import Role
 from proxy.limits import TimeLimit
 from proxy.metrics import Metrics
 from proxy.persistence import Persistence
 from proxy.problems import StoreUnanswered, StoreUnavailable
-from proxy.redirects import Ask, Elsewhere, Final, Later, Meaning, Moved, Unreached, may_have_run, meaning_of
-from proxy.scripts import UNSAID, Call, Node, Script, Unsaid, ask_node, exchange
+from proxy.redirects import Ask, Elsewhere, Final, Later, Moved, Unreached
+from proxy.scripts import UNSAID, Call, Node, Script, ask_node, exchange
 from proxy.servers import CONNECTION, NO_ACCESS, Access, servers_of
-from proxy.settings import Settings
-from proxy.troubles import Troubles
+from proxy.settings import TIMEOUT_S, Settings
+from proxy.store_health import COOLDOWN_S, Cooldowns, StoreHealth, failure_of, meaning_of_call
 
-__all__ = ["EmbeddedUrls", "Script", "Store", "open_book_store", "open_ledger_store"]
+__all__ = ["COOLDOWN_S", "TIMEOUT_S", "EmbeddedUrls", "Script", "Store", "open_book_store", "open_ledger_store"]
 
-TIMEOUT_S = 0.25
 TICK_S = 0.025
-REST_S = 0.5
 PAUSE_S = 0.01
 """Before a server that could not run a call is asked again; each time it is longer."""
 
 ROUNDS_AT_ONCE = 2
 """Servers that disagree could send a call from one to the other for ever."""
 
+LEARN_SHARE = 0.8
+"""Of a call's time, for which it waits to learn where the servers are. Then what was known is tried."""
+
+CHECK_AFTER_S = 2.0
+"""So long after the last call that failed, a check finds out whether it would work. Where there are calls, they do."""
+
 OLDEST_REDIS = (7, 0)
 
 EmbeddedUrls = Mapping[Role, str]
 
-Rests = dict[str, float]
-"""Until when a server is left alone, by its label, on the event loop's clock; `CONNECTION` stands for all of them."""
+WRITE_CHECK = Script("write_check")
 
 _NOBODY = NotConnectedError("no server has these keys")
-
-log = logging.getLogger(__name__)
 
 
 class Store:
     """Redis or Valkey in one role, such as `ledger`: what `url` names. `close` must be called.
 
-    `rests` is shared with the other role, where that is on the same servers.
+    `cooldowns` is shared with the other role, where that is on the same servers.
     """
 
     def __init__(
@@ -70,21 +68,27 @@ class Store:
         metrics: Metrics | None = None,
         *,
         access: Access = NO_ACCESS,
-        rests: Rests | None = None,
+        cooldowns: Cooldowns | None = None,
     ) -> None:
         self.role = role
         self._metrics = metrics
+        self._access = access
         self._servers = servers_of(url, access)
         self._waiting: list[Call] = []
         self._running: set[asyncio.Task[None]] = set()
-        self.rests: Rests = {} if rests is None else rests
+        self._tending: asyncio.Task[None] | None = None
+        self.cooldowns: Cooldowns = {} if cooldowns is None else cooldowns
+        self._health = StoreHealth(role, metrics, self._servers, cooldowns=self.cooldowns)
         self._doubted: set[str] = set()
         """Servers that may be the wrong ones, by their names."""
-        self._limit = TimeLimit(TIMEOUT_S, tick_s=TICK_S)
-        self._troubles = Troubles()
-        self._down: set[str] = set()
-        self._known_up: bool | None = None
-        self._note_up()
+        self._limit = TimeLimit(access.timeout_s, tick_s=TICK_S)
+
+    async def open(self) -> None:
+        """Connects, for as long as setting up a connection may take, and keeps connections warm until `close`."""
+        for node in await self._known(self._patience_s):
+            await node.pool.keep_warm(self._access.timeout_s)
+        await self.ping(self._patience_s)
+        self._tending = asyncio.get_running_loop().create_task(self._tend())
 
     async def call(self, script: Script, *keys: str, args: tuple[bytes | int | str, ...] = ()) -> Any:
         """The reply of `script`, whose keys are in one slot. Raises `StoreUnavailable`."""
@@ -103,14 +107,20 @@ class Store:
     def _new_call(self, script: Script, keys: tuple[str, ...], args: tuple[bytes | int | str, ...]) -> Call:
         loop = asyncio.get_running_loop()
         call = Call(script, keys, args, loop.create_future(), loop.time())
-        if self._is_resting(label := self._label_of(call), call.began):
-            self._note_down(label, "it failed in its other role")
+        label = self._label_of(call)
+        if self._health.is_cooling_down(label, call.began):
+            call.node = self._servers.home(call.key)
+            self._health.skipped(call, label)
             raise StoreUnavailable("left alone for a moment after a failure")
         return call
 
-    async def ping(self) -> bool:
-        """Whether every server answers now."""
-        return None not in await self._of_all("PING")
+    async def is_up(self) -> bool:
+        """Whether the last write was served, and every server answers now."""
+        return self._health.is_up and await self.ping()
+
+    async def ping(self, within_s: float | None = None) -> bool:
+        """Whether every server answers, within the time of a call or another one."""
+        return None not in await self._of_all("PING", within_s=within_s or self._access.timeout_s)
 
     async def version(self) -> tuple[int, ...] | None:
         """The oldest Redis version that a server is or is compatible with; None if none of them says."""
@@ -125,42 +135,64 @@ class Store:
 
     async def persistence(self) -> list[Persistence]:
         """What each server says about writing its data to disk."""
-        infos = await self._of_all("INFO", "persistence")
-        configs = await self._of_all("CONFIG", "GET", "save", "appendfsync")
+        infos = await self._of_all("INFO", "persistence", within_s=self._patience_s)
+        configs = await self._of_all("CONFIG", "GET", "save", "appendfsync", within_s=self._patience_s)
         return [_persistence_of(info, config) for info, config in zip(infos, configs, strict=False)]
 
     async def close(self) -> None:
+        if self._tending is not None:
+            self._tending.cancel()
+            await asyncio.wait({self._tending})
         while self._running:
             await asyncio.wait(self._running)
         await self._servers.close()
 
+    @property
+    def _patience_s(self) -> float:
+        """For what may need a new connection, and is not on the way of a request."""
+        return self._access.connect_timeout_s + self._access.timeout_s
+
+    async def _tend(self) -> None:
+        """Keeps connections warm, and finds out whether what is down works again though nobody calls."""
+        while True:
+            primaries = self._servers.primaries()
+            await asyncio.gather(*(node.pool.keep_warm(self._access.timeout_s) for node in primaries))
+            await self._check_down()
+            await asyncio.sleep(HEALTH_CHECK_S)
+
+    async def _check_down(self) -> None:
+        loop = asyncio.get_running_loop()
+        for part, failed in self._health.down_before(loop.time() - CHECK_AFTER_S):
+            check = Call(WRITE_CHECK, failed.keys, (), loop.create_future(), loop.time())
+            with suppress(TimeoutError):
+                await self._converse_in_time([check])
+            self._health.checked(part, check, loop.time())
+
     async def _facts(self, section: str, name: str) -> list[str]:
         """What the servers say of one thing in a section of INFO."""
-        told = [text.decode() for text in await self._of_all("INFO", section) if text is not None]
+        said = await self._of_all("INFO", section, within_s=self._patience_s)
+        told = [text.decode() for text in said if text is not None]
         return [fact for text in told for fact in re.findall(rf"^{name}:(.*?)\r?$", text, re.MULTILINE)]
 
-    async def _of_all(self, *command: str) -> list[Any]:
+    async def _of_all(self, *command: str, within_s: float) -> list[Any]:
         """What each server says to a command; None of one that does not answer, or for all if none is known."""
-        try:
-            async with asyncio.timeout(TIMEOUT_S):
-                if not self._servers.primaries():
-                    await self._servers.learn()
-        except (RedisError, OSError, TimeoutError):
-            return [None]
-        said = await asyncio.gather(*(_of_one(node, *command) for node in self._servers.primaries()))
+        nodes = await self._known(within_s)
+        said = await asyncio.gather(*(_of_one(node, *command, within_s=within_s) for node in nodes))
         if None in said:
-            with suppress(
-                RedisError, OSError
-            ):  # where nothing is called, nothing else finds out that they have changed
-                await self._servers.learn()
-        return said
+            with suppress(RedisError, OSError):  # else nothing finds out that they have changed where nothing is called
+                await self._servers.learn(within_s)
+        return said or [None]
+
+    async def _known(self, within_s: float) -> list[Node]:
+        """The servers, which are asked for if none is known."""
+        if not self._servers.primaries():
+            with suppress(RedisError, OSError):  # TimeoutError is an OSError
+                await self._servers.learn(within_s)
+        return self._servers.primaries()
 
     def _label_of(self, call: Call) -> str:
         home = self._servers.home(call.key)
         return CONNECTION if home is None else home.label
-
-    def _is_resting(self, label: str, now: float) -> bool:
-        return now < self.rests.get(label, now) or now < self.rests.get(CONNECTION, now)
 
     def _send(self) -> None:
         """One batch for each server: one that hangs keeps nobody waiting who needs another."""
@@ -183,12 +215,11 @@ class Store:
     async def _run(self, calls: Sequence[Call]) -> None:
         with suppress(TimeoutError):  # each call knows how far it came
             await self._converse_in_time(calls)
-        self._take_note(calls)
+        now = asyncio.get_running_loop().time()
+        self._health.ended(calls, now)
         for call in calls:
-            self._deliver(call)
-        if self._metrics is not None:
-            now = asyncio.get_running_loop().time()
-            for call in calls:
+            _deliver(call)
+            if self._metrics is not None:
                 self._metrics.note_store(call.script.name, now - call.began)
 
     async def _converse_in_time(self, calls: Sequence[Call]) -> None:
@@ -197,23 +228,20 @@ class Store:
             await self._limit.hold(self._converse(calls))
         except TimeoutError:
             late = [call for call in calls if call.word is UNSAID]
-            if self._servers.learns:
-                self._doubted |= {call.node.name for call in late if call.node}
+            self._doubted |= {call.node.name for call in late if call.node}
             if not late or not all(call.script.repeatable for call in calls):
                 raise
             await self._limit.hold(self._converse(late))
 
     async def _converse(self, calls: Sequence[Call]) -> None:
-        """Until each call has its last word: what was not run goes again, while there is time."""
-        if not self._servers.learns:  # there is one place, and its word is the last one
-            await exchange(self._servers.primaries()[0], calls)
-            return
-        rounds = 0
+        """Until each call has its last word: what was not run is sent again, while there is time."""
+        rounds, loop = 0, asyncio.get_running_loop()
         while groups := await self._placed(calls):
+            began = loop.time()
             await _together([exchange(node, group) for node, group in groups.items()])
-            calls = [call for group in groups.values() for call in group if self._goes_on(call)]
+            calls = [call for group in groups.values() for call in group if self._goes_on(call, began)]
             rounds += 1
-            if rounds > ROUNDS_AT_ONCE or any(isinstance(_meaning_of(call), Later | Elsewhere) for call in calls):
+            if calls and (rounds > ROUNDS_AT_ONCE or any(map(_is_to_wait, calls))):
                 await asyncio.sleep(rounds * PAUSE_S)
 
     async def _placed(self, calls: Sequence[Call]) -> dict[Node, list[Call]]:
@@ -224,7 +252,7 @@ class Store:
             place = self._place_of(call)
             if place is None:
                 call.word, call.sent = nobody, False
-            elif place is not call.node or _meaning_of(call) != Unreached():
+            elif place is not call.node or meaning_of_call(call) != Unreached():
                 groups.setdefault(place, []).append(call)
         return groups
 
@@ -234,7 +262,7 @@ class Store:
         places = [self._place_of(call) for call in calls]
         if any(place is None or place.name in self._doubted for place in places):
             try:
-                await self._servers.learn()
+                await self._servers.learn(LEARN_SHARE * self._access.timeout_s)
             except (RedisError, OSError) as error:  # TimeoutError is an OSError: what was known is tried
                 nobody = error
             self._doubted.clear()
@@ -243,126 +271,43 @@ class Store:
     def _place_of(self, call: Call) -> Node | None:
         return self._servers.at(call.asks) if call.asks else self._servers.home(call.key)
 
-    def _goes_on(self, call: Call) -> bool:
-        """Whether the call was not run and may be, after what this word has taught about the servers."""
+    def _goes_on(self, call: Call, began: float) -> bool:
+        """Whether the call was not run and may be, after what its word has taught about the servers.
+
+        began: its last round. A single server that still refuses on a connection made since has said its last word.
+        """
         call.asks = None
-        if not self._servers.learns:
+        if not isinstance(call.word, Exception) or call.node is None:
             return False
-        match _meaning_of(call):
+        meaning = meaning_of_call(call)
+        if not self._servers.learns:
+            return meaning == Elsewhere() and call.node.pool.replaced_at >= began
+        match meaning:
             case Moved(to):
                 self._servers.move(call.key, to)
             case Ask(to):
                 call.asks = to
             case Elsewhere() | Unreached():
-                self._doubted.add(_name_of(call))
+                self._doubted.add(call.node.name)
             case Later():
                 pass
             case Final():
                 return False
         return True
 
-    def _take_note(self, calls: Sequence[Call]) -> None:
-        """Which servers have served, and which are to be left alone."""
-        if not self._down and not any(map(self._is_unserved, calls)):
-            return
-        by_label: dict[str, list[Call]] = {}
-        for call in calls:
-            by_label.setdefault(call.node.label if call.node else CONNECTION, []).append(call)
-        for label, group in by_label.items():
-            unserved = next((call for call in group if self._is_unserved(call)), None)
-            if unserved is None:
-                self._note_served(label)
-            elif not _has_answered_since(unserved):
-                self._note_descriptors(unserved)
-                self._leave_alone(label, _reason_of(unserved))
-        self._note_up()
 
-    def _note_descriptors(self, call: Call) -> None:
-        if self._metrics is not None and isinstance(call.word, Exception) and ran_out(call.word):
-            self._metrics.record_descriptors_exhausted()
-
-    def _is_unserved(self, call: Call) -> bool:
-        """Whether the call's word, or that there is none, says that its server is out of order."""
-        if isinstance(call.word, ResponseError):
-            return self._servers.learns and _meaning_of(call) == Elsewhere()
-        return isinstance(call.word, Exception | Unsaid)
-
-    def _leave_alone(self, label: str, reason: str) -> None:
-        self.rests[label] = asyncio.get_running_loop().time() + REST_S
-        self._down.add(label)
-        self._trouble(label, reason)
-
-    def _note_down(self, label: str, reason: str) -> None:
-        """Of a server that is left alone already: mostly its trouble is known."""
-        if not self._down:
-            self._down.add(label)
-            self._trouble(label, reason)
-            self._note_up()
-
-    def _note_served(self, label: str) -> None:
-        """Nothing is said any more of servers that are none of ours by now."""
-        if not self._down:
-            return
-        ours = {node.label for node in self._servers.primaries()}
-        for served in ({label, CONNECTION} | (self._down - ours)) & self._down:
-            self._down.discard(served)
-            self.rests.pop(served, None)
-            self._recovered(served, "works again" if served in {label, CONNECTION} else "is needed no more")
-
-    def _deliver(self, call: Call) -> None:
-        failure = _failure_of(call)
-        if failure is None:
-            self._recovered(call.script.name)
-        elif isinstance(call.word, ResponseError) and not self._is_unserved(call):
-            self._trouble(call.script.name, _reason_of(call))
-        if call.reply.done():  # its request has gone
-            return
-        if failure is None:
-            call.reply.set_result(call.word)
-        else:
-            call.reply.set_exception(failure)
-
-    def _note_up(self) -> None:
-        is_up = not self._down
-        if self._metrics is not None and is_up != self._known_up:
-            self._known_up = is_up
-            self._metrics.store_up.labels(self.role).set(is_up)
-
-    def _trouble(self, part: str, reason: str) -> None:
-        if self._troubles.begins(part, reason, asyncio.get_running_loop().time()):
-            log.error("the %s's %s fails: %s", self.role, part, reason)
-
-    def _recovered(self, part: str, how: str = "works again") -> None:
-        if self._troubles and self._troubles.ends(part, asyncio.get_running_loop().time()):
-            log.info("the %s's %s %s", self.role, part, how)
+def _is_to_wait(call: Call) -> bool:
+    return isinstance(meaning_of_call(call), Later | Elsewhere)
 
 
-def _meaning_of(call: Call) -> Meaning:
-    return meaning_of(call.word, sent=call.sent, host=call.node.host if call.node else "")
-
-
-def _has_answered_since(call: Call) -> bool:
-    """Whether the call's server has answered a later one: then it was the connection that led nowhere."""
-    return call.node is not None and call.node.answered > call.began
-
-
-def _name_of(call: Call) -> str:
-    return call.node.name if call.node else ""
-
-
-def _failure_of(call: Call) -> StoreUnavailable | None:
-    if not isinstance(call.word, Exception | Unsaid):
-        return None
-    kind = StoreUnanswered if may_have_run(call.word, sent=call.sent) else StoreUnavailable
-    return kind(_reason_of(call))
-
-
-def _reason_of(call: Call) -> str:
-    if isinstance(call.word, MovedError):
-        return "the keys are on another server of a cluster, which is found if the URL begins with redis+cluster"
-    if isinstance(call.word, Exception) and ran_out(call.word):
-        return "this gateway has no file descriptor left for a connection"
-    return "no answer in time" if call.word is UNSAID else str(call.word) or "no answer in time"
+def _deliver(call: Call) -> None:
+    if call.reply.done():  # its request has gone
+        return
+    failure = failure_of(call)
+    if failure is None:
+        call.reply.set_result(call.word)
+    else:
+        call.reply.set_exception(failure)
 
 
 def _persistence_of(info: bytes | None, config: Any) -> Persistence:
@@ -373,9 +318,9 @@ def _persistence_of(info: bytes | None, config: Any) -> Persistence:
     return Persistence(append_only, settings.get("save"), settings.get("appendfsync"))
 
 
-async def _of_one(node: Node, *command: str) -> Any:
+async def _of_one(node: Node, *command: str, within_s: float) -> Any:
     try:
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(within_s):
             return await ask_node(node, *command)
     except (RedisError, OSError):  # TimeoutError is an OSError
         return None
@@ -392,7 +337,7 @@ async def _together(exchanges: Sequence[Coroutine[Any, Any, None]]) -> None:
 def open_ledger_store(settings: Settings, embedded_urls: EmbeddedUrls, metrics: Metrics | None = None) -> Store:
     """The store of quotas and usage: the one that the settings name, or else the embedded one."""
     if settings.store.url is None:
-        return Store(embedded_urls["ledger"], "ledger", metrics)
+        return Store(embedded_urls["ledger"], "ledger", metrics, access=_access_to_cache(settings))
     return Store(settings.store.url.get_secret_value(), "ledger", metrics, access=_access_to_store(settings))
 
 
@@ -404,8 +349,8 @@ def open_book_store(
         return Store(settings.cache.url.get_secret_value(), "price-book", metrics, access=_access_to_cache(settings))
     if settings.store.url is not None:
         url, access = settings.store.url.get_secret_value(), _access_to_store(settings)
-        return Store(url, "price-book", metrics, access=access, rests=None if ledger is None else ledger.rests)
-    return Store(embedded_urls["price-book"], "price-book", metrics)
+        return Store(url, "price-book", metrics, access=access, cooldowns=None if ledger is None else ledger.cooldowns)
+    return Store(embedded_urls["price-book"], "price-book", metrics, access=_access_to_cache(settings))
 
 
 def _access_to_store(settings: Settings) -> Access:
@@ -419,6 +364,12 @@ def _access_to_store(settings: Settings) -> Access:
 
 
 def _access_to_cache(settings: Settings) -> Access:
-    """Whom to believe is one question for both, the credentials are not: those of `cache.url` stand in it."""
+    """Certificates and timeouts are one question for both, credentials are not: those of `cache.url` stand in it."""
     store = settings.store
-    return Access(ca_file=store.ca_file, cert_file=store.cert_file, key_file=store.key_file)
+    return Access(
+        ca_file=store.ca_file,
+        cert_file=store.cert_file,
+        key_file=store.key_file,
+        timeout_s=store.timeout_s,
+        connect_timeout_s=store.connect_timeout_s,
+    )

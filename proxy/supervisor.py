@@ -22,12 +22,12 @@ from collections.abc import Iterator
 from time import monotonic
 
 from proxy.config import Source
+from proxy.connection_pool import MAX_CONNECTIONS
 from proxy.descriptors import raise_limit
 from proxy.embedded import EmbeddedStores, Role
 from proxy.lifecycle import ARRIVING_REQUEST_BYTES, MAX_ARRIVING_BYTES, MAX_IN_FLIGHT
 from proxy.multiprocess import metrics_files
 from proxy.reloading import Reloader
-from proxy.servers import MAX_CONNECTIONS
 from proxy.settings import Server, Settings
 from proxy.worker import DRAIN, STOP
 from proxy.workforce import Premises, Workforce

@@ -16,7 +16,7 @@ import redis
 from starlette.types import Receive, Scope, Send
 
 from configs import Problems, Read
-from ledger_desk import REST_S, Skewed
+from ledger_desk import COOLDOWN_S, Skewed
 from ledger_stage import World, open_world
 from processes import Tree
 from proxy.embedded import EmbeddedStores
@@ -196,7 +196,7 @@ def world(monkeypatch: pytest.MonkeyPatch, any_store_url: str) -> Iterator[World
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """After an outage nobody waits for long."""
-    monkeypatch.setattr("proxy.store.REST_S", REST_S)
+    monkeypatch.setattr("proxy.store_health.COOLDOWN_S", COOLDOWN_S)
     monkeypatch.setattr("proxy.ledger.FLUSH_EVERY_S", 0.02)
 
 

@@ -32,7 +32,7 @@ DEAREST = 10**15
 HIT = Charge(Outcome.HIT, 4 * CREDIT, "Flux")
 MISS = Charge(Outcome.MISS, 4 * CREDIT, "Flux")
 FAILED = Charge(Outcome.UPSTREAM_ERROR)
-REST_S = 0.02
+COOLDOWN_S = 0.02
 """For how long the store is left alone after a failure, where a test has no time."""
 
 

@@ -70,9 +70,9 @@ class Gateway:
 
     def begin(self) -> None:
         """Anew, and knowing nothing; what the last example still owed is lost."""
-        self._store.rests[CONNECTION] = inf
+        self._store.cooldowns[CONNECTION] = inf
         self._runner.run(self.ledger.close(1))
-        self._store.rests[CONNECTION] = 0
+        self._store.cooldowns[CONNECTION] = 0
         self._clock.skew_us = 0
         self.ledger = self._new_ledger()
         self._runner.run(self.ledger.open())
@@ -96,7 +96,7 @@ class Gateway:
 
     def _let(self, process: Process) -> None:
         """Whether there is a ledger, and what time it is, are this process's own matters."""
-        self._store.rests[CONNECTION] = inf if process.out else 0
+        self._store.cooldowns[CONNECTION] = inf if process.out else 0
         self._clock.skew_us = process.skew_us
 
     def _new_ledger(self) -> Ledger:

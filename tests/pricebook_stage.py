@@ -152,6 +152,7 @@ def _configured(store_url: str, upstream_url: str) -> Settings:
             "ignore": ["seed"],
         },
         upstream={"base_url": upstream_url, "timeout_s": PROBE_MS / 1000},
+        store={"url": store_url, "timeout_s": 10},
     )
 
 
@@ -191,7 +192,6 @@ def set_clocks(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(Script, "text", property(lambda script: _clocked_script(script.name)[0]))
     monkeypatch.setattr(Script, "digest", property(lambda script: _clocked_script(script.name)[1]))
     monkeypatch.setattr("proxy.asking.AUDIT_PAUSE_S", 0)
-    monkeypatch.setattr("proxy.store.TIMEOUT_S", 10)
     return clock
 
 

@@ -12,6 +12,7 @@ from asyncio import StreamReader, StreamWriter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from math import inf
 from urllib.parse import unquote, urlsplit
 
 CHUNK = 65536
@@ -23,7 +24,8 @@ WITHIN_S = 10.0
 class Way:
     """What becomes of replies, and of whoever connects.
 
-    latency_s: before each piece of a reply.
+    latency_s: before each piece of a reply, and before anything passes on a new connection.
+    patience_s: a connection on which nothing has passed for so long leads nowhere from then on, as after `forget`.
     piece_bytes: replies are passed on in pieces of so many bytes, so that with a latency they drip.
     swallows: a connection's replies are lost, for good, once a chunk with these bytes was sent; b"": any chunk.
     carries: otherwise a connection on which something is sent leads nowhere from then on: it is half open.
@@ -31,6 +33,7 @@ class Way:
     """
 
     latency_s: float = 0.0
+    patience_s: float = inf
     piece_bytes: int = CHUNK
     swallows: bytes | None = None
     carries: bool = True
@@ -49,6 +52,7 @@ class _Line:
     """
 
     client: StreamWriter
+    active_at: float
     mute: bool = False
     forgotten: bool = False
 
@@ -90,6 +94,10 @@ class Relay:
         for line in list(self._lines):
             line.forgotten = True
 
+    def lead_to(self, server_url: str) -> None:
+        """New connections go to another server, as when a name is given to it; those that are there stay."""
+        self._server = urlsplit(server_url)
+
     def cut(self) -> None:
         """Nobody gets through any more: connections are closed, as by a server that ends."""
         self.become(Way(accepts=False))
@@ -119,7 +127,7 @@ class Relay:
         if not self._way.accepts or len(self._lines) == MAX_CONNECTIONS:
             _tear(client)
             return
-        line = _Line(client)
+        line = _Line(client, self._loop.time())
         task = asyncio.ensure_future(self._relay(reader, line))
         self._tasks.add(task)
         self._lines.add(line)
@@ -130,6 +138,7 @@ class Relay:
     async def _relay(self, reader: StreamReader, line: _Line) -> None:
         """Until either side closes; then the other is closed too."""
         with suppress(OSError):
+            await asyncio.sleep(self._way.latency_s)
             from_server, server = await self._connect()
             both = {
                 asyncio.ensure_future(self._pass_on(reader, server, line)),
@@ -151,7 +160,8 @@ class Relay:
         with suppress(OSError):
             while chunk := await reader.read(CHUNK):
                 line.mute |= self._way.swallows is not None and self._way.swallows in chunk
-                line.forgotten |= not self._way.carries
+                line.forgotten |= not self._way.carries or self._loop.time() - line.active_at > self._way.patience_s
+                line.active_at = self._loop.time()
                 if not line.forgotten:
                     server.write(chunk)
                     await server.drain()
@@ -159,6 +169,7 @@ class Relay:
     async def _bring_back(self, reader: StreamReader, line: _Line) -> None:
         with suppress(OSError):
             while chunk := await reader.read(CHUNK):
+                line.active_at = self._loop.time()
                 if line.forgotten:
                     continue
                 if line.mute:

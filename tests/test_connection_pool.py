@@ -103,8 +103,19 @@ def test_replies_come_in_any_pieces_and_errors_are_replies() -> None:
             assert (first, second, fifth) == (b"PONG", [b"ab", 5], None)
             assert isinstance(third, BusyLoadingError)
             assert isinstance(fourth, ResponseError)
-            await called(pool, 5)
-            assert len(server.clients) == 1
+
+    play(scene())
+
+
+@pytest.mark.parametrize(("word", "connections"), [(b"OOM full", 1), (b"READONLY replica", 2), (b"LOADING wait", 2)])
+def test_a_server_that_does_not_serve_now_is_connected_to_again(word: bytes, connections: int) -> None:
+    async def scene() -> None:
+        server = Server(b"-%b\r\n+PONG\r\n" % word)
+        async with pool_of(server) as pool:
+            await called(pool, 2)
+            (_, call) = await called(pool, 2)
+            assert call.word == b"PONG"
+            assert len(server.clients) == connections
 
     play(scene())
 

@@ -30,17 +30,17 @@ from fleet import BODY, Crew, Fleet, OwnLedger, fleet_of, kinds, limiting, own_l
 from lateness import assert_in_time
 from proxy.config import PREFIX
 from proxy.simulator import Simulator
-from proxy.store import REST_S, TICK_S, TIMEOUT_S
+from proxy.store import COOLDOWN_S, TICK_S, TIMEOUT_S
 from relay import Relay, Way, relay
 from serving import wait_until
 
 WAIT_S = TIMEOUT_S + 2 * TICK_S
 """What a call costs whose store does not answer."""
 
-OUTAGE_S = REST_S + 0.2
+OUTAGE_S = COOLDOWN_S + 0.2
 """So that the store is tried again meanwhile."""
 
-BACK_S = REST_S + 2.5
+BACK_S = COOLDOWN_S + 2.5
 """Until all is as before, on a machine that has other things to do; half a second where it has none."""
 
 MOST_LINES = 10

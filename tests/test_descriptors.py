@@ -32,7 +32,7 @@ from proxy.metrics import Metrics
 from proxy.problems import Code, StoreUnavailable
 from proxy.replies import Failed, Priced
 from proxy.simulator import Simulator
-from proxy.store import REST_S, Script, Store
+from proxy.store import COOLDOWN_S, Script, Store
 from proxy.supervisor import descriptor_warning
 from proxy.teams import digest_of
 from proxy.upstream import Upstream
@@ -187,7 +187,7 @@ class TestConnections:
             with no_descriptor_left(), pytest.raises(StoreUnavailable, match="no file descriptor left"):
                 await store.call(GET, "ep1:{x}:price", "ep1:book:x")
             assert exhausted(metrics) == 1
-            await asyncio.sleep(REST_S)
+            await asyncio.sleep(COOLDOWN_S)
             await store.call(GET, "ep1:{x}:price", "ep1:book:x")
             await store.close()
 

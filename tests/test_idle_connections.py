@@ -7,7 +7,7 @@ import pytest
 import redis
 
 from proxy.problems import StoreUnanswered, StoreUnavailable
-from proxy.store import REST_S, Script, Store
+from proxy.store import COOLDOWN_S, Script, Store
 from relay import Relay
 
 PUT, LOOK = Script("price_purge"), Script("price_get", repeatable=True)
@@ -70,7 +70,7 @@ def test_of_those_that_a_firewall_has_forgotten_only_the_first_costs_a_debit(way
             await put(store)
         with pytest.raises(StoreUnavailable, match="left alone"):
             await put(store)
-        await asyncio.sleep(REST_S)
+        await asyncio.sleep(COOLDOWN_S)
         await spread(store)
         assert calls(server) == before + CONNECTIONS
 

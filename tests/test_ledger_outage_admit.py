@@ -141,7 +141,7 @@ def test_a_flush_without_a_reply_is_repeated_and_books_once(way: Relay, server: 
 def test_what_is_owed_is_booked_when_the_gateway_closes(
     way: Relay, server: redis.Redis, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.store.REST_S", 0.0)
+    monkeypatch.setattr("proxy.store_health.COOLDOWN_S", 0.0)
     monkeypatch.setattr("proxy.ledger.FLUSH_EVERY_S", 3600)
 
     async def story(desk: Desk) -> None:

@@ -43,7 +43,7 @@ def test_a_store_that_hangs_costs_a_moment_and_is_asked_nothing_twice(
     any_store_url: str, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rest_s = 0.2
-    monkeypatch.setattr("proxy.store.REST_S", rest_s)
+    monkeypatch.setattr("proxy.store_health.COOLDOWN_S", rest_s)
 
     async def story(desk: Desk) -> None:
         admitted = await desk.admitted()

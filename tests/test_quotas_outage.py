@@ -11,7 +11,7 @@ import pytest
 from fleet import OwnLedger, own_ledger
 from lateness import assert_in_time
 from proxy.simulator import Fault
-from proxy.store import REST_S
+from proxy.store import COOLDOWN_S
 from quota_scenes import FLUX, ONE, Limited, exceeded, explained, get, quota, requests, row, usage, used
 from scene import Scene, cache_status, code_of
 from serving import free_port, wait_until
@@ -47,7 +47,7 @@ class TestWithoutTheLedger:
         scene = limited(quota(100), store={"url": ledger.url}, cache={"url": valkey_url})
         assert scene.ask(FLUX).status_code == 200
         with ledger.hanging():
-            refused = _refusals(scene, for_s=3 * REST_S)
+            refused = _refusals(scene, for_s=3 * COOLDOWN_S)
         assert {code_of(answer) for answer in refused} == {"store-unavailable"}
         seconds = sorted(answer.elapsed.total_seconds() for answer in refused)
         waited = [elapsed for elapsed in seconds if elapsed > IN_TIME_S / 2]

@@ -104,10 +104,13 @@ def test_a_bad_file_leaves_the_old_settings_in_force_loudly(home: House) -> None
 
 def test_what_needs_a_restart_is_named_and_keeps_its_value(home: House) -> None:
     served = started(home)
-    reloaded(served, home, org={"timezone": "Asia/Tokyo"}, cache={"ttl_s": 7}, teams=teams(design=NEWCOMER))
+    store = {"data_dir": str(home.data_dir), "timeout_s": 0.3, "connect_timeout_s": 3}
+    changed: dict[str, Any] = {"org": {"timezone": "Asia/Tokyo"}, "cache": {"ttl_s": 7}, "store": store}
+    reloaded(served, home, **changed, teams=teams(design=NEWCOMER))
     wait_until(lambda: statuses(served, NEWCOMER) == {200})
     assert served.told("restart the gateway") == [
-        f"{path} has changed: restart the gateway for it" for path in ("cache.ttl_s", "org.timezone")
+        f"{path} has changed: restart the gateway for it"
+        for path in ("store.timeout_s", "store.connect_timeout_s", "cache.ttl_s", "org.timezone")
     ]
     assert "ttl=3" in served.ask(x_api_key=NEWCOMER).headers["cache-status"]
     assert served.stop() == 0

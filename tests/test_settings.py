@@ -36,6 +36,7 @@ def test_defaults(read: Read) -> None:
     assert settings.store.url is None
     assert settings.store.data_dir == Path("/home/op/.local/share/estimate-proxy")
     assert settings.store.on_outage == "refuse"
+    assert (settings.store.timeout_s, settings.store.connect_timeout_s) == (0.25, 2.0)
     assert settings.cache.url is None
     assert settings.cache.ttl_s == 3600.0
     assert settings.org.id == "default"
@@ -69,6 +70,8 @@ def test_everything_that_can_be_set(read: Read, tmp_path: Path) -> None:
         password = "[p"
         data_dir = "data"
         on_outage = "admit"
+        timeout_s = 0.05
+        connect_timeout_s = 60
         [cache]
         url = "redis://:p@evicting/1"
         ttl_s = 1.5
@@ -91,6 +94,7 @@ def test_everything_that_can_be_set(read: Read, tmp_path: Path) -> None:
     assert settings.store.url.get_secret_value() == "redis://u:p%40@s_1:6380/3"
     assert settings.store.data_dir == tmp_path / "data"
     assert settings.store.on_outage == "admit"
+    assert (settings.store.timeout_s, settings.store.connect_timeout_s) == (0.05, 60.0)
     assert settings.cache.url == SecretUrl("redis://:p@evicting/1")
     assert settings.org.id == "studio-1"
     assert settings.teams["a"].tokens[0].expires == date(2027, 6, 30)
@@ -118,7 +122,7 @@ def test_effective_names_every_setting_and_masks_secrets(read: Read) -> None:
     assert rows["upstream.proxy"] is None
     assert rows["teams.design.tokens"][0]["sha256"] == DIGEST
     assert CANARY not in repr(rows)
-    assert len(rows) == 48
+    assert len(rows) == 50
 
 
 MANUAL = Path(__file__).parent.parent / "docs" / "configuration.md"

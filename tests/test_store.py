@@ -19,7 +19,7 @@ from proxy.pricebook import Lease, PriceBook
 from proxy.prices import Known, Price
 from proxy.problems import StoreUnavailable
 from proxy.settings import Settings
-from proxy.store import REST_S, TIMEOUT_S, EmbeddedUrls, Script, Store, open_book_store, open_ledger_store
+from proxy.store import COOLDOWN_S, TIMEOUT_S, EmbeddedUrls, Script, Store, open_book_store, open_ledger_store
 from relay import GOOD, Way, relay
 from scene import settings
 from serving import free_port
@@ -147,8 +147,9 @@ def test_a_full_store_loses_no_answer(
     server.config_set("maxmemory-policy", policy or "")
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
-    assert messages[0].startswith("the price-book's lease_take fails: command not allowed when used memory")
-    assert messages[1] == "the price-book's lease_take works again"
+    assert messages[0].startswith("the price-book's writing fails: OOM command not allowed when used memory")
+    assert messages[0].endswith(": raise maxmemory, or take other data off this server")
+    assert messages[1] == "the price-book's writing works again"
 
 
 def test_a_store_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
@@ -235,7 +236,7 @@ def test_it_recovers_by_itself(any_store_url: str, server: redis.Redis) -> None:
         server.client_pause(600)
         with pytest.raises(StoreUnavailable):
             await store.call(GET, "x")
-        async with asyncio.timeout(REST_S + 5):
+        async with asyncio.timeout(COOLDOWN_S + 5):
             while True:
                 with contextlib.suppress(StoreUnavailable):
                     await store.call(GET, "x")
@@ -249,7 +250,7 @@ def test_an_old_calls_failure_is_no_news_of_a_server_that_has_answered_since(
     any_store_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its connection led nowhere; the server is none the worse."""
-    caplog.set_level("INFO", "proxy.store")
+    caplog.set_level("INFO", "proxy.store_health")
 
     async def story(store: Store) -> None:
         await store.call(GET, "x")
@@ -270,7 +271,7 @@ def test_an_old_calls_failure_is_no_news_of_a_server_that_has_answered_since(
 def test_a_server_that_fails_in_one_role_is_left_alone_in_the_other(
     any_store_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "proxy.store")
+    caplog.set_level("INFO", "proxy.store_health")
     metrics = Metrics()
 
     async def story() -> None:
@@ -285,7 +286,7 @@ def test_a_server_that_fails_in_one_role_is_left_alone_in_the_other(
         assert "the ledger's connection fails: it failed in its other role" in caplog.messages
         assert metrics.registry.get_sample_value("estimate_proxy_store_up", {"role": "ledger"}) == 0
         way.become(GOOD)
-        await asyncio.sleep(REST_S)
+        await asyncio.sleep(COOLDOWN_S)
         await ledger.call(GET, "x")
         assert caplog.messages[-1] == "the ledger's connection works again"
         assert metrics.registry.get_sample_value("estimate_proxy_store_up", {"role": "ledger"}) == 1
