@@ -13,6 +13,7 @@ from books import books_of
 from fleet import Crew
 from processes import Served, Tree
 from scene import cache_status, code_of
+from serving import wait_until
 
 LANES = 4
 PAUSE_S = 0.01
@@ -92,6 +93,7 @@ class Log:
 
     def tells_of_one_trouble(self, fails: str, ends: str) -> None:
         """It has begun, perhaps with more than one reason, and it is over; each of that was said once."""
+        wait_until(lambda: any(line.startswith(ends) for line in self.said()))  # lines are written a moment later
         *begins, end = (line for line in self.said() if line.startswith((fails, ends)))
         assert end.startswith(ends)
         assert all(line.startswith(fails) for line in begins), self.said()

@@ -19,7 +19,7 @@ from proxy.ledger import Admitted, Denied, Ledger
 from proxy.metrics import Metrics
 from proxy.quotas import Standing, Terms
 from proxy.reports import Reports
-from proxy.servers import CONNECTION
+from proxy.servers import CONNECTION, Access
 from proxy.sheets import LedgerKeys
 from proxy.store import Script, Store
 
@@ -105,7 +105,7 @@ class Gateway:
 
 
 async def _store(url: str) -> Store:
-    return Store(url, "ledger")
+    return Store(url, "ledger", access=Access(timeout_s=10))
 
 
 async def _none(flushing: asyncio.Task[None] | None) -> None:
@@ -164,9 +164,8 @@ def _amounts(held: Any) -> dict[str, int]:
 
 @contextmanager
 def open_world(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.setattr(Script, "text", property(lambda script: _clocked_script(script.name)[0]))
-    monkeypatch.setattr(Script, "digest", property(lambda script: _clocked_script(script.name)[1]))
-    monkeypatch.setattr("proxy.store.TIMEOUT_S", 10)
+    monkeypatch.setattr(Script, "text", property(lambda script: _clocked_script(script.name)[0]), raising=False)
+    monkeypatch.setattr(Script, "digest", property(lambda script: _clocked_script(script.name)[1]), raising=False)
     monkeypatch.setattr("proxy.decisions.MAX_MODELS", MOST_NAMES)
     monkeypatch.setattr("proxy.ledger.FLUSH_EVERY_S", 0)
     with ExitStack() as opened:
