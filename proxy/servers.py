@@ -236,8 +236,8 @@ class _Nodes:
         self._left = [pool for pool in self._left if pool.is_in_use]
 
     async def close(self) -> None:
-        for pool in (*self._left, *(node.pool for node in self._nodes.values())):
-            await pool.close()
+        pools = (*self._left, *(node.pool for node in self._nodes.values()))
+        await asyncio.gather(*(pool.close() for pool in pools))
 
 
 class _Inquiry:
