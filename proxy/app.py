@@ -17,6 +17,7 @@ from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
 from proxy.access import Access
+from proxy.address import ESTIMATE_PATH, Address
 from proxy.asking import Asker
 from proxy.choices import Windows
 from proxy.decisions import Decisions
@@ -39,7 +40,7 @@ from proxy.sheets import LedgerKeys
 from proxy.statements import Statements
 from proxy.store import OLDEST_REDIS, EmbeddedUrls, Store, open_book_store, open_ledger_store
 from proxy.teams import Credential, Team, Teams
-from proxy.upstream import ESTIMATE_PATH, Address, Upstream
+from proxy.upstream import Upstream
 from proxy.web import StoryEndpoint, probe_answer, refuse_route
 
 EXPLAIN_PATH = "/v1/explain"

@@ -10,12 +10,13 @@ account at a time, and so few refreshes in a process that a repriced account is 
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from decimal import Decimal
 from itertools import count
 from time import perf_counter
+from typing import Any
 
 from proxy.canonical import present
 from proxy.flight import Flights
@@ -89,7 +90,7 @@ class Asker:
 
     async def ask_without_store(self, question: Question) -> tuple[Told, bool]:
         """As `ask`, for this process alone."""
-        return await self._join(question.key, lambda: self._ask_upstream(question))
+        return await self._join(question.key, lambda: self._ask_without_lease(question))
 
     async def ask_anew(self, question: Question, *, store: bool) -> Told:
         """What upstream says to this very request: it replaces what is stored, or is not stored at all."""
@@ -115,7 +116,7 @@ class Asker:
         """Lets what was asked upstream come home and be stored."""
         await asyncio.gather(self._flights.land(timeout_s), self._audits.land(timeout_s))
 
-    async def _join(self, flight: str, work: Callable[[], Awaitable[Told]]) -> tuple[Told, bool]:
+    async def _join(self, flight: str, work: Callable[[], Coroutine[Any, Any, Told]]) -> tuple[Told, bool]:
         self._metrics.flush_soon()
         with self._lifecycle.waiting_for_upstream():
             return await self._flights.join(flight, work)
@@ -134,7 +135,7 @@ class Asker:
                         if (told := await self._follow(question, seen_ms, deadline)) is not None:
                             return told
         except StoreUnavailable:
-            return await self._ask_upstream(question)
+            return await self._ask_without_lease(question)
         return await self._lead(question, lease)
 
     async def _follow(self, question: Question, seen_ms: int | None, deadline: float) -> Told | None:
@@ -158,13 +159,17 @@ class Asker:
         return Told(Priced(price, None), stored=True, collapsed=True)
 
     async def _lead(self, question: Question, lease: Lease) -> Told:
-        async with self._held(lease):
-            told = await self._ask_upstream(question)
+        with self._renewing(lease):
+            reply, upstream_s = await self._ask_upstream(question)
+        noting = self._note_balance(question, reply)  # goes to the store together with what follows
         try:
-            in_time = await self._settle(question, lease, told.reply)
+            in_time = await self._settle(question, lease, reply)
         except StoreUnavailable:
-            return told
-        return replace(told, stored=in_time and isinstance(told.reply, Priced), overtaken=not in_time)
+            return Told(reply, upstream_s=upstream_s)
+        finally:
+            await _done(noting)
+        is_stored = in_time and isinstance(reply, Priced)
+        return Told(reply, stored=is_stored, upstream_s=upstream_s, overtaken=not in_time)
 
     async def _ask_anew(self, question: Question, *, store: bool) -> Told:
         if store:
@@ -172,21 +177,28 @@ class Asker:
                 lease = await self._book.take_lease(question.key, question.account, seen_ms=None, by_force=True)
                 if isinstance(lease, Lease):
                     return await self._lead(question, lease)
-        return await self._ask_upstream(question)
+        return await self._ask_without_lease(question)
 
-    async def _ask_upstream(self, question: Question) -> Told:
-        """Asks; the balance is kept whatever became of the price.
+    async def _ask_without_lease(self, question: Question) -> Told:
+        reply, upstream_s = await self._ask_upstream(question)
+        await _done(self._note_balance(question, reply))
+        return Told(reply, upstream_s=upstream_s)
+
+    async def _ask_upstream(self, question: Question) -> tuple[Reply, float]:
+        """The reply, and the seconds that it took.
 
         An ask has its full time, however long its asker has waited to lead: cut short, it would fail everybody who
         follows. Each request's own deadline stands beside that.
         """
         started, deadline = perf_counter(), self._deadline()
         reply = await self._upstream.estimate(question.account, question.canonical, question.query, deadline=deadline)
-        upstream_s = perf_counter() - started
+        return reply, perf_counter() - started
+
+    def _note_balance(self, question: Question, reply: Reply) -> Awaitable[None] | None:
+        """Begins to keep a balance, whatever becomes of the price. What is returned must be awaited."""
         if isinstance(reply, Priced | Unpriced) and reply.balance is not None:
-            with suppress(StoreUnavailable):
-                await self._book.note_balance(question.account, reply.balance)
-        return Told(reply, upstream_s=upstream_s)
+            return self._book.note_balance(question.account, reply.balance)
+        return None
 
     async def _settle(self, question: Question, lease: Lease, reply: Reply) -> bool:
         """Ends a lease with what it brought; False if that was overtaken. Raises `StoreUnavailable`."""
@@ -196,21 +208,25 @@ class Asker:
             case _:
                 return await self._book.end(lease, word=encode_word(reply), end_price=isinstance(reply, Rejected))
 
-    @asynccontextmanager
-    async def _held(self, lease: Lease) -> AsyncIterator[None]:
-        """Renews a lease for as long as it takes."""
-        renewing = asyncio.create_task(self._renew(lease))
+    @contextmanager
+    def _renewing(self, lease: Lease) -> Iterator[None]:
+        """Renews a lease once it is not new any more: most answers come before that."""
+        loop = asyncio.get_running_loop()
+        renewals: list[asyncio.Task[None]] = []
+        timer = loop.call_later(LEASE_S / 4, lambda: renewals.append(loop.create_task(self._renew(lease))))
         try:
             yield
         finally:
-            renewing.cancel()
+            timer.cancel()
+            for renewal in renewals:
+                renewal.cancel()
 
     async def _renew(self, lease: Lease) -> None:
         while True:
-            await asyncio.sleep(LEASE_S / 4)
             with suppress(StoreUnavailable):
                 if not await self._book.keep(lease):
                     return
+            await asyncio.sleep(LEASE_S / 4)
 
     def _refreshed(self, _: object) -> None:
         self._refreshes -= 1
@@ -249,3 +265,9 @@ class Asker:
 
     def _deadline(self) -> float:
         return asyncio.get_running_loop().time() + self._timeout_s
+
+
+async def _done(noting: Awaitable[None] | None) -> None:
+    if noting is not None:
+        with suppress(StoreUnavailable):
+            await noting

@@ -42,13 +42,9 @@ def _ttl(ttl_s: float) -> str:
 
 def _status(reply: Reply) -> str | None:
     match reply:
-        case Priced() | Unpriced():
-            return "fwd-status=200"
-        case Rejected(status):
-            return f"fwd-status={status}"
         case Failed(upstream_status=None):
             return None
-        case Failed(upstream_status=status):
+        case Priced(status=status) | Unpriced(status=status) | Rejected(status) | Failed(upstream_status=status):
             return f"fwd-status={status}"
         case _:
             assert_never(reply)

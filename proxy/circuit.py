@@ -1,13 +1,14 @@
-"""Whether upstream is asked at all: a circuit breaker, and the pause that upstream has asked for.
+"""A circuit breaker, and the pause that upstream has asked for.
 
 Closed: everything is asked. When at least `MIN_ANSWERS` answers came within `WINDOW_S` and half of them were failures,
-it opens for `OPEN_S`. Then one probe is let through: its success closes the circuit, its failure opens it again. A
-429's `Retry-After` is obeyed beside all that, until it is over.
+it opens for `OPEN_S`. Then it is half-open and lets one probe through: an answer closes it, a failure opens it again.
+A 429's `Retry-After` is obeyed beside all that, until it is over.
 
 One circuit an account and process. Times are seconds on one monotonic clock, passed in.
 """
 
 from collections import deque
+from dataclasses import dataclass
 from enum import Enum, auto
 
 WINDOW_S = 10.0
@@ -24,14 +25,25 @@ class Gate(Enum):
     """What `Circuit.admit` says."""
 
     ASK = auto()
+    PROBE = auto()
     PAUSED = auto()
     OPEN = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """The circuit opens, for so many seconds, or closes, after so many. `why` is for the log."""
+
+    is_open: bool
+    seconds: float
+    why: str
 
 
 class Circuit:
     def __init__(self) -> None:
         self._answers: deque[tuple[float, bool]] = deque()
         self._failures = 0
+        self._opened_at = 0.0
         self._open_until: float | None = None
         self._probe_until: float | None = None
         self._paused_until = 0.0
@@ -57,7 +69,11 @@ class Circuit:
             return Gate.OPEN
         self._probe_until = now + probe_s
         self._era += 1
-        return Gate.ASK
+        return Gate.PROBE
+
+    def open_s(self, now: float) -> float:
+        """Seconds since the circuit opened, failed probes included."""
+        return now - self._opened_at
 
     def wait_s(self, now: float) -> float:
         """Seconds until asking may be let through again."""
@@ -68,23 +84,31 @@ class Circuit:
         """Nothing is asked for as long as upstream wants, an hour at the most."""
         self._paused_until = max(self._paused_until, now + min(seconds, MAX_PAUSE_S))
 
-    def note(self, now: float, *, failed: bool) -> None:
-        """Counts an answer, or its failing to come, to a question of this era.
+    def note(self, now: float, *, failed: bool) -> Transition | None:
+        """Counts an answer, or its failing to come, to a question of this era, which may open or close the circuit.
 
         While the circuit is open only the probe's answer counts: the others were asked before it opened.
         """
         if self._open_until is None:
-            self._count(now, failed=failed)
-        elif self._probe_until is not None:
-            self._probe_until = None
-            self._open_until = now + OPEN_S if failed else None
+            return self._count(now, failed=failed)
+        if self._probe_until is None:
+            return None
+        self._probe_until = None
+        if failed:
+            self._open_until = now + OPEN_S
+            return Transition(is_open=True, seconds=OPEN_S, why="the probe failed")
+        self._open_until = None
+        return Transition(is_open=False, seconds=self.open_s(now), why="the probe was answered")
 
-    def _count(self, now: float, *, failed: bool) -> None:
+    def _count(self, now: float, *, failed: bool) -> Transition | None:
         self._answers.append((now, failed))
         self._failures += failed
         while len(self._answers) > MAX_ANSWERS or self._answers[0][0] < now - WINDOW_S:
             self._failures -= self._answers.popleft()[1]
-        if len(self._answers) >= MIN_ANSWERS and self._failures >= FAILURE_RATE * len(self._answers):
-            self._answers.clear()
-            self._failures = 0
-            self._open_until = now + OPEN_S
+        if len(self._answers) < MIN_ANSWERS or self._failures < FAILURE_RATE * len(self._answers):
+            return None
+        why = f"{self._failures} of {len(self._answers)} answers within {WINDOW_S:g} s were failures"
+        self._answers.clear()
+        self._failures = 0
+        self._opened_at, self._open_until = now, now + OPEN_S
+        return Transition(is_open=True, seconds=OPEN_S, why=why)

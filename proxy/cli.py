@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from proxy import __version__, demo, logs, teams
+from proxy.address import Address
 from proxy.app import purge_book
 from proxy.canonical import canonicalise, present
 from proxy.config import PLACES, Source, find_config, load, load_keying
@@ -31,7 +32,6 @@ from proxy.settings import Settings, effective, is_identifier, warnings
 from proxy.settings_problems import SettingsError
 from proxy.supervisor import ListenError, Supervisor
 from proxy.tables import quota_lines, quota_table, tabbed, usage_table
-from proxy.upstream import Address
 from proxy.usage import cells_of, csv_of, json_of, read_usage_query
 from proxy.windows import day_of
 

@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 
 import orjson
 
+from proxy.address import ESTIMATE_PATH
 from proxy.app import EXPLAIN_PATH, METRICS_PATH, QUOTA_PATH, USAGE_PATH
 from proxy.config import FAMILIAR_VARIABLES, PREFIX
 from proxy.teams import BASE62, RANDOM_CHARACTERS, digest_of, token_of
-from proxy.upstream import ESTIMATE_PATH
 
 HOST: Final = "127.0.0.1"
 TEAMS: Final = ("design", "marketing", "video")

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeAlias
 import httpx2
 import orjson
 
-from proxy.upstream import ESTIMATE_PATH
+from proxy.address import ESTIMATE_PATH
 
 Body: TypeAlias = list[dict[str, Any]]
 

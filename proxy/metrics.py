@@ -66,6 +66,8 @@ class Metrics:
         """Durations of requests that are to be counted, in seconds."""
         self._called: dict[str, list[float]] = {}
         """Durations of calls of the store that are to be counted, in seconds."""
+        self._asked: dict[tuple[str, str], list[float]] = {}
+        """Durations of exchanges with upstream that are to be counted, in seconds."""
         self._spent_micro: dict[tuple[str, str], int] = {}
         """Credits that are to be counted."""
         self.in_flight: Callable[[], int] = lambda: 0
@@ -119,7 +121,7 @@ class Metrics:
         )
 
     def _declare_upstream(self) -> None:
-        self.upstream_duration = Histogram(
+        self.upstream_duration = _Durations(
             "estimate_proxy_upstream_request_duration_seconds",
             "From asking upstream to the last byte of its answer.",
             ["account", "status"],
@@ -266,6 +268,11 @@ class Metrics:
         self._called.setdefault(call, []).append(duration_s)
         self.flush_soon()
 
+    def note_upstream(self, account: str, status: str, duration_s: float) -> None:
+        """`status` is one of `UPSTREAM_STATUSES`."""
+        self._asked.setdefault((account, status), []).append(duration_s)
+        self.flush_soon()
+
     def record_descriptors_exhausted(self) -> None:
         """Something has failed because this process had no file descriptor left."""
         self.descriptor_failures += 1
@@ -287,6 +294,9 @@ class Metrics:
         called, self._called = self._called, {}
         for call, durations_s in called.items():
             self.store_duration.labels(call).observe_all(durations_s)
+        asked, self._asked = self._asked, {}
+        for (account, status), durations_s in asked.items():
+            self.upstream_duration.labels(account, status).observe_all(durations_s)
         spent_micro, self._spent_micro = self._spent_micro, {}
         for (team, model), credits_micro in spent_micro.items():
             self.estimated_credits.labels(team, model).inc(credits_micro / 1_000_000)

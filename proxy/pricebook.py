@@ -12,12 +12,12 @@
 
 import asyncio
 import secrets
-from collections.abc import Collection
+from collections.abc import Awaitable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import monotonic
 
-from proxy.flight import Flights
+from proxy.flight import Flights, SameTurn
 from proxy.hot import MAX_AGE_S, HotEntry, HotPrices
 from proxy.prices import (
     ENCODING,
@@ -133,6 +133,8 @@ class PriceBook:
         self._books: dict[str, _Book] = {}
         self._balances: dict[str, _SeenBalance] = {}
         self._rereads = Flights[_Book]()
+        self._readings = SameTurn[_Book]()
+        self._puts = SameTurn[None]()
 
     @property
     def ttl_s(self) -> float:
@@ -174,7 +176,7 @@ class PriceBook:
         if hot is None:
             return Known(None, self.balance(account), None)
         if book.is_behind(hot.entry) or self.balance(account) is None:
-            book = await self._read_book(account)  # whoever stored the price has put nonces and balance there first
+            book = await self._read_book(account)  # the nonces were there before the price, the balance came with it
         stored = _as_of(monotonic(), hot.entry, hot.now_ms, hot.read_at, book)
         return Known(stored, self.balance(account), hot.entry.put_at_ms)
 
@@ -186,9 +188,11 @@ class PriceBook:
         while True:  # each turn has seen another text, and in the end there is none
             read_at, drops = monotonic(), self._drops(account)
             args = (token, round(LEASE_S * 1000), "" if seen_ms is None else seen_ms, int(by_force))
-            book, (kind, text, now_ms) = await asyncio.gather(
-                self._read_book(account), self._store.call(_LEASE_TAKE, *_keys(key), args=args)
-            )
+            reading = self._readings.share(account, lambda: self._read_book(account))
+            try:
+                kind, text, now_ms = await self._store.call(_LEASE_TAKE, *_keys(key), args=args)
+            finally:
+                book = await reading
             if kind == b"lead":
                 return Lease(key, account, token, book.nonces)
             if kind == b"wait":
@@ -263,12 +267,19 @@ class PriceBook:
         await self._store.call(_BOOK_PURGE, self._book_key(account), args=(_nonce(), _nonce()))
         self._books.pop(account, None)
 
-    async def note_balance(self, account: str, amount: bytes) -> None:
-        """Remembers the balance that upstream has just shown, here at once and for the fleet if it can."""
-        seen = self._balances[account] = _SeenBalance(amount, monotonic(), None)
-        at_ms = await self._store.call(_BALANCE_PUT, self._book_key(account), args=(amount,))
-        if self._balances[account] is seen:
-            self._balances[account] = replace(seen, at_ms=at_ms)
+    def note_balance(self, account: str, amount: bytes) -> Awaitable[None]:
+        """Remembers the balance that upstream has just shown: here at once, and in the store when that is awaited."""
+        known, seen = self._balances.get(account), _SeenBalance(amount, monotonic(), None)
+        self._balances[account] = seen
+        is_repeated = known is not None and known.amount == amount
+        put = self._puts.share if is_repeated else self._puts.begin
+        return put(account, lambda: self._put_balance(account, seen))
+
+    async def _put_balance(self, account: str, seen: _SeenBalance) -> None:
+        at_ms = await self._store.call(_BALANCE_PUT, self._book_key(account), args=(seen.amount,))
+        newest = self._balances[account]
+        if newest.amount == seen.amount:
+            self._balances[account] = replace(newest, at_ms=at_ms)
 
     def balance(self, account: str) -> Balance | None:
         """The newest balance that this process knows of."""

@@ -8,9 +8,9 @@ from collections import OrderedDict
 from hashlib import blake2b, sha256
 from typing import NamedTuple
 
+from proxy.address import Address
 from proxy.canonical import canonicalise
 from proxy.models import model_of
-from proxy.upstream import Address
 
 MAX_REMEMBERED = 10_000
 """Some 5 MB. Beyond it, those that were read longest ago are forgotten, and read again."""

@@ -32,6 +32,9 @@ MAX_CREDITS_WITH_DECIMALS = 2**33
 """From here on the doubles that TOML's decimal numbers become lie more than a micro-credit apart."""
 
 
+_RENDERNET_PATH = re.compile("/+pub/+v1(/+generations(/+estimate)?)?/*$")
+
+
 class SecretUrl(Secret[str]):
     """A URL that may carry a password; shown without it."""
 
@@ -104,6 +107,9 @@ def _base_url(url: str, info: ValidationInfo) -> str:
     parts = split_url(url, "https", "http")
     if any(mark in url for mark in "@?#"):
         raise ValueError("has a user, a query or a fragment: leave them out")
+    if ends := _RENDERNET_PATH.search(parts.path):
+        right = url.removesuffix(parts.path) + parts.path[: ends.start()]
+        raise ValueError(f"ends in a path of RenderNet's, which the gateway adds itself: use {right}")
     host = parts.hostname or ""
     loopback = host == "localhost" or (is_ip(host) and ip_address(host).is_loopback)
     if parts.scheme == "http" and not loopback and info.data.get("insecure") is False:

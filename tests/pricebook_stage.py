@@ -21,7 +21,7 @@ from pricebook_fleet import BALANCE_MAX_AGE_MS, IF_ERROR_MS, REVALIDATE_MS, TTL_
 from pricebook_requests import KEYS, content
 from pricebook_upstream import PROBE_MS, Body
 from proxy.asking import Asker, Told
-from proxy.circuit import Circuit, Gate
+from proxy.circuit import Circuit, Gate, Transition
 from proxy.lifecycle import Lifecycle
 from proxy.metrics import Metrics
 from proxy.questions import Question
@@ -169,8 +169,11 @@ def _clocked(clock: Clock) -> type[Circuit]:
         def pause(self, _: float, seconds: float) -> None:
             super().pause(clock(), seconds)
 
-        def note(self, _: float, *, failed: bool) -> None:
-            super().note(clock(), failed=failed)
+        def note(self, _: float, *, failed: bool) -> Transition | None:
+            return super().note(clock(), failed=failed)
+
+        def open_s(self, _: float) -> float:
+            return super().open_s(clock())
 
     return ClockedCircuit
 
@@ -201,7 +204,7 @@ def opened_world(
 ) -> Iterator[World]:
     stage, upstream_url = upstream
     context = ssl.create_default_context()
-    monkeypatch.setattr("proxy.upstream._tls_context", lambda _: context)  # it takes longer to make than an example
+    monkeypatch.setattr("proxy.http_client._tls_context", lambda _: context)  # it takes longer to make than an example
     askers: list[WatchedAsker] = []
 
     def watched(*args: Any, **named: Any) -> WatchedAsker:

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from proxy.circuit import MAX_ANSWERS, MAX_PAUSE_S, MIN_ANSWERS, OPEN_S, WINDOW_S, Circuit, Gate
+from proxy.circuit import MAX_ANSWERS, MAX_PAUSE_S, MIN_ANSWERS, OPEN_S, WINDOW_S, Circuit, Gate, Transition
 
 T = 1000.0
 PROBE_S = 2.0
@@ -42,7 +42,7 @@ def opened(at: float = T) -> Circuit:
 
 def probing(at: float = T + OPEN_S) -> Circuit:
     circuit = opened(at - OPEN_S)
-    assert ask(circuit, at) is Gate.ASK
+    assert ask(circuit, at) is Gate.PROBE
     return circuit
 
 
@@ -140,7 +140,7 @@ def test_an_open_circuit_lets_nothing_through_for_a_while() -> None:
 def test_then_one_probe_goes_through() -> None:
     circuit = opened()
     now = T + OPEN_S
-    assert [ask(circuit, now) for _ in range(3)] == [Gate.ASK, Gate.OPEN, Gate.OPEN]
+    assert [ask(circuit, now) for _ in range(3)] == [Gate.PROBE, Gate.OPEN, Gate.OPEN]
     assert circuit.is_open
     assert circuit.wait_s(now) == PROBE_S
     assert circuit.wait_s(now + 0.5) == PROBE_S - 0.5
@@ -163,7 +163,7 @@ def test_a_closed_circuit_starts_counting_anew() -> None:
     answer(circuit, now, "f")
     assert circuit.is_open
     assert ask(circuit, now + OPEN_S - 0.001) is Gate.OPEN
-    assert ask(circuit, now + OPEN_S) is Gate.ASK
+    assert ask(circuit, now + OPEN_S) is Gate.PROBE
 
 
 def test_a_probe_that_fails_opens_it_again() -> None:
@@ -173,14 +173,14 @@ def test_a_probe_that_fails_opens_it_again() -> None:
     assert circuit.is_open
     assert circuit.wait_s(now) == OPEN_S
     assert ask(circuit, now + OPEN_S - 0.001) is Gate.OPEN
-    assert [ask(circuit, now + OPEN_S) for _ in range(2)] == [Gate.ASK, Gate.OPEN]
+    assert [ask(circuit, now + OPEN_S) for _ in range(2)] == [Gate.PROBE, Gate.OPEN]
 
 
 def test_a_probe_whose_answer_never_comes_is_followed_by_another() -> None:
     circuit = probing()
     now = T + OPEN_S
     assert ask(circuit, now + PROBE_S - 0.001) is Gate.OPEN
-    assert [ask(circuit, now + PROBE_S) for _ in range(2)] == [Gate.ASK, Gate.OPEN]
+    assert [ask(circuit, now + PROBE_S) for _ in range(2)] == [Gate.PROBE, Gate.OPEN]
     assert circuit.wait_s(now + PROBE_S) == PROBE_S
     circuit.note(now + PROBE_S, failed=False)
     assert is_closed(circuit)
@@ -196,7 +196,7 @@ def test_a_probes_answer_counts_when_it_is_late() -> None:
 def test_the_answer_of_a_probe_that_was_given_up_is_not_the_next_ones(failed: bool) -> None:  # noqa: FBT001 -- parametrized
     circuit = probing()
     first, now = circuit.era, T + OPEN_S + PROBE_S
-    assert ask(circuit, now) is Gate.ASK
+    assert ask(circuit, now) is Gate.PROBE
     tell(circuit, now + 0.5, failed=failed, era=first)
     assert circuit.is_open
     assert ask(circuit, now + 0.5) is Gate.OPEN  # the second is still awaited
@@ -211,7 +211,7 @@ def test_what_was_asked_before_it_opened_changes_nothing(failed: bool) -> None: 
     tell(circuit, T + 1, failed=failed, era=before)
     assert circuit.is_open
     assert circuit.wait_s(T + 1) == OPEN_S - 1
-    assert [ask(circuit, T + OPEN_S) for _ in range(2)] == [Gate.ASK, Gate.OPEN]
+    assert [ask(circuit, T + OPEN_S) for _ in range(2)] == [Gate.PROBE, Gate.OPEN]
     tell(circuit, T + OPEN_S + 0.25, failed=failed, era=before)  # nor while a probe is under way
     assert circuit.is_open
     assert circuit.wait_s(T + OPEN_S) == PROBE_S
@@ -226,11 +226,27 @@ def test_an_era_begins_with_each_probe() -> None:
     circuit = opened()
     eras = [circuit.era]
     for now in (T + OPEN_S, T + OPEN_S + PROBE_S):
-        assert [ask(circuit, now) for _ in range(2)] == [Gate.ASK, Gate.OPEN]
+        assert [ask(circuit, now) for _ in range(2)] == [Gate.PROBE, Gate.OPEN]
         eras.append(circuit.era)
     circuit.note(T + OPEN_S + PROBE_S, failed=False)
     assert ask(circuit, T + OPEN_S + PROBE_S) is Gate.ASK
     assert [*eras, circuit.era] == [0, 1, 2, 2]
+
+
+def test_each_transition_says_why_and_how_long_it_is_or_was_open() -> None:
+    circuit = Circuit()
+    answer(circuit, T, "..." + "f" * 6)
+    assert circuit.note(T, failed=True) == Transition(
+        is_open=True, seconds=OPEN_S, why="7 of 10 answers within 10 s were failures"
+    )
+    assert circuit.note(T + 1, failed=True) is None
+    for probed_at in (T + OPEN_S, T + 2 * OPEN_S):
+        assert ask(circuit, probed_at) is Gate.PROBE
+        assert circuit.open_s(probed_at) == probed_at - T
+        assert circuit.note(probed_at, failed=True) == Transition(is_open=True, seconds=OPEN_S, why="the probe failed")
+    assert ask(circuit, T + 20) is Gate.PROBE
+    assert circuit.note(T + 20.5, failed=False) == Transition(is_open=False, seconds=20.5, why="the probe was answered")
+    assert circuit.note(T + 21, failed=False) is None
 
 
 # --- a pause ----------------------------------------------------------------------------------------------------
@@ -274,7 +290,7 @@ def test_a_pause_and_an_open_circuit_are_both_waited_for(pause_s: float, gate: G
     longest = max(pause_s, OPEN_S)
     assert circuit.wait_s(T) == longest
     assert ask(circuit, T + longest - 0.5) is gate
-    assert [ask(circuit, T + longest) for _ in range(2)] == [Gate.ASK, Gate.OPEN]
+    assert [ask(circuit, T + longest) for _ in range(2)] == [Gate.PROBE, Gate.OPEN]
 
 
 def test_nothing_probes_during_a_pause() -> None:
@@ -283,7 +299,7 @@ def test_nothing_probes_during_a_pause() -> None:
     circuit.pause(now, PROBE_S + 1)
     assert ask(circuit, now + PROBE_S) is Gate.PAUSED
     assert circuit.wait_s(now) == PROBE_S + 1
-    assert ask(circuit, now + PROBE_S + 1) is Gate.ASK
+    assert ask(circuit, now + PROBE_S + 1) is Gate.PROBE
 
 
 def test_answers_count_during_a_pause() -> None:
@@ -319,6 +335,7 @@ class Model:
             return min(in_the_way, key=[Gate.PAUSED, Gate.OPEN].index)
         if self.opened_at is not None:
             self.probe, self.probe_ends = question, now + PROBE_S
+            return Gate.PROBE
         return Gate.ASK
 
     def note(self, now: float, question: int, *, failed: bool) -> None:
@@ -358,7 +375,7 @@ class CircuitMachine(RuleBasedStateMachine):
             gate = self.circuit.admit(self.now, probe_s=PROBE_S)
             assert gate is self.model.admit(self.now, question)
             self.eras.append(self.circuit.era)
-            if gate is Gate.ASK:
+            if gate in (Gate.ASK, Gate.PROBE):
                 self.out.append(question)
 
     @precondition(lambda self: self.out)

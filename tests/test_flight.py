@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from proxy.flight import Flights
+from proxy.flight import Flights, SameTurn
 
 
 class Work:
@@ -229,3 +229,44 @@ async def test_landing_waits_for_the_last_words_of_what_it_ends() -> None:
     assert said == ["goodbye"]
     await turns()
     assert caller.cancelled()
+
+
+# --- the same turn -----------------------------------------------------------------------------------------------
+
+
+@in_a_loop
+async def test_work_is_shared_by_those_who_ask_in_one_turn_and_by_nobody_later() -> None:
+    shared, works = SameTurn[str](), [Work(answer) for answer in ("first", "other key", "later")]
+    asked = [shared.share("key", works[0]), shared.share("key", works[2]), shared.share("other", works[1])]
+    await asyncio.sleep(0)
+    later = shared.share("key", works[2])
+    for work in works:
+        work.go.set()
+    assert await asyncio.gather(*asked, later) == ["first", "first", "other key", "later"]
+    assert [work.begun for work in works] == [1, 1, 1]
+
+
+@in_a_loop
+async def test_work_that_is_begun_in_any_case_is_shared_from_then_on() -> None:
+    shared, works = SameTurn[str](), [Work("first"), Work("second")]
+    asked = [shared.begin("key", works[0]), shared.begin("key", works[1]), shared.share("key", works[0])]
+    for work in works:
+        work.go.set()
+    assert await asyncio.gather(*asked) == ["first", "second", "second"]
+    assert [work.begun for work in works] == [1, 1]
+
+
+@in_a_loop
+async def test_shared_work_goes_on_without_one_who_leaves_and_fails_for_all() -> None:
+    shared, work = SameTurn[str](), Work(error=ValueError("no"))
+
+    async def wait() -> str:
+        return await shared.share("key", work)
+
+    callers = [asyncio.ensure_future(wait()) for _ in range(3)]
+    await asyncio.sleep(0)
+    callers[0].cancel()
+    work.go.set()
+    told = await asyncio.gather(*callers, return_exceptions=True)
+    assert [type(one) for one in told] == [asyncio.CancelledError, ValueError, ValueError]
+    assert (work.begun, work.ended) == (1, 1)

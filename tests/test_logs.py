@@ -20,6 +20,7 @@ import pytest
 from proxy import logs
 
 LIBRARIES = [
+    "aiohttp.client",
     "httpx2",
     "httpcore2",
     "httpcore2.http11",

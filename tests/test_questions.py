@@ -3,11 +3,11 @@
 import pytest
 
 from bodies import BODIES
+from proxy.address import Address
 from proxy.canonical import canonicalise
 from proxy.models import model_of
 from proxy.problems import BadRequest
 from proxy.questions import MAX_REMEMBERED, Question, Reader
-from proxy.upstream import Address
 
 ADDRESS = Address.of("https://api.rendernet.ai")
 BODY = b'[ {"model": "Flux", "seed": 1.0} ]'

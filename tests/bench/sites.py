@@ -1,11 +1,11 @@
-"""The servers beside the gateway: bare routes, upstream, stores, and nginx with Lua. All listen on loopback.
+"""The servers beside the gateway: bare routes, upstream, stores, and nginx. All listen on loopback.
 
 Stores are Valkey servers over TCP, the peer's as the gateway's.
 """
 
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,10 +113,15 @@ def bare(place: Place, kind: str, *rest: str) -> Iterator[Site]:
         yield site
 
 
+def no_nginx() -> str | None:
+    """Why nginx cannot be run; None if it can."""
+    return None if shutil.which("nginx") else "nginx is not installed"
+
+
 def no_peer() -> str | None:
     """Why nginx with Lua cannot be run; None if it can."""
-    if shutil.which("nginx") is None:
-        return "nginx is not installed"
+    if (reason := no_nginx()) is not None:
+        return reason
     if _modules() is None:
         return "nginx has no Lua (Debian: libnginx-mod-http-lua)"
     return None if _LUA_REDIS.exists() else "Lua has no Redis library for nginx (Debian: lua-nginx-redis, lua-cjson)"
@@ -126,16 +131,34 @@ def no_peer() -> str | None:
 def peer(place: Place, own: Store) -> Iterator[Site]:
     """The peer: nginx with Lua, one worker."""
     url, port = place.address()
-    facts = {"MODULES": _modules(), "FOLDER": place.folder, "PORT": port, "STORE_PORT": own.port}
-    for name in ("peer.conf", "peer.lua"):
-        text = (_HERE / name).read_text(encoding="utf-8")
-        for fact, value in {**facts, "TOKEN": token("design")}.items():
-            text = text.replace(f"@{fact}@", str(value))
-        (place.folder / name).write_text(text, encoding="utf-8")
-    command = ["nginx", "-c", str(place.folder / "peer.conf")]
-    with running("nginx", command, place.folder, place.cores.server) as child:
-        child.wait_until(lambda: speaks(url))
+    facts = {"MODULES": _modules(), "PORT": port, "STORE_PORT": own.port, "TOKEN": token("design")}
+    _fill_in(place, "peer.lua", facts)
+    with _nginx(place, "peer", url, facts) as child:
         yield Site(url, child, lambda: child.family()[1:], own)
+
+
+@contextmanager
+def nginx_pass(place: Place, upstream_url: str) -> Iterator[Site]:
+    """An nginx that passes everything on, one worker."""
+    url, port = place.address()
+    with _nginx(place, "pass", url, {"PORT": port, "UPSTREAM": upstream_url.removeprefix("http://")}) as child:
+        yield Site(url, child, lambda: child.family()[1:])
+
+
+@contextmanager
+def _nginx(place: Place, name: str, url: str, facts: Mapping[str, object]) -> Iterator[Child]:
+    config = _fill_in(place, f"{name}.conf", facts)
+    with running(f"nginx-{name}", ["nginx", "-c", str(config)], place.folder, place.cores.server) as child:
+        child.wait_until(lambda: speaks(url))
+        yield child
+
+
+def _fill_in(place: Place, name: str, facts: Mapping[str, object]) -> Path:
+    text = (_HERE / name).read_text(encoding="utf-8")
+    for fact, value in {"FOLDER": place.folder, **facts}.items():
+        text = text.replace(f"@{fact}@", str(value))
+    (place.folder / name).write_text(text, encoding="utf-8")
+    return place.folder / name
 
 
 @contextmanager

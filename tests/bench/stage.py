@@ -10,7 +10,7 @@ from typing import TypeVar
 from bench.gateways import Terms, gateway
 from bench.load import Kind, Loads
 from bench.machine import Cores
-from bench.sites import Place, Site, Store, Upstream, bare, peer, store, upstream
+from bench.sites import Place, Site, Store, Upstream, bare, nginx_pass, peer, store, upstream
 from bench.traffic import TEAMS
 
 _Opened = TypeVar("_Opened")
@@ -62,7 +62,15 @@ class Stage:
 
     @cached_property
     def forward(self) -> Site:
-        return self._enter(bare(self.place, "forward", self.upstream.site.url))
+        return self._enter(bare(self.place, "httpx2", self.upstream.site.url))
+
+    @cached_property
+    def aiohttp(self) -> Site:
+        return self._enter(bare(self.place, "aiohttp", self.upstream.site.url))
+
+    @cached_property
+    def nginx(self) -> Site:
+        return self._enter(nginx_pass(self.place, self.upstream.site.url))
 
     @cached_property
     def peer(self) -> Site:

@@ -31,7 +31,7 @@ _RATIOS = (
     ("401 ÷ hot hit", "401", "hit", 1.0),
     ("402 ÷ hot hit", "402", "hit", 1.0),
     ("429 ÷ hot hit", "429", "hit", 1.0),
-    ("miss ÷ bare httpx2 proxy route", "miss", "forward", 0.7),
+    ("miss ÷ bare httpx2 proxy route", "miss", "forward", 2.0),
 )
 _ADMISSION_US = 10.0
 
