@@ -190,6 +190,8 @@ async def _is_usable(connection: AbstractConnection) -> bool:
 
 def _as_not_connected(error: BaseException) -> BaseException:
     """A refused command of the set-up, such as SELECT, is a connection that failed; so is one without an answer."""
-    if isinstance(error, ResponseError | OSError):  # TimeoutError is an OSError
-        return NotConnectedError(str(error) or "no connection in time")
-    return error
+    if not isinstance(error, ResponseError | OSError):  # TimeoutError is an OSError
+        return error
+    failure = NotConnectedError(str(error) or "no connection in time")
+    failure.__cause__ = error
+    return failure

@@ -22,8 +22,8 @@ from typing import Generic, TypeVar
 MAX_LINES = 10_000
 """Some 6 MB of requests' lines: half a second of one busy core."""
 
-GATHER_S = 0.02
-"""A line waits this long for others, which are then written together."""
+PAUSE_S = 0.05
+"""After the queue was empty. Lines that come meanwhile are written together: a wake-up costs more than a line."""
 
 RETRY_S = 1.0
 """Between two attempts, once a write has failed."""
@@ -86,9 +86,9 @@ class LogWriter(Generic[_Line]):
         while True:
             with self._lock:
                 self._changed.wait_for(lambda: not self._idle, RETRY_S if self._missing else None)
-            time.sleep(GATHER_S)
             while self._write_next():
                 pass
+            time.sleep(PAUSE_S)
 
     def _write_next(self) -> bool:
         """Writes the next lines, or after the last one how many are missing. False: there are none, or it failed."""

@@ -137,6 +137,7 @@ def _timestamp(epoch_ms: int) -> str:
     return datetime.fromtimestamp(epoch_ms / 1000, UTC).isoformat(timespec="milliseconds")
 
 
+@lru_cache
 def _name_of(level: int) -> str:
     return logging.getLevelName(level).lower()
 

@@ -164,9 +164,13 @@ class House:
         *options: str,
         command: Sequence[str] = (sys.executable, "-m", "proxy"),
         env: Mapping[str, str] | None = None,
+        stderr: int | None = None,
         **sections: Tree,
     ) -> Served:
-        """Starts a gateway, and does not wait for it. `command` is how the program is called."""
+        """Starts a gateway, and does not wait for it. `command` is how the program is called.
+
+        stderr: standard error, where that is not its log.
+        """
         config = self.config(**sections)
         log = self.folder / f"{len(self._started)}.log"
         with log.open("wb") as stream:
@@ -174,7 +178,7 @@ class House:
                 [*command, "serve", "--config", str(config), "--port", "0", *options],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
-                stderr=stream,
+                stderr=stream if stderr is None else stderr,
                 cwd=self.folder,
                 env=self.environment(**(env or {})),
             )
