@@ -235,9 +235,12 @@ class LedgerMachine(RuleBasedStateMachine):
         Who is refused is told what was so then, who is admitted what is so behind them all.
         """
         expected: dict[int, Expected] = {}
+        # The requests to settle are given out in the order of `acts`, as the gateway asks. Given out in the order of
+        # decisions, an act that is grouped with an earlier one could take the request of an act between the two.
+        ended = [self._ended(where, act) for act in acts]
         out = self._processes[where].out
-        for numbers in [[number] for number in range(len(acts))] if out else self._alike(where, acts):
-            found = [self._expect(where, acts[number]) for number in numbers]
+        for numbers in [[number] for number in range(len(acts))] if out else self._alike(acts, ended):
+            found = [self._expect(where, acts[number], ended[number]) for number in numbers]
             if len(found) > 1:
                 found = [one._replace(said=standing_as(found[-1].said, one.said)) for one in found]
             expected.update(zip(numbers, found, strict=True))
@@ -250,15 +253,15 @@ class LedgerMachine(RuleBasedStateMachine):
             return one
         return one._replace(said=standing_as(self._books.say(one.deal), one.said))
 
-    def _alike(self, where: int, acts: list[Act]) -> list[list[int]]:
+    def _ended(self, where: int, act: Act) -> tuple[Ticket, Admitted] | None:
+        return self._pick(where, act.pick, unseen=False) if act.kind in ("settle", "refund") else None
+
+    def _alike(self, acts: list[Act], ended: list[tuple[Ticket, Admitted] | None]) -> list[list[int]]:
         """The numbers of those that are decided as one, which a sum beyond what Lua holds exactly would not be."""
         groups: list[list[int]] = []
         known: dict[object, list[int]] = {}
-        waiting = sum(ticket.entry is not None for ticket, _ in self._waiting[where])
         for number, act in enumerate(acts):
-            ends = act.kind in ("settle", "refund") and waiting > 0
-            waiting -= ends
-            alike = not ends and act.kind not in ("peek", "pass")
+            alike = ended[number] is None and act.kind not in ("peek", "pass")
             alike = alike and all(one.refuses for one in self._deals[act.team][0].limits)
             bill = act.bill if act.kind == "charge" else None  # all others are admitted
             kind = (act.team, bill) if alike else number
@@ -270,10 +273,10 @@ class LedgerMachine(RuleBasedStateMachine):
             group.append(number)
         return groups
 
-    def _expect(self, where: int, act: Act) -> Expected:
+    def _expect(self, where: int, act: Act, ended: tuple[Ticket, Admitted] | None) -> Expected:
         """What is to be asked, and what must come of it."""
-        if act.kind in ("settle", "refund") and (found := self._pick(where, act.pick, unseen=False)):
-            return self._expect_end(where, act, *found)
+        if ended is not None:
+            return self._expect_end(where, act, *ended)
         return self._expect_unseen(where, act) if self._processes[where].out else self._expect_begin(where, act)
 
     def _expect_begin(self, where: int, act: Act) -> Expected:
@@ -370,3 +373,18 @@ def test_the_ledger_does_as_its_model(world: World) -> None:
     )
     machine: Any = partial(LedgerMachine, world)
     run_state_machine_as_test(machine, settings=profile)
+
+
+def test_with_one_request_to_settle_the_first_settlement_takes_it(world: World) -> None:
+    """The second one is an admission, which the ledger decides together with the one before both."""
+    machine, bill = LedgerMachine(world), Bill("hit", 5, "Flux")
+    warning = Draft("requests", "day", refuses=False, most=9, is_relative=False)
+    machine.limits_change("design", [warning])  # each request of the team is told how it stood at that step
+    machine.turn(0, [Act("admit", "design", bill, 0)])
+    machine.turn(0, [Act("admit", "film", bill, 0), Act("settle", "design", bill, 0), Act("settle", "film", bill, 0)])
+    machine.all_adds_up()
+    used = {name: amounts for name, (amounts, _) in world.keys().items() if ":u:" in name}
+    assert used == {
+        "ep1:{acme}:u:2031-10-25:design": {"Flux:hit:requests": 1, "Flux:hit:credits": 5},
+        "ep1:{acme}:u:2031-10-25:film": {"-:cancelled:requests": 2},
+    }
