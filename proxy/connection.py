@@ -12,6 +12,7 @@ Of uvicorn remain the ASGI messages of a request, flow control, and the server t
 """
 
 import asyncio
+import logging
 import math
 import secrets
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from uvicorn.server import ServerState
 from proxy.cycle import Cycle
 from proxy.framing import MAX_HEAD_BYTES, ChunkedBody, RequestHead, find_end_of_head, parse_head, skip_empty_lines
 from proxy.heads import Head
+from proxy.logs import event
 from proxy.problems import BadRequest, Code, Problem
 
 KEEP_ALIVE_S = 75
@@ -46,6 +48,8 @@ WHOLE_BODY = "estimate_proxy.body"
 
 HEAD = "estimate_proxy.head"
 """Where a request's scope has its headers as a `Head`."""
+
+log = logging.getLogger(__name__)
 
 _ASGI: Any = {"version": "3.0", "spec_version": "2.3"}
 
@@ -320,6 +324,13 @@ class Connection(asyncio.Protocol):
 
     def _write_problem(self, problem: Problem) -> None:
         request_id = secrets.token_hex(16)
+        facts = {
+            "request_id": request_id,
+            "status": problem.status,
+            "code": problem.code.value,
+            "reason": problem.detail,
+        }
+        event(log, logging.INFO, "malformed request", facts)
         body = problem.document(request_id)
         fields = [
             *self.server_state.default_headers,

@@ -208,7 +208,7 @@ class EmbeddedStores:
 
     def _remedied(self, role: Role, error: ExitedError) -> str:
         directory = self._directory_of(role)
-        damage = damage_of_tail(directory, self._servers[role].program)
+        damage = damage_of_tail(directory, self._servers[role].program, datetime.now(UTC))
         return f"embedded store {role}: {damage}" if damage else f"{error}: {remedy_of(str(error), directory)}"
 
     def _try_without_files(self, role: Role, error: ExitedError) -> None:

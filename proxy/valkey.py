@@ -41,6 +41,9 @@ _CRASHES = {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.
 """Valkey's own, which damaged files can lead to."""
 
 _CUT_OFF = re.compile(r"Truncating the AOF (\S+) at offset (\d+)")
+_OVERCOMMIT = "WARNING Memory overcommit"
+"""In a line of Valkey's log that is there at each start, whatever went wrong."""
+
 _ADVICE = re.compile(r": make a backup of your AOF file, then use \S+ --fix <filename.manifest>")
 """It cannot be followed; see `proxy.aof`."""
 
@@ -221,7 +224,8 @@ class Valkey:
         with suppress(OSError), self._log.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
             lines = _ADVICE.sub("", log.read().decode(errors="replace")).splitlines()
-            return " | ".join([line.strip() for line in lines if line.strip()][-_LOG_TAIL_LINES:])
+            said = [line.strip() for line in lines if line.strip() and _OVERCOMMIT not in line]
+            return " | ".join(said[-_LOG_TAIL_LINES:])
         return "(unreadable)"
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import select
 import socket
 import time
@@ -113,6 +114,19 @@ def assert_refused(reply: bytes, status: int) -> None:
 @pytest.mark.parametrize(("text", "status"), refused_heads().items())
 def test_a_malformed_head_is_refused_and_what_follows_is_not_read(scene: Scene, text: bytes, status: int) -> None:
     assert_refused(scene.raw(text + SMUGGLED), status)
+
+
+def test_a_malformed_request_has_a_log_line_under_its_id(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "proxy"):
+        reply = scene.raw(b"FOO / HTTP/1.1\r\nHost: x\r\n\r\n")
+    problem = json.loads(reply.partition(b"\r\n\r\n")[2])
+    (record,) = (record for record in caplog.records if record.getMessage() == "malformed request")
+    assert record.__dict__["facts"] == {
+        "request_id": problem["request_id"],
+        "status": 501,
+        "code": "not-implemented",
+        "reason": problem["detail"],
+    }
 
 
 @pytest.mark.parametrize("text", NOT_CHUNKED)
@@ -237,8 +251,8 @@ class TestHeadsThatDoNotArrive:
 
     @pytest.mark.parametrize("beginning", [b"", b"\r\n", b"POST /", b"POST / HTTP/1.1\r\nHost: x\r\n"])
     def test_are_cut_off(self, impatient: tuple[str, int], beginning: bytes) -> None:
+        began = time.monotonic()
         with socket.create_connection(impatient, timeout=10) as connection, Reader(connection) as reader:
-            began = time.monotonic()
             connection.sendall(beginning)
             if beginning.strip():
                 assert reader.response()[0] == 400

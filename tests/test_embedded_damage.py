@@ -19,6 +19,7 @@ from conftest import Stage
 from embedded_stores import LEDGER, client, manifest, running, until
 from processes import House, house
 from proxy import embedded, valkey
+from proxy.aof import remedy_of
 from proxy.embedded import EmbeddedStoreError, EmbeddedStores, Role
 
 BOOK: tuple[Role] = ("price-book",)
@@ -205,7 +206,8 @@ def test_a_ledger_whose_commands_are_damaged_is_refused_and_cut_off_only_by_hand
     assert message.startswith(f"embedded store ledger: {files.commands} is damaged after its first ")
     assert f" of {size} bytes: restore a backup" in message
     follow(message)
-    assert Files(files.folder.with_name("appendonlydir.damaged")).content() == damaged
+    (copy,) = files.folder.parent.glob("appendonlydir.before-repair-*")
+    assert Files(copy).content() == damaged
     assert before.startswith(files.commands.read_bytes())
     assert keys(data_dir, "ledger") == OLD | set(sorted(NEW)[:readable])
 
@@ -401,6 +403,11 @@ def test_files_of_another_user_are_named(tmp_path: Path, intact: Path, part: str
             message, uid = refusal(data_dir), os.geteuid()
     assert f"Permission denied: '{path}'" in message
     assert f"all of it must belong to the user that runs the gateway (uid {uid})" in message
+
+
+def test_what_to_do_about_too_few_descriptors_has_nothing_to_do_with_damage(tmp_path: Path) -> None:
+    story = "Your current 'ulimit -n' of 24 is not enough for the server to start."
+    assert remedy_of(story, tmp_path).startswith("let the gateway have more file descriptors: ulimit -n")
 
 
 def test_what_to_do_about_a_directory_is_said_by_what_is_wrong_with_it() -> None:
