@@ -49,7 +49,7 @@ Reply = Priced | Unpriced | Rejected | Failed
 TROUBLES: dict[str, Failed] = {
     "fails": Failed("upstream-error", 500),
     "sends a page": Failed("upstream-error", 200),
-    "hangs up": Failed("upstream-error", None),
+    "hangs up": Failed("upstream-error", 200),
     "is busy": Failed("upstream-busy", 429, retry_after_s=BUSY_S, outage=False),
     "refuses the key": Failed("upstream-refused", 401, outage=False),
 }
