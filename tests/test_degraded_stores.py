@@ -211,6 +211,8 @@ def test_without_its_ledger_it_admits_if_that_is_wanted(fault: str, premises: Pr
     assert simulator.calls == 1 + len(told)
     wait_until(lambda: metric(client, "buffered_debits") == 0, within_s=BACK_S)
     recovered = _asked_until_all_is_well(crew, ADMITS)
-    assert len(log.told("the ledger is back: what was admitted without it is on the books")) == 1
+    back = "the ledger is back: what was admitted without it is on the books"
+    wait_until(lambda: log.told(back))  # lines are written a moment later
+    assert len(log.told(back)) == 1
     assert len(log.said()) <= MOST_LINES
     assert_booked(crew, 1 + len(told) + recovered, at=ADMITS, perhaps=round(metric(client, UNANSWERED) - unanswered))

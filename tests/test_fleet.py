@@ -313,7 +313,7 @@ def test_a_changed_price_list_is_noticed_everywhere_and_asked_again_without_a_st
     assert_in_time(
         seconds_until(lambda: all(crew.explain(at, bodies[-1])["ttl_s"] <= 0 for at in range(4)), within_s=10), 1.5
     )
-    assert crew.fleet.gateways[2].told("price list changed")
+    wait_until(lambda: crew.fleet.gateways[2].told("price list changed"))
 
     calls = simulator.calls
     crew.fleet.store.hset(crew.book, "audit_until_ms", int(time.time() * 1000) + 60_000)
