@@ -4,11 +4,13 @@ A server takes a quarter of a second to come and go, so they are kept: each serv
 """
 
 import asyncio
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, suppress
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -86,10 +88,18 @@ def serving(app: ASGIApp) -> Iterator[str]:
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    """A port that nobody listens on. It is below the range from which the kernel takes ports for outgoing connections,
+    so that no client takes it before the server does.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(_ephemeral_ports_from() - 10_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
+def _ephemeral_ports_from() -> int:
+    range_file = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    return int(range_file.read_text().split()[0]) if range_file.exists() else 32_768
 
 
 def wait_until(condition: Callable[[], object], *, within_s: float = 10.0) -> None:

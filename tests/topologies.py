@@ -94,6 +94,7 @@ class Member:
             self._process.send_signal(signal.SIGCONT)
 
     def answers(self) -> bool:
+        assert self._process.poll() is None, (self.folder / "log").read_text()
         with suppress(redis.RedisError):
             return bool(self.client.ping())
         return False
