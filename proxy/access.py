@@ -4,8 +4,8 @@ from collections.abc import Collection
 from datetime import date, datetime
 from zoneinfo import ZoneInfo
 
+from proxy.auth import Team, Teams, digest_of
 from proxy.problems import Code, Problem
-from proxy.teams import Team, Teams, digest_of
 
 _NO_TOKEN = Problem(Code.UNKNOWN_TOKEN, "Send your team's token as X-API-KEY, or as Authorization: Bearer <token>.")
 _UNKNOWN = Problem(

@@ -17,31 +17,31 @@ from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
 from proxy.access import Access
-from proxy.address import ESTIMATE_PATH, Address
-from proxy.asking import Asker
-from proxy.choices import Windows
-from proxy.decisions import Decisions
-from proxy.descriptors import DescriptorMonitor
-from proxy.embedded import running_url
-from proxy.gateway import Gateway, Policy
-from proxy.ledger import Ledger
-from proxy.lifecycle import Lifecycle
-from proxy.metrics import Metrics
-from proxy.persistence import data_loss_warning
-from proxy.pricebook import PriceBook
-from proxy.questions import Reader
-from proxy.quotas import Quota, Rate, Scope, Terms
-from proxy.reports import Reports
-from proxy.rules import InForce, Rules
-from proxy.scrape import Scrape
-from proxy.settings import Quota as QuotaSettings
-from proxy.settings import Settings
-from proxy.sheets import LedgerKeys
-from proxy.statements import Statements
-from proxy.store import OLDEST_REDIS, EmbeddedUrls, Store, open_book_store, open_ledger_store
-from proxy.teams import Credential, Team, Teams
-from proxy.upstream import Upstream
-from proxy.web import StoryEndpoint, probe_answer, refuse_route
+from proxy.auth import Credential, Team, Teams
+from proxy.cache.price_book import PriceBook
+from proxy.embedded.stores import running_url
+from proxy.gateway.estimates import Gateway, Policy
+from proxy.gateway.fetcher import Asker
+from proxy.gateway.freshness import Windows
+from proxy.gateway.in_flight import Lifecycle
+from proxy.gateway.live_config import InForce, Rules
+from proxy.gateway.questions import Reader
+from proxy.http.endpoint import StoryEndpoint, probe_answer, refuse_route
+from proxy.http.metrics_endpoint import Scrape
+from proxy.http.usage_endpoints import Statements
+from proxy.quota.batches import Decisions
+from proxy.quota.counters import LedgerKeys
+from proxy.quota.ledger import Ledger
+from proxy.quota.quotas import Quota, Rate, Scope, Terms
+from proxy.quota.reports import Reports
+from proxy.settings.schema import Quota as QuotaSettings
+from proxy.settings.schema import Settings
+from proxy.store.client import OLDEST_REDIS, EmbeddedUrls, Store, open_book_store, open_ledger_store
+from proxy.store.persistence import data_loss_warning
+from proxy.telemetry.descriptors import DescriptorMonitor
+from proxy.telemetry.metrics import Metrics
+from proxy.upstream.address import ESTIMATE_PATH, Address
+from proxy.upstream.client import Upstream
 
 EXPLAIN_PATH = "/v1/explain"
 PURGE_PATH = "/v1/cache/purge"

@@ -1,7 +1,7 @@
 """How a request can end, and the one document that tells a client why it failed.
 
 A *denial* is a `Problem`, returned like any other value. A *failure* is an exception of this tree; those that reach
-`proxy.web` become responses there:
+`proxy.http.endpoint` become responses there:
 
     ProxyError
     ├── BadRequest          the request itself is at fault; carries its `Problem`

@@ -16,15 +16,15 @@ import redis
 from starlette.types import Receive, Scope, Send
 
 from configs import Problems, Read
-from ledger_desk import COOLDOWN_S, Skewed
+from faulty_proxy import Relay, relay
+from gateway_fixture import API_KEY, DESIGN, PLENTY, Scene, gateway, settings
+from ledger_fixture import COOLDOWN_S, Skewed
 from ledger_stage import World, open_world
 from processes import Tree
-from proxy.embedded import EmbeddedStores
-from proxy.simulator import Simulator
-from proxy.teams import digest_of
+from proxy.auth import digest_of
+from proxy.demo.simulator import Simulator
+from proxy.embedded.stores import EmbeddedStores
 from quota_scenes import ADMIN, Limited, team
-from relay import Relay, relay
-from scene import API_KEY, DESIGN, PLENTY, Scene, gateway, settings
 from serving import HOSTS, serving, wait_until
 from watching import GUARD
 
@@ -55,7 +55,7 @@ def _hosts() -> Iterator[None]:
 def _counted_at_once() -> Iterator[None]:
     """Gateways in the tests' own process count what has happened in the next turn of their loop."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("proxy.metrics.FLUSH_AFTER_S", 0)
+        patch.setattr("proxy.telemetry.metrics.FLUSH_AFTER_S", 0)
         yield
 
 
@@ -137,8 +137,8 @@ def open_gateway(valkey_url: str, upstream: tuple[Stage, str], simulator: Simula
 @pytest.fixture
 def cold(monkeypatch: pytest.MonkeyPatch) -> None:
     """No memory of prices and books in the process: the store decides each time."""
-    monkeypatch.setattr("proxy.hot.MAX_AGE_S", -1.0)
-    monkeypatch.setattr("proxy.pricebook.BOOK_REREAD_S", -1.0)
+    monkeypatch.setattr("proxy.cache.memory.MAX_AGE_S", -1.0)
+    monkeypatch.setattr("proxy.cache.price_book.BOOK_REREAD_S", -1.0)
 
 
 @pytest.fixture
@@ -196,14 +196,14 @@ def world(monkeypatch: pytest.MonkeyPatch, any_store_url: str) -> Iterator[World
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """After an outage nobody waits for long."""
-    monkeypatch.setattr("proxy.store_health.COOLDOWN_S", COOLDOWN_S)
-    monkeypatch.setattr("proxy.ledger.FLUSH_EVERY_S", 0.02)
+    monkeypatch.setattr("proxy.store.health.COOLDOWN_S", COOLDOWN_S)
+    monkeypatch.setattr("proxy.quota.ledger.FLUSH_EVERY_S", 0.02)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Skewed:
     skewed = Skewed()
-    monkeypatch.setattr("proxy.decisions.time_ns", skewed)
+    monkeypatch.setattr("proxy.quota.batches.time_ns", skewed)
     return skewed
 
 

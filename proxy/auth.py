@@ -1,0 +1,85 @@
+"""Teams and their tokens.
+
+A token is `ep_`, 32 random base62 characters and 6 base62 characters of the CRC-32 of what stands before them:
+a typing error is refused without a look-up, and a secret scanner can recognise one. The gateway knows only
+SHA-256 digests of tokens; 190 random bits need no slow hash.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from hashlib import sha256
+from zlib import crc32
+
+from proxy.quota.quotas import Terms
+
+PREFIX = "ep_"
+RANDOM_CHARACTERS = 32
+CHECK_CHARACTERS = 6
+TOKEN_CHARACTERS = len(PREFIX) + RANDOM_CHARACTERS + CHECK_CHARACTERS
+BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+_TOKEN = re.compile(rf"{PREFIX}[0-9A-Za-z]{{{RANDOM_CHARACTERS + CHECK_CHARACTERS}}}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    id: str
+    account: str
+    disabled: bool
+    terms: Terms
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """What a token opens. `expires` is the last day on which it does."""
+
+    team: Team
+    expires: date | None
+
+    def works_on(self, today: date) -> bool:
+        return self.expires is None or today <= self.expires
+
+
+class Teams:
+    """All teams, by the digests of their tokens."""
+
+    def __init__(self, by_digest: Mapping[str, Credential]) -> None:
+        self._by_digest = by_digest
+        self._found: dict[str, Credential] = {}
+        """By tokens that have been used: they are as many as the digests, at most."""
+
+    def find(self, token: str) -> Credential | None:
+        """What `token` opens, unless it is malformed or unknown."""
+        found = self._found.get(token)
+        if found is None and len(token) == TOKEN_CHARACTERS and is_well_formed(token):
+            found = self._by_digest.get(digest_of(token))
+            if found is not None:
+                self._found[token] = found
+        return found
+
+
+def token_of(random: str) -> str:
+    """The token made of 32 random base62 characters."""
+    stem = PREFIX + random
+    return stem + _check_characters(stem)
+
+
+def is_well_formed(token: str) -> bool:
+    stem = token[:-CHECK_CHARACTERS]
+    return _TOKEN.fullmatch(token) is not None and token == stem + _check_characters(stem)
+
+
+def digest_of(token: str) -> str:
+    """The form in which the config holds a token: `sha256:` and 64 hexadecimal characters."""
+    return "sha256:" + sha256(token.encode()).hexdigest()
+
+
+def _check_characters(stem: str) -> str:
+    number = crc32(stem.encode())
+    digits = []
+    for _ in range(CHECK_CHARACTERS):
+        number, digit = divmod(number, len(BASE62))
+        digits.append(BASE62[digit])
+    return "".join(reversed(digits))

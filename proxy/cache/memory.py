@@ -1,0 +1,74 @@
+"""The hottest prices, in this process: bounded by entries and bytes, for a minute at the most.
+
+Where there is no room, the one goes that was read longest ago. What is in use comes back with its next minute, and to
+note each use would take longer than to read a price again now and then.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from proxy.cache.prices import Entry
+
+MAX_AGE_S = 60.0
+"""So long a process may miss that another one has asked for the same price anew. Another price it hears of: see `drops`
+in `proxy.cache.price_book`."""
+
+MAX_ENTRIES = 10_000
+MAX_BYTES = 16 * 2**20
+OVERHEAD_BYTES = 600
+"""What an entry takes beside its price's own bytes; measured generously."""
+
+
+@dataclass(frozen=True, slots=True)
+class HotEntry:
+    """`read_at` is on this process's monotonic clock, taken before the store was asked, and so is `drops`.
+
+    drops: of the account's book, as far as was known; -1 if nothing was.
+    """
+
+    entry: Entry
+    now_ms: int
+    read_at: float
+    drops: int
+
+
+class HotPrices:
+    def __init__(self, *, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES) -> None:
+        self._entries: OrderedDict[str, HotEntry] = OrderedDict()
+        self._max_entries = max_entries
+        self._max_bytes = max_bytes
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: str, now: float) -> HotEntry | None:
+        found = self._entries.get(key)
+        if found is None:
+            return None
+        if now - found.read_at > MAX_AGE_S:
+            self.drop(key)
+            return None
+        return found
+
+    def put(self, key: str, found: HotEntry) -> None:
+        """Keeps `found`, unless it was read before what is here: replies can overtake each other."""
+        known = self._entries.get(key)
+        if known is not None and known.read_at > found.read_at:
+            return
+        self.drop(key)
+        self._entries[key] = found
+        self._bytes += _size(found)
+        while len(self._entries) > self._max_entries or self._bytes > self._max_bytes:
+            _, oldest = self._entries.popitem(last=False)
+            self._bytes -= _size(oldest)
+
+    def drop(self, key: str) -> None:
+        found = self._entries.pop(key, None)
+        if found is not None:
+            self._bytes -= _size(found)
+
+
+def _size(found: HotEntry) -> int:
+    price = found.entry.price
+    return OVERHEAD_BYTES + len(price.estimated) + len(price.rest)

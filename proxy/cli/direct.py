@@ -1,0 +1,41 @@
+"""What the command line asks the ledger: directly, beside a gateway that runs or without one."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from proxy.app import terms_of
+from proxy.embedded.stores import running_url
+from proxy.problems import BadRequest, Code
+from proxy.quota.counters import LedgerKeys
+from proxy.quota.quotas import Standing
+from proxy.quota.reports import Reports
+from proxy.quota.usage import Usage, UsageQuery
+from proxy.settings.schema import Settings
+from proxy.store.client import EmbeddedUrls, open_ledger_store
+
+
+async def ask_usage(settings: Settings, query: UsageQuery) -> Usage:
+    """Raises `BadRequest` if nobody has ever heard of the team, `StoreUnavailable`, `EmbeddedStoreError`."""
+    async with _open_reports(settings) as reports:
+        if query.team not in (None, *settings.teams, *await reports.teams()):
+            raise BadRequest(Code.INVALID_QUERY, "team names none that is configured or ever had usage.")
+        return await reports.usage(query)
+
+
+async def ask_standings(settings: Settings, team: str | None) -> list[Standing]:
+    """How a team stands, or with None each one. Raises `StoreUnavailable`, `EmbeddedStoreError`."""
+    wanted = [terms for terms in terms_of(settings).values() if team in (None, terms.team)]
+    async with _open_reports(settings) as reports:
+        return await reports.standings(wanted)
+
+
+@asynccontextmanager
+async def _open_reports(settings: Settings) -> AsyncIterator[Reports]:
+    data_dir = settings.store.data_dir
+    embedded_urls: EmbeddedUrls = {"ledger": running_url(data_dir, role="ledger")} if settings.store.url is None else {}
+    store = open_ledger_store(settings, embedded_urls)
+    try:
+        await store.open()
+        yield Reports(store, LedgerKeys(settings.org.id), settings.org.zone)
+    finally:
+        await store.close()

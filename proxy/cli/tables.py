@@ -1,0 +1,111 @@
+"""Tables: aligned for people on a terminal, tab-separated with stable columns for programs behind a pipe."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from zoneinfo import ZoneInfo
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from proxy.quota.quotas import Quota, Standing
+from proxy.quota.usage import Usage, UsageQuery, amounts_of
+from proxy.quota.windows import rfc3339
+
+WITHOUT_LIMIT = 10_000
+"""Columns of a terminal that any table fits into."""
+
+QUOTA_COLUMNS = ("scope", "team", "measure", "per", "limit", "used", "remaining", "on_exceed", "resets_at")
+NOBODY = "-"
+"""In the column of teams: the organisation."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Used:
+    """A quota and what is used of it."""
+
+    team: str
+    quota: Quota
+    used: int
+    resets_at_s: int
+
+    @property
+    def amounts(self) -> list[str]:
+        """Limit, used and remaining."""
+        left = max(0, self.quota.limit - self.used)
+        return [self.quota.text(amount) for amount in (self.quota.limit, self.used, left)]
+
+    @property
+    def on_exceed(self) -> str:
+        return "refuse" if self.quota.refuse else "warn"
+
+
+def tabbed(lines: Iterable[Sequence[str]]) -> str:
+    return "".join("\t".join(cells) + "\n" for cells in lines)
+
+
+def usage_table(usage: Usage, query: UsageQuery, zone: ZoneInfo, console: Console) -> Table:
+    """Usage for people, with the outcomes that occurred if there is room for them."""
+    title = f"{query.first} to {query.last}, {zone.key}"
+    wide = _usage_table(usage, query, title, tuple(usage.total.outcomes))
+    width = console.measure(wide, options=console.options.update_width(WITHOUT_LIMIT)).maximum
+    return wide if width <= console.width else _usage_table(usage, query, title, ())
+
+
+def quota_lines(standings: Sequence[Standing], zone: ZoneInfo) -> list[list[str]]:
+    """Quotas for programs; the organisation's once."""
+    return [list(QUOTA_COLUMNS), *(_quota_cells(used, zone) for used in _quotas(standings))]
+
+
+def quota_table(standings: Sequence[Standing], zone: ZoneInfo) -> Table:
+    """Quotas for people; the organisation's once, without a team."""
+    table = _table(f"quotas on estimates, {zone.key}")
+    for name in ("team", "quota"):
+        table.add_column(name, overflow="fold")
+    for name in ("limit", "used", "remaining"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("on exceed", "resets at"):
+        table.add_column(name, no_wrap=True)
+    for used in _quotas(standings):
+        resets_at = f"{datetime.fromtimestamp(used.resets_at_s, zone):%Y-%m-%d %H:%M}".removesuffix(" 00:00")
+        table.add_row(*map(Text, (used.team, used.quota.policy, *used.amounts, used.on_exceed, resets_at)))
+    return table
+
+
+def _usage_table(usage: Usage, query: UsageQuery, title: str, outcomes: Sequence[str]) -> Table:
+    table = _table(title, with_footer=True)
+    for place, group in enumerate(query.by):
+        table.add_column(group, "total" if place == 0 else "", overflow="fold")
+    names = ("requests", "refused", "estimated credits", *outcomes)
+    for name, total in zip(names, amounts_of(usage.total, outcomes), strict=True):
+        table.add_column(name, total, justify="right", no_wrap=True)
+    for row in usage.rows:
+        table.add_row(*map(Text, (*row.group, *amounts_of(row, outcomes))))
+    return table
+
+
+def _table(title: str, *, with_footer: bool = False) -> Table:
+    return Table(
+        title=Text(title),
+        title_justify="left",
+        show_footer=with_footer,
+        box=None,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+
+
+def _quotas(standings: Sequence[Standing]) -> list[_Used]:
+    """The organisation's quotas, which all teams have in common, and then the teams'."""
+    found = [
+        _Used(NOBODY if quota.scope == "org" else standing.terms.team, quota, used, standing.windows[quota.per].end_s)
+        for standing in standings
+        for quota, used in zip(standing.terms.quotas, standing.used, strict=True)
+    ]
+    return sorted(dict.fromkeys(found), key=lambda used: used.team != NOBODY)
+
+
+def _quota_cells(used: _Used, zone: ZoneInfo) -> list[str]:
+    quota, resets_at = used.quota, rfc3339(used.resets_at_s, zone)
+    return [quota.scope, used.team, quota.measure, quota.per, *used.amounts, used.on_exceed, resets_at]

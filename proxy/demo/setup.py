@@ -1,0 +1,207 @@
+"""The demo's stage: its folder, the gateway's environment and config file, and what a user reads about it.
+
+Each command is complete, and in ASCII, so that it can be pasted anywhere.
+"""
+
+import json
+import secrets
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+import orjson
+
+from proxy.app import EXPLAIN_PATH, METRICS_PATH, QUOTA_PATH, USAGE_PATH
+from proxy.auth import BASE62, RANDOM_CHARACTERS, digest_of, token_of
+from proxy.settings.loader import FAMILIAR_VARIABLES, PREFIX
+from proxy.upstream.address import ESTIMATE_PATH
+
+HOST: Final = "127.0.0.1"
+TEAMS: Final = ("design", "marketing", "video")
+QUOTAS: Final = {
+    "design": 'quotas = [{ measure = "estimated_credits", limit = 200000, per = "month" }]\n',
+    "marketing": 'quotas = [{ measure = "requests", limit = 60, per = "hour", on_exceed = "warn" }]\n',
+    "video": 'quotas = [{ measure = "estimated_credits", limit = 250, per = "minute" }]\n',
+}
+"""One that lasts, one that is passed with a warning, and one that is used up every minute by the live traffic."""
+
+API_KEY: Final = "rn-demo-key-of-no-account"
+LAST_WORDS: Final = 3
+
+QUESTION: Final = (
+    '[{"model": "JuggernautXL", "quality": "Plus", "steps": 20, "cfg_scale": 7, "batch_size": 2, '
+    '"prompt": {"positive": "a lighthouse at dusk", "negative": "blurry"}}]'
+)
+RESPELLED: Final = (
+    '[{"prompt":{"negative":"blurry","positive":"a \\u006cighthouse at dusk"},'
+    '"batch_size":2.0,"cfg_scale":7.0,"steps":20,"quality":"Plus","model":"JuggernautXL"}]'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What the demo stands on: its folder, what is in it, and the teams' tokens."""
+
+    folder: Path
+    upstream_url: str
+    tokens: Mapping[str, str]
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "estimate-proxy.toml"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "gateway.log"
+
+    @property
+    def scrape_config(self) -> Path:
+        return self.folder / "prometheus.yml"
+
+    @property
+    def data_dir(self) -> Path:
+        return self.folder / "store"
+
+
+def new_token() -> str:
+    return token_of("".join(secrets.choice(BASE62) for _ in range(RANDOM_CHARACTERS)))
+
+
+def environment(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """`environ` less what would change the gateway's settings; what is temporary goes into `folder`."""
+    foreign = {*FAMILIAR_VARIABLES, "XDG_RUNTIME_DIR", "RUNTIME_DIRECTORY"}
+    kept = {name: value for name, value in environ.items() if name not in foreign and not name.startswith(PREFIX)}
+    return {**kept, "TMPDIR": str(folder)}
+
+
+def config_text(stage: Stage, *, port: int) -> str:
+    """The gateway's config file, as a user could have written it."""
+    teams = "\n".join(
+        f"[teams.{team}]\nname = {_toml(team.title())}\ntokens = [{_toml(digest_of(token))}]\n{QUOTAS[team]}"
+        for team, token in stage.tokens.items()
+    )
+    return f"""\
+# The demo's gateway. Yours has no [upstream] section and a key of RenderNet's.
+
+[server]
+host = {_toml(HOST)}
+port = {port}
+drain_delay_s = 0  # no load balancer needs time to notice
+
+[upstream]
+base_url = {_toml(stage.upstream_url)}
+
+[accounts.default]
+api_key = {_toml(API_KEY)}
+
+[store]
+data_dir = {_toml(str(stage.data_dir))}
+
+[metrics]
+public = true  # Prometheus needs no token
+
+# Over all teams together. Quotas are on what teams plan to spend: every estimate counts, hit or miss.
+[[org.quotas]]
+measure = "estimated_credits"
+limit = 1000000
+per = "month"
+
+# `estimate-proxy token new TEAM` makes a token and the line for it.
+{teams}"""
+
+
+def scrape_config_text(url: str) -> str:
+    """A configuration for Prometheus, with this project's rules where they are at hand."""
+    rules = Path(__file__).parents[1] / "deploy" / "prometheus" / "rules"
+    rule_files = f"rule_files: [{json.dumps(str(rules / '*.yml'))}]\n" if rules.is_dir() else ""
+    return f"""\
+global: {{ scrape_interval: 5s, evaluation_interval: 5s }}
+{rule_files}scrape_configs:
+  - job_name: estimate-proxy
+    static_configs: [{{ targets: [{json.dumps(urlsplit(url).netloc)}] }}]
+"""
+
+
+def _toml(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def introduction(stage: Stage, url: str) -> Iterator[tuple[str, str]]:
+    """What runs where, and commands to paste, each under its heading."""
+    asker, other, *_ = stage.tokens.values()
+    yield "The gateway and a simulated RenderNet, all on this machine. Prices are invented.", _places(stage, url)
+    yield (
+        "Paste into another terminal. A question that nobody has asked before goes upstream (fwd=miss):",
+        _curl("-si", url + ESTIMATE_PATH, asker, QUESTION),
+    )
+    yield (
+        "Another team asks the same in another spelling, and is answered from the price book (hit):",
+        _curl("-si", url + ESTIMATE_PATH, other, RESPELLED),
+    )
+    yield (
+        "How the gateway reads a body, and what it knows of it; RenderNet is not asked:",
+        _curl("-s", url + EXPLAIN_PATH, asker, QUESTION),
+    )
+    yield "What a team has used this month:", f"curl -s {url}{USAGE_PATH} -H 'X-API-KEY: {asker}'"
+    yield "How its rate and quotas stand:", f"curl -s {url}{QUOTA_PATH} -H 'X-API-KEY: {asker}'"
+    config = shlex.quote(str(stage.config))
+    yield "What all teams have used, for their operator:", f"{_program()} usage --config {config}"
+    yield (
+        "The same body and its key, without the gateway:",
+        f"echo {shlex.quote(QUESTION)} | {_program()} explain --config {config} -",
+    )
+    if stage.scrape_config.exists():
+        scrape_config = shlex.quote(str(stage.scrape_config))
+        yield (
+            "A Prometheus that scrapes the gateway (its own page is on port 9090):",
+            f'prometheus --config.file={scrape_config} --storage.tsdb.path="$(mktemp -d)"',
+        )
+
+
+def _places(stage: Stage, url: str) -> str:
+    places = {
+        "gateway": url,
+        "metrics": url + METRICS_PATH,
+        "simulated RenderNet": stage.upstream_url,
+        "store": f"embedded Valkey, data in {stage.data_dir}",
+        "config file": stage.config,
+        "log": stage.log,
+        **{f"token of {team}": token for team, token in stage.tokens.items()},
+    }
+    return "\n".join(f"  {name:21}{place}" for name, place in places.items())
+
+
+def _curl(options: str, url: str, token: str, body: str) -> str:
+    return (
+        f"curl {options} {url} \\\n"
+        f"  -H 'X-API-KEY: {token}' \\\n"
+        f"  -H 'Content-Type: application/json' \\\n"
+        f"  -d {shlex.quote(body)}"
+    )
+
+
+def _program() -> str:
+    """How a shell finds this program."""
+    ours = Path(sys.executable).with_name("estimate-proxy")
+    if shutil.which("estimate-proxy") == str(ours):
+        return "estimate-proxy"
+    return shlex.quote(str(ours)) if ours.exists() else f"{shlex.quote(sys.executable)} -m proxy"
+
+
+def last_words(log: str) -> str:
+    """The newest errors in a gateway's log, on one line; empty if it has none."""
+    words = [word for word in map(_error_in, log.splitlines()) if word]
+    return " | ".join(words[-LAST_WORDS:])
+
+
+def _error_in(line: str) -> str:
+    try:
+        entry = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return line.strip().removeprefix("estimate-proxy: ")
+    return str(entry["message"]) if entry["level"] == "error" else ""

@@ -1,0 +1,50 @@
+"""The parameters of `Cache-Status` (RFC 9211 §2). `hit` and `fwd` exclude each other."""
+
+from math import floor
+from typing import assert_never
+
+from proxy.cache.prices import StoredPrice
+from proxy.gateway.fetcher import Told
+from proxy.upstream.replies import Failed, Priced, Rejected, Reply, Unpriced
+
+
+def hit(stored: StoredPrice, *, detail: str | None = None) -> str:
+    """A stored price was served without asking. `ttl` is negative once it is stale."""
+    status = f"hit; {_ttl(stored.ttl_s)}"
+    return f"{status}; detail={detail}" if detail else status
+
+
+def forwarded(reason: str, told: Told, *, ttl_s: float, collapsed: bool) -> str:
+    """Upstream was asked, by this request or by one it waited for."""
+    if reason == "bypass":
+        return _joined("fwd=bypass", "detail=store-unavailable", "collapsed" if collapsed else None)
+    return _joined(
+        f"fwd={reason}",
+        _status(told.reply),
+        *(("stored", _ttl(ttl_s)) if told.stored else ()),
+        "collapsed" if collapsed else None,
+    )
+
+
+def after_failure(failed: Failed, stored: StoredPrice) -> str:
+    """A stale price was served because upstream failed, or was not to be asked."""
+    ttl, detail = _ttl(stored.ttl_s), "detail=stale-if-error"
+    return _joined("fwd=stale", _status(failed), ttl, detail) if failed.asked else _joined("hit", ttl, detail)
+
+
+def _joined(*parameters: str | None) -> str:
+    return "; ".join(parameter for parameter in parameters if parameter)
+
+
+def _ttl(ttl_s: float) -> str:
+    return f"ttl={floor(ttl_s)}"
+
+
+def _status(reply: Reply) -> str | None:
+    match reply:
+        case Failed(upstream_status=None):
+            return None
+        case Priced(status=status) | Unpriced(status=status) | Rejected(status) | Failed(upstream_status=status):
+            return f"fwd-status={status}"
+        case _:
+            assert_never(reply)

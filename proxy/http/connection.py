@@ -1,0 +1,386 @@
+"""One client's HTTP/1.1 connection: requests in, responses out, one at a time.
+
+Replaces uvicorn's, which runs the bytes that follow an offered upgrade as a new request, sets no bound on what a client
+may send besides a body, and queues pipelined requests without limit. Here:
+
+* One request is read and answered at a time. What a client sends meanwhile waits as bytes, and then in the socket.
+* A malformed request gets a problem document, and the connection is closed.
+* A client that is still sending its body when it is answered gets time to read the answer.
+* Heads are parsed once: a client's requests mostly repeat the same bytes.
+
+Of uvicorn remain the ASGI messages of a request, flow control, and the server that calls this: `proxy.http.server`.
+"""
+
+import asyncio
+import logging
+import math
+import secrets
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+import uvicorn
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+from uvicorn.protocols.utils import get_local_addr, get_remote_addr
+from uvicorn.server import ServerState
+
+from proxy.http.framing import MAX_HEAD_BYTES, ChunkedBody, RequestHead, find_end_of_head, parse_head, skip_empty_lines
+from proxy.http.headers import Head
+from proxy.http.request_cycle import Cycle
+from proxy.problems import BadRequest, Code, Problem
+from proxy.telemetry.logs import event
+
+KEEP_ALIVE_S = 75
+"""Longer than load balancers keep idle connections (60 s), so that they close first and never meet a closed one."""
+
+LINGER_S = 30.0
+"""Limits how long a client may take to read its answers, and to stop sending after one (RFC 9112 §9.6)."""
+
+MAX_DISCARDED_BYTES = 128 * 2**20
+"""Limits what it may send meanwhile, which is dropped: some clients read only once they have sent all of a body."""
+
+MAX_KNOWN = 1000
+MAX_KNOWN_BYTES = 2048
+"""So many parsed heads are remembered, and none that is longer: 4 MB."""
+
+WHOLE_BODY = "estimate_proxy.body"
+"""Where a request's scope has its body, if that came with its head: `receive` brings it too."""
+
+HEAD = "estimate_proxy.head"
+"""Where a request's scope has its headers as a `Head`."""
+
+log = logging.getLogger(__name__)
+
+_ASGI: Any = {"version": "3.0", "spec_version": "2.3"}
+
+
+class _Known(NamedTuple):
+    """A parsed head, and the scope that is copied for each request with it."""
+
+    head: RequestHead
+    scope: dict[str, Any]
+
+
+class Connection(asyncio.Protocol):
+    """One client's connection. `known` remembers parsed heads, for all connections.
+
+    It serves as the transport of its cycles, which write and close through it.
+    """
+
+    transport: asyncio.Transport
+    flow: FlowControl
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+        *,
+        known: dict[bytes, _Known],
+        head_timeout_s: float,
+    ) -> None:
+        self.server_state = server_state
+        self._app = config.loaded_app
+        self._app_state = app_state
+        self._loop = _loop or asyncio.get_running_loop()
+        self._known = known
+        self._head_timeout_s = head_timeout_s
+        self._received = b""
+        """Not read yet: the beginning of a head, or what waits until the request before it is answered."""
+        self._looked_at = 0
+        """So much of it was looked through for the end of a head."""
+        self._cycle: Cycle | None = None
+        self._body_left = 0
+        self._chunked_body: ChunkedBody | None = None
+        self._discarded = 0
+        self._is_closing = False
+        self._is_half_closed = False
+        self._is_draining = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._expires = math.inf
+        """When to give up waiting for the client, on the loop's clock."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # no other comes
+        self.transport = transport
+        self.flow = FlowControl(transport)
+        self._server, self._client = get_local_addr(transport), get_remote_addr(transport)
+        self.server_state.connections.add(self)  # type: ignore[arg-type] # what is asked of them is `shutdown`
+        self._expire_in(self._head_timeout_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.server_state.connections.discard(self)
+        self._is_closing = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._cycle is not None:
+            self._cycle.abandon()
+        self.flow.resume_writing()
+        if exc is None:
+            self.transport.close()
+
+    def eof_received(self) -> bool:
+        """A client that has sent a complete request may close its side, and still gets its answer.
+
+        True keeps the connection open for writing.
+        """
+        self._is_half_closed = True
+        if self._cycle is None or not self._is_answering or self._is_in_body:
+            return False
+        self._cycle.half_close()
+        return True
+
+    def pause_writing(self) -> None:
+        """The client does not read its answers: it is waited for, and then given up."""
+        self.flow.pause_writing()
+        self._expire_in(LINGER_S)
+
+    def resume_writing(self) -> None:
+        self.flow.resume_writing()
+        self._wait_until(math.inf if self._is_answering else self._loop.time() + KEEP_ALIVE_S)
+
+    def shutdown(self) -> None:
+        """The server drains: an idle connection is closed at once, one in use after its answer."""
+        self._is_draining = True
+        if self._cycle is None or self._cycle.response_complete:
+            self.transport.close()
+        else:
+            self._cycle.keep_alive = False
+
+    @property
+    def _is_answering(self) -> bool:
+        return self._cycle is not None and not self._cycle.response_complete
+
+    @property
+    def _is_in_body(self) -> bool:
+        return bool(self._body_left) or self._chunked_body is not None
+
+    # Reading
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        self._read()
+
+    def _read(self) -> None:
+        """Reads as far as it goes: a request that is answered must be so before the next one is read."""
+        try:
+            while self._received and not self._is_closing:
+                if self._is_in_body:
+                    self._read_body()
+                elif self._is_answering:
+                    self.flow.pause_reading()
+                    return
+                elif not self._read_head():
+                    return
+        except BadRequest as error:
+            self._refuse(error.problem)
+        if self._is_closing and self._received:
+            self._discard()
+
+    def _read_head(self) -> bool:
+        """Begins the next request; False if its head is not there as a whole."""
+        received = self._received = skip_empty_lines(self._received)
+        end = find_end_of_head(received, self._looked_at)
+        if end is None:
+            if received and not self._looked_at:
+                self._expire_in(self._head_timeout_s)
+            self._looked_at = len(received)
+            return False
+        self._looked_at = 0
+        self._wait_until(math.inf)
+        known = self._known.get(received[:end]) or self._parse(received[:end])
+        self._begin(known, end)
+        return True
+
+    def _parse(self, text: bytes) -> _Known:
+        """Raises `BadRequest`."""
+        head = parse_head(text)
+        path = head.path.decode("ascii")
+        scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": _ASGI,
+            "http_version": head.version,
+            "method": head.method,
+            "scheme": "http",
+            "path": unquote(path) if "%" in path else path,
+            "raw_path": head.path,
+            "query_string": head.query,
+            "root_path": "",
+            "headers": head.headers,
+            HEAD: Head(head.headers),
+        }
+        known = _Known(head, scope)
+        if len(text) <= MAX_KNOWN_BYTES:
+            self._known[text] = known
+            if len(self._known) > MAX_KNOWN:
+                del self._known[next(iter(self._known))]
+        return known
+
+    def _begin(self, known: _Known, end_of_head: int) -> None:
+        """Starts the application on a request, with its body if that is there."""
+        self._discarded = 0
+        received, head = self._received, known.head
+        scope = known.scope.copy()
+        scope["server"], scope["client"], scope["state"] = self._server, self._client, self._app_state.copy()
+        body = None
+        if head.content_length is None:
+            self._chunked_body = ChunkedBody(MAX_HEAD_BYTES - end_of_head)
+            self._received = received[end_of_head:]
+        elif len(received) - end_of_head >= head.content_length:
+            end = end_of_head + head.content_length
+            scope[WHOLE_BODY] = body = received[end_of_head:end]
+            self._received = received[end:]
+        else:
+            self._body_left = head.content_length
+            self._received = received[end_of_head:]
+        self._cycle = cycle = Cycle(scope, self, head, body)
+        cycle.task = self._loop.create_task(cycle.run_asgi(self._app))
+        self.server_state.tasks.add(cycle.task)
+
+    def _read_body(self) -> None:
+        received = self._received
+        if self._chunked_body is None:
+            piece, self._received = received[: self._body_left], received[self._body_left :]
+            self._body_left -= len(piece)
+        else:
+            piece, self._received = self._chunked_body.feed(received)
+            if self._chunked_body.complete:
+                self._chunked_body = None
+        if self._is_answering:
+            self._give(piece)
+        else:
+            self._count_discarded(len(received) - len(self._received))
+            if not self._is_in_body:
+                self._wait_until(self._loop.time() + KEEP_ALIVE_S)
+
+    def _give(self, piece: bytes) -> None:
+        """To the application, which decides how much it wants to hold."""
+        cycle: Any = self._cycle
+        cycle.body += piece
+        cycle.more_body = self._is_in_body
+        if len(cycle.body) > HIGH_WATER_LIMIT and cycle.more_body:
+            self.flow.pause_reading()
+        if piece or not cycle.more_body:
+            cycle.message_event.set()
+
+    # Answering
+
+    def write(self, data: bytes) -> None:
+        self.transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._is_closing or self.transport.is_closing()
+
+    def close(self) -> None:
+        """Closes the connection, once the client can have read its answer.
+
+        To close while the client still sends would reset the connection, and with it the answer.
+        """
+        self._is_closing = True
+        if self._is_in_body:
+            self._linger()
+        else:
+            self.transport.close()
+
+    def _linger(self) -> None:
+        """Reads and drops what the client sends, until it has seen the end of the answer (RFC 9112 §9.6)."""
+        if self._is_half_closed or self._is_draining:
+            self.transport.close()
+            return
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.resume_reading()
+        self._expire_in(LINGER_S)
+
+    def on_response_complete(self) -> None:
+        """Goes on to the request that waits, or waits for the next one."""
+        self.server_state.total_requests += 1
+        if self.is_closing():
+            return
+        self.flow.resume_reading()
+        if self._is_in_body:
+            self._expire_in(LINGER_S)
+        else:
+            self._wait_until(self._loop.time() + KEEP_ALIVE_S)
+            if self._timer is None or self._timer.when() > self._expires:
+                self._schedule()
+        if self._received:
+            self._read()
+        if self._is_half_closed and not self._is_answering:
+            self.transport.close()
+
+    def _refuse(self, problem: Problem) -> None:
+        """Answers what cannot be read as a request, and closes the connection."""
+        is_in_head = not self._is_in_body
+        self._is_closing = True
+        if is_in_head or not (self._cycle is None or self._cycle.response_started):
+            self._write_problem(problem)
+        if self._cycle is not None:
+            self._cycle.abandon()
+        if is_in_head:
+            self._linger()
+        else:
+            self.transport.close()
+
+    def _write_problem(self, problem: Problem) -> None:
+        request_id = secrets.token_hex(16)
+        facts = {
+            "request_id": request_id,
+            "status": problem.status,
+            "code": problem.code.value,
+            "reason": problem.detail,
+        }
+        event(log, logging.INFO, "malformed request", facts)
+        body = problem.document(request_id)
+        fields = [
+            *self.server_state.default_headers,
+            *problem.headers,
+            (b"x-request-id", request_id.encode()),
+            (b"content-length", b"%d" % len(body)),
+            (b"connection", b"close"),
+        ]
+        self.transport.write(
+            b"%b%b\r\n\r\n%b" % (STATUS_LINE[problem.status], b"\r\n".join(map(b": ".join, fields)), body)
+        )
+
+    def _discard(self) -> None:
+        self._count_discarded(len(self._received))
+        self._received = b""
+
+    def _count_discarded(self, size: int) -> None:
+        self._discarded += size
+        if self._discarded > MAX_DISCARDED_BYTES:
+            self._is_closing = True
+            self.transport.abort()
+
+    # Waiting
+
+    def _wait_until(self, time: float) -> None:
+        """A timer that is set already may run out earlier, and is set again then."""
+        if not self.flow.write_paused:
+            self._expires = time
+
+    def _expire_in(self, seconds: float) -> None:
+        self._expires = self._loop.time() + seconds
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_at(self._expires, self._expire)
+
+    def _expire(self) -> None:
+        """Gives up a client that has sent nothing for as long as it is waited for; else waits on.
+
+        One timer a connection, which is left to run out: to set one for each request would take longer.
+        """
+        self._timer = None
+        if self._expires == math.inf:
+            return
+        if self._loop.time() < self._expires:
+            self._schedule()
+        elif self._looked_at:
+            self._refuse(Problem(Code.INVALID_REQUEST, f"The head did not arrive within {self._head_timeout_s:g} s."))
+        else:
+            self._is_closing = True
+            self.transport.abort()

@@ -1,0 +1,109 @@
+"""What the head of a request says to this gateway: its header fields, read once.
+
+Fields that are lists are joined as RFC 9110 §5.3 allows; one that is no list and was sent twice is refused where it
+counts.
+"""
+
+import re
+from functools import cached_property
+
+from proxy.gateway.cache_control import Directives, parse_directives
+from proxy.http.framing import Headers
+from proxy.problems import BadRequest, Code
+
+Lines = list[bytes]
+"""Header fields as they are sent: `name: value`."""
+
+JSON = "application/json"
+_JSON = JSON.encode()
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_READ = frozenset(
+    (
+        b"accept",
+        b"authorization",
+        b"cache-control",
+        b"content-encoding",
+        b"content-length",
+        b"content-type",
+        b"x-api-key",
+        b"x-request-id",
+    )
+)
+_NO_DIRECTIVES = Directives()
+
+
+class Head:
+    """The fields that count, of header names in lower case. What is malformed raises `BadRequest` when it is read.
+
+    Each is worked out once: the server gives requests with the same head the same `Head`.
+    """
+
+    def __init__(self, headers: Headers) -> None:
+        self._fields: dict[bytes, bytes] = {}
+        self._times: dict[bytes, int] = {}
+        fields = self._fields
+        for name, value in headers:
+            if name not in _READ:
+                continue
+            if name in fields:
+                self._times[name] = self._times.get(name, 1) + 1
+                value = fields[name] + b", " + value  # noqa: PLW2901 -- one list, in pieces
+            fields[name] = value
+
+    @cached_property
+    def token(self) -> str | None:
+        """The asker's token: `X-API-KEY`, or else `Authorization: Bearer`."""
+        key = self._only(b"x-api-key")
+        if b"authorization" not in self._fields:
+            return key
+        scheme, _, token = (self._only(b"authorization") or "").partition(" ")
+        return key if key is not None else token.strip() if scheme.lower() == "bearer" else None
+
+    @cached_property
+    def request_id(self) -> str | None:
+        """The client's own, if it is one that can be used."""
+        given = self._fields.get(b"x-request-id")
+        return given.decode("ascii") if given is not None and _REQUEST_ID.fullmatch(given) else None
+
+    @cached_property
+    def directives(self) -> Directives:
+        value = self._fields.get(b"cache-control")
+        return _NO_DIRECTIVES if value is None else parse_directives(value.decode("latin-1"))
+
+    @cached_property
+    def accept(self) -> str | None:
+        value = self._fields.get(b"accept")
+        return value.decode("latin-1") if value else None
+
+    @cached_property
+    def content_length(self) -> int:
+        """The server has seen to it that it is one number, or absent."""
+        return int(self._only(b"content-length") or 0)
+
+    def check_media_type(self) -> None:
+        """The body must be declared as plain JSON, or not at all."""
+        if not self._is_plain_json:
+            self._look_closer()
+
+    @cached_property
+    def _is_plain_json(self) -> bool:
+        fields = self._fields
+        return fields.get(b"content-type", _JSON) == _JSON and b"content-encoding" not in fields and not self._times
+
+    def _look_closer(self) -> None:
+        content_type, coding = self._only(b"content-type"), self._only(b"content-encoding")
+        if content_type is not None and content_type.partition(";")[0].strip().lower() != JSON:
+            detail = f"Send the body with Content-Type: {JSON}."
+            raise BadRequest(Code.UNSUPPORTED_MEDIA_TYPE, detail, (b"accept", _JSON))
+        if coding is not None and coding.lower() != "identity":
+            detail = "Send the body without a content coding."
+            raise BadRequest(Code.UNSUPPORTED_MEDIA_TYPE, detail, (b"accept-encoding", b"identity"))
+
+    def _only(self, name: bytes) -> str | None:
+        value = self._fields.get(name)
+        if value is None:
+            return None
+        if name in self._times:
+            raise BadRequest(Code.INVALID_REQUEST, f"The header {name.decode()} was sent {self._times[name]} times.")
+        return value.decode("latin-1").strip()

@@ -1,0 +1,177 @@
+"""`GET /metrics`: the instruments of all workers, and what the stores know.
+
+Windows, quotas and balances are read from the stores when somebody scrapes, at most every `SNAPSHOT_S`: they are exact,
+there for idle teams too, and the same at every gateway. While a store is out of reach its gauges are missing, rather
+than old.
+"""
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from time import monotonic
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from proxy.cache.price_book import PriceBook
+from proxy.cache.prices import Balance
+from proxy.gateway.estimates import Ask, Trace
+from proxy.gateway.live_config import InForce
+from proxy.http.usage_endpoints import Report
+from proxy.problems import Code, Problem, StoreUnavailable
+from proxy.quota.batches import Decisions
+from proxy.quota.credits import MICRO
+from proxy.quota.quotas import Quota, Standing
+from proxy.quota.reports import Reports, WindowTotals
+from proxy.quota.windows import Per, Window
+from proxy.telemetry.metrics import NOBODY, Metrics
+
+SNAPSHOT_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the stores knew a moment ago; None and nothing where one was out of reach."""
+
+    totals: WindowTotals | None
+    standings: Sequence[Standing]
+    balances: Mapping[str, Balance]
+    taken_at: float
+
+
+class Scrape:
+    """Answers Prometheus."""
+
+    def __init__(
+        self, in_force: InForce, metrics: Metrics, decisions: Decisions, reports: Reports, book: PriceBook
+    ) -> None:
+        self._in_force = in_force
+        self._metrics = metrics
+        self._decisions = decisions
+        self._reports = reports
+        self._book = book
+        self._snapshot: Snapshot | None = None
+        self._reading = asyncio.Lock()
+
+    async def metrics(self, ask: Ask, trace: Trace) -> Report | Problem:
+        """Everything, in the format that the scraper prefers."""
+        refusal = self._refusal(ask, trace)
+        if refusal is not None:
+            return refusal
+        snapshot = await self._newest()
+        encode, media_type = choose_encoder(_media_types(ask.accept or ""))
+        self._metrics.flush()
+        registry = CollectorRegistry()
+        registry.register(_Everything(self._metrics, snapshot))
+        return Report(await asyncio.to_thread(encode, registry), media_type)
+
+    def _refusal(self, ask: Ask, trace: Trace) -> Problem | None:
+        access = self._in_force.rules.access
+        if access.may_scrape(ask.token):
+            return None
+        team = access.team(ask.token)
+        if isinstance(team, Problem):
+            return Problem(
+                Code.UNKNOWN_TOKEN, "Send a metrics token or an admin token as Authorization: Bearer <token>."
+            )
+        trace.team = team.id
+        return Problem(Code.FORBIDDEN, "This needs a metrics token or an admin token; yours is a team's.")
+
+    async def _newest(self) -> Snapshot:
+        async with self._reading:
+            if self._snapshot is None or monotonic() - self._snapshot.taken_at >= SNAPSHOT_S:
+                self._snapshot = await self._read()
+            return self._snapshot
+
+    async def _read(self) -> Snapshot:
+        taken_at = monotonic()
+        (totals, standings), balances = await asyncio.gather(self._read_ledger(), self._read_balances())
+        return Snapshot(totals, standings, balances, taken_at)
+
+    async def _read_ledger(self) -> tuple[WindowTotals | None, Sequence[Standing]]:
+        terms = self._in_force.rules.terms
+        try:
+            await self._decisions.open()  # an idle gateway notices a lost ledger, too
+            return await asyncio.gather(
+                self._reports.window_totals(list(terms)), self._reports.standings(list(terms.values()))
+            )
+        except StoreUnavailable:
+            return None, ()
+
+    async def _read_balances(self) -> Mapping[str, Balance]:
+        try:
+            return await self._book.balances(self._in_force.rules.accounts)
+        except StoreUnavailable:
+            return {}
+
+
+class _Everything:
+    """As prometheus_client wants a collector to be."""
+
+    def __init__(self, instruments: Collector, snapshot: Snapshot) -> None:
+        self._instruments = instruments
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._instruments.collect()
+        yield from _windows(self._snapshot)
+        yield from _quotas(self._snapshot.standings)
+        yield from _balances(self._snapshot)
+
+
+def _media_types(accept: str) -> str:
+    """What a scraper takes, without parameters: prometheus_client falls over a version that is no number."""
+    return ",".join(part.partition(";")[0].strip().lower() for part in accept.split(","))
+
+
+def _windows(snapshot: Snapshot) -> Iterator[Metric]:
+    """The running calendar windows: what is booked in them, and where they begin and end."""
+    if snapshot.totals is None:
+        return
+    used_credits = _gauge("window_estimated_credits", "Credits estimated in the running window.", "team", "per")
+    requests = _gauge("window_requests", "Requests that count, in the running window.", "team", "per")
+    for team, counts in snapshot.totals.teams.items():
+        for per, count in counts.items():
+            used_credits.add_metric([team, per], count.credits_micro / MICRO)
+            requests.add_metric([team, per], count.requests)
+    windows: dict[Per, Window] = dict(snapshot.totals.windows)
+    for standing in snapshot.standings:
+        windows |= standing.windows
+    starts = _gauge("window_start_timestamp_seconds", "When the running window began.", "per")
+    ends = _gauge("window_end_timestamp_seconds", "When the running window ends.", "per")
+    for per, window in windows.items():
+        starts.add_metric([per], window.start_s)
+        ends.add_metric([per], window.end_s)
+    yield from (used_credits, requests, starts, ends)
+
+
+def _quotas(standings: Sequence[Standing]) -> Iterator[Metric]:
+    limits = _gauge("quota_limit", "What a quota allows in its window.", "scope", "team", "measure", "per")
+    used = _gauge("quota_used", "What is used of a quota in its running window.", "scope", "team", "measure", "per")
+    seen: set[Quota] = set()
+    for standing in standings:
+        for quota, amount in zip(standing.terms.quotas, standing.used, strict=True):
+            if quota.scope == "org" and quota in seen:
+                continue
+            seen.add(quota)
+            team = NOBODY if quota.scope == "org" else standing.terms.team
+            labels = [quota.scope, team, quota.measure, quota.per]
+            unit = 1 if quota.measure == "requests" else MICRO
+            limits.add_metric(labels, quota.limit / unit)
+            used.add_metric(labels, amount / unit)
+    yield from (limits, used)
+
+
+def _balances(snapshot: Snapshot) -> Iterator[Metric]:
+    amounts = _gauge("balance_credits", "The newest balance that upstream has shown.", "account")
+    ages = _gauge("balance_age_seconds", "How long ago upstream has shown it.", "account")
+    for account, balance in snapshot.balances.items():
+        amounts.add_metric([account], float(balance.amount))
+        ages.add_metric([account], balance.age_s + monotonic() - snapshot.taken_at)
+    yield from (amounts, ages)
+
+
+def _gauge(name: str, meaning: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"estimate_proxy_{name}", meaning, labels=labels)

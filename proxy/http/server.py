@@ -1,0 +1,42 @@
+"""uvicorn's server on a socket that is already open, without signals, logs or headers of its own."""
+
+import contextlib
+import math
+import socket
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from proxy.http.connection import Connection
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server; `announce` is called when it serves, and setting `should_exit` ends it."""
+
+    def __init__(self, app: ASGIApp, *, head_timeout_s: float, drain_s: float, announce: Callable[[], None]) -> None:
+        config = uvicorn.Config(
+            app,
+            loop="uvloop",
+            http=partial(Connection, known={}, head_timeout_s=head_timeout_s),  # type: ignore[arg-type] # only called
+            ws="none",
+            interface="asgi3",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=math.ceil(drain_s),
+        )
+        super().__init__(config)
+        self._announce = announce
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """The supervisor has the signals."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._announce()

@@ -1,0 +1,124 @@
+"""A worker: one process, one event loop, one application, on a socket that the supervisor owns.
+
+Run as `python -m proxy.processes.worker <listener fd> <channel fd> <metrics fd> [<metrics fd of another worker>...]`.
+The supervisor sends the settings and the addresses of the embedded stores first, then new settings and
+words. When the channel closes, the supervisor is dead, and the worker exits as well.
+"""
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
+from time import monotonic
+
+import uvloop
+from starlette.applications import Starlette
+
+from proxy.app import build, objections
+from proxy.embedded.stores import Role
+from proxy.gateway.in_flight import Lifecycle
+from proxy.http.server import Server
+from proxy.settings.schema import Settings
+from proxy.telemetry import logs
+from proxy.telemetry.metrics import Metrics
+from proxy.telemetry.multiprocess import SharedValues
+
+READY, DRAIN, STOP, RELOAD_FAILED = "ready", "drain", "stop", "reload failed"
+ORPHAN_GRACE_S = 2.0
+CANNOT_SERVE = 3
+"""Exit status of a worker that another one could not do better than."""
+
+YOUNG_OBJECTS = 10_000
+"""So many more before the collector of cycles looks at the youngest: hardly anything here is in a cycle."""
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    def __init__(self, listener: socket.socket, channel: Connection, shared: SharedValues) -> None:
+        self._listener = listener
+        self._channel = channel
+        self._shared = shared
+        self._lifecycle = Lifecycle()
+
+    def run(self) -> int:
+        """Serves until told to stop; the process's exit status."""
+        settings, embedded_urls = self._channel.recv()
+        log_writer = logs.configure(settings.log.level, settings.log.format)
+        self._shared.install()
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(self._serve(settings, embedded_urls, log_writer))
+
+    async def _serve(self, settings: Settings, embedded_urls: dict[Role, str], log_writer: logs.Writer) -> int:
+        if (reason := await objections(settings, embedded_urls)) is not None:
+            log.error("cannot serve: %s", reason)
+            return CANNOT_SERVE
+        head_timeout_s, drain_s = settings.server.head_timeout_s, settings.server.drain_s
+        metrics = Metrics(settings.teams, settings.accounts, self._shared)
+        metrics.take_dropped_log_lines = log_writer.take_dropped
+        app = build(settings, embedded_urls, self._lifecycle, metrics)
+        server = Server(app, head_timeout_s=head_timeout_s, drain_s=drain_s, announce=self._announce)
+        stop = partial(self._stop, server, drain_s)
+        reload = partial(self._reload, app, metrics)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._channel.fileno(), self._listen, server, stop, reload)
+        loop.add_signal_handler(signal.SIGTERM, stop)
+        await server.serve([self._listener])
+        loop.remove_reader(self._channel.fileno())
+        return 0
+
+    def _announce(self) -> None:
+        """What is here by now stays: the collector of cycles, which would stop the loop for it, need not look again."""
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(YOUNG_OBJECTS)
+        self._channel.send(READY)
+
+    def _listen(self, server: Server, stop: Callable[[], None], reload: Callable[[Settings | None], None]) -> None:
+        try:
+            word = self._channel.recv()
+        except (EOFError, OSError):
+            self._leave_with_supervisor(server)
+            return
+        if word == RELOAD_FAILED:
+            reload(None)
+        elif isinstance(word, Settings):
+            reload(word)
+        else:
+            self._lifecycle.draining = True
+            if word == STOP:
+                stop()
+
+    def _reload(self, app: Starlette, metrics: Metrics, settings: Settings | None) -> None:
+        """Takes new settings; None: there are some that cannot be used."""
+        if settings is not None:
+            app.state.reload(settings)
+        metrics.config_last_reload_successful.set(settings is not None)
+
+    def _stop(self, server: Server, drain_s: float) -> None:
+        self._lifecycle.draining = True
+        self._lifecycle.stop_by = monotonic() + drain_s
+        server.should_exit = True
+
+    def _leave_with_supervisor(self, server: Server) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._channel.fileno())
+        log.error("the supervisor is gone: stopping")
+        server.should_exit = server.force_exit = True
+        loop.call_later(ORPHAN_GRACE_S, os._exit, 1)
+
+
+def main() -> None:
+    listener_fd, channel_fd, metrics_fd, *others = map(int, sys.argv[1:])
+    with socket.socket(fileno=listener_fd) as listener, Connection(channel_fd) as channel:
+        sys.exit(Worker(listener, channel, SharedValues(metrics_fd, others)).run())
+
+
+if __name__ == "__main__":
+    main()

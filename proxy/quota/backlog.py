@@ -1,0 +1,72 @@
+"""Debits of a time without the ledger: summed up, bounded, and handed over in piles that have names.
+
+A pile keeps its name and its rows until it is booked, so that booking it a second time can be recognised.
+"""
+
+import secrets
+from dataclasses import dataclass
+from itertools import islice
+
+from proxy.problems import Outcome
+from proxy.quota.counters import Sheet
+from proxy.quota.quotas import Charge
+
+
+@dataclass(frozen=True, slots=True)
+class Owed:
+    """A sum of debits: so many requests, and their credits together."""
+
+    sheet: Sheet
+    charge: Charge
+    requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pile:
+    name: str
+    rows: tuple[Owed, ...]
+
+
+class Backlog:
+    """At most `max_rows` sums; a debit that would begin one more is not taken."""
+
+    def __init__(self, max_rows: int) -> None:
+        self._max_rows = max_rows
+        self._sums: dict[tuple[Sheet, Outcome, str, bool], Owed] = {}
+        self._pile: Pile | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._sums) or self._pile is not None
+
+    @property
+    def requests(self) -> int:
+        """How many requests are owed for."""
+        rows = [*self._sums.values(), *(self._pile.rows if self._pile else ())]
+        return sum(owed.requests for owed in rows if owed.requests > 0)
+
+    def has_room(self) -> bool:
+        return len(self._sums) < self._max_rows
+
+    def add(self, sheet: Sheet, charge: Charge, requests: int) -> bool:
+        """Adds a debit to its sum; False if there is no room for it."""
+        priced = charge.credits_micro is not None
+        key = sheet, charge.outcome, charge.model, priced
+        known = self._sums.get(key)
+        if known is None and not self.has_room():
+            return False
+        micro = (charge.credits_micro or 0) + ((known.charge.credits_micro or 0) if known else 0)
+        total = Charge(charge.outcome, micro if priced else None, charge.model)
+        self._sums[key] = Owed(sheet, total, requests + (known.requests if known else 0))
+        return True
+
+    def pile(self, max_rows: int) -> Pile | None:
+        """What is to be booked next, the same until it is dropped; None if nothing is owed."""
+        if self._pile is None and self._sums:
+            keys = list(islice(self._sums, max_rows))
+            self._pile = Pile(secrets.token_hex(16), tuple(self._sums.pop(key) for key in keys))
+        return self._pile
+
+    def drop(self, pile: Pile) -> None:
+        """It is booked."""
+        if self._pile is pile:
+            self._pile = None

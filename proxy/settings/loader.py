@@ -1,0 +1,372 @@
+"""Where settings come from, and everything that can be wrong with them.
+
+Sources, the later winning: defaults, the TOML file, `REDIS_URL` and `RENDERNET_API_KEY`, variables named
+`ESTIMATE_PROXY_<SECTION>__<KEY>`, options of the command line. Of the environment only names with `__` are ours:
+Kubernetes injects `ESTIMATE_PROXY_PORT` and the like for a service of this name. A value that begins with `[` or
+`{` is read as JSON, unless it is a secret. Paths are relative to the config's folder. A secret may stand in a file
+of its own, `<key>_file`; a source that has either spelling replaces both of an earlier one.
+
+All problems are reported at once, each with its path; the settings are used whole or not at all.
+"""
+
+import json
+import os
+import ssl
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from proxy.settings.errors import KEY_HINT, SECRET_KEYS, SettingsError, SettingsProblem, explain, path_of
+from proxy.settings.schema import Cache, Settings, Upstream, is_identifier
+
+PREFIX = "ESTIMATE_PROXY_"
+CONFIG_VARIABLE = "ESTIMATE_PROXY_CONFIG"
+PLACES = (Path("estimate-proxy.toml"), Path("/etc/estimate-proxy/config.toml"))
+FAMILIAR_VARIABLES = {
+    "RENDERNET_API_KEY": ("accounts", "default", "api_key"),
+    "REDIS_URL": ("store", "url"),
+}
+PATH_KEYS = (
+    ("upstream", "ca_file"),
+    ("store", "data_dir"),
+    ("store", "ca_file"),
+    ("store", "cert_file"),
+    ("store", "key_file"),
+)
+MAX_CONFIG_BYTES = 4 * 2**20
+MAX_SECRET_BYTES = 64 * 2**10
+
+Tree = dict[str, Any]
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class _UnreadableError(Exception):
+    pass
+
+
+def load(config: Path | None, environ: Mapping[str, str], *, overrides: Tree | None = None) -> Settings:
+    """The settings from `config` (or the first of `PLACES` there is), the environment and `overrides`.
+
+    Raises `SettingsError` with every problem found.
+    """
+    problems: list[SettingsProblem] = []
+    source = find_config(config, environ)
+    tree = _gather(source, environ, problems)
+    _merge(tree, overrides or {})
+    folder = source.parent if source else Path()
+    _read_secret_files(tree, folder, problems)
+    _anchor_paths(tree, folder)
+    _default_data_dir(tree, environ)
+    problems += dict.fromkeys(_cross_problems(tree))
+    return _validate(Settings, tree, problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a gateway's settings come from, to be read again; as `load` has it."""
+
+    config: Path | None
+    environ: Mapping[str, str]
+    overrides: Tree
+
+    def load(self) -> Settings:
+        """Raises `SettingsError` with every problem found."""
+        return load(self.config, self.environ, overrides=self.overrides)
+
+    def files(self) -> list[Path]:
+        """The config and the files of secrets that it names, there or not."""
+        config = find_config(self.config, self.environ)
+        try:
+            tree = _gather(config, self.environ, [])
+        except SettingsError:
+            tree = {}
+        names = [table.get(f"{key}_file") for _, table, key in _secret_tables(tree)]
+        folder = config.parent if config else Path()
+        secrets = [folder / name for name in names if isinstance(name, str)]
+        return [config, *secrets] if config else secrets
+
+
+class Keying(BaseModel):
+    """The sections that decide keys."""
+
+    upstream: Upstream = Upstream()
+    cache: Cache = Cache()
+
+
+def load_keying(config: Path | None, environ: Mapping[str, str]) -> Keying:
+    """What a key needs to know, without any secret or team being there. Raises as `load`."""
+    problems: list[SettingsProblem] = []
+    sections = tuple(f"{PREFIX}{name.upper()}__" for name in Keying.model_fields)
+    ours = {name: value for name, value in environ.items() if name.upper().startswith(sections)}
+    tree = _gather(find_config(config, environ), ours, problems)
+    return _validate(Keying, tree, problems)
+
+
+def find_config(config: Path | None, environ: Mapping[str, str]) -> Path | None:
+    """The file to read: `config`, the one that the environment names, or the first of `PLACES` that is there."""
+    if config is None and (named := environ.get(CONFIG_VARIABLE)):
+        config = Path(named)
+    return config or next((place for place in PLACES if os.path.lexists(place)), None)
+
+
+def _gather(path: Path | None, environ: Mapping[str, str], problems: list[SettingsProblem]) -> Tree:
+    tree: Tree = {}
+    familiar: Tree = {}
+    for name, keys in FAMILIAR_VARIABLES.items():
+        if environ.get(name):
+            _put(familiar, keys, environ[name])
+    for layer in (_read_config(path), familiar, _read_environment(environ, problems)):
+        _unset_replaced_secrets(tree, layer, problems)
+        _merge(tree, layer)
+    return tree
+
+
+def _validate(model: type[_Model], tree: Tree, problems: list[SettingsProblem]) -> _Model:
+    try:
+        settings = model.model_validate(tree)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False)
+        raise SettingsError([*problems, *map(explain, details)]) from None
+    if problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def _read_config(path: Path | None) -> Tree:
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(_read_text(path, MAX_CONFIG_BYTES))
+    except _UnreadableError as error:
+        message = str(error)
+    except tomllib.TOMLDecodeError as error:
+        message = f"is not valid TOML: {error}"
+    except (RecursionError, ValueError):  # tomllib lets these pass, and says no line
+        message = "is not valid TOML: it is nested too deeply, or has a number of too many digits"
+    raise SettingsError([SettingsProblem(str(path), message)])
+
+
+def _read_text(path: Path, max_bytes: int) -> str:
+    """The text of a file, without the mark that some editors put before it. Raises `_UnreadableError`."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise _UnreadableError(f"has more than {max_bytes} bytes")
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise _UnreadableError(f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise _UnreadableError("is not UTF-8 text") from None
+    except ValueError:
+        raise _UnreadableError("cannot be read: no file can have such a name") from None
+
+
+def _read_environment(environ: Mapping[str, str], problems: list[SettingsProblem]) -> Tree:
+    tree: Tree = {}
+    ours = {name: value for name, value in environ.items() if name.startswith(PREFIX) and "__" in name}
+    for name, value in sorted(ours.items()):
+        keys = tuple(name.removeprefix(PREFIX).lower().split("__"))
+        if not all(keys):
+            problems.append(SettingsProblem(name, f"must be a name like {PREFIX}SERVER__PORT"))
+            continue
+        try:
+            _put(tree, keys, _read_variable(keys[-1], value))
+        except (ValueError, RecursionError):
+            problems.append(SettingsProblem(name, "begins like JSON, but is none"))
+    return tree
+
+
+def _read_variable(key: str, value: str) -> Any:
+    return json.loads(value) if value[:1] in ("[", "{") and key not in SECRET_KEYS else value
+
+
+def _put(tree: Tree, keys: tuple[str, ...], value: Any) -> None:
+    for key in reversed(keys):
+        value = {key: value}
+    _merge(tree, value)
+
+
+def _merge(tree: Tree, layer: Tree) -> None:
+    """Lays `layer` over `tree`, table by table."""
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def _secret_tables(tree: Tree) -> Iterator[tuple[tuple[str, ...], Tree, str]]:
+    """Each table with a secret in it: its path, itself, and the secret's key."""
+    for name, account in _tables(tree, "accounts").items():
+        yield ("accounts", name), account, "api_key"
+    if isinstance(store := tree.get("store"), dict):
+        yield ("store",), store, "password"
+        yield ("store",), store, "sentinel_password"
+
+
+def _unset_replaced_secrets(tree: Tree, layer: Tree, problems: list[SettingsProblem]) -> None:
+    """Takes from `tree` the secrets that `layer` gives, in whichever spelling."""
+    earlier = {path: table for path, table, _ in _secret_tables(tree)}
+    for path, table, key in _secret_tables(layer):
+        spellings = {key, f"{key}_file"} & table.keys()
+        if len(spellings) > 1:
+            problems.append(SettingsProblem(path_of(*path, f"{key}_file"), f"stands beside {key}: keep one of them"))
+            del table[f"{key}_file"]
+        if spellings:
+            earlier.get(path, {}).pop(key, None)
+            earlier.get(path, {}).pop(f"{key}_file", None)
+
+
+def _read_secret_files(tree: Tree, folder: Path, problems: list[SettingsProblem]) -> None:
+    """Replaces each `<secret>_file` in `tree` by the secret that the file holds."""
+    for path, table, key in _secret_tables(tree):
+        name = table.pop(f"{key}_file", None)
+        if name is None:
+            continue
+        try:
+            table[key] = _read_secret(folder, name)
+        except _UnreadableError as error:
+            problems.append(SettingsProblem(path_of(*path, f"{key}_file"), str(error)))
+            table[key] = "unread"  # so that it is not missed as well
+
+
+def _read_secret(folder: Path, name: object) -> str:
+    if not isinstance(name, str) or not name:
+        raise _UnreadableError("must be a path")
+    try:
+        secret = _read_text(folder / name, MAX_SECRET_BYTES).rstrip("\r\n")
+    except _UnreadableError as error:
+        raise _UnreadableError(f"names a file that {error}") from None
+    if not secret:
+        raise _UnreadableError("names an empty file")
+    return secret
+
+
+def _anchor_paths(tree: Tree, folder: Path) -> None:
+    for section, key in PATH_KEYS:
+        table = tree.get(section)
+        if isinstance(table, dict) and isinstance(name := table.get(key), str) and name and name[0] != "~":
+            table[key] = str(folder / name)
+
+
+def _default_data_dir(tree: Tree, environ: Mapping[str, str]) -> None:
+    """XDG base directories: a relative `XDG_DATA_HOME` is to be ignored."""
+    home = Path(environ.get("XDG_DATA_HOME", ""))
+    if not home.is_absolute():
+        home = Path("/", environ["HOME"], ".local", "share") if environ.get("HOME") else Path("/var/lib")
+    store = tree.setdefault("store", {})
+    if isinstance(store, dict):
+        store.setdefault("data_dir", str(home / "estimate-proxy"))
+
+
+def _cross_problems(tree: Tree) -> Iterator[SettingsProblem]:
+    """What no section can see alone. `tree` is not validated yet, so that all problems come out at once."""
+    teams = _tables(tree, "teams")
+    if tree.get("teams", {}) == {}:
+        yield SettingsProblem("teams", "is empty: nobody could ask; `estimate-proxy token new TEAM` makes a token")
+    yield from _missing_accounts(tree, teams)
+    yield from _repeated_tokens(tree, teams)
+    for name in ("org", "team_defaults"):
+        yield from _repeated_quotas(tree.get(name), name)
+    for name, team in teams.items():
+        yield from _repeated_quotas(team, "teams", name)
+    yield from _ca_file_problems(tree, "upstream")
+    yield from _ca_file_problems(tree, "store")
+    yield from _cert_file_problems(tree)
+
+
+def _missing_accounts(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]:
+    accounts = tree.get("accounts", {})
+    if not isinstance(accounts, dict):
+        return
+    wanted = {name: team.get("account", "default") for name, team in teams.items()}
+    for name, account in wanted.items() if wanted or accounts else [("", "default")]:
+        if account == "default" and account not in accounts:
+            yield SettingsProblem("accounts.default.api_key", f"is missing: {KEY_HINT}")
+        elif isinstance(account, str) and is_identifier(account) and account not in accounts:
+            yield SettingsProblem(path_of("teams", name, "account"), f"names no account: {_ACCOUNT_HINT}")
+
+
+_ACCOUNT_HINT = "add [accounts.<its id>] with an api_key_file"
+
+
+def _repeated_tokens(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]:
+    """A token is one team's, the operator's or a scraper's: with two meanings, one would be a surprise."""
+    holders: list[tuple[tuple[str, ...], object]] = [(("teams", name), team) for name, team in teams.items()]
+    holders += [((name,), tree.get(name)) for name in ("metrics", "admin")]
+    seen: dict[str, str] = {}
+    for path, holder in holders:
+        tokens = holder.get("tokens", ()) if isinstance(holder, dict) else ()
+        for index, token in enumerate(tokens if isinstance(tokens, list) else ()):
+            digest = token.get("sha256") if isinstance(token, dict) else token
+            here = path_of(*path, "tokens", index)
+            if isinstance(digest, str) and seen.setdefault(digest, here) != here:
+                yield SettingsProblem(here, f"is the same token as {seen[digest]}")
+
+
+def _repeated_quotas(scope: object, *path: str) -> Iterator[SettingsProblem]:
+    """A second limit on the same measure and window: the lower one would hold, and hide the other."""
+    seen: dict[tuple[str, str], str] = {}
+    quotas = scope.get("quotas") if isinstance(scope, dict) else None
+    for index, quota in enumerate(quotas if isinstance(quotas, list) else ()):
+        match quota:
+            case {"measure": str(measure), "per": str(per)}:
+                here = path_of(*path, "quotas", index)
+                if (first := seen.setdefault((measure, per), here)) != here:
+                    yield SettingsProblem(here, f"repeats {first}: keep one limit for this measure and window")
+
+
+def _ca_file_problems(tree: Tree, section: str) -> Iterator[SettingsProblem]:
+    ca_file = _path_in(tree, section, "ca_file")
+    if ca_file is None:
+        return
+    try:
+        ssl.create_default_context(cafile=ca_file)
+    except ssl.SSLError:
+        yield SettingsProblem(f"{section}.ca_file", "names a file without certificates in PEM form")
+    except OSError as error:
+        yield SettingsProblem(f"{section}.ca_file", f"names a file that cannot be read: {error.strerror}")
+
+
+def _cert_file_problems(tree: Tree) -> Iterator[SettingsProblem]:
+    """Of the store's client certificate and its key."""
+    cert_file, key_file = (_path_in(tree, "store", key) for key in ("cert_file", "key_file"))
+    if cert_file is None and key_file is not None:
+        yield SettingsProblem("store.cert_file", "is missing: store.key_file is its key")
+    unreadable = [(key, error) for key in ("cert_file", "key_file") if (error := _unreadable(tree, key))]
+    for key, error in unreadable:
+        yield SettingsProblem(f"store.{key}", f"names a file that {error}")
+    if cert_file is None or unreadable:
+        return
+    try:
+        ssl.create_default_context().load_cert_chain(cert_file, key_file, password=lambda: "")  # it never asks a person
+    except (ssl.SSLError, ValueError):  # ValueError: of the empty passphrase
+        message = "and store.key_file are no certificate and its key, in PEM form and without a passphrase"
+        yield SettingsProblem("store.cert_file", message)
+
+
+def _unreadable(tree: Tree, key: str) -> _UnreadableError | None:
+    path = _path_in(tree, "store", key)
+    try:
+        if path is not None:
+            _read_text(Path(path), MAX_CONFIG_BYTES)
+    except _UnreadableError as error:
+        return error
+    return None
+
+
+def _path_in(tree: Tree, section: str, key: str) -> str | None:
+    """None if there is none, or what there is is no path: then the section says so itself."""
+    table = tree.get(section)
+    path = table.get(key) if isinstance(table, dict) else None
+    return path if isinstance(path, str) and path.isprintable() and path[:1] not in ("", "~") else None
+
+
+def _tables(tree: Tree, section: str) -> dict[str, Tree]:
+    tables = tree.get(section)
+    return {k: v for k, v in tables.items() if isinstance(v, dict)} if isinstance(tables, dict) else {}

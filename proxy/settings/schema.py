@@ -1,0 +1,398 @@
+"""The settings: one frozen object, whose default and meaning stand beside each field.
+
+Messages never show a value: it could be a secret. `proxy.settings.loader` says where values come from.
+"""
+
+import re
+from collections.abc import Iterator
+from datetime import date
+from decimal import Decimal
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo, available_timezones
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Secret, ValidationInfo
+
+from proxy.quota.credits import MICRO
+from proxy.quota.quotas import Measure
+from proxy.quota.windows import Per
+from proxy.urls import check_host, is_ip, parse_store_url, split_url
+
+MASK = "**********"
+TIMEOUT_S, CONNECT_TIMEOUT_S = 0.25, 2.0
+"""The defaults of `store.timeout_s` and `store.connect_timeout_s`."""
+
+MAX_REQUESTS = 10**12
+MAX_CREDITS = 9 * 10**9
+"""Micro-credits stay below 2**53: up to there the numbers of the store's scripts are exact."""
+
+MAX_CREDITS_WITH_DECIMALS = 2**33
+"""From here on the doubles that TOML's decimal numbers become lie more than a micro-credit apart."""
+
+
+_RENDERNET_PATH = re.compile("/+pub/+v1(/+generations(/+estimate)?)?/*$")
+
+
+class SecretUrl(Secret[str]):
+    """A URL that may carry a password; shown without it."""
+
+    def _display(self) -> str:
+        return masked_url(self.get_secret_value())
+
+
+class SecretText(Secret[str]):
+    """A key or password; shown as a mask."""
+
+    def _display(self) -> str:
+        return MASK
+
+
+def masked_url(url: str) -> str:
+    """`url` without what may be secret: its password, a user name that stands alone, all of its query but `db`."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return MASK
+    credentials, at, location = parts.netloc.rpartition("@")
+    user, colon, _ = credentials.partition(":")
+    masked = f"{user}:{MASK}" if colon else MASK
+    query = "&".join(map(_masked_member, parts.query.split("&"))) if parts.query else ""
+    tail = f"?{query}" * bool(query) + f"#{MASK}" * bool(parts.fragment)
+    return f"{parts.scheme}://{masked if at else ''}{at}{location}{parts.path}{tail}"
+
+
+def _masked_member(member: str) -> str:
+    name, equals, value = member.partition("=")
+    return member if name == "db" and value.isdigit() else f"{name}={MASK}" if equals else MASK
+
+
+def _no_boolean(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")  # noqa: TRY004 -- pydantic collects ValueErrors
+    return value
+
+
+def _one_line(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be one line of text without control characters")
+    return text
+
+
+def _filled(text: str) -> str:
+    if not text:
+        raise ValueError("is empty")
+    return _one_line(text)
+
+
+def _password(secret: SecretText) -> SecretText:
+    return SecretText(_filled(secret.get_secret_value()))
+
+
+def _header_safe(secret: SecretText) -> SecretText:
+    text = secret.get_secret_value()
+    if not (text.isascii() and text.isprintable() and text and " " not in text):
+        raise ValueError("is empty, or has characters that cannot stand in an HTTP header")
+    return secret
+
+
+def _path(value: object) -> object:
+    if isinstance(value, str) and _filled(value).startswith("~"):
+        raise ValueError("begins with ~, which only shells expand: write the path in full")
+    return value
+
+
+def _base_url(url: str, info: ValidationInfo) -> str:
+    parts = split_url(url, "https", "http")
+    if any(mark in url for mark in "@?#"):
+        raise ValueError("has a user, a query or a fragment: leave them out")
+    if ends := _RENDERNET_PATH.search(parts.path):
+        right = url.removesuffix(parts.path) + parts.path[: ends.start()]
+        raise ValueError(f"ends in a path of RenderNet's, which the gateway adds itself: use {right}")
+    host = parts.hostname or ""
+    loopback = host == "localhost" or (is_ip(host) and ip_address(host).is_loopback)
+    if parts.scheme == "http" and not loopback and info.data.get("insecure") is False:
+        raise ValueError("would send the API key in clear text: use https, or set upstream.insecure = true")
+    return url
+
+
+def _proxy_url(url: SecretUrl) -> SecretUrl:
+    split_url(url.get_secret_value(), "http", "https")
+    return url
+
+
+def _store_url(url: SecretUrl) -> SecretUrl:
+    parse_store_url(url.get_secret_value())
+    return url
+
+
+def _exact(value: object) -> object:
+    if isinstance(value, str):
+        raise ValueError("must be a number")  # noqa: TRY004 -- pydantic collects ValueErrors
+    if isinstance(value, float) and not value.is_integer() and MAX_CREDITS_WITH_DECIMALS < value <= MAX_CREDITS:
+        raise ValueError(f"must be a whole number above {MAX_CREDITS_WITH_DECIMALS}: its decimals would not be exact")
+    return value
+
+
+def _countable(limit: Decimal, info: ValidationInfo) -> Decimal:
+    match info.data.get("measure"):
+        case "requests" if limit > MAX_REQUESTS or limit != round(limit):
+            raise ValueError(f"must be a whole number of requests, at most {MAX_REQUESTS}")
+        case "estimated_credits" if limit > MAX_CREDITS or limit != round(limit, 6):
+            raise ValueError(f"must be a number of credits with at most six decimals, at most {MAX_CREDITS}")
+    return limit
+
+
+def _known_zone(name: str) -> str:
+    if name not in available_timezones():
+        raise ValueError("must be a time zone's name, such as UTC or Europe/Berlin")
+    return name
+
+
+def _token_table(value: object) -> object:
+    return {"sha256": value} if isinstance(value, str) else value
+
+
+def _token_digest(value: str) -> str:
+    if value.startswith("ep_"):
+        raise ValueError("is the token itself: put its digest here, as `estimate-proxy token new` prints it")
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", value):
+        raise ValueError("must be sha256: and 64 hexadecimal digits, as `estimate-proxy token new` prints it")
+    return value
+
+
+def _calendar_day(value: object) -> object:
+    """A TOML date, or its text; no time of day, and no number to be read as seconds since 1970."""
+    text = value if isinstance(value, str) else ""
+    if type(value) is not date and not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+        raise ValueError("must be a date, such as 2027-06-30")
+    return value
+
+
+def _member_path(value: str) -> str:
+    if not all(value.split(".")):
+        raise ValueError("must be a member's name, or several joined by dots, such as prompt.positive")
+    return value
+
+
+def is_identifier(value: str) -> bool:
+    """Whether this can be the id of a team, an account or an organisation."""
+    return re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?", value) is not None
+
+
+def _identifier(value: str) -> str:
+    if not is_identifier(value):
+        raise ValueError("must be 1 to 64 of a-z, 0-9 and -, beginning and ending with a letter or digit")
+    return value
+
+
+Identifier = Annotated[str, AfterValidator(_identifier)]
+Line = Annotated[str, AfterValidator(_one_line)]
+PlainPath = Annotated[Path, BeforeValidator(_path)]
+Whole = Annotated[int, BeforeValidator(_no_boolean)]
+Real = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
+Seconds = Real
+Exact = Annotated[Decimal, BeforeValidator(_exact), BeforeValidator(_no_boolean)]
+"""The number as it is written: of a double, the shortest decimal number that means it."""
+
+ApiKey = Annotated[SecretText, AfterValidator(_header_safe)]
+Password = Annotated[SecretText, AfterValidator(_password)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
+
+
+class Server(_Section):
+    host: Annotated[str, AfterValidator(check_host)] = "127.0.0.1"
+    port: Annotated[Whole, Field(ge=0, le=65535)] = 8080
+    """0 takes a free one, and says which."""
+    workers: Annotated[Whole, Field(ge=1, le=64)] = 1
+    """Processes on one socket; more than one a core is of no use."""
+    max_body_bytes: Annotated[Whole, Field(ge=2, le=64 * 2**20)] = 262_144
+    request_timeout_s: Annotated[Seconds, Field(gt=0, le=3600)] = 15.0
+    """From a request's head to its answer, asking upstream included."""
+    head_timeout_s: Annotated[Seconds, Field(gt=0, le=3600)] = 10.0
+    """For a request's head to arrive, from its first byte; on a new connection from its opening."""
+    drain_delay_s: Annotated[Seconds, Field(ge=0, le=3600)] = 5.0
+    """After SIGTERM: not ready, still serving."""
+    drain_s: Annotated[Seconds, Field(ge=0, le=3600)] = 30.0
+    """Then: at most this long for what is running."""
+
+
+class Upstream(_Section):
+    insecure: bool = False
+    """Allows http to a host that is not this one."""
+    base_url: Annotated[str, AfterValidator(_base_url)] = "https://api.rendernet.ai"
+    timeout_s: Annotated[Seconds, Field(gt=0, le=3600)] = 10.0
+    """From asking to the last byte of the answer, waiting for a connection included."""
+    max_connections: Annotated[Whole, Field(ge=1, le=10_000)] = 100
+    on_unpriced: Literal["pass", "refuse"] = "pass"
+    proxy: Annotated[SecretUrl, AfterValidator(_proxy_url)] | None = None
+    """A proxy on the way to upstream. Those of the environment are ignored."""
+    ca_file: PlainPath | None = None
+    """Certificates to trust instead of the system's."""
+
+
+class Account(_Section):
+    api_key: ApiKey
+
+
+class Store(_Section):
+    url: Annotated[SecretUrl, AfterValidator(_store_url)] | None = None
+    """One server, Sentinels or a cluster. Left out: an embedded Valkey keeps its data in data_dir."""
+    username: Annotated[str, AfterValidator(_filled)] | None = None
+    password: Password | None = None
+    sentinel_password: Password | None = None
+    """Of the Sentinels, which have no user names here."""
+    ca_file: PlainPath | None = None
+    """Certificates to trust instead of the system's; of cache.url too, as are the next two."""
+    cert_file: PlainPath | None = None
+    """What this gateway shows to servers that want to know it."""
+    key_file: PlainPath | None = None
+    """Of that certificate, without a passphrase. Left out: it stands in cert_file."""
+    timeout_s: Annotated[Seconds, Field(ge=0.05, le=10)] = TIMEOUT_S
+    """For a call, of cache.url too: more than a round trip."""
+    connect_timeout_s: Annotated[Seconds, Field(ge=0.05, le=60)] = CONNECT_TIMEOUT_S
+    """For setting up a connection, of cache.url too, TLS and password included. Calls do not wait for it."""
+    data_dir: PlainPath
+    on_outage: Literal["refuse", "admit"] = "refuse"
+    """While quotas cannot be looked up: refuse estimates, or give them, and book them when the store is back."""
+
+
+class Cache(_Section):
+    url: Annotated[SecretUrl, AfterValidator(_store_url)] | None = None
+    """Of the price book, which may evict. Left out: the store's."""
+    ttl_s: Annotated[Seconds, Field(ge=1, le=366 * 86400)] = 3600.0
+    """How long a price is believed."""
+    stale_while_revalidate_s: Annotated[Seconds, Field(ge=0, le=366 * 86400)] = 300.0
+    """Behind that: how long it is still served at once, and asked again behind the answer."""
+    stale_if_error_s: Annotated[Seconds, Field(ge=0, le=366 * 86400)] = 86_400.0
+    """How long it is served when upstream cannot be asked."""
+    balance_max_age_s: Annotated[Seconds, Field(ge=0, le=366 * 86400)] = 60.0
+    """A hit that finds an older balance has it asked again behind the answer, and its price checked."""
+    ignore: tuple[Annotated[Line, AfterValidator(_member_path)], ...] = ()
+    """Members that decide no price, as dotted paths inside each item: left out of keys, never out of what is asked."""
+
+
+class Metrics(_Section):
+    public: bool = False
+    """Whether anybody may read `/metrics`."""
+    tokens: tuple[Annotated[str, AfterValidator(_token_digest)], ...] = ()
+    """May read `/metrics`, and nothing else."""
+
+
+class Admin(_Section):
+    tokens: tuple[Annotated[str, AfterValidator(_token_digest)], ...] = ()
+    """May purge, see what all teams have used, and read `/metrics`."""
+
+
+class Rate(_Section):
+    per_s: Annotated[Real, Field(ge=0.001, le=100_000)]
+    burst: Annotated[Whole, Field(ge=1, le=1_000_000)]
+    """At once, after a pause."""
+
+
+class Quota(_Section):
+    measure: Measure
+    limit: Annotated[Exact, Field(ge=0), AfterValidator(_countable)]
+    """In requests, or in credits. 0 lets nothing pass."""
+    per: Per
+    on_exceed: Literal["refuse", "warn"] = "refuse"
+
+    @property
+    def counted_limit(self) -> int:
+        """The limit as the ledger counts: in requests, or in micro-credits."""
+        return int(self.limit if self.measure == "requests" else self.limit * MICRO)
+
+
+class Org(_Section):
+    id: Identifier = "default"
+    """Names this organisation's ledger in the store."""
+    timezone: Annotated[str, AfterValidator(_known_zone)] = "UTC"
+    """Its calendar is the one of quotas, of reports and of a token's last day."""
+    quotas: tuple[Quota, ...] = ()
+    """Over all teams together."""
+
+    @property
+    def zone(self) -> ZoneInfo:
+        return ZoneInfo(self.timezone)
+
+
+class Token(_Section):
+    sha256: Annotated[str, AfterValidator(_token_digest)]
+    label: Line = ""
+    expires: Annotated[date, BeforeValidator(_calendar_day)] | None = None
+    """The last day on which it works."""
+
+
+class TeamDefaults(_Section):
+    """For every team that does not say otherwise."""
+
+    rate: Rate = Rate(per_s=50.0, burst=100)
+    quotas: tuple[Quota, ...] = ()
+
+
+class Team(_Section):
+    name: Line = ""
+    account: Identifier = "default"
+    tokens: tuple[Annotated[Token, BeforeValidator(_token_table)], ...] = ()
+    rate: Rate | None = None
+    quotas: tuple[Quota, ...] | None = None
+    """Instead of the defaults, not besides them."""
+    disabled: bool = False
+
+
+class Log(_Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """One line a request is info."""
+    format: Literal["auto", "json", "text"] = "auto"
+    """auto: text on a terminal, else JSON."""
+
+
+class Settings(_Section):
+    """Everything an operator can set, by section; the sections' members are described beside them."""
+
+    server: Server = Server()
+    upstream: Upstream = Upstream()
+    accounts: dict[Identifier, Account] = {}
+    store: Store
+    cache: Cache = Cache()
+    metrics: Metrics = Metrics()
+    admin: Admin = Admin()
+    org: Org = Org()
+    team_defaults: TeamDefaults = TeamDefaults()
+    teams: dict[Identifier, Team] = {}
+    log: Log = Log()
+
+    def rate_of(self, team: Team) -> Rate:
+        """What holds for a team: its own rate, or the default."""
+        return team.rate or self.team_defaults.rate
+
+    def quotas_of(self, team: Team) -> tuple[Quota, ...]:
+        """What holds for a team besides the organisation's quotas: its own, or the defaults."""
+        return self.team_defaults.quotas if team.quotas is None else team.quotas
+
+
+def warnings(settings: Settings) -> Iterator[str]:
+    """What is allowed, and hardly meant."""
+    if not (settings.metrics.public or settings.metrics.tokens or settings.admin.tokens):
+        yield "nobody can read /metrics: put a token's digest into metrics.tokens, or set metrics.public = true"
+    for name, team in settings.teams.items():
+        if not team.tokens:
+            yield f"teams.{name} has no tokens: nobody can ask as this team, and its quotas hold for nobody"
+    urls = [url.get_secret_value() for url in (settings.store.url, settings.cache.url) if url is not None]
+    if (settings.store.ca_file or settings.store.cert_file) and not any(url.startswith("rediss") for url in urls):
+        yield "store.ca_file and store.cert_file are not used: no URL of a store begins with rediss"
+
+
+def effective(settings: Settings) -> list[tuple[str, Any]]:
+    """Every setting in force as (path, value), secrets masked by their types; None where nothing is set."""
+    return list(_flatten(settings.model_dump(), ""))
+
+
+def _flatten(table: dict[str, Any], parent: str) -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        path = f"{parent}.{key}" if parent else key
+        yield from _flatten(value, path) if isinstance(value, dict) else [(path, value)]

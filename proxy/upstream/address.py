@@ -1,0 +1,70 @@
+"""The address of RenderNet's estimates, and the keys of questions that are asked there.
+
+Origin and path are part of every key, so their spelling never changes: a price that is stored under one spelling is
+not found under another.
+"""
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import quote, urlsplit
+
+from proxy.cache.canonical import key_of
+
+ESTIMATE_PATH = "/pub/v1/generations/estimate"
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+# The URL standard's path percent-encode set (https://url.spec.whatwg.org/#path-percent-encode-set) has the others.
+_PATH_CHARACTERS = "".join(set(string.punctuation) - set('"#<>?`{}'))
+
+# RFC 3986 §3.4, the percent sign of what is encoded already, and what lenient clients leave bare.
+_QUERY_CHARACTERS = "%!$&'()*+,;=:@/?-._~[]{}|\\^`"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where estimates are asked: `netloc` is host and port as in a `Host` header, `path` is percent-encoded."""
+
+    scheme: str
+    netloc: str
+    path: str
+
+    @classmethod
+    def of(cls, base_url: str) -> "Address":
+        """The address below `base_url`, a valid `upstream.base_url`."""
+        parts = urlsplit(base_url.rstrip("/") + ESTIMATE_PATH)
+        path = quote(_without_dots(parts.path), safe=_PATH_CHARACTERS)
+        return cls(parts.scheme, _netloc(parts.netloc, parts.port, base_url.partition(":")[0]), path)
+
+    @property
+    def origin(self) -> str:
+        return f"{self.scheme}://{self.netloc}"
+
+    def query_as_sent(self, query: bytes) -> str:
+        """A request's query string in the spelling in which it goes upstream."""
+        return quote(query, safe=_QUERY_CHARACTERS)
+
+    def key_of(self, canonical: bytes, *, account: str, query: str, ignored: Sequence[str]) -> str:
+        """The key of a question that is asked here, its query string as sent."""
+        return key_of(canonical, origin=self.origin, account=account, path=self.path, query=query, ignored=ignored)
+
+
+def _netloc(location: str, port: int | None, scheme: str) -> str:
+    """A name in lower case, an IPv6 address as it was written, and the port unless it is the scheme's default one.
+
+    `scheme` is as it was written: stored keys have `:443` where it was in upper case.
+    """
+    host = location[: location.index("]") + 1] if location.startswith("[") else location.partition(":")[0].lower()
+    return host if port is None or port == _DEFAULT_PORTS.get(scheme) else f"{host}:{port}"
+
+
+def _without_dots(path: str) -> str:
+    """Resolves `.` and `..` segments (RFC 3986 §5.2.4)."""
+    kept: list[str] = []
+    for segment in path.split("/"):
+        if segment not in (".", ".."):
+            kept.append(segment)
+        elif segment == ".." and kept != [""]:
+            kept.pop()
+    return "/".join(kept)

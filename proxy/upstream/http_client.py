@@ -1,0 +1,286 @@
+"""The HTTP/1.1 client that asks RenderNet: POST requests to one address, over pooled connections.
+
+aiohttp's connector opens and pools the connections (names, TLS, proxies, a limit on their number), and httptools parses
+what comes over them. There is no client session in between, so there are no cookies, redirects, decompression or
+settings from the environment.
+
+* A connection is reused only if it has brought one whole response and nothing more, and whatever arrives while it is
+  idle closes it: bytes behind a response must not be taken for the response to the next request.
+* A request whose reused connection is closed before the first byte of a response is sent again, once, on a new
+  connection. Servers close idle connections without notice, and these requests change nothing.
+
+What goes wrong is one of these. Their texts hold no secret:
+
+    HttpError
+    ├── ConnectError            no connection was opened
+    ├── BrokenResponseError     the connection was closed too early, or what came is not HTTP
+    └── ResponseTooLargeError   the response has more than `MAX_RESPONSE_BYTES`
+"""
+
+import asyncio
+import ssl
+from base64 import b64encode
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import aiohttp
+from aiohttp.connector import Connection as Lease
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
+from yarl import URL
+
+from proxy import __version__
+from proxy.upstream.address import Address
+
+MAX_RESPONSE_BYTES = 2**20
+"""Of a response with its head."""
+
+USER_AGENT = f"estimate-proxy/{__version__}"
+
+_NO_TIMEOUT = aiohttp.ClientTimeout()
+"""Callers set a deadline around each request."""
+
+_LAST_CHUNK = b"0\r\n\r\n"  # RFC 9112 §7.1
+
+
+class HttpError(Exception):
+    """The root of this tree. `status` is that of a response that has begun."""
+
+    status: int | None = None
+
+
+class ConnectError(HttpError):
+    pass
+
+
+class BrokenResponseError(HttpError):
+    pass
+
+
+class ResponseTooLargeError(HttpError):
+    pass
+
+
+class _StaleConnectionError(BrokenResponseError):
+    """A reused connection was closed before the first byte of a response."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpResponse:
+    """`headers` have names in lower case. Of a header that was sent more than once they have the last."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class HttpClient:
+    """POSTs JSON to `address`. `close` must be called.
+
+    proxy: the URL of an HTTP proxy, credentials included.
+    ca_file: certificates to trust instead of the system's.
+    """
+
+    def __init__(self, address: Address, *, proxy: str | None, ca_file: Path | None, max_connections: int) -> None:
+        self._address = address
+        self._proxy = None if proxy is None else _Proxy.of(proxy)
+        self._tls = _tls_context(ca_file)
+        self._max_connections = max_connections
+        self._target, credentials = address.path, ""
+        if self._proxy is not None and address.scheme == "http":  # not tunnelled: RFC 9112 §3.2.2, RFC 9110 §11.7.2
+            self._target = address.origin + address.path
+            credentials = "".join(f"{name}: {value}\r\n" for name, value in self._proxy.credentials.items())
+        self._head = (
+            f"Host: {address.netloc}\r\nUser-Agent: {USER_AGENT}\r\nContent-Type: application/json\r\n"
+            f"Accept: application/json\r\nAccept-Encoding: identity\r\n{credentials}"
+        )
+
+    @cached_property
+    def _connector(self) -> aiohttp.TCPConnector:
+        """It belongs to the event loop in which it is first needed."""
+        return aiohttp.TCPConnector(limit=self._max_connections)
+
+    @cached_property
+    def _peer(self) -> aiohttp.ClientRequest:
+        """Tells the connector where to connect to. It is never sent."""
+        url, proxy, proxy_headers = URL(self._address.origin, encoded=True), None, None
+        if self._proxy is not None:
+            proxy = URL(self._proxy.url, encoded=True)
+            # The connector would add `Host` when it connects, and not find the idle connection again without it.
+            host = str(url.host_port_subcomponent)
+            proxy_headers = {"Host": host, "User-Agent": USER_AGENT, **self._proxy.credentials}
+        loop = asyncio.get_running_loop()
+        return aiohttp.ClientRequest("POST", url, loop=loop, ssl=self._tls, proxy=proxy, proxy_headers=proxy_headers)
+
+    async def close(self) -> None:
+        if "_connector" in vars(self):
+            await self._connector.close()
+
+    async def post(self, body: bytes, *, api_key: str, query: str) -> HttpResponse:
+        """The response to a JSON body. `query` is percent-encoded. Raises `HttpError`."""
+        target = f"{self._target}?{query}" if query else self._target
+        head = f"POST {target} HTTP/1.1\r\n{self._head}X-API-KEY: {api_key}\r\nContent-Length: {len(body)}\r\n\r\n"
+        request = head.encode() + body
+        try:
+            return await (await self._connect()).exchange(request)
+        except _StaleConnectionError:
+            return await (await self._connect(new=True)).exchange(request)
+
+    async def _connect(self, *, new: bool = False) -> "_Connection":
+        """A connection for one exchange. To get a new one, idle ones are closed: they are as old as the stale one."""
+        try:
+            while True:
+                connection = _Connection.of(await self._connector.connect(self._peer, [], _NO_TIMEOUT))
+                if connection.is_new or not new:
+                    return connection
+                connection.lease.close()
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:  # RuntimeError: uvloop's, instead of an OSError
+            raise ConnectError(_reason_of(error)) from None
+
+
+class _Connection(asyncio.Protocol):
+    """A connection, as the protocol of its transport, where it takes the place of the pool's own protocol.
+
+    That one need only hear when the connection is lost.
+    """
+
+    lease: Lease
+    _response: asyncio.Future[HttpResponse] | None = None
+    """What the exchange under way waits for; None while the connection is idle."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._pool_protocol = transport.get_protocol()
+        self._parser = HttpResponseParser(self)
+        self._exchanges = 0
+        transport.set_protocol(self)
+
+    @classmethod
+    def of(cls, lease: Lease) -> "_Connection":
+        """The connection that the pool has handed out. Raises `ConnectError` if it is lost already."""
+        if lease.transport is None:
+            lease.close()
+            raise ConnectError("the connection was closed at once")
+        protocol = lease.transport.get_protocol()
+        connection = protocol if isinstance(protocol, _Connection) else cls(lease.transport)
+        connection.lease = lease
+        return connection
+
+    @property
+    def is_new(self) -> bool:
+        return self._exchanges == 0
+
+    async def exchange(self, request: bytes) -> HttpResponse:
+        """Sends a request; its connection goes back to the pool, or is closed. Raises `HttpError`."""
+        self._exchanges += 1
+        self._received_bytes, self._has_head, self._is_reusable = 0, False, False
+        self._response = asyncio.get_running_loop().create_future()
+        self._transport.write(request)
+        try:
+            return await self._response
+        finally:
+            self._response = None
+            if self._is_reusable:
+                self.lease.release()
+            else:
+                self.lease.close()
+
+    def data_received(self, data: bytes) -> None:
+        if self._response is None or self._response.done():
+            self._is_reusable = False
+            self._transport.close()
+            return
+        self._received_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (HttpParserError, HttpParserUpgrade) as error:
+            self._is_reusable = False
+            self._fail(BrokenResponseError(f"not HTTP: {error}"))
+        if self._received_bytes > MAX_RESPONSE_BYTES:
+            self._fail(ResponseTooLargeError(f"a response of more than {MAX_RESPONSE_BYTES} bytes"))
+        self._is_reusable = self._is_reusable and data.endswith(self._end)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._pool_protocol.connection_lost(exc)
+        if self._response is None:
+            return
+        if exc is None and self._has_head and not self._headers.keys() & {"content-length", "transfer-encoding"}:
+            self.on_message_complete()  # RFC 9112 §6.3: the body ends with the connection
+        elif self._received_bytes:
+            self._fail(BrokenResponseError("the connection was closed before the end of the response"))
+        elif self._exchanges == 1:
+            self._fail(BrokenResponseError("the connection was closed without a response"))
+        else:
+            self._fail(_StaleConnectionError("a reused connection was closed without a response"))
+
+    def on_message_begin(self) -> None:
+        self._headers: dict[str, str] = {}
+        self._chunks: list[bytes] = []
+        self._has_head = False
+        self._is_reusable = False  # this may be a second response
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        self._has_head = self._parser.get_status_code() >= 200  # noqa: PLR2004 -- RFC 9110 §15.2
+
+    def on_body(self, chunk: bytes) -> None:
+        self._chunks.append(chunk)
+
+    def on_message_complete(self) -> None:
+        if self._has_head and self._response is not None and not self._response.done():
+            body = b"".join(self._chunks)
+            self._response.set_result(HttpResponse(self._parser.get_status_code(), self._headers, body))
+            self._is_reusable = self._parser.should_keep_alive() and bool(body)
+
+    @property
+    def _end(self) -> bytes:
+        """The last bytes of the response. A blank line behind them would escape the parser."""
+        return _LAST_CHUNK if "transfer-encoding" in self._headers else self._chunks[-1]
+
+    def _fail(self, error: HttpError) -> None:
+        if self._response is not None and not self._response.done():
+            error.status = self._parser.get_status_code() if self._has_head else None
+            self._response.set_exception(error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Proxy:
+    """`url` has no credentials: it stands in aiohttp's errors."""
+
+    url: str
+    credentials: Mapping[str, str] = field(repr=False)
+
+    @classmethod
+    def of(cls, url: str) -> "_Proxy":
+        parts = urlsplit(url)
+        user_info, _, location = parts.netloc.rpartition("@")
+        if not user_info:
+            return cls(f"{parts.scheme}://{location}", {})
+        user, _, password = user_info.partition(":")
+        encoded = b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()  # RFC 7617 §2
+        return cls(f"{parts.scheme}://{location}", {"Proxy-Authorization": f"Basic {encoded}"})
+
+
+def _reason_of(error: Exception) -> str:
+    """What the log may show: the text of `ClientHttpProxyError`, for one, has the proxy's headers."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"{type(error).__name__}: {error.status}"
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {cause}"
+
+
+def _tls_context(ca_file: Path | None) -> ssl.SSLContext:
+    """Trusts `ca_file` alone, or else the certificates of the system, where OpenSSL was built to look for them."""
+    if ca_file is not None:
+        context = ssl.create_default_context(cafile=ca_file)
+    else:  # `create_default_context` would read SSL_CERT_FILE and SSL_CERT_DIR too
+        context, paths = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.get_default_verify_paths()
+        found = [path for path in (paths.openssl_cafile, paths.openssl_capath) if Path(path).exists()]
+        for path in found:
+            context.load_verify_locations(**{"capath" if Path(path).is_dir() else "cafile": path})
+    context.set_alpn_protocols(["http/1.1"])
+    return context

@@ -1,0 +1,300 @@
+"""The dashboards: what is committed is what the code makes, and each query could be answered."""
+
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metric_names import families, metric_labels
+
+GRAFANA = Path(__file__).parents[2] / "grafana"
+FILES = ("estimated-spend.json", "gateway.json")
+VARIABLES = ("job", "instance", "team")
+EVERYTHING = dict.fromkeys(VARIABLES, ".*")
+FUNCTION_OVER_RANGE = re.compile(r"\b(\w+)\(\w+\{[^}]*\}\[([^]]+)\]( @ end\(\))?")
+SELECTOR = re.compile(r"\b(\w+)\{([^}]*)\}")
+
+
+@dataclass(frozen=True)
+class Query:
+    """A query as Grafana sends it, with its variables replaced."""
+
+    dashboard: str
+    panel: str
+    letter: str
+    expr: str
+    instant: bool
+
+    def __str__(self) -> str:
+        return f"{self.dashboard}: {self.panel} ({self.letter})"
+
+
+def metrics_of_kind(*kinds: str) -> set[str]:
+    """The series whose family is of one of those kinds; `ledger` is a gauge that is equal on every replica."""
+    found = (family for family in families().values() if ("ledger" if family.from_ledger else family.kind) in kinds)
+    return {name for family in found for name in family.series()}
+
+
+def dashboards() -> list[dict[str, Any]]:
+    """What is committed, as Grafana reads it."""
+    return [json.loads((GRAFANA / "dashboards" / name).read_text()) for name in FILES]
+
+
+def panels(dashboard: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The panels of a dashboard, without the rows that stand between them."""
+    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+
+
+def queries(
+    dashboard: Mapping[str, Any],
+    chosen: Mapping[str, str] = EVERYTHING,
+    *,
+    range_s: int = 300,
+    rate_interval_s: int = 60,
+) -> list[Query]:
+    """All queries of a dashboard for a choice of job, instance and team, each a regular expression."""
+    values = {**chosen, "__range": f"{range_s}s", "__rate_interval": f"{rate_interval_s}s"}
+    return [
+        Query(
+            dashboard["title"],
+            panel["title"],
+            target["refId"],
+            re.sub(r"\$(\w+)", lambda variable: values[variable[1]], target["expr"]),
+            target["instant"],
+        )
+        for panel in panels(dashboard)
+        for target in panel["targets"]
+    ]
+
+
+def targets() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each query as it is committed, with its panel."""
+    for panel in itertools.chain.from_iterable(map(panels, dashboards())):
+        for target in panel["targets"]:
+            yield panel, target
+
+
+def texts(value: object) -> Iterator[str]:
+    """Every string in a JSON value."""
+    match value:
+        case str():
+            yield value
+        case dict():
+            for member in value.values():
+                yield from texts(member)
+        case list():
+            for item in value:
+                yield from texts(item)
+
+
+every_dashboard = pytest.mark.parametrize("dashboard", dashboards(), ids=FILES)
+
+
+@pytest.mark.filterwarnings("ignore:Prefer using dashboardv2:DeprecationWarning")  # its old schema is everybody's
+def test_the_committed_dashboards_are_what_the_code_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(GRAFANA)
+    spec = importlib.util.spec_from_file_location("build", GRAFANA / "build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    committed = {path.name: path.read_text() for path in (GRAFANA / "dashboards").iterdir()}
+    assert build.rendered() == committed, "run `python grafana/build.py`"
+
+
+def test_both_can_be_found_by_the_names_that_others_link_to() -> None:
+    assert [(dashboard["uid"], dashboard["title"]) for dashboard in dashboards()] == [
+        ("estimate-proxy-spend", "Estimated spend"),
+        ("estimate-proxy-gateway", "Gateway"),
+    ]
+
+
+def test_each_links_to_the_other_with_the_readers_choice() -> None:
+    spend, gateway = dashboards()
+    for here, there in ((spend, gateway), (gateway, spend)):
+        (link,) = here["links"]
+        assert link["url"] == f"/d/{there['uid']}"
+        assert link["includeVars"]
+        assert link["keepTime"]
+
+
+@every_dashboard
+def test_ids_are_unique(dashboard: dict[str, Any]) -> None:
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert sorted(ids) == list(range(1, len(ids) + 1))
+    for panel in panels(dashboard):
+        letters = [target["refId"] for target in panel["targets"]]
+        assert letters == list("ABCDEFGH")[: len(letters)]
+
+
+@every_dashboard
+def test_every_panel_says_what_it_shows(dashboard: dict[str, Any]) -> None:
+    for panel in panels(dashboard):
+        assert panel["title"]
+        assert len(panel["description"]) > 50, panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert panel["targets"], panel["title"]
+    titles = [panel["title"] for panel in dashboard["panels"]]
+    assert len(set(titles)) == len(titles)
+
+
+@every_dashboard
+def test_panels_lie_side_by_side(dashboard: dict[str, Any]) -> None:
+    taken: dict[tuple[int, int], str] = {}
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        for cell in itertools.product(
+            range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"])
+        ):
+            assert taken.setdefault(cell, panel["title"]) == panel["title"]
+
+
+@every_dashboard
+def test_the_data_source_is_a_variable(dashboard: dict[str, Any]) -> None:
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    first, *choices = dashboard["templating"]["list"]
+    assert (first["name"], first["type"], first["query"]) == ("datasource", "datasource", "prometheus")
+    for part in (*choices, *panels(dashboard), *(t for panel in panels(dashboard) for t in panel["targets"])):
+        assert part["datasource"] == source
+
+
+@every_dashboard
+def test_a_reader_chooses_several_or_all(dashboard: dict[str, Any]) -> None:
+    choices = dashboard["templating"]["list"][1:]
+    assert tuple(choice["name"] for choice in choices) == VARIABLES
+    for choice in choices:
+        assert choice["multi"]
+        assert choice["includeAll"]
+        assert choice["allValue"] == ".*"
+        query = re.fullmatch(r"label_values\((\w+)(?:\{.*\})?, (\w+)\)", choice["query"]["query"])
+        assert query is not None
+        metric, label = query.groups()
+        assert label == choice["name"]
+        assert label in metric_labels()[metric] | {"job", "instance"}
+
+
+@every_dashboard
+def test_it_says_estimated(dashboard: dict[str, Any]) -> None:
+    """A credit that was estimated has not been taken from anybody."""
+    for text in texts(dashboard):
+        assert not re.search(r"\b(spent|spending|costs?|charged for)\b", text, re.IGNORECASE), text
+
+
+def test_every_metric_and_label_exists() -> None:
+    for panel, target in targets():
+        expr, known = target["expr"], metric_labels()
+        found = SELECTOR.findall(expr)
+        assert len(found) == len(re.findall(r"\bestimate_proxy_\w+", expr)) > 0
+        union = {"job", "instance"}
+        for metric, matchers in found:
+            assert set(re.findall(r'(\w+)[=!]~?"', matchers)) <= known[metric] | {"job", "instance"}
+            union |= known[metric]
+        for by, metric in re.findall(r"by \(([^)]*)\) \((?:\w+\()?(estimate_proxy_\w+)", expr):
+            assert set(by.split(", ")) <= known[metric] | {"job", "instance"}
+        for labels in re.findall(r"\b(?:by|on|ignoring|group_left) \(([^)]*)\)", expr):
+            assert set(filter(None, labels.split(", "))) <= union
+        assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= union, panel["title"]
+
+
+def test_every_query_heeds_the_readers_choice() -> None:
+    for panel, target in targets():
+        for _, matchers in SELECTOR.findall(target["expr"]):
+            assert 'job=~"$job", instance=~"$instance"' in matchers, panel["title"]
+            assert set(re.findall(r"(\w+=~?)\"\$(\w+)", matchers)) <= {(f"{name}=~", name) for name in VARIABLES}
+        of_a_team = [found for found in SELECTOR.findall(target["expr"]) if "team" in metric_labels()[found[0]]]
+        if of_a_team and "resets(" not in target["expr"]:
+            assert re.search(r'team=~"\$team(\|-)?"', of_a_team[0][1]), panel["title"]
+
+
+def test_functions_over_time_take_the_time_that_fits() -> None:
+    """`$__range` ends where the reader's range ends only in an instant query, or with `@ end()`."""
+    for panel, target in targets():
+        calls = FUNCTION_OVER_RANGE.findall(target["expr"])
+        assert len(calls) == target["expr"].count("[")
+        for function, window, at_the_end in calls:
+            if function == "rate" or window != "$__range":
+                assert window == "$__rate_interval", panel["title"]
+            else:
+                assert target["instant"] or at_the_end, panel["title"]
+
+
+def test_counters_are_only_read_as_they_grow() -> None:
+    for panel, target in targets():
+        for before, metric in re.findall(r"(\w+)?\(?\b(estimate_proxy_\w+)\{", target["expr"]):
+            growing = before in {"rate", "increase", "resets"}
+            assert growing == (metric in metrics_of_kind("counter", "histogram")), panel["title"]
+
+
+def test_what_the_ledger_says_is_never_added_up_over_replicas() -> None:
+    for panel, target in targets():
+        for before, metric in re.findall(r"((?:\w+ by \([^)]*\) |\w+)\()(estimate_proxy_\w+)\{", target["expr"]):
+            if metric in metrics_of_kind("ledger"):
+                assert re.match(r"(max|min)( by |\()", before), panel["title"]
+
+
+def test_no_query_hides_that_there_is_nothing() -> None:
+    for panel, target in targets():
+        assert "vector(" not in target["expr"], panel["title"]
+        assert "absent" not in target["expr"], panel["title"]
+        assert ":" not in target["expr"], "recording rules may not be loaded"
+
+
+def test_sixty_teams_can_be_read() -> None:
+    """What grows with an installation is cut to the greatest few in a picture, and comes in pages in a table."""
+    for panel, target in targets():
+        if panel["type"] == "table":
+            assert panel["options"]["footer"]["enablePagination"]
+            assert panel["options"]["sortBy"]
+            assert target["instant"]
+            assert target["format"] == "table"
+        elif set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) & {"team", "model", "account", "instance"}:
+            assert re.search(r"\b(topk|bottomk)\(10, ", target["expr"]), panel["title"]
+
+
+def test_what_has_no_time_axis_is_asked_once() -> None:
+    for dashboard in dashboards():
+        once = {panel["title"]: panel["type"] in {"stat", "table", "piechart"} for panel in panels(dashboard)}
+        assert all(query.instant == once[query.panel] for query in queries(dashboard))
+        assert all(target["range"] != target["instant"] for panel in panels(dashboard) for target in panel["targets"])
+
+
+def test_variables_are_replaced_by_the_readers_choice() -> None:
+    for dashboard in dashboards():
+        for query in queries(dashboard, {"job": "gateway", "instance": ".*", "team": "design|web"}):
+            assert "$" not in query.expr
+            assert 'job=~"gateway", instance=~".*"' in query.expr
+    assert any(
+        'team=~"design|web|-"' in query.expr for query in queries(dashboards()[0], {**EVERYTHING, "team": "design|web"})
+    )
+
+
+def test_prometheus_can_parse_every_query(tmp_path: Path) -> None:
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        assert os.environ.get("CI") != "true", "promtool is missing, and on CI nothing is skipped"
+        pytest.skip("promtool is not installed: no query was parsed")
+    every = [query for dashboard in dashboards() for query in queries(dashboard)]
+    rules = [{"record": f"query:{number}", "expr": query.expr} for number, query in enumerate(every)]
+    file = tmp_path / "queries.yml"
+    file.write_text(json.dumps({"groups": [{"name": "queries", "rules": rules}]}))  # JSON is YAML
+    checked = subprocess.run([promtool, "check", "rules", str(file)], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    assert f"{len(every)} rules found" in checked.stdout
+
+
+def test_provisioning_and_its_documentation_name_the_same_folders() -> None:
+    provider = (GRAFANA / "provisioning/dashboards/estimate-proxy.yml").read_text()
+    documented = (GRAFANA.parent / "docs/dashboards.md").read_text()
+    assert "path: /var/lib/grafana/dashboards\n" in provider
+    assert "grafana/dashboards:/var/lib/grafana/dashboards" in documented
+    assert "grafana/provisioning:/etc/grafana/provisioning" in documented

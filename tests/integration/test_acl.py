@@ -1,0 +1,256 @@
+"""The least access that docs/configuration.md names: a gateway needs all of it, and nothing else."""
+
+import asyncio
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from conftest import Stage as UpstreamStage
+from redis.crc import key_slot
+
+from deploy_files import PROJECT
+from gateway_fixture import API_KEY, DESIGN, MARKETING, Scene, cache_status, gateway, settings
+from proxy.app import objections
+from proxy.auth import digest_of
+from proxy.demo.simulator import Simulator
+from proxy.problems import StoreUnavailable
+from proxy.store.client import Script, Store
+from proxy.store.redirects import SLOTS
+from proxy.store.topology import Access
+from quota_scenes import ADMIN, FLUX, ONE, exceeded, explained, get, requests, shown, team, used
+from serving import wait_until
+from topologies import LOCAL, NAME, Cluster, Member, Stage, cluster, stage_of, watched
+
+DOCUMENTED = (PROJECT / "docs" / "configuration.md").read_text().partition("**The least access.**")[2]
+GATEWAY, SENTINEL_USER = re.findall(r"^```\n(user .*)\n```$", DOCUMENTED, re.MULTILINE)
+CHANGES = {where: rights.split() for where, rights in re.findall(r"^\* (.*): `(.*)`$", DOCUMENTED, re.MULTILINE)}
+LEDGER_ALONE, BOOK_ALONE, DATABASE, CLUSTER, CHECK = CHANGES
+PASSWORD = "correct-horse"
+REFUSABLE = {"client|setinfo", "config|get"}
+"""What the gateway tries, and does without."""
+
+BRANDS = ("valkey", "redis")
+NOWHERE = "redis://127.0.0.1:1"
+"""These tests look at no key themselves."""
+
+UNPERSISTED = 'writes nothing to disk (appendonly no, save "")'
+GET, PUT = Script("proxy.cache", "price_get", repeatable=True), Script("proxy.cache", "balance_put")
+
+
+def acl_line(line: str, *changes: str) -> str:
+    """The documented line with its password filled in, without what `-` takes away and with what `+` adds."""
+    taken = {f"+{change[1:]}" for change in changes if change[0] == "-"}
+    assert taken <= set(line.split())
+    words = [word for word in line.split() if word not in taken] + [change for change in changes if change[0] == "+"]
+    return " ".join(words).replace("PASSWORD", PASSWORD)
+
+
+def rights_of(line: str) -> set[str]:
+    return {word[1:] for word in line.split() if word[0] == "+"}
+
+
+def commands(member: Member, statistic: str) -> set[str]:
+    """The commands of which the server counts some `calls`, `rejected_calls` or `failed_calls`."""
+    counted: dict[str, Any] = member.client.info("commandstats")
+    return {name.removeprefix("cmdstat_").lower() for name, found in counted.items() if found[statistic]}
+
+
+def access(url: str) -> str:
+    return url.replace("://", f"://gateway:{PASSWORD}@")
+
+
+@contextmanager
+def opened(upstream: tuple[UpstreamStage, str], *, cache: str | None = None, **store: str) -> Iterator[Scene]:
+    """A gateway that has passed the checks of its start. `store`: that section; `cache`: where the price book is."""
+    stage, upstream_url = upstream
+    stage.simulator = Simulator(api_key=API_KEY, spend_every=0, latency_s=(0.1, 0.1))
+    configured = settings(
+        store.pop("url"),
+        upstream_url,
+        store=store,
+        cache={"url": cache},
+        admin={"tokens": [digest_of(ADMIN)]},
+        teams={"design": team(DESIGN, requests(6)), "marketing": team(MARKETING)},
+    )
+    assert asyncio.run(objections(configured, {})) is None
+    with gateway(configured, NOWHERE, stage.simulator) as scene:
+        yield scene
+
+
+def works(scene: Scene) -> None:
+    """All that a gateway does with its stores, as teams and an operator see it."""
+    assert scene.client.get("/readyz").json() == {"status": "ready", "degraded": []}
+    assert cache_status(scene.ask(FLUX)).startswith("fwd=miss; fwd-status=200; stored")
+    assert cache_status(scene.ask(FLUX)).startswith("hit")
+    assert cache_status(scene.ask(ONE, cache_control="no-cache")).startswith("fwd=request; fwd-status=200; stored")
+    assert scene.ask(b'[{"segment":{"asset_id":"ast_missing"}}]').status_code == 404
+    assert shown(scene, "/v1/usage")["total"]["requests"] == 4
+    assert used(scene) == [4]
+    for body in ({"body": [{"model": "Flux"}]}, {"all": True}):
+        purged = scene.client.post("/v1/cache/purge", json=body, headers={"x-api-key": ADMIN})
+        assert purged.status_code == 200
+        assert cache_status(scene.ask(FLUX)).startswith("fwd=miss; fwd-status=200; stored")
+    exceeded(scene.ask(FLUX), 429)
+    assert cache_status(scene.ask(FLUX, x_api_key=MARKETING)).startswith("hit")
+    assert explained(scene)["stored"]
+    assert shown(scene, "/v1/usage?by=team", ADMIN)["total"]["requests"] == 7
+    assert "estimate_proxy_quota_used" in get(scene, "/metrics", ADMIN).text
+    assert scene.client.get("/readyz").json() == {"status": "ready", "degraded": []}
+
+
+def ready(stage: Stage, line: str) -> Member:
+    """A server with this user, which has counted no command yet."""
+    member = stage.member(line)
+    wait_until(member.answers)
+    member.client.config_resetstat()
+    return member
+
+
+def place(member: Member) -> str:
+    return access(f"redis://{LOCAL}:{member.port}")
+
+
+def give(line: str, *members: Member) -> None:
+    """Makes the line's user what the line says, on servers that run."""
+    _, name, *rules = line.split()
+    for member in members:
+        member.ask("ACL", "SETUSER", name, "reset", *rules)
+
+
+def is_served(url: str, key: str, *, sentinel_password: str | None = None) -> bool:
+    """Whether scripts that read and write run on this key."""
+
+    async def story() -> bool:
+        store = Store(url, "ledger", access=Access(sentinel_password=sentinel_password))
+        try:
+            return bool(await store.call(GET, key) and await store.call(PUT, key + "book", args=(b"1",)))
+        except StoreUnavailable:
+            return False
+        finally:
+            await store.close()
+
+    return asyncio.run(story())
+
+
+@pytest.fixture(autouse=True)
+def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leases are renewed, and the store is asked, each time."""
+    monkeypatch.setattr("proxy.gateway.fetcher.LEASE_S", 0.2)
+    monkeypatch.setattr("proxy.cache.memory.MAX_AGE_S", -1.0)
+    monkeypatch.setattr("proxy.cache.price_book.BOOK_REREAD_S", -1.0)
+
+
+@pytest.mark.parametrize("brand", BRANDS)
+def test_a_server_with_both_roles_needs_what_the_line_says_and_nothing_else(
+    brand: str, upstream: tuple[UpstreamStage, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    line = acl_line(GATEWAY)
+    with stage_of(brand) as stage:
+        member = ready(stage, line)
+        with opened(upstream, url=place(member)) as scene:
+            works(scene)
+        assert commands(member, "calls") >= rights_of(line)
+        assert commands(member, "rejected_calls") <= REFUSABLE
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+@pytest.mark.parametrize("brand", BRANDS)
+def test_each_role_alone_needs_less(brand: str, upstream: tuple[UpstreamStage, str]) -> None:
+    of_ledger, of_book = (acl_line(GATEWAY, *CHANGES[where]) for where in (LEDGER_ALONE, BOOK_ALONE))
+    with stage_of(brand) as stage:
+        ledger, book = ready(stage, of_ledger), ready(stage, of_book)
+        with opened(upstream, url=place(ledger), cache=place(book), on_outage="admit") as scene:
+            works(scene)
+            called = commands(ledger, "calls")
+            rejected = commands(ledger, "rejected_calls") | commands(book, "rejected_calls")
+            ledger.kill()
+            assert scene.ask(FLUX, x_api_key=MARKETING).status_code == 200
+            ledger.start()
+            wait_until(lambda: "exists" in commands(ledger, "calls"))  # so no debit of an outage counts twice
+        assert called | {"exists"} >= rights_of(of_ledger)
+        assert commands(book, "calls") >= rights_of(of_book)
+        assert rejected | commands(ledger, "rejected_calls") <= REFUSABLE
+
+
+@pytest.mark.parametrize("brand", BRANDS)
+def test_without_one_of_the_rights_it_does_not_work(brand: str) -> None:
+    """As for the commands within scripts, that each of them is called is seen above."""
+    with stage_of(brand) as stage:
+        member = ready(stage, acl_line(GATEWAY))
+        url = place(member)
+        assert is_served(url, "ep1:a")
+        for missing in ("~ep1:*", "+evalsha", "+script|load", "+time"):
+            member.client.script_flush()
+            give(acl_line(GATEWAY).replace(f" {missing} ", " "), member)
+            assert not is_served(url, "ep1:a"), missing
+        give(acl_line(GATEWAY), member)
+        assert not is_served(url, "ep2:a"), "the keys of others are out of reach"
+
+
+@pytest.mark.parametrize("brand", BRANDS)
+def test_another_database_needs_select(brand: str, upstream: tuple[UpstreamStage, str]) -> None:
+    with stage_of(brand) as stage:
+        member = ready(stage, acl_line(GATEWAY, *CHANGES[DATABASE]))
+        url = f"{place(member)}/1"
+        with opened(upstream, url=url) as scene:
+            works(scene)
+        give(acl_line(GATEWAY), member)
+        assert not is_served(url, "ep1:a")
+
+
+@pytest.mark.parametrize("brand", BRANDS)
+def test_the_check_at_the_start_needs_config_get(brand: str, caplog: pytest.LogCaptureFixture) -> None:
+    with stage_of(brand) as stage:
+        member = ready(stage, acl_line(GATEWAY, *CHANGES[CHECK]))
+        configured = settings(place(member), "http://127.0.0.1:1")
+        assert asyncio.run(objections(configured, {})) is None
+        assert UNPERSISTED in caplog.text
+
+
+@pytest.fixture(scope="module", params=BRANDS)
+def fleet(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    with cluster(request.param) as opened:
+        yield opened
+
+
+def test_a_cluster_needs_its_slots_and_asking(fleet: Cluster, upstream: tuple[UpstreamStage, str]) -> None:
+    added, url = CHANGES[CLUSTER], access(fleet.url)
+    give(acl_line(GATEWAY, *added), *fleet.members)
+    with opened(upstream, url=url) as scene:
+        works(scene)
+    key, slot = "ep1:{asked}:price", key_slot(b"asked")
+    source = fleet.home(slot)
+    target = fleet.home(0 if fleet.home(0) is not source else SLOTS - 1)
+    target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", fleet.names[source.port])
+    source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", fleet.names[target.port])
+    assert is_served(url, key)
+    for missing in added:
+        give(acl_line(GATEWAY, *(right for right in added if right != missing)), *fleet.members)
+        assert not is_served(url, key), f"{missing} is not needed"
+
+
+@pytest.mark.parametrize("brand", BRANDS)
+def test_a_sentinel_needs_one_command(brand: str, upstream: tuple[UpstreamStage, str]) -> None:
+    """The Sentinels, and who looks after them, are another user there."""
+    keeper = {"username": "keeper", "password": "keeper"}
+    lines = (
+        "user keeper on >keeper ~* &* +@all",
+        "sentinel sentinel-user keeper",
+        "sentinel sentinel-pass keeper",
+        acl_line(SENTINEL_USER),
+    )
+    with watched(brand, sentinel_lines=lines, sentinel_access=keeper) as watch:
+        give(acl_line(GATEWAY), *watch.servers)
+        url, secret = access(watch.url), {"sentinel_password": PASSWORD}
+        with opened(upstream, url=url, **secret) as scene:
+            works(scene)
+            primary = watch.primary()
+            watch.sentinels[-1].ask("SENTINEL", "FAILOVER", NAME)
+            watch.until_replaced(primary)
+            wait_until(lambda: scene.ask(FLUX, x_api_key=MARKETING).status_code == 200)
+        assert is_served(url, "ep1:a", **secret)
+        for sentinel in watch.sentinels:
+            give(acl_line(SENTINEL_USER, "-sentinel|get-master-addr-by-name"), sentinel)
+        assert not is_served(url, "ep1:a", **secret)

@@ -1,0 +1,334 @@
+"""The connection pool before servers that are slow, hang up, say too much or nothing, and calls on its connections."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from itertools import chain, repeat
+from typing import Any
+
+import pytest
+from redis.exceptions import BusyLoadingError, InvalidResponse, ResponseError
+from redis.exceptions import ConnectionError as NotConnectedError
+
+from proxy.store.connection_pool import MAX_CONNECTIONS, ConnectionPool
+from proxy.store.scripts import Call, Node, Script, exchange
+from proxy.store.topology import Access, ConnectionFactory
+from proxy.urls import Address, parse_store_url
+
+GREETING = b"+OK\r\n"
+PONG = b"+PONG\r\n"
+READ_BYTES = 65536
+SCRIPT = Script("proxy.cache", "price_get")
+
+
+class Server:
+    """Says to each connection a greeting, and then its answers to whatever comes, the last one again and again."""
+
+    def __init__(self, *answers: bytes) -> None:
+        self.answers = answers
+        self.greeting = GREETING
+        self.pieces = False
+        self.hangs_up = False
+        self.may_greet = asyncio.Event()
+        self.may_greet.set()
+        self.clients: list[asyncio.StreamWriter] = []
+
+    async def converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.clients.append(writer)
+        await reader.read(READ_BYTES)
+        await self.may_greet.wait()
+        writer.write(self.greeting)
+        answers = chain(self.answers, repeat(self.answers[-1]))
+        while await reader.read(READ_BYTES):
+            answer = next(answers)
+            for piece in [bytes((byte,)) for byte in answer] if self.pieces else [answer]:
+                writer.write(piece)
+                await asyncio.sleep(0)
+            if self.hangs_up:
+                break
+        writer.close()
+
+    async def close(self) -> None:
+        for client in self.clients:
+            client.close()
+            with suppress(ConnectionError):
+                await client.wait_closed()
+
+
+@asynccontextmanager
+async def pool_of(
+    server: Server, url: str = "redis://x", connect_timeout_s: float = 2
+) -> AsyncIterator[ConnectionPool]:
+    async with await asyncio.start_server(server.converse, "127.0.0.1", 0) as listener:
+        address = Address("127.0.0.1", listener.sockets[0].getsockname()[1])
+        pool = ConnectionFactory(parse_store_url(url), Access(connect_timeout_s=connect_timeout_s)).pool(address)
+        try:
+            yield pool
+        finally:
+            server.may_greet.set()
+            await pool.close()
+            await server.close()
+
+
+def play(scene: Coroutine[Any, Any, None]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(10):
+            await scene
+
+    asyncio.run(bounded())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 -- what happens in a server sends no event
+        await asyncio.sleep(0.001)
+
+
+async def called(pool: ConnectionPool, count: int) -> list[Call]:
+    """Calls that went out together, with the words that they got."""
+    loop = asyncio.get_running_loop()
+    calls = [Call(SCRIPT, ("k",), (), loop.create_future(), loop.time()) for _ in range(count)]
+    await exchange(Node("it", "connection", "127.0.0.1", pool), calls)
+    return calls
+
+
+# Calls
+
+
+def test_replies_come_in_any_pieces_and_errors_are_replies() -> None:
+    async def scene() -> None:
+        server = Server(b"+PONG\r\n*2\r\n$2\r\nab\r\n:5\r\n-LOADING wait\r\n-OOM full\r\n$-1\r\n")
+        server.pieces = True
+        async with pool_of(server) as pool:
+            first, second, third, fourth, fifth = (call.word for call in await called(pool, 5))
+            assert (first, second, fifth) == (b"PONG", [b"ab", 5], None)
+            assert isinstance(third, BusyLoadingError)
+            assert isinstance(fourth, ResponseError)
+
+    play(scene())
+
+
+@pytest.mark.parametrize(("word", "connections"), [(b"OOM full", 1), (b"READONLY replica", 2), (b"LOADING wait", 2)])
+def test_a_server_that_does_not_serve_now_is_connected_to_again(word: bytes, connections: int) -> None:
+    async def scene() -> None:
+        server = Server(b"-%b\r\n+PONG\r\n" % word)
+        async with pool_of(server) as pool:
+            await called(pool, 2)
+            (_, call) = await called(pool, 2)
+            assert call.word == b"PONG"
+            assert len(server.clients) == connections
+
+    play(scene())
+
+
+@pytest.mark.parametrize("more", [b"+PONG\r\n", b"-ERR max number of clients reached\r\n", b"!nonsense\r\n"])
+def test_after_something_that_nobody_asked_for_a_connection_is_not_used_again(more: bytes) -> None:
+    async def scene() -> None:
+        server = Server(b"+PONG\r\n" + more)
+        async with pool_of(server) as pool:
+            for count in (1, 2):
+                (call,) = await called(pool, 1)
+                assert call.word == b"PONG"
+                assert len(server.clients) == count
+
+    play(scene())
+
+
+def test_what_is_not_a_reply_ends_the_connection() -> None:
+    async def scene() -> None:
+        async with pool_of(Server(b"!nonsense\r\n")) as pool:
+            (call,) = await called(pool, 1)
+            assert isinstance(call.word, InvalidResponse)
+            assert call.sent
+            assert not pool.is_in_use
+
+    play(scene())
+
+
+def test_replies_that_came_before_the_end_count() -> None:
+    async def scene() -> None:
+        server = Server(b"+PONG\r\n+PO")
+        server.hangs_up = True
+        async with pool_of(server) as pool:
+            served, lost = await called(pool, 2)
+            assert served.word == b"PONG"
+            assert isinstance(lost.word, NotConnectedError)
+            assert lost.sent
+
+    play(scene())
+
+
+def test_a_script_that_cannot_be_loaded_says_why() -> None:
+    async def scene() -> None:
+        server = Server(b"-NOSCRIPT none\r\n", b"-NOPERM no 'script|load'\r\n-NOSCRIPT none\r\n")
+        async with pool_of(server) as pool:
+            (call,) = await called(pool, 1)
+            assert "script|load" in str(call.word)
+
+    play(scene())
+
+
+# Opening
+
+
+@pytest.mark.parametrize(
+    ("greeting", "refusal"),
+    [
+        (b"+OK\r\n+OK\r\n", None),
+        (b"-ERR unknown subcommand 'SETINFO'\r\n+OK\r\n", None),
+        (b"+OK\r\n-ERR DB index is out of range\r\n", "DB index is out of range"),
+        (b"-NOAUTH Authentication required.\r\n-NOAUTH Authentication required.\r\n", "Authentication required"),
+        (b"-LOADING wait\r\n", "wait"),
+    ],
+)
+def test_a_greeting(greeting: bytes, refusal: str | None) -> None:
+    async def scene() -> None:
+        server = Server(PONG)
+        server.greeting = greeting
+        async with pool_of(server, "redis://x/1") as pool:
+            if refusal is None:
+                await pool.release(await pool.acquire())
+            else:
+                with pytest.raises(NotConnectedError, match=refusal):
+                    await pool.acquire()
+
+    play(scene())
+
+
+def test_a_call_that_gives_up_leaves_its_connection_to_the_next() -> None:
+    async def scene() -> None:
+        server = Server(b"+PONG\r\n")
+        server.may_greet.clear()
+        async with pool_of(server) as pool:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(called(pool, 1), 0.05)
+            server.may_greet.set()
+            (call,) = await called(pool, 1)
+            assert call.word == b"PONG"
+            await until(lambda: not pool._opening)
+            assert len(pool._idle) == len(server.clients) <= 2
+
+    play(scene())
+
+
+def test_a_call_takes_what_is_free_first() -> None:
+    """A connection that is released before the one that was opened for it is there."""
+
+    async def scene() -> None:
+        server = Server(PONG)
+        async with pool_of(server) as pool:
+            first = await pool.acquire()
+            server.may_greet.clear()
+            second = asyncio.create_task(pool.acquire())
+            await asyncio.sleep(0)
+            await pool.release(first)
+            assert await second is first
+            server.may_greet.set()
+            await until(lambda: bool(pool._idle))
+            await pool.release(first)
+
+    play(scene())
+
+
+def test_a_set_up_without_an_answer_ends() -> None:
+    async def scene() -> None:
+        server = Server(PONG)
+        server.may_greet.clear()
+        async with pool_of(server, connect_timeout_s=0.05) as pool:
+            (call,) = await called(pool, 1)
+            assert isinstance(call.word, NotConnectedError)
+            assert not call.sent
+
+    play(scene())
+
+
+def test_connections_are_used_again_and_bounded() -> None:
+    async def scene() -> None:
+        server = Server(PONG)
+        async with pool_of(server) as pool:
+            held = [await pool.acquire() for _ in range(MAX_CONNECTIONS)]
+            late, later = (asyncio.create_task(pool.acquire()) for _ in range(2))
+            await asyncio.sleep(0.01)
+            assert not late.done()
+            late.cancel()
+            await asyncio.wait({late})
+            await pool.release(held[3])
+            assert await later is held[3]
+            for connection in held:
+                await pool.release(connection)
+            assert await pool.acquire() is held[-1]
+            await pool.close_idle()
+            await pool.release(held[-1])
+            assert await pool.acquire() is held[-1]
+            assert await pool.acquire() not in held, "they were closed"
+            assert len(server.clients) == MAX_CONNECTIONS + 1
+
+    play(scene())
+
+
+def test_one_who_leaves_at_the_last_moment_hands_the_connection_on() -> None:
+    async def scene() -> None:
+        async with pool_of(Server(PONG)) as pool:
+            held = [await pool.acquire() for _ in range(MAX_CONNECTIONS)]
+            leaving, staying = (asyncio.create_task(pool.acquire()) for _ in range(2))
+            await asyncio.sleep(0)
+            await pool.release(held[0])
+            leaving.cancel()
+            assert await staying is held[0]
+            assert leaving.cancelled()
+
+    play(scene())
+
+
+def test_room_is_kept_where_nobody_answers() -> None:
+    async def scene() -> None:
+        server = Server(PONG)
+        async with pool_of(server) as pool:
+            server.greeting = b"-ERR max number of clients reached\r\n"
+            for _ in range(2 * MAX_CONNECTIONS):
+                with pytest.raises(NotConnectedError, match="max number of clients"):
+                    await pool.acquire()
+
+    play(scene())
+
+
+def test_a_refused_connection_fails_nobody_while_another_may_come_back() -> None:
+    async def scene() -> None:
+        server = Server(PONG)
+        async with pool_of(server) as pool:
+            only = await pool.acquire()
+            server.greeting = b"-ERR max number of clients reached\r\n"
+            waiting = asyncio.create_task(pool.acquire())
+            await until(lambda: len(server.clients) == 2 and not pool._opening)
+            assert not waiting.done()
+            await only.disconnect(nowait=True)
+            await pool.release(only)
+            with pytest.raises(NotConnectedError, match="max number of clients"):
+                await waiting
+
+    play(scene())
+
+
+@pytest.mark.parametrize("how", [asyncio.StreamWriter.close, lambda writer: writer.transport.abort()])
+def test_what_ended_while_idle_is_not_used(how: Callable[[asyncio.StreamWriter], None]) -> None:
+    async def scene() -> None:
+        server = Server(b"+PONG\r\n")
+        async with pool_of(server) as pool:
+            await called(pool, 1)
+            how(server.clients[0])
+            await asyncio.sleep(0.02)  # the loop is told of it, as of anything else
+            (call,) = await called(pool, 1)
+            assert call.word == b"PONG"
+
+    play(scene())
+
+
+def test_calls_that_never_got_a_connection_were_not_sent() -> None:
+    async def scene() -> None:
+        server = Server(PONG)
+        server.greeting = b"-NOAUTH Authentication required.\r\n"
+        async with pool_of(server) as pool:
+            (call,) = await called(pool, 1)
+            assert isinstance(call.word, NotConnectedError)
+            assert not call.sent
+
+    play(scene())

@@ -1,0 +1,207 @@
+"""What the web floor does when the story itself goes wrong."""
+
+import asyncio
+import logging
+import select
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import httpx2
+import orjson
+import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from gateway_fixture import PATH, Scene, break_off, code_of
+from processes import address_of
+from proxy.gateway.estimates import Answer, Ask, Trace
+from proxy.gateway.in_flight import MAX_AT_WORK, MAX_IN_FLIGHT, Lifecycle
+from proxy.http.endpoint import Ending, Story, StoryEndpoint
+from proxy.problems import Outcome
+from proxy.telemetry.metrics import Metrics
+from serving import Host, serving, wait_until
+
+
+@contextmanager
+def telling(story: Story, *, timeout_s: float = 5.0) -> Iterator[tuple[httpx2.Client, Lifecycle]]:
+    """A server whose every path tells `story`."""
+    lifecycle = Lifecycle()
+    endpoint = StoryEndpoint(
+        "estimate", story, lifecycle=lifecycle, metrics=Metrics(), max_body_bytes=1000, timeout_s=timeout_s
+    )
+    with (
+        serving(Starlette(routes=[Route("/", endpoint)])) as url,
+        httpx2.Client(base_url=url, trust_env=False) as client,
+    ):
+        yield client, lifecycle
+
+
+def facts_of(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
+    return [record.facts for record in caplog.records if hasattr(record, "facts")]
+
+
+async def fine(ask: Ask, trace: Trace) -> Ending:
+    trace.team = "design"
+    await ask.read_body()
+    return Answer(Outcome.MISS, 200, b"{}")
+
+
+def test_a_defect_of_ours_is_a_500_that_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(_ask: Ask, _trace: Trace) -> Ending:
+        raise RuntimeError("the reason is for the log")
+
+    with caplog.at_level(logging.INFO, "proxy"), telling(broken) as (client, _):
+        response = client.post("/", headers={"x-request-id": "r1"})
+    assert (response.status_code, code_of(response)) == (500, "internal-error")
+    assert "reason is for" not in response.text
+    assert "the reason is for the log" in caplog.text
+    assert "request r1 failed" in caplog.text
+    assert facts_of(caplog)[0]["outcome"] == "internal-error"
+
+
+def test_each_request_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "proxy"), telling(fine) as (client, _):
+        client.post("/", headers={"x-request-id": "r1"})
+    (facts,) = facts_of(caplog)
+    duration = facts.pop("ms")
+    assert isinstance(duration, float)
+    assert facts == {
+        "request_id": "r1",
+        "team": "design",
+        "operation": "estimate",
+        "outcome": "miss",
+        "status": 200,
+    }
+
+
+def test_the_log_line_of_an_estimate_names_what_upstream_took(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "proxy"):
+        scene.ask()
+        scene.ask()
+        wait_until(lambda: len(facts_of(caplog)) == 2)  # a line is written behind its answer
+    miss, hit = facts_of(caplog)
+    assert [miss["outcome"], hit["outcome"]] == ["miss", "hit"]
+    assert "upstream_ms" in miss
+    assert "upstream_ms" not in hit
+
+
+def test_more_than_it_can_serve_is_told_to_come_back() -> None:
+    with telling(fine) as (client, lifecycle):
+        for in_flight, waiting, status in (
+            (MAX_AT_WORK, 0, 503),
+            (MAX_AT_WORK, 1, 200),
+            (MAX_IN_FLIGHT - 1, MAX_IN_FLIGHT - 1, 200),
+            (MAX_IN_FLIGHT, MAX_IN_FLIGHT, 503),
+        ):
+            lifecycle.in_flight, lifecycle.waiting = in_flight, waiting
+            response = client.post("/")
+            assert response.status_code == status
+            if status == 503:
+                assert code_of(response) == "overloaded"
+                assert response.headers["retry-after"] == "1"
+
+
+def test_a_body_that_does_not_arrive(scene: Scene) -> None:
+    with telling(fine, timeout_s=0.2) as (client, lifecycle):
+        slow = replace(scene, url=str(client.base_url), lifecycle=lifecycle)
+        reply = slow.raw(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n[{}")
+    head, _, body = reply.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"connection: close" in head
+    assert orjson.loads(body)["detail"] == "The body did not arrive in time."
+
+
+def test_while_draining_connections_are_closed(scene: Scene) -> None:
+    scene.lifecycle.draining = True
+    for response in (scene.ask(), scene.ask(b"[]"), scene.client.get("/nowhere"), scene.client.get("/readyz")):
+        assert response.headers["connection"] == "close"
+    assert scene.client.get("/readyz").status_code == 503
+    assert scene.client.get("/readyz").json() == {"status": "draining"}
+    assert scene.client.get("/healthz").json() == {"status": "alive"}
+    assert scene.ask().status_code == 200
+
+
+def test_a_request_that_is_cut_off_is_told_why() -> None:
+    async def endless(_ask: Ask, _trace: Trace) -> Ending:
+        raise asyncio.CancelledError
+
+    with telling(endless) as (client, _):
+        response = client.post("/")
+    assert (response.status_code, code_of(response)) == (503, "draining")
+    assert response.headers["connection"] == "close"
+
+
+def test_a_client_that_breaks_off_is_logged_as_cancelled(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "proxy"), scene.simulator.hold() as hold:
+        with scene.connect() as connection:
+            token = scene.client.headers["x-api-key"]
+            head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-API-KEY: {token}\r\nContent-Length: 4\r\n\r\n[{{}}]"
+            connection.sendall(head.encode())
+            assert scene.simulator.arrived(1)
+            break_off(connection)
+        hold.release()
+        wait_until(lambda: facts_of(caplog))
+    (facts,) = facts_of(caplog)
+    assert (facts["outcome"], facts["status"]) == ("cancelled", 499)
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+def test_probes_take_get_and_head(scene: Scene, path: str) -> None:
+    assert scene.client.get(path).status_code == 200
+    assert scene.client.head(path).status_code == 200
+    refused = scene.client.post(path)
+    assert (refused.status_code, code_of(refused)) == (405, "method-not-allowed")
+    assert refused.headers["allow"] == "GET, HEAD"
+
+
+def test_readiness_tells_of_a_lost_store(scene: Scene) -> None:
+    assert scene.client.get("/readyz").json() == {"status": "ready", "degraded": []}
+    scene.store.client_pause(700)
+    assert scene.client.get("/readyz").json() == {"status": "ready", "degraded": ["ledger", "price-book"]}
+    wait_until(lambda: scene.client.get("/readyz").json()["degraded"] == [])
+
+
+def test_two_requests_in_one_piece_have_each_their_answer(scene: Scene) -> None:
+    token, first, last = scene.client.headers["x-api-key"], b'[{"model":"Flux"}]', b'[{"model":"Flux","steps":30}]'
+    pieces = []
+    for body, connection in ((first, "keep-alive"), (last, "close")):
+        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-API-KEY: {token}\r\nConnection: {connection}\r\n"
+        pieces.append(head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+    told = scene.raw(b"".join(pieces))
+    assert told.count(b"HTTP/1.1 200 OK\r\n") == 2
+    assert told.count(b"connection: close") == 1
+    assert [exchange.body for exchange in scene.simulator.received] == [first, last]
+
+
+def test_a_field_that_would_break_the_head_goes_nowhere(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(_ask: Ask, trace: Trace) -> Ending:
+        trace.cache_status = "hit\r\nset-cookie: a=b"
+        return Answer(Outcome.HIT, 200, b"{}")
+
+    with telling(broken) as (client, _):
+        response = client.post("/")
+    assert response.status_code == 500
+    assert "set-cookie" not in response.headers
+    assert "a header field has a line break or NUL in it" in caplog.text
+
+
+def test_a_head_is_answered_without_a_body(scene: Scene) -> None:
+    wanted, told = scene.client.get("/v1/quota"), scene.client.head("/v1/quota")
+    assert (told.status_code, told.content) == (200, b"")
+    assert told.headers["content-length"] == str(len(wanted.content))
+
+
+def test_a_connection_is_closed_when_it_has_been_idle_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.http.connection.KEEP_ALIVE_S", 1)
+    server = Host()
+    try:
+        with server.serving(Starlette()), socket.create_connection(address_of(server.url), timeout=5) as connection:
+            for _ in range(4):
+                connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert connection.recv(65536).startswith(b"HTTP/1.1 404 ")
+                assert not select.select([connection], [], [], 0.4)[0], "it is used now and then"
+            assert connection.recv(65536) == b""
+    finally:
+        server.close()

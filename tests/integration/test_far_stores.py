@@ -1,0 +1,160 @@
+"""Stores that are far away, or behind something that forgets connections: TLS and passwords at 100 ms, quiet hours."""
+
+import asyncio
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from faulty_proxy import Relay, Way, relay
+from gateway_fixture import gateway, settings
+from lateness import LateError
+from proxy.cli.direct import ask_standings
+from proxy.demo.simulator import Simulator
+from proxy.settings.schema import Settings
+from proxy.store.client import Script, Store
+from proxy.store.connection_pool import HEALTH_CHECK_S, MIN_CONNECTIONS
+from serving import wait_until
+from topologies import LOCAL, Member, Papers, papers, stage_of
+
+PUT = Script("proxy.cache", "price_purge")
+PASSWORD = "pa:ss"
+ROUND_TRIP_S = 0.1
+
+
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory: pytest.TempPathFactory) -> Papers:
+    return papers(tmp_path_factory.mktemp("papers"))
+
+
+@pytest.fixture(scope="module")
+def guarded(certified: Papers) -> Iterator[Member]:
+    """Redis that speaks TLS alone, and wants a password."""
+    with stage_of("redis") as stage:
+        lines = (
+            f"tls-cert-file {certified.cert('server')}",
+            f"tls-key-file {certified.key('server')}",
+            f"tls-ca-cert-file {certified.ca}",
+            "tls-auth-clients no",
+            f"requirepass {PASSWORD}",
+        )
+        server = stage.member(*lines, ssl=True, ssl_ca_certs=str(certified.ca), password=PASSWORD)
+        wait_until(server.answers)
+        yield server
+
+
+@pytest.fixture
+def far(guarded: Member) -> Iterator[Relay]:
+    guarded.client.flushall()
+    with relay(f"rediss://{LOCAL}:{guarded.port}") as way:
+        way.become(Way(latency_s=ROUND_TRIP_S))
+        yield way
+
+
+@pytest.fixture
+def configured(far: Relay, certified: Papers, upstream: tuple[object, str]) -> Settings:
+    store = {"url": far.url, "password": PASSWORD, "ca_file": str(certified.ca)}
+    return settings(far.url, upstream[1], store=store)
+
+
+def test_a_store_that_is_100_ms_away_behind_tls_and_a_password(
+    configured: Settings, simulator: Simulator, valkey_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the first request on, alone and eight at a time, hits and misses."""
+    with gateway(configured, valkey_url, simulator) as scene, ThreadPoolExecutor(8) as pool:
+        assert scene.ask().status_code == 200
+        until = time.monotonic() + 3
+
+        def crowd(lane: int) -> Counter[str]:
+            said: Counter[str] = Counter()
+            while time.monotonic() < until:
+                body = b'[{"model":"Flux","seed":%d}]' % (said.total() if lane % 2 else 0)
+                answer = scene.ask(body)
+                said[f"{answer.status_code} {answer.headers.get('cache-status', answer.text)}"] += 1
+            return said
+
+        said = sum(pool.map(crowd, range(8)), Counter[str]())
+        priced = sum(count for words, count in said.items() if words.startswith("200 "))
+        if priced < said.total():  # a call has two and a half round trips' time, also where a script is sent first
+            raise LateError(f"{said.total() - priced} of {said.total()} were not priced: {said}; {caplog.text}")
+        assert not any("bypass" in words for words in said), said
+        assert said.total() > 40
+        assert scene.metrics.registry.get_sample_value("estimate_proxy_unanswered_debits_total") == 0
+
+
+def test_the_command_line_reads_a_ledger_that_is_far_away(configured: Settings) -> None:
+    assert len(asyncio.run(ask_standings(configured, "design"))) == 1
+
+
+def test_a_store_whose_timeout_is_longer_than_usual_is_waited_for(far: Relay, configured: Settings) -> None:
+    far.become(Way(latency_s=0.4))
+    patient = configured.model_copy(
+        update={"store": configured.store.model_copy(update={"timeout_s": 1.0, "connect_timeout_s": 4.0})}
+    )
+    assert len(asyncio.run(ask_standings(patient, "design"))) == 1
+
+
+# Connections that nothing passes over
+
+
+def play(way: Relay, count: int, story: Callable[[list[Store]], Coroutine[object, object, None]]) -> None:
+    """Tells a story of so many gateways' stores."""
+
+    async def tell() -> None:
+        stores = [Store(way.url, "ledger") for _ in range(count)]
+        try:
+            await asyncio.gather(*(store.open() for store in stores))
+            await story(stores)
+        finally:
+            await asyncio.gather(*(store.close() for store in stores))
+
+    asyncio.run(tell())
+
+
+async def put(store: Store) -> None:
+    await store.call(PUT, "ep1:{idle}:price", "ep1:{idle}:lease")
+
+
+def test_connections_outlive_something_that_forgets_them_after_five_seconds(way: Relay) -> None:
+    """Of 100 calls after a quiet while none is refused, and none is without an answer."""
+
+    async def story(stores: list[Store]) -> None:
+        way.become(Way(patience_s=5))
+        await asyncio.sleep(6)
+        putting = []
+        for _ in range(10):
+            putting += [asyncio.create_task(put(store)) for store in stores]
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # one turn of the loop each: they go out on connections of their own
+        await asyncio.gather(*putting)
+
+    play(way, 10, story)
+
+
+def test_connections_that_lead_nowhere_are_replaced_before_a_call_needs_them(way: Relay) -> None:
+    async def story(stores: list[Store]) -> None:
+        (store,) = stores
+        pool = store._servers.primaries()[0].pool
+        before = list(pool._idle)
+        way.forget()
+        async with asyncio.timeout(HEALTH_CHECK_S + 5):
+            while len(pool._idle) < MIN_CONNECTIONS or any(one in before for one in pool._idle):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await put(store)
+
+    play(way, 1, story)
+
+
+def test_the_kernel_asks_too_whether_a_connection_is_alive(way: Relay) -> None:
+    async def story(stores: list[Store]) -> None:
+        connection = await stores[0]._servers.primaries()[0].pool.acquire()
+        assert connection._writer is not None
+        opened = connection._writer.get_extra_info("socket")
+        assert opened.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 30
+        await stores[0]._servers.primaries()[0].pool.release(connection)
+
+    play(way, 1, story)

@@ -1,0 +1,86 @@
+"""Connections to a store that were lost while nobody used them: they cost as little as can be, and never a debit."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+import redis
+
+from faulty_proxy import Relay
+from proxy.problems import StoreUnanswered, StoreUnavailable
+from proxy.store.client import COOLDOWN_S, Script, Store
+
+PUT, LOOK = Script("proxy.cache", "price_purge"), Script("proxy.cache", "price_get", repeatable=True)
+CONNECTIONS = 5
+
+
+@pytest.fixture
+def server(any_store_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(any_store_url) as client:
+        yield client
+
+
+def play(way: Relay, story: Callable[[Store], Awaitable[None]]) -> None:
+    async def played() -> None:
+        store = Store(way.url, "ledger")
+        try:
+            await story(store)
+        finally:
+            await store.close()
+
+    asyncio.run(played())
+
+
+async def put(store: Store) -> None:
+    await store.call(PUT, "ep1:{idle}:price", "ep1:{idle}:lease")
+
+
+async def spread(store: Store) -> None:
+    """Leaves several connections idle."""
+    putting = []
+    for _ in range(CONNECTIONS):
+        putting.append(asyncio.create_task(put(store)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)  # one turn of the loop each: they do not go out together
+    await asyncio.gather(*putting)
+
+
+def calls(server: redis.Redis) -> int:
+    return int(server.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0))
+
+
+def test_one_that_was_reset_costs_nothing(way: Relay, server: redis.Redis) -> None:
+    async def story(store: Store) -> None:
+        await spread(store)
+        before = calls(server)
+        await asyncio.to_thread(way.tear)
+        await asyncio.sleep(0.05)  # the loop is told of it, as of anything else
+        await put(store)
+        assert calls(server) == before + 1
+
+    play(way, story)
+
+
+def test_of_those_that_a_firewall_has_forgotten_only_the_first_costs_a_debit(way: Relay, server: redis.Redis) -> None:
+    async def story(store: Store) -> None:
+        await spread(store)
+        before = calls(server)
+        way.forget()
+        with pytest.raises(StoreUnanswered):
+            await put(store)
+        with pytest.raises(StoreUnavailable, match="left alone"):
+            await put(store)
+        await asyncio.sleep(COOLDOWN_S)
+        await spread(store)
+        assert calls(server) == before + CONNECTIONS
+
+    play(way, story)
+
+
+def test_what_only_looks_is_answered_though_a_firewall_has_forgotten_the_way(way: Relay) -> None:
+    async def story(store: Store) -> None:
+        await spread(store)
+        way.forget()
+        assert (await store.call(LOOK, "ep1:{idle}:price"))[0] is None
+
+    play(way, story)

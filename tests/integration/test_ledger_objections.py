@@ -1,0 +1,111 @@
+"""What the ledger's store objects to: memory full, a replica, a sum too great. Nothing is written then."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import redis
+
+from ledger_fixture import (
+    CREDIT,
+    DEAREST,
+    HIT,
+    KEYS,
+    MISS,
+    PLAIN,
+    SLOW,
+    ZONE,
+    Desk,
+    everything,
+    play,
+    terms,
+    told,
+    used,
+    word,
+)
+from proxy.problems import Outcome
+from proxy.quota.quotas import Charge
+from proxy.quota.windows import window_of
+from serving import free_port
+
+
+@contextmanager
+def full_of_memory(server: redis.Redis) -> Iterator[None]:
+    names = ("maxmemory", "maxmemory-policy")
+    before = [(name, server.config_get(name)[name] or "") for name in names]
+    server.config_set("maxmemory-policy", "noeviction")
+    server.config_set("maxmemory", "1")
+    try:
+        yield
+    finally:
+        for name, value in before:
+            server.config_set(name, value)
+
+
+@contextmanager
+def replica(server: redis.Redis) -> Iterator[None]:
+    server.replicaof("127.0.0.1", str(free_port()))
+    try:
+        yield
+    finally:
+        server.replicaof("NO", "ONE")
+
+
+@pytest.mark.parametrize("trouble", [full_of_memory, replica])
+def test_a_store_that_objects_writes_nothing(
+    any_store_url: str, server: redis.Redis, trouble: Callable[[redis.Redis], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story(desk: Desk) -> None:
+        admitted = await desk.admitted(SLOW)
+        before = everything(server)
+        told(caplog)
+        with trouble(server):
+            for _ in range(3):
+                for asked in (desk.ledger.charge(SLOW, HIT), desk.ledger.admit(terms(team="film", rate=SLOW.rate))):
+                    assert word(await asked) == "store-unavailable"
+            assert everything(server) == before
+        assert len(told(caplog)) == 1, "no line a request"
+        assert word(await desk.ledger.settle(admitted, MISS)) == "admitted"
+        assert desk.metric("unanswered_debits_total") == 0, "it is known that nothing was booked"
+
+    play(any_store_url, story)
+    assert used(server) == (1, 4 * CREDIT)
+
+
+@pytest.mark.parametrize("field", ["requests", "credits"])
+def test_a_counter_that_would_overflow_refuses_before_any_write(
+    any_store_url: str, server: redis.Redis, field: str
+) -> None:
+    month = KEYS.counter(None, "month", window_of("month", int(server.time()[0]), ZONE))
+
+    async def story(desk: Desk) -> None:
+        await desk.ledger.charge(SLOW, HIT)
+        server.hset(month, field, 81 * 10**17)
+        before = everything(server)
+        for asked in (desk.ledger.charge(SLOW, HIT), desk.ledger.admit(terms(team="film", rate=SLOW.rate))):
+            assert word(await asked) == "store-unavailable"
+        assert everything(server) == before
+        server.hset(month, "credits", 4 * 10**18 - DEAREST)
+        server.hset(month, "requests", 1)
+        before = everything(server)
+        dear = Charge(Outcome.HIT, DEAREST, "Flux")
+        words = list(map(word, await asyncio.gather(*(desk.ledger.charge(SLOW, dear) for _ in range(2)))))
+        assert words == ["store-unavailable"] * 2
+        assert everything(server) == before
+        assert word(await desk.ledger.charge(SLOW, dear)) == "admitted"
+
+    play(any_store_url, story)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_what_a_read_only_store_refuses_is_owed_to_it(any_store_url: str, server: redis.Redis) -> None:
+    async def story(desk: Desk) -> None:
+        with replica(server):
+            assert word(await desk.ledger.charge(PLAIN, HIT)) == "admitted"
+            assert used(server) == (0, 0)
+        await desk.until_paid()
+
+    play(any_store_url, story, admits=True)
+    assert used(server) == (1, 4 * CREDIT)

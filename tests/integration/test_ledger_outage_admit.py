@@ -1,0 +1,241 @@
+"""The ledger's store is out of reach, and the gateway admits: what is owed is booked once, behind the outage."""
+
+import asyncio
+from datetime import date, timedelta
+from time import time_ns
+
+import pytest
+import redis
+
+from faulty_proxy import GOOD, Relay, Way
+from ledger_fixture import (
+    CREDIT,
+    DAY_S,
+    DEAREST,
+    FAILED,
+    HIT,
+    KEYS,
+    MISS,
+    PLAIN,
+    ZONE,
+    Desk,
+    Skewed,
+    calls,
+    cut,
+    hashes,
+    play,
+    quota,
+    rows,
+    terms,
+    told,
+    used,
+    word,
+)
+from proxy.problems import Outcome
+from proxy.quota.ledger import Admitted
+from proxy.quota.quotas import Charge
+from proxy.quota.windows import day_of, start_of, window_of
+
+
+@pytest.mark.usefixtures("hurried")
+def test_what_is_admitted_in_an_outage_is_booked_once_behind_it(way: Relay, server: redis.Redis) -> None:
+    async def story(desk: Desk) -> None:
+        settled, failed, refunded, cancelled = [await desk.admitted(terms(quota(4))) for _ in range(4)]
+        await cut(way)
+        for _ in range(3):
+            admission = await desk.ledger.charge(terms(quota(0)), HIT)
+            assert isinstance(admission, Admitted)
+            assert (admission.standing, admission.booked, admission.model) == (None, False, "other")
+        unseen = await desk.admitted()
+        assert (unseen.standing, unseen.booked, unseen.model) == (None, False, "-")
+        assert word(await desk.ledger.pass_over(PLAIN, Outcome.NOT_CACHED)) == "admitted"
+        assert word(await desk.ledger.settle(settled, MISS)) == "admitted"
+        assert word(await desk.ledger.settle(failed, FAILED)) == "admitted"
+        assert word(await desk.ledger.settle(cancelled, Charge(Outcome.CANCELLED))) == "admitted"
+        assert await desk.ledger.refund(refunded, Outcome.UPSTREAM_BUSY) is None
+        assert await desk.ledger.refund(await desk.admitted(), Outcome.UPSTREAM_BUSY) is None
+        assert desk.metric("buffered_debits") == 5
+        assert rows(server) == {"-:cancelled:requests": 4}
+        way.become(GOOD)
+        await desk.until_paid()
+        assert word(await desk.ledger.settle(unseen, MISS)) == "admitted", "it stands nowhere yet"
+        await desk.until_paid()
+        assert desk.metric("unanswered_debits_total") == 0
+
+    play(way.url, story, admits=True)
+    assert rows(server) == {
+        "Flux:hit:requests": 3,
+        "Flux:hit:credits": 12 * CREDIT,
+        "Flux:miss:requests": 2,
+        "Flux:miss:credits": 8 * CREDIT,
+        "-:upstream-error:requests": 1,
+        "-:cancelled:requests": 1,
+    }
+    assert used(server) == used(server, None) == (7, 20 * CREDIT)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_what_was_admitted_in_an_outage_is_booked_in_the_windows_of_then(
+    way: Relay, server: redis.Redis, clock: Skewed
+) -> None:
+    days: list[date] = []
+
+    async def story(desk: Desk) -> None:
+        seen = await desk.admitted()
+        days.append(day_of(time_ns() // 10**9, ZONE))
+        await cut(way)
+        await desk.ledger.charge(PLAIN, HIT)
+        unseen = await desk.admitted()
+        clock.ahead_s = DAY_S
+        await desk.ledger.charge(PLAIN, Charge(Outcome.STALE, CREDIT, "Flux"))
+        for admitted in (seen, unseen):
+            assert word(await desk.ledger.settle(admitted, MISS)) == "admitted"
+        way.become(GOOD)
+        await desk.until_paid()
+
+    play(way.url, story, admits=True)
+    today, tomorrow = days[0], days[0] + timedelta(days=1)
+    assert hashes(server, "u:*") == {
+        KEYS.usage("design", today): {
+            "Flux:hit:requests": 1,
+            "Flux:hit:credits": 4 * CREDIT,
+            "Flux:miss:requests": 2,
+            "Flux:miss:credits": 8 * CREDIT,
+        },
+        KEYS.usage("design", tomorrow): {"Flux:stale:requests": 1, "Flux:stale:credits": CREDIT},
+    }
+    for team in ("design", None):
+        days_of = {
+            KEYS.counter(team, "day", window_of("day", start_of(day, ZONE), ZONE)): day for day in (today, tomorrow)
+        }
+        found = {days_of[name]: held for name, held in hashes(server, "q:*").items() if name in days_of}
+        assert found == {
+            today: {"requests": 3, "credits": 12 * CREDIT},
+            tomorrow: {"requests": 1, "credits": CREDIT},
+        }
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_flush_without_a_reply_is_repeated_and_books_once(way: Relay, server: redis.Redis) -> None:
+    async def story(desk: Desk) -> None:
+        await cut(way)
+        for _ in range(3):
+            await desk.ledger.charge(PLAIN, HIT)
+        before = calls(server)
+        way.become(Way(swallows=b"EVALSHA"))
+        await asyncio.to_thread(way.swallowed.wait, 10)
+        await desk.until(lambda: calls(server) - before >= 2)
+        assert desk.metric("buffered_debits") == 3
+        assert used(server) == (3, 12 * CREDIT)
+        way.become(GOOD)
+        await desk.until_paid()
+        assert used(server) == (3, 12 * CREDIT)
+        assert len(server.keys("ep1:{acme}:flush:*")) == 1
+        assert desk.metric("unanswered_debits_total") == 0
+
+    play(way.url, story, admits=True)
+    (flush,) = server.keys("ep1:{acme}:flush:*")
+    assert 23 * 3600 < server.ttl(flush) <= 86_400
+
+
+def test_what_is_owed_is_booked_when_the_gateway_closes(
+    way: Relay, server: redis.Redis, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.store.health.COOLDOWN_S", 0.0)
+    monkeypatch.setattr("proxy.quota.ledger.FLUSH_EVERY_S", 3600)
+
+    async def story(desk: Desk) -> None:
+        await cut(way)
+        for _ in range(3):
+            await desk.ledger.charge(PLAIN, HIT)
+        if comes_back:
+            way.become(GOOD)
+
+    for comes_back in (True, False):
+        way.become(GOOD)
+        told(caplog)
+        play(way.url, story, admits=True)
+        lost = ("ERROR", "the debits of 3 requests are lost: the ledger stayed out of reach")
+        assert (lost in told(caplog)) == (not comes_back)
+    assert used(server) == (3, 12 * CREDIT)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_full_backlog_refuses(way: Relay, server: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.quota.ledger.MAX_BACKLOG_ROWS", 2)
+
+    async def story(desk: Desk) -> None:
+        seen, other_seen = await desk.admitted(), await desk.admitted()
+        await cut(way)
+        assert word(await desk.ledger.charge(PLAIN, HIT)) == "admitted"
+        unseen = await desk.admitted()
+        assert word(await desk.ledger.charge(terms(team="film"), HIT)) == "admitted"
+        for asked in (desk.ledger.charge(PLAIN, MISS), desk.ledger.admit(PLAIN), desk.ledger.settle(unseen, MISS)):
+            assert word(await asked) == "store-unavailable"
+        assert word(await desk.ledger.settle(seen, MISS)) == "store-unavailable"
+        assert await desk.ledger.refund(other_seen, Outcome.UPSTREAM_BUSY) is None
+        assert word(await desk.ledger.charge(PLAIN, HIT)) == "admitted", "it adds to a sum that is there"
+        assert desk.metric("buffered_debits") == 3
+        way.become(GOOD)
+        await desk.until_paid()
+        await desk.admitted()
+
+    play(way.url, story, admits=True)
+    assert rows(server) == {"Flux:hit:requests": 2, "Flux:hit:credits": 8 * CREDIT, "-:cancelled:requests": 3}
+    assert used(server) == (5, 8 * CREDIT)
+    assert used(server, None) == (6, 12 * CREDIT)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_settlement_that_finds_no_room_leaves_its_request_as_it_stands(
+    way: Relay, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take two sums: what has been admitted is taken back, and what it has come to is counted."""
+    monkeypatch.setattr("proxy.quota.ledger.MAX_BACKLOG_ROWS", 1)
+
+    async def story(desk: Desk) -> None:
+        first, second = await desk.admitted(), await desk.admitted()
+        await cut(way)
+        assert word(await desk.ledger.settle(first, MISS)) == "store-unavailable"
+        assert word(await desk.ledger.settle(second, Charge(Outcome.CANCELLED))) == "admitted"
+        way.become(GOOD)
+        await desk.until_paid()
+
+    play(way.url, story, admits=True)
+    assert rows(server) == {"-:cancelled:requests": 2}
+    assert used(server) == (2, 0)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_what_is_owed_stays_exact(way: Relay, server: redis.Redis) -> None:
+    """As one sum it is more than a number of Lua holds exactly."""
+
+    async def story(desk: Desk) -> None:
+        await cut(way)
+        for _ in range(27):
+            await desk.ledger.charge(PLAIN, Charge(Outcome.HIT, DEAREST - 1, "Flux"))
+        way.become(GOOD)
+        await desk.until_paid()
+
+    play(way.url, story, admits=True)
+    assert used(server) == (27, 27 * DEAREST - 27)
+    assert int(float(27 * DEAREST - 27)) != 27 * DEAREST - 27
+
+
+def test_a_settlement_outlives_its_request(way: Relay, server: redis.Redis) -> None:
+    async def story(desk: Desk) -> None:
+        admitted, refunded = await desk.admitted(), await desk.admitted()
+        way.become(Way(latency_s=0.05))
+        tasks = [
+            asyncio.ensure_future(desk.ledger.settle(admitted, MISS)),
+            asyncio.ensure_future(desk.ledger.refund(refunded, Outcome.UPSTREAM_BUSY)),
+        ]
+        await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(end, asyncio.CancelledError) for end in ends)
+
+    play(way.url, story)
+    assert rows(server) == {"Flux:miss:requests": 1, "Flux:miss:credits": 4 * CREDIT, "-:upstream-busy:refused": 1}
+    assert used(server) == (1, 4 * CREDIT)

@@ -1,0 +1,105 @@
+"""A ledger's server that may lose its data is an error in the log at the start; what is unknown is not claimed."""
+
+import asyncio
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+import redis
+
+from gateway_fixture import settings
+from proxy.app import objections
+from proxy.store.persistence import Persistence, data_loss_warning
+from proxy.store.redirects import SLOTS
+from topologies import Cluster, cluster, stage_of
+
+NOTHING_WRITTEN = (
+    'the ledger\'s server writes nothing to disk (appendonly no, save ""): a restart loses all quotas and usage. '
+    "Set appendonly yes"
+)
+WRITTEN_LATE = (
+    "the ledger's server leaves it to the kernel when its append-only file reaches the disk (appendfsync no): "
+    "a power loss takes the last half minute of quotas and usage, or more. Set appendfsync everysec"
+)
+SETTINGS: dict[str, list[tuple[dict[str, str], list[str]]]] = {
+    "no": [({"appendonly": "no", "save": "", "appendfsync": fsync}, [NOTHING_WRITTEN]) for fsync in ("everysec", "no")],
+    "late": [({"appendonly": "yes", "save": save, "appendfsync": "no"}, [WRITTEN_LATE]) for save in ("", "60 1")],
+    "yes": [
+        ({"appendonly": "no", "save": "60 1", "appendfsync": "no"}, []),
+        ({"appendonly": "yes", "save": "", "appendfsync": "everysec"}, []),
+        ({"appendonly": "yes", "save": "", "appendfsync": "always"}, []),
+    ],
+}
+
+
+def said_at_start(url: str, caplog: pytest.LogCaptureFixture, **store: str) -> list[str]:
+    caplog.clear()
+    assert asyncio.run(objections(settings(url, "http://127.0.0.1:1", store=store), {})) is None
+    assert {record.levelname for record in caplog.records} <= {"ERROR"}
+    return [record.getMessage() for record in caplog.records if "evict" not in record.getMessage()]
+
+
+@pytest.fixture
+def configurable(server: redis.Redis) -> Iterator[redis.Redis]:
+    names = ("appendfsync", "save", "appendonly")
+    before = {name: server.config_get(name)[name] or "" for name in names}
+    yield server
+    for name in names:
+        server.config_set(name, before[name])
+
+
+@pytest.mark.parametrize("kept", SETTINGS)
+def test_what_a_server_may_lose_is_said_at_the_start(
+    any_store_url: str, configurable: redis.Redis, caplog: pytest.LogCaptureFixture, kept: str
+) -> None:
+    for wanted, said in SETTINGS[kept]:
+        for name, value in wanted.items():
+            configurable.config_set(name, value)
+        assert said_at_start(any_store_url, caplog) == said
+
+
+def test_where_config_is_forbidden_nothing_is_claimed(
+    any_store_url: str, configurable: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    configurable.config_set("appendonly", "no")
+    configurable.config_set("save", "")
+    access = {"username": "narrow", "password": "secret"}
+    for rights, said in (("-config", []), ("+config", [NOTHING_WRITTEN]), ("-info", [])):
+        configurable.execute_command("ACL", "SETUSER", "narrow", "on", ">secret", "~*", "+@all", rights)  # type: ignore[no-untyped-call]  # redis-py's
+        assert said_at_start(any_store_url, caplog, **access) == said
+    configurable.acl_deluser("narrow")
+
+
+@pytest.fixture(scope="module", params=["valkey", "redis"])
+def fleet(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    with cluster(request.param) as opened:
+        yield opened
+
+
+def test_of_several_servers_the_worst_one_counts(fleet: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+    primaries = [fleet.home(slot).client for slot in (0, SLOTS // 2, SLOTS - 1)]
+    for primary in primaries:
+        primary.config_set("appendonly", "yes")
+    assert said_at_start(fleet.url, caplog) == []
+    primaries[1].config_set("appendfsync", "no")
+    assert said_at_start(fleet.url, caplog) == [WRITTEN_LATE]
+    primaries[2].config_set("appendonly", "no")
+    assert said_at_start(fleet.url, caplog) == [NOTHING_WRITTEN]
+
+
+def test_a_server_that_cannot_be_reached_is_not_judged(caplog: pytest.LogCaptureFixture) -> None:
+    with stage_of("valkey") as stage:
+        member = stage.member()
+        member.kill()
+        assert said_at_start(f"redis://127.0.0.1:{member.port}", caplog) == []
+
+
+def test_only_what_is_known_of_one_server_is_claimed() -> None:
+    """Facts of two servers never add up to a warning that neither deserves."""
+    for append_only, save, appendfsync in product((None, True, False), (None, "", "60 1"), (None, "no", "everysec")):
+        one = data_loss_warning([Persistence(append_only, save, appendfsync)])
+        nothing_written, written_late = (append_only, save) == (False, ""), (append_only, appendfsync) == (True, "no")
+        assert (one is not None) == (nothing_written or written_late)
+    snapshots, appended = Persistence(append_only=False, save="60 1"), Persistence(append_only=True, save="")
+    assert data_loss_warning([snapshots, appended]) is None
+    assert data_loss_warning([]) is None

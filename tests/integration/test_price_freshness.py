@@ -1,0 +1,413 @@
+"""Prices that age: directives of the request, stale answers, audits, members that do not count, purges."""
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from conftest import Opened
+
+from gateway_fixture import DESIGN, MARKETING, Scene, answers, cache_status, code_of
+from proxy.auth import digest_of, token_of
+from proxy.demo.simulator import Fault, Handler
+from proxy.problems import StoreUnavailable
+from proxy.store.client import Script, Store
+from serving import wait_until
+
+FLUX = b'[{"model":"Flux"}]'
+ADMIN = token_of("A" * 32)
+PURGE = "/v1/cache/purge"
+
+pytestmark = pytest.mark.usefixtures("cold")
+
+
+def priced(amount: str, balance: str = "10000") -> Handler:
+    return answers(f'{{"data":{{"estimated":{amount},"balance":{balance}}},"error":{{}}}}'.encode())
+
+
+def amount(response: httpx2.Response) -> float:
+    return float(response.json()["data"]["estimated"])
+
+
+def settled(scene: Scene, calls: int) -> None:
+    """Waits until upstream has been asked so often, and what it said is stored."""
+    wait_until(lambda: scene.simulator.calls >= calls and not scene.store.keys("ep1:*:lease"))
+    assert scene.simulator.calls == calls
+
+
+class TestDirectives:
+    def test_no_cache_asks_and_stores(self, scene: Scene) -> None:
+        scene.simulator.script(priced("1"), priced("2"))
+        scene.ask()
+        fresh = scene.ask(cache_control="no-cache")
+        assert (amount(fresh), cache_status(fresh)) == (2, "fwd=request; fwd-status=200; stored; ttl=3600")
+        hit = scene.ask()
+        assert (amount(hit), cache_status(hit)[:3]) == (2, "hit")
+
+    def test_no_store_asks_and_leaves_what_is_stored(self, scene: Scene) -> None:
+        scene.simulator.script(priced("1"), priced("2", "77"))
+        scene.ask()
+        fresh = scene.ask(cache_control="max-stale, No-Store")
+        assert (amount(fresh), cache_status(fresh)) == (2, "fwd=request; fwd-status=200")
+        assert scene.ask().json()["data"] == {"estimated": 1, "balance": 77}
+
+    def test_max_age_takes_what_is_young_enough(self, scene: Scene) -> None:
+        scene.ask()
+        scene.age(10)
+        assert cache_status(scene.ask(cache_control="max-age=60")).startswith("hit")
+        assert cache_status(scene.ask(cache_control="max-age=5")) == "fwd=request; fwd-status=200; stored; ttl=3600"
+        assert cache_status(scene.ask(cache_control="max-age=5")).startswith("hit")
+
+    def test_only_if_cached(self, scene: Scene) -> None:
+        refused = scene.ask(cache_control="only-if-cached")
+        assert (refused.status_code, code_of(refused)) == (504, "not-cached")
+        assert scene.simulator.calls == 0
+        scene.ask()
+        assert cache_status(scene.ask(cache_control="only-if-cached")).startswith("hit")
+        assert code_of(scene.ask(cache_control="only-if-cached, no-cache")) == "not-cached"
+
+    @pytest.mark.parametrize("value", ["max-age=soon", "max-age", "max-age=-1", "max-age=1.5"])
+    def test_a_max_age_that_is_none(self, scene: Scene, value: str) -> None:
+        assert code_of(scene.ask(cache_control=value)) == "invalid-request"
+
+    @pytest.mark.parametrize("value", ["", "no-transform", "max-stale=5", "min-fresh=1", 'x="no-cache, y"', "public"])
+    def test_others_are_ignored(self, scene: Scene, value: str) -> None:
+        scene.ask()
+        assert cache_status(scene.ask(cache_control=value)).startswith("hit")
+
+    def test_a_failed_no_cache_is_no_stale_answer(self, scene: Scene) -> None:
+        scene.ask()
+        scene.simulator.script(Fault.SERVER_ERROR)
+        assert code_of(scene.ask(cache_control="no-cache")) == "upstream-error"
+        assert cache_status(scene.ask()).startswith("hit")
+
+
+class TestStale:
+    def test_while_it_is_revalidated(self, scene: Scene) -> None:
+        scene.simulator.script(priced("1"), priced("2"))
+        scene.ask()
+        scene.age(3612)
+        stale = scene.ask()
+        assert (amount(stale), stale.headers["age"]) == (1, "3612")
+        assert cache_status(stale) in {f"hit; ttl={ttl}; detail=stale-while-revalidate" for ttl in (-12, -13)}
+        settled(scene, calls=2)
+        fresh = scene.ask()
+        assert (amount(fresh), cache_status(fresh)[:3]) == (2, "hit")
+
+    def test_after_that_window_upstream_is_asked(self, scene: Scene) -> None:
+        scene.ask()
+        scene.age(3600 + 301)
+        assert cache_status(scene.ask()) == "fwd=stale; fwd-status=200; stored; ttl=3600"
+
+    @pytest.mark.parametrize(
+        ("fault", "status"),
+        [
+            (Fault.SERVER_ERROR, "; fwd-status=500"),
+            (Fault.BUSY_FOR_NO_TIME, "; fwd-status=429"),
+            (Fault.REFUSED_KEY, "; fwd-status=401"),
+            (Fault.HANG, ""),
+        ],
+    )
+    def test_if_upstream_fails(self, open_gateway: Opened, fault: Fault, status: str) -> None:
+        scene = open_gateway(upstream={"timeout_s": 0.5})
+        scene.ask()
+        scene.age(3600 + 400)
+        scene.simulator.script(fault)
+        stale = scene.ask()
+        assert (stale.status_code, amount(stale), stale.headers["age"]) == (200, 2.75, "4000")
+        assert cache_status(stale).replace("-401", "-400") == f"fwd=stale{status}; ttl=-400; detail=stale-if-error"
+
+    def test_if_the_deadline_passes(self, open_gateway: Opened) -> None:
+        scene = open_gateway(server={"request_timeout_s": 0.2}, upstream={"timeout_s": 5})
+        scene.ask()
+        scene.age(3600 + 400)
+        with scene.simulator.hold():
+            assert cache_status(scene.ask()).endswith("detail=stale-if-error")
+
+    def test_not_beyond_its_window(self, scene: Scene) -> None:
+        scene.ask()
+        scene.age(3600 + 86_401)
+        scene.simulator.script(Fault.SERVER_ERROR)
+        assert code_of(scene.ask()) == "upstream-error"
+
+    def test_a_refusal_of_the_body_ends_the_price(self, scene: Scene) -> None:
+        scene.ask()
+        scene.age(3610)
+        scene.simulator.script(answers(b"{}", 422))
+        assert cache_status(scene.ask()).endswith("detail=stale-while-revalidate")
+        settled(scene, calls=2)
+        wait_until(lambda: not scene.store.keys("ep1:*:price"))
+        assert cache_status(scene.ask()) == "fwd=miss; fwd-status=200; stored; ttl=3600"
+
+    def test_an_unpriced_refresh_leaves_it(self, scene: Scene) -> None:
+        scene.ask()
+        scene.age(3610)
+        scene.simulator.script(Fault.UNPRICED_NULL)
+        scene.ask()
+        settled(scene, calls=2)
+        assert cache_status(scene.ask()).endswith("detail=stale-while-revalidate")
+
+
+class TestCircuit:
+    def open(self, scene: Scene) -> None:
+        scene.simulator.script(*[Fault.SERVER_ERROR] * 10)
+        for number in range(10):
+            scene.ask(b'[{"seed":%d}]' % number)
+
+    def test_it_opens_and_answers_without_asking(self, scene: Scene) -> None:
+        self.open(scene)
+        calls = scene.simulator.calls
+        refused = scene.ask()
+        assert (refused.status_code, code_of(refused)) == (503, "upstream-busy")
+        assert 1 <= int(refused.headers["retry-after"]) <= 5
+        assert scene.simulator.calls == calls
+
+    def test_while_it_is_open_stale_prices_serve(self, scene: Scene) -> None:
+        scene.ask()
+        scene.age(3600 + 400)
+        self.open(scene)
+        assert cache_status(scene.ask()).replace("-401", "-400") == "hit; ttl=-400; detail=stale-if-error"
+
+    def test_it_closes_by_a_probe(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("proxy.upstream.circuit_breaker.OPEN_S", 0.2)
+        self.open(scene)
+        wait_until(lambda: scene.ask().status_code == 200)
+        assert scene.ask(b"[{}]").status_code == 200
+
+    def test_it_is_an_accounts(self, open_gateway: Opened) -> None:
+        scene = open_gateway(teams={"marketing": {"tokens": [digest_of(MARKETING)], "account": "second"}})
+        self.open(scene)
+        assert code_of(scene.ask(x_api_key=MARKETING)) == "upstream-refused"
+
+    def test_upstreams_own_pause_is_kept(self, scene: Scene) -> None:
+        scene.simulator.script(answers(b"{}", 429, retry_after="30"))
+        assert scene.ask().headers["retry-after"] == "30"
+        calls = scene.simulator.calls
+        again = scene.ask(b"[{}]")
+        assert (code_of(again), int(again.headers["retry-after"])) in {("upstream-busy", 30), ("upstream-busy", 29)}
+        assert scene.simulator.calls == calls
+
+
+class TestAudits:
+    @pytest.fixture
+    def scene(self, open_gateway: Opened, monkeypatch: pytest.MonkeyPatch) -> Scene:
+        """A gateway to which every balance is old."""
+        monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_EVERY_S", 0.0)
+        return open_gateway(cache={"balance_max_age_s": 0})
+
+    def audits(self, scene: Scene, result: str) -> float:
+        value = scene.metrics.registry.get_sample_value(
+            "estimate_proxy_price_audits_total", {"account": "default", "result": result}
+        )
+        return value or 0.0
+
+    def audited(self, scene: Scene, result: str, body: bytes = FLUX) -> httpx2.Response:
+        """A hit, once what it has set off is over."""
+        calls, before = scene.simulator.calls, self.audits(scene, result)
+        hit = scene.ask(body)
+        assert cache_status(hit).startswith("hit")
+        settled(scene, calls=calls + 1)
+        wait_until(lambda: self.audits(scene, result) == before + 1)
+        return hit
+
+    def ttl_s(self, scene: Scene, body: bytes) -> int:
+        return int(scene.client.post("/v1/explain", content=body).json()["ttl_s"])
+
+    def test_an_old_balance_is_asked_again_behind_the_answer(self, scene: Scene) -> None:
+        scene.ask()
+        scene.simulator.balance = 41
+        assert self.audited(scene, "same").json()["data"]["balance"] == 10_000
+        assert self.audited(scene, "same").json()["data"]["balance"] == 41
+
+    def test_how_old_it_is_stands_in_the_answer(self, open_gateway: Opened) -> None:
+        open_gateway().ask()
+        scene = open_gateway(cache={"balance_max_age_s": 60})
+        scene.age(70)
+        assert scene.ask().headers["estimate-proxy-balance-age"] == "70"
+        settled(scene, calls=2)
+        wait_until(lambda: scene.ask().headers["estimate-proxy-balance-age"] == "0")
+
+    def test_a_young_one_is_not_asked_again(self, open_gateway: Opened) -> None:
+        scene = open_gateway(cache={"balance_max_age_s": 60})
+        scene.ask()
+        scene.ask()
+        scene.ask(b"[{}]")
+        settled(scene, calls=2)
+
+    def test_a_price_that_differs_is_replaced_and_told(self, scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+        scene.simulator.script(priced("5"), priced("5.0"), priced("6"), priced("6"))
+        scene.ask()
+        self.audited(scene, "same")
+        with caplog.at_level(logging.WARNING, "proxy"):
+            self.audited(scene, "changed")
+        (record,) = caplog.records
+        assert record.getMessage() == "price changed"
+        facts = {"account": "default", "old": "5.0", "new": "6"}
+        assert facts.items() <= record.facts.items()  # type: ignore[attr-defined] # ours
+        assert amount(self.audited(scene, "same")) == 6
+
+    def test_three_bodies_that_differ_make_every_older_price_stale(self, scene: Scene) -> None:
+        bodies = [b'[{"seed":%d}]' % number for number in range(4)]
+        scene.simulator.script(*[priced("5")] * 4, *[priced("6")] * 4)
+        for body in bodies:
+            scene.ask(body)
+        for body in bodies[:2]:
+            self.audited(scene, "changed", body)
+        assert self.ttl_s(scene, bodies[3]) > 3500
+        self.audited(scene, "changed", bodies[2])
+        wait_until(lambda: self.ttl_s(scene, bodies[3]) <= 0)
+        assert cache_status(scene.ask(bodies[3])).endswith("detail=stale-while-revalidate")
+        settled(scene, calls=8)
+        assert self.ttl_s(scene, bodies[3]) > 3500
+
+    def test_one_body_that_keeps_changing_is_no_new_price_list(self, scene: Scene) -> None:
+        scene.simulator.script(*[priced(str(number)) for number in range(1, 6)])
+        scene.ask()
+        for _ in range(4):
+            self.audited(scene, "changed")
+        assert self.ttl_s(scene, FLUX) > 3500
+
+
+class TestIgnoredMembers:
+    @pytest.fixture
+    def scene(self, open_gateway: Opened, monkeypatch: pytest.MonkeyPatch) -> Scene:
+        monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_EVERY_S", 0.0)
+        return open_gateway(cache={"ignore": ["seed", "prompt.positive"], "balance_max_age_s": 0})
+
+    def test_they_are_left_out_of_the_key_and_not_out_of_what_is_sent(self, scene: Scene) -> None:
+        first = b'[{"model":"Flux","seed":1,"prompt":{"positive":"a","negative":"b"}}]'
+        scene.ask(first)
+        for other in (b'"seed":2,"prompt":{"positive":"c","negative":"b"}', b'"prompt":{"negative":"b"}'):
+            assert cache_status(scene.ask(b'[{"model":"Flux",%s}]' % other)).startswith("hit")
+        for other in (b'"prompt":{"negative":"x"}', b'"prompt":null', b'"seed2":1,"prompt":{"negative":"b"}'):
+            assert cache_status(scene.ask(b'[{"model":"Flux",%s}]' % other)).startswith("fwd=miss")
+        assert scene.simulator.received[0].body == (
+            b'[{"model":"Flux","prompt":{"negative":"b","positive":"a"},"seed":1}]'
+        )
+
+    def test_explain_shows_them(self, scene: Scene) -> None:
+        body = b'[{"seed":1,"prompt":{"negative":"b"}}]'
+        assert scene.client.post("/v1/explain", content=body).json()["ignored_members"] == ["seed"]
+
+    def test_one_that_decides_a_price_is_found_out(self, scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+        scene.simulator.script(priced("5"), priced("6"))
+        scene.ask(b'[{"seed":1}]')
+        with caplog.at_level(logging.ERROR, "proxy"):
+            assert amount(scene.ask(b'[{"seed":2}]')) == 5
+            wait_until(lambda: caplog.records)
+        (record,) = caplog.records
+        assert record.getMessage() == "a member of cache.ignore decides prices"
+        assert record.facts["members"] == "seed"  # type: ignore[attr-defined] # ours
+        assert scene.metrics.registry.get_sample_value(
+            "estimate_proxy_price_audits_total", {"account": "default", "result": "ignored-member"}
+        )
+
+
+class TestPurge:
+    @pytest.fixture
+    def scene(self, open_gateway: Opened) -> Scene:
+        return open_gateway(admin={"tokens": [digest_of(ADMIN)]})
+
+    def purge(self, scene: Scene, content: str, token: str = ADMIN) -> httpx2.Response:
+        return scene.client.post(PURGE, content=content, headers={"x-api-key": token})
+
+    def test_one_question(self, scene: Scene) -> None:
+        scene.ask()
+        scene.ask(b"[{}]")
+        answer = self.purge(scene, '{"account":"default","body":[ {"model":"Fl\\u0075x"} ]}')
+        key = scene.client.post("/v1/explain", content=FLUX).json()["key"]
+        assert answer.json() == {"account": "default", "purged": "question", "key": key, "was_stored": True}
+        assert cache_status(scene.ask()).startswith("fwd=miss")
+        assert cache_status(scene.ask(b"[{}]")).startswith("hit")
+        assert self.purge(scene, '{"body":[{"never":"asked"}]}').json()["was_stored"] is False
+
+    def test_the_whole_book_of_an_account(self, scene: Scene) -> None:
+        scene.ask()
+        scene.ask(b"[{}]")
+        assert self.purge(scene, '{"account":"default","all":true}').json() == {"account": "default", "purged": "all"}
+        assert cache_status(scene.ask()).startswith("fwd=miss")
+        assert cache_status(scene.ask(b"[{}]")).startswith("fwd=miss")
+        assert cache_status(scene.ask()).startswith("hit")
+
+    def test_half_a_purge_is_told_as_none(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        scene.ask()
+        call = Store.call
+
+        async def half(store: Store, script: Script, *keys: str, args: tuple[bytes | int | str, ...] = ()) -> Any:
+            if script.name == "book_drop":
+                raise StoreUnavailable("it went away in between")
+            return await call(store, script, *keys, args=args)
+
+        with monkeypatch.context() as broken:
+            broken.setattr(Store, "call", half)
+            refused = self.purge(scene, '{"body":[{"model":"Flux"}]}')
+        assert (refused.status_code, code_of(refused)) == (503, "store-unavailable")
+        assert "nothing is sure to be purged" in refused.json()["detail"]
+        assert self.purge(scene, '{"body":[{"model":"Flux"}]}').status_code == 200
+
+    def test_a_question_with_its_query(self, scene: Scene) -> None:
+        path = "/pub/v1/generations/estimate?type=image"
+        scene.client.post(path, content=FLUX)
+        assert self.purge(scene, '{"body":[{"model":"Flux"}]}').json()["was_stored"] is False
+        assert self.purge(scene, '{"body":[{"model":"Flux"}],"query":"type=image"}').json()["was_stored"] is True
+
+    @pytest.mark.parametrize(
+        ("token", "status", "code"), [(DESIGN, 403, "forbidden"), ("ep_nobody", 401, "unknown-token")]
+    )
+    def test_it_needs_an_admin_token(self, scene: Scene, token: str, status: int, code: str) -> None:
+        refused = self.purge(scene, '{"all":true}', token)
+        assert (refused.status_code, code_of(refused)) == (status, code)
+
+    def test_an_admin_token_asks_no_estimates(self, scene: Scene) -> None:
+        assert code_of(scene.ask(x_api_key=ADMIN)) == "forbidden"
+
+    @pytest.mark.parametrize(
+        ("content", "code"),
+        [
+            ("{}", "invalid-body"),
+            ('{"all":false}', "invalid-body"),
+            ('{"all":true,"body":[{}]}', "invalid-body"),
+            ('{"body":[]}', "invalid-body"),
+            ('{"body":[{}],"query":1}', "invalid-body"),
+            ("[]", "invalid-body"),
+            ("{", "invalid-body"),
+            ('{"account":"nobody","all":true}', "invalid-request"),
+        ],
+    )
+    def test_what_it_does_not_understand(self, scene: Scene, content: str, code: str) -> None:
+        refused = self.purge(scene, content)
+        assert (refused.status_code, code_of(refused)) == (400, code)
+
+    def test_a_lost_store_is_told(self, scene: Scene) -> None:
+        scene.store.client_pause(600)
+        refused = self.purge(scene, '{"all":true}')
+        assert (refused.status_code, code_of(refused)) == (503, "store-unavailable")
+
+    def test_from_the_command_line(self, scene: Scene, valkey_url: str, tmp_path: Path) -> None:
+        scene.ask()
+        config, body = tmp_path / "config.toml", tmp_path / "body.json"
+        host = dict(scene.simulator.received[0].headers)[b"host"].decode()
+        config.write_text(
+            f'[upstream]\nbase_url = "http://{host}"\n[accounts.default]\napi_key = "k"\n'
+            f'[store]\nurl = "{valkey_url}"\n[teams.design]\ntokens = []\n'
+        )
+        body.write_bytes(b'[ {"model": "Flux"} ]')
+        key = scene.client.post("/v1/explain", content=FLUX).json()["key"]
+
+        def purge(*arguments: str) -> tuple[int, str, str]:
+            command = [sys.executable, "-m", "proxy", "purge", "--config", str(config), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+            return done.returncode, done.stdout, done.stderr
+
+        assert purge(str(body)) == (0, f"purged {key}\n", "")
+        assert purge(str(body)) == (0, f"nothing was stored for {key}\n", "")
+        assert cache_status(scene.ask()).startswith("fwd=miss")
+        assert purge("--all") == (0, "purged all prices of the account default\n", "")
+        assert cache_status(scene.ask()).startswith("fwd=miss")
+        assert purge() == (2, "", "estimate-proxy: give either a FILE with a body, or --all\n")
+        assert purge("--all", "--account", "x")[0] == 2
+        body.write_bytes(b"[]")
+        assert purge(str(body))[0] == 2

@@ -1,0 +1,236 @@
+"""One connection, fed by hand: in whatever pieces requests come, each is read and answered in its turn."""
+
+import asyncio
+import re
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from proxy.http.connection import HEAD, MAX_KNOWN, MAX_KNOWN_BYTES, WHOLE_BODY
+from proxy.http.request_cycle import REPLY, Delivery
+from proxy.http.server import Server
+
+FIELDS = tuple(
+    f"{field}\r\n"
+    for field in ("X-API-KEY: a", "Connection: keep-alive", "Connection: close", "Expect: 100-continue", "B:  c ")
+)
+TURNS = 40
+"""Of the event loop: more than any answer needs."""
+
+ONE_ID = re.compile(rb"[0-9a-f]{32}")
+
+
+def post(body: bytes = b"[{}]", *, fields: str = "", path: str = "/p?q=1", declared: int | None = None) -> bytes:
+    length = len(body) if declared is None else declared
+    return f"POST {path} HTTP/1.1\r\nHost: h\r\n{fields}Content-Length: {length}\r\n\r\n".encode() + body
+
+
+CHUNKED = b"POST /p HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n[]\r\n0\r\nX-API-KEY: b\r\n\r\n"
+UPGRADE = b"GET /p HTTP/1.1\r\nHost: h\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n"
+OLD = b"GET /p HTTP/1.0\r\n\r\n"
+TWICE = b"POST /p HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\n[]"
+
+requests = st.one_of(
+    st.builds(
+        post,
+        st.sampled_from([b"", b"[]", b"[{}]", b"\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"]),
+        fields=st.lists(st.sampled_from(FIELDS), max_size=2).map("".join),
+        path=st.sampled_from(["/%70?q", "/early", "/late"]),
+    ),
+    st.sampled_from(
+        [
+            CHUNKED,
+            UPGRADE,
+            OLD,
+            TWICE,
+            b"GET /p HTTP/1.1\r\nHost: h\r\n\r\n",
+            b"HEAD /p HTTP/1.1\r\nHost: h\r\n\r\n",
+            b"\r\n",
+            b"?",
+        ]
+    ),
+)
+
+
+class Transport(asyncio.Transport):
+    """A connection's other end, which keeps what it is sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.closed = False
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:  # noqa: ARG002 -- nothing is known of it
+        return default
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def abort(self) -> None:
+        self.closed = True
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None:
+        """What was written is all there is."""
+
+    def pause_reading(self) -> None:
+        """All the pieces are fed anyway."""
+
+    def resume_reading(self) -> None:
+        """All the pieces are fed anyway."""
+
+
+class Forgetful(dict[bytes, Any]):
+    def __setitem__(self, head: bytes, known: Any) -> None:
+        """Knows no head again."""
+
+
+async def told(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers with all that a request says: with its body, at once, or later than the next one would be."""
+    body, more = b"", scope["path"] != "/early"
+    if scope["path"] == "/late":
+        await _turn(3)
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        body, more = body + message["body"], message["more_body"]
+    assert scope["path"] == "/early" or scope.get(WHOLE_BODY, body) == body
+    seen = [scope[name] for name in ("method", "path", "raw_path", "query_string", "http_version", "headers", "state")]
+    said = repr((seen, scope[HEAD].token, body)).encode()
+    if scope[REPLY](200, [], said, close=False) is Delivery.BY_MESSAGES:
+        assert scope["method"] == "HEAD"
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+
+class Connection:
+    """One to a server that knows these heads."""
+
+    def __init__(self, known: dict[bytes, Any], app: ASGIApp) -> None:
+        server = Server(app, head_timeout_s=10, drain_s=1, announce=lambda: None)
+        server.config.load()
+        make: Any = server.config.http_protocol_class
+        self._tasks = server.server_state.tasks
+        self._protocol: Any = make.func(server.config, server.server_state, {}, **{**make.keywords, "known": known})
+        self._transport = Transport()
+        self._protocol.connection_made(self._transport)
+
+    async def feed(self, piece: bytes, *, turns: int) -> None:
+        """Gives the server so many turns of the loop to answer before more comes."""
+        if not self._transport.closed:
+            self._protocol.data_received(piece)
+        await _turn(turns)
+
+    async def end(self) -> tuple[bytes, bool]:
+        """What came back, and whether it was closed."""
+        await _turn(TURNS)
+        said = ONE_ID.sub(b"<id>", self._transport.written), self._transport.closed
+        self._protocol.connection_lost(None)
+        await _turn(TURNS)
+        assert not self._tasks
+        return said
+
+
+async def _turn(turns: int) -> None:
+    for _ in range(turns):
+        await asyncio.sleep(0)
+
+
+async def answers(known: dict[bytes, Any], pieces: list[tuple[bytes, int]], app: ASGIApp = told) -> tuple[bytes, bool]:
+    connection = Connection(known, app)
+    for piece, turns in pieces:
+        await connection.feed(piece, turns=turns)
+    return await connection.end()
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[tuple[bytes, int]]:
+    """Requests that mostly come whole, one after the other; else cut and joined at any place."""
+    sent = draw(st.lists(requests, min_size=1, max_size=8))
+    if draw(st.booleans()):
+        return [(piece, TURNS) for piece in sent]
+    stream = b"".join(sent)
+    cuts = sorted({0, len(stream), *draw(st.lists(st.integers(0, len(stream)), max_size=5))})
+    turns = draw(st.lists(st.sampled_from([0, 1, TURNS]), min_size=len(cuts), max_size=len(cuts)))
+    return [(stream[begin:end], waits) for begin, end, waits in zip(cuts, cuts[1:], turns, strict=False)]
+
+
+@given(st.lists(conversations(), min_size=1, max_size=3))
+@example([[(post(), TURNS)] * 3])
+@example([[(post(), TURNS), (post() + post(), TURNS), (post()[:-1], TURNS), (post()[-1:], TURNS)]])
+@example([[(post(), TURNS), (post(declared=5), TURNS), (b"x" * 1, TURNS)]])
+@example([[(post(path="/late"), TURNS), (post(), TURNS), (post(path="/late"), 1), (post(), TURNS)]])
+@example([[(post(), TURNS), (post(path="/early", declared=99), TURNS), (post(), TURNS)]])
+@example([[(CHUNKED, TURNS)] * 2, [(UPGRADE, TURNS), (post(), TURNS)], [(b"\r\n" + post(), TURNS)] * 2])
+def test_a_head_that_is_known_is_read_as_the_first_time(talks: list[list[tuple[bytes, int]]]) -> None:
+    async def both() -> None:
+        known: dict[bytes, Any] = {}
+        for pieces in talks:
+            assert await answers(known, pieces) == await answers(Forgetful(), pieces)
+
+    asyncio.run(both())
+
+
+def heads_of(*sent: bytes) -> list[bytes]:
+    """Which are known behind these requests."""
+    known: dict[bytes, Any] = {}
+    asyncio.run(answers(known, [(piece, TURNS) for piece in sent]))
+    return list(known)
+
+
+def test_a_head_is_remembered_however_it_arrives() -> None:
+    head = post(b"")
+    assert heads_of(head) == heads_of(head, head) == heads_of(head + head) == heads_of(b"\r\n" + head) == [head]
+    assert heads_of(head[:-1], head[-1:]) == [head]
+    assert heads_of(OLD, b"?") == [OLD]
+    assert heads_of(TWICE) == []
+
+
+def test_the_memory_of_heads_is_bounded() -> None:
+    assert heads_of(post(fields=f"B: {'b' * MAX_KNOWN_BYTES}\r\n")) == []
+    many = [post(path=f"/{number}") for number in range(MAX_KNOWN + 1)]
+    found = heads_of(*many)
+    assert len(found) == MAX_KNOWN
+    assert many[0][:-4] not in found
+    assert many[-1][:-4] in found
+
+
+@pytest.mark.parametrize("line", [b"a: b\r\nc: d", b"a: b\nc: d", b"a: b\rc: d", b"a: b\0"])
+def test_a_line_that_would_break_the_head_is_a_failure(line: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    async def app(scope: Scope, _: Receive, __: Send) -> None:
+        scope[REPLY](200, [line], b"", close=False)
+
+    said, _ = asyncio.run(answers({}, [(post(), TURNS)], app))
+    assert said.startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
+    assert line not in said
+    assert "a header field has a line break or NUL in it" in caplog.text
+
+
+def test_an_application_that_says_nothing_has_failed(caplog: pytest.LogCaptureFixture) -> None:
+    async def app(_: Scope, __: Receive, ___: Send) -> None:
+        pass
+
+    said, closed = asyncio.run(answers({}, [(post(), TURNS)], app))
+    assert said.startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
+    assert closed
+    assert "a request ended without an answer" in caplog.text
+
+
+def test_an_answer_that_breaks_off_is_cut_off() -> None:
+    async def app(_: Scope, __: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
+        await send({"type": "http.response.body", "body": b"[", "more_body": True})
+
+    assert asyncio.run(answers({}, [(post(), TURNS)], app)) == (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n[", True)

@@ -1,0 +1,422 @@
+"""The store and the price book on real servers, one suite over Valkey and Redis 7.0."""
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import redis
+
+from faulty_proxy import GOOD, Way, relay
+from gateway_fixture import settings
+from lateness import assert_in_time
+from proxy.app import objections
+from proxy.cache.price_book import Lease, PriceBook
+from proxy.cache.prices import Known, Price
+from proxy.problems import StoreUnavailable
+from proxy.settings.schema import Settings
+from proxy.store.client import COOLDOWN_S, TIMEOUT_S, EmbeddedUrls, Script, Store, open_book_store, open_ledger_store
+from proxy.telemetry.metrics import Metrics
+from serving import free_port
+
+KEY = "ab" * 32
+PRICE = Price(b"5.10", b'"note":"x y"')
+BALANCE, GET = Script("proxy.cache", "balance_put"), Script("proxy.cache", "price_get")
+
+
+@pytest.fixture
+def server(any_store_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(any_store_url) as client:
+        client.flushall()
+        client.script_flush()
+        client.config_resetstat()
+        yield client
+        client.config_set("maxmemory", "256mb")
+
+
+def run(url: str, story: Callable[[Store], Awaitable[None]]) -> None:
+    """Tells `story` with a store that is closed behind it."""
+
+    async def tell() -> None:
+        store = Store(url, "price-book")
+        try:
+            await story(store)
+        finally:
+            await store.close()
+
+    asyncio.run(tell())
+
+
+def book_of(store: Store, ttl_s: float = 60) -> PriceBook:
+    return PriceBook(store, origin="https://upstream.example", ttl_s=ttl_s, stale_s=30)
+
+
+async def stored(book: PriceBook) -> bool:
+    """Whether a price could be put under a lease of its own."""
+    try:
+        lease = await book.take_lease(KEY, "default", seen_ms=None, by_force=True)
+        assert isinstance(lease, Lease)
+        return await book.put(lease, PRICE, b"digest")
+    except StoreUnavailable:
+        return False
+
+
+def calls(server: redis.Redis, command: str) -> int:
+    """How often the server ran a command since the test began."""
+    return int(server.info("commandstats").get(f"cmdstat_{command}", {"calls": 0})["calls"])
+
+
+def test_what_was_put_is_found_with_its_age(any_store_url: str, server: redis.Redis) -> None:
+    async def story(store: Store) -> None:
+        book = book_of(store)
+        assert await book.look_up(KEY, "default") == Known(None, None, None)
+        assert await stored(book)
+        await book.note_balance("default", b"19.5")
+        for reader in (book, book_of(store)):
+            known = await reader.look_up(KEY, "default")
+            assert known.stored is not None
+            assert known.balance is not None
+            assert (known.stored.price, known.balance.amount) == (PRICE, b"19.5")
+            assert 0 <= known.stored.age_s < 5
+            assert 55 < known.stored.ttl_s <= 60
+
+    run(any_store_url, story)
+    assert 85_000 < int(server.pttl(f"ep1:{{{KEY}}}:price")) <= 90_000
+    assert not server.exists(f"ep1:{{{KEY}}}:lease")
+    assert server.hgetall("ep1:book:https://upstream.example:default")[b"balance"] == b"19.5"
+
+
+def test_scripts_that_the_server_forgot_are_loaded_and_run_once(any_store_url: str, server: redis.Redis) -> None:
+    async def story(store: Store) -> None:
+        notes = [store.call(BALANCE, f"book{n}", args=(b"1",)) for n in range(3)]
+        await asyncio.gather(*notes)
+        server.script_flush()
+        await store.call(BALANCE, "book", args=(b"1",))
+
+    run(any_store_url, story)
+    assert calls(server, "hset") == 4
+
+
+def test_calls_of_one_turn_go_out_together(any_store_url: str, server: redis.Redis) -> None:
+    async def story(store: Store) -> None:
+        await store.call(GET, "warm")
+        before = int(server.info("stats")["total_reads_processed"])
+        await asyncio.gather(*(store.call(GET, f"{n}") for n in range(100)))
+        reads = int(server.info("stats")["total_reads_processed"]) - before
+        assert reads <= 3  # the batch, which may come in two pieces, and this question itself
+
+    run(any_store_url, story)
+
+
+def test_a_caller_that_goes_away_leaves_the_others_their_replies(any_store_url: str, server: redis.Redis) -> None:
+    server.set("present", "1 text")
+
+    async def story(store: Store) -> None:
+        tasks = [asyncio.create_task(store.call(GET, "present")) for _ in range(3)]
+        await asyncio.sleep(0)
+        tasks[1].cancel()
+        replies = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(replies[1], asyncio.CancelledError)
+        assert [reply[0] for reply in (replies[0], replies[2])] == [b"1 text"] * 2  # type: ignore[index] # replies
+
+    run(any_store_url, story)
+
+
+def test_a_full_store_loses_no_answer(
+    any_store_url: str, server: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = server.config_get("maxmemory-policy")["maxmemory-policy"]
+    server.config_set("maxmemory-policy", "noeviction")
+    server.config_set("maxmemory", "1")
+
+    async def story(store: Store) -> None:
+        book = book_of(store)
+        for _ in range(5):
+            assert not await stored(book)
+            assert (await book.look_up(KEY, "default")).stored is None
+        server.config_set("maxmemory", "256mb")
+        assert await stored(book)
+
+    with caplog.at_level(logging.INFO, "proxy"):
+        run(any_store_url, story)
+    server.config_set("maxmemory-policy", policy or "")
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert messages[0].startswith("the price-book's writing fails: OOM command not allowed when used memory")
+    assert messages[0].endswith(": raise maxmemory, or take other data off this server")
+    assert messages[1] == "the price-book's writing works again"
+
+
+def test_a_store_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
+    async def story(store: Store) -> None:
+        book = book_of(store)
+        for _ in range(3):
+            with pytest.raises(StoreUnavailable):
+                await book.look_up(KEY, "default")
+            assert not await stored(book)
+        assert not await store.ping()
+        assert await store.version() is None
+
+    run(f"redis://127.0.0.1:{free_port()}", story)
+    assert [record.getMessage() for record in caplog.records] == [caplog.records[0].getMessage()]
+    assert "connection fails" in caplog.text
+
+
+def test_the_balance_is_known_here_even_when_the_store_is_not() -> None:
+    async def story(store: Store) -> None:
+        book = book_of(store)
+        with pytest.raises(StoreUnavailable):
+            await book.note_balance("default", b"7")
+        balance = book.balance("default")
+        assert balance is not None
+        assert balance.amount == b"7"
+
+    run(f"redis://127.0.0.1:{free_port()}", story)
+
+
+def test_a_balance_that_another_process_saw_is_read_and_an_older_one_is_not(
+    any_store_url: str, server: redis.Redis
+) -> None:
+    async def story(store: Store) -> None:
+        ours, theirs = book_of(store), book_of(store)
+        await ours.note_balance("default", b"10")
+        await theirs.note_balance("default", b"9")
+        assert await newest(ours) == b"9"
+        server.hset("ep1:book:https://upstream.example:default", mapping={"balance": "50", "balance_at_ms": "1"})
+        assert await newest(book_of(store)) == b"50"
+        await ours.reread("default")
+        assert await newest(ours) == b"9"
+
+    run(any_store_url, story)
+
+
+def test_what_many_questions_of_a_turn_need_of_their_account_is_asked_of_the_store_once(
+    any_store_url: str, server: redis.Redis
+) -> None:
+    async def story(store: Store) -> None:
+        book = book_of(store)
+        await store.call(GET, "warm")
+        leases = await asyncio.gather(*(book.take_lease(f"{n}" * 64, "default", seen_ms=None) for n in range(8)))
+        assert len({lease.nonces for lease in leases if isinstance(lease, Lease)}) == 1
+        assert len(leases) == 8
+        assert calls(server, "hmget") == 1
+        amounts = [b"20", b"20", b"19", b"20", b"20"]
+        await asyncio.gather(*(book.note_balance("default", amount) for amount in amounts))
+        assert calls(server, "hset") == 1 + 3  # the new book, and the balance whenever it is another
+        assert server.hget("ep1:book:https://upstream.example:default", "balance") == b"20"
+        await book.take_lease("9" * 64, "default", seen_ms=None)
+        assert calls(server, "hmget") == 2
+
+    run(any_store_url, story)
+
+
+async def newest(book: PriceBook) -> bytes | None:
+    """The balance that goes with an estimate now."""
+    balance = (await book.look_up(KEY, "default")).balance
+    return None if balance is None else balance.amount
+
+
+def test_a_reply_that_is_late_is_a_failure_and_nothing_is_sent_again(any_store_url: str, server: redis.Redis) -> None:
+    async def story(store: Store) -> None:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        with pytest.raises(StoreUnavailable):
+            await store.call(BALANCE, "late", args=(b"1",))
+        waited = loop.time() - started
+        assert waited >= TIMEOUT_S
+        assert_in_time(waited, TIMEOUT_S + 0.25)
+        started = loop.time()
+        with pytest.raises(StoreUnavailable):
+            await store.call(BALANCE, "late", args=(b"1",))
+        assert_in_time(loop.time() - started, TIMEOUT_S / 2)
+
+    server.script_load(BALANCE.text)
+    path = unquote(any_store_url.removeprefix("unix://"))
+    with withholding_replies(Path(path)) as url:
+        run(url, story)
+    assert calls(server, "hset") == 1
+
+
+def test_what_only_looks_has_a_second_try(any_store_url: str, server: redis.Redis) -> None:
+    async def story(store: Store) -> None:
+        await book_of(store).look_up(KEY, "default")
+        server.client_pause(350)
+        assert (await book_of(store).look_up(KEY, "default")).stored is None
+
+    run(any_store_url, story)
+
+
+def test_it_recovers_by_itself(any_store_url: str, server: redis.Redis) -> None:
+    async def story(store: Store) -> None:
+        server.client_pause(600)
+        with pytest.raises(StoreUnavailable):
+            await store.call(GET, "x")
+        async with asyncio.timeout(COOLDOWN_S + 5):
+            while True:
+                with contextlib.suppress(StoreUnavailable):
+                    await store.call(GET, "x")
+                    break
+                await asyncio.sleep(0.05)
+
+    run(any_store_url, story)
+
+
+def test_an_old_calls_failure_is_no_news_of_a_server_that_has_answered_since(
+    any_store_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its connection led nowhere; the server is none the worse."""
+    caplog.set_level("INFO", "proxy.store.health")
+
+    async def story(store: Store) -> None:
+        await store.call(GET, "x")
+        way.become(Way(swallows=b""))
+        old = asyncio.ensure_future(store.call(BALANCE, "x", args=(b"1",)))
+        assert await asyncio.to_thread(way.swallowed.wait, 5)
+        way.become(GOOD)
+        await store.call(GET, "x")
+        with pytest.raises(StoreUnavailable, match="no answer in time"):
+            await old
+        await store.call(GET, "x")
+        assert caplog.messages == []
+
+    with relay(any_store_url) as way:
+        run(way.url, story)
+
+
+def test_a_server_that_fails_in_one_role_is_left_alone_in_the_other(
+    any_store_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "proxy.store.health")
+    metrics = Metrics()
+
+    async def story() -> None:
+        configured = settings(way.url, "http://127.0.0.1:1")
+        ledger = open_ledger_store(configured, {}, metrics)
+        book = open_book_store(configured, {}, metrics, ledger=ledger)
+        way.become(Way(swallows=b""))
+        with pytest.raises(StoreUnavailable):
+            await book.call(GET, "x")
+        with pytest.raises(StoreUnavailable, match="left alone"):
+            await ledger.call(BALANCE, "x", args=(b"1",))
+        assert "the ledger's connection fails: it failed in its other role" in caplog.messages
+        assert metrics.registry.get_sample_value("estimate_proxy_store_up", {"role": "ledger"}) == 0
+        way.become(GOOD)
+        await asyncio.sleep(COOLDOWN_S)
+        await ledger.call(GET, "x")
+        assert caplog.messages[-1] == "the ledger's connection works again"
+        assert metrics.registry.get_sample_value("estimate_proxy_store_up", {"role": "ledger"}) == 1
+        await book.close()
+        await ledger.close()
+
+    with relay(any_store_url) as way:
+        asyncio.run(story())
+
+
+def test_credentials_of_the_settings_are_used(any_store_url: str, server: redis.Redis) -> None:
+    server.acl_setuser("gateway", enabled=True, passwords=["+pa:ss/wörd"], keys="*", commands=["+@all"])
+    for password, works in (("pa:ss/wörd", True), ("wrong", False)):
+        configured = settings(any_store_url, "http://127.0.0.1:1", store={"username": "gateway", "password": password})
+
+        async def story(configured: Settings = configured, *, works: bool = works) -> None:
+            for open_role in (open_ledger_store, open_book_store):
+                store = open_role(configured, {})
+                try:
+                    assert await store.ping() is works
+                finally:
+                    await store.close()
+
+        asyncio.run(story())
+    server.acl_deluser("gateway")
+
+
+def test_an_old_server_is_objected_to(any_store_url: str) -> None:
+    configured = settings(any_store_url, "http://127.0.0.1:1")
+    assert asyncio.run(objections(configured, {})) is None
+    with answering(b"redis_version:6.2.14\r\n") as url:
+        said = asyncio.run(objections(settings(url, "http://127.0.0.1:1"), {}))
+    assert said == "the store is Redis 6.2.14: use Redis 7.0 or newer, or Valkey 7.2 or newer"
+
+
+def test_a_ledger_that_may_evict_is_warned_of_and_a_price_book_is_not(
+    any_store_url: str, server: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = server.config_get("maxmemory-policy")["maxmemory-policy"]
+    configured = settings(any_store_url, "http://127.0.0.1:1")
+    for wanted, warnings in (("noeviction", 0), ("allkeys-lru", 1)):
+        server.config_set("maxmemory-policy", wanted)
+        caplog.clear()
+        assert asyncio.run(objections(configured, {})) is None
+        said = [record.getMessage().split(":")[0] for record in caplog.records if "evict" in record.getMessage()]
+        assert said == [f"the ledger's server may evict (maxmemory-policy {wanted})"] * warnings
+    server.config_set("maxmemory-policy", str(policy))
+
+
+def test_the_price_book_has_a_store_of_its_own_or_the_ledgers_or_an_embedded_one() -> None:
+    def where(embedded: EmbeddedUrls, **sections: dict[str, str]) -> list[str]:
+        configured = settings("redis://ledger/0", "http://127.0.0.1:1", **sections)
+        if "store" in sections:
+            configured = configured.model_copy(update={"store": configured.store.model_copy(update={"url": None})})
+        stores = open_ledger_store(configured, embedded), open_book_store(configured, embedded)
+        return [node.host for store in stores for node in store._servers.primaries()]
+
+    embedded: EmbeddedUrls = {"ledger": "unix:///ledger.sock", "price-book": "unix:///book.sock"}
+    assert where({}) == ["ledger", "ledger"]
+    assert where({}, cache={"url": "redis://book/0"}) == ["ledger", "book"]
+    assert where(embedded, store={}) == ["/ledger.sock", "/book.sock"]
+    assert where(embedded, store={}, cache={"url": "redis://book/0"}) == ["/ledger.sock", "book"]
+
+
+@contextlib.contextmanager
+def withholding_replies(server: Path) -> Iterator[str]:
+    """A relay to a unix socket: all that a client says goes through, and of the replies only the greeting's."""
+    over = threading.Event()
+
+    def relay(client: socket.socket) -> None:
+        with client, socket.socket(socket.AF_UNIX) as behind:
+            behind.connect(str(server))
+            client.settimeout(0.05)
+            while not over.is_set():
+                with contextlib.suppress(TimeoutError):
+                    if not (said := client.recv(65536)):
+                        return
+                    behind.sendall(said)
+                    if b"EVALSHA" not in said:
+                        client.sendall(behind.recv(65536))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.05)
+
+        def accept() -> None:
+            while not over.is_set():
+                with contextlib.suppress(TimeoutError):
+                    relay(listener.accept()[0])
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        yield f"redis://127.0.0.1:{listener.getsockname()[1]}"
+        over.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def answering(info: bytes) -> Iterator[str]:
+    """A server that says this to INFO, and OK to everything else, on its first connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            client, _ = listener.accept()
+            with client:
+                while said := client.recv(65536):
+                    for command in said.split(b"*")[1:]:
+                        asked = b"$4\r\nINFO\r\n" in command
+                        client.sendall(b"$%d\r\n%s\r\n" % (len(info), info) if asked else b"+OK\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield f"redis://127.0.0.1:{listener.getsockname()[1]}"
+        thread.join()

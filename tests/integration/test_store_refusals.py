@@ -1,0 +1,179 @@
+"""A store that answers and refuses writes is down: estimates, readiness, gauge and log say so, and that it is back."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+import redis
+
+from gateway_fixture import Scene, code_of, gateway, settings
+from proxy.demo.simulator import Simulator
+from serving import free_port, wait_until
+from topologies import LOCAL, Member, stage_of
+
+Refusal = Callable[[Member], AbstractContextManager[None]]
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is down is checked often."""
+    monkeypatch.setattr("proxy.store.client.CHECK_AFTER_S", 0.3)
+    monkeypatch.setattr("proxy.store.client.HEALTH_CHECK_S", 0.1)
+
+
+@pytest.fixture(scope="module", params=["valkey", "redis"])
+def member(request: pytest.FixtureRequest) -> Iterator[Member]:
+    with stage_of(request.param) as stage:
+        member = stage.member()
+        wait_until(member.answers)
+        yield member
+
+
+@contextmanager
+def configured(member: Member, **values: str) -> Iterator[None]:
+    """With other values of the server's settings, for a while."""
+    before = {name: str(member.client.config_get(name)[name]) for name in values}
+    for name, value in values.items():
+        member.client.config_set(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            member.client.config_set(name, value)
+
+
+@contextmanager
+def full(member: Member) -> Iterator[None]:
+    with configured(member, **{"maxmemory-policy": "noeviction", "maxmemory": "1"}):
+        yield
+
+
+@contextmanager
+def without_replicas(member: Member) -> Iterator[None]:
+    with configured(member, **{"min-replicas-to-write": "1"}):
+        yield
+
+
+@contextmanager
+def replica(member: Member) -> Iterator[None]:
+    member.client.replicaof(LOCAL, str(free_port()))
+    try:
+        yield
+    finally:
+        member.client.replicaof("NO", "ONE")
+
+
+@contextmanager
+def without_a_disk(member: Member) -> Iterator[None]:
+    """A snapshot cannot be written, for something else has its name."""
+    obstacle = member.folder / "dump.rdb"
+    with configured(member, save="3600 1"):
+        obstacle.mkdir()
+        saved(member, "err")
+        try:
+            yield
+        finally:
+            obstacle.rmdir()
+            saved(member, "ok")
+    obstacle.unlink()
+
+
+def saved(member: Member, status: str) -> None:
+    member.client.bgsave()
+    wait_until(lambda: not member.info("persistence", "rdb_bgsave_in_progress"))
+    assert member.info("persistence", "rdb_last_bgsave_status") == status
+
+
+def denied(*rules: str) -> Refusal:
+    @contextmanager
+    def deny(member: Member) -> Iterator[None]:
+        member.ask("ACL", "SETUSER", "default", *rules)
+        try:
+            yield
+        finally:
+            member.ask("ACL", "SETUSER", "default", "allkeys", "+@all")
+
+    return deny
+
+
+KEYS, CALLS, INSIDE = denied("resetkeys", "~other:*"), denied("-evalsha"), denied("-hincrby")
+
+REFUSALS: dict[str, tuple[Refusal, str, str]] = {
+    "full": (full, "writing fails: OOM command not allowed", ": raise maxmemory"),
+    "replica": (replica, "writing fails: READONLY You can't write", ": see that the URL leads to the primary"),
+    "without replicas": (without_replicas, "writing fails: NOREPLICAS Not enough", ": bring its replicas back"),
+    "without a disk": (without_a_disk, "writing fails: MISCONF ", "persist to disk: look into the server's log"),
+    "keys denied": (KEYS, "ledger_decide fails: NOPERM ", ": allow this user the scripts and keys"),
+    "calls denied": (CALLS, "ledger_decide fails: NOPERM ", ": allow this user the scripts and keys"),
+}
+
+
+@pytest.fixture
+def scene(member: Member, upstream: tuple[object, str], simulator: Simulator) -> Iterator[Scene]:
+    member.client.flushall()
+    url = f"redis://{LOCAL}:{member.port}"
+    with gateway(settings(url, upstream[1]), url, simulator) as opened:
+        assert opened.ask().status_code == 200
+        assert (degraded(opened), is_up(opened)) == ([], True)
+        yield opened
+
+
+def degraded(scene: Scene) -> list[str]:
+    return list(scene.client.get("/readyz").json()["degraded"])
+
+
+def is_up(scene: Scene) -> bool:
+    value = scene.metrics.registry.get_sample_value("estimate_proxy_store_up", {"role": "ledger"})
+    assert value is not None
+    return bool(value)
+
+
+def assert_refused(scene: Scene) -> None:
+    for _ in range(5):
+        assert code_of(scene.ask()) == "store-unavailable"
+    assert "ledger" in degraded(scene)
+    assert not is_up(scene)
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_ledger_that_refuses_writes_is_down_until_it_takes_them_though_nobody_asks(
+    scene: Scene, member: Member, refusal: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "proxy.store.health")
+    refuses, reason, remedy = REFUSALS[refusal]
+    with refuses(member):
+        assert_refused(scene)
+        (said,) = (message for message in caplog.messages if message.startswith("the ledger's "))
+        assert said.startswith(f"the ledger's {reason}")
+        assert remedy in said
+    wait_until(lambda: is_up(scene) and not degraded(scene))
+    assert scene.ask().status_code == 200
+    assert len([message for message in caplog.messages if message.startswith("the ledger's ")]) == 2
+
+
+def test_what_a_script_may_not_do_is_found_out_by_the_script_alone(
+    scene: Scene, member: Member, caplog: pytest.LogCaptureFixture
+) -> None:
+    with INSIDE(member):
+        assert_refused(scene)
+        (said,) = (message for message in caplog.messages if message.startswith("the ledger's "))
+        assert said.startswith("the ledger's ledger_decide fails: ")
+        assert ": allow this user the scripts and keys" in said
+    assert scene.ask().status_code == 200
+    assert (degraded(scene), is_up(scene)) == ([], True)
+
+
+def test_a_price_book_that_refuses_writes_serves_what_it_has(
+    member: Member, valkey_url: str, upstream: tuple[object, str], simulator: Simulator
+) -> None:
+    member.client.flushall()
+    redis.Redis.from_url(valkey_url).flushall()
+    book = {"url": f"redis://{LOCAL}:{member.port}"}
+    with gateway(settings(valkey_url, upstream[1], cache=book), valkey_url, simulator) as scene:
+        assert scene.ask().status_code == 200
+        with full(member):
+            assert scene.ask(b'[{"model":"new"}]').headers["cache-status"] == "estimate-proxy; fwd=miss; fwd-status=200"
+            assert "; hit; " in scene.ask().headers["cache-status"]
+            assert degraded(scene) == ["price-book"]
+            assert is_up(scene)
+        wait_until(lambda: not degraded(scene))

@@ -1,0 +1,631 @@
+"""The store on Sentinels, on clusters and behind TLS, with real servers that fail, move and change their roles."""
+
+import asyncio
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pytest
+import redis
+from conftest import Stage as UpstreamStage
+from redis.crc import key_slot
+from redis.exceptions import (
+    AskError,
+    BusyLoadingError,
+    ClusterDownError,
+    MasterDownError,
+    MovedError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+    TryAgainError,
+)
+from redis.exceptions import ConnectionError as NotConnectedError
+
+from faulty_proxy import relay
+from lateness import assert_in_time
+from lua_scripts import LUA_SCRIPTS
+from processes import house
+from proxy.cache.price_book import Lease, PriceBook
+from proxy.cache.prices import Price
+from proxy.problems import Outcome, StoreUnanswered, StoreUnavailable
+from proxy.quota.batches import Decisions
+from proxy.quota.counters import LedgerKeys
+from proxy.quota.ledger import Admitted, Ledger
+from proxy.quota.quotas import Charge, Rate, Terms
+from proxy.quota.reports import Reports
+from proxy.quota.usage import UsageQuery
+from proxy.store.client import TICK_S, TIMEOUT_S, Script, Store
+from proxy.store.redirects import SLOTS, Ask, Elsewhere, Final, Later, Meaning, Moved, Unreached, homes_of, meaning_of
+from proxy.store.topology import Access
+from proxy.telemetry.metrics import Metrics
+from proxy.urls import Address
+from serving import free_port, wait_until
+from topologies import LOCAL, NAME, Cluster, Member, Papers, cluster, needed, papers, stage_of, watched
+
+ZONE = ZoneInfo("UTC")
+KEYS = LedgerKeys("acme")
+LEDGER_SLOT = key_slot(KEYS.id.encode())
+HIT = Charge(Outcome.HIT, 4, "Flux")
+TERMS = Terms("design", Rate(100_000, 1_000_000), ())
+GET, PUT = Script("proxy.cache", "price_get", repeatable=True), Script("proxy.cache", "balance_put")
+BRANDS = ("valkey", "redis")
+LATE_S = 0.3
+"""By how much a busy machine may be late."""
+
+
+@dataclass
+class Desk:
+    """A gateway's ledger under traffic: what became of each charge."""
+
+    store: Store
+    ledger: Ledger
+    metrics: Metrics
+    admitted: int = 0
+    refused: int = 0
+    longest_s: float = 0.0
+    gap_s: float = 0.0
+    """The longest time without a charge that was admitted."""
+    _last: float = field(default_factory=time.monotonic)
+
+    async def charge(self) -> None:
+        began = time.monotonic()
+        is_admitted = isinstance(await self.ledger.charge(TERMS, HIT), Admitted)
+        now = time.monotonic()
+        self.longest_s = max(self.longest_s, now - began)
+        if is_admitted:
+            self.admitted += 1
+            self.gap_s, self._last = max(self.gap_s, now - self._last), now
+        else:
+            self.refused += 1
+
+    async def busy(self, over: asyncio.Event) -> None:
+        """Charges until it is over, a few at a time."""
+        while not over.is_set():
+            await self.charge()
+            await asyncio.sleep(0.002)
+
+    async def during(self, change: Callable[[], object], *, then_s: float = 0.3) -> Any:
+        """What `change` returns, made in mid-traffic."""
+        over, self._last = asyncio.Event(), time.monotonic()
+        traffic = [asyncio.create_task(self.busy(over)) for _ in range(4)]
+        await asyncio.sleep(0.2)
+        result = await asyncio.to_thread(change)
+        before = self.admitted
+        async with asyncio.timeout(15):
+            while self.admitted < before + 50:  # noqa: ASYNC110 -- what happens in a server sends no event
+                await asyncio.sleep(0.01)
+        await asyncio.sleep(then_s)
+        over.set()
+        await asyncio.gather(*traffic)
+        return result
+
+    @property
+    def unanswered(self) -> int:
+        return int(self.metrics.registry.get_sample_value("estimate_proxy_unanswered_debits_total") or 0)
+
+    async def booked(self) -> int:
+        totals = await Reports(self.store, KEYS, ZONE).window_totals(["design"])
+        return totals.teams["design"]["month"].requests
+
+
+Story = Callable[[Desk], Coroutine[Any, Any, None]]
+
+
+@asynccontextmanager
+async def opened(url: str, access: Access = Access()) -> AsyncIterator[Desk]:  # noqa: B008 -- it is frozen
+    metrics = Metrics()
+    store = Store(url, "ledger", metrics, access=access)
+    ledger = Ledger(Decisions(store, KEYS, ZONE, metrics), metrics, admits_on_outage=False)
+    try:
+        await ledger.open()
+        yield Desk(store, ledger, metrics)
+    finally:
+        await ledger.close(5)
+        await store.close()
+
+
+def play(url: str, story: Story, access: Access = Access()) -> None:  # noqa: B008 -- it is frozen
+    async def tell() -> None:
+        async with asyncio.timeout(40), opened(url, access) as desk:
+            await story(desk)
+
+    asyncio.run(tell())
+
+
+@pytest.fixture(scope="module", params=BRANDS)
+def fleet(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    with cluster(request.param) as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def _empty(request: pytest.FixtureRequest) -> None:
+    """Each test on the cluster begins with an empty ledger."""
+    if "fleet" in request.fixturenames:
+        found: Cluster = request.getfixturevalue("fleet")
+        for slot in (0, SLOTS // 2, SLOTS - 1, LEDGER_SLOT):
+            found.home(slot).client.flushall()
+
+
+def assert_counted_once(desk: Desk, booked: int, *, lost: int = 0) -> None:
+    """`lost`: what a primary that was killed may have acknowledged and not passed on to its replica."""
+    assert desk.admitted - lost <= booked <= desk.admitted + desk.unanswered
+    assert_in_time(desk.longest_s, TIMEOUT_S + 2 * TICK_S + LATE_S)
+
+
+# What words mean
+
+
+@pytest.mark.parametrize(
+    ("word", "sent", "meaning"),
+    [
+        (b"reply", True, Final()),
+        (None, True, Final()),
+        (NoScriptError("no such script"), True, Final()),
+        (MovedError("12 10.0.0.1:7001"), True, Moved(Address("10.0.0.1", 7001))),
+        (MovedError("12 ::1:7001"), True, Moved(Address("::1", 7001))),
+        (MovedError("12 :7001"), True, Moved(Address("asked", 7001))),
+        (AskError("12 h:1"), True, Ask(Address("h", 1))),
+        (TryAgainError(""), True, Later()),
+        (ReadOnlyError("", status_code="READONLY"), True, Elsewhere()),
+        (ClusterDownError("", status_code="CLUSTERDOWN"), True, Elsewhere()),
+        (MasterDownError("", status_code="MASTERDOWN"), True, Elsewhere()),
+        (BusyLoadingError("", status_code="LOADING"), True, Elsewhere()),
+        (BusyLoadingError("", status_code="LOADING"), False, Elsewhere()),
+        (ResponseError("NOREPLICAS Not enough good replicas to write."), True, Elsewhere()),
+        (ResponseError("MISCONF It cannot persist to disk."), True, Elsewhere()),
+        (OutOfMemoryError("", status_code="OOM"), True, Final()),
+        (NoPermissionError("", status_code="NOPERM"), True, Final()),
+        (NotConnectedError(""), False, Unreached()),
+        (NotConnectedError(""), True, Final()),
+        (TimeoutError(), False, Unreached()),
+        (OSError(), True, Final()),
+    ],
+)
+def test_what_a_word_means(word: object, sent: bool, meaning: Meaning) -> None:  # noqa: FBT001 -- a row
+    assert meaning_of(word, sent=sent, host="asked") == meaning
+
+
+def test_the_homes_of_slots() -> None:
+    homes = homes_of([[0, 1, [b"h", 1, b"id"]], [3, 4, [None, 2], [b"replica", 3]], [5, 5, [b"?", 4]]], "asked")
+    assert homes[:6] == [Address("h", 1)] * 2 + [None] + [Address("asked", 2)] * 2 + [Address("asked", 4)]
+    assert homes[6:] == [None] * (SLOTS - 6)
+
+
+# A cluster
+
+
+class _Noting(Store):
+    """Notes the keys that each script is called with."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, "ledger")
+        self.noted: list[tuple[str, tuple[str, ...]]] = []
+
+    async def call(self, script: Script, *keys: str, args: tuple[bytes | int | str, ...] = ()) -> Any:
+        self.noted.append((script.name, keys))
+        return await super().call(script, *keys, args=args)
+
+    async def call_at_once(self, script: Script, *keys: str, args: tuple[bytes | int | str, ...] = ()) -> Any:
+        self.noted.append((script.name, keys))
+        return await super().call_at_once(script, *keys, args=args)
+
+
+async def _use_everything(store: Store) -> None:
+    book = PriceBook(store, origin="https://upstream.example", ttl_s=60, stale_s=30)
+    key = "ab" * 32
+    for word in (b"", b"word"):
+        lease = await book.take_lease(key, "default", seen_ms=None, by_force=True)
+        assert isinstance(lease, Lease)
+        assert await book.keep(lease)
+        await book.watch(key, "default", seen_ms=None)
+        assert await book.end(lease, word=word)
+    lease = await book.take_lease(key, "default", seen_ms=None, by_force=True)
+    assert isinstance(lease, Lease)
+    assert await book.put(lease, Price(b"5", b""), b"digest")
+    await book.note_balance("default", b"7")
+    await book.claim_audit("default", max_age_s=1, for_s=1)
+    await book.note_change("default", key)
+    await PriceBook(store, origin="https://upstream.example", ttl_s=60, stale_s=30).look_up(key, "default")
+    await book.purge_question(key, "default")
+    await book.purge_account("default")
+    metrics = Metrics()
+    ledger = Ledger(Decisions(store, KEYS, ZONE, metrics), metrics, admits_on_outage=False)
+    assert isinstance(await ledger.charge(TERMS, HIT), Admitted)
+    reports, today = Reports(store, KEYS, ZONE), date.today()  # noqa: DTZ011 -- any two days will do
+    await reports.usage(UsageQuery(today, today, ("team",), None, csv=False))
+    await reports.standings([TERMS])
+    await ledger.close(1)
+
+
+def test_each_script_has_its_keys_in_one_slot(fleet: Cluster) -> None:
+    async def story() -> None:
+        store = _Noting(fleet.url)
+        try:
+            await _use_everything(store)
+        finally:
+            await store.close()
+        others = LUA_SCRIPTS.keys() - {"write_check"}  # it takes the keys of another script
+        assert {name for name, _ in store.noted} == others
+        for name, keys in store.noted:
+            assert len({key_slot(key.encode()) for key in keys}) == 1, (name, keys)
+
+    asyncio.run(story())
+
+
+def test_calls_of_one_turn_go_out_together_to_each_server(fleet: Cluster) -> None:
+    primaries = [fleet.home(slot) for slot in (0, SLOTS // 2, SLOTS - 1)]
+
+    def reads() -> int:
+        return sum(int(member.info("stats", "total_reads_processed")) for member in primaries)
+
+    async def story(desk: Desk) -> None:
+        await asyncio.gather(*(desk.store.call(GET, str(n)) for n in range(100)))
+        before = reads()
+        replies = await asyncio.gather(*(desk.store.call(GET, str(n)) for n in range(100)))
+        assert [reply[0] for reply in replies] == [None] * 100
+        assert reads() - before < 60  # the servers talk to each other and to this test as well
+
+    play(fleet.url, story)
+
+
+def test_all_primaries_are_asked_how_they_are(fleet: Cluster) -> None:
+    evicting = fleet.home(SLOTS - 1)
+
+    async def story(desk: Desk) -> None:
+        assert await desk.store.ping()
+        version = await desk.store.version()
+        assert version is not None
+        assert version >= (7, 0)
+        assert await desk.store.eviction_policy() == "noeviction"
+        evicting.client.config_set("maxmemory-policy", "allkeys-lru")
+        assert await desk.store.eviction_policy() == "allkeys-lru"
+        with evicting.hanging():
+            assert not await desk.store.ping()
+
+    play(fleet.url, story)
+    evicting.client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_a_slot_that_moves_in_mid_traffic(fleet: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+    """One key after the other: MOVED, ASK and TRYAGAIN."""
+    source = fleet.home(LEDGER_SLOT)
+    target = fleet.home(0 if fleet.home(0) is not source else SLOTS - 1)
+    answered: Counter[str] = Counter()
+
+    async def reading(store: Store, over: asyncio.Event) -> None:
+        while not over.is_set():
+            for name in ("usage", "other", "third"):
+                reply = await store.call(GET, f"ep1:{{acme}}:{name}")
+                assert reply[0] is None
+                answered[name] += 1
+
+    async def story(desk: Desk) -> None:
+        over = asyncio.Event()
+        reads = asyncio.create_task(reading(desk.store, over))
+        await desk.during(lambda: fleet.move_slot(LEDGER_SLOT, target, pause_s=0.002))
+        over.set()
+        await reads
+        assert (desk.refused, desk.unanswered) == (0, 0), caplog.text
+        assert_counted_once(desk, await desk.booked())
+
+    play(fleet.url, story)
+    errors = source.client.info("errorstats")
+    assert {"errorstat_MOVED", "errorstat_ASK"} <= errors.keys()
+    assert fleet.home(LEDGER_SLOT) is target
+    assert min(answered.values()) > 50
+
+
+def test_a_planned_failover_in_mid_traffic(fleet: Cluster) -> None:
+    old = fleet.home(LEDGER_SLOT)
+    new = fleet.replica_of(old)
+
+    def change() -> None:
+        new.ask("CLUSTER", "FAILOVER")
+        wait_until(lambda: fleet.home(LEDGER_SLOT, [new]) is new)
+
+    async def story(desk: Desk) -> None:
+        await desk.during(change)
+        assert_counted_once(desk, await desk.booked())
+
+    play(fleet.url, story)
+
+
+def test_a_dead_primary_is_replaced_and_the_others_serve_meanwhile(
+    fleet: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    dead = fleet.home(LEDGER_SLOT)
+    new = fleet.replica_of(dead)
+    wait_until(lambda: new.info("replication", "master_link_status") == "up")
+    others = [key for key in map(str, range(40)) if fleet.home(key_slot(key.encode())) is not dead]
+    served: Counter[str] = Counter()
+
+    def change() -> None:
+        dead.kill()
+        wait_until(lambda: fleet.home(LEDGER_SLOT, [new]) is new, within_s=20)
+
+    async def elsewhere(store: Store, over: asyncio.Event) -> None:
+        while not over.is_set():
+            await store.call(GET, others[0])
+            await store.call(GET, others[-1])
+            served["elsewhere"] += 1
+            await asyncio.sleep(0.005)
+
+    async def story(desk: Desk) -> None:
+        over = asyncio.Event()
+        calls = asyncio.create_task(elsewhere(desk.store, over))
+        await desk.during(change)
+        over.set()
+        await calls
+        assert desk.refused > 0
+        assert_counted_once(desk, await desk.booked(), lost=8)
+        assert desk.metrics.registry.get_sample_value("estimate_proxy_store_up", {"role": "ledger"}) == 1
+
+    with caplog.at_level(logging.INFO):
+        play(fleet.url, story)
+    assert served["elsewhere"] > 50
+    assert len([record for record in caplog.records if record.name == "proxy.store.health"]) < 12
+    dead.start()
+
+
+def test_a_url_that_does_not_say_that_it_is_a_cluster(fleet: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+    one = fleet.home(0)
+    key = next(key for key in map(str, range(40)) if fleet.home(key_slot(key.encode())) is not one)
+
+    async def story() -> None:
+        store = Store(f"redis://{LOCAL}:{one.port}", "ledger")
+        with pytest.raises(StoreUnavailable):
+            await store.call(GET, key)
+        await store.close()
+
+    asyncio.run(story())
+    assert "redis+cluster" in caplog.text
+
+
+def test_a_hanging_primary_keeps_only_its_own_callers_waiting(fleet: Cluster) -> None:
+    hanging = fleet.home(0)
+    keys = list(map(str, range(40)))
+    theirs = [key for key in keys if fleet.home(key_slot(key.encode())) is hanging]
+    others = [key for key in keys if key not in theirs]
+
+    async def timed(store: Store, key: str) -> tuple[bool, float]:
+        began = time.monotonic()
+        try:
+            await store.call(PUT, key, args=(b"1",))
+        except StoreUnanswered:
+            return False, time.monotonic() - began
+        return True, time.monotonic() - began
+
+    async def story(desk: Desk) -> None:
+        await asyncio.gather(*(desk.store.call(GET, key) for key in keys))
+        before = sets(hanging)
+        with hanging.hanging():
+            calls = [timed(desk.store, key) for key in (theirs[0], others[0], others[-1])]
+            lost, *served = await asyncio.gather(*calls)
+        assert not lost[0]
+        assert lost[1] >= TIMEOUT_S
+        assert_in_time(lost[1], TIMEOUT_S + 2 * TICK_S + LATE_S)
+        assert [is_served for is_served, _ in served] == [True, True]
+        assert_in_time(max(took_s for _, took_s in served), TIMEOUT_S / 2)
+        async with asyncio.timeout(5):
+            while not await is_run(desk.store):  # noqa: ASYNC110 -- what happens in a server sends no event
+                await asyncio.sleep(0.05)
+        assert sets(hanging) - before == 2, "the one whose reply was lost, and the one behind it"
+
+    async def is_run(store: Store) -> bool:
+        with suppress(StoreUnavailable):
+            await store.call(PUT, theirs[0], args=(b"2",))
+            return True
+        return False
+
+    hanging.client.script_load(PUT.text)
+    play(fleet.url, story)
+
+
+def sets(member: Member) -> int:
+    return (
+        int(member.info("commandstats", "cmdstat_hset")["calls"]) if member.info("commandstats", "cmdstat_hset") else 0
+    )
+
+
+# Sentinels
+
+
+@pytest.mark.parametrize(("brand", "is_planned"), [("valkey", False), ("redis", False), ("valkey", True)])
+def test_sentinels_name_the_next_primary_in_mid_traffic(
+    brand: str,
+    is_planned: bool,  # noqa: FBT001 -- a row
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    access = Access(password="pa:ss", sentinel_password="wörd")
+
+    async def story(desk: Desk) -> None:
+        idle = Store(watch.url, "price-book", access=access)
+        assert await idle.ping()
+        first = watch.primary()
+
+        def change() -> Member:
+            if is_planned:
+                watch.sentinels[-1].ask("SENTINEL", "FAILOVER", NAME)
+            else:
+                first.kill()
+            return watch.until_replaced(first)
+
+        await desk.during(change)
+        async with asyncio.timeout(5):
+            while not await idle.ping():  # noqa: ASYNC110 -- what happens in a server sends no event
+                await asyncio.sleep(0.05)
+        await idle.close()
+        assert desk.refused > 0 or is_planned
+        assert_counted_once(desk, await desk.booked(), lost=8)
+
+    with watched(brand, password="pa:ss", sentinel_password="wörd") as watch:
+        watch.sentinels[0].kill()
+        with caplog.at_level(logging.INFO):
+            play(watch.url, story, access)
+        assert len([record for record in caplog.records if record.name == "proxy.store.health"]) < 12
+        play(watch.url, _is_refused, replace(access, sentinel_password="wrong"))
+        play(watch.url, _is_refused, replace(access, password="wrong"))
+        play(watch.url.replace("/mymaster", "/other"), _is_refused, access)
+
+
+async def _charges(desk: Desk) -> None:
+    await desk.charge()
+    assert desk.admitted == 1
+
+
+async def _is_refused(desk: Desk) -> None:
+    assert not await desk.store.ping()
+    with pytest.raises(StoreUnavailable) as caught:
+        await desk.store.call(GET, "x")
+    assert not isinstance(caught.value, StoreUnanswered)
+
+
+def test_a_gateway_rides_a_failover_out(tmp_path: Path, upstream: tuple[UpstreamStage, str], simulator: object) -> None:
+    assert simulator
+    with watched("valkey") as watch, house(tmp_path, upstream[1]) as home:
+        served = home.start(store={"url": watch.url})
+        with served.client() as client:
+            answers = [client.post("/pub/v1/generations/estimate", content=b'[{"model":"A"}]') for _ in range(3)]
+            assert [answer.status_code for answer in answers] == [200] * 3
+            first = watch.primary()
+            first.kill()
+            statuses, began = Counter[int](), time.monotonic()
+            while statuses[200] < 20:
+                assert time.monotonic() - began < 20
+                statuses[client.post("/pub/v1/generations/estimate", content=b'[{"model":"A"}]').status_code] += 1
+            assert statuses.keys() <= {200, 503}
+        assert len(served.told(" fails: ")) < 12
+        assert served.stop() == 0
+
+
+# One name, behind which servers change
+
+
+FAILOVER_S = 4
+
+
+@pytest.mark.parametrize("brand", BRANDS)
+def test_a_failover_behind_one_name_costs_no_answer(brand: str) -> None:
+    """As of a managed service: the old primary stays up as a replica, and old connections stay on it.
+
+    Writes are paused meanwhile, for longer than the default timeout now and then.
+    """
+    with stage_of(brand) as stage:
+        old = stage.member()
+        wait_until(old.answers)
+        new = stage.member(f"replicaof {LOCAL} {old.port}")
+        wait_until(lambda: new.answers() and new.info("replication", "master_link_status") == "up")
+
+        def change() -> None:
+            old.ask("CLIENT", "PAUSE", 5000, "WRITE")
+            wait_until(
+                lambda: new.info("replication", "master_repl_offset") == old.info("replication", "master_repl_offset")
+            )
+            new.client.replicaof("NO", "ONE")
+            way.lead_to(f"redis://{LOCAL}:{new.port}")
+            old.client.replicaof(LOCAL, str(new.port))
+            old.ask("CLIENT", "UNPAUSE")
+
+        async def story(desk: Desk) -> None:
+            await desk.during(change)
+            assert desk.refused == desk.unanswered == 0
+            assert await desk.booked() == desk.admitted
+
+        with relay(f"redis://{LOCAL}:{old.port}") as way:
+            play(way.url, story, Access(timeout_s=FAILOVER_S))
+
+
+# One server, and who may speak to it
+
+
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory: pytest.TempPathFactory) -> Papers:
+    return papers(tmp_path_factory.mktemp("papers"))
+
+
+@pytest.fixture(scope="module")
+def guarded(certified: Papers) -> Iterator[Member]:
+    """Redis that speaks TLS alone, and with those alone whom it knows."""
+    needed("redis-server")
+    with stage_of("redis") as stage:
+        lines = (*tls_lines(certified), "tls-auth-clients yes", "user gateway on >pa:ss ~* +@all")
+        own = {"ssl_certfile": str(certified.cert("client")), "ssl_keyfile": str(certified.key("client"))}
+        server = stage.member(*lines, ssl=True, ssl_ca_certs=str(certified.ca), **own)
+        wait_until(server.answers)
+        yield server
+
+
+def tls_lines(certified: Papers) -> tuple[str, ...]:
+    return (
+        f"tls-cert-file {certified.cert('server')}",
+        f"tls-key-file {certified.key('server')}",
+        f"tls-ca-cert-file {certified.ca}",
+    )
+
+
+def access_with(certified: Papers) -> Access:
+    return Access(ca_file=certified.ca, cert_file=certified.cert("client"), key_file=certified.key("client"))
+
+
+def test_tls_with_a_certificate_of_ones_own(guarded: Member, certified: Papers) -> None:
+    own = access_with(certified)
+    play(f"rediss://localhost:{guarded.port}", _charges, replace(own, username="gateway", password="pa:ss"))
+    guarded.client.flushall()
+    play(f"rediss://gateway:pa%3Ass@{LOCAL}:{guarded.port}/3", _charges, own)
+
+
+def test_sentinels_and_a_cluster_behind_tls(certified: Papers) -> None:
+    lines = (*tls_lines(certified), "tls-auth-clients no", "tls-replication yes", "tls-cluster yes")
+    asked: dict[str, Any] = {"ssl": True, "ssl_ca_certs": str(certified.ca)}
+    with stage_of("redis") as stage:
+        server = stage.member(*lines, **asked)
+        monitor = f"sentinel monitor {NAME} {LOCAL} {server.port} 1"
+        sentinel = stage.member(*lines, monitor, options=["--sentinel"], **asked)
+        clustered = stage.member(*lines, "cluster-enabled yes", f"cluster-port {free_port()}", **asked)
+        wait_until(lambda: server.answers() and sentinel.answers() and clustered.answers())
+        clustered.ask("CLUSTER", "ADDSLOTSRANGE", 0, SLOTS - 1)
+        play(f"rediss+sentinel://localhost:{sentinel.port}/{NAME}", _charges, Access(ca_file=certified.ca))
+        wait_until(lambda: clustered.client.cluster("INFO")["cluster_state"] == "ok")
+        play(f"rediss+cluster://localhost:{clustered.port}", _charges, Access(ca_file=certified.ca))
+        play(f"rediss+sentinel://{LOCAL}:{sentinel.port}/{NAME}", _is_refused)
+        play(f"rediss+cluster://{LOCAL}:{clustered.port}", _is_refused)
+
+
+@pytest.mark.parametrize(
+    ("without", "reason"),
+    [
+        (("ca_file", "cert_file"), "CERTIFICATE_VERIFY_FAILED"),
+        (("cert_file",), "CERTIFICATE_REQUIRED|SERVER_CLOSED|RESET_BY_PEER"),  # TLS 1.3: it says so late, or hangs up
+        (("ca_file",), "CERTIFICATE_VERIFY_FAILED"),
+    ],
+)
+def test_tls_that_is_not_trusted(
+    guarded: Member, certified: Papers, without: tuple[str, ...], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    nothing: dict[str, Any] = dict.fromkeys(without)
+    access = replace(access_with(certified), **nothing)
+    play(f"rediss://{LOCAL}:{guarded.port}", _is_refused, access)
+    (said,) = (record.getMessage() for record in caplog.records if record.name == "proxy.store.health")
+    assert said.startswith("the ledger's connection fails: ")
+    assert re.search(reason, said.upper().replace(" ", "_"))
+
+
+def test_a_socket_with_user_and_password(any_store_url: str) -> None:
+    with redis.Redis.from_url(any_store_url) as client:
+        client.acl_setuser("guest", enabled=True, passwords=["+pa:ss"], keys="*", commands=["+@all"])
+        play(any_store_url.replace("unix://", "unix://guest:pa%3Ass@"), _charges)
+        play(any_store_url, _charges, Access(username="guest", password="pa:ss"))
+        play(any_store_url.replace("unix://", "unix://guest:wrong@"), _is_refused)
+        client.acl_deluser("guest")

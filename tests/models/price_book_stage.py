@@ -1,0 +1,230 @@
+"""The price book's stage: two gateways on one store and one upstream, all real, and the clock they share."""
+
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from hashlib import sha1
+from typing import Any
+
+import httpx2
+import pytest
+import redis
+from conftest import Stage
+from starlette.applications import Starlette
+
+import proxy.app
+from gateway_fixture import API_KEY, DESIGN, settings
+from lua_scripts import LUA_SCRIPTS
+from price_book_fleet import BALANCE_MAX_AGE_MS, IF_ERROR_MS, REVALIDATE_MS, TTL_MS
+from price_book_requests import KEYS, content
+from price_book_upstream import PROBE_MS, Body
+from proxy.auth import digest_of, token_of
+from proxy.demo.simulator import Simulator
+from proxy.gateway.fetcher import Asker, Told
+from proxy.gateway.in_flight import Lifecycle
+from proxy.gateway.questions import Question
+from proxy.settings.schema import Settings
+from proxy.store.client import Script
+from proxy.telemetry.metrics import Metrics
+from proxy.upstream.circuit_breaker import Circuit, Gate, Transition
+from serving import serving
+
+ADMIN = token_of("a" * 32)
+
+START_MS = 1_700_000_000_000
+
+
+class Clock:
+    """What time it is for the gateways."""
+
+    def __init__(self) -> None:
+        self.ms = START_MS
+
+    def __call__(self) -> float:
+        return self.ms / 1000
+
+
+def soon(condition: Callable[[], bool]) -> None:
+    """As `wait_until`, for what comes true in less than its pauses."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.0005)
+
+
+class WatchedAsker(Asker):
+    """Shows who waits."""
+
+    joined = 0
+    followed = 0
+
+    async def ask(self, question: Question, *, seen_ms: int | None) -> tuple[Told, bool]:
+        self.joined += 1
+        return await super().ask(question, seen_ms=seen_ms)
+
+    async def _follow(self, question: Question, seen_ms: int | None, deadline: float) -> Told | None:
+        self.followed += 1
+        return await super()._follow(question, seen_ms, deadline)
+
+
+class Replica:
+    """A place in the fleet, for a gateway that comes and goes."""
+
+    asker: WatchedAsker
+
+    def __init__(self, make: Callable[[], tuple[Starlette, WatchedAsker]], client: httpx2.Client) -> None:
+        self._make = make
+        self._gateway = ExitStack()
+        self.client = client
+
+    def restart(self) -> None:
+        """Another gateway in the place of this one."""
+        self.close()
+        app, self.asker = self._make()
+        self.client.base_url = self._gateway.enter_context(serving(app))
+
+    def close(self) -> None:
+        self._gateway.close()
+
+    def wait_until_flying(self, flights: int) -> None:
+        """Until so many questions are on their way."""
+        soon(lambda: len(self.asker._flights) + len(self.asker._audits) == flights)
+
+
+class World:
+    """What all examples use: the servers, and the clock."""
+
+    def __init__(
+        self, stage: Stage, store: redis.Redis, clock: Clock, replicas: list[Replica], pool: ThreadPoolExecutor
+    ) -> None:
+        self.stage = stage
+        self.store = store
+        self.replicas = replicas
+        self.pool = pool
+        self._clock = clock
+        self.keys: list[str] = []
+        self.book_key = ""
+
+    def begin(self) -> None:
+        """An empty store, and gateways that remember nothing."""
+        self._clock.ms = START_MS
+        self.store.flushall()
+        self.set_clock(START_MS)
+        for replica in self.replicas:
+            replica.restart()
+        self.stage.simulator = Simulator(api_key=API_KEY)
+
+    def set_clock(self, ms: int) -> None:
+        self._clock.ms = ms
+        self.store.hset("clock", mapping={"s": ms // 1000, "us": ms % 1000 * 1000})
+
+    def learn_keys(self) -> None:
+        """The keys of the questions; upstream is not asked."""
+        self.begin()
+        documents = (self.replicas[0].client.post("/v1/explain", content=content(Body(key, 0))) for key in range(KEYS))
+        self.keys = [document.json()["key"] for document in documents]
+        assert len(set(self.keys)) == KEYS
+        (book,) = self.store.scan_iter("ep1:book:*")
+        self.book_key = book.decode()
+
+    def texts(self) -> dict[int, bytes]:
+        """The prices in the store."""
+        texts: Any = self.store.mget([self.price_key(key) for key in range(KEYS)])
+        return {key: text for key, text in enumerate(texts) if text is not None}
+
+    def price_key(self, key: int) -> str:
+        return f"ep1:{{{self.keys[key]}}}:price"
+
+
+def _configured(store_url: str, upstream_url: str) -> Settings:
+    return settings(
+        store_url,
+        upstream_url,
+        admin={"tokens": [digest_of(ADMIN)]},
+        cache={
+            "ttl_s": TTL_MS / 1000,
+            "stale_while_revalidate_s": REVALIDATE_MS / 1000,
+            "stale_if_error_s": IF_ERROR_MS / 1000,
+            "balance_max_age_s": BALANCE_MAX_AGE_MS / 1000,
+            "ignore": ["seed"],
+        },
+        upstream={"base_url": upstream_url, "timeout_s": PROBE_MS / 1000},
+        store={"url": store_url, "timeout_s": 10},
+    )
+
+
+def _clocked(clock: Clock) -> type[Circuit]:
+    """A circuit that goes by `clock` instead of the event loop's."""
+
+    class ClockedCircuit(Circuit):
+        def admit(self, _: float, *, probe_s: float) -> Gate:
+            return super().admit(clock(), probe_s=probe_s)
+
+        def wait_s(self, _: float) -> float:
+            return super().wait_s(clock())
+
+        def pause(self, _: float, seconds: float) -> None:
+            super().pause(clock(), seconds)
+
+        def note(self, _: float, *, failed: bool) -> Transition | None:
+            return super().note(clock(), failed=failed)
+
+        def open_s(self, _: float) -> float:
+            return super().open_s(clock())
+
+    return ClockedCircuit
+
+
+@cache
+def _clocked_script(name: str) -> tuple[bytes, str]:
+    """A script that reads the time where the test has put it, and Redis' name for it."""
+    text = LUA_SCRIPTS[name].read_bytes()
+    clocked = text.replace(b"redis.call('TIME')", b"redis.call('HMGET', 'clock', 's', 'us')")
+    assert b"'TIME'" not in clocked
+    return clocked, sha1(clocked, usedforsecurity=False).hexdigest()
+
+
+def set_clocks(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What time it is for gateways and store; none of their patience is tried by a busy machine."""
+    clock = Clock()
+    monkeypatch.setattr("proxy.cache.price_book.monotonic", clock)
+    monkeypatch.setattr("proxy.upstream.client.Circuit", _clocked(clock))
+    monkeypatch.setattr(Script, "text", property(lambda script: _clocked_script(script.name)[0]), raising=False)
+    monkeypatch.setattr(Script, "digest", property(lambda script: _clocked_script(script.name)[1]), raising=False)
+    monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_PAUSE_S", 0)
+    return clock
+
+
+@contextmanager
+def opened_world(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, valkey_url: str, upstream: tuple[Stage, str]
+) -> Iterator[World]:
+    stage, upstream_url = upstream
+    context = ssl.create_default_context()
+    monkeypatch.setattr(
+        "proxy.upstream.http_client._tls_context", lambda _: context
+    )  # it takes longer to make than an example
+    askers: list[WatchedAsker] = []
+
+    def watched(*args: Any, **named: Any) -> WatchedAsker:
+        askers.append(WatchedAsker(*args, **named))
+        return askers[-1]
+
+    def make() -> tuple[Starlette, WatchedAsker]:
+        app = proxy.app.build(_configured(valkey_url, upstream_url), {}, Lifecycle(), Metrics())
+        return app, askers.pop()
+
+    monkeypatch.setattr("proxy.app.Asker", watched)
+    with ExitStack() as opened:
+        clients = [httpx2.Client(trust_env=False, headers={"x-api-key": DESIGN}, timeout=30) for _ in range(2)]
+        replicas = [Replica(make, opened.enter_context(client)) for client in clients]
+        for replica in replicas:
+            opened.callback(replica.close)
+        store = opened.enter_context(redis.Redis.from_url(valkey_url))
+        pool = opened.enter_context(ThreadPoolExecutor(8))
+        world = World(stage, store, clock, replicas, pool)
+        world.learn_keys()
+        yield world

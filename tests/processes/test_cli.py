@@ -1,0 +1,605 @@
+"""The command line as its users meet it: a few real processes, the rest in this one."""
+
+import importlib.metadata
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import redis
+from click.testing import CliRunner, Result
+
+from proxy import __version__
+from proxy import auth as teams
+from proxy.cache.canonical import canonicalise, key_of
+from proxy.cli.commands import main
+from proxy.embedded.stores import EmbeddedStores
+from proxy.quota.counters import LedgerKeys
+from proxy.quota.usage import OUTCOMES
+from proxy.quota.windows import window_of
+from proxy.settings import loader as config
+from proxy.settings.schema import MASK
+from serving import free_port
+
+CANARY = "CaNaRy5Xq"
+DIGEST = "sha256:" + "a" * 64
+CONFIG = f'[accounts.default]\napi_key = "{CANARY}"\n[teams.design]\ntokens = ["{DIGEST}"]\n'
+PROGRAMS = [str(Path(sys.executable).with_name("estimate-proxy"))], [sys.executable, "-m", "proxy"]
+DAY = datetime.now(UTC).date() - timedelta(days=3)
+BODY = b'[{"b": 7.0, "a": "\\u00e9"}]'
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("ESTIMATE_PROXY_", "RENDERNET_", "REDIS_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(config, "PLACES", config.PLACES[:1])
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run() -> Run:
+    """Runs a command line in this process; no exception may get out of it."""
+
+    def invoke(*args: str, stdin: bytes = b"", **environ: str) -> Result:
+        result = CliRunner(catch_exceptions=False).invoke(
+            main, args, input=stdin, env=environ, prog_name="estimate-proxy"
+        )
+        assert "Traceback" not in result.output
+        return result
+
+    return invoke
+
+
+def refusal(result: Result) -> str:
+    """The one line that says why a command line was refused."""
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("estimate-proxy: ")
+    return result.stderr.removeprefix("estimate-proxy: ").rstrip("\n")
+
+
+def process(*command: str, stdin: bytes = b"", **environ: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(command, input=stdin, capture_output=True, env={**os.environ, **environ}, check=False)
+
+
+# --- Help and usage ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "mentions"),
+    [
+        ("", ["check", "demo", "explain", "purge", "quota", "serve", "token", "usage", "--version"]),
+        (
+            "serve",
+            ["--config FILE", "$ESTIMATE_PROXY_CONFIG", "--host HOST", "--port PORT", "server.port", "SIGTERM"],
+        ),
+        ("demo", ["--port PORT", "[default: 8080", "--no-traffic"]),
+        ("check", ["--config FILE", "/etc/estimate-proxy/config.toml"]),
+        ("usage", ["--team ID", "--from DAY", "--by NAMES", "[table|csv|json]", "org.timezone", "tab-separated"]),
+        ("quota", ["[TEAM]", "--config FILE", "tab-separated"]),
+        ("token", ["new"]),
+        ("token new", ["TEAM", "once"]),
+        ("explain", ["FILE", "--account ID", "[default: default]", "--query TEXT", "standard input", "Asks nobody"]),
+    ],
+)
+def test_help(run: Run, command: str, mentions: list[str]) -> None:
+    result = run(*command.split(), "--help")
+    text = " ".join(result.stdout.split())
+    assert result.exit_code == 0
+    assert text.startswith(f"Usage: estimate-proxy {command}".strip())
+    squeezed = text.replace(" ", "")  # lines are broken at hyphens too
+    assert [words for words in mentions if words.replace(" ", "") not in squeezed] == []
+    assert not re.search(r"INTEGER|PATH|FILENAME|None|\.\.\.(?! in)", text.replace("[ARGS]...", "")), (
+        "an unset metavar, or a cut text"
+    )
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert run(*command.split(), "-h").stdout == result.stdout
+
+
+def test_version(run: Run) -> None:
+    assert run("--version").stdout == f"estimate-proxy, version {__version__}\n"
+    assert __version__ == importlib.metadata.version("estimate-proxy")
+
+
+@pytest.mark.parametrize("command", [[], ["token"]])
+def test_no_command_is_shown_what_there_is(run: Run, command: list[str]) -> None:
+    result = run(*command)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("Usage: estimate-proxy")
+    assert "\nCommands:\n" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("sevre", "No such command 'sevre'. Did you mean 'serve'? (see estimate-proxy --help)"),
+        ("token nwe", "No such command 'nwe'. Did you mean 'new'? (see estimate-proxy token --help)"),
+        ("--config x", "No such option '--config'. (see estimate-proxy --help)"),
+        ("check --confg x", "No such option '--confg'. Did you mean '--config'? (see estimate-proxy check --help)"),
+        ("check x", "Got unexpected extra argument (x) (see estimate-proxy check --help)"),
+        (
+            "serve --port x",
+            "Invalid value for '--port': 'x' is not a valid integer. (see estimate-proxy serve --help)",
+        ),
+        ("token new", "Missing argument 'TEAM'. (see estimate-proxy token new --help)"),
+        ("explain", "Missing argument 'FILE'. (see estimate-proxy explain --help)"),
+        ("explain --account", "Option '--account' requires an argument."),
+    ],
+)
+def test_bad_usage_is_one_line(run: Run, command: str, line: str) -> None:
+    assert refusal(run(*command.split())).startswith(line)
+
+
+def test_a_port_out_of_range_is_refused_before_anything_starts(run: Run) -> None:
+    Path("estimate-proxy.toml").write_text(CONFIG)
+    assert refusal(run("serve", "--port", "65536")) == "server.port must be less than or equal to 65535"
+    assert refusal(run("serve", "--host", "")).startswith("server.host must name a host")
+    assert refusal(run("demo", "--port", "65536")).startswith("Invalid value for '--port'")
+
+
+def test_both_programs_are_one() -> None:
+    Path("body.json").write_bytes(BODY)
+    for args in (["--help"], ["--version"], ["check"], ["explain", "body.json"], ["explain", "missing"], ["bogus"]):
+        one, other = (process(*program, *args) for program in PROGRAMS)
+        assert one.returncode == other.returncode
+        assert one.stdout == other.stdout.replace(b"python -m proxy", b"estimate-proxy")
+        assert one.stderr == other.stderr.replace(b"python -m proxy", b"estimate-proxy")
+        assert b"Traceback" not in one.stderr
+
+
+# --- check ------------------------------------------------------------------------------------------------------
+
+SECRETS = f"""
+{CONFIG}
+[teams.other]
+name = "[red]x [/x] :smile: \\" é"
+tokens = [{{ sha256 = "sha256:{"b" * 64}", label = "ci", expires = 2027-06-30 }}]
+[store]
+url = "redis://u:{CANARY}@h/0"
+password = "{CANARY}"
+[upstream]
+proxy = "http://u:{CANARY}@p:3128"
+[metrics]
+public = true
+[[org.quotas]]
+measure = "estimated_credits"
+limit = 0.1
+per = "week"
+"""
+
+
+def test_check_prints_toml(run: Run) -> None:
+    Path("here.toml").write_text(SECRETS)
+    result = run("check", "--config", "here.toml")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert CANARY not in result.stdout
+    shown = tomllib.loads(result.stdout)
+    assert shown["server"] == {
+        "host": "127.0.0.1",
+        "port": 8080,
+        "workers": 1,
+        "max_body_bytes": 262144,
+        "request_timeout_s": 15.0,
+        "head_timeout_s": 10.0,
+        "drain_delay_s": 5.0,
+        "drain_s": 30.0,
+    }
+    written = tomllib.loads(SECRETS)
+    assert shown["teams"]["other"] == {**written["teams"]["other"], "account": "default", "disabled": False}
+    assert shown["teams"]["design"]["tokens"] == [{"sha256": DIGEST}]
+    assert shown["accounts"] == {"default": {"api_key": MASK}}
+    assert shown["store"]["url"] == f"redis://u:{MASK}@h/0"
+    assert shown["store"]["password"] == MASK
+    assert shown["upstream"]["proxy"] == f"http://u:{MASK}@p:3128"
+    assert shown["org"]["quotas"] == [
+        {"measure": "estimated_credits", "limit": 0.1, "per": "week", "on_exceed": "refuse"}
+    ]
+    assert result.stdout.startswith("# from here.toml\n")
+    assert "# upstream.ca_file is not set\n" in result.stdout
+
+
+@pytest.mark.parametrize("reader", ["", "[metrics]\npublic = true\n", f'[admin]\ntokens = ["{DIGEST[:-1]}0"]\n'])
+def test_check_warns_when_nobody_can_read_the_metrics(run: Run, reader: str) -> None:
+    Path("here.toml").write_text(CONFIG + reader)
+    result = run("check", "--config", "here.toml")
+    assert result.exit_code == 0
+    assert ("nobody can read /metrics" in result.stderr) is (not reader)
+
+
+def test_check_without_a_file_says_so(run: Run) -> None:
+    result = run("check", RENDERNET_API_KEY=CANARY, ESTIMATE_PROXY_TEAMS__A__NAME="A")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("# from no file: defaults and the environment\n")
+
+
+def test_what_check_prints_can_be_checked(run: Run) -> None:
+    """With the secrets put back it is a config, and the same one."""
+    Path("a.toml").write_text(CONFIG)
+    shown = run("check", "--config", "a.toml").stdout
+    Path("b.toml").write_text(shown.replace(MASK, CANARY))
+    assert run("check", "--config", "b.toml").stdout == shown.replace("a.toml", "b.toml")
+
+
+def test_check_reports_all_problems_and_no_value(run: Run) -> None:
+    Path("estimate-proxy.toml").write_text(
+        f"""
+        [server]
+        port = "{CANARY}"
+        hots = "{CANARY}"
+        [accounts.default]
+        api_key = "{CANARY} "
+        [store]
+        url = "redis://{CANARY}:{CANARY}@"
+        [teams.design]
+        tokens = ["ep_{CANARY}"]
+        """
+    )
+    result = run("check", ESTIMATE_PROXY_CACHE__TTL_S=CANARY)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert CANARY not in result.stderr
+    assert sorted(line.split()[1] for line in result.stderr.splitlines()) == [
+        "accounts.default.api_key",
+        "cache.ttl_s",
+        "server.hots",
+        "server.port",
+        "store.url",
+        "teams.design.tokens[0].sha256",
+    ]
+    assert all(line.startswith("estimate-proxy: ") for line in result.stderr.splitlines())
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_check_of_a_broken_file_as_a_process(program: list[str]) -> None:
+    Path("estimate-proxy.toml").write_text(f'[accounts.default]\napi_key = "{CANARY}\n')
+    done = process(*program, "check")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert re.fullmatch(
+        rb"estimate-proxy: estimate-proxy\.toml is not valid TOML: .*\(at line 2, column \d+\)\n", done.stderr
+    )
+
+
+def on_terminal(*args: str, columns: int = 300) -> str:
+    """What a command line shows on a terminal."""
+    ours, theirs = pty.openpty()
+    environ = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
+    with subprocess.Popen([*PROGRAMS[0], *args], stdout=theirs, env=environ) as child:
+        os.close(theirs)
+        shown = b""
+        try:
+            while more := os.read(ours, 65536):
+                shown += more
+        except OSError:  # how Linux says that nobody holds the other end any more
+            pass
+        os.close(ours)
+    assert child.returncode == 0
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown.decode())
+
+
+def test_check_on_a_terminal_is_a_table() -> None:
+    Path("estimate-proxy.toml").write_text(SECRETS)
+    text = on_terminal("check")
+    assert CANARY not in text
+    assert re.search(r"setting +value", text)
+    assert re.search(r"server\.port +8080 ", text)
+    assert re.search(r'teams\.other\.name +"\[red\]x \[/x\] :smile: \\" é" ', text), "nothing is taken for markup"
+    assert re.search(r"upstream\.ca_file +- ", text)
+    assert " = 8080" not in text
+
+
+# --- usage and quota --------------------------------------------------------------------------------------------
+
+LEDGER = LedgerKeys("default")
+LIMITS = """
+[teams.other]
+[[org.quotas]]
+measure = "requests"
+limit = 1000
+per = "day"
+[[teams.design.quotas]]
+measure = "estimated_credits"
+limit = 9000000000
+per = "month"
+on_exceed = "warn"
+"""
+
+
+@pytest.fixture
+def ledger(valkey_url: str) -> None:
+    """A ledger with some usage of three days ago, of two teams, and the counters of now."""
+    Path("estimate-proxy.toml").write_text(f'{CONFIG}{LIMITS}[store]\nurl = "{valkey_url}"\n')
+    with redis.Redis.from_url(valkey_url) as client:
+        client.flushall()
+        for team, model in (("design", "-1-1"), ("gone", "Flux")):
+            rows = {f"{model}:hit:requests": 2, f"{model}:hit:credits": 2**53 + 1, "-:rate-limited:refused": 3}
+            client.hset(LEDGER.usage(team, DAY), mapping=dict(rows.items()))
+            client.sadd(LEDGER.teams, team)
+        month, day = (window_of(per, int(time.time()), UTC) for per in ("month", "day"))
+        for key in (LEDGER.counter("design", "month", month), LEDGER.counter(None, "day", day)):
+            client.hset(key, mapping={"requests": 7, "credits": 2**53 + 1})
+
+
+def told(result: Result) -> str:
+    assert (result.exit_code, result.stderr) == (0, "")
+    return result.stdout
+
+
+def fields(text: str) -> list[list[str]]:
+    return [line.split("\t") for line in text.splitlines()]
+
+
+@pytest.mark.usefixtures("ledger")
+def test_usage_when_piped(run: Run) -> None:
+    header, *rows = fields(told(run("usage", "--from", str(DAY))))
+    assert header == ["team", "requests", "refused", "estimated_credits", *OUTCOMES]
+    assert [row[:5] for row in rows] == [[team, "2", "3", "9007199254.740993", "2"] for team in ("design", "gone")]
+    header, row = fields(told(run("usage", "--from", str(DAY), "--team", "gone")))
+    assert [header[0], row[0]] == ["day", str(DAY)], (
+        "of one team by day; that the settings have it no more is all right"
+    )
+    _, *rows = fields(told(run("usage", "--from", str(DAY), "--to", str(DAY), "--by", "model,team")))
+    assert [row[:3] for row in rows] == [
+        ["-", "design", "0"],
+        ["-", "gone", "0"],
+        ["-1-1", "design", "2"],
+        ["Flux", "gone", "2"],
+    ]
+    assert fields(told(run("usage", "--to", str(DAY - timedelta(days=1))))) == [["team", *header[1:]]]
+
+
+@pytest.mark.usefixtures("ledger")
+def test_usage_as_the_endpoint_answers_it(run: Run) -> None:
+    told_json = told(run("usage", "--from", str(DAY), "--by", "team", "--format", "json"))
+    document = json.loads(told_json)
+    assert '"estimated_credits":18014398509.481986,' in told_json
+    assert (document["from"], document["timezone"], len(document["rows"])) == (str(DAY), "UTC", 2)
+    result = run("usage", "--from", str(DAY), "--by", "model", "--format", "csv")
+    lines = result.stdout_bytes.split(b"\r\n")
+    assert lines[0].startswith(b"model,requests,refused,estimated_credits,hit,")
+    assert lines[2].startswith(b"'-1-1,2,0,9007199254.740993,2,"), "what a spreadsheet could run is defused"
+
+
+@pytest.mark.usefixtures("ledger")
+def test_usage_on_a_terminal() -> None:
+    text = on_terminal("usage", "--from", str(DAY), columns=100)
+    title, header, design, gone, total = text.split("\r\n")[:-1]
+    assert title.rstrip() == f"{DAY} to {datetime.now(UTC).date()}, UTC"
+    assert header.split() == ["team", "requests", "refused", "estimated", "credits", "hit", "rate-limited"]
+    assert design.split() == ["design", "2", "3", "9007199254.740993", "2", "3"]
+    assert gone.split()[0] == "gone"
+    assert total.split() == ["total", "4", "6", "18014398509.481986", "4", "6"]
+    assert {line.rindex(cell) + len(cell) for line, cell in ((design, "740993"), (total, "481986"))} == {
+        header.rindex("credits") + len("credits")
+    }, "numbers end below one another"
+    narrow = on_terminal("usage", "--from", str(DAY), columns=50)
+    assert "rate-limited" not in narrow, "where there is no room for outcomes"
+    assert "18014398509.481986" in narrow
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("--from yesterday", "--from must be a date, such as 2026-11-01."),
+        ("--to 2026-02-30", "--to must be a date, such as 2026-11-01."),
+        ("--from 2026-11-02 --to 2026-11-01", "--from must not be after to, which is 2026-11-01."),
+        ("--from 2020-01-01", "--from must not be more than 400 days before"),
+        ("--by hour", "--by must be some of day, team and model, each once, joined by commas."),
+        ("--team nobody", "--team names none that is configured or ever had usage."),
+        ("--team \udcff", "--team names none"),
+        ("--team=", "--team is empty"),
+        ("--from=", "--from is empty"),
+        ("--by=", "--by is empty"),
+        ("--format xml", "Invalid value for '--format': 'xml' is not one of 'table', 'csv', 'json'."),
+        ("design", "Got unexpected extra argument (design)"),
+    ],
+)
+@pytest.mark.usefixtures("ledger")
+def test_usage_that_cannot_be(run: Run, options: str, line: str) -> None:
+    assert refusal(run("usage", *options.split(" "))).startswith(line)
+
+
+@pytest.mark.usefixtures("ledger")
+def test_quota_when_piped(run: Run) -> None:
+    header, org, own = fields(told(run("quota")))  # the organisation's once, though both teams have it
+    assert header == ["scope", "team", "measure", "per", "limit", "used", "remaining", "on_exceed", "resets_at"]
+    assert org[:8] == ["org", "-", "requests", "day", "1000", "7", "993", "refuse"]
+    assert own[:8] == ["team", "design", "estimated_credits", "month", "9000000000", "9007199254.740993", "0", "warn"]
+    assert datetime.fromisoformat(own[8]).timestamp() == window_of("month", int(time.time()), UTC).end_s
+    assert fields(told(run("quota", "design"))) == [header, org, own]
+    assert refusal(run("quota", "gone")) == "TEAM names no team of the settings"
+
+
+@pytest.mark.usefixtures("ledger")
+def test_quota_on_a_terminal() -> None:
+    text = on_terminal("quota", "design", columns=100)
+    _, header, org, own = text.split("\r\n")[:-1]
+    assert header.split() == ["team", "quota", "limit", "used", "remaining", "on", "exceed", "resets", "at"]
+    assert org.split()[:6] == ["-", "org-requests-day", "1000", "7", "993", "refuse"]
+    assert own.split()[:6] == ["design", "credits-month", "9000000000", "9007199254.740993", "0", "warn"]
+    assert re.search(r" 20[0-9]{2}-[0-9]{2}-01 *$", own)
+    assert max(map(len, on_terminal("quota", "design", columns=40).splitlines())) <= 40
+
+
+def test_no_quota_is_said_and_no_failure(run: Run, valkey_url: str) -> None:
+    Path("estimate-proxy.toml").write_text(f'{CONFIG}[store]\nurl = "{valkey_url}"\n')
+    result = run("quota")
+    assert (result.exit_code, result.stderr) == (0, "estimate-proxy: no quota is set\n")
+    assert len(fields(result.stdout)) == 1
+
+
+@pytest.mark.parametrize("command", [["usage"], ["usage", "--team", "nobody"], ["quota"], ["quota", "design"]])
+def test_a_store_that_nobody_finds(run: Run, command: list[str]) -> None:
+    Path("estimate-proxy.toml").write_text(f'{CONFIG}[store]\nurl = "redis://127.0.0.1:{free_port()}"\n')
+    assert refusal(run(*command)) == "the store is out of reach"
+    Path("estimate-proxy.toml").write_text(f'{CONFIG}[store]\ndata_dir = "data"\n')
+    assert "data" in refusal(run(*command))
+
+
+def test_the_embedded_ledger_of_a_gateway_that_runs(run: Run) -> None:
+    Path("estimate-proxy.toml").write_text(f'{CONFIG}{LIMITS}[store]\ndata_dir = "data"\n')
+    stores = EmbeddedStores(Path("data"), ["ledger"])
+    stores.start()
+    try:
+        with redis.Redis.from_url(stores.urls["ledger"]) as client:
+            client.hset(LEDGER.usage("design", DAY), "Flux:hit:requests", 2)
+            client.sadd(LEDGER.teams, "design")
+        assert [row[:2] for row in fields(told(run("usage", "--from", str(DAY))))][1:] == [["design", "2"]]
+        assert len(fields(told(run("quota")))) == 3
+    finally:
+        stores.stop()
+
+
+# --- token ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("team", ["design", "a", "0", "a-b-1", "a" * 64])
+def test_a_new_token_and_its_line_for_the_config(run: Run, team: str) -> None:
+    result = run("token", "new", team)
+    assert (result.exit_code, result.stderr) == (0, "")
+    token, _, rest = result.stdout.partition("\n")
+    assert teams.is_well_formed(token)
+    assert result.stdout.count(token) == 1
+    table = rest[rest.index("[teams.") :]
+    assert tomllib.loads(table) == {"teams": {team: {"tokens": [teams.digest_of(token)]}}}
+    Path("pasted.toml").write_text(table)
+    assert run("check", "--config", "pasted.toml", RENDERNET_API_KEY="k").exit_code == 0
+
+
+def test_no_two_tokens_are_equal(run: Run) -> None:
+    assert len({run("token", "new", "design").stdout for _ in range(20)}) == 20
+
+
+@pytest.mark.parametrize("team", ["Design", "a_b", "-a", "a-", "a" * 65, "", "é", "a b", "a\n", "a.b", '"', "\udcff"])
+def test_a_token_for_a_team_that_cannot_be(run: Run, team: str) -> None:
+    assert refusal(run("token", "new", "--", team)).startswith("TEAM must be an id: 1 to 64 of a-z, 0-9 and -")
+
+
+# --- explain ----------------------------------------------------------------------------------------------------
+
+
+def explained(result: Result) -> tuple[bytes, str]:
+    assert (result.exit_code, result.stderr) == (0, "")
+    found = re.fullmatch(rb"body  (.+)\nkey   ([0-9a-f]{64})\n", result.stdout_bytes)
+    assert found is not None
+    return found[1], found[2].decode()
+
+
+def test_explain_tells_the_canonical_body_and_its_key(run: Run) -> None:
+    Path("body.json").write_bytes(BODY)
+    canonical, key = explained(run("explain", "body.json"))
+    assert canonical == canonicalise(BODY) == '[{"a":"é","b":7}]'.encode()
+    assert key == key_of(
+        canonical,
+        origin="https://api.rendernet.ai",
+        account="default",
+        path="/pub/v1/generations/estimate",
+        query="",
+    )
+    assert explained(run("explain", "-", stdin=BODY)) == (canonical, key)
+
+
+@pytest.mark.parametrize(
+    "spelling", ['[{"a":"é","b":7}]', '\n[ {"b":70e-1,"a":"\\u00E9"} ]\r\n', '[{"a":1,"b":7,"a":"é"}]']
+)
+def test_every_spelling_has_one_key(run: Run, spelling: str) -> None:
+    assert explained(run("explain", "-", stdin=spelling.encode())) == explained(run("explain", "-", stdin=BODY))
+
+
+def test_what_changes_a_key(run: Run) -> None:
+    Path("other.toml").write_text("[upstream]\nbase_url = 'https://other.example/base'\n")
+    options: list[list[str]] = [
+        [],
+        ["--account", "second"],
+        ["--query", "type=image"],
+        ["--query", "type=é"],
+        ["--config", "other.toml"],
+    ]
+    keys = [explained(run("explain", "-", *chosen, stdin=BODY))[1] for chosen in options]
+    assert len(set(keys)) == len(keys)
+    canonical = canonicalise(BODY)
+    origin, path = "https://api.rendernet.ai", "/pub/v1/generations/estimate"
+    assert keys[1] == key_of(canonical, origin=origin, account="second", path=path, query="")
+    assert keys[3] == key_of(canonical, origin=origin, account="default", path=path, query="type=%C3%A9")
+    other = {"origin": "https://other.example", "path": "/base/pub/v1/generations/estimate"}
+    assert keys[4] == key_of(canonical, account="default", query="", **other)
+    in_environment = run("explain", "-", stdin=BODY, ESTIMATE_PROXY_UPSTREAM__BASE_URL="https://other.example/base/")
+    assert explained(in_environment)[1] == keys[4], "a trailing slash says nothing"
+
+
+def test_explain_needs_no_key_and_no_team(run: Run) -> None:
+    Path("estimate-proxy.toml").write_text("[teams.X]\nwhat = 1\n[accounts.default]\napi_key_file = 'missing'\n")
+    assert explained(run("explain", "-", stdin=BODY))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"[]", "must be a JSON array"),
+        (b'{"a": 1}', "must be a JSON array"),
+        (b"[NaN]", "not valid JSON"),
+        (b"[{}\n\xff]", "not valid JSON"),
+        (b"[{}]\n[{}]", "not valid JSON"),
+        (b'[{"a": 99999999999999999999}]', "beyond 64 bits"),
+        (b'[{"a":' + b"[" * 40 + b"]" * 40 + b"}]", "deeper than 32"),
+    ],
+)
+def test_a_bad_body_is_one_line_that_names_the_file(run: Run, content: bytes, reason: str) -> None:
+    Path("bödy.json").write_bytes(content)
+    line = refusal(run("explain", "bödy.json"))
+    assert line.startswith("bödy.json: ")
+    assert reason in line
+
+
+def test_a_bad_body_on_standard_input() -> None:
+    done = process(*PROGRAMS[0], "explain", "-", stdin=b"[]")
+    said = b"estimate-proxy: <stdin>: The body must be a JSON array of one or more generation objects.\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", said)
+
+
+def test_explain_of_what_cannot_be_read(run: Run, tmp_path: Path) -> None:
+    assert "'missing.json': No such file or directory" in refusal(run("explain", "missing.json"))
+    assert f"'{tmp_path}': Is a directory" in refusal(run("explain", str(tmp_path)))
+    assert refusal(run("explain", "-", "--config", "missing.toml", stdin=BODY)).startswith(
+        "missing.toml cannot be read"
+    )
+    assert refusal(run("explain", "-", "--account", "A", stdin=BODY)).startswith("--account must be an id")
+    broken = run("explain", "-", stdin=BODY, ESTIMATE_PROXY_UPSTREAM__BASE_URL=f"http://u:{CANARY}@h")
+    assert refusal(broken) == "upstream.base_url has a user, a query or a fragment: leave them out"
+
+
+def test_arguments_that_are_no_text_or_long() -> None:
+    program = PROGRAMS[0]
+    odd = process(*program, "explain", "-", "--query", "a=\udcff", stdin=BODY)
+    assert (odd.returncode, odd.stderr) == (0, b"")
+    long = process(*program, "explain", "-", "--query", "a" * 100_000, stdin=BODY)
+    assert long.returncode == 0
+    assert odd.stdout != long.stdout
+    narrow = process(*program, "explain", "-", stdin=BODY, PYTHONIOENCODING="latin-1")
+    assert narrow.stdout.startswith('body  [{"a":"é"'.encode()), "the very bytes, whatever the terminal's encoding"
+    assert process(*program, "check", "--config", "\udcff.toml").returncode == 2
+    assert process(*program, "check", "--config", "x" * 5000).stderr.endswith(b" cannot be read: File name too long\n")
+
+
+def test_a_closed_pipe_is_no_accident() -> None:
+    body = json.dumps([{"a": "x" * 200_000}]).encode()
+    Path("body.json").write_bytes(body)
+    with subprocess.Popen(
+        [*PROGRAMS[0], "explain", "body.json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdout.close()
+        assert child.stderr.read() == b""

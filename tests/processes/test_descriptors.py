@@ -1,0 +1,303 @@
+"""A gateway that runs out of file descriptors says so, blames nobody else for it, and goes on afterwards."""
+
+import asyncio
+import errno
+import logging
+import os
+import resource
+import select
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+import redis
+import uvloop
+from conftest import Stage
+
+from deploy_files import DEPLOY
+from gateway_fixture import PATH, code_of, settings
+from load_generator import new_body
+from processes import House, Served, address_of, house, kill
+from prometheus import SCRAPER, scrape
+from proxy.auth import digest_of
+from proxy.demo.simulator import Simulator
+from proxy.problems import Code, StoreUnavailable
+from proxy.processes.supervisor import descriptor_warning
+from proxy.processes.workers import MAX_FAILED_STARTS
+from proxy.store.client import COOLDOWN_S, Script, Store
+from proxy.telemetry import descriptors
+from proxy.telemetry.descriptors import DescriptorMonitor, is_one_left, raise_limit, ran_out
+from proxy.telemetry.metrics import Metrics
+from proxy.upstream.circuit_breaker import MIN_ANSWERS
+from proxy.upstream.client import Upstream
+from proxy.upstream.replies import Failed, Priced
+from serving import wait_until
+
+FEW = 64
+WITH_FEW = ("/bin/sh", "-c", f'ulimit -n {FEW} && exec "$@"', "sh", sys.executable, "-m", "proxy")
+"""How `serve` is called where a process may have so few descriptors, soft and hard limit."""
+
+SAID = "out of file descriptors"
+GET = Script("proxy.cache", "price_get", repeatable=True)
+
+
+@contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """In this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    newest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    taken: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (newest + 1, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):  # noqa: PT012 -- until it raises
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in taken:
+            os.close(descriptor)
+
+
+def played(story: Callable[[], Awaitable[None]]) -> None:
+    """On the event loop that workers have."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(story())  # type: ignore[arg-type] # it is a coroutine function
+
+
+def exhausted(metrics: Metrics) -> float | None:
+    return metrics.registry.get_sample_value("estimate_proxy_descriptors_exhausted_total")
+
+
+def wrapped(error: Exception, *, explicit: bool) -> Exception:
+    """As a library raises its own error for another one, with `from` or without."""
+    outer = httpx2.ConnectError("failed")
+    outer.__context__ = error
+    outer.__cause__ = error if explicit else None
+    return outer
+
+
+class TestRecognised:
+    @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+    @pytest.mark.parametrize("explicit", [True, False])
+    def test_through_other_errors(self, number: int, *, explicit: bool) -> None:
+        lack = OSError(number, os.strerror(number))
+        assert ran_out(lack)
+        assert ran_out(wrapped(wrapped(lack, explicit=explicit), explicit=explicit))
+        assert ran_out(wrapped(ExceptionGroup("all failed", [ConnectionRefusedError(), lack]), explicit=explicit))
+
+    def test_not_where_something_else_failed(self) -> None:
+        refused = ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+        for error in (refused, redis.ConnectionError("Too many open files"), ExceptionGroup("all failed", [refused])):
+            assert not ran_out(wrapped(error, explicit=True))
+        refused.__context__ = wrapped(refused, explicit=True)
+        assert not ran_out(refused), "nor does it look for ever"
+
+    def test_a_name_that_is_not_found_is_another_thing(self) -> None:
+        unknown = wrapped(socket.gaierror(socket.EAI_NONAME, "unknown"), explicit=True)
+        assert is_one_left()
+        assert not ran_out(unknown)
+        with no_descriptor_left():
+            assert not is_one_left()
+            assert ran_out(unknown)
+
+
+class TestWarning:
+    def test_it_says_what_is_there_what_is_needed_and_what_to_do(self, valkey_url: str) -> None:
+        configured = settings(valkey_url, "http://127.0.0.1:1", upstream={"max_connections": 300})
+        assert descriptor_warning(1024, configured) == (
+            "a process may have only 1024 file descriptors here, and a busy worker needs 10624: "
+            "10192 for clients, 300 for RenderNet, 32 for the stores, 100 for the rest. "
+            "Raise the limit: ulimit -n 10624, or LimitNOFILE=10624 in the systemd unit"
+        )
+        assert descriptor_warning(10623, configured) is not None
+        assert descriptor_warning(10624, configured) is None
+
+    def test_the_units_limit_is_enough_for_any_setting(self, valkey_url: str) -> None:
+        most = settings(valkey_url, "http://127.0.0.1:1", upstream={"max_connections": 10_000})
+        (line,) = [line for line in _unit() if line.startswith("LimitNOFILE=")]
+        assert descriptor_warning(int(line.partition("=")[2]), most) is None
+
+    def test_the_soft_limit_becomes_the_hard_one(self) -> None:
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (before[1] // 2, before[1]))
+            assert raise_limit() == before[1]
+            assert resource.getrlimit(resource.RLIMIT_NOFILE) == (before[1], before[1])
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+    @pytest.mark.parametrize(("soft", "told"), [(256, 256), (resource.RLIM_INFINITY, sys.maxsize)])
+    def test_a_limit_that_cannot_be_raised_is_told_as_it_is(
+        self, monkeypatch: pytest.MonkeyPatch, soft: int, told: int
+    ) -> None:
+        def refuse(*_: Any) -> None:
+            raise ValueError("current limit exceeds maximum limit")
+
+        monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, resource.RLIM_INFINITY))
+        monkeypatch.setattr(resource, "setrlimit", refuse)
+        assert raise_limit() == told
+
+
+def _unit() -> Sequence[str]:
+    return (DEPLOY / "systemd" / "estimate-proxy.service").read_text().splitlines()
+
+
+class TestConnections:
+    """New ones, from this process, which has no descriptor left for a moment."""
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+    def test_to_upstream(self, host: str, upstream: tuple[Stage, str], simulator: Simulator) -> None:
+        """By its address, and by a name, which takes descriptors to be resolved."""
+        url = upstream[1].replace("127.0.0.1", host)
+        configured = settings("redis://unused", url)
+        keys = {name: account.api_key for name, account in configured.accounts.items()}
+
+        async def story() -> None:
+            metrics = Metrics((), configured.accounts)
+            asked = Upstream(configured.upstream, keys, metrics)
+            deadline = asyncio.get_running_loop().time() + 10
+            for _ in range(MIN_ANSWERS):
+                with no_descriptor_left():
+                    reply = await asked.estimate("default", new_body(), "", deadline=deadline)
+                assert isinstance(reply, Failed)
+                assert (reply.problem.code, reply.problem.retry_after_s, reply.asked) == (Code.OVERLOADED, 1, False)
+                assert "no file descriptor left" in reply.problem.detail
+            assert not asked.in_trouble
+            assert exhausted(metrics) == MIN_ANSWERS
+            name, labels = "estimate_proxy_upstream_request_duration_seconds_count", {"account": "default"}
+            assert metrics.registry.get_sample_value(name, {**labels, "status": "error"}) == 0
+            assert isinstance(await asked.estimate("default", new_body(), "", deadline=deadline), Priced)
+            await asked.close()
+
+        played(story)
+        assert simulator.calls == 1
+
+    def test_to_a_store(self, any_store_url: str, caplog: pytest.LogCaptureFixture) -> None:
+        async def story() -> None:
+            metrics = Metrics()
+            store = Store(any_store_url, "ledger", metrics)
+            with no_descriptor_left(), pytest.raises(StoreUnavailable, match="no file descriptor left"):
+                await store.call(GET, "ep1:{x}:price", "ep1:book:x")
+            assert exhausted(metrics) == 1
+            await asyncio.sleep(COOLDOWN_S)
+            await store.call(GET, "ep1:{x}:price", "ep1:book:x")
+            await store.close()
+
+        played(story)
+        (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+        assert told == "the ledger's connection fails: this gateway has no file descriptor left for a connection"
+
+
+class TestMonitor:
+    def test_it_says_once_that_there_is_none_and_once_that_there_are_some(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO)
+        metrics = Metrics()
+        monitor = DescriptorMonitor(metrics)
+        monitor.look(0)
+        metrics.record_descriptors_exhausted()
+        metrics.record_descriptors_exhausted()
+        monitor.look(1)
+        with monkeypatch.context() as patched:
+            patched.setattr(descriptors, "is_one_left", lambda: False)
+            monitor.look(2)
+        monitor.look(3)
+        monitor.look(4)
+        assert exhausted(metrics) == 3
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        first, second = [record.getMessage() for record in caplog.records]
+        assert first.startswith(f"{SAID} (this process may have {limit}): ")
+        assert second == "there are file descriptors again"
+
+
+@pytest.fixture
+def home(tmp_path: Path, upstream: tuple[Stage, str]) -> Iterator[House]:
+    with house(tmp_path, upstream[1]) as opened:
+        yield opened
+
+
+@contextmanager
+def crowded(served: Served) -> Iterator[None]:
+    """Clients connect and ask nothing until the gateway accepts no more of them."""
+    with ExitStack() as opened:
+
+        def closes() -> bool:
+            opened.enter_context(one := socket.create_connection(address_of(served.url)))
+            connections.append(one)
+            return bool(select.select(connections, [], [], 0.05)[0])
+
+        connections: list[socket.socket] = []
+        wait_until(closes)
+        assert len(connections) < 2 * FEW
+        yield
+
+
+class TestServe:
+    def test_it_says_at_the_start_that_the_limit_is_too_low(self, home: House, valkey_url: str) -> None:
+        served = home.start(command=WITH_FEW, store={"url": valkey_url})
+        (told,) = served.told("file descriptors")
+        assert told.startswith(f"a process may have only {FEW} file descriptors here, and a busy worker needs 10424: ")
+        (level,) = [line["level"] for line in served.lines() if line["message"] == told]
+        assert level == "warning"
+
+    def test_with_the_limits_of_this_machine_it_says_nothing_and_raises_the_soft_one(
+        self, home: House, valkey_url: str
+    ) -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        command = ("/bin/sh", "-c", f'ulimit -Sn {FEW} && exec "$@"', "sh", sys.executable, "-m", "proxy")
+        served = home.start(command=command, store={"url": valkey_url})
+        assert served.worker().rlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+        assert served.told("file descriptors") == []
+
+    def test_without_descriptors_it_is_overloaded_and_blames_nobody(
+        self, home: House, valkey_url: str, simulator: Simulator
+    ) -> None:
+        sections = {"store": {"url": valkey_url}, "metrics": {"tokens": [digest_of(SCRAPER)]}}
+        served = home.start(command=WITH_FEW, **sections)
+        with served.client() as first, served.client() as second, ThreadPoolExecutor() as pool:
+            assert [client.post(PATH, content=new_body()).status_code for client in (first, second)] == [200] * 2
+            calls = simulator.calls
+            with simulator.hold():
+                held = pool.submit(first.post, PATH, content=new_body())  # on the connection that there is
+                assert simulator.arrived(calls + 1)
+                with crowded(served):
+                    answers = [second.post(PATH, content=new_body()) for _ in range(2 * MIN_ANSWERS)]
+                    assert {(answer.status_code, code_of(answer)) for answer in answers} == {(503, "overloaded")}
+                    assert {answer.headers["retry-after"] for answer in answers} == {"1"}
+                    assert second.get("/readyz").json() == {"status": "ready", "degraded": []}
+                    served.wait_until_told(SAID)
+                    counted = scrape(second)
+            assert held.result().status_code == 200
+            wait_until(lambda: second.post(PATH, content=new_body()).status_code == 200)
+            served.wait_until_told("there are file descriptors again")
+        found = counted.value("descriptors_exhausted_total")
+        assert found is not None
+        assert found >= len(answers)
+        assert counted.value("upstream_request_duration_seconds_count", account="default", status="error") == 0
+        assert counted.value("upstream_circuit_open", account="default") == 0
+        assert len(served.told(SAID)) == 1
+        assert served.told("upstream fails") == []
+        assert served.stop() == 0
+
+    @pytest.mark.usefixtures("simulator")
+    def test_a_worker_that_the_system_refuses_to_start_is_started_later(self, home: House, valkey_url: str) -> None:
+        served = home.start(store={"url": valkey_url})
+        supervisor = psutil.Process(served.process.pid)
+        soft, hard = supervisor.rlimit(resource.RLIMIT_NOFILE)
+        supervisor.rlimit(resource.RLIMIT_NOFILE, (3, hard))  # it has those that it has, and gets no other
+        kill(served.worker())
+        refused = "the worker cannot be started (Too many open files): trying again in"
+        served.wait_until_told(refused, times=MAX_FAILED_STARTS + 1)
+        supervisor.rlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        served.wait_until_serving(times=2)
+        assert served.ask(new_body()).status_code == 200
+        assert served.stop() == 0

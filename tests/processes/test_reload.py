@@ -1,0 +1,159 @@
+"""Settings that change under a running gateway, with real processes: by signal and by the files alone."""
+
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from conftest import Stage
+
+from gateway_fixture import API_KEY, DESIGN, MARKETING, PATH
+from lateness import assert_in_time
+from processes import House, Served, house, kill
+from proxy.auth import digest_of, token_of
+from proxy.demo.simulator import Simulator
+from serving import serving, wait_until
+
+REVOKED_WITHIN_S = 5.0
+NEWCOMER = token_of("n" * 32)
+
+
+@pytest.fixture
+def home(tmp_path: Path, upstream: tuple[Stage, str], simulator: Simulator) -> Iterator[House]:  # noqa: ARG001 -- on stage
+    with house(tmp_path, upstream[1]) as opened:
+        yield opened
+
+
+def teams(**tokens: str) -> dict[str, Any]:
+    return {name: {"tokens": [digest_of(token)]} for name, token in tokens.items()}
+
+
+def started(home: House, **sections: Any) -> Served:
+    """Two workers, so that one which did not hear would be noticed."""
+    served = home.begin("--workers", "2", metrics={"public": True}, **sections)
+    served.wait_until_serving(times=2)
+    return served
+
+
+def statuses(served: Served, token: str, **headers: str) -> set[int]:
+    """What the workers answer: each question comes on a connection of its own, so either may take it."""
+    named = {"x-api-key": token, **{name.replace("_", "-"): value for name, value in headers.items()}}
+    fresh = httpx2.Limits(max_keepalive_connections=0)
+    with httpx2.Client(base_url=served.url, trust_env=False, limits=fresh, headers=named, timeout=10) as client:
+        return {client.post(PATH, content=b"[{}]").status_code for _ in range(10)}
+
+
+def metric(served: Served, name: str) -> float:
+    (line,) = (line for line in served.get("/metrics").text.splitlines() if line.startswith(f"{name} "))
+    return float(line.rpartition(" ")[2])
+
+
+def reloaded(served: Served, home: House, *, times: int = 1, **sections: Any) -> None:
+    home.config(metrics={"public": True}, **sections)
+    served.send(signal.SIGHUP)
+    served.wait_until_told("the settings were read again", times=times)
+
+
+def test_a_signal_brings_teams_and_quotas_to_all_workers(home: House) -> None:
+    served = started(home, teams=teams(design=DESIGN))
+    assert statuses(served, NEWCOMER) == {401}
+    reloaded(served, home, teams=teams(design=DESIGN, newcomer=NEWCOMER))
+    wait_until(lambda: statuses(served, NEWCOMER) == {200})
+    nothing = [{"measure": "requests", "limit": 0, "per": "day"}]
+    poor = {"newcomer": {**teams(newcomer=NEWCOMER)["newcomer"], "quotas": nothing}}
+    reloaded(served, home, times=2, teams={**teams(design=DESIGN), **poor})
+    wait_until(lambda: statuses(served, NEWCOMER) == {429})
+    assert statuses(served, DESIGN) == {200}
+    assert served.stop() == 0
+
+
+def test_a_revoked_token_is_refused_soon_after_its_file_has_changed(home: House) -> None:
+    served = started(home)
+    assert statuses(served, MARKETING) == {200}
+    changed_at = time.monotonic()
+    home.config(metrics={"public": True}, teams=teams(design=DESIGN, marketing=NEWCOMER))
+    wait_until(lambda: statuses(served, MARKETING) == {401})
+    assert_in_time(time.monotonic() - changed_at, REVOKED_WITHIN_S)
+    assert statuses(served, NEWCOMER) == statuses(served, DESIGN) == {200}
+    assert served.stop() == 0
+
+
+def test_a_bad_file_leaves_the_old_settings_in_force_loudly(home: House) -> None:
+    served = started(home)
+    config = home.folder / "estimate-proxy.toml"
+    good = config.read_text()
+    assert metric(served, "estimate_proxy_config_last_reload_successful") == 1
+    config.write_text(good.replace("server.drain_delay_s", "server.drain_dealy_s"))
+    told = served.wait_until_told("the old settings stay in force")
+    assert told.endswith("server.drain_dealy_s is not a setting: did you mean drain_delay_s?")
+    wait_until(lambda: metric(served, "estimate_proxy_config_last_reload_successful") == 0)
+    assert statuses(served, DESIGN) == {200}
+    for worker in served.workers():
+        kill(worker)
+    served.wait_until_serving(times=4)
+    assert metric(served, "estimate_proxy_config_last_reload_successful") == 0, "newcomers hear of it"
+    config.write_text(good)
+    wait_until(lambda: metric(served, "estimate_proxy_config_last_reload_successful") == 1)
+    assert len(served.told("the old settings stay in force")) == 1, "it is said once a change, not once a look"
+    assert served.stop() == 0
+
+
+def test_what_needs_a_restart_is_named_and_keeps_its_value(home: House) -> None:
+    served = started(home)
+    store = {"data_dir": str(home.data_dir), "timeout_s": 0.3, "connect_timeout_s": 3}
+    changed: dict[str, Any] = {"org": {"timezone": "Asia/Tokyo"}, "cache": {"ttl_s": 7}, "store": store}
+    reloaded(served, home, **changed, teams=teams(design=NEWCOMER))
+    wait_until(lambda: statuses(served, NEWCOMER) == {200})
+    assert served.told("restart the gateway") == [
+        f"{path} has changed: restart the gateway for it"
+        for path in ("store.timeout_s", "store.connect_timeout_s", "cache.ttl_s", "org.timezone")
+    ]
+    assert "ttl=3" in served.ask(x_api_key=NEWCOMER).headers["cache-status"]
+    assert served.stop() == 0
+
+
+def test_a_key_is_rotated_by_swapping_a_symbolic_link(tmp_path: Path) -> None:
+    """As Kubernetes changes a mounted Secret: the link to the directory is replaced, not the file."""
+    simulator = Simulator(api_key=API_KEY, spend_every=0)
+    for number, key in enumerate((API_KEY, "rn-another-key")):
+        (tmp_path / f"v{number}").mkdir()
+        (tmp_path / f"v{number}" / "key").write_text(key)
+    (tmp_path / "secrets").symlink_to("v0")
+    with serving(simulator.app) as url, house(tmp_path, url) as home:
+        served = started(home, accounts={"default": {"api_key_file": "secrets/key"}})
+        assert served.ask(b"[{}]").status_code == 200
+        (tmp_path / "next").symlink_to("v1")
+        (tmp_path / "next").rename(tmp_path / "secrets")
+        served.wait_until_told("the settings were read again")
+        for number in range(6):
+            served.ask(b'[{"seed":%d}]' % number)
+        keys = [key for one in simulator.received for key in one.api_keys]
+        assert keys == [API_KEY.encode(), *[b"rn-another-key"] * 6]
+        assert served.stop() == 0
+
+
+def test_members_that_do_not_count_can_change(home: House) -> None:
+    served = started(home)
+    bodies = [b'[{"model":"Flux","seed":%d}]' % seed for seed in range(2)]
+    keys = {served.ask(body).headers["cache-status"].split("; ")[1] for body in bodies}
+    assert keys == {"fwd=miss"}
+    reloaded(served, home, cache={"ignore": ["seed"]})
+    served.ask(b'[{"model":"Flux","seed":7}]')
+    wait_until(lambda: served.ask(b'[{"model":"Flux","seed":8}]').headers["cache-status"].split("; ")[1] == "hit")
+    assert served.stop() == 0
+
+
+def test_a_request_ends_under_the_rules_it_began_with(home: House, simulator: Simulator) -> None:
+    served = started(home)
+    with simulator.hold() as hold, ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(served.ask)
+        assert simulator.arrived(1)
+        reloaded(served, home, teams=teams(design=NEWCOMER))
+        wait_until(lambda: statuses(served, DESIGN, cache_control="only-if-cached") == {401})
+        hold.release()
+        assert asking.result(10).status_code == 200
+    assert served.stop() == 0

@@ -1,0 +1,88 @@
+"""Replicas are replaced one after the other under load, and no request is lost."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from conftest import Stage
+
+from balancer import Balancer, balancing
+from gateway_fixture import DESIGN, PATH
+from processes import SOON_S, House, Served, house
+from proxy.demo.simulator import Simulator
+from serving import wait_until
+
+DRAIN_DELAY_S = 1.0
+LOAD_S = 60
+"""At the most: it ends with the last restart."""
+
+CONNECTIONS = 16
+SCRIPT = f"""
+wrk.method = "POST"
+wrk.path = "{PATH}"
+wrk.headers["X-API-KEY"] = "{DESIGN}"
+wrk.headers["Content-Type"] = "application/json"
+wrk.body = '[{{"model":"Flux"}}]'
+"""
+
+
+@pytest.fixture(scope="module")
+def wrk() -> str:
+    program = shutil.which("wrk")
+    if program is None:
+        assert os.environ.get("CI") != "true", "wrk is missing, and on CI nothing is skipped"
+        pytest.skip("wrk is not installed: the rolling restart was not tried under load")
+    return program
+
+
+@pytest.fixture
+def home(tmp_path: Path, upstream: tuple[Stage, str]) -> Iterator[House]:
+    with house(tmp_path, upstream[1]) as opened:
+        yield opened
+
+
+def replica(home: House, store_url: str) -> Served:
+    server = {"drain_delay_s": DRAIN_DELAY_S, "drain_s": 5}
+    return home.start(server=server, store={"url": store_url})
+
+
+def replace(old: Served, home: House, store_url: str, balancer: Balancer) -> Served:
+    """A new replica comes, then the old one is told to go."""
+    new = replica(home, store_url)
+    balancer.add(new.url)
+    wait_until(lambda: balancer.is_ready(new.url))
+    old.send(signal.SIGTERM)
+    assert old.exit_status(within_s=DRAIN_DELAY_S + SOON_S) == 0
+    balancer.remove(old.url)
+    return new
+
+
+@pytest.mark.usefixtures("simulator")
+def test_a_rolling_restart_loses_no_request(
+    home: House, valkey_url: str, wrk: str, tmp_path: Path, simulator: Simulator
+) -> None:
+    with redis.Redis.from_url(valkey_url) as store:
+        store.flushall()
+    first, second = replica(home, valkey_url), replica(home, valkey_url)
+    (tmp_path / "load.lua").write_text(SCRIPT)
+    with balancing(first.url, second.url) as balancer:
+        wait_until(lambda: balancer.is_ready(first.url) and balancer.is_ready(second.url))
+        wants = [f"-c{CONNECTIONS}", f"-d{LOAD_S}s", f"--timeout={SOON_S:.0f}s"]  # what is late is not lost
+        command = [wrk, "-t1", *wants, "-s", str(tmp_path / "load.lua"), balancer.url]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as load:
+            newer = [replace(old, home, valkey_url, balancer) for old in (first, second)]
+            assert load.poll() is None, "the load went on all the time"
+            load.send_signal(signal.SIGINT)  # it ends, and tells what it has seen
+            told, _ = load.communicate(timeout=SOON_S)
+    answered = int(re.search(r"(\d+) requests in", told)[1])  # type: ignore[index] # wrk's summary
+    assert answered > 500
+    assert "Non-2xx" not in told, told
+    assert "Socket errors" not in told, told
+    assert simulator.calls == 1
+    assert [served.stop() for served in newer] == [0, 0]

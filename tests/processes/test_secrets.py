@@ -1,0 +1,408 @@
+"""No secret comes out: the whole program plays every outcome with canaries, and everything it says is searched.
+
+Each canary has a core of letters and digits of its own, which survives quoting. What hides even that is tried too.
+"""
+
+import base64
+import json
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx2
+import psutil
+import pytest
+import redis
+from click.testing import CliRunner
+
+import proxy
+from gateway_fixture import PATH, answers, break_off
+from processes import House, Served, address_of, house
+from proxy.auth import digest_of, token_of
+from proxy.cli.commands import main
+from proxy.demo.simulator import Fault, Simulator
+from proxy.embedded.stores import EmbeddedStores
+from proxy.problems import Outcome
+from serving import serving, wait_until
+
+KEY = "rn/KestrelWing1+\"x\\y'%7E=&<z>"
+TOKEN = token_of("TamarinTail2" + "t" * 20)
+DISABLED = token_of("OcelotPaw3x4" + "o" * 20)
+SLOW, POOR, ADMIN = (token_of(letter * 32) for letter in "spa")
+STORE_PASSWORD = 'st/MarmotNose5+"\\%41@:#'
+PROXY_PASSWORD = "px/HeronFeather6+%41@:#"
+STORE_URL = f"redis://:{quote(STORE_PASSWORD, safe='')}@127.0.0.1:1/0"
+CORES = ("KestrelWing1", "TamarinTail2", "OcelotPaw3x4", "MarmotNose5", "HeronFeather6")
+
+DEFECT = """
+import sys
+if "proxy.processes.worker" in sys.orig_argv:
+    from proxy.upstream.client import client as upstream
+    read_reply = upstream.read_reply
+    def defective(status, body, *, secret, **rest):
+        if b"defect" not in body:
+            return read_reply(status, body, secret=secret, **rest)
+        try:
+            raise KeyError("a first defect")
+        except KeyError:
+            raise RuntimeError("a second defect")
+    upstream.read_reply = defective
+"""
+"""Breaks the worker where it has the key in its hands."""
+
+
+def disguises(core: str) -> dict[str, bytes]:
+    """Every form in which `core` could stand in an output, in lower case but for Base64."""
+    plain = core.encode()
+    forms = {
+        "plain": plain.lower(),
+        "JSON": "".join(f"\\u{byte:04x}" for byte in plain).lower().encode(),
+        "percent": "".join(f"%{byte:02x}" for byte in plain).encode(),
+        "hex": plain.hex().encode(),
+    }
+    for offset in range(3):  # where a group of three may begin; the group at either end depends on its neighbours
+        encoded = base64.b64encode(b"\0" * offset + plain)
+        forms[f"base64 {offset}"] = encoded[4 if offset else 0 : -4]
+    return forms
+
+
+def shown(core: str, output: bytes) -> list[str]:
+    """The forms in which `core` stands in `output`."""
+    lower = output.lower()
+    return [name for name, form in disguises(core).items() if form in (output if "base64" in name else lower)]
+
+
+def leaks(text: str) -> list[str]:
+    return [core for core in CORES if shown(core, text.encode())]
+
+
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        lambda text: text,
+        str.upper,
+        json.dumps,
+        repr,
+        lambda text: quote(text, safe=""),
+        lambda text: "".join(f"%{ord(letter):02X}" for letter in text),
+        lambda text: "".join(f"\\u{ord(letter):04X}" for letter in text),
+        lambda text: text.encode().hex(),
+        lambda text: base64.b64encode(text.encode()).decode(),
+        lambda text: base64.b64encode(b"u:" + text.encode()).decode(),
+        lambda text: base64.b64encode(b"u" + text.encode()).decode(),
+    ],
+)
+@pytest.mark.parametrize("secret", [KEY, TOKEN, STORE_PASSWORD, PROXY_PASSWORD, DISABLED])
+def test_the_search_finds_what_is_there(secret: str, disguise: Callable[[str], str]) -> None:
+    assert leaks(f"before {disguise(secret)} after") == [core for core in CORES if core in secret]
+
+
+# The play
+
+
+@dataclass
+class Play:
+    """One gateway and everything it has said, by where."""
+
+    house: House
+    served: Served
+    simulator: Simulator
+    store_out_of_order: AbstractContextManager[None]
+    said: dict[str, bytes] = field(default_factory=dict)
+
+    def ask(self, content: bytes | None = None, *, token: str | None = TOKEN, **headers: str) -> httpx2.Response:
+        """A question of its own, unless `content` says which."""
+        body = b'[{"steps":%d}]' % len(self.said) if content is None else content
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        if token is not None:
+            named["x-api-key"] = token
+        return self.call("POST", PATH, content=body, headers=named)
+
+    def call(self, method: str, path: str, **request: Any) -> httpx2.Response:
+        with httpx2.Client(base_url=self.served.url, trust_env=False, timeout=15) as client:
+            response = client.request(method, path, **request)
+        head = b"".join(b"%b: %b\n" % header for header in response.headers.raw)
+        self.said[f"answer {len(self.said)}, {response.status_code}"] = head + response.content
+        return response
+
+    def connect(self, request: str) -> socket.socket:
+        """A connection on which `request` has been sent."""
+        connection = socket.create_connection(address_of(self.served.url), timeout=15)
+        connection.sendall(request.encode())
+        return connection
+
+    def hear(self, connection: socket.socket) -> None:
+        with connection:
+            self.said[f"answer {len(self.said)}"] = b"".join(iter(lambda: connection.recv(65536), b""))
+
+    def run(self, *arguments: str, **environment: str) -> None:
+        """A command that tells something, and succeeds."""
+        finished = subprocess.run(
+            [sys.executable, "-m", "proxy", *arguments],
+            env=self.house.environment(**environment),
+            capture_output=True,
+            timeout=20,
+            check=False,
+        )
+        assert finished.returncode == 0, finished.stderr
+        self.said[" ".join(arguments)] = finished.stdout + finished.stderr
+
+    def look_at_processes(self) -> None:
+        """The supervisor's own environment may have been given secrets, its children's never."""
+        children = self.served.children()
+        for process in children:
+            self.said[f"environment of {process.pid}"] = str(process.environ()).encode()
+        for process in (psutil.Process(self.served.process.pid), *children):
+            self.said[f"arguments of {process.pid}"] = str(process.cmdline()).encode()
+
+    def look_at_files(self, folder: Path) -> None:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                self.said[f"file {path}"] = path.read_bytes()
+
+    @property
+    def outcomes(self) -> set[str]:
+        return set(re.findall(r'outcome"?[=:]"?([a-z-]+)', self.served.log.read_text()))
+
+
+def request(body: str, *headers: str) -> str:
+    lines = (f"POST {PATH} HTTP/1.1", "host: gateway", "connection: close", f"content-length: {len(body)}", *headers)
+    return "\r\n".join((*lines, "", body))
+
+
+def play_the_answers(play: Play) -> None:
+    """Known, unknown, and everything that upstream can do."""
+    play.ask(b"[{}]")
+    play.ask(b"[ {} ]")
+    play.ask(b"[{}]", token=None, authorization=f"Bearer {TOKEN}")
+    for fault in Fault:
+        play.simulator.script(fault)
+        play.ask()
+        wait_until(lambda: play.ask().status_code == 200)  # upstream may have wished for a pause
+        play.ask()  # more answers than failures keep the circuit closed
+    play.ask(b'[{"asset":"ast_missing"}]')
+    play.simulator.script(answers(b'{"data":{"estimated":1},"defect":true}'))
+    play.ask()
+
+
+def play_together(play: Play) -> None:
+    """Two who ask the same, and one who does not wait for the answer."""
+    calls = play.simulator.calls
+    with play.simulator.hold() as hold:
+        asking = [play.connect(request('[{"a":"b"}]', f"x-api-key: {TOKEN}")) for _ in range(2)]
+        leaving = play.connect(request('[{"c":"d"}]', f"x-api-key: {TOKEN}"))
+        assert play.simulator.arrived(calls + 2)
+        break_off(leaving)
+        play.call("GET", "/healthz")  # came after them, so both have been taken up
+        hold.release()
+    for connection in asking:
+        play.hear(connection)
+    wait_until(lambda: "cancelled" in play.outcomes)
+
+
+def play_the_refusals(play: Play) -> None:
+    """Tokens that are nearly right, and whatever else can be wrong with a request."""
+    for wrong in (TOKEN[:-1], TOKEN + "x", TOKEN[:-1] + "!", TOKEN.swapcase(), f"x{TOKEN}", f"{TOKEN},{TOKEN}", KEY):
+        play.ask(token=wrong)
+        play.ask(token=None, authorization=f"Bearer {wrong}")
+        play.ask(token=None, authorization=f"Basic {base64.b64encode(wrong.encode()).decode()}")
+    play.ask(token=DISABLED)
+    play.ask(b"[{}]", token=SLOW)
+    play.ask(b"[{}]", token=SLOW)
+    play.ask(b"[{}]", token=POOR)
+    for path in ("/v1/usage?format=csv", f"/v1/usage?by={TOKEN}", "/v1/quota", f"/v1/quota?team={TOKEN}"):
+        play.call("GET", path, headers={"x-api-key": TOKEN})
+    play.ask(cache_control="only-if-cached")
+    play.ask(token=None, cookie=f"token={TOKEN}")
+    play.ask(b"[{")
+    play.ask(content_type=f"text/{TOKEN}")
+    play.ask(content_encoding=TOKEN)
+    play.ask(x_request_id=f"no id: {TOKEN}")
+    play.call("POST", PATH, content=b"[{}]", headers=[("x-api-key", TOKEN), ("x-api-key", TOKEN)])
+    play.call("POST", "/v1/explain", content=b"[{}]", headers={"x-api-key": TOKEN})
+    play.call("POST", f"/pub/v1/{TOKEN}", content=b"[{}]")
+    play.call("PUT", PATH, headers={"x-api-key": TOKEN})
+    play.call("GET", f"/readyz?x-api-key={TOKEN}")
+    play.hear(play.connect(request("[{}]", f"x-api-key: {TOKEN}", f" {TOKEN}")))
+    play.hear(play.connect(f"{TOKEN} {TOKEN}\r\n\r\n"))
+
+
+def play_the_outages(play: Play, end_upstream: Callable[[], None]) -> None:
+    wait_until(lambda: play.ask(b"[{}]") and "stale" in play.outcomes)
+    with play.store_out_of_order:
+        play.ask()
+        play.call("POST", "/v1/cache/purge", content=b'{"all":true}', headers={"x-api-key": ADMIN})
+        play.call("POST", "/v1/explain", content=b"[{}]", headers={"x-api-key": TOKEN})
+        assert "price-book" in play.call("GET", "/readyz").json()["degraded"]
+    end_upstream()
+    play.ask()
+    play.call("GET", "/readyz")
+
+
+@contextmanager
+def hanging(store: psutil.Process) -> Iterator[None]:
+    store.suspend()
+    yield
+    store.resume()
+
+
+@contextmanager
+def with_another_password(store: redis.Redis) -> Iterator[None]:
+    store.config_set("requirepass", "changed")
+    store.client_kill_filter(_type="normal", skipme=True)
+    yield
+
+
+def sections(folder: Path, upstream_url: str, style: str) -> dict[str, Any]:
+    """What both gateways have in common; upstream is its own proxy."""
+    (folder / "sitecustomize.py").write_text(DEFECT)
+    host, port = address_of(upstream_url)
+    return {
+        "upstream": {"timeout_s": 1, "proxy": f"http://us:{quote(PROXY_PASSWORD, safe='')}@{host}:{port}"},
+        "teams": {
+            "design": {"tokens": [digest_of(TOKEN)]},
+            "retired": {"tokens": [digest_of(DISABLED)], "disabled": True},
+            "slow": {"tokens": [digest_of(SLOW)], "rate": {"per_s": 0.001, "burst": 1}},
+            "poor": {
+                "tokens": [digest_of(POOR)],
+                "quotas": [{"measure": "estimated_credits", "limit": 0, "per": "month"}],
+            },
+        },
+        "admin": {"tokens": [digest_of(ADMIN)]},
+        "cache": {"ttl_s": 4},
+        "log": {"level": "debug", "format": style},
+    }
+
+
+@contextmanager
+def on_its_own(folder: Path, simulator: Simulator, upstream_url: str) -> Iterator[Play]:
+    """JSON lines; the key in the environment; embedded stores, one of which hangs for a while."""
+    with house(folder, upstream_url) as home:
+        served = home.start(
+            env={"RENDERNET_API_KEY": KEY, "PYTHONPATH": str(folder)},
+            accounts={"default": {}},
+            **sections(folder, upstream_url, "json"),
+        )
+        play = Play(home, served, simulator, hanging(served.store("price-book")))
+        play.run("check", "--config", str(folder / "estimate-proxy.toml"), RENDERNET_API_KEY=KEY)
+        yield play
+
+
+@contextmanager
+def with_a_store(folder: Path, simulator: Simulator, upstream_url: str) -> Iterator[Play]:
+    """Text lines; the key in a file; one store for all with a password, which is changed under way."""
+    stores = EmbeddedStores(folder / "data", ["ledger"])
+    stores.start()
+    store_url = stores.urls["ledger"]
+    with ExitStack() as opened:
+        opened.callback(stores.stop)
+        admin = opened.enter_context(redis.Redis.from_url(store_url))
+        admin.config_set("requirepass", STORE_PASSWORD)
+        (folder / "key").write_text(f"{KEY}\n")
+        url = store_url.replace("unix://", f"unix://:{quote(STORE_PASSWORD, safe='')}@")
+        home = opened.enter_context(house(folder, upstream_url))
+        served = home.start(
+            env={"REDIS_URL": url, "PYTHONPATH": str(folder)},
+            accounts={"default": {"api_key_file": "key"}},
+            store={"on_outage": "admit"},
+            server={"drain_delay_s": 0, "drain_s": 1},  # for so long it waits for a store that never comes back
+            **sections(folder, upstream_url, "text"),
+        )
+        play = Play(home, served, simulator, with_another_password(admin))
+        play.run("check", "--config", str(folder / "estimate-proxy.toml"), REDIS_URL=url)
+        yield play
+
+
+@pytest.fixture(scope="module", params=[on_its_own, with_a_store], ids=lambda stage: stage.__name__)
+def play(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Play:
+    """From the first request to the end of the process."""
+    folder = tmp_path_factory.mktemp("play")
+    simulator = Simulator(api_key=KEY, spend_every=0)
+    with ExitStack() as upstream, ExitStack() as stage:
+        url = upstream.enter_context(serving(simulator.app))
+        play: Play = stage.enter_context(request.param(folder, simulator, url))
+        play_the_answers(play)
+        play_together(play)
+        play_the_refusals(play)
+        play.look_at_processes()
+        play_the_outages(play, upstream.close)
+        assert play.served.stop() == 0
+        play.said["log"] = play.served.log.read_bytes()
+        play.look_at_files(play.house.data_dir)
+    return play
+
+
+def test_every_outcome_was_played(play: Play) -> None:
+    assert set(Outcome) - play.outcomes == {Outcome.OVERLOADED}, "which takes 2000 requests at a time"
+    assert b"a second defect" in play.said["log"]
+    assert b"fwd=bypass; detail=store-unavailable" in b"".join(play.said.values())
+
+
+def test_the_secrets_were_used(play: Play) -> None:
+    assert {key for one in play.simulator.received for key in one.api_keys} == {KEY.encode()}
+    proxied = {value for one in play.simulator.received for name, value in one.headers if b"proxy-auth" in name}
+    assert proxied == {b"Basic " + base64.b64encode(f"us:{PROXY_PASSWORD}".encode())}
+
+
+@pytest.mark.parametrize("core", CORES, ids=range(len(CORES)))  # pytest puts a test's name into the environment
+def test_no_output_has_a_secret(core: str, play: Play) -> None:
+    assert [(where, forms) for where, said in play.said.items() if (forms := shown(core, said))] == []
+
+
+# What is said without a gateway
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in main.commands), ["token", "new"]])
+def test_help_shows_no_secret_of_the_environment(command: list[str]) -> None:
+    said = CliRunner().invoke(main, [*command, "--help"], env={"RENDERNET_API_KEY": KEY, "REDIS_URL": STORE_URL})
+    assert said.exit_code == 0
+    assert not leaks(said.output)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"accounts.default = {json.dumps(KEY)}",
+        f"accounts.default.key = {json.dumps(KEY)}",
+        f"accounts.default.api_key = [{json.dumps(KEY)}]",
+        f"accounts.default.api_key = {json.dumps(KEY + 'ü')}",
+        f"accounts.default.api_key_file = {json.dumps(KEY)}",
+        f"accounts.default.api_key = {KEY}",
+        f"teams.design.tokens = [{json.dumps(TOKEN)}]",
+        f"teams.design.tokens = {json.dumps(TOKEN)}",
+        f"teams.design = {json.dumps(TOKEN)}",
+        f"server.port = {json.dumps(KEY)}",
+        f"server.host = {json.dumps(KEY)}",
+        f"upstream.base_url = 'https://us:{quote(KEY)}@api.rendernet.ai'",
+        f"upstream.base_url = 'https://api.rendernet.ai/?key={quote(KEY)}'",
+        f"upstream.proxy = 'socks5://us:{quote(PROXY_PASSWORD)}@proxy:1080'",
+        f"upstream.proxy = 'http://us:{PROXY_PASSWORD}@proxy:3128'",
+        f"store.url = 'redis://:{STORE_PASSWORD}@store:6379/0'",
+        f"store.url = 'http://:{quote(STORE_PASSWORD)}@store:6379/0'",
+        f"store.passwort = {json.dumps(STORE_PASSWORD)}",
+    ],
+)
+def test_a_secret_in_the_wrong_place_is_not_repeated(line: str, tmp_path: Path) -> None:
+    config = tmp_path / "estimate-proxy.toml"
+    config.write_text(f"{line}\n")
+    for command in ("check", "serve"):
+        said = CliRunner().invoke(main, [command, "--config", str(config)], env={"RENDERNET_API_KEY": ""})
+        assert said.exit_code == 2, said.output
+        assert said.output.startswith("estimate-proxy: ")
+        assert not leaks(said.output)
+
+
+def test_secrets_are_revealed_where_they_are_used_and_nowhere_else() -> None:
+    sources = {path.name: path.read_text() for path in Path(proxy.__file__).parent.glob("**/*.py")}
+    assert {name for name, text in sources.items() if "get_secret_value" in text} == {
+        "settings.py",  # checks them, and shows URLs without what is secret in them
+        "store.py",  # logs in to the store
+        "upstream.py",  # adds the account's key to what goes upstream, and logs in to the proxy on the way there
+    }

@@ -1,0 +1,585 @@
+"""`serve` as an operator meets it: real processes, real signals, real deaths."""
+
+import fcntl
+import shutil
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import httpx2
+import psutil
+import pytest
+import redis
+from conftest import Stage
+
+from gateway_fixture import DESIGN, PATH, cache_status, code_of
+from processes import SOON_S, START_S, House, Served, address_of, house, kill, wait_until_gone
+from proxy.demo.simulator import Simulator
+from proxy.embedded.stores import Role, running_url
+from proxy.telemetry.metrics import FLUSH_AFTER_S
+from serving import wait_until
+
+OTHER = b'[{"model":"Other"}]'
+ROLES: tuple[Role, Role] = ("ledger", "price-book")
+BYPASS = "fwd=bypass; detail=store-unavailable"
+LONG_S = 60
+"""A delay that no test waits for."""
+
+
+@pytest.fixture
+def home(tmp_path: Path, upstream: tuple[Stage, str]) -> Iterator[House]:
+    with house(tmp_path, upstream[1]) as opened:
+        yield opened
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor() as executor:
+        yield executor
+
+
+@dataclass(frozen=True)
+class Held:
+    """A request that upstream has received and keeps."""
+
+    asked: Future[httpx2.Response]
+    release: Callable[[], None]
+
+
+@contextmanager
+def held(served: Served, simulator: Simulator, pool: ThreadPoolExecutor) -> Iterator[Held]:
+    calls = simulator.calls
+    with simulator.hold() as hold:
+        asked = pool.submit(served.ask, OTHER)
+        assert simulator.arrived(calls + 1)
+        yield Held(asked, hold.release)
+
+
+def is_hit(response: httpx2.Response) -> bool:
+    assert response.status_code == 200, response.text
+    return cache_status(response).startswith("hit")
+
+
+def is_served(response: httpx2.Response) -> bool:
+    """From the stores."""
+    return response.status_code == 200 and cache_status(response) != BYPASS
+
+
+def refuses(url: str) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex(address_of(url)) != 0
+
+
+def has_ipv6() -> bool:
+    with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        return True
+    return False
+
+
+def assert_nothing_left(home: House) -> None:
+    """After an orderly end no socket is left, and the data directory is free."""
+    assert list(home.runtime.iterdir()) == []
+    with (home.data_dir / "lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextmanager
+def embedded(home: House, role: Role) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(running_url(home.data_dir, role=role), decode_responses=True) as client:
+        yield client
+
+
+def put(home: House) -> None:
+    """Into each embedded store a word of its own, and onto its disk: what is younger than 2 s may be lost."""
+    for role in ROLES:
+        with embedded(home, role) as client:
+            client.set("role", role)
+            assert client.waitaof(1, 0, 5000)
+
+
+def keeps(home: House, role: Role) -> bool:
+    """Whether the store answers, and still has its word."""
+    with suppress(redis.ConnectionError), embedded(home, role) as client:
+        assert client.get("role") == role
+        return True
+    return False
+
+
+# A life in order
+
+
+@pytest.mark.usefixtures("simulator")
+def test_prices_survive_a_restart_of_the_gateway(home: House) -> None:
+    first = home.start()
+    miss, hit = first.ask(), first.ask()
+    assert cache_status(miss) == "fwd=miss; fwd-status=200; stored; ttl=3600"
+    assert is_hit(hit)
+    assert hit.content == miss.content
+    assert first.stop() == 0
+    assert_nothing_left(home)
+
+    second = home.start()
+    assert second.ask().content == miss.content
+    wait_until(lambda: is_hit(answer := second.ask()) and int(answer.headers["age"]) >= 1)
+
+
+def test_sigterm_first_tells_then_serves_on_then_finishes(
+    home: House, simulator: Simulator, pool: ThreadPoolExecutor
+) -> None:
+    served = home.start(server={"drain_delay_s": 1, "drain_s": LONG_S})
+    assert served.get("/readyz").json() == {"status": "ready", "degraded": []}
+    served.ask()
+    with held(served, simulator, pool) as running:
+        served.send(signal.SIGTERM)
+        told = time.monotonic()
+        wait_until(lambda: served.get("/readyz").status_code == 503)
+        assert served.get("/readyz").json() == {"status": "draining"}
+        hit = served.ask()
+        assert is_hit(hit)
+        assert hit.headers["connection"] == "close"
+        wait_until(lambda: refuses(served.url))
+        assert time.monotonic() - told >= 1
+        assert not running.asked.done()
+        running.release()
+        answer = running.asked.result()
+    assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+    assert cache_status(answer).startswith("fwd=miss; fwd-status=200; stored")
+    assert served.exit_status(within_s=SOON_S) == 0
+    assert_nothing_left(home)
+
+
+def test_a_request_that_outlasts_the_drain_hears_why(
+    home: House, simulator: Simulator, pool: ThreadPoolExecutor
+) -> None:
+    served = home.start(server={"drain_delay_s": 0, "drain_s": 0.5})
+    with held(served, simulator, pool) as running:
+        served.send(signal.SIGTERM)
+        answer = running.asked.result()
+        assert served.exit_status(within_s=SOON_S) == 0
+    assert (answer.status_code, code_of(answer)) == (503, "draining")
+    assert answer.headers["retry-after"] == "1"
+    assert [line["outcome"] for line in served.lines() if line["message"] == "request"] == ["cancelled"]
+    assert_nothing_left(home)
+
+
+def test_a_body_that_outlasts_the_drain_does_too(home: House) -> None:
+    served = home.start(server={"drain_delay_s": 0, "drain_s": 0})
+    head = f"POST {PATH} HTTP/1.1\r\nhost: gateway\r\nx-api-key: {DESIGN}\r\ncontent-length: 100\r\n\r\n["
+    with socket.create_connection(address_of(served.url), timeout=SOON_S) as connection:
+        connection.sendall(head.encode())
+        served.get("/healthz")  # came after it, so the other has been taken up
+        served.send(signal.SIGTERM)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b'"code":"draining"' in answer
+    assert served.exit_status(within_s=SOON_S) == 0
+
+
+@pytest.mark.usefixtures("simulator")
+def test_prices_are_purged_from_the_command_line_while_it_runs(home: House) -> None:
+    def purge() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "proxy", "purge", "--all", "--config", str(home.config())]
+        env = home.environment()
+        return subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=START_S)
+
+    served = home.start()
+    served.ask()
+    assert purge().stdout == "purged all prices of the account default\n"
+    wait_until(lambda: not is_hit(served.ask()), within_s=2.0)
+    assert served.stop() == 0
+    stopped = purge()
+    expected = f"estimate-proxy: no gateway is running on {home.data_dir}: start one, or set store.url\n"
+    assert (stopped.returncode, stopped.stderr) == (2, expected)
+
+
+def test_sigint_leaves_out_the_delay_and_idle_clients_hold_up_nothing(home: House) -> None:
+    served = home.start(server={"drain_delay_s": LONG_S, "drain_s": LONG_S})
+    with served.client() as idle:
+        assert idle.post(PATH, content=OTHER).status_code == 200
+        served.send(signal.SIGINT)
+        assert served.exit_status(within_s=SOON_S) == 0
+    assert_nothing_left(home)
+
+
+def test_a_second_signal_ends_the_delay_and_a_third_one_everything(
+    home: House, simulator: Simulator, pool: ThreadPoolExecutor
+) -> None:
+    served = home.start(server={"drain_delay_s": LONG_S, "drain_s": LONG_S})
+    with held(served, simulator, pool) as running:
+        served.send(signal.SIGTERM)
+        wait_until(lambda: served.get("/readyz").status_code == 503)
+        served.send(signal.SIGTERM)
+        wait_until(lambda: refuses(served.url))
+        assert not running.asked.done()
+        served.send(signal.SIGTERM)
+        assert served.exit_status(within_s=SOON_S) == 1
+        with pytest.raises(httpx2.TransportError):
+            running.asked.result()
+    assert served.told("SIGTERM: shutting down") == ["SIGTERM: shutting down"] * 3
+    assert served.told("not all workers finished in time: ended")
+    assert_nothing_left(home)
+
+
+def test_a_signal_before_it_serves_ends_it_as_well(home: House) -> None:
+    served = home.begin()
+    wait_until(lambda: any("proxy.processes.worker" in child.cmdline() for child in served.children()))
+    assert served.stop() == 0
+    assert_nothing_left(home)
+
+
+def test_a_worker_that_dies_while_draining_is_not_replaced(home: House) -> None:
+    served = home.start(server={"drain_delay_s": LONG_S})
+    served.send(signal.SIGTERM)
+    served.wait_until_told("SIGTERM")
+    kill(served.worker())
+    assert served.exit_status(within_s=SOON_S) == 1
+    assert_nothing_left(home)
+
+
+# Deaths of a worker
+
+
+@pytest.mark.usefixtures("simulator")
+def test_a_dead_worker_is_replaced_and_nobody_is_refused(home: House) -> None:
+    served = home.start()
+    served.ask()
+    supervisor = psutil.Process(served.process.pid)
+    before = supervisor.num_fds()
+    for deaths in range(1, 4):
+        worker = served.worker()
+        kill(worker)
+        assert is_hit(served.ask())
+        served.wait_until_serving(times=deaths + 1)
+        assert served.worker() != worker
+    assert supervisor.num_fds() == before
+    assert {child.status() for child in supervisor.children()}.isdisjoint({psutil.STATUS_ZOMBIE})
+    assert served.told("the worker died") == [
+        "the worker died (status -9): starting another",
+        "the worker died (status -9): starting another in 0.5 s",
+        "the worker died (status -9): starting another in 1 s",
+    ]
+    assert not served.told("store")
+    assert served.stop() == 0
+    assert_nothing_left(home)
+
+
+def total(served: Served, metric: str) -> float:
+    """The sum of a metric over all its labels, as `/metrics` tells it."""
+    samples = (line.rpartition(" ") for line in served.get("/metrics").text.splitlines())
+    return sum(float(value) for name, _, value in samples if name.split("{")[0] == metric)
+
+
+@pytest.mark.usefixtures("simulator")
+def test_several_workers_are_one_gateway(home: House) -> None:
+    """One socket, one log, one pair of stores; counters add up, and stay when a worker dies."""
+    served = home.begin("--workers", "3", metrics={"public": True})
+    served.wait_until_serving(times=3)
+    workers = served.workers()
+    assert len(served.told("serving on ")) == len(workers) == 3
+    assert len(served.children()) == 5
+    for _ in range(60):
+        assert served.ask().status_code == 200
+    wait_until(lambda: total(served, "estimate_proxy_requests_total") >= 60)
+    kill(workers[0])
+    served.wait_until_serving(times=4)
+    assert [line.partition(" died")[0] for line in served.told(" died")] == ["worker 1 of 3"]
+    assert {worker.pid for worker in workers[1:]} < {worker.pid for worker in served.workers()}
+    assert total(served, "estimate_proxy_requests_total") >= 60, "those of the dead one too"
+    wait_until(lambda: _in_flight(served) == 1)
+    assert served.stop() == 0
+    assert_nothing_left(home)
+
+
+def _in_flight(served: Served) -> float:
+    """Over all workers, with this question itself: what one of them has written last may be `FLUSH_AFTER_S` old."""
+    time.sleep(2 * FLUSH_AFTER_S)
+    return total(served, "estimate_proxy_requests_in_flight")
+
+
+@pytest.mark.usefixtures("simulator")
+def test_no_worker_outlives_the_supervisor(home: House) -> None:
+    served = home.begin("--workers", "3")
+    served.wait_until_serving(times=3)
+    children = served.children()
+    served.send(signal.SIGKILL)
+    wait_until_gone(*children)
+
+
+def test_a_worker_that_never_serves_is_given_up(home: House, tmp_path: Path) -> None:
+    dying = "import os, sys\nif 'proxy.processes.worker' in sys.orig_argv: os._exit(7)\n"
+    (tmp_path / "sitecustomize.py").write_text(dying)
+    served = home.begin(env={"PYTHONPATH": str(tmp_path)})
+    assert served.exit_status() == 1
+    assert served.told("the worker died") == [
+        "the worker died (status 7): starting another",
+        "the worker died (status 7): starting another in 0.5 s",
+        "the worker died 3 times before it served (status 7): giving up",
+    ]
+    assert_nothing_left(home)
+
+
+def speak_like_redis_6(handler: socketserver.StreamRequestHandler) -> None:
+    """OK to everything, and the version to who asks for it."""
+    requests = cast("BinaryIO", handler.rfile)
+    while head := requests.readline():
+        words = [_word(requests) for _ in range(int(head[1:]))]
+        said = b"redis_version:6.2.14\r\n"
+        handler.wfile.write(b"$%d\r\n%b\r\n" % (len(said), said) if words[0].upper() == b"INFO" else b"+OK\r\n")
+
+
+def _word(requests: BinaryIO) -> bytes:
+    size = int(requests.readline()[1:])
+    return requests.read(size + 2)[:size]
+
+
+def test_a_store_that_is_too_old_is_refused_once(home: House) -> None:
+    old_redis = type("OldRedis", (socketserver.StreamRequestHandler,), {"handle": speak_like_redis_6})
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), old_redis) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        served = home.begin(store={"url": f"redis://127.0.0.1:{server.server_address[1]}/0"})
+        status = served.exit_status()
+        server.shutdown()
+        thread.join()
+    assert status == 1
+    (line,) = served.lines()
+    assert line["level"] == "error"
+    assert line["message"] == (
+        "cannot serve: the store is Redis 6.2.14: use Redis 7.0 or newer, or Valkey 7.2 or newer"
+    )
+
+
+# The stores that come along, and their deaths
+
+
+@pytest.mark.parametrize(("role", "policy"), [("ledger", "noeviction"), ("price-book", "allkeys-lru")])
+def test_each_store_is_a_server_of_its_own(role: Role, policy: str, home: House) -> None:
+    served = home.start()
+    assert set(served.children()) == {served.worker(), *map(served.store, ROLES)}
+    with embedded(home, role) as client:
+        expected = {"maxmemory-policy": policy, "appendonly": "yes", "appendfsync": "everysec"}
+        assert client.config_get(*expected) == expected
+        assert client.info("server")["process_id"] == served.store(role).pid
+    assert served.stop() == 0
+    assert_nothing_left(home)
+
+
+@pytest.mark.parametrize(("dies", "lives"), [ROLES, ROLES[::-1]])
+def test_a_dead_store_is_restarted_with_its_data_and_the_other_goes_on(dies: Role, lives: Role, home: House) -> None:
+    served = home.start()
+    put(home)
+    dead, worker, untouched = served.store(dies), served.worker(), served.store(lives)
+    kill(dead)
+    served.wait_until_told(f"embedded store {dies} was killed by signal 9 (Killed); embedded store {dies} restarted")
+    wait_until(lambda: keeps(home, dies))
+    assert keeps(home, lives)
+    assert (served.worker(), served.store(lives)) == (worker, untouched)
+    assert served.store(dies) != dead
+    assert len(served.told("embedded store")) == 1
+    assert served.stop() == 0
+    assert_nothing_left(home)
+
+
+@pytest.mark.usefixtures("simulator")
+def test_sockets_that_were_removed_come_back_and_a_new_worker_finds_them(home: House) -> None:
+    served = home.start()
+    assert served.ask().status_code == 200
+    put(home)
+    for path in home.runtime.iterdir():
+        shutil.rmtree(path)
+    kill(served.worker())
+    served.wait_until_serving(times=2)
+    wait_until(lambda: is_served(served.ask()))
+    assert all(keeps(home, role) for role in ROLES)
+    assert len(served.told("lost its socket")) == len(ROLES)
+    assert served.stop() == 0
+    assert_nothing_left(home)
+
+
+def test_a_store_that_cannot_start_is_named_and_nothing_is_left(home: House) -> None:
+    manifest = home.data_dir / "ledger" / "appendonlydir" / "appendonly.aof.manifest"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("garbage\n")
+    line = home.refused()
+    assert line.startswith(
+        f"estimate-proxy: embedded store ledger: {manifest} is missing or damaged: restore a backup "
+    )
+    assert_nothing_left(home)
+
+
+@pytest.mark.usefixtures("simulator")
+def test_without_its_price_book_it_asks_upstream_until_the_price_book_is_back(home: House) -> None:
+    served = home.start()
+    assert served.ask().status_code == 200
+    served.send(signal.SIGSTOP)  # nobody starts another store meanwhile
+    kill(served.store("price-book"))
+    assert is_hit(served.ask())  # out of the process's memory
+    answers = [served.ask(OTHER) for _ in range(5)]
+    assert {(answer.status_code, cache_status(answer)) for answer in answers} == {(200, BYPASS)}
+    assert len({answer.content for answer in answers}) == 1
+    assert served.get("/readyz").json() == {"status": "ready", "degraded": ["price-book"]}
+    served.send(signal.SIGCONT)
+    wait_until(lambda: is_hit(served.ask(OTHER)))
+    assert served.told("embedded store price-book was killed by signal 9 (Killed); embedded store price-book restarted")
+    assert 1 <= len(served.told("the price-book's connection fails")) <= 3, "it is one trouble, not one a request"
+    assert served.stop() == 0
+    assert_nothing_left(home)
+
+
+@pytest.mark.usefixtures("simulator")
+def test_without_its_ledger_it_refuses_until_the_ledger_is_back(home: House) -> None:
+    served = home.start()
+    assert served.ask().status_code == 200
+    served.send(signal.SIGSTOP)  # nobody starts another ledger meanwhile
+    kill(served.store("ledger"))
+    answers = [served.ask() for _ in range(5)]
+    assert {(answer.status_code, code_of(answer)) for answer in answers} == {(503, "store-unavailable")}
+    assert served.get("/readyz").json() == {"status": "ready", "degraded": ["ledger"]}
+    served.send(signal.SIGCONT)
+    wait_until(lambda: served.ask().status_code == 200)
+    assert 1 <= len(served.told("the ledger's connection fails")) <= 3, "it is one trouble, not one a request"
+    assert not served.told("price-book")
+    assert served.stop() == 0
+    assert_nothing_left(home)
+
+
+# Death of the supervisor
+
+
+@pytest.mark.parametrize("worker_is", ["idle", "waiting for upstream", "stopped"])
+def test_nothing_outlives_the_supervisor_and_the_next_one_takes_over(
+    worker_is: str, home: House, simulator: Simulator, pool: ThreadPoolExecutor
+) -> None:
+    served = home.start()
+    price = served.ask().content
+    put(home)
+    worker, stores = served.worker(), [served.store(role) for role in ROLES]
+    if worker_is == "stopped":
+        worker.suspend()
+    if worker_is == "waiting for upstream":
+        with held(served, simulator, pool) as running:
+            served.process.kill()
+            with pytest.raises(httpx2.TransportError):
+                running.asked.result()
+    else:
+        served.process.kill()
+    wait_until_gone(worker, *stores)
+
+    following = home.start()
+    answer = following.ask()
+    assert is_hit(answer)
+    assert answer.content == price
+    assert all(keeps(home, role) for role in ROLES)
+    assert len(list(home.runtime.iterdir())) == 1, "the dead one's sockets are cleared away"
+
+
+def test_a_worker_whose_supervisor_dies_goes_by_itself_too(home: House, tmp_path: Path) -> None:
+    """Where the kernel does not end it: nowhere but on Linux does it."""
+    elsewhere = "import sys\nfrom proxy import lifeline\nlifeline.sys = type('Elsewhere', (), {'platform': 'darwin'})\n"
+    (tmp_path / "sitecustomize.py").write_text(elsewhere)
+    served = home.start(env={"PYTHONPATH": str(tmp_path)})
+    worker, stores = served.worker(), [served.store(role) for role in ROLES]
+    served.process.kill()
+    wait_until_gone(worker)
+    assert served.told("the supervisor is gone: stopping")
+    for store in stores:
+        kill(store)
+
+
+# Where it cannot be
+
+
+def test_a_data_directory_has_one_gateway(home: House) -> None:
+    first = home.start()
+    line = home.refused()
+    assert line == (
+        f"estimate-proxy: another gateway (pid {first.process.pid}), or a Valkey server that it left behind, is using "
+        f"{home.data_dir}: end it, or set store.data_dir to another directory"
+    )
+    assert first.get("/readyz").json()["degraded"] == []
+
+
+def test_a_port_that_is_taken_is_named(home: House) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = home.refused("--port", str(port))
+    assert line == (
+        f"estimate-proxy: cannot listen on 127.0.0.1:{port}: Address already in use; choose another port with --port"
+    )
+    assert not home.data_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        ("gateway.invalid", "gateway.invalid:0: "),
+        ("192.0.2.1", "192.0.2.1:0: Cannot assign requested address"),
+        ("2001:db8::1", "[2001:db8::1]:0: "),
+    ],
+)
+def test_a_host_that_is_not_this_one_is_named(host: str, reason: str, home: House) -> None:
+    line = home.refused("--host", host)
+    assert line.startswith(f"estimate-proxy: cannot listen on {reason}")
+    assert line.endswith("; choose another address with --host")
+
+
+@pytest.mark.usefixtures("simulator")
+def test_it_listens_on_ipv6_where_there_is_any(home: House) -> None:
+    if not has_ipv6():
+        assert home.refused("--host", "::1").startswith("estimate-proxy: cannot listen on [::1]:0: ")
+        return
+    served = home.start("--host", "::1")
+    assert served.url.startswith("http://[::1]:")
+    assert served.ask().status_code == 200
+
+
+@pytest.mark.usefixtures("simulator")
+def test_with_a_store_of_ones_own_none_is_started(home: House, any_store_url: str) -> None:
+    served = home.start(store={"url": any_store_url})
+    question = b'[{"model":"of %d"}]' % served.process.pid
+    assert not is_hit(served.ask(question))
+    assert is_hit(served.ask(question))
+    assert served.children() == [served.worker()]
+    assert not home.data_dir.exists()
+    assert list(home.runtime.iterdir()) == []
+    assert served.stop() == 0
+
+
+@pytest.mark.usefixtures("simulator")
+def test_with_a_price_book_of_ones_own_only_the_ledger_is_started(home: House, valkey_url: str) -> None:
+    served = home.start(cache={"url": valkey_url})
+    question = b'[{"model":"of %d"}]' % served.process.pid
+    assert not is_hit(served.ask(question))
+    assert is_hit(served.ask(question))
+    assert set(served.children()) == {served.worker(), served.store("ledger")}
+    assert not (home.data_dir / "price-book").exists()
+    assert served.stop() == 0
+    assert_nothing_left(home)
+
+
+# What an operator sees of its processes
+
+
+def test_its_processes_are_readable_and_show_no_setting(home: House) -> None:
+    served = home.start(env={"ESTIMATE_PROXY_LOG__LEVEL": "debug", "REDIS_URL": ""})
+    assert served.worker().cmdline()[:3] == [sys.executable, "-m", "proxy.processes.worker"]
+    assert not [name for name in served.worker().environ() if name.startswith("ESTIMATE_PROXY_")]
+    assert [served.store(role).environ() for role in ROLES] == [{}, {}]
+
+
+def test_a_folder_with_a_proxy_of_its_own_is_no_trap(home: House, tmp_path: Path) -> None:
+    (tmp_path / "proxy.py").write_text("raise SystemExit('this is not the gateway')")
+    command = shutil.which("estimate-proxy", path=str(Path(sys.executable).parent))
+    assert command is not None
+    served = home.start(command=[command])
+    assert served.get("/healthz").json() == {"status": "alive"}

@@ -1,0 +1,181 @@
+"""One gateway's ledger on a real store: the desk before it, and what the store holds of it."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from time import time_ns
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pytest
+import redis
+
+from faulty_proxy import Relay
+from proxy.problems import Outcome, StoreUnavailable
+from proxy.quota.batches import Decisions
+from proxy.quota.counters import ALWAYS, LedgerKeys
+from proxy.quota.ledger import Admitted, Denied, Ledger
+from proxy.quota.quotas import Charge, Measure, Quota, Rate, Scope, Terms
+from proxy.quota.windows import Per
+from proxy.store.client import Store
+from proxy.telemetry.metrics import Metrics
+
+ZONE = ZoneInfo("Europe/Berlin")
+KEYS = LedgerKeys("acme")
+DAY_S = 86_400
+CREDIT = 1_000_000
+DEAREST = 10**15
+"""Micro-credits of an estimate, at the most."""
+
+HIT = Charge(Outcome.HIT, 4 * CREDIT, "Flux")
+MISS = Charge(Outcome.MISS, 4 * CREDIT, "Flux")
+FAILED = Charge(Outcome.UPSTREAM_ERROR)
+COOLDOWN_S = 0.02
+"""For how long the store is left alone after a failure, where a test has no time."""
+
+
+def terms(*quotas: Quota, team: str = "design", rate: Rate | None = None) -> Terms:
+    return Terms(team, rate or Rate(10_000, 10_000), quotas)
+
+
+def quota(limit: int, measure: Measure = "requests", per: Per = "month", scope: Scope = "team") -> Quota:
+    return Quota(scope, measure, per, limit, refuse=True)
+
+
+PLAIN = terms()
+SLOW = terms(rate=Rate(0.01, 9))
+"""Its rate remembers for longer than a test takes."""
+
+
+@dataclass
+class Desk:
+    """A gateway's ledger, and what it is made of."""
+
+    ledger: Ledger
+    decisions: Decisions
+    metrics: Metrics
+
+    def metric(self, name: str) -> float:
+        value = self.metrics.registry.get_sample_value(f"estimate_proxy_{name}")
+        assert value is not None
+        return value
+
+    async def admitted(self, terms: Terms = PLAIN) -> Admitted:
+        """A question on its way upstream."""
+        admission = await self.ledger.admit(terms)
+        assert isinstance(admission, Admitted)
+        return admission
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not condition():  # noqa: ASYNC110 -- what happens in a server sends no event
+                await asyncio.sleep(0.005)
+
+    async def until_paid(self) -> None:
+        """Until nothing is owed to the ledger."""
+        await self.until(lambda: not self.ledger._backlog)
+        assert self.metric("buffered_debits") == 0
+
+    async def until_back(self) -> None:
+        """Until the ledger has answered, once."""
+        async with asyncio.timeout(10):
+            while True:
+                with suppress(StoreUnavailable):
+                    await self.ledger.peek(PLAIN, None)
+                    return
+                await asyncio.sleep(0.005)
+
+
+Story = Callable[[Desk], Coroutine[Any, Any, None]]
+
+
+@asynccontextmanager
+async def opened(url: str, *, admits: bool = False) -> AsyncIterator[Desk]:
+    metrics = Metrics()
+    store = Store(url, "ledger")
+    decisions = Decisions(store, KEYS, ZONE, metrics)
+    ledger = Ledger(decisions, metrics, admits_on_outage=admits)
+    await ledger.open()
+    try:
+        yield Desk(ledger, decisions, metrics)
+    finally:
+        await ledger.close(5)
+        await store.close()
+
+
+def play(url: str, story: Story, *, admits: bool = False) -> None:
+    """Tells a story of one gateway."""
+
+    async def tell() -> None:
+        async with asyncio.timeout(30), opened(url, admits=admits) as desk:
+            await story(desk)
+
+    asyncio.run(tell())
+
+
+async def cut(way: Relay) -> None:
+    """The ledger is out of reach, and the loop has seen how its connections were closed."""
+    await asyncio.to_thread(way.cut)
+
+
+class Skewed:
+    """A gateway's clock that is wrong."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def __call__(self) -> int:
+        return time_ns() + int(self.ahead_s * 1e9)
+
+
+def calls(server: redis.Redis) -> int:
+    """How many scripts were called, and known, since the test began."""
+    stats = server.info("commandstats").get("cmdstat_evalsha", {"calls": 0, "failed_calls": 0})
+    return int(stats["calls"]) - int(stats["failed_calls"])
+
+
+def hashes(server: redis.Redis, pattern: str) -> dict[str, Counter[str]]:
+    """What the ledger's hashes hold that is not 0."""
+    names: Any = server.keys(f"ep1:{{acme}}:{pattern}")
+    held: Any = [server.hgetall(name) for name in names]
+    return {
+        name.decode(): Counter({field.decode(): int(amount) for field, amount in fields.items() if amount != b"0"})
+        for name, fields in zip(names, held, strict=True)
+    }
+
+
+def rows(server: redis.Redis, team: str = "design") -> Counter[str]:
+    """A team's usage on all days."""
+    return sum(hashes(server, f"u:*:{team}").values(), Counter[str]())
+
+
+def used(server: redis.Redis, team: str | None = "design") -> tuple[int, int]:
+    """Requests and credits in the counters, of all days; those of weeks and months must say the same, and usage too."""
+    scope = "o" if team is None else f"t:{team}"
+    sums = [sum(hashes(server, f"q:{scope}:{per}:*").values(), Counter[str]()) for per in ALWAYS]
+    assert sums[0] == sums[1] == sums[2]
+    in_rows: Counter[str] = Counter()
+    for name, amount in rows(server, team or "*").items():
+        in_rows[name.rpartition(":")[2]] += amount
+    assert (in_rows["requests"], in_rows["credits"]) == (sums[0]["requests"], sums[0]["credits"])
+    return sums[0]["requests"], sums[0]["credits"]
+
+
+def everything(server: redis.Redis) -> dict[bytes, Any]:
+    """Every key, but rates that are over."""
+    names: Any = server.keys("*")
+    found = {name: server.dump(name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def word(admission: Admitted | Denied) -> str:
+    return "admitted" if isinstance(admission, Admitted) else admission.problem.code.value
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    """Levels and messages since the last look."""
+    found = [(record.levelname, record.getMessage()) for record in caplog.records]
+    caplog.clear()
+    return found

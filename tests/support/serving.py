@@ -1,0 +1,110 @@
+"""Real servers for tests: an ASGI application on a socket, in a thread of this process.
+
+A server takes a quarter of a second to come and go, so they are kept: each serves one application after the other.
+"""
+
+import asyncio
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager, suppress
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from proxy.http.server import Server
+
+
+class Host:
+    """A server that lasts, with room for one application at a time."""
+
+    def __init__(self) -> None:
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self._serves = threading.Event()
+        self._server = Server(self, head_timeout_s=10, drain_s=5, announce=self._begin)
+        self._thread = threading.Thread(target=self._server.run, args=([listener],))
+        self._thread.start()
+        self._serves.wait()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await Starlette()(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    @contextmanager
+    def serving(self, app: ASGIApp) -> Iterator[None]:
+        self._app = app
+        opened = AsyncExitStack()
+        if isinstance(app, Starlette):
+            self._run(opened, app.router.lifespan_context(app))
+        try:
+            yield
+        finally:
+            wait_until(lambda: not self._server.server_state.tasks)
+            asyncio.run_coroutine_threadsafe(opened.aclose(), self._loop).result()
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+    def _begin(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._serves.set()
+
+    def _run(self, opened: AsyncExitStack, lifespan: AbstractAsyncContextManager[object]) -> None:
+        asyncio.run_coroutine_threadsafe(opened.enter_async_context(lifespan), self._loop).result()
+
+
+class Hosts:
+    """The servers that are free."""
+
+    def __init__(self) -> None:
+        self.free: list[Host] = []
+
+    def close(self) -> None:
+        for host in self.free:
+            host.close()
+
+
+HOSTS = Hosts()
+
+
+@contextmanager
+def serving(app: ASGIApp) -> Iterator[str]:
+    """Runs `app`, lifespan and all, and gives its base URL."""
+    host = HOSTS.free.pop() if HOSTS.free else Host()
+    try:
+        with host.serving(app):
+            yield host.url
+    except BaseException:
+        host.close()
+        raise
+    HOSTS.free.append(host)
+
+
+def free_port() -> int:
+    """A port that nobody listens on. It is below the range from which the kernel takes ports for outgoing connections,
+    so that no client takes it before the server does.
+    """
+    while True:
+        port = 10_000 + secrets.randbelow(_ephemeral_ports_from() - 10_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+
+
+def _ephemeral_ports_from() -> int:
+    range_file = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    return int(range_file.read_text().split()[0]) if range_file.exists() else 32_768
+
+
+def wait_until(condition: Callable[[], object], *, within_s: float = 10.0) -> None:
+    """Returns as soon as `condition` holds; fails the test when it does not in time. For what sends no event."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"it did not come true within {within_s} s"
+        time.sleep(0.01)

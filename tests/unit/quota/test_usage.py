@@ -1,0 +1,444 @@
+"""Usage: questions are read strictly, sums are exact and agree however they are grouped, CSV is harmless."""
+
+import csv
+import json
+from collections import Counter
+from datetime import date
+from decimal import Decimal
+from fractions import Fraction
+from io import StringIO
+from itertools import combinations, permutations
+from typing import Any
+from urllib.parse import urlencode
+
+import hypothesis.strategies as st
+import orjson
+import pytest
+from hypothesis import given
+
+from proxy.problems import BadRequest, Code, Outcome
+from proxy.quota.usage import (
+    FORMULA_CHARACTERS,
+    GROUPS,
+    OUTCOMES,
+    Group,
+    Tally,
+    TeamDay,
+    Usage,
+    UsageQuery,
+    UsageRow,
+    cells_of,
+    csv_of,
+    json_of,
+    read_parameters,
+    read_usage_query,
+)
+
+TODAY = date(2026, 11, 22)
+NOVEMBER = date(2026, 11, 1), TODAY
+ORDERS = [order for size in (1, 2, 3) for chosen in combinations(GROUPS, size) for order in permutations(chosen)]
+
+MODELS = st.one_of(
+    st.sampled_from(["-", "mixed", "other", "Flux", "-1-1", "- x"]),
+    st.text("ABCz09 ._-", min_size=1, max_size=64),
+)
+FIELDS = st.tuples(MODELS, st.sampled_from(OUTCOMES), st.sampled_from(["requests", "refused", "credits"]))
+AMOUNTS = st.one_of(st.integers(0, 3), st.integers(0, 2**62))
+TEAM_DAYS = st.builds(
+    TeamDay,
+    st.dates(date(2026, 1, 1), date(2026, 1, 4)),
+    st.sampled_from(["design", "marketing", "a-b"]),
+    st.dictionaries(FIELDS.map(lambda parts: ":".join(parts).encode()), AMOUNTS.map(lambda n: str(n).encode())),
+)
+KEPT = st.lists(TEAM_DAYS, max_size=6, unique_by=lambda kept: (kept.day, kept.team))
+
+
+def read(query: str = "", accept: str | None = None) -> UsageQuery:
+    return read_usage_query(query.encode(), accept, today=TODAY)
+
+
+def refusal(query: str | bytes) -> str:
+    with pytest.raises(BadRequest) as caught:
+        read_usage_query(query if isinstance(query, bytes) else query.encode(), None, today=TODAY)
+    assert caught.value.problem.code is Code.INVALID_QUERY
+    assert orjson.loads(caught.value.problem.document("id"))["status"] == 400
+    return str(caught.value)
+
+
+def aggregate(kept: list[TeamDay], by: tuple[Group, ...]) -> Usage:
+    tally = Tally(by)
+    for team_day in kept:
+        tally.add(team_day)
+    return tally.usage()
+
+
+# --- The question ----------------------------------------------------------------------------------------------------
+
+
+def test_left_out_is_this_month_by_day() -> None:
+    assert read() == UsageQuery(*NOVEMBER, ("day",), None, csv=False)
+
+
+def test_all_that_can_be_asked() -> None:
+    asked = read("from=2026-10-05&to=2026-10-07&by=model,team,day&team=design&format=csv")
+    assert asked == UsageQuery(date(2026, 10, 5), date(2026, 10, 7), ("model", "team", "day"), "design", csv=True)
+
+
+@pytest.mark.parametrize(
+    ("query", "first", "last"),
+    [
+        ("from=2026-11-22", TODAY, TODAY),
+        ("from=2026-02-01", date(2026, 2, 1), TODAY),
+        ("to=2026-10-15", date(2026, 10, 1), date(2026, 10, 15)),  # the first of November would lie behind it
+        ("to=2026-12-24", date(2026, 11, 1), date(2026, 12, 24)),
+        ("from=2026-11-22&to=2026-11-22", TODAY, TODAY),
+        ("from=2024-02-29&to=2024-02-29", date(2024, 2, 29), date(2024, 2, 29)),
+        ("from=2025-10-19", date(2025, 10, 19), TODAY),  # 400 days with both ends
+        ("from=2026%2D11%2d22", TODAY, TODAY),
+    ],
+)
+def test_days(query: str, first: date, last: date) -> None:
+    asked = read(query)
+    assert (asked.first, asked.last) == (first, last)
+
+
+@pytest.mark.parametrize(
+    "text", ["today", "2026-11", "20261101", "2026-W45-1", "2026-11-31", "2026-1-1", "²026-11-01", "2026-11-01 ", "0"]
+)
+@pytest.mark.parametrize("name", ["from", "to"])
+def test_what_is_no_date(name: str, text: str) -> None:
+    assert refusal(urlencode({name: text})) == f"{name} must be a date, such as 2026-11-01."
+
+
+def test_days_in_the_wrong_order_or_too_many() -> None:
+    assert refusal("from=2026-11-02&to=2026-11-01") == "from must not be after to, which is 2026-11-01."
+    assert "after to, which is 2026-11-22" in refusal("from=2026-11-23")
+    assert "400 days" in refusal("from=2025-10-18")
+    assert "400 days" in refusal("from=0001-01-01&to=9999-12-31")
+
+
+@pytest.mark.parametrize("by", ["hour", "day,day", "day,", ",", "day, team", "Day", "day,team,model,day", "outcome"])
+def test_groups_that_are_none(by: str) -> None:
+    assert refusal(urlencode({"by": by})).startswith("by must be some of day, team and model")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_order_of_groups(order: tuple[Group, ...]) -> None:
+    assert read(f"by={','.join(order)}").by == order
+
+
+@pytest.mark.parametrize(
+    ("query", "reason"),
+    [
+        ("form=2026-11-01", "There is no parameter 'form', only from, to, by, team, format."),
+        ("token=ep_secret", "There is no parameter 'token'"),
+        ("From=2026-11-01", "There is no parameter 'From'"),
+        ("=x", "There is no parameter ''"),
+        ("x" * 5000, f"There is no parameter '{'x' * 40}'"),
+        (b"\xff=1", "There is no parameter"),
+        ("%ff=1", "There is no parameter"),
+        ("%00%0a=1", r"There is no parameter '\x00\n'"),
+        ("from=2026-11-01&from=2026-11-01", "from is given twice."),
+        ("by=day&by=team", "by is given twice."),
+        ("team=", "team is empty"),
+        ("to", "to is empty"),
+        ("format=xml", "format must be csv or json."),
+        ("format=CSV", "format must be csv or json."),
+    ],
+)
+def test_parameters_that_are_refused(query: str | bytes, reason: str) -> None:
+    found = refusal(query)
+    assert found.startswith(reason)
+    assert "secret" not in found
+    assert found.isprintable()
+
+
+def test_parameters_of_another_question() -> None:
+    assert read_parameters(b"team=a%20b+c", ("team",)) == {"team": "a b c"}
+    assert read_parameters(b"", ("team",)) == {}
+    assert read_parameters(b"&&", ("team",)) == {}
+
+
+@pytest.mark.parametrize(
+    ("accept", "wants_csv"),
+    [
+        (None, False),
+        ("", False),
+        ("*/*", False),
+        ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", False),
+        ("application/json", False),
+        ("text/csv", True),
+        ("Text/CSV; Charset=utf-8; header=present", True),
+        ("text/*", True),
+        ("text/csv, */*", True),
+        ("text/csv, */*;q=0.1", True),
+        ("text/csv;q=0.9, */*", False),
+        ("text/csv, application/json", False),
+        ("application/json;q=0.5, text/csv;q=0.6", True),
+        ("application/json;q=0.6, text/csv;q=0.5", False),
+        ("text/csv;q=0", False),
+        ("text/csv;q=0.000, */*;q=0", False),
+        ("text/csv;q=0, text/*", False),
+        ("text/csv;q=0.001", True),
+        ("text/csv;q=1.5", False),
+        ("text/csv;q=-1", False),
+        ("text/csv;q=", False),
+        ("text/csv;q=nan", False),
+        ("text/csv;q=x, application/json;q=0.1", False),
+        ("text/csv; Q=0", False),
+        ("text/csv;q=0.2, text/csv;header=present;q=0.9, application/json;q=0.5", True),
+        (";;,,=", False),
+        ("text/csvx, text", False),
+    ],
+)
+def test_what_accept_wants(accept: str | None, *, wants_csv: bool) -> None:
+    assert read("", accept).csv is wants_csv
+    assert read("format=csv", accept).csv is True
+    assert read("format=json", accept).csv is False
+
+
+@given(st.binary(max_size=60))
+def test_any_query_is_read_or_refused(query: bytes) -> None:
+    try:
+        asked = read_usage_query(query, None, today=TODAY)
+    except BadRequest as error:
+        orjson.loads(error.problem.document("id"))
+    else:
+        assert asked.first <= asked.last
+
+
+@given(st.text(max_size=60))
+def test_any_accept_is_read(accept: str) -> None:
+    assert read("", accept).csv in (True, False)
+
+
+# --- Sums ------------------------------------------------------------------------------------------------------------
+
+
+def some_days() -> list[TeamDay]:
+    return [
+        TeamDay(
+            date(2026, 11, 1),
+            "design",
+            {
+                b"Flux:hit:requests": b"9",
+                b"Flux:hit:credits": b"40500000",
+                b"-:rate-limited:refused": b"1",
+                b"-:cancelled:requests": b"0",
+                b"Old:miss:credits": b"0",
+            },
+        ),
+        TeamDay(date(2026, 11, 1), "marketing", {b"Flux:miss:requests": b"2", b"Flux:miss:credits": b"1"}),
+        TeamDay(date(2026, 11, 2), "design", {b"-:upstream-error:requests": b"1", b"-:upstream-error:refused": b"4"}),
+        TeamDay(date(2026, 11, 3), "design", {}),
+    ]
+
+
+def test_by_day_and_model() -> None:
+    usage = aggregate(some_days(), ("day", "model"))
+    assert usage.rows == (
+        UsageRow(("2026-11-01", "-"), 0, 1, {"rate-limited": 1}, 0),
+        UsageRow(("2026-11-01", "Flux"), 11, 0, {"hit": 9, "miss": 2}, 40_500_001),
+        UsageRow(("2026-11-02", "-"), 1, 4, {"upstream-error": 5}, 0),
+    )
+    assert usage.total == UsageRow((), 12, 5, {"hit": 9, "miss": 2, "rate-limited": 1, "upstream-error": 5}, 40_500_001)
+
+
+def test_by_team() -> None:
+    design, marketing = aggregate(some_days(), ("team",)).rows
+    assert (design.group, design.requests, design.refused, design.credits_micro) == (("design",), 10, 5, 40_500_000)
+    assert (marketing.group, marketing.requests, marketing.credits_micro) == (("marketing",), 2, 1)
+
+
+def test_nothing_was_used() -> None:
+    assert aggregate([], ("day",)) == Usage((), UsageRow((), 0, 0, {}, 0))
+    assert aggregate([TeamDay(TODAY, "design", {b"Flux:hit:credits": b"0"})], ("day",)).rows == ()
+
+
+def test_an_outcome_of_a_newer_gateway_goes_last() -> None:
+    kept = TeamDay(TODAY, "design", {b"-:a-new-one:refused": b"1", b"-:not-cached:refused": b"2"})
+    assert list(aggregate([kept], ("day",)).total.outcomes) == ["not-cached", "a-new-one"]
+
+
+def facts(kept: list[TeamDay]) -> list[tuple[dict[str, str], str, str, int]]:
+    """What the ledger keeps, one amount after the other, read in another way than the code does."""
+    found = []
+    for team_day in kept:
+        for field, amount in team_day.fields.items():
+            model, outcome, measure = field.decode().rsplit(":", 2)
+            names = {"day": str(team_day.day), "team": team_day.team, "model": model}
+            found.append((names, outcome, measure, int(amount)))
+    return found
+
+
+def the_sum(rows: tuple[UsageRow, ...]) -> UsageRow:
+    outcomes: Counter[str] = Counter()
+    for row in rows:
+        outcomes.update(row.outcomes)
+    requests, refused, credits_micro = (
+        sum(getattr(row, name) for row in rows) for name in ("requests", "refused", "credits_micro")
+    )
+    return UsageRow((), requests, refused, dict(outcomes), credits_micro)
+
+
+@given(KEPT, st.sampled_from(ORDERS))
+def test_rows_add_up_to_the_total_which_no_grouping_changes(kept: list[TeamDay], by: tuple[Group, ...]) -> None:
+    usage = aggregate(kept, by)
+    assert the_sum(usage.rows) == usage.total == aggregate(kept, ("day",)).total
+    assert [row.group for row in usage.rows] == sorted({row.group for row in usage.rows})
+    for row in (*usage.rows, usage.total):
+        assert sum(row.outcomes.values()) == row.requests + row.refused, "each request has one outcome"
+    assert usage.total.requests == sum(n for _, _, measure, n in facts(kept) if measure == "requests")
+
+
+@given(KEPT, st.sampled_from(ORDERS))
+def test_each_row_is_the_sum_of_its_group(kept: list[TeamDay], by: tuple[Group, ...]) -> None:
+    groups = {tuple(names[group] for group in by) for names, _, _, amount in facts(kept) if amount}
+    usage = aggregate(kept, by)
+    assert {row.group for row in usage.rows} == groups, "no row has nothing but zeros"
+    for row in usage.rows:
+        own = [fact for fact in facts(kept) if tuple(fact[0][group] for group in by) == row.group]
+        measured = {name: sum(n for *_, measure, n in own if measure == name) for name in ("requests", "refused")}
+        assert (row.requests, row.refused) == (measured["requests"], measured["refused"])
+        assert row.credits_micro == sum(n for *_, measure, n in own if measure == "credits")
+        for outcome, count in row.outcomes.items():
+            assert count == sum(n for _, name, measure, n in own if name == outcome and measure != "credits")
+
+
+# --- Documents -------------------------------------------------------------------------------------------------------
+
+
+def test_json() -> None:
+    query = read("by=day,model")
+    document = orjson.loads(json_of(aggregate(some_days(), query.by), query, "Europe/Berlin"))
+    assert document == {
+        "from": "2026-11-01",
+        "to": "2026-11-22",
+        "timezone": "Europe/Berlin",
+        "by": ["day", "model"],
+        "rows": [
+            {
+                "day": "2026-11-01",
+                "model": "-",
+                "requests": 0,
+                "refused": 1,
+                "estimated_credits": 0,
+                "outcomes": {"rate-limited": 1},
+            },
+            {
+                "day": "2026-11-01",
+                "model": "Flux",
+                "requests": 11,
+                "refused": 0,
+                "estimated_credits": 40.500001,
+                "outcomes": {"hit": 9, "miss": 2},
+            },
+            {
+                "day": "2026-11-02",
+                "model": "-",
+                "requests": 1,
+                "refused": 4,
+                "estimated_credits": 0,
+                "outcomes": {"upstream-error": 5},
+            },
+        ],
+        "total": {
+            "requests": 12,
+            "refused": 5,
+            "estimated_credits": 40.500001,
+            "outcomes": {"hit": 9, "miss": 2, "rate-limited": 1, "upstream-error": 5},
+        },
+    }
+
+
+def test_json_of_amounts_beyond_doubles_and_64_bits() -> None:
+    query = read()
+    kept = TeamDay(TODAY, "design", {b"Flux:hit:credits": b"123456789012345678901234567"})
+    text = json_of(aggregate([kept, kept], query.by), query, "UTC").decode()
+    assert '"estimated_credits":246913578024691357802.469134,' in text
+
+
+@given(KEPT, st.sampled_from(ORDERS))
+def test_json_has_the_exact_numbers(kept: list[TeamDay], by: tuple[Group, ...]) -> None:
+    usage = aggregate(kept, by)
+    document = json_of(usage, UsageQuery(*NOVEMBER, by, None, csv=False), "UTC")
+    read_back = _exact(document)
+    for row, written in zip((*usage.rows, usage.total), (*read_back["rows"], read_back["total"]), strict=True):
+        assert Fraction(written["estimated_credits"]) * 10**6 == row.credits_micro
+        assert int(written["requests"]) == row.requests
+        assert {name: int(count) for name, count in written["outcomes"].items()} == row.outcomes
+        assert [written[group] for group in by if row.group] == [*row.group]
+
+
+def _exact(document: bytes) -> Any:
+    """With numbers as they are spelled."""
+    return json.loads(document, parse_float=Decimal, parse_int=Decimal)
+
+
+def test_csv() -> None:
+    text = csv_of(aggregate(some_days(), ("day", "model")), ("day", "model")).decode()
+    header, first, second, third, end = text.split("\r\n")
+    assert header == f"day,model,requests,refused,estimated_credits,{','.join(OUTCOMES)}"
+    assert first == "2026-11-01,-,0,1,0,0,0,0,0,0,0,0,1,0,0,0,0,0,0,0,0"
+    assert second == "2026-11-01,Flux,11,0,40.500001,9,0,2,0,0,0,0,0,0,0,0,0,0,0,0,0"
+    assert third.startswith("2026-11-02,-,1,4,0,")
+    assert end == "", "each line ends, and no total would be added up with the rest"
+
+
+def test_the_columns_are_the_same_whatever_there_is() -> None:
+    assert csv_of(aggregate([], ("team",)), ("team",)).decode().count("\r\n") == 1
+    assert cells_of(aggregate([], ("team",)), ("team",)) == [
+        ["team", "requests", "refused", "estimated_credits", *OUTCOMES]
+    ]
+    assert list(OUTCOMES) == [
+        *("hit", "stale", "miss", "collapsed", "bypass", "unpriced", "upstream-rejected"),
+        *("rate-limited", "quota-exceeded", "upstream-error", "upstream-refused", "upstream-busy", "upstream-timeout"),
+        *("not-cached", "cancelled", "internal-error"),
+    ], "scripts of our users know these columns"
+
+
+def test_every_outcome_is_a_column_or_never_reaches_the_ledger() -> None:
+    assert set(Outcome) - set(OUTCOMES) == {
+        *("unauthenticated", "team-disabled", "invalid", "store-unavailable", "overloaded")
+    }
+
+
+def cells(text: bytes) -> list[list[str]]:
+    return list(csv.reader(StringIO(text.decode(), newline=""), strict=True))
+
+
+@given(KEPT, st.sampled_from(ORDERS))
+def test_csv_reads_back_as_the_same_numbers(kept: list[TeamDay], by: tuple[Group, ...]) -> None:
+    usage = aggregate(kept, by)
+    header, *rows = cells(csv_of(usage, by))
+    assert len({len(row) for row in (header, *rows)}) == 1
+    for row, written in zip(usage.rows, rows, strict=True):
+        assert [name.removeprefix("'") for name in written[: len(by)]] == [*row.group]
+        named = dict(zip(header, written, strict=True))
+        assert (int(named["requests"]), int(named["refused"])) == (row.requests, row.refused)
+        assert Fraction(named["estimated_credits"]) * 10**6 == row.credits_micro
+        assert {name: int(named[name]) for name in OUTCOMES if int(named[name])} == {
+            name: count for name, count in row.outcomes.items() if count
+        }
+
+
+@given(st.text(max_size=30).filter(lambda model: ":" not in model))
+def test_no_cell_of_csv_is_a_formula(model: str) -> None:
+    """Whatever a model could be called: names with a comma, a quote or a line break in them do not break out either."""
+    row = UsageRow(("design", model), 1, 0, {"hit": 1}, 1)
+    header, written = cells(csv_of(Usage((row,), row), ("team", "model")))
+    for cell in (*header, *written):
+        assert cell == "-" or not cell.startswith(tuple(FORMULA_CHARACTERS))
+    assert written[1] in (model, f"'{model}")
+
+
+@pytest.mark.parametrize("model", ["=1+1", "+1", "-1-1", "- x", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "--"])
+def test_formulas_are_defused(model: str) -> None:
+    row = UsageRow((model,), 1, 0, {}, 0)
+    assert cells(csv_of(Usage((row,), row), ("model",)))[1][0] == f"'{model}"
+
+
+def test_ordinary_names_and_the_sign_for_none_stay_as_they_are() -> None:
+    for model in ("-", "Flux", "Stable Diffusion 1.5", "a-b", "_x"):
+        row = UsageRow((model,), 1, 0, {}, 0)
+        assert cells(csv_of(Usage((row,), row), ("model",)))[1][0] == model
