@@ -1,8 +1,7 @@
 """The composition root: settings in, a Starlette application out, whose lifespan closes what was opened."""
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from time import monotonic
@@ -16,40 +15,28 @@ from starlette.routing import Route
 from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
-from proxy.access import Access
-from proxy.auth import Credential, Team, Teams
-from proxy.cache.price_book import PriceBook
-from proxy.embedded.stores import running_url
 from proxy.gateway.estimates import Gateway, Policy
 from proxy.gateway.fetcher import Asker
 from proxy.gateway.freshness import Windows
 from proxy.gateway.in_flight import Lifecycle
-from proxy.gateway.live_config import InForce, Rules
+from proxy.gateway.live_config import InForce, Rules, rules_of
 from proxy.gateway.questions import Reader
 from proxy.http.endpoint import StoryEndpoint, probe_answer, refuse_route
 from proxy.http.metrics_endpoint import Scrape
+from proxy.http.paths import EXPLAIN_PATH, METRICS_PATH, PURGE_PATH, QUOTA_PATH, USAGE_PATH
 from proxy.http.usage_endpoints import Statements
+from proxy.open_stores import book_of, open_book_store, open_ledger_store
 from proxy.quota.batches import Decisions
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.ledger import Ledger
-from proxy.quota.quotas import Quota, Rate, Scope, Terms
 from proxy.quota.reports import Reports
-from proxy.settings.schema import Quota as QuotaSettings
 from proxy.settings.schema import Settings
-from proxy.store.client import OLDEST_REDIS, EmbeddedUrls, Store, open_book_store, open_ledger_store
-from proxy.store.persistence import data_loss_warning
+from proxy.store.access import EmbeddedUrls
+from proxy.store.client import Store
 from proxy.telemetry.descriptors import DescriptorMonitor
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.address import ESTIMATE_PATH, Address
+from proxy.upstream.address import ESTIMATE_PATH
 from proxy.upstream.client import Upstream
-
-EXPLAIN_PATH = "/v1/explain"
-PURGE_PATH = "/v1/cache/purge"
-USAGE_PATH = "/v1/usage"
-QUOTA_PATH = "/v1/quota"
-METRICS_PATH = "/metrics"
-
-log = logging.getLogger(__name__)
 
 
 class Application(Starlette):
@@ -77,7 +64,7 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, lifecycle: Lifecycle,
     admits_on_outage = settings.store.on_outage == "admit"
     decisions = Decisions(ledger_store, keys, zone, metrics)
     ledger = Ledger(decisions, metrics, admits_on_outage=admits_on_outage)
-    metrics.expect_warnings(in_force.rules.terms.values())
+    _preregister_warnings(metrics, in_force.rules)
     metrics.in_flight = lambda: lifecycle.in_flight
     gateway = Gateway(in_force, ledger, book, asker, Reader(upstream.address), policy_of(settings))
     reports = Reports(ledger_store, keys, zone)
@@ -87,7 +74,7 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, lifecycle: Lifecycle,
     def reload(changed: Settings) -> None:
         """What began under the old rules ends under them."""
         in_force.rules = rules_of(changed)
-        metrics.expect_warnings(in_force.rules.terms.values())
+        _preregister_warnings(metrics, in_force.rules)
         upstream.take_keys({name: account.api_key for name, account in changed.accounts.items()})
         metrics.begin(changed.teams, changed.accounts)
 
@@ -129,71 +116,11 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, lifecycle: Lifecycle,
     return app
 
 
-def terms_of(settings: Settings) -> dict[str, Terms]:
-    """What holds for each team: its rate, its quotas and the organisation's."""
-    org = tuple(_quota("org", quota) for quota in settings.org.quotas)
-    terms = {}
-    for name, team in settings.teams.items():
-        rate = settings.rate_of(team)
-        own = tuple(_quota("team", quota) for quota in settings.quotas_of(team))
-        terms[name] = Terms(name, Rate(rate.per_s, rate.burst), own + org)
-    return terms
-
-
-def _quota(scope: Scope, quota: QuotaSettings) -> Quota:
-    return Quota(scope, quota.measure, quota.per, quota.counted_limit, quota.on_exceed == "refuse")
-
-
-def rules_of(settings: Settings) -> Rules:
-    """What can be reloaded of the settings, but for the accounts' keys."""
-    terms = terms_of(settings)
-    access = Access(
-        teams_of(settings, terms),
-        settings.org.zone,
-        admin_digests=settings.admin.tokens,
-        metrics_digests=settings.metrics.tokens,
-        metrics_are_public=settings.metrics.public,
-    )
-    return Rules(access, terms, frozenset(settings.accounts), settings.cache.ignore)
-
-
-def teams_of(settings: Settings, terms: Mapping[str, Terms]) -> Teams:
-    """The teams by the digests of their tokens."""
-    credentials: dict[str, Credential] = {}
-    for name, configured in settings.teams.items():
-        team = Team(name, configured.account, configured.disabled, terms[name])
-        for token in configured.tokens:
-            credentials[token.sha256] = Credential(team, token.expires)
-    return Teams(credentials)
-
-
-def book_of(settings: Settings, store: Store, address: Address) -> PriceBook:
-    """The price book of the upstream at `address`."""
-    cache = settings.cache
-    stale_s = max(cache.stale_while_revalidate_s, cache.stale_if_error_s)
-    return PriceBook(store, origin=address.origin, ttl_s=cache.ttl_s, stale_s=stale_s)
-
-
-async def purge_book(settings: Settings, account: str, canonical: bytes | None, query: bytes) -> str:
-    """Forgets one question of an account, or all of them, in the store that a running gateway uses.
-
-    Returns what was done, for people. Raises `StoreUnavailable`, `EmbeddedStoreError`.
-    """
-    embedded = settings.store.url is None and settings.cache.url is None
-    urls: EmbeddedUrls = {"price-book": running_url(settings.store.data_dir, role="price-book")} if embedded else {}
-    store = open_book_store(settings, urls)
-    address = Address.of(settings.upstream.base_url)
-    book = book_of(settings, store, address)
-    try:
-        await store.open()
-        if canonical is None:
-            await book.purge_account(account)
-            return f"purged all prices of the account {account}"
-        sent = address.query_as_sent(query)
-        key = address.key_of(canonical, account=account, query=sent, ignored=settings.cache.ignore)
-        return f"purged {key}" if await book.purge_question(key, account) else f"nothing was stored for {key}"
-    finally:
-        await store.close()
+def _preregister_warnings(metrics: Metrics, rules: Rules) -> None:
+    for terms in rules.terms.values():
+        for quota in terms.quotas:
+            if not quota.refuse:
+                metrics.preregister_warning(quota.owner(terms.team), quota.measure, quota.per)
 
 
 def policy_of(settings: Settings) -> Policy:
@@ -205,35 +132,6 @@ def policy_of(settings: Settings) -> Policy:
         timeout_s=settings.server.request_timeout_s,
         refuse_unpriced=settings.upstream.on_unpriced == "refuse",
     )
-
-
-async def objections(settings: Settings, embedded_urls: EmbeddedUrls) -> str | None:
-    """Why a store must not be used, if its version is known and too old. Logs what could lose the ledger's data."""
-    for open_role in (open_ledger_store, open_book_store):
-        store = open_role(settings, embedded_urls)
-        try:
-            version = await store.version()
-            if store.role == "ledger":
-                await _log_data_loss_risks(store)
-        finally:
-            await store.close()
-        if version is not None and version < OLDEST_REDIS:
-            found, oldest = (".".join(map(str, numbers)) for numbers in (version, OLDEST_REDIS))
-            return f"the store is Redis {found}: use Redis {oldest} or newer, or Valkey 7.2 or newer"
-    return None
-
-
-async def _log_data_loss_risks(ledger: Store) -> None:
-    policy = await ledger.eviction_policy()
-    if policy not in (None, "noeviction"):
-        log.error(
-            "the ledger's server may evict (maxmemory-policy %s): quotas and usage can vanish in silence. "
-            "Set it to noeviction, and give the price book a server of its own (cache.url)",
-            policy,
-        )
-    warning = data_loss_warning(await ledger.persistence())
-    if warning is not None:
-        log.error("the ledger's server %s", warning)
 
 
 async def _healthz(request: Request) -> Response:

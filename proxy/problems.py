@@ -19,6 +19,9 @@ from typing import Any
 
 import orjson
 
+NO_NAME = "-"
+"""Stands in metrics, usage and logs for a team or a model that has no name, and for the whole organisation."""
+
 
 class Outcome(StrEnum):
     """What became of a request: one value a request, in its log line."""

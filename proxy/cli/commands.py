@@ -21,9 +21,8 @@ from rich.text import Text
 
 from proxy import __version__
 from proxy import auth as teams
-from proxy.app import purge_book
 from proxy.cache.canonical import canonicalise, present
-from proxy.cli.direct import ask_standings, ask_usage
+from proxy.cli.direct import ask_standings, ask_usage, purge_book
 from proxy.cli.tables import quota_lines, quota_table, tabbed, usage_table
 from proxy.demo import runner as demo
 from proxy.embedded.stores import EmbeddedStoreError

@@ -3,15 +3,17 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from proxy.app import terms_of
 from proxy.embedded.stores import running_url
+from proxy.gateway.live_config import terms_of
+from proxy.open_stores import book_of, open_book_store, open_ledger_store
 from proxy.problems import BadRequest, Code
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.quotas import Standing
 from proxy.quota.reports import Reports
 from proxy.quota.usage import Usage, UsageQuery
 from proxy.settings.schema import Settings
-from proxy.store.client import EmbeddedUrls, open_ledger_store
+from proxy.store.access import EmbeddedUrls
+from proxy.upstream.address import Address
 
 
 async def ask_usage(settings: Settings, query: UsageQuery) -> Usage:
@@ -37,5 +39,27 @@ async def _open_reports(settings: Settings) -> AsyncIterator[Reports]:
     try:
         await store.open()
         yield Reports(store, LedgerKeys(settings.org.id), settings.org.zone)
+    finally:
+        await store.close()
+
+
+async def purge_book(settings: Settings, account: str, canonical: bytes | None, query: bytes) -> str:
+    """Forgets one question of an account, or all of them, in the store that a running gateway uses.
+
+    Returns what was done, for people. Raises `StoreUnavailable`, `EmbeddedStoreError`.
+    """
+    embedded = settings.store.url is None and settings.cache.url is None
+    urls: EmbeddedUrls = {"price-book": running_url(settings.store.data_dir, role="price-book")} if embedded else {}
+    store = open_book_store(settings, urls)
+    address = Address.of(settings.upstream.base_url)
+    book = book_of(settings, store, address)
+    try:
+        await store.open()
+        if canonical is None:
+            await book.purge_account(account)
+            return f"purged all prices of the account {account}"
+        sent = address.query_as_sent(query)
+        key = address.key_of(canonical, account=account, query=sent, ignored=settings.cache.ignore)
+        return f"purged {key}" if await book.purge_question(key, account) else f"nothing was stored for {key}"
     finally:
         await store.close()

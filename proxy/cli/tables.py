@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from proxy.problems import NO_NAME
 from proxy.quota.quotas import Quota, Standing
 from proxy.quota.usage import Usage, UsageQuery, amounts_of
 from proxy.quota.windows import rfc3339
@@ -17,7 +18,6 @@ WITHOUT_LIMIT = 10_000
 """Columns of a terminal that any table fits into."""
 
 QUOTA_COLUMNS = ("scope", "team", "measure", "per", "limit", "used", "remaining", "on_exceed", "resets_at")
-NOBODY = "-"
 """In the column of teams: the organisation."""
 
 
@@ -99,11 +99,11 @@ def _table(title: str, *, with_footer: bool = False) -> Table:
 def _quotas(standings: Sequence[Standing]) -> list[_Used]:
     """The organisation's quotas, which all teams have in common, and then the teams'."""
     found = [
-        _Used(NOBODY if quota.scope == "org" else standing.terms.team, quota, used, standing.windows[quota.per].end_s)
+        _Used(quota.owner(standing.terms.team), quota, used, standing.windows[quota.per].end_s)
         for standing in standings
         for quota, used in zip(standing.terms.quotas, standing.used, strict=True)
     ]
-    return sorted(dict.fromkeys(found), key=lambda used: used.team != NOBODY)
+    return sorted(dict.fromkeys(found), key=lambda used: used.team != NO_NAME)
 
 
 def _quota_cells(used: _Used, zone: ZoneInfo) -> list[str]:

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from proxy.app import EXPLAIN_PATH, METRICS_PATH, QUOTA_PATH, USAGE_PATH
 from proxy.auth import BASE62, RANDOM_CHARACTERS, digest_of, token_of
+from proxy.http.paths import EXPLAIN_PATH, METRICS_PATH, QUOTA_PATH, USAGE_PATH
 from proxy.settings.loader import FAMILIAR_VARIABLES, PREFIX
 from proxy.upstream.address import ESTIMATE_PATH
 

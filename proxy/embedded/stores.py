@@ -23,16 +23,16 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote
 
 from proxy.embedded.aof import damage_of_tail, find_damage, has_files, keep_newest, put_back, remedy_of, set_aside
 from proxy.embedded.socket_dir import SocketDir, make_private, remove_abandoned
 from proxy.embedded.valkey import EmbeddedStoreError, ExitedError, Valkey
+from proxy.store.access import Role
 
-__all__ = ["EmbeddedStoreError", "EmbeddedStores", "Role", "running_url"]
+__all__ = ["EmbeddedStoreError", "EmbeddedStores", "running_url"]
 
-Role = Literal["ledger", "price-book"]
 """What a store is for. It names the sub-directory of the data directory, and the socket."""
 
 MAX_MEMORY_MB: Mapping[Role, int] = {"ledger": 1024, "price-book": 256}

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Protocol, Self, assert_never
 
-from proxy.access import Access
-from proxy.auth import Team
+from proxy.auth import Access, Team
 from proxy.cache.canonical import present
 from proxy.cache.price_book import PriceBook
 from proxy.cache.prices import Balance, Known, Price, StoredPrice, document
-from proxy.gateway.cache_control import Directives
 from proxy.gateway.cache_status import after_failure, forwarded, hit
 from proxy.gateway.fetcher import Asker, Told
-from proxy.gateway.freshness import Forward, NotCached, Serve, Windows, choose
+from proxy.gateway.freshness import Directives, Forward, NotCached, Serve, Windows, choose
 from proxy.gateway.live_config import InForce, Rules
 from proxy.gateway.purge import read_purge
 from proxy.gateway.questions import Question, Reader

@@ -6,8 +6,10 @@ A story takes the rules once, when it begins, and keeps them to its end.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from proxy.access import Access
-from proxy.quota.quotas import Terms
+from proxy.auth import Access, Credential, Team, Teams
+from proxy.quota.quotas import Quota, Rate, Scope, Terms
+from proxy.settings.schema import Quota as QuotaSettings
+from proxy.settings.schema import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,3 +27,41 @@ class InForce:
     """Where the rules in force are to be found."""
 
     rules: Rules
+
+
+def terms_of(settings: Settings) -> dict[str, Terms]:
+    """What holds for each team: its rate, its quotas and the organisation's."""
+    org = tuple(_quota("org", quota) for quota in settings.org.quotas)
+    terms = {}
+    for name, team in settings.teams.items():
+        rate = settings.rate_of(team)
+        own = tuple(_quota("team", quota) for quota in settings.quotas_of(team))
+        terms[name] = Terms(name, Rate(rate.per_s, rate.burst), own + org)
+    return terms
+
+
+def _quota(scope: Scope, quota: QuotaSettings) -> Quota:
+    return Quota(scope, quota.measure, quota.per, quota.counted_limit, quota.on_exceed == "refuse")
+
+
+def rules_of(settings: Settings) -> Rules:
+    """What can be reloaded of the settings, but for the accounts' keys."""
+    terms = terms_of(settings)
+    access = Access(
+        teams_of(settings, terms),
+        settings.org.zone,
+        admin_digests=settings.admin.tokens,
+        metrics_digests=settings.metrics.tokens,
+        metrics_are_public=settings.metrics.public,
+    )
+    return Rules(access, terms, frozenset(settings.accounts), settings.cache.ignore)
+
+
+def teams_of(settings: Settings, terms: Mapping[str, Terms]) -> Teams:
+    """The teams by the digests of their tokens."""
+    credentials: dict[str, Credential] = {}
+    for name, configured in settings.teams.items():
+        team = Team(name, configured.account, configured.disabled, terms[name])
+        for token in configured.tokens:
+            credentials[token.sha256] = Credential(team, token.expires)
+    return Teams(credentials)

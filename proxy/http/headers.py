@@ -7,7 +7,7 @@ counts.
 import re
 from functools import cached_property
 
-from proxy.gateway.cache_control import Directives, parse_directives
+from proxy.gateway.freshness import Directives, parse_directives
 from proxy.http.framing import Headers
 from proxy.problems import BadRequest, Code
 

@@ -26,7 +26,7 @@ from proxy.quota.credits import MICRO
 from proxy.quota.quotas import Quota, Standing
 from proxy.quota.reports import Reports, WindowTotals
 from proxy.quota.windows import Per, Window
-from proxy.telemetry.metrics import NOBODY, Metrics
+from proxy.telemetry.metrics import Metrics
 
 SNAPSHOT_S = 3.0
 
@@ -156,7 +156,7 @@ def _quotas(standings: Sequence[Standing]) -> Iterator[Metric]:
             if quota.scope == "org" and quota in seen:
                 continue
             seen.add(quota)
-            team = NOBODY if quota.scope == "org" else standing.terms.team
+            team = quota.owner(standing.terms.team)
             labels = [quota.scope, team, quota.measure, quota.per]
             unit = 1 if quota.measure == "requests" else MICRO
             limits.add_metric(labels, quota.limit / unit)

@@ -21,13 +21,14 @@ import socket
 from collections.abc import Iterator
 from time import monotonic
 
-from proxy.embedded.stores import EmbeddedStores, Role
+from proxy.embedded.stores import EmbeddedStores
 from proxy.gateway.in_flight import ARRIVING_REQUEST_BYTES, MAX_ARRIVING_BYTES, MAX_IN_FLIGHT
-from proxy.processes.worker import DRAIN, STOP
+from proxy.processes.messages import DRAIN, STOP
 from proxy.processes.workers import Premises, Workforce
 from proxy.settings.loader import Source
 from proxy.settings.reload import Reloader
 from proxy.settings.schema import Server, Settings
+from proxy.store.access import Role
 from proxy.store.connection_pool import MAX_CONNECTIONS
 from proxy.telemetry.descriptors import raise_limit
 from proxy.telemetry.multiprocess import metrics_files

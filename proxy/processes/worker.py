@@ -2,7 +2,7 @@
 
 Run as `python -m proxy.processes.worker <listener fd> <channel fd> <metrics fd> [<metrics fd of another worker>...]`.
 The supervisor sends the settings and the addresses of the embedded stores first, then new settings and
-words. When the channel closes, the supervisor is dead, and the worker exits as well.
+`proxy.processes.messages`. When the channel closes, the supervisor is dead, and the worker exits as well.
 """
 
 import asyncio
@@ -20,19 +20,18 @@ from time import monotonic
 import uvloop
 from starlette.applications import Starlette
 
-from proxy.app import build, objections
-from proxy.embedded.stores import Role
+from proxy.app import build
 from proxy.gateway.in_flight import Lifecycle
 from proxy.http.server import Server
+from proxy.open_stores import startup_errors
+from proxy.processes.messages import CANNOT_SERVE, READY, RELOAD_FAILED, STOP
 from proxy.settings.schema import Settings
+from proxy.store.access import Role
 from proxy.telemetry import logs
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.multiprocess import SharedValues
 
-READY, DRAIN, STOP, RELOAD_FAILED = "ready", "drain", "stop", "reload failed"
 ORPHAN_GRACE_S = 2.0
-CANNOT_SERVE = 3
-"""Exit status of a worker that another one could not do better than."""
 
 YOUNG_OBJECTS = 10_000
 """So many more before the collector of cycles looks at the youngest: hardly anything here is in a cycle."""
@@ -56,7 +55,7 @@ class Worker:
             return runner.run(self._serve(settings, embedded_urls, log_writer))
 
     async def _serve(self, settings: Settings, embedded_urls: dict[Role, str], log_writer: logs.Writer) -> int:
-        if (reason := await objections(settings, embedded_urls)) is not None:
+        if (reason := await startup_errors(settings, embedded_urls)) is not None:
             log.error("cannot serve: %s", reason)
             return CANNOT_SERVE
         head_timeout_s, drain_s = settings.server.head_timeout_s, settings.server.drain_s

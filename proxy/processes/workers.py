@@ -19,10 +19,10 @@ from time import monotonic
 
 from proxy.embedded.child import die_with_parent
 from proxy.embedded.valkey import restart_delay_s
-from proxy.processes.worker import CANNOT_SERVE, READY, RELOAD_FAILED
+from proxy.processes.messages import CANNOT_SERVE, READY, RELOAD_FAILED
 from proxy.settings.loader import FAMILIAR_VARIABLES, PREFIX
 from proxy.settings.schema import Settings
-from proxy.store.client import EmbeddedUrls
+from proxy.store.access import EmbeddedUrls
 from proxy.telemetry.multiprocess import vacate
 
 MAX_FAILED_STARTS = 3

@@ -19,10 +19,10 @@ from time import time_ns
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-from proxy.problems import Problem, StoreUnanswered, StoreUnavailable
+from proxy.problems import NO_NAME, Problem, StoreUnanswered, StoreUnavailable
 from proxy.quota.backlog import Owed, Pile
 from proxy.quota.counters import LedgerKeys, Sheet, org_sheet, team_sheet
-from proxy.quota.model_names import MAX_MODELS, NONE
+from proxy.quota.model_names import MAX_MODELS
 from proxy.quota.quotas import Charge, Quota, Standing, Terms
 from proxy.quota.windows import Window
 from proxy.store.client import Script, Store
@@ -65,7 +65,7 @@ class Admitted(NamedTuple):
     sheet: Sheet
     standing: Standing | None = None
     booked: bool = True
-    model: str = NONE
+    model: str = NO_NAME
 
 
 class Denied(NamedTuple):
@@ -259,7 +259,7 @@ class Decisions:
             self._metrics.note_credits(team, admitted.model, requests * charge.credits_micro)
         if admitted.standing is not None:
             for quota in admitted.standing.warnings():
-                self._metrics.count_warning(team, quota)
+                self._metrics.record_warning(quota.owner(team), quota.measure, quota.per)
 
     def _fail(self, entries: Sequence[_Entry], error: StoreUnavailable) -> None:
         if isinstance(error, StoreUnanswered):

@@ -13,11 +13,11 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from proxy.problems import Code, Outcome, Problem, StoreUnanswered, StoreUnavailable
+from proxy.problems import NO_NAME, Code, Outcome, Problem, StoreUnanswered, StoreUnavailable
 from proxy.quota.backlog import Backlog
 from proxy.quota.batches import Admitted, Decisions, Denied
 from proxy.quota.counters import Sheet
-from proxy.quota.model_names import NONE, OTHER
+from proxy.quota.model_names import OTHER
 from proxy.quota.quotas import Charge, Standing, Terms
 from proxy.telemetry.metrics import Metrics
 
@@ -192,5 +192,5 @@ class Ledger:
 
 def _on_credit(terms: Terms, sheet: Sheet, charge: Charge) -> Admitted:
     """Without the ledger nobody knows which models have a name of their own."""
-    model = NONE if charge.credits_micro is None else OTHER
+    model = NO_NAME if charge.credits_micro is None else OTHER
     return Admitted(terms, sheet, booked=False, model=model)

@@ -9,7 +9,8 @@ from typing import Any
 
 import orjson
 
-NONE = "-"
+from proxy.problems import NO_NAME
+
 MIXED = "mixed"
 OTHER = "other"
 
@@ -22,7 +23,7 @@ _NAME = re.compile(r"[A-Za-z0-9 ._-]{1,64}", re.ASCII)
 
 
 def model_of(canonical: bytes) -> str:
-    """The name of what a canonical body asks for: `MIXED` where its items differ, `NONE` where they name nothing."""
+    """The name of what a canonical body asks for: `MIXED` where its items differ, `NO_NAME` where they name nothing."""
     names = {_model(item) for item in orjson.loads(canonical)}
     return names.pop() if len(names) == 1 else MIXED
 
@@ -33,8 +34,8 @@ def _model(item: dict[str, Any]) -> str:
         value = item.get(mode)
         if value is not None:
             return _bounded(value) if mode in _NAMED and isinstance(value, str) else mode
-    return NONE
+    return NO_NAME
 
 
 def _bounded(name: str) -> str:
-    return name if _NAME.fullmatch(name) and name not in (NONE, MIXED) else OTHER
+    return name if _NAME.fullmatch(name) and name not in (NO_NAME, MIXED) else OTHER

@@ -16,9 +16,8 @@ from zoneinfo import ZoneInfo
 
 import orjson
 
-from proxy.problems import Code, Outcome, Problem
+from proxy.problems import NO_NAME, Code, Outcome, Problem
 from proxy.quota.credits import MICRO, text_of
-from proxy.quota.model_names import NONE
 from proxy.quota.windows import Per, Window, rfc3339
 
 Scope = Literal["team", "org"]
@@ -61,6 +60,10 @@ class Quota:
         kind = "requests" if self.measure == "requests" else "credits"
         return f"{'org-' * (self.scope == 'org')}{kind}-{self.per}"
 
+    def owner(self, team: str) -> str:
+        """Whose quota it is: `team`, or `NO_NAME` for the organisation."""
+        return team if self.scope == "team" else NO_NAME
+
     def told(self, amount: int) -> int:
         """An amount in whole units of the header fields, rounded down."""
         return amount if self.measure == "requests" else amount // MICRO
@@ -98,7 +101,7 @@ class Charge:
 
     outcome: Outcome
     credits_micro: int | None = None
-    model: str = NONE
+    model: str = NO_NAME
 
 
 @dataclass(slots=True, eq=False)

@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl
 
 import orjson
 
-from proxy.problems import BadRequest, Code, Outcome
+from proxy.problems import NO_NAME, BadRequest, Code, Outcome
 from proxy.quota.counters import USAGE_KEPT_DAYS
 from proxy.quota.credits import text_of
 
@@ -37,7 +37,6 @@ OUTCOMES = tuple(outcome.value for outcome in Outcome if outcome not in _BEFORE_
 FORMULA_CHARACTERS = "=+-@\t\r\n"
 """A cell that begins with one of them, spreadsheets may run (OWASP, CSV Injection)."""
 
-NO_MODEL = "-"
 
 _PLACES = {outcome: place for place, outcome in enumerate(OUTCOMES)}
 _DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -195,7 +194,7 @@ def _members(row: UsageRow) -> dict[str, object]:
 
 def _harmless(cell: str) -> str:
     """A cell that no spreadsheet runs, as OWASP advises. A sign that stands alone is no formula, and read as text."""
-    return f"'{cell}" if cell[:1] in FORMULA_CHARACTERS and cell != NO_MODEL else cell
+    return f"'{cell}" if cell[:1] in FORMULA_CHARACTERS and cell != NO_NAME else cell
 
 
 def _day(name: str, text: str) -> date:

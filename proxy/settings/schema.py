@@ -18,10 +18,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from proxy.quota.credits import MICRO
 from proxy.quota.quotas import Measure
 from proxy.quota.windows import Per
+from proxy.store.access import CONNECT_TIMEOUT_S, TIMEOUT_S
 from proxy.urls import check_host, is_ip, parse_store_url, split_url
 
 MASK = "**********"
-TIMEOUT_S, CONNECT_TIMEOUT_S = 0.25, 2.0
 """The defaults of `store.timeout_s` and `store.connect_timeout_s`."""
 
 MAX_REQUESTS = 10**12

@@ -10,28 +10,26 @@
 
 import asyncio
 import re
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from redis.exceptions import ConnectionError as NotConnectedError
 from redis.exceptions import RedisError
 
-from proxy.embedded.stores import Role
 from proxy.problems import StoreUnanswered, StoreUnavailable
-from proxy.settings.schema import TIMEOUT_S, Settings
+from proxy.store.access import NO_ACCESS, TIMEOUT_S, Access, Role
 from proxy.store.coarse_timeout import TimeLimit
 from proxy.store.connection_pool import HEALTH_CHECK_S
 from proxy.store.health import COOLDOWN_S, Cooldowns, StoreHealth, failure_of, meaning_of_call
 from proxy.store.persistence import Persistence
 from proxy.store.redirects import Ask, Elsewhere, Final, Later, Moved, Unreached
 from proxy.store.scripts import UNSAID, Call, Node, Script, ask_node, exchange
-from proxy.store.topology import CONNECTION, NO_ACCESS, Access, servers_of
+from proxy.store.topology import CONNECTION, servers_of
 from proxy.telemetry.metrics import Metrics
 
-__all__ = ["COOLDOWN_S", "TIMEOUT_S", "EmbeddedUrls", "Script", "Store", "open_book_store", "open_ledger_store"]
+__all__ = ["COOLDOWN_S", "TIMEOUT_S", "Script", "Store"]
 
 TICK_S = 0.025
 PAUSE_S = 0.01
@@ -45,10 +43,6 @@ LEARN_SHARE = 0.8
 
 CHECK_AFTER_S = 2.0
 """So long after the last call that failed, a check finds out whether it would work. Where there are calls, they do."""
-
-OLDEST_REDIS = (7, 0)
-
-EmbeddedUrls = Mapping[Role, str]
 
 WRITE_CHECK = Script("proxy.store", "write_check")
 
@@ -332,44 +326,3 @@ async def _together(exchanges: Sequence[Coroutine[Any, Any, None]]) -> None:
         await exchanges[0]
     else:
         await asyncio.gather(*exchanges)
-
-
-def open_ledger_store(settings: Settings, embedded_urls: EmbeddedUrls, metrics: Metrics | None = None) -> Store:
-    """The store of quotas and usage: the one that the settings name, or else the embedded one."""
-    if settings.store.url is None:
-        return Store(embedded_urls["ledger"], "ledger", metrics, access=_access_to_cache(settings))
-    return Store(settings.store.url.get_secret_value(), "ledger", metrics, access=_access_to_store(settings))
-
-
-def open_book_store(
-    settings: Settings, embedded_urls: EmbeddedUrls, metrics: Metrics | None = None, *, ledger: Store | None = None
-) -> Store:
-    """The store of prices: one of their own, or else the ledger's, which may be open already, or the embedded one."""
-    if settings.cache.url is not None:
-        return Store(settings.cache.url.get_secret_value(), "price-book", metrics, access=_access_to_cache(settings))
-    if settings.store.url is not None:
-        url, access = settings.store.url.get_secret_value(), _access_to_store(settings)
-        return Store(url, "price-book", metrics, access=access, cooldowns=None if ledger is None else ledger.cooldowns)
-    return Store(embedded_urls["price-book"], "price-book", metrics, access=_access_to_cache(settings))
-
-
-def _access_to_store(settings: Settings) -> Access:
-    store = settings.store
-    return replace(
-        _access_to_cache(settings),
-        username=store.username,
-        password=None if store.password is None else store.password.get_secret_value(),
-        sentinel_password=None if store.sentinel_password is None else store.sentinel_password.get_secret_value(),
-    )
-
-
-def _access_to_cache(settings: Settings) -> Access:
-    """Certificates and timeouts are one question for both, credentials are not: those of `cache.url` stand in it."""
-    store = settings.store
-    return Access(
-        ca_file=store.ca_file,
-        cert_file=store.cert_file,
-        key_file=store.key_file,
-        timeout_s=store.timeout_s,
-        connect_timeout_s=store.connect_timeout_s,
-    )

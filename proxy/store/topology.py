@@ -12,7 +12,6 @@ from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
-from pathlib import Path
 from typing import Any, Protocol
 
 from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
@@ -21,7 +20,7 @@ from redis.driver_info import DriverInfo
 from redis.exceptions import ConnectionError as NotConnectedError
 from redis.exceptions import RedisError, ResponseError
 
-from proxy.settings.schema import CONNECT_TIMEOUT_S, TIMEOUT_S
+from proxy.store.access import NO_ACCESS, Access
 from proxy.store.connection_pool import HEALTH_CHECK_S, ConnectionPool
 from proxy.store.redirects import SLOTS, homes_of
 from proxy.store.scripts import Node, ask
@@ -32,26 +31,6 @@ SELDOM_S = 1.0
 MAX_ASKED = 8
 
 CONNECTION = "connection"
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """What servers are told, which are trusted, and how long they may take. What stands in a URL comes before it.
-
-    timeout_s: for a call. connect_timeout_s: for a connection to be set up, credentials included.
-    """
-
-    username: str | None = None
-    password: str | None = None
-    sentinel_password: str | None = None
-    ca_file: Path | None = None
-    cert_file: Path | None = None
-    key_file: Path | None = None
-    timeout_s: float = TIMEOUT_S
-    connect_timeout_s: float = CONNECT_TIMEOUT_S
-
-
-NO_ACCESS = Access()
 
 
 class Servers(Protocol):

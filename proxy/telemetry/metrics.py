@@ -11,7 +11,7 @@
 import asyncio
 from bisect import bisect_left
 from collections import Counter as Counts
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -19,12 +19,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 from prometheus_client.metrics import MetricWrapperBase
 
 from proxy import __version__
-from proxy.problems import Outcome
-from proxy.quota.quotas import Quota, Terms
+from proxy.problems import NO_NAME, Outcome
 from proxy.telemetry.multiprocess import SharedValues, series_of
-
-NOBODY = "-"
-"""The team of a request that shows no token of any, and of the organisation's quotas."""
 
 UPSTREAM_STATUSES = ("2xx", "4xx", "5xx", "timeout", "error")
 AUDIT_RESULTS = ("same", "changed", "ignored-member")
@@ -224,7 +220,7 @@ class Metrics:
         """Series whose labels are known begin at 0, so that their first event is an increase."""
         for outcome in Outcome:
             self.request_duration.labels("estimate", outcome.value)
-            for team in (NOBODY, *teams):
+            for team in (NO_NAME, *teams):
                 self.requests.labels(team, "estimate", outcome.value)
         for team in teams:
             self.unpriced.labels(team)
@@ -235,20 +231,13 @@ class Metrics:
             for result in AUDIT_RESULTS:
                 self.price_audits.labels(account, result)
 
-    def expect_warnings(self, terms: Iterable[Terms]) -> None:
-        """Of the quotas that only warn."""
-        for one in terms:
-            for quota in one.quotas:
-                if not quota.refuse:
-                    self._warned(one.team, quota)
+    def preregister_warning(self, team: str, measure: str, per: str) -> None:
+        """`team` is `NO_NAME` for a quota of the organisation."""
+        self.quota_warned.labels(team, measure, per)
 
-    def count_warning(self, team: str, quota: Quota) -> None:
-        """An answer to `team` has passed a quota which only warns."""
-        self._warned(team, quota).inc()
-
-    def _warned(self, team: str, quota: Quota) -> Counter:
-        whose = team if quota.scope == "team" else NOBODY
-        return self.quota_warned.labels(whose, quota.measure, quota.per)
+    def record_warning(self, team: str, measure: str, per: str) -> None:
+        """An answer has passed a quota that only warns."""
+        self.quota_warned.labels(team, measure, per).inc()
 
     def note_request(self, team: str, operation: str, outcome: Outcome, duration_s: float) -> None:
         kind = (team, operation, outcome)

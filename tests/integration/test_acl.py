@@ -12,13 +12,13 @@ from redis.crc import key_slot
 
 from deploy_files import PROJECT
 from gateway_fixture import API_KEY, DESIGN, MARKETING, Scene, cache_status, gateway, settings
-from proxy.app import objections
 from proxy.auth import digest_of
 from proxy.demo.simulator import Simulator
+from proxy.open_stores import startup_errors
 from proxy.problems import StoreUnavailable
+from proxy.store.access import Access
 from proxy.store.client import Script, Store
 from proxy.store.redirects import SLOTS
-from proxy.store.topology import Access
 from quota_scenes import ADMIN, FLUX, ONE, exceeded, explained, get, requests, shown, team, used
 from serving import wait_until
 from topologies import LOCAL, NAME, Cluster, Member, Stage, cluster, stage_of, watched
@@ -74,7 +74,7 @@ def opened(upstream: tuple[UpstreamStage, str], *, cache: str | None = None, **s
         admin={"tokens": [digest_of(ADMIN)]},
         teams={"design": team(DESIGN, requests(6)), "marketing": team(MARKETING)},
     )
-    assert asyncio.run(objections(configured, {})) is None
+    assert asyncio.run(startup_errors(configured, {})) is None
     with gateway(configured, NOWHERE, stage.simulator) as scene:
         yield scene
 
@@ -205,7 +205,7 @@ def test_the_check_at_the_start_needs_config_get(brand: str, caplog: pytest.LogC
     with stage_of(brand) as stage:
         member = ready(stage, acl_line(GATEWAY, *CHANGES[CHECK]))
         configured = settings(place(member), "http://127.0.0.1:1")
-        assert asyncio.run(objections(configured, {})) is None
+        assert asyncio.run(startup_errors(configured, {})) is None
         assert UNPERSISTED in caplog.text
 
 

@@ -10,9 +10,10 @@ import pytest
 from redis.exceptions import BusyLoadingError, InvalidResponse, ResponseError
 from redis.exceptions import ConnectionError as NotConnectedError
 
+from proxy.store.access import Access
 from proxy.store.connection_pool import MAX_CONNECTIONS, ConnectionPool
 from proxy.store.scripts import Call, Node, Script, exchange
-from proxy.store.topology import Access, ConnectionFactory
+from proxy.store.topology import ConnectionFactory
 from proxy.urls import Address, parse_store_url
 
 GREETING = b"+OK\r\n"

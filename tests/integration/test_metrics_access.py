@@ -6,7 +6,7 @@ from conftest import Opened
 
 from gateway_fixture import DESIGN, EXPIRED, RETIRED, code_of
 from prometheus import OPENMETRICS, SCRAPER
-from proxy.app import METRICS_PATH
+from proxy.http.paths import METRICS_PATH
 from watching import ADMIN
 
 

@@ -15,11 +15,11 @@ from gateway_fixture import DESIGN, MARKETING, PATH, RETIRED, Scene, break_off, 
 from lua_scripts import LUA_SCRIPTS
 from processes import Tree
 from prometheus import MORNING, SCRAPER, scrape
-from proxy.app import METRICS_PATH
 from proxy.demo.simulator import Fault
 from proxy.gateway.estimates import Ask, Trace
 from proxy.gateway.in_flight import MAX_IN_FLIGHT, Lifecycle
 from proxy.http.endpoint import Ending, StoryEndpoint
+from proxy.http.paths import METRICS_PATH
 from proxy.problems import Outcome
 from proxy.quota.model_names import MAX_MODELS
 from proxy.telemetry.metrics import Metrics

@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from gateway_fixture import settings
-from proxy.app import objections
+from proxy.open_stores import startup_errors
 from proxy.store.persistence import Persistence, data_loss_warning
 from proxy.store.redirects import SLOTS
 from topologies import Cluster, cluster, stage_of
@@ -34,7 +34,7 @@ SETTINGS: dict[str, list[tuple[dict[str, str], list[str]]]] = {
 
 def said_at_start(url: str, caplog: pytest.LogCaptureFixture, **store: str) -> list[str]:
     caplog.clear()
-    assert asyncio.run(objections(settings(url, "http://127.0.0.1:1", store=store), {})) is None
+    assert asyncio.run(startup_errors(settings(url, "http://127.0.0.1:1", store=store), {})) is None
     assert {record.levelname for record in caplog.records} <= {"ERROR"}
     return [record.getMessage() for record in caplog.records if "evict" not in record.getMessage()]
 

@@ -15,12 +15,13 @@ import redis
 from faulty_proxy import GOOD, Way, relay
 from gateway_fixture import settings
 from lateness import assert_in_time
-from proxy.app import objections
 from proxy.cache.price_book import Lease, PriceBook
 from proxy.cache.prices import Known, Price
+from proxy.open_stores import open_book_store, open_ledger_store, startup_errors
 from proxy.problems import StoreUnavailable
 from proxy.settings.schema import Settings
-from proxy.store.client import COOLDOWN_S, TIMEOUT_S, EmbeddedUrls, Script, Store, open_book_store, open_ledger_store
+from proxy.store.access import EmbeddedUrls
+from proxy.store.client import COOLDOWN_S, TIMEOUT_S, Script, Store
 from proxy.telemetry.metrics import Metrics
 from serving import free_port
 
@@ -336,9 +337,9 @@ def test_credentials_of_the_settings_are_used(any_store_url: str, server: redis.
 
 def test_an_old_server_is_objected_to(any_store_url: str) -> None:
     configured = settings(any_store_url, "http://127.0.0.1:1")
-    assert asyncio.run(objections(configured, {})) is None
+    assert asyncio.run(startup_errors(configured, {})) is None
     with answering(b"redis_version:6.2.14\r\n") as url:
-        said = asyncio.run(objections(settings(url, "http://127.0.0.1:1"), {}))
+        said = asyncio.run(startup_errors(settings(url, "http://127.0.0.1:1"), {}))
     assert said == "the store is Redis 6.2.14: use Redis 7.0 or newer, or Valkey 7.2 or newer"
 
 
@@ -350,7 +351,7 @@ def test_a_ledger_that_may_evict_is_warned_of_and_a_price_book_is_not(
     for wanted, warnings in (("noeviction", 0), ("allkeys-lru", 1)):
         server.config_set("maxmemory-policy", wanted)
         caplog.clear()
-        assert asyncio.run(objections(configured, {})) is None
+        assert asyncio.run(startup_errors(configured, {})) is None
         said = [record.getMessage().split(":")[0] for record in caplog.records if "evict" in record.getMessage()]
         assert said == [f"the ledger's server may evict (maxmemory-policy {wanted})"] * warnings
     server.config_set("maxmemory-policy", str(policy))

@@ -45,9 +45,9 @@ from proxy.quota.ledger import Admitted, Ledger
 from proxy.quota.quotas import Charge, Rate, Terms
 from proxy.quota.reports import Reports
 from proxy.quota.usage import UsageQuery
+from proxy.store.access import Access
 from proxy.store.client import TICK_S, TIMEOUT_S, Script, Store
 from proxy.store.redirects import SLOTS, Ask, Elsewhere, Final, Later, Meaning, Moved, Unreached, homes_of, meaning_of
-from proxy.store.topology import Access
 from proxy.telemetry.metrics import Metrics
 from proxy.urls import Address
 from serving import free_port, wait_until

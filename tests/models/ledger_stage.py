@@ -19,8 +19,9 @@ from proxy.quota.counters import LedgerKeys
 from proxy.quota.ledger import Admitted, Denied, Ledger
 from proxy.quota.quotas import Standing, Terms
 from proxy.quota.reports import Reports
+from proxy.store.access import Access
 from proxy.store.client import Script, Store
-from proxy.store.topology import CONNECTION, Access
+from proxy.store.topology import CONNECTION
 from proxy.telemetry.metrics import Metrics
 
 MOST_NAMES = 2

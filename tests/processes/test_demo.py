@@ -25,13 +25,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.app import teams_of, terms_of
 from proxy.cache.canonical import canonicalise
 from proxy.demo.runner import FAULTS
 from proxy.demo.setup import QUESTION, RESPELLED, TEAMS, Stage, config_text, environment, introduction, last_words
 from proxy.demo.setup import new_token as token
 from proxy.demo.simulator import ESTIMATE_PATH, Simulator
 from proxy.demo.traffic import BURST_LEAST, BURST_MOST, POOL, QUERY, Body, Tally, moment, respell
+from proxy.gateway.live_config import teams_of, terms_of
 from proxy.settings.loader import load
 from serving import free_port, serving, wait_until
 

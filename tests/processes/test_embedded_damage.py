@@ -21,7 +21,8 @@ from processes import House, house
 from proxy.embedded import stores as embedded
 from proxy.embedded import valkey
 from proxy.embedded.aof import remedy_of
-from proxy.embedded.stores import EmbeddedStoreError, EmbeddedStores, Role
+from proxy.embedded.stores import EmbeddedStoreError, EmbeddedStores
+from proxy.store.access import Role
 
 BOOK: tuple[Role] = ("price-book",)
 OLD, NEW = ({f"{kind}{n:02}" for n in range(50)} for kind in ("old", "new"))

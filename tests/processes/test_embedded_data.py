@@ -11,7 +11,7 @@ import pytest
 
 from embedded_stores import BOTH, LEDGER, answers, client, kept, next_message, pid_of, put, running, until
 from proxy.embedded import valkey
-from proxy.embedded.stores import Role
+from proxy.store.access import Role
 
 
 def appended_file(data_dir: Path) -> Path:

@@ -25,7 +25,8 @@ from conftest import Stage
 from gateway_fixture import DESIGN, PATH, cache_status, code_of
 from processes import SOON_S, START_S, House, Served, address_of, house, kill, wait_until_gone
 from proxy.demo.simulator import Simulator
-from proxy.embedded.stores import Role, running_url
+from proxy.embedded.stores import running_url
+from proxy.store.access import Role
 from proxy.telemetry.metrics import FLUSH_AFTER_S
 from serving import wait_until
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 import redis
 
-from proxy.embedded.stores import MAX_MEMORY_MB, EmbeddedStores, Role
+from proxy.embedded.stores import MAX_MEMORY_MB, EmbeddedStores
+from proxy.store.access import Role
 
 LEDGER: tuple[Role] = ("ledger",)
 """One will do where it makes no difference that there are two."""

@@ -17,8 +17,8 @@ import psutil
 
 from gateway_fixture import API_KEY, DESIGN, MARKETING, PATH, PLENTY, RETIRED
 from proxy.auth import digest_of
-from proxy.embedded.stores import Role
 from proxy.settings.loader import FAMILIAR_VARIABLES, PREFIX
+from proxy.store.access import Role
 from serving import wait_until
 
 SOON_S = 5.0

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.gateway.cache_control import MAX_SECONDS, Directives, parse_directives
+from proxy.gateway.freshness import MAX_SECONDS, Directives, parse_directives
 from proxy.problems import BadRequest, Code
 
 NOTHING = Directives()

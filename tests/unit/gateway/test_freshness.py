@@ -7,8 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxy.cache.prices import Balance, Known, Price, StoredPrice
-from proxy.gateway.cache_control import Directives
-from proxy.gateway.freshness import Choice, Forward, NotCached, Serve, Windows, choose
+from proxy.gateway.freshness import Choice, Directives, Forward, NotCached, Serve, Windows, choose
 
 WINDOWS = Windows(stale_while_revalidate_s=30, stale_if_error_s=600)
 BALANCE = Balance(b"20", 3.5)

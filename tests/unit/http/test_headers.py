@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxy.gateway.cache_control import Directives
+from proxy.gateway.freshness import Directives
 from proxy.http.headers import Head
 from proxy.problems import BadRequest, Code
 

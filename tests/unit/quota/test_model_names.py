@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from bodies import BODIES, Body, respell
 from proxy.cache.canonical import canonicalise
-from proxy.quota.model_names import MIXED, NONE, OTHER, model_of
+from proxy.problems import NO_NAME
+from proxy.quota.model_names import MIXED, OTHER, model_of
 
 MODES = ("segment", "style", "model", "true_touch", "narrator", "video_anyone")
 ALPHABET = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 ._-")
@@ -36,15 +37,15 @@ def named(*items: dict[str, Any]) -> str:
         ({"model": "JuggernautXL v9.1_turbo-2"}, "JuggernautXL v9.1_turbo-2"),
         ({"model": "a" * 64}, "a" * 64),
         # none
-        ({}, NONE),
-        ({"seed": 1, "prompt": {"positive": "x"}}, NONE),
-        ({"style_detail": {"name": "Raw Photo"}}, NONE),
-        ({"Model": "Flux"}, NONE),
-        ({"prompt": {"model": "Flux"}}, NONE),
+        ({}, NO_NAME),
+        ({"seed": 1, "prompt": {"positive": "x"}}, NO_NAME),
+        ({"style_detail": {"name": "Raw Photo"}}, NO_NAME),
+        ({"Model": "Flux"}, NO_NAME),
+        ({"prompt": {"model": "Flux"}}, NO_NAME),
         # null is absent, anything else is there
         ({"segment": None, "style": None, "model": "Flux"}, "Flux"),
         ({"model": None, "video_anyone": {}}, "video_anyone"),
-        (dict.fromkeys(MODES), NONE),
+        (dict.fromkeys(MODES), NO_NAME),
         ({"segment": False, "model": "Flux"}, "segment"),
         ({"segment": 0}, "segment"),
         ({"segment": "a name"}, "segment"),
@@ -99,7 +100,7 @@ def test_the_first_mode_present_decides(at: int) -> None:
         ([{"model": "Flux"}, {"style": "Flux"}], "Flux"),
         ([{"model": "Flux"}, {"model": "flux"}], MIXED),
         ([{"model": "Flux"}, {}], MIXED),
-        ([{}, {"model": None}], NONE),
+        ([{}, {"model": None}], NO_NAME),
         ([{"model": "Flux"}, {"model": "a/b"}], MIXED),
         ([{"model": "a/b"}, {"model": "c/d"}], OTHER),
         ([{"narrator": {"script": "a"}}, {"narrator": {"script": "b"}}], "narrator"),
@@ -122,8 +123,8 @@ BY_FIRST_WORDS = {
     "true touch": "true_touch",
     "narrator": "narrator",
     "video": "video_anyone",
-    "two styles": NONE,  # in style_detail alone
-    "nothing said": NONE,
+    "two styles": NO_NAME,  # in style_detail alone
+    "nothing said": NO_NAME,
 }
 BY_NAME = {
     "image, with a style too": "Bokeh",

@@ -1,0 +1,93 @@
+"""Opens the two stores as the settings say, and finds the reasons not to use one."""
+
+import logging
+from dataclasses import replace
+
+from proxy.cache.price_book import PriceBook
+from proxy.settings.schema import Settings
+from proxy.store.access import Access, EmbeddedUrls
+from proxy.store.client import Store
+from proxy.store.persistence import data_loss_warning
+from proxy.telemetry.metrics import Metrics
+from proxy.upstream.address import Address
+
+OLDEST_REDIS = (7, 0)
+
+log = logging.getLogger(__name__)
+
+
+def open_ledger_store(settings: Settings, embedded_urls: EmbeddedUrls, metrics: Metrics | None = None) -> Store:
+    """The store of quotas and usage: the one that the settings name, or else the embedded one."""
+    if settings.store.url is None:
+        return Store(embedded_urls["ledger"], "ledger", metrics, access=_access_to_cache(settings))
+    return Store(settings.store.url.get_secret_value(), "ledger", metrics, access=_access_to_store(settings))
+
+
+def open_book_store(
+    settings: Settings, embedded_urls: EmbeddedUrls, metrics: Metrics | None = None, *, ledger: Store | None = None
+) -> Store:
+    """The store of prices: one of their own, or else the ledger's, which may be open already, or the embedded one."""
+    if settings.cache.url is not None:
+        return Store(settings.cache.url.get_secret_value(), "price-book", metrics, access=_access_to_cache(settings))
+    if settings.store.url is not None:
+        url, access = settings.store.url.get_secret_value(), _access_to_store(settings)
+        return Store(url, "price-book", metrics, access=access, cooldowns=None if ledger is None else ledger.cooldowns)
+    return Store(embedded_urls["price-book"], "price-book", metrics, access=_access_to_cache(settings))
+
+
+def book_of(settings: Settings, store: Store, address: Address) -> PriceBook:
+    """The price book of the upstream at `address`."""
+    cache = settings.cache
+    stale_s = max(cache.stale_while_revalidate_s, cache.stale_if_error_s)
+    return PriceBook(store, origin=address.origin, ttl_s=cache.ttl_s, stale_s=stale_s)
+
+
+async def startup_errors(settings: Settings, embedded_urls: EmbeddedUrls) -> str | None:
+    """Why a store must not be used, if its version is known and too old. Logs what could lose the ledger's data."""
+    for open_role in (open_ledger_store, open_book_store):
+        store = open_role(settings, embedded_urls)
+        try:
+            version = await store.version()
+            if store.role == "ledger":
+                await _log_data_loss_risks(store)
+        finally:
+            await store.close()
+        if version is not None and version < OLDEST_REDIS:
+            found, oldest = (".".join(map(str, numbers)) for numbers in (version, OLDEST_REDIS))
+            return f"the store is Redis {found}: use Redis {oldest} or newer, or Valkey 7.2 or newer"
+    return None
+
+
+async def _log_data_loss_risks(ledger: Store) -> None:
+    policy = await ledger.eviction_policy()
+    if policy not in (None, "noeviction"):
+        log.error(
+            "the ledger's server may evict (maxmemory-policy %s): quotas and usage can vanish in silence. "
+            "Set it to noeviction, and give the price book a server of its own (cache.url)",
+            policy,
+        )
+    warning = data_loss_warning(await ledger.persistence())
+    if warning is not None:
+        log.error("the ledger's server %s", warning)
+
+
+def _access_to_store(settings: Settings) -> Access:
+    store = settings.store
+    return replace(
+        _access_to_cache(settings),
+        username=store.username,
+        password=None if store.password is None else store.password.get_secret_value(),
+        sentinel_password=None if store.sentinel_password is None else store.sentinel_password.get_secret_value(),
+    )
+
+
+def _access_to_cache(settings: Settings) -> Access:
+    """Certificates and timeouts are one question for both, credentials are not: those of `cache.url` stand in it."""
+    store = settings.store
+    return Access(
+        ca_file=store.ca_file,
+        cert_file=store.cert_file,
+        key_file=store.key_file,
+        timeout_s=store.timeout_s,
+        connect_timeout_s=store.connect_timeout_s,
+    )
