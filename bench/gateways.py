@@ -20,7 +20,7 @@ _HUGE = {"estimated_credits": 9_000_000_000, "requests": 10**12}
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class TeamLimits:
     """Who may ask a gateway, and with what quotas: on credits and requests, of the team and of the organisation.
 
     logged: whether each request has its log line, as by default.
@@ -34,7 +34,7 @@ class Terms:
 
 
 @contextmanager
-def gateway(place: Place, terms: Terms, ledger: Store, book: Store, upstream_url: str) -> Iterator[Site]:
+def gateway(place: Place, terms: TeamLimits, ledger: Store, book: Store, upstream_url: str) -> Iterator[Site]:
     """A gateway that serves. Gateways share stores, each with a ledger of its own in them."""
     config = place.folder / f"{terms.name}.toml"
     config.write_text(_toml(_config(terms, ledger, book, upstream_url)), encoding="utf-8")
@@ -50,7 +50,7 @@ def gateway(place: Place, terms: Terms, ledger: Store, book: Store, upstream_url
         yield Site(url, child, workers, ledger)
 
 
-def _config(terms: Terms, ledger: Store, book: Store, upstream_url: str) -> dict[str, object]:
+def _config(terms: TeamLimits, ledger: Store, book: Store, upstream_url: str) -> dict[str, object]:
     """Everything is on, and generous."""
     tree: dict[str, object] = {
         "server.drain_delay_s": 0,

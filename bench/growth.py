@@ -6,7 +6,7 @@ from itertools import pairwise
 from math import log
 
 from bench.cases import CASES, Case
-from bench.gateways import Terms
+from bench.gateways import TeamLimits
 from bench.parts import Pace, Part, Say, Table, Target
 from bench.plot import Curve, Panel
 from bench.rounds import Rounds, play
@@ -87,7 +87,7 @@ def _of_connections(case: Case, point: int) -> Case:
 
 def _of_teams(case: Case, point: int) -> Case:
     teams = tuple(f"team-{number}" for number in range(1, point + 1))
-    terms = Terms(f"teams-{point}", teams)
+    terms = TeamLimits(f"teams-{point}", teams)
     return case.at(_named(case, point), site=lambda stage: stage.gateway(terms), traffic=lambda: by_turns(teams))
 
 

@@ -4,7 +4,7 @@ from time import monotonic
 from typing import Any
 
 from bench.children import BenchError
-from bench.gateways import Terms
+from bench.gateways import TeamLimits
 from bench.load import Shape
 from bench.parts import Part, Say, Table, Target
 from bench.stage import Stage
@@ -25,7 +25,7 @@ Sample = tuple[int, float]
 
 
 def run(stage: Stage, say: Say, *, requests: int = REQUESTS) -> Part:
-    with stage.another_gateway(Terms("memory", TEAMS)) as site:
+    with stage.another_gateway(TeamLimits("memory", TEAMS)) as site:
         (worker,) = site.workers()
         samples: list[Sample] = [(0, worker.memory_info().rss / MB)]
         traffic, began = fresh(token(TEAMS[0]), distinct=DISTINCT), monotonic()

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from bench.machine import ROOT
 from bench.parts import Part, Table
-from proxy.cli.tables import tabbed
+from proxy.cli.tables import to_tsv
 
 FORMAT = 1
 DOCS = ROOT / "docs" / "performance.md"
@@ -30,7 +30,7 @@ def shown(part: Part, console: Console) -> None:
         if console.is_terminal:
             console.print(_rich(table))
         else:
-            console.out(tabbed([table.columns, *table.rows]), highlight=False)
+            console.out(to_tsv([table.columns, *table.rows]), highlight=False)
 
 
 def document(facts: Mapping[str, Any], parts: Sequence[Part]) -> dict[str, Any]:

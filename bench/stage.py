@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from bench.gateways import Terms, gateway
+from bench.gateways import TeamLimits, gateway
 from bench.load import Kind, Loads
 from bench.machine import Cores
 from bench.sites import Place, Site, Store, Upstream, bare, nginx_pass, peer, store, upstream
@@ -15,9 +15,9 @@ from bench.traffic import TEAMS
 
 _Opened = TypeVar("_Opened")
 
-FULL = Terms("full", TEAMS)
-WITHOUT_QUOTAS = Terms("without-quotas", TEAMS, quotas=False)
-LOGGED = Terms("logged", TEAMS, logged=True)
+FULL = TeamLimits("full", TEAMS)
+WITHOUT_QUOTAS = TeamLimits("without-quotas", TEAMS, quotas=False)
+LOGGED = TeamLimits("logged", TEAMS, logged=True)
 
 
 class Stage:
@@ -25,15 +25,15 @@ class Stage:
         self.place = place
         self.loads = Loads(kind, place.folder, place.cores.load)
         self._opened = opened
-        self._gateways: dict[Terms, Site] = {}
+        self._gateways: dict[TeamLimits, Site] = {}
 
-    def gateway(self, terms: Terms) -> Site:
+    def gateway(self, terms: TeamLimits) -> Site:
         if terms not in self._gateways:
             self._gateways[terms] = self._enter(gateway(self.place, terms, *self._stores, self.upstream.site.url))
         return self._gateways[terms]
 
     @contextmanager
-    def another_gateway(self, terms: Terms) -> Iterator[Site]:
+    def another_gateway(self, terms: TeamLimits) -> Iterator[Site]:
         """One that ends before the stage does."""
         with gateway(self.place, terms, *self._stores, self.upstream.site.url) as opened:
             yield opened

@@ -7,7 +7,7 @@
 
 from bench import machine
 from bench.cases import CASES, Case
-from bench.gateways import Terms
+from bench.gateways import TeamLimits
 from bench.load import Kind
 from bench.measuring import Measured
 from bench.parts import Pace, Part, Say, Table, Target
@@ -44,7 +44,7 @@ def run(kind: Kind, pace: Pace, say: Say) -> Part:
 
 def _case(name: str, workers: int) -> Case:
     def site(opened: Stage) -> Site:
-        return opened.gateway(Terms(name.replace(" ", "-"), TEAMS, workers=workers))
+        return opened.gateway(TeamLimits(name.replace(" ", "-"), TEAMS, workers=workers))
 
     (hit,) = (case for case in CASES if case.name == "hit")
     return hit.at(name, site=site, connections=CONNECTIONS)

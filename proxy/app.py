@@ -16,20 +16,20 @@ from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
 from proxy.gateway.estimates import Gateway, Policy
-from proxy.gateway.fetcher import Asker
-from proxy.gateway.freshness import Windows
-from proxy.gateway.in_flight import Lifecycle
-from proxy.gateway.live_config import InForce, Rules, rules_of
-from proxy.gateway.questions import Reader
-from proxy.http.endpoint import StoryEndpoint, probe_answer, refuse_route
-from proxy.http.metrics_endpoint import Scrape
+from proxy.gateway.fetcher import Fetcher
+from proxy.gateway.freshness import StaleLimits
+from proxy.gateway.in_flight import InFlightTracker
+from proxy.gateway.live_config import ConfigHolder, RuntimeConfig, runtime_config_of
+from proxy.gateway.questions import RequestParser
+from proxy.http.endpoint import Endpoint, probe_answer, refuse_route
+from proxy.http.metrics_endpoint import MetricsEndpoint
 from proxy.http.paths import EXPLAIN_PATH, METRICS_PATH, PURGE_PATH, QUOTA_PATH, USAGE_PATH
-from proxy.http.usage_endpoints import Statements
+from proxy.http.usage_endpoints import UsageEndpoints
 from proxy.open_stores import book_of, open_book_store, open_ledger_store
-from proxy.quota.batches import Decisions
+from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.ledger import Ledger
-from proxy.quota.reports import Reports
+from proxy.quota.reports import LedgerReader
 from proxy.settings.schema import Settings
 from proxy.store.access import EmbeddedUrls
 from proxy.store.client import Store
@@ -42,7 +42,7 @@ from proxy.upstream.client import Upstream
 class Application(Starlette):
     """Starlette, whose middleware and router estimates leave aside: their endpoint catches what it raises itself."""
 
-    def __init__(self, estimate: StoryEndpoint, routes: Sequence[Route], **how: Any) -> None:
+    def __init__(self, estimate: Endpoint, routes: Sequence[Route], **how: Any) -> None:
         super().__init__(routes=[Route(ESTIMATE_PATH, estimate, methods=["POST"]), *routes], **how)
         self.router.redirect_slashes = False  # a redirect would repeat the request's Host header
         self._estimate = estimate
@@ -52,29 +52,29 @@ class Application(Starlette):
         return self._estimate(scope, receive, send) if is_estimate else super().__call__(scope, receive, send)
 
 
-def build(settings: Settings, embedded_urls: EmbeddedUrls, lifecycle: Lifecycle, metrics: Metrics) -> Starlette:
+def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTracker, metrics: Metrics) -> Starlette:
     """The gateway as an application. `embedded_urls` say where the stores are that no setting names."""
     ledger_store = open_ledger_store(settings, embedded_urls, metrics)
     book_store = open_book_store(settings, embedded_urls, metrics, ledger=ledger_store)
     api_keys = {name: account.api_key for name, account in settings.accounts.items()}
     upstream = Upstream(settings.upstream, api_keys, metrics)
     book = book_of(settings, book_store, upstream.address)
-    asker = Asker(book, upstream, metrics, lifecycle, timeout_s=settings.server.request_timeout_s)
-    zone, keys, in_force = settings.org.zone, LedgerKeys(settings.org.id), InForce(rules_of(settings))
+    fetcher = Fetcher(book, upstream, metrics, tracker, timeout_s=settings.server.request_timeout_s)
+    zone, keys, live = settings.org.zone, LedgerKeys(settings.org.id), ConfigHolder(runtime_config_of(settings))
     admits_on_outage = settings.store.on_outage == "admit"
-    decisions = Decisions(ledger_store, keys, zone, metrics)
-    ledger = Ledger(decisions, metrics, admits_on_outage=admits_on_outage)
-    _preregister_warnings(metrics, in_force.rules)
-    metrics.in_flight = lambda: lifecycle.in_flight
-    gateway = Gateway(in_force, ledger, book, asker, Reader(upstream.address), policy_of(settings))
-    reports = Reports(ledger_store, keys, zone)
-    statements = Statements(in_force, reports, zone)
-    scrape = Scrape(in_force, metrics, decisions, reports, book)
+    batcher = LedgerBatcher(ledger_store, keys, zone, metrics)
+    ledger = Ledger(batcher, metrics, admits_on_outage=admits_on_outage)
+    _preregister_warnings(metrics, live.config)
+    metrics.in_flight = lambda: tracker.in_flight
+    gateway = Gateway(live, ledger, book, fetcher, RequestParser(upstream.address), policy_of(settings))
+    ledger_reader = LedgerReader(ledger_store, keys, zone)
+    usage_endpoints = UsageEndpoints(live, ledger_reader, zone)
+    metrics_endpoint = MetricsEndpoint(live, metrics, batcher, ledger_reader, book)
 
     def reload(changed: Settings) -> None:
         """What began under the old rules ends under them."""
-        in_force.rules = rules_of(changed)
-        _preregister_warnings(metrics, in_force.rules)
+        live.config = runtime_config_of(changed)
+        _preregister_warnings(metrics, live.config)
         upstream.take_keys({name: account.api_key for name, account in changed.accounts.items()})
         metrics.begin(changed.teams, changed.accounts)
 
@@ -85,15 +85,15 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, lifecycle: Lifecycle,
         monitor = asyncio.create_task(DescriptorMonitor(metrics).run())
         yield
         monitor.cancel()
-        await gateway.finish(max(0.0, lifecycle.stop_by - monotonic()))
+        await gateway.finish(max(0.0, tracker.stop_deadline - monotonic()))
         metrics.flush()
         await upstream.close()
         await book_store.close()
         await ledger_store.close()
 
     endpoint = partial(
-        StoryEndpoint,
-        lifecycle=lifecycle,
+        Endpoint,
+        tracker=tracker,
         metrics=metrics,
         max_body_bytes=settings.server.max_body_bytes,
         timeout_s=settings.server.request_timeout_s,
@@ -103,21 +103,21 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, lifecycle: Lifecycle,
         routes=[
             Route(EXPLAIN_PATH, endpoint("other", gateway.explain), methods=["POST"]),
             Route(PURGE_PATH, endpoint("other", gateway.purge), methods=["POST"]),
-            Route(USAGE_PATH, endpoint("other", statements.usage), methods=["GET"]),
-            Route(QUOTA_PATH, endpoint("other", statements.quota), methods=["GET"]),
-            Route(METRICS_PATH, endpoint("other", scrape.metrics), methods=["GET"]),
+            Route(USAGE_PATH, endpoint("other", usage_endpoints.usage), methods=["GET"]),
+            Route(QUOTA_PATH, endpoint("other", usage_endpoints.quota), methods=["GET"]),
+            Route(METRICS_PATH, endpoint("other", metrics_endpoint.metrics), methods=["GET"]),
             Route("/healthz", _healthz, methods=["GET"]),
-            Route("/readyz", partial(_readyz, (ledger_store, book_store), upstream, lifecycle), methods=["GET"]),
+            Route("/readyz", partial(_readyz, (ledger_store, book_store), upstream, tracker), methods=["GET"]),
         ],
-        exception_handlers={HTTPException: partial(refuse_route, lifecycle, metrics)},
+        exception_handlers={HTTPException: partial(refuse_route, tracker, metrics)},
         lifespan=lifespan,
     )
     app.state.reload = reload
     return app
 
 
-def _preregister_warnings(metrics: Metrics, rules: Rules) -> None:
-    for terms in rules.terms.values():
+def _preregister_warnings(metrics: Metrics, config: RuntimeConfig) -> None:
+    for terms in config.terms.values():
         for quota in terms.quotas:
             if not quota.refuse:
                 metrics.preregister_warning(quota.owner(terms.team), quota.measure, quota.per)
@@ -127,7 +127,7 @@ def policy_of(settings: Settings) -> Policy:
     """What the settings say about answers."""
     cache = settings.cache
     return Policy(
-        windows=Windows(cache.stale_while_revalidate_s, cache.stale_if_error_s),
+        stale_limits=StaleLimits(cache.stale_while_revalidate_s, cache.stale_if_error_s),
         balance_max_age_s=cache.balance_max_age_s,
         timeout_s=settings.server.request_timeout_s,
         refuse_unpriced=settings.upstream.on_unpriced == "refuse",
@@ -138,9 +138,9 @@ async def _healthz(request: Request) -> Response:
     return probe_answer(request, {"status": "alive"})
 
 
-async def _readyz(stores: Sequence[Store], upstream: Upstream, lifecycle: Lifecycle, request: Request) -> Response:
+async def _readyz(stores: Sequence[Store], upstream: Upstream, tracker: InFlightTracker, request: Request) -> Response:
     """Ready unless shutting down: a lost store or upstream has its own promises, and all replicas share it."""
-    if lifecycle.draining:
+    if tracker.draining:
         return probe_answer(request, {"status": "draining"}, draining=True)
     found = await asyncio.gather(*(store.is_up() for store in stores))
     degraded: list[str] = [store.role for store, is_up in zip(stores, found, strict=True) if not is_up]

@@ -14,7 +14,7 @@ from zlib import crc32
 from zoneinfo import ZoneInfo
 
 from proxy.problems import Code, Problem
-from proxy.quota.quotas import Terms
+from proxy.quota.quotas import TeamLimits
 
 PREFIX = "ep_"
 RANDOM_CHARACTERS = 32
@@ -30,7 +30,7 @@ class Team:
     id: str
     account: str
     disabled: bool
-    terms: Terms
+    terms: TeamLimits
 
 
 @dataclass(frozen=True, slots=True)

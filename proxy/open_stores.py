@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from proxy.cache.price_book import PriceBook
 from proxy.settings.schema import Settings
-from proxy.store.access import Access, EmbeddedUrls
+from proxy.store.access import EmbeddedUrls, StoreAccess
 from proxy.store.client import Store
 from proxy.store.persistence import data_loss_warning
 from proxy.telemetry.metrics import Metrics
@@ -71,7 +71,7 @@ async def _log_data_loss_risks(ledger: Store) -> None:
         log.error("the ledger's server %s", warning)
 
 
-def _access_to_store(settings: Settings) -> Access:
+def _access_to_store(settings: Settings) -> StoreAccess:
     store = settings.store
     return replace(
         _access_to_cache(settings),
@@ -81,10 +81,10 @@ def _access_to_store(settings: Settings) -> Access:
     )
 
 
-def _access_to_cache(settings: Settings) -> Access:
+def _access_to_cache(settings: Settings) -> StoreAccess:
     """Certificates and timeouts are one question for both, credentials are not: those of `cache.url` stand in it."""
     store = settings.store
-    return Access(
+    return StoreAccess(
         ca_file=store.ca_file,
         cert_file=store.cert_file,
         key_file=store.key_file,

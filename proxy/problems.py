@@ -8,7 +8,7 @@ A *denial* is a `Problem`, returned like any other value. A *failure* is an exce
     ├── ClientGone          nobody is left to answer
     ├── Overloaded          more than this process can serve
     └── StoreUnavailable    price book or ledger is out of reach, or does not answer in time
-        └── StoreUnanswered     after it was asked: what was to be done may have been done
+        └── StoreOutcomeUnknown after it was asked: what was to be done may have been done
 """
 
 from collections.abc import Mapping
@@ -210,5 +210,5 @@ class StoreUnavailable(ProxyError):  # noqa: N818 -- named as the promise that i
     pass
 
 
-class StoreUnanswered(StoreUnavailable):
+class StoreOutcomeUnknown(StoreUnavailable):
     pass

@@ -47,7 +47,7 @@ def load(raw: bytes) -> Any:
     """The JSON value in `raw`, in which no integer below -2**63 is taken for it. Raises `BadRequest`."""
     value = _load(raw)
     if _NEAR_MIN_INTEGER in raw:  # only now: on what is no JSON the pattern could take quadratic time
-        value = _load(_STRING_OR_NEAR_MIN_INTEGER.sub(_kept_apart, raw))
+        value = _load(_STRING_OR_NEAR_MIN_INTEGER.sub(_protect_below_min, raw))
     return value
 
 
@@ -95,10 +95,10 @@ def _load(raw: bytes) -> Any:
     try:
         return orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        raise _invalid(f"The body is not valid JSON: {_flaw(raw, error)}.") from None
+        raise _invalid(f"The body is not valid JSON: {_json_error(raw, error)}.") from None
 
 
-def _flaw(raw: bytes, error: orjson.JSONDecodeError) -> str:
+def _json_error(raw: bytes, error: orjson.JSONDecodeError) -> str:
     """What is no UTF-8 orjson would place at the beginning."""
     try:
         raw.decode()
@@ -107,7 +107,7 @@ def _flaw(raw: bytes, error: orjson.JSONDecodeError) -> str:
     return str(error)
 
 
-def _kept_apart(token: re.Match[bytes]) -> bytes:
+def _protect_below_min(token: re.Match[bytes]) -> bytes:
     """An integer below -2**63 in a spelling that no double confuses with it; anything else as it is."""
     return b"-1e19" if token[1] and int(token[1]) < _MIN_INTEGER else token[0]
 

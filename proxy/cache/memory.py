@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from proxy.cache.prices import Entry
 
 MAX_AGE_S = 60.0
-"""So long a process may miss that another one has asked for the same price anew. Another price it hears of: see `drops`
-in `proxy.cache.price_book`."""
+"""A process may miss for this long that another one has fetched the same price again. If the price has changed, it
+notices within `BOOK_REREAD_S`: see `invalidations` in `proxy.cache.price_book`."""
 
 MAX_ENTRIES = 10_000
 MAX_BYTES = 16 * 2**20
@@ -20,8 +20,8 @@ OVERHEAD_BYTES = 600
 
 
 @dataclass(frozen=True, slots=True)
-class HotEntry:
-    """`read_at` is on this process's monotonic clock, taken before the store was asked, and so is `drops`.
+class MemoryEntry:
+    """`read_at` is on this process's monotonic clock, taken before the store was asked, and so is `invalidations`.
 
     drops: of the account's book, as far as was known; -1 if nothing was.
     """
@@ -29,12 +29,12 @@ class HotEntry:
     entry: Entry
     now_ms: int
     read_at: float
-    drops: int
+    invalidations: int
 
 
-class HotPrices:
+class MemoryCache:
     def __init__(self, *, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES) -> None:
-        self._entries: OrderedDict[str, HotEntry] = OrderedDict()
+        self._entries: OrderedDict[str, MemoryEntry] = OrderedDict()
         self._max_entries = max_entries
         self._max_bytes = max_bytes
         self._bytes = 0
@@ -42,7 +42,7 @@ class HotPrices:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, key: str, now: float) -> HotEntry | None:
+    def get(self, key: str, now: float) -> MemoryEntry | None:
         found = self._entries.get(key)
         if found is None:
             return None
@@ -51,7 +51,7 @@ class HotPrices:
             return None
         return found
 
-    def put(self, key: str, found: HotEntry) -> None:
+    def put(self, key: str, found: MemoryEntry) -> None:
         """Keeps `found`, unless it was read before what is here: replies can overtake each other."""
         known = self._entries.get(key)
         if known is not None and known.read_at > found.read_at:
@@ -69,6 +69,6 @@ class HotPrices:
             self._bytes -= _size(found)
 
 
-def _size(found: HotEntry) -> int:
+def _size(found: MemoryEntry) -> int:
     price = found.entry.price
     return OVERHEAD_BYTES + len(price.estimated) + len(price.rest)

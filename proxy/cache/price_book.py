@@ -17,20 +17,20 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import monotonic
 
-from proxy.cache.memory import MAX_AGE_S, HotEntry, HotPrices
+from proxy.cache.memory import MAX_AGE_S, MemoryCache, MemoryEntry
 from proxy.cache.prices import (
     ENCODING,
     Balance,
     Entry,
-    Known,
-    Nonces,
+    Generations,
+    Lookup,
     Price,
     StoredPrice,
     as_of,
     decode_price,
     encode_price,
 )
-from proxy.cache.single_flight import Flights, SameTurn
+from proxy.cache.single_flight import SameTurn, SingleFlight
 from proxy.problems import StoreUnavailable
 from proxy.store.client import Script, Store
 
@@ -40,7 +40,7 @@ BOOK_REREAD_S = 1.0
 LEASE_S = 2.0
 """After so long a leader that died is replaced. It is renewed every quarter of that while its holder lives."""
 
-WORD_S = 2.0
+FAILURE_TTL_S = 2.0
 """How long a leader's word of failure waits for those who wait."""
 
 CHANGES_TO_REPRICE = 3
@@ -67,18 +67,18 @@ class Lease:
     key: str
     account: str
     token: str
-    nonces: Nonces
+    generations: Generations
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class LeaseHeld:
     """Somebody else has the lease: whose it is."""
 
     token: str
 
 
 @dataclass(frozen=True, slots=True)
-class Word:
+class LeaderFailure:
     """What a leader left who got no price."""
 
     text: bytes
@@ -92,19 +92,19 @@ class _Book:
         goes on serving the old one from memory.
     """
 
-    nonces: Nonces
-    drops: int
+    generations: Generations
+    invalidations: int
     repriced_ago_ms: int | None
     now_ms: int
     read_at: float
 
-    def has_dropped(self, hot: HotEntry) -> bool:
+    def is_invalidated(self, hot: MemoryEntry) -> bool:
         """Whether the price may have been purged or replaced since, so that only the store can tell."""
-        return hot.drops != self.drops or hot.entry.nonces.purge != self.nonces.purge
+        return hot.invalidations != self.invalidations or hot.entry.generations.purge != self.generations.purge
 
     def is_behind(self, entry: Entry) -> bool:
         """Whether `entry` may have nonces that the account's book has got since."""
-        return entry.nonces != self.nonces and entry.put_at_ms >= self.now_ms
+        return entry.generations != self.generations and entry.put_at_ms >= self.now_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +133,10 @@ class PriceBook:
         self._origin = origin
         self._ttl_ms = round(ttl_s * 1000)
         self._lifetime_ms = self._ttl_ms + round(stale_s * 1000)
-        self._hot = HotPrices()
+        self._hot = MemoryCache()
         self._books: dict[str, _Book] = {}
         self._balances: dict[str, _SeenBalance] = {}
-        self._rereads = Flights[_Book]()
+        self._rereads = SingleFlight[_Book]()
         self._readings = SameTurn[_Book]()
         self._puts = SameTurn[None]()
 
@@ -144,82 +144,84 @@ class PriceBook:
     def ttl_s(self) -> float:
         return self._ttl_ms / 1000
 
-    def at_hand(self, key: str, account: str) -> Known | None:
+    def get_local(self, key: str, account: str) -> Lookup | None:
         """What `look_up` would find without asking the store; None if it would ask."""
         now = monotonic()
         hot, book, seen = self._hot.get(key, now), self._books.get(account), self._balances.get(account)
         if hot is None or book is None or seen is None:
             return None
         entry = hot.entry
-        if now - book.read_at >= BOOK_REREAD_S or hot.drops != book.drops:
+        if now - book.read_at >= BOOK_REREAD_S or hot.invalidations != book.invalidations:
             return None
-        if entry.nonces != book.nonces:
-            is_gone = book.has_dropped(hot) or book.is_behind(entry)
+        if entry.generations != book.generations:
+            is_gone = book.is_invalidated(hot) or book.is_behind(entry)
             return None if is_gone else self._known(now, hot, book, seen)
         age_s = (hot.now_ms - entry.put_at_ms) / 1000 + now - hot.read_at
         if age_s < 0:  # the store's clock has gone back
             return self._known(now, hot, book, seen)
         stored = StoredPrice(entry.price, age_s, entry.ttl_ms / 1000 - age_s, entry.body_digest)
-        return Known(stored, seen.as_of(now), entry.put_at_ms)
+        return Lookup(stored, seen.as_of(now), entry.put_at_ms)
 
-    def _known(self, now: float, hot: HotEntry, book: _Book, seen: _SeenBalance) -> Known:
+    def _known(self, now: float, hot: MemoryEntry, book: _Book, seen: _SeenBalance) -> Lookup:
         stored = _as_of(now, hot.entry, hot.now_ms, hot.read_at, book)
-        return Known(stored, seen.as_of(now), hot.entry.put_at_ms)
+        return Lookup(stored, seen.as_of(now), hot.entry.put_at_ms)
 
-    async def look_up(self, key: str, account: str) -> Known:
+    async def look_up(self, key: str, account: str) -> Lookup:
         """What is known for `key`, and the account's newest balance."""
         hot = self._hot.get(key, monotonic())
         if hot is not None:
-            book = await self._book_for_hot(account)
-            if book.has_dropped(hot):
+            book = await self._book_for_remembered(account)
+            if book.is_invalidated(hot):
                 hot = await self._read_price(key, account)
         elif (read := self._book_of_a_moment_ago(account)) is not None:
             hot, book = await self._read_price(key, account), read
         else:
             hot, book = await asyncio.gather(self._read_price(key, account), self._book(account))
         if hot is None:
-            return Known(None, self.balance(account), None)
+            return Lookup(None, self.balance(account), None)
         if book.is_behind(hot.entry) or self.balance(account) is None:
             book = await self._read_book(account)  # the nonces were there before the price, the balance came with it
         stored = _as_of(monotonic(), hot.entry, hot.now_ms, hot.read_at, book)
-        return Known(stored, self.balance(account), hot.entry.put_at_ms)
+        return Lookup(stored, self.balance(account), hot.entry.put_at_ms)
 
     async def take_lease(
-        self, key: str, account: str, *, seen_ms: int | None, by_force: bool = False
-    ) -> Lease | Wait | StoredPrice:
-        """The lease, or whom to wait for, or a fresh price that is another than the one put at `seen_ms`."""
+        self, key: str, account: str, *, version: int | None, force: bool = False
+    ) -> Lease | LeaseHeld | StoredPrice:
+        """The lease, or whom to wait for, or a fresh price that is another than the one put at `version`."""
         token = secrets.token_urlsafe(9)
         while True:  # each turn has seen another text, and in the end there is none
-            read_at, drops = monotonic(), self._drops(account)
-            args = (token, round(LEASE_S * 1000), "" if seen_ms is None else seen_ms, int(by_force))
+            read_at, invalidations = monotonic(), self._invalidations(account)
+            args = (token, round(LEASE_S * 1000), "" if version is None else version, int(force))
             reading = self._readings.share(account, lambda: self._read_book(account))
             try:
                 kind, text, now_ms = await self._store.call(_LEASE_TAKE, *_keys(key), args=args)
             finally:
                 book = await reading
             if kind == b"lead":
-                return Lease(key, account, token, book.nonces)
+                return Lease(key, account, token, book.generations)
             if kind == b"wait":
-                return Wait(text.decode())
-            if (stored := self._fresh(key, _entry(text, now_ms, read_at, drops), book)) is not None:
+                return LeaseHeld(text.decode())
+            if (stored := self._fresh(key, _entry(text, now_ms, read_at, invalidations), book)) is not None:
                 return stored
-            seen_ms = int(text.split(b" ", 2)[1])
+            version = int(text.split(b" ", 2)[1])
 
-    async def watch(self, key: str, account: str, *, seen_ms: int | None) -> StoredPrice | Wait | Word | None:
+    async def watch(
+        self, key: str, account: str, *, version: int | None
+    ) -> StoredPrice | LeaseHeld | LeaderFailure | None:
         """What became of a question that somebody else asks; None if the lease has gone without a word."""
         book = await self._book(account)
         read_at = monotonic()
         text, lease, now_ms = await self._store.call(_LEASE_WATCH, *_keys(key))
-        found = _entry(text, now_ms, read_at, book.drops)
-        is_other = found is not None and found.entry.put_at_ms != seen_ms
+        found = _entry(text, now_ms, read_at, book.invalidations)
+        is_other = found is not None and found.entry.put_at_ms != version
         if is_other and (stored := self._fresh(key, found, book)) is not None:
             return stored
         if lease is None:
             return None
         state, _, rest = lease.partition(b" ")
         if state == b"L":
-            return Wait(rest.decode())
-        return Word(rest.partition(b" ")[2])
+            return LeaseHeld(rest.decode())
+        return LeaderFailure(rest.partition(b" ")[2])
 
     async def keep(self, lease: Lease) -> bool:
         """Prolongs a lease; False if it is not held any more."""
@@ -228,18 +230,18 @@ class PriceBook:
 
     async def put(self, lease: Lease, price: Price, body_digest: bytes) -> bool:
         """Stores a price and ends the lease; False if it was overtaken: by another leader, or by a purge."""
-        encoded = encode_price(price, ttl_ms=self._ttl_ms, nonces=lease.nonces, body_digest=body_digest)
-        read_at, drops = monotonic(), self._drops(lease.account)
+        encoded = encode_price(price, ttl_ms=self._ttl_ms, generations=lease.generations, body_digest=body_digest)
+        read_at, invalidations = monotonic(), self._invalidations(lease.account)
         args = (lease.token, ENCODING, encoded, self._lifetime_ms)
         put = await self._store.call(_PRICE_PUT, *_keys(lease.key), args=args)
         if not put:
             return False
         now_ms, is_another = put
         book = self._books.get(lease.account)
-        is_purged = book is not None and book.nonces.purge != lease.nonces.purge
+        is_purged = book is not None and book.generations.purge != lease.generations.purge
         if not is_purged:
-            entry = Entry(price, now_ms, self._ttl_ms, lease.nonces, body_digest)
-            self._keep_hot(lease.key, HotEntry(entry, now_ms, read_at, drops))
+            entry = Entry(price, now_ms, self._ttl_ms, lease.generations, body_digest)
+            self._remember(lease.key, MemoryEntry(entry, now_ms, read_at, invalidations))
         if is_another:
             with suppress(StoreUnavailable):  # others go on telling the old one then, for as long as they remember any
                 await self._store.call(_BOOK_DROP, self._book_key(lease.account))
@@ -250,7 +252,7 @@ class PriceBook:
 
         False, and nothing done, if the lease is not held any more.
         """
-        args = (lease.token, word, round(WORD_S * 1000), int(end_price))
+        args = (lease.token, word, round(FAILURE_TTL_S * 1000), int(end_price))
         ended = bool(await self._store.call(_LEASE_END, *_keys(lease.key), args=args))
         if end_price:  # not before: a look-up that began meanwhile may have brought it back
             self._hot.drop(lease.key)
@@ -313,25 +315,25 @@ class PriceBook:
             self._books.pop(account, None)
         return repriced
 
-    async def _read_price(self, key: str, account: str) -> HotEntry | None:
-        read_at, drops = monotonic(), self._drops(account)
+    async def _read_price(self, key: str, account: str) -> MemoryEntry | None:
+        read_at, invalidations = monotonic(), self._invalidations(account)
         text, now_ms = await self._store.call(_PRICE_GET, _keys(key)[0])
-        found = _entry(text, now_ms, read_at, drops)
+        found = _entry(text, now_ms, read_at, invalidations)
         if found is not None:
-            self._keep_hot(key, found)
+            self._remember(key, found)
         return found
 
-    def _fresh(self, key: str, found: HotEntry | None, book: _Book) -> StoredPrice | None:
+    def _fresh(self, key: str, found: MemoryEntry | None, book: _Book) -> StoredPrice | None:
         """What another process has stored, if that is fresh; this one keeps it at hand too."""
         if found is None:
             return None
-        stored = as_of(found.entry, found.now_ms, book.nonces, book.repriced_ago_ms)
+        stored = as_of(found.entry, found.now_ms, book.generations, book.repriced_ago_ms)
         if stored is None or stored.ttl_s <= 0:
             return None
-        self._keep_hot(key, found)
+        self._remember(key, found)
         return stored
 
-    def _keep_hot(self, key: str, found: HotEntry) -> None:
+    def _remember(self, key: str, found: MemoryEntry) -> None:
         """Replies can come in another order than the store gave them: what was read last may be the older price."""
         known = self._hot.get(key, monotonic())
         if known is None or known.entry.put_at_ms <= found.entry.put_at_ms:
@@ -341,9 +343,9 @@ class PriceBook:
         book = self._books.get(account)
         return book if book is not None and monotonic() - book.read_at < BOOK_REREAD_S else None
 
-    def _drops(self, account: str) -> int:
+    def _invalidations(self, account: str) -> int:
         book = self._books.get(account)
-        return -1 if book is None else book.drops
+        return -1 if book is None else book.invalidations
 
     async def _book(self, account: str) -> _Book:
         """One read for all who need it at the same time."""
@@ -354,18 +356,18 @@ class PriceBook:
 
     async def _read_book(self, account: str) -> _Book:
         read_at = monotonic()
-        purge, reprice, now_ms, repriced_ago_ms, amount, age_ms, drops = await self._store.call(
+        purge, reprice, now_ms, repriced_ago_ms, amount, age_ms, invalidations = await self._store.call(
             _BOOK_GET, self._book_key(account), args=(_nonce(), _nonce())
         )
         if amount is not None and age_ms is not None:
             self._take_balance(account, _SeenBalance(amount, read_at - age_ms / 1000, now_ms - age_ms))
-        book = _Book(Nonces(purge, reprice), drops, repriced_ago_ms, now_ms, read_at)
+        book = _Book(Generations(purge, reprice), invalidations, repriced_ago_ms, now_ms, read_at)
         known = self._books.get(account)
         if known is None or known.read_at <= read_at:
             self._books[account] = book
         return book
 
-    async def _book_for_hot(self, account: str) -> _Book:
+    async def _book_for_remembered(self, account: str) -> _Book:
         """While the store is out of reach, a book is good for as long as the hot prices are."""
         known = self._books.get(account)
         try:
@@ -389,12 +391,12 @@ def _as_of(now: float, entry: Entry, now_ms: int, read_at: float, book: _Book) -
     repriced_ago_ms = book.repriced_ago_ms
     if repriced_ago_ms is not None:
         repriced_ago_ms += round((now - book.read_at) * 1000)
-    return as_of(entry, now_ms + round((now - read_at) * 1000), book.nonces, repriced_ago_ms)
+    return as_of(entry, now_ms + round((now - read_at) * 1000), book.generations, repriced_ago_ms)
 
 
-def _entry(text: bytes | None, now_ms: int, read_at: float, drops: int) -> HotEntry | None:
+def _entry(text: bytes | None, now_ms: int, read_at: float, invalidations: int) -> MemoryEntry | None:
     entry = None if text is None else decode_price(text)
-    return None if entry is None else HotEntry(entry, now_ms, read_at, drops)
+    return None if entry is None else MemoryEntry(entry, now_ms, read_at, invalidations)
 
 
 def _keys(key: str) -> tuple[str, str]:

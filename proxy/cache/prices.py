@@ -23,7 +23,7 @@ class Price:
     rest: bytes
 
 
-class Nonces(NamedTuple):
+class Generations(NamedTuple):
     """The nonces of an account's book: prices of another `purge` are gone, those of another `reprice` are stale."""
 
     purge: bytes
@@ -41,7 +41,7 @@ class Entry:
     price: Price
     put_at_ms: int
     ttl_ms: int
-    nonces: Nonces
+    generations: Generations
     body_digest: bytes
 
 
@@ -64,17 +64,17 @@ class Balance:
 
 
 @dataclass(slots=True)
-class Known:
-    """What is known for a question. `seen_ms` says when the text in the store was put there, whatever it is worth."""
+class Lookup:
+    """What is known for a question. `version` says when the text in the store was put there, whatever it is worth."""
 
     stored: StoredPrice | None
     balance: Balance | None
-    seen_ms: int | None
+    version: int | None
 
 
-def encode_price(price: Price, *, ttl_ms: int, nonces: Nonces, body_digest: bytes) -> bytes:
+def encode_price(price: Price, *, ttl_ms: int, generations: Generations, body_digest: bytes) -> bytes:
     """The text that the price book keeps, behind its encoding and the time at which it was put there."""
-    fields = (str(ttl_ms).encode(), nonces.purge, nonces.reprice, body_digest, price.estimated, price.rest)
+    fields = (str(ttl_ms).encode(), generations.purge, generations.reprice, body_digest, price.estimated, price.rest)
     return b" ".join(fields)
 
 
@@ -87,19 +87,19 @@ def decode_price(stored: bytes) -> Entry | None:
         return None
     if encoding != ENCODING:
         return None
-    return Entry(Price(estimated, rest), *times, Nonces(purge, reprice), body_digest)
+    return Entry(Price(estimated, rest), *times, Generations(purge, reprice), body_digest)
 
 
-def as_of(entry: Entry, now_ms: int, nonces: Nonces, repriced_ago_ms: int | None) -> StoredPrice | None:
+def as_of(entry: Entry, now_ms: int, generations: Generations, repriced_ago_ms: int | None) -> StoredPrice | None:
     """The price as it stands at `now_ms` in a book with these nonces; None if it has been purged.
 
     The store's clock may have gone back: nothing is younger than new, nor fresh again once it was repriced.
     """
     age_ms = max(0, now_ms - entry.put_at_ms)
     left_ms = entry.ttl_ms - age_ms
-    if entry.nonces.purge != nonces.purge:
+    if entry.generations.purge != generations.purge:
         return None
-    if entry.nonces.reprice != nonces.reprice:
+    if entry.generations.reprice != generations.reprice:
         left_ms = min(left_ms, -max(0, repriced_ago_ms or 0))
     return StoredPrice(entry.price, age_ms / 1000, left_ms / 1000, entry.body_digest)
 

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 Answer = TypeVar("Answer")
 
 
-class Flights(Generic[Answer]):
+class SingleFlight(Generic[Answer]):
     def __init__(self) -> None:
         self._flying: dict[str, asyncio.Task[Answer]] = {}
 
@@ -30,7 +30,7 @@ class Flights(Generic[Answer]):
         task.add_done_callback(lambda _: self._flying.pop(key))
         return task
 
-    def is_flying(self, key: str) -> bool:
+    def in_flight(self, key: str) -> bool:
         return key in self._flying
 
     def __len__(self) -> int:

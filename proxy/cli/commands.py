@@ -22,8 +22,8 @@ from rich.text import Text
 from proxy import __version__
 from proxy import auth as teams
 from proxy.cache.canonical import canonicalise, present
-from proxy.cli.direct import ask_standings, ask_usage, purge_book
-from proxy.cli.tables import quota_lines, quota_table, tabbed, usage_table
+from proxy.cli.direct import purge_book, read_quota_states, read_usage
+from proxy.cli.tables import quota_lines, quota_table, to_tsv, usage_table
 from proxy.demo import runner as demo
 from proxy.embedded.stores import EmbeddedStoreError
 from proxy.problems import BadRequest, StoreUnavailable
@@ -31,7 +31,7 @@ from proxy.processes.supervisor import ListenError, Supervisor
 from proxy.quota.usage import cells_of, csv_of, json_of, read_usage_query
 from proxy.quota.windows import day_of
 from proxy.settings.errors import SettingsError
-from proxy.settings.loader import PLACES, Source, find_config, load, load_keying
+from proxy.settings.loader import DEFAULT_PATHS, Source, find_config, load, load_keying
 from proxy.settings.schema import Settings, effective, is_identifier, warnings
 from proxy.telemetry import logs
 from proxy.telemetry.multiprocess import NoMetricsFileError
@@ -253,7 +253,7 @@ def usage_command(
     asked = {"by": "team" if team is None else "day"} | {name: text for name, text in given.items() if text is not None}
     try:
         query = read_usage_query(urlencode(asked, errors="replace").encode(), None, today=day_of(int(time()), zone))
-        usage = _from_store(ask_usage(settings, query))
+        usage = _from_store(read_usage(settings, query))
     except BadRequest as error:
         _fail(f"--{error}")
     if form != "table":
@@ -262,7 +262,7 @@ def usage_command(
         console = Console()
         console.print(usage_table(usage, query, zone, console))
     else:
-        click.echo(tabbed(cells_of(usage, query.by)), nl=False)
+        click.echo(to_tsv(cells_of(usage, query.by)), nl=False)
 
 
 @main.command(name="quota", short_help="Show quotas, and what is left of them.")
@@ -276,13 +276,13 @@ def quota_command(team: str | None, config: Path | None) -> None:
     settings = _load(config)
     if team not in (None, *settings.teams):
         _fail("TEAM names no team of the settings")
-    standings = _from_store(ask_standings(settings, team))
-    if not any(standing.terms.quotas for standing in standings):
+    quota_states = _from_store(read_quota_states(settings, team))
+    if not any(quota_state.terms.quotas for quota_state in quota_states):
         click.echo("estimate-proxy: no quota is set", err=True)
     if sys.stdout.isatty():
-        Console().print(quota_table(standings, settings.org.zone))
+        Console().print(quota_table(quota_states, settings.org.zone))
     else:
-        click.echo(tabbed(quota_lines(standings, settings.org.zone)), nl=False)
+        click.echo(to_tsv(quota_lines(quota_states, settings.org.zone)), nl=False)
 
 
 def _from_store(reading: Coroutine[Any, Any, _Read]) -> _Read:
@@ -300,7 +300,9 @@ def _load(config: Path | None, overrides: dict[str, Any] | None = None) -> Setti
         return load(config, os.environ, overrides=overrides)
     except SettingsError as error:
         if find_config(config, os.environ) is None:
-            click.echo(f"estimate-proxy: there is no config file: looked for {', '.join(map(str, PLACES))}", err=True)
+            click.echo(
+                f"estimate-proxy: there is no config file: looked for {', '.join(map(str, DEFAULT_PATHS))}", err=True
+            )
         _fail_settings(error)
 
 

@@ -4,41 +4,41 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from proxy.embedded.stores import running_url
-from proxy.gateway.live_config import terms_of
+from proxy.gateway.live_config import limits_of
 from proxy.open_stores import book_of, open_book_store, open_ledger_store
 from proxy.problems import BadRequest, Code
 from proxy.quota.counters import LedgerKeys
-from proxy.quota.quotas import Standing
-from proxy.quota.reports import Reports
+from proxy.quota.quotas import QuotaState
+from proxy.quota.reports import LedgerReader
 from proxy.quota.usage import Usage, UsageQuery
 from proxy.settings.schema import Settings
 from proxy.store.access import EmbeddedUrls
 from proxy.upstream.address import Address
 
 
-async def ask_usage(settings: Settings, query: UsageQuery) -> Usage:
+async def read_usage(settings: Settings, query: UsageQuery) -> Usage:
     """Raises `BadRequest` if nobody has ever heard of the team, `StoreUnavailable`, `EmbeddedStoreError`."""
-    async with _open_reports(settings) as reports:
-        if query.team not in (None, *settings.teams, *await reports.teams()):
+    async with _open_ledger_reader(settings) as ledger_reader:
+        if query.team not in (None, *settings.teams, *await ledger_reader.teams()):
             raise BadRequest(Code.INVALID_QUERY, "team names none that is configured or ever had usage.")
-        return await reports.usage(query)
+        return await ledger_reader.usage(query)
 
 
-async def ask_standings(settings: Settings, team: str | None) -> list[Standing]:
+async def read_quota_states(settings: Settings, team: str | None) -> list[QuotaState]:
     """How a team stands, or with None each one. Raises `StoreUnavailable`, `EmbeddedStoreError`."""
-    wanted = [terms for terms in terms_of(settings).values() if team in (None, terms.team)]
-    async with _open_reports(settings) as reports:
-        return await reports.standings(wanted)
+    wanted = [terms for terms in limits_of(settings).values() if team in (None, terms.team)]
+    async with _open_ledger_reader(settings) as ledger_reader:
+        return await ledger_reader.quota_states(wanted)
 
 
 @asynccontextmanager
-async def _open_reports(settings: Settings) -> AsyncIterator[Reports]:
+async def _open_ledger_reader(settings: Settings) -> AsyncIterator[LedgerReader]:
     data_dir = settings.store.data_dir
     embedded_urls: EmbeddedUrls = {"ledger": running_url(data_dir, role="ledger")} if settings.store.url is None else {}
     store = open_ledger_store(settings, embedded_urls)
     try:
         await store.open()
-        yield Reports(store, LedgerKeys(settings.org.id), settings.org.zone)
+        yield LedgerReader(store, LedgerKeys(settings.org.id), settings.org.zone)
     finally:
         await store.close()
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from proxy.problems import NO_NAME
-from proxy.quota.quotas import Quota, Standing
+from proxy.quota.quotas import Quota, QuotaState
 from proxy.quota.usage import Usage, UsageQuery, amounts_of
 from proxy.quota.windows import rfc3339
 
@@ -41,7 +41,7 @@ class _Used:
         return "refuse" if self.quota.refuse else "warn"
 
 
-def tabbed(lines: Iterable[Sequence[str]]) -> str:
+def to_tsv(lines: Iterable[Sequence[str]]) -> str:
     return "".join("\t".join(cells) + "\n" for cells in lines)
 
 
@@ -53,12 +53,12 @@ def usage_table(usage: Usage, query: UsageQuery, zone: ZoneInfo, console: Consol
     return wide if width <= console.width else _usage_table(usage, query, title, ())
 
 
-def quota_lines(standings: Sequence[Standing], zone: ZoneInfo) -> list[list[str]]:
+def quota_lines(quota_states: Sequence[QuotaState], zone: ZoneInfo) -> list[list[str]]:
     """Quotas for programs; the organisation's once."""
-    return [list(QUOTA_COLUMNS), *(_quota_cells(used, zone) for used in _quotas(standings))]
+    return [list(QUOTA_COLUMNS), *(_quota_cells(used, zone) for used in _quotas(quota_states))]
 
 
-def quota_table(standings: Sequence[Standing], zone: ZoneInfo) -> Table:
+def quota_table(quota_states: Sequence[QuotaState], zone: ZoneInfo) -> Table:
     """Quotas for people; the organisation's once, without a team."""
     table = _table(f"quotas on estimates, {zone.key}")
     for name in ("team", "quota"):
@@ -67,7 +67,7 @@ def quota_table(standings: Sequence[Standing], zone: ZoneInfo) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("on exceed", "resets at"):
         table.add_column(name, no_wrap=True)
-    for used in _quotas(standings):
+    for used in _quotas(quota_states):
         resets_at = f"{datetime.fromtimestamp(used.resets_at_s, zone):%Y-%m-%d %H:%M}".removesuffix(" 00:00")
         table.add_row(*map(Text, (used.team, used.quota.policy, *used.amounts, used.on_exceed, resets_at)))
     return table
@@ -96,12 +96,12 @@ def _table(title: str, *, with_footer: bool = False) -> Table:
     )
 
 
-def _quotas(standings: Sequence[Standing]) -> list[_Used]:
+def _quotas(quota_states: Sequence[QuotaState]) -> list[_Used]:
     """The organisation's quotas, which all teams have in common, and then the teams'."""
     found = [
-        _Used(quota.owner(standing.terms.team), quota, used, standing.windows[quota.per].end_s)
-        for standing in standings
-        for quota, used in zip(standing.terms.quotas, standing.used, strict=True)
+        _Used(quota.owner(quota_state.terms.team), quota, used, quota_state.windows[quota.per].end_s)
+        for quota_state in quota_states
+        for quota, used in zip(quota_state.terms.quotas, quota_state.used, strict=True)
     ]
     return sorted(dict.fromkeys(found), key=lambda used: used.team != NO_NAME)
 

@@ -35,11 +35,11 @@ from proxy.demo.setup import (
     API_KEY,
     HOST,
     TEAMS,
-    Stage,
+    DemoEnvironment,
     config_text,
     environment,
     introduction,
-    last_words,
+    last_errors,
     new_token,
     scrape_config_text,
 )
@@ -107,7 +107,7 @@ async def _play(console: Console, tally: Tally, *, port: int, traffic: bool, pro
     """The whole demo: sets the stage, lets gateway and teams act; it never returns by itself. Raises `DemoError`."""
     with TemporaryDirectory(prefix="estimate-proxy-demo-", ignore_cleanup_errors=True) as folder, _locked(folder):
         async with _simulated_rendernet() as upstream_url:
-            stage = Stage(Path(folder), upstream_url, {team: new_token() for team in TEAMS})
+            stage = DemoEnvironment(Path(folder), upstream_url, {team: new_token() for team in TEAMS})
             stage.config.write_text(config_text(stage, port=port), encoding="utf-8")
             async with _gateway(stage) as gateway:
                 url = await _ready(gateway, stage.log)
@@ -131,7 +131,7 @@ def _locked(folder: str) -> Iterator[None]:
         os.close(fd)
 
 
-def _introduce(console: Console, stage: Stage, url: str, *, traffic: bool) -> None:
+def _introduce(console: Console, stage: DemoEnvironment, url: str, *, traffic: bool) -> None:
     for heading, text in introduction(stage, url):
         _say(console, heading, "bold")
         _say(console, text + "\n")
@@ -212,7 +212,7 @@ async def _simulated_rendernet() -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def _gateway(stage: Stage) -> AsyncIterator[subprocess.Popen[bytes]]:
+async def _gateway(stage: DemoEnvironment) -> AsyncIterator[subprocess.Popen[bytes]]:
     """The gateway as a child process, ended on the way out."""
     process = _start(stage)
     try:
@@ -226,7 +226,7 @@ async def _gateway(stage: Stage) -> AsyncIterator[subprocess.Popen[bytes]]:
             process.wait()
 
 
-def _start(stage: Stage) -> subprocess.Popen[bytes]:
+def _start(stage: DemoEnvironment) -> subprocess.Popen[bytes]:
     with stage.log.open("wb") as log:
         return subprocess.Popen(  # noqa: S603 -- our own module, no shell
             [sys.executable, "-m", "proxy", "serve", "--config", str(stage.config)],
@@ -275,4 +275,4 @@ async def _is_ready(client: httpx2.AsyncClient, url: str) -> bool:
 
 
 def _errors_in(log: Path) -> str:
-    return last_words(log.read_text("utf-8"))
+    return last_errors(log.read_text("utf-8"))

@@ -18,7 +18,7 @@ import orjson
 
 from proxy.auth import BASE62, RANDOM_CHARACTERS, digest_of, token_of
 from proxy.http.paths import EXPLAIN_PATH, METRICS_PATH, QUOTA_PATH, USAGE_PATH
-from proxy.settings.loader import FAMILIAR_VARIABLES, PREFIX
+from proxy.settings.loader import PREFIX, WELL_KNOWN_ENV
 from proxy.upstream.address import ESTIMATE_PATH
 
 HOST: Final = "127.0.0.1"
@@ -44,7 +44,7 @@ RESPELLED: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class DemoEnvironment:
     """What the demo stands on: its folder, what is in it, and the teams' tokens."""
 
     folder: Path
@@ -74,12 +74,12 @@ def new_token() -> str:
 
 def environment(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
     """`environ` less what would change the gateway's settings; what is temporary goes into `folder`."""
-    foreign = {*FAMILIAR_VARIABLES, "XDG_RUNTIME_DIR", "RUNTIME_DIRECTORY"}
+    foreign = {*WELL_KNOWN_ENV, "XDG_RUNTIME_DIR", "RUNTIME_DIRECTORY"}
     kept = {name: value for name, value in environ.items() if name not in foreign and not name.startswith(PREFIX)}
     return {**kept, "TMPDIR": str(folder)}
 
 
-def config_text(stage: Stage, *, port: int) -> str:
+def config_text(stage: DemoEnvironment, *, port: int) -> str:
     """The gateway's config file, as a user could have written it."""
     teams = "\n".join(
         f"[teams.{team}]\nname = {_toml(team.title())}\ntokens = [{_toml(digest_of(token))}]\n{QUOTAS[team]}"
@@ -131,13 +131,13 @@ def _toml(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def introduction(stage: Stage, url: str) -> Iterator[tuple[str, str]]:
+def introduction(stage: DemoEnvironment, url: str) -> Iterator[tuple[str, str]]:
     """What runs where, and commands to paste, each under its heading."""
-    asker, other, *_ = stage.tokens.values()
+    fetcher, other, *_ = stage.tokens.values()
     yield "The gateway and a simulated RenderNet, all on this machine. Prices are invented.", _places(stage, url)
     yield (
         "Paste into another terminal. A question that nobody has asked before goes upstream (fwd=miss):",
-        _curl("-si", url + ESTIMATE_PATH, asker, QUESTION),
+        _curl("-si", url + ESTIMATE_PATH, fetcher, QUESTION),
     )
     yield (
         "Another team asks the same in another spelling, and is answered from the price book (hit):",
@@ -145,10 +145,10 @@ def introduction(stage: Stage, url: str) -> Iterator[tuple[str, str]]:
     )
     yield (
         "How the gateway reads a body, and what it knows of it; RenderNet is not asked:",
-        _curl("-s", url + EXPLAIN_PATH, asker, QUESTION),
+        _curl("-s", url + EXPLAIN_PATH, fetcher, QUESTION),
     )
-    yield "What a team has used this month:", f"curl -s {url}{USAGE_PATH} -H 'X-API-KEY: {asker}'"
-    yield "How its rate and quotas stand:", f"curl -s {url}{QUOTA_PATH} -H 'X-API-KEY: {asker}'"
+    yield "What a team has used this month:", f"curl -s {url}{USAGE_PATH} -H 'X-API-KEY: {fetcher}'"
+    yield "How its rate and quotas stand:", f"curl -s {url}{QUOTA_PATH} -H 'X-API-KEY: {fetcher}'"
     config = shlex.quote(str(stage.config))
     yield "What all teams have used, for their operator:", f"{_program()} usage --config {config}"
     yield (
@@ -163,7 +163,7 @@ def introduction(stage: Stage, url: str) -> Iterator[tuple[str, str]]:
         )
 
 
-def _places(stage: Stage, url: str) -> str:
+def _places(stage: DemoEnvironment, url: str) -> str:
     places = {
         "gateway": url,
         "metrics": url + METRICS_PATH,
@@ -193,7 +193,7 @@ def _program() -> str:
     return shlex.quote(str(ours)) if ours.exists() else f"{shlex.quote(sys.executable)} -m proxy"
 
 
-def last_words(log: str) -> str:
+def last_errors(log: str) -> str:
     """The newest errors in a gateway's log, on one line; empty if it has none."""
     words = [word for word in map(_error_in, log.splitlines()) if word]
     return " | ".join(words[-LAST_WORDS:])

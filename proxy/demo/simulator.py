@@ -171,19 +171,19 @@ class Exchange:
     body: bytes
 
 
-Handler: TypeAlias = Callable[[Exchange], ASGIApp]
+Responder: TypeAlias = Callable[[Exchange], ASGIApp]
 """Takes an exchange, returns a Starlette response or any other ASGI app that answers."""
 
 
-def _refusing(status: int, code: str, message: str, **headers: str) -> Handler:
+def _refusing(status: int, code: str, message: str, **headers: str) -> Responder:
     return lambda _: _json(status, _envelope(code, message), **headers)
 
 
-def _estimating(spelling: bytes) -> Handler:
+def _estimating(spelling: bytes) -> Responder:
     return lambda exchange: _json(exchange.status, re.sub(rb'(?<="estimated":)[^,]+', spelling, exchange.body))
 
 
-def _adding(members: bytes) -> Handler:
+def _adding(members: bytes) -> Responder:
     more = b'"data":{' + members + b","
     return lambda exchange: _json(exchange.status, exchange.body.replace(b'"data":{', more, 1))
 
@@ -200,7 +200,7 @@ def _oversized(exchange: Exchange) -> ASGIApp:
     return _adding(b'"padding":"%b"' % (b"0" * _PADDING_BYTES))(exchange)
 
 
-def _html(status: int) -> Handler:
+def _html(status: int) -> Responder:
     page = f"<!DOCTYPE html>\n<html><head><title>{status}</title></head><body><h1>Edge</h1></body></html>\n"
     return lambda _: HTMLResponse(page, status)
 
@@ -232,7 +232,7 @@ async def _hang(scope: Scope, receive: Receive, send: Send) -> None:
     await _json(504, _envelope("timeout", "Gave up"))(scope, receive, send)
 
 
-_HANDLERS: Final[Mapping[Fault, Handler]] = {
+_HANDLERS: Final[Mapping[Fault, Responder]] = {
     Fault.SERVER_ERROR: _refusing(500, "internal_error", "Something went wrong"),
     Fault.BUSY: _refusing(429, "too_many_requests", "Slow down", **{"retry-after": "1"}),
     Fault.BUSY_FOR_NO_TIME: _refusing(429, "too_many_requests", "Slow down"),
@@ -314,12 +314,12 @@ class Simulator:
         self._faults = dict(faults)
         self._random = Random(seed)  # noqa: S311 - repeatable chance is the point
         self._spared: Callable[[Received], bool] = lambda _: False
-        self._script: deque[Fault | Handler | None] = deque()
+        self._script: deque[Fault | Responder | None] = deque()
         self._hold: Hold | None = None
         self._arrival = threading.Condition()
         self.app = self._application()
 
-    def script(self, *answers: Fault | Handler | None) -> None:
+    def script(self, *answers: Fault | Responder | None) -> None:
         """The next requests get these in the order they arrive, None being the ordinary answer."""
         self._script.extend(answers)
 
@@ -359,7 +359,7 @@ class Simulator:
         status, body = self._judge(received)
         return handler(Exchange(received, status, body))
 
-    def _arrive(self, received: Received) -> Handler:
+    def _arrive(self, received: Received) -> Responder:
         with self._arrival:
             self.received.append(received)
             self.calls += 1
@@ -369,7 +369,7 @@ class Simulator:
             self._arrival.notify_all()
         return handler
 
-    def _next_handler(self, received: Received) -> Handler:
+    def _next_handler(self, received: Received) -> Responder:
         answer = self._script.popleft() if self._script else self._drawn(received)
         if answer is None:
             return _ordinary

@@ -110,7 +110,7 @@ POOL: Final[Sequence[Body]] = tuple(_pool())
 _POPULARITY: Final = tuple(accumulate(1 / rank for rank in range(1, len(POOL) + 1)))
 
 
-def moment(random: Random) -> tuple[Body, int]:
+def next_burst(random: Random) -> tuple[Body, int]:
     """The next question, and how many times it is asked at once. A burst is for a question never asked before."""
     [body] = random.choices(POOL, cum_weights=_POPULARITY)
     chance = random.random()
@@ -227,7 +227,7 @@ class Traffic:
         ):
             while True:
                 await asyncio.sleep(self._random.expovariate(MOMENTS_PER_S))
-                body, times = moment(self._random)
+                body, times = next_burst(self._random)
                 for _ in range(times):
                     questions.create_task(self._ask(client, body))
 

@@ -4,7 +4,7 @@ from math import floor
 from typing import assert_never
 
 from proxy.cache.prices import StoredPrice
-from proxy.gateway.fetcher import Told
+from proxy.gateway.fetcher import FetchResult
 from proxy.upstream.replies import Failed, Priced, Rejected, Reply, Unpriced
 
 
@@ -14,14 +14,14 @@ def hit(stored: StoredPrice, *, detail: str | None = None) -> str:
     return f"{status}; detail={detail}" if detail else status
 
 
-def forwarded(reason: str, told: Told, *, ttl_s: float, collapsed: bool) -> str:
+def forwarded(reason: str, fetched: FetchResult, *, ttl_s: float, collapsed: bool) -> str:
     """Upstream was asked, by this request or by one it waited for."""
     if reason == "bypass":
         return _joined("fwd=bypass", "detail=store-unavailable", "collapsed" if collapsed else None)
     return _joined(
         f"fwd={reason}",
-        _status(told.reply),
-        *(("stored", _ttl(ttl_s)) if told.stored else ()),
+        _status(fetched.reply),
+        *(("stored", _ttl(ttl_s)) if fetched.stored else ()),
         "collapsed" if collapsed else None,
     )
 

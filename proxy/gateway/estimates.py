@@ -1,7 +1,8 @@
 """The story of a request: who asks, what is asked, what is known, whether it may, what upstream says.
 
-`Gateway.estimate` tells it from top to bottom. `proxy.http.endpoint` brings what it asks for as `Ask` and turns its
-`Answer` or `Problem` into bytes; on its way the story writes into the `Trace` what headers and the log line need.
+`Gateway.estimate` tells it from top to bottom. `proxy.http.endpoint` brings what it asks for as `ClientRequest`, and
+turns its `Answer` or `Problem` into bytes; what headers and the log line need goes into the
+`Trace`.
 """
 
 import asyncio
@@ -12,17 +13,17 @@ from typing import Protocol, Self, assert_never
 from proxy.auth import Access, Team
 from proxy.cache.canonical import present
 from proxy.cache.price_book import PriceBook
-from proxy.cache.prices import Balance, Known, Price, StoredPrice, document
+from proxy.cache.prices import Balance, Lookup, Price, StoredPrice, document
 from proxy.gateway.cache_status import after_failure, forwarded, hit
-from proxy.gateway.fetcher import Asker, Told
-from proxy.gateway.freshness import Directives, Forward, NotCached, Serve, Windows, choose
-from proxy.gateway.live_config import InForce, Rules
+from proxy.gateway.fetcher import Fetcher, FetchResult
+from proxy.gateway.freshness import Directives, Forward, NotCached, Serve, StaleLimits, choose
+from proxy.gateway.live_config import ConfigHolder, RuntimeConfig
 from proxy.gateway.purge import read_purge
-from proxy.gateway.questions import Question, Reader
+from proxy.gateway.questions import CanonicalRequest, RequestParser
 from proxy.problems import Code, Outcome, Problem, StoreUnavailable
 from proxy.quota.credits import micro_of
 from proxy.quota.ledger import Admitted, Denied, Ledger
-from proxy.quota.quotas import Charge, Quota, Standing
+from proxy.quota.quotas import Charge, Quota, QuotaState
 from proxy.upstream.replies import Failed, Priced, Rejected, Unpriced
 
 
@@ -30,13 +31,13 @@ from proxy.upstream.replies import Failed, Priced, Rejected, Unpriced
 class Policy:
     """What the settings say about answers."""
 
-    windows: Windows
+    stale_limits: StaleLimits
     balance_max_age_s: float
     timeout_s: float
     refuse_unpriced: bool
 
 
-class Ask(Protocol):
+class ClientRequest(Protocol):
     """What a client wants: its token, its query string, what it says of stored answers, and a body.
 
     accept: the media types that it takes, as it says.
@@ -73,7 +74,7 @@ class Explanation:
     """
 
     outcome: Outcome
-    question: Question
+    question: CanonicalRequest
     ignored: list[str]
     stored: StoredPrice | None
     admission: Admitted | Denied | None
@@ -97,18 +98,18 @@ class Trace:
     upstream_s: float | None = None
     waited: bool = False
     """For upstream, or for another's request to it."""
-    standing: Standing | None = None
+    quota_state: QuotaState | None = None
     """Of the team, as the ledger has said it last."""
     warnings: tuple[Quota, ...] = ()
     """Quotas that only warn, and that this answer has passed."""
 
     def note(self, admission: Admitted | Denied) -> None:
         """What is refused passes no quota, whatever it passed on its way."""
-        self.standing = admission.standing or self.standing
+        self.quota_state = admission.quota_state or self.quota_state
         if isinstance(admission, Denied):
             self.warnings = ()
-        elif admission.standing is not None:
-            self.warnings = admission.standing.warnings()
+        elif admission.quota_state is not None:
+            self.warnings = admission.quota_state.warnings()
 
     def at_store(self) -> Self:
         """Counts the time that is spent within."""
@@ -125,25 +126,31 @@ class Gateway:
     """One organisation's gateway: its teams, the price book they share, and the way upstream."""
 
     def __init__(
-        self, in_force: InForce, ledger: Ledger, book: PriceBook, asker: Asker, reader: Reader, policy: Policy
+        self,
+        live: ConfigHolder,
+        ledger: Ledger,
+        book: PriceBook,
+        fetcher: Fetcher,
+        reader: RequestParser,
+        policy: Policy,
     ) -> None:
-        self._in_force = in_force
+        self._live = live
         self._ledger = ledger
         self._book = book
-        self._asker = asker
+        self._fetcher = fetcher
         self._reader = reader
         self._policy = policy
 
-    async def estimate(self, ask: Ask, trace: Trace) -> Answer | Problem:
+    async def estimate(self, request: ClientRequest, trace: Trace) -> Answer | Problem:
         """What upstream says, or said, to the body. Raises `BadRequest`, `ClientGone`."""
-        rules = self._in_force.rules
-        team = _who_asks(ask, trace, rules.access)
+        config = self._live.config
+        team = _who_asks(request, trace, config.access)
         if isinstance(team, Problem):
             return team
-        question = self._read(await ask.read_body(), team, ask.query, rules)
+        question = self._read(await request.read_body(), team, request.query, config)
 
-        known = self._book.at_hand(question.key, question.account) or await self._look_up(question, trace)
-        match choose(known, ask.directives, self._policy.windows):
+        known = self._book.get_local(question.key, question.account) or await self._look_up(question, trace)
+        match choose(known, request.directives, self._policy.stale_limits):
             case NotCached():
                 return await self._pass_over(team, trace)
             case Serve(stored, balance, stale):
@@ -163,41 +170,41 @@ class Gateway:
                 if isinstance(admission, Denied):
                     return admission.problem
 
-        told, collapsed = await self._ask(question, ask, forward, known, trace)
-        ending = self._conclude(told, forward, question, collapsed=collapsed, trace=trace)
-        return await self._settle(admission, question, told, ending, trace)
+        fetched, collapsed = await self._ask(question, request, forward, known, trace)
+        ending = self._conclude(fetched, forward, question, collapsed=collapsed, trace=trace)
+        return await self._settle(admission, question, fetched, ending, trace)
 
-    async def explain(self, ask: Ask, trace: Trace) -> Explanation | Problem:
+    async def explain(self, request: ClientRequest, trace: Trace) -> Explanation | Problem:
         """How the gateway reads a body and what it knows of it. Asks upstream nothing. Raises as `estimate`."""
-        rules = self._in_force.rules
-        team = _who_asks(ask, trace, rules.access)
+        config = self._live.config
+        team = _who_asks(request, trace, config.access)
         if isinstance(team, Problem):
             return team
-        question = self._read(await ask.read_body(), team, ask.query, rules)
+        question = self._read(await request.read_body(), team, request.query, config)
         known = await self._look_up(question, trace)
         stored = None if known is None else known.stored
         admission = await self._peek(team, stored, trace)
         if isinstance(admission, Denied) and admission.problem.code is Code.RATE_LIMITED:
             return admission.problem
-        ignored = present(question.canonical, rules.ignored)
+        ignored = present(question.canonical, config.ignored)
         outcome = Outcome.BYPASS if known is None else Outcome.HIT if stored else Outcome.MISS
         return Explanation(outcome, question, ignored, stored, admission)
 
-    async def purge(self, ask: Ask, trace: Trace) -> Purged | Problem:
+    async def purge(self, request: ClientRequest, trace: Trace) -> Purged | Problem:
         """Forgets one question of an account, or all of them. For admin tokens. Raises as `estimate`."""
-        rules = self._in_force.rules
-        denial = _deny_all_but_admins(rules.access, ask.token, trace)
+        config = self._live.config
+        denial = _deny_all_but_admins(config.access, request.token, trace)
         if denial is not None:
             return denial
-        wanted = read_purge(await ask.read_body())
-        if wanted.account not in rules.accounts:
+        wanted = read_purge(await request.read_body())
+        if wanted.account not in config.accounts:
             return Problem(Code.INVALID_REQUEST, f"There is no account {wanted.account!r}.")
         try:
             if wanted.canonical is None:
                 await self._book.purge_account(wanted.account)
                 return Purged(wanted.account)
             query = wanted.query.encode()
-            key = self._reader.of(wanted.canonical, account=wanted.account, query=query, ignored=rules.ignored).key
+            key = self._reader.of(wanted.canonical, account=wanted.account, query=query, ignored=config.ignored).key
             return Purged(wanted.account, key, await self._book.purge_question(key, wanted.account))
         except StoreUnavailable:
             detail = "The price book is out of reach: nothing is sure to be purged; try again."
@@ -205,13 +212,13 @@ class Gateway:
 
     async def finish(self, timeout_s: float) -> None:
         """Lets what was asked upstream come home and be stored, and what was admitted be settled."""
-        await self._asker.finish(timeout_s)
+        await self._fetcher.finish(timeout_s)
         await self._ledger.close(timeout_s)
 
-    def _read(self, body: bytes, team: Team, query: bytes, rules: Rules) -> Question:
-        return self._reader.read(body, account=team.account, query=query, ignored=rules.ignored)
+    def _read(self, body: bytes, team: Team, query: bytes, config: RuntimeConfig) -> CanonicalRequest:
+        return self._reader.read(body, account=team.account, query=query, ignored=config.ignored)
 
-    async def _look_up(self, question: Question, trace: Trace) -> Known | None:
+    async def _look_up(self, question: CanonicalRequest, trace: Trace) -> Lookup | None:
         """What the book knows; None if it is out of reach."""
         with trace.at_store():
             try:
@@ -222,7 +229,7 @@ class Gateway:
     async def _pass_over(self, team: Team, trace: Trace) -> Problem:
         """The client wants a stored answer or none, and there is none."""
         with trace.at_store():
-            admission = await self._ledger.pass_over(team.terms, Outcome.NOT_CACHED)
+            admission = await self._ledger.record_uncached(team.terms, Outcome.NOT_CACHED)
         trace.note(admission)
         if isinstance(admission, Denied):
             return admission.problem
@@ -234,49 +241,49 @@ class Gateway:
                 admission = await self._ledger.peek(team.terms, micro_of(stored.price.estimated) if stored else None)
             except StoreUnavailable:
                 return None
-        trace.standing = admission.standing
+        trace.quota_state = admission.quota_state
         return admission
 
     async def _ask(
-        self, question: Question, ask: Ask, forward: Forward, known: Known | None, trace: Trace
-    ) -> tuple[Told, bool]:
+        self, question: CanonicalRequest, request: ClientRequest, forward: Forward, known: Lookup | None, trace: Trace
+    ) -> tuple[FetchResult, bool]:
         """What upstream says within the request's deadline, and whether another request had asked already."""
         trace.waited = True
         try:
-            async with asyncio.timeout_at(ask.deadline):
+            async with asyncio.timeout_at(request.deadline):
                 if known is None:
-                    told, collapsed = await self._asker.ask_without_store(question)
-                elif forward.reason == "request" and ask.directives.asks_anew:
-                    store = not ask.directives.no_store
-                    told, collapsed = await self._asker.ask_anew(question, store=store), False
+                    fetched, collapsed = await self._fetcher.ask_without_store(question)
+                elif forward.reason == "request" and request.directives.bypasses_cache:
+                    store = not request.directives.no_store
+                    fetched, collapsed = await self._fetcher.fetch_uncoalesced(question, store=store), False
                 else:
-                    told, collapsed = await self._asker.ask(question, seen_ms=known.seen_ms)
+                    fetched, collapsed = await self._fetcher.fetch(question, version=known.version)
         except TimeoutError:
             late = Problem(Code.UPSTREAM_TIMEOUT, f"There was no answer within {self._policy.timeout_s:g} s.")
-            return Told(Failed(late)), False
-        trace.upstream_s = told.upstream_s
-        return told, collapsed
+            return FetchResult(Failed(late)), False
+        trace.upstream_s = fetched.upstream_s
+        return fetched, collapsed
 
     def _look_behind(
-        self, question: Question, stored: StoredPrice, balance: Balance, known: Known | None, *, stale: bool
+        self, question: CanonicalRequest, stored: StoredPrice, balance: Balance, known: Lookup | None, *, stale: bool
     ) -> None:
         """Behind the answer: a stale price is asked again, and an old balance too."""
         max_age_s = self._policy.balance_max_age_s
-        seen_ms = None if known is None else known.seen_ms
+        version = None if known is None else known.version
         if stale:
-            self._asker.refresh(question, seen_ms=seen_ms)
+            self._fetcher.refresh(question, version=version)
         elif balance.age_s > max_age_s:
-            self._asker.audit(question, stored, seen_ms=seen_ms, max_age_s=max_age_s)
+            self._fetcher.audit(question, stored, version=version, max_age_s=max_age_s)
 
     def _conclude(
-        self, told: Told, forward: Forward, question: Question, *, collapsed: bool, trace: Trace
+        self, fetched: FetchResult, forward: Forward, question: CanonicalRequest, *, collapsed: bool, trace: Trace
     ) -> Answer | Problem:
         newest = self._book.balance(question.account)
-        if forward.fallback is not None and newest is not None and isinstance(told.reply, Failed):
-            trace.cache_status = after_failure(told.reply, forward.fallback)
+        if forward.fallback is not None and newest is not None and isinstance(fetched.reply, Failed):
+            trace.cache_status = after_failure(fetched.reply, forward.fallback)
             return _stored_answer(Outcome.STALE, forward.fallback, newest)
-        trace.cache_status = forwarded(forward.reason, told, ttl_s=self._book.ttl_s, collapsed=collapsed)
-        match told.reply:
+        trace.cache_status = forwarded(forward.reason, fetched, ttl_s=self._book.ttl_s, collapsed=collapsed)
+        match fetched.reply:
             case Priced(price):
                 body = document(price, newest)
                 balance_age_s = None if newest is None else newest.age_s
@@ -290,16 +297,21 @@ class Gateway:
             case Failed(problem):
                 return problem
             case _:
-                assert_never(told.reply)
+                assert_never(fetched.reply)
 
     async def _settle(
-        self, admitted: Admitted, question: Question, told: Told, ending: Answer | Problem, trace: Trace
+        self,
+        admitted: Admitted,
+        question: CanonicalRequest,
+        fetched: FetchResult,
+        ending: Answer | Problem,
+        trace: Trace,
     ) -> Answer | Problem:
         """Books how an admitted question has ended, which may turn out to be more than a quota allows."""
         with trace.at_store():
-            if isinstance(ending, Problem) and isinstance(told.reply, Failed) and not told.reply.asked:
-                standing = await self._ledger.refund(admitted, ending.outcome)
-                trace.note(Denied(ending, standing))
+            if isinstance(ending, Problem) and isinstance(fetched.reply, Failed) and not fetched.reply.asked:
+                quota_state = await self._ledger.refund(admitted, ending.outcome)
+                trace.note(Denied(ending, quota_state))
                 return ending
             price = ending.price if isinstance(ending, Answer) else None
             settled = await self._ledger.settle(admitted, _charge(ending.outcome, question, price))
@@ -309,9 +321,9 @@ class Gateway:
         return ending
 
 
-def _who_asks(ask: Ask, trace: Trace, access: Access) -> Team | Problem:
+def _who_asks(request: ClientRequest, trace: Trace, access: Access) -> Team | Problem:
     """Nobody's body is read before its token is known."""
-    team = access.team(ask.token)
+    team = access.team(request.token)
     if isinstance(team, Problem):
         return team
     trace.team = team.id
@@ -328,7 +340,7 @@ def _deny_all_but_admins(access: Access, token: str | None, trace: Trace) -> Pro
     return Problem(Code.FORBIDDEN, "This needs an admin token; yours is a team's.")
 
 
-def _charge(outcome: Outcome, question: Question, price: Price | None) -> Charge:
+def _charge(outcome: Outcome, question: CanonicalRequest, price: Price | None) -> Charge:
     if price is None:
         return Charge(outcome)
     return Charge(outcome, micro_of(price.estimated), question.model)

@@ -19,16 +19,16 @@ from time import perf_counter
 from typing import Any
 
 from proxy.cache.canonical import present
-from proxy.cache.price_book import LEASE_S, Lease, PriceBook, Wait, Word
+from proxy.cache.price_book import LEASE_S, LeaderFailure, Lease, LeaseHeld, PriceBook
 from proxy.cache.prices import Price, StoredPrice
-from proxy.cache.single_flight import Flights
-from proxy.gateway.in_flight import Lifecycle
-from proxy.gateway.questions import Question
+from proxy.cache.single_flight import SingleFlight
+from proxy.gateway.in_flight import InFlightTracker
+from proxy.gateway.questions import CanonicalRequest
 from proxy.problems import Code, Problem, StoreUnavailable
 from proxy.telemetry.logs import event
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.client import Upstream
-from proxy.upstream.replies import Failed, Priced, Rejected, Reply, Unpriced, decode_word, encode_word
+from proxy.upstream.replies import Failed, Priced, Rejected, Reply, Unpriced, decode_failure, encode_failure
 
 MAX_REFRESHES = 8
 """Refreshes that one process has under way; what is stale beyond that is asked again at its next hit."""
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class FetchResult:
     """What a flight brings home to everybody who waits for it.
 
     upstream_s: what upstream took, where this process asked it.
@@ -60,131 +60,133 @@ class Told:
     overtaken: bool = False
 
 
-class Asker:
+class Fetcher:
     """Times are seconds; deadlines stand on the event loop's clock."""
 
     def __init__(
-        self, book: PriceBook, upstream: Upstream, metrics: Metrics, lifecycle: Lifecycle, *, timeout_s: float
+        self, book: PriceBook, upstream: Upstream, metrics: Metrics, tracker: InFlightTracker, *, timeout_s: float
     ) -> None:
         self._book = book
         self._upstream = upstream
         self._metrics = metrics
-        self._lifecycle = lifecycle
+        self._tracker = tracker
         self._timeout_s = timeout_s
-        self._flights = Flights[Told]()
-        self._audits = Flights[None]()
+        self._flights = SingleFlight[FetchResult]()
+        self._audits = SingleFlight[None]()
         self._no_audit_until: dict[str, float] = {}
         self._refreshes = 0
         self._numbers = count()
 
-    async def ask(self, question: Question, *, seen_ms: int | None) -> tuple[Told, bool]:
-        """What upstream says, and whether somebody was asking already. `seen_ms` is as in `Known`.
+    async def fetch(self, question: CanonicalRequest, *, version: int | None) -> tuple[FetchResult, bool]:
+        """What upstream says, and whether somebody was asking already. `version` is as in `Lookup`.
 
         An ask that was overtaken answers only who began it: who joined it may have come after the purge.
         """
         while True:
-            told, joined = await self._join(question.key, lambda: self._ask(question, seen_ms))
-            if not (joined and told.overtaken):
-                return told, joined or told.collapsed
+            fetched, joined = await self._join(question.key, lambda: self._ask(question, version))
+            if not (joined and fetched.overtaken):
+                return fetched, joined or fetched.collapsed
             await asyncio.sleep(0)  # a flight that has just landed can still be joined
 
-    async def ask_without_store(self, question: Question) -> tuple[Told, bool]:
+    async def ask_without_store(self, question: CanonicalRequest) -> tuple[FetchResult, bool]:
         """As `ask`, for this process alone."""
         return await self._join(question.key, lambda: self._ask_without_lease(question))
 
-    async def ask_anew(self, question: Question, *, store: bool) -> Told:
+    async def fetch_uncoalesced(self, question: CanonicalRequest, *, store: bool) -> FetchResult:
         """What upstream says to this very request: it replaces what is stored, or is not stored at all."""
         flight = f"{question.key} {next(self._numbers)}"
-        told, _ = await self._join(flight, lambda: self._ask_anew(question, store=store))
-        return told
+        fetched, _ = await self._join(flight, lambda: self._ask_anew(question, store=store))
+        return fetched
 
-    def refresh(self, question: Question, *, seen_ms: int | None) -> None:
+    def refresh(self, question: CanonicalRequest, *, version: int | None) -> None:
         """Asks again behind the answer, if there is room and nobody is at it."""
-        if self._refreshes >= MAX_REFRESHES or self._flights.is_flying(question.key):
+        if self._refreshes >= MAX_REFRESHES or self._flights.in_flight(question.key):
             return
         self._refreshes += 1
-        task = self._flights.start(question.key, lambda: self._ask(question, seen_ms))
+        task = self._flights.start(question.key, lambda: self._ask(question, version))
         task.add_done_callback(self._refreshed)
 
-    def audit(self, question: Question, stored: StoredPrice, *, seen_ms: int | None, max_age_s: float) -> None:
+    def audit(self, question: CanonicalRequest, stored: StoredPrice, *, version: int | None, max_age_s: float) -> None:
         """Asks for a fresh balance behind the answer, and re-checks the price that was served."""
         now = asyncio.get_running_loop().time()
-        if now >= self._no_audit_until.get(question.account, now) and not self._audits.is_flying(question.account):
-            self._audits.start(question.account, lambda: self._audit(question, stored, seen_ms, max_age_s))
+        if now >= self._no_audit_until.get(question.account, now) and not self._audits.in_flight(question.account):
+            self._audits.start(question.account, lambda: self._audit(question, stored, version, max_age_s))
 
     async def finish(self, timeout_s: float) -> None:
         """Lets what was asked upstream come home and be stored."""
         await asyncio.gather(self._flights.land(timeout_s), self._audits.land(timeout_s))
 
-    async def _join(self, flight: str, work: Callable[[], Coroutine[Any, Any, Told]]) -> tuple[Told, bool]:
+    async def _join(
+        self, flight: str, work: Callable[[], Coroutine[Any, Any, FetchResult]]
+    ) -> tuple[FetchResult, bool]:
         self._metrics.flush_soon()
-        with self._lifecycle.waiting_for_upstream():
+        with self._tracker.waiting_for_upstream():
             return await self._flights.join(flight, work)
 
-    async def _ask(self, question: Question, seen_ms: int | None) -> Told:
+    async def _ask(self, question: CanonicalRequest, version: int | None) -> FetchResult:
         """Leads, or follows who leads, until there is an answer."""
         deadline = self._deadline()
         try:
             while True:
-                match await self._book.take_lease(question.key, question.account, seen_ms=seen_ms):
+                match await self._book.take_lease(question.key, question.account, version=version):
                     case Lease() as lease:
                         break
                     case StoredPrice(price):
                         return await self._found(question, price)
-                    case Wait():
-                        if (told := await self._follow(question, seen_ms, deadline)) is not None:
-                            return told
+                    case LeaseHeld():
+                        if (fetched := await self._follow(question, version, deadline)) is not None:
+                            return fetched
         except StoreUnavailable:
             return await self._ask_without_lease(question)
         return await self._lead(question, lease)
 
-    async def _follow(self, question: Question, seen_ms: int | None, deadline: float) -> Told | None:
+    async def _follow(self, question: CanonicalRequest, version: int | None, deadline: float) -> FetchResult | None:
         """What another process was told; None if it has gone without a word."""
         pause_s = FIRST_WATCH_S
         while asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_WATCH_S)
-            match await self._book.watch(question.key, question.account, seen_ms=seen_ms):
+            match await self._book.watch(question.key, question.account, version=version):
                 case StoredPrice(price):
                     return await self._found(question, price)
-                case Word(text):
-                    return Told(decode_word(text), collapsed=True) if text else None
+                case LeaderFailure(text):
+                    return FetchResult(decode_failure(text), collapsed=True) if text else None
                 case None:
                     return None
-        return Told(Failed(Problem(Code.UPSTREAM_TIMEOUT, f"There was no answer within {self._timeout_s:g} s.")))
+        return FetchResult(Failed(Problem(Code.UPSTREAM_TIMEOUT, f"There was no answer within {self._timeout_s:g} s.")))
 
-    async def _found(self, question: Question, price: Price) -> Told:
+    async def _found(self, question: CanonicalRequest, price: Price) -> FetchResult:
         """Another process asked. Its answer's balance is in the account's book."""
         await self._book.reread(question.account)
-        return Told(Priced(price, None), stored=True, collapsed=True)
+        return FetchResult(Priced(price, None), stored=True, collapsed=True)
 
-    async def _lead(self, question: Question, lease: Lease) -> Told:
+    async def _lead(self, question: CanonicalRequest, lease: Lease) -> FetchResult:
         with self._renewing(lease):
             reply, upstream_s = await self._ask_upstream(question)
         noting = self._note_balance(question, reply)  # goes to the store together with what follows
         try:
             in_time = await self._settle(question, lease, reply)
         except StoreUnavailable:
-            return Told(reply, upstream_s=upstream_s)
+            return FetchResult(reply, upstream_s=upstream_s)
         finally:
             await _done(noting)
         is_stored = in_time and isinstance(reply, Priced)
-        return Told(reply, stored=is_stored, upstream_s=upstream_s, overtaken=not in_time)
+        return FetchResult(reply, stored=is_stored, upstream_s=upstream_s, overtaken=not in_time)
 
-    async def _ask_anew(self, question: Question, *, store: bool) -> Told:
+    async def _ask_anew(self, question: CanonicalRequest, *, store: bool) -> FetchResult:
         if store:
             with suppress(StoreUnavailable):
-                lease = await self._book.take_lease(question.key, question.account, seen_ms=None, by_force=True)
+                lease = await self._book.take_lease(question.key, question.account, version=None, force=True)
                 if isinstance(lease, Lease):
                     return await self._lead(question, lease)
         return await self._ask_without_lease(question)
 
-    async def _ask_without_lease(self, question: Question) -> Told:
+    async def _ask_without_lease(self, question: CanonicalRequest) -> FetchResult:
         reply, upstream_s = await self._ask_upstream(question)
         await _done(self._note_balance(question, reply))
-        return Told(reply, upstream_s=upstream_s)
+        return FetchResult(reply, upstream_s=upstream_s)
 
-    async def _ask_upstream(self, question: Question) -> tuple[Reply, float]:
+    async def _ask_upstream(self, question: CanonicalRequest) -> tuple[Reply, float]:
         """The reply, and the seconds that it took.
 
         An ask has its full time, however long its asker has waited to lead: cut short, it would fail everybody who
@@ -194,19 +196,19 @@ class Asker:
         reply = await self._upstream.estimate(question.account, question.canonical, question.query, deadline=deadline)
         return reply, perf_counter() - started
 
-    def _note_balance(self, question: Question, reply: Reply) -> Awaitable[None] | None:
+    def _note_balance(self, question: CanonicalRequest, reply: Reply) -> Awaitable[None] | None:
         """Begins to keep a balance, whatever becomes of the price. What is returned must be awaited."""
         if isinstance(reply, Priced | Unpriced) and reply.balance is not None:
             return self._book.note_balance(question.account, reply.balance)
         return None
 
-    async def _settle(self, question: Question, lease: Lease, reply: Reply) -> bool:
+    async def _settle(self, question: CanonicalRequest, lease: Lease, reply: Reply) -> bool:
         """Ends a lease with what it brought; False if that was overtaken. Raises `StoreUnavailable`."""
         match reply:
             case Priced(price):
                 return await self._book.put(lease, price, question.body_digest)
             case _:
-                return await self._book.end(lease, word=encode_word(reply), end_price=isinstance(reply, Rejected))
+                return await self._book.end(lease, word=encode_failure(reply), end_price=isinstance(reply, Rejected))
 
     @contextmanager
     def _renewing(self, lease: Lease) -> Iterator[None]:
@@ -231,21 +233,23 @@ class Asker:
     def _refreshed(self, _: object) -> None:
         self._refreshes -= 1
 
-    async def _audit(self, question: Question, stored: StoredPrice, seen_ms: int | None, max_age_s: float) -> None:
+    async def _audit(
+        self, question: CanonicalRequest, stored: StoredPrice, version: int | None, max_age_s: float
+    ) -> None:
         """Asks again if this process is the one to do so and nobody is asking already."""
         try:
             if not await self._book.claim_audit(question.account, max_age_s=max_age_s, for_s=AUDIT_EVERY_S):
                 self._no_audit_until[question.account] = asyncio.get_running_loop().time() + AUDIT_PAUSE_S
                 return
-            lease = await self._book.take_lease(question.key, question.account, seen_ms=seen_ms)
+            lease = await self._book.take_lease(question.key, question.account, version=version)
         except StoreUnavailable:
             return
         if isinstance(lease, Lease):
-            told = await self._lead(question, lease)
-            if isinstance(told.reply, Priced) and told.stored:
-                await self._compare(question, stored, told.reply.price)
+            fetched = await self._lead(question, lease)
+            if isinstance(fetched.reply, Priced) and fetched.stored:
+                await self._compare(question, stored, fetched.reply.price)
 
-    async def _compare(self, question: Question, stored: StoredPrice, price: Price) -> None:
+    async def _compare(self, question: CanonicalRequest, stored: StoredPrice, price: Price) -> None:
         """What an audit has found: the price list may have changed, or a member that was declared neutral is not."""
         facts = {"account": question.account, "key": question.key}
         facts |= {"old": stored.price.estimated.decode(), "new": price.estimated.decode()}

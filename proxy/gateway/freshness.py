@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from proxy.cache.prices import Balance, Known, StoredPrice
+from proxy.cache.prices import Balance, Lookup, StoredPrice
 from proxy.problems import BadRequest, Code
 
 MAX_SECONDS = 2**31
@@ -24,7 +24,7 @@ class Directives:
     max_age_s: int | None = None
 
     @property
-    def asks_anew(self) -> bool:
+    def bypasses_cache(self) -> bool:
         """Whether no stored answer will do, however young."""
         return self.no_cache or self.no_store
 
@@ -60,7 +60,7 @@ def _seconds(argument: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Windows:
+class StaleLimits:
     """How long behind its expiry a price may still serve, in seconds."""
 
     stale_while_revalidate_s: float
@@ -92,24 +92,24 @@ class NotCached:
 Choice = Serve | Forward | NotCached
 
 
-def choose(known: Known | None, wants: Directives, windows: Windows) -> Choice:
-    """What to do for a client that `wants`; `known` is None when the store is out of reach."""
-    choice = _choose(known, wants, windows)
+def choose(lookup: Lookup | None, wants: Directives, stale_limits: StaleLimits) -> Choice:
+    """What to do for a client that `wants`; `lookup` is None when the store is out of reach."""
+    choice = _choose(lookup, wants, stale_limits)
     return NotCached() if wants.only_if_cached and isinstance(choice, Forward) else choice
 
 
-def _choose(known: Known | None, wants: Directives, windows: Windows) -> Serve | Forward:  # noqa: PLR0911 -- a line a case
-    if known is None:
+def _choose(lookup: Lookup | None, wants: Directives, stale_limits: StaleLimits) -> Serve | Forward:  # noqa: PLR0911 -- a line a case
+    if lookup is None:
         return Forward("bypass")
     if wants.no_cache or wants.no_store:
         return Forward("request")
-    stored, balance = known.stored, known.balance
+    stored, balance = lookup.stored, lookup.balance
     if stored is None or balance is None:  # a price is never shown without the account's balance
         return Forward("miss")
     if wants.max_age_s is not None and not wants.accepts(stored.age_s):
         return Forward("request")
     if stored.ttl_s > 0:
         return Serve(stored, balance, stale=False)
-    if -stored.ttl_s <= windows.stale_while_revalidate_s:
+    if -stored.ttl_s <= stale_limits.stale_while_revalidate_s:
         return Serve(stored, balance, stale=True)
-    return Forward("stale", stored if -stored.ttl_s <= windows.stale_if_error_s else None)
+    return Forward("stale", stored if -stored.ttl_s <= stale_limits.stale_if_error_s else None)

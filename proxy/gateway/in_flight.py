@@ -51,7 +51,7 @@ class Arrival:
 
 
 @dataclass(slots=True)
-class Lifecycle:
+class InFlightTracker:
     draining: bool = False
     in_flight: int = 0
     """Requests that have all of their body, or need none."""
@@ -59,7 +59,7 @@ class Lifecycle:
     """Of those in flight, the ones that wait for upstream, or for another's request to it."""
     arriving_bytes: Counter[str] = field(default_factory=Counter)
     """Memory of requests whose body is still arriving, by team."""
-    stop_by: float = 0.0
+    stop_deadline: float = 0.0
     """Monotonic time by which everything is to be over, once it is stopping."""
 
     def is_overloaded(self) -> bool:

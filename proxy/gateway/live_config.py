@@ -7,36 +7,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from proxy.auth import Access, Credential, Team, Teams
-from proxy.quota.quotas import Quota, Rate, Scope, Terms
+from proxy.quota.quotas import Quota, Rate, Scope, TeamLimits
 from proxy.settings.schema import Quota as QuotaSettings
 from proxy.settings.schema import Settings
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class RuntimeConfig:
     """terms: of every configured team. ignored: members that do not count, as dotted paths inside each item."""
 
     access: Access
-    terms: Mapping[str, Terms]
+    terms: Mapping[str, TeamLimits]
     accounts: frozenset[str]
     ignored: tuple[str, ...]
 
 
 @dataclass(slots=True)
-class InForce:
+class ConfigHolder:
     """Where the rules in force are to be found."""
 
-    rules: Rules
+    config: RuntimeConfig
 
 
-def terms_of(settings: Settings) -> dict[str, Terms]:
+def limits_of(settings: Settings) -> dict[str, TeamLimits]:
     """What holds for each team: its rate, its quotas and the organisation's."""
     org = tuple(_quota("org", quota) for quota in settings.org.quotas)
     terms = {}
     for name, team in settings.teams.items():
         rate = settings.rate_of(team)
         own = tuple(_quota("team", quota) for quota in settings.quotas_of(team))
-        terms[name] = Terms(name, Rate(rate.per_s, rate.burst), own + org)
+        terms[name] = TeamLimits(name, Rate(rate.per_s, rate.burst), own + org)
     return terms
 
 
@@ -44,9 +44,9 @@ def _quota(scope: Scope, quota: QuotaSettings) -> Quota:
     return Quota(scope, quota.measure, quota.per, quota.counted_limit, quota.on_exceed == "refuse")
 
 
-def rules_of(settings: Settings) -> Rules:
+def runtime_config_of(settings: Settings) -> RuntimeConfig:
     """What can be reloaded of the settings, but for the accounts' keys."""
-    terms = terms_of(settings)
+    terms = limits_of(settings)
     access = Access(
         teams_of(settings, terms),
         settings.org.zone,
@@ -54,10 +54,10 @@ def rules_of(settings: Settings) -> Rules:
         metrics_digests=settings.metrics.tokens,
         metrics_are_public=settings.metrics.public,
     )
-    return Rules(access, terms, frozenset(settings.accounts), settings.cache.ignore)
+    return RuntimeConfig(access, terms, frozenset(settings.accounts), settings.cache.ignore)
 
 
-def teams_of(settings: Settings, terms: Mapping[str, Terms]) -> Teams:
+def teams_of(settings: Settings, terms: Mapping[str, TeamLimits]) -> Teams:
     """The teams by the digests of their tokens."""
     credentials: dict[str, Credential] = {}
     for name, configured in settings.teams.items():

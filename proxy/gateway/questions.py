@@ -16,7 +16,7 @@ MAX_REMEMBERED = 10_000
 """Some 5 MB. Beyond it, those that were read longest ago are forgotten, and read again."""
 
 
-class Reading(NamedTuple):
+class ParsedBody(NamedTuple):
     """What was read from a body and its query string.
 
     query: as sent upstream. model: the name under which its credits are counted.
@@ -27,7 +27,7 @@ class Reading(NamedTuple):
     model: str
 
 
-class Question:
+class CanonicalRequest:
     """A body on its way: everything that its key is taken from.
 
     ignored: members that do not count, as dotted paths inside each item.
@@ -36,9 +36,9 @@ class Question:
     __slots__ = ("_canonical", "_raw", "account", "ignored", "key", "model", "query")
 
     def __init__(
-        self, reading: Reading, raw: bytes, *, account: str, ignored: tuple[str, ...], canonical: bytes | None = None
+        self, parsed: ParsedBody, raw: bytes, *, account: str, ignored: tuple[str, ...], canonical: bytes | None = None
     ) -> None:
-        self.query, self.key, self.model = reading
+        self.query, self.key, self.model = parsed
         self.account = account
         self.ignored = ignored
         self._raw = raw
@@ -57,28 +57,28 @@ class Question:
         return blake2b(self.canonical, digest_size=8).hexdigest().encode()
 
 
-class Reader:
+class RequestParser:
     """Reads bodies as questions that are asked at one address."""
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._readings: OrderedDict[tuple[object, ...], Reading] = OrderedDict()
+        self._parsed: OrderedDict[tuple[object, ...], ParsedBody] = OrderedDict()
 
-    def read(self, raw: bytes, *, account: str, query: bytes, ignored: tuple[str, ...]) -> Question:
+    def read(self, raw: bytes, *, account: str, query: bytes, ignored: tuple[str, ...]) -> CanonicalRequest:
         """The question in a body. Raises `BadRequest` (`invalid-body`)."""
         spelling = (sha256(raw).digest(), account, query, ignored)
-        reading = self._readings.get(spelling)
-        if reading is not None:
-            return Question(reading, raw, account=account, ignored=ignored)
+        parsed = self._parsed.get(spelling)
+        if parsed is not None:
+            return CanonicalRequest(parsed, raw, account=account, ignored=ignored)
         question = self.of(canonicalise(raw), account=account, query=query, ignored=ignored)
-        self._readings[spelling] = Reading(question.query, question.key, question.model)
-        if len(self._readings) > MAX_REMEMBERED:
-            self._readings.popitem(last=False)
+        self._parsed[spelling] = ParsedBody(question.query, question.key, question.model)
+        if len(self._parsed) > MAX_REMEMBERED:
+            self._parsed.popitem(last=False)
         return question
 
-    def of(self, canonical: bytes, *, account: str, query: bytes, ignored: tuple[str, ...]) -> Question:
+    def of(self, canonical: bytes, *, account: str, query: bytes, ignored: tuple[str, ...]) -> CanonicalRequest:
         """The question of a canonical body."""
         sent = self._address.query_as_sent(query)
         key = self._address.key_of(canonical, account=account, query=sent, ignored=ignored)
-        reading = Reading(sent, key, model_of(canonical))
-        return Question(reading, canonical, account=account, ignored=ignored, canonical=canonical)
+        parsed = ParsedBody(sent, key, model_of(canonical))
+        return CanonicalRequest(parsed, canonical, account=account, ignored=ignored, canonical=canonical)

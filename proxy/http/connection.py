@@ -25,7 +25,7 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 from uvicorn.server import ServerState
 
 from proxy.http.framing import MAX_HEAD_BYTES, ChunkedBody, RequestHead, find_end_of_head, parse_head, skip_empty_lines
-from proxy.http.headers import Head
+from proxy.http.headers import RequestHeaders
 from proxy.http.request_cycle import Cycle
 from proxy.problems import BadRequest, Code, Problem
 from proxy.telemetry.logs import event
@@ -47,7 +47,7 @@ WHOLE_BODY = "estimate_proxy.body"
 """Where a request's scope has its body, if that came with its head: `receive` brings it too."""
 
 HEAD = "estimate_proxy.head"
-"""Where a request's scope has its headers as a `Head`."""
+"""Where a request's scope has its headers as a `RequestHeaders`."""
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ class Connection(asyncio.Protocol):
             "query_string": head.query,
             "root_path": "",
             "headers": head.headers,
-            HEAD: Head(head.headers),
+            HEAD: RequestHeaders(head.headers),
         }
         known = _Known(head, scope)
         if len(text) <= MAX_KNOWN_BYTES:

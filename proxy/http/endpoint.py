@@ -22,20 +22,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from proxy.gateway.estimates import Answer, Ask, Explanation, Purged, Trace
-from proxy.gateway.in_flight import ARRIVING_REQUEST_BYTES, Arrival, Lifecycle
+from proxy.gateway.estimates import Answer, ClientRequest, Explanation, Purged, Trace
+from proxy.gateway.in_flight import ARRIVING_REQUEST_BYTES, Arrival, InFlightTracker
 from proxy.http.connection import HEAD, WHOLE_BODY
 from proxy.http.framing import Headers
-from proxy.http.headers import Head, Lines
+from proxy.http.headers import Lines, RequestHeaders
 from proxy.http.request_cycle import REPLY, Delivery
-from proxy.http.usage_endpoints import Report
+from proxy.http.usage_endpoints import Document
 from proxy.problems import DEFAULT_RETRY_AFTER_S, BadRequest, ClientGone, Code, Outcome, Overloaded, Problem
 from proxy.quota.ledger import Admitted, Denied
 from proxy.telemetry.logs import event
 from proxy.telemetry.metrics import Metrics
 
-Ending = Answer | Explanation | Purged | Report | Problem
-Story = Callable[[Ask, Trace], Awaitable[Ending]]
+Result = Answer | Explanation | Purged | Document | Problem
+Handler = Callable[[ClientRequest, Trace], Awaitable[Result]]
 
 MAX_QUERY_BYTES = 8192
 
@@ -59,7 +59,7 @@ class RequestIds:
         return f"{self._begin}{next(self._numbers):016x}"
 
 
-class Exchange(Trace):
+class RequestContext(Trace):
     """One request on its way to its one log line."""
 
     close = False
@@ -73,7 +73,7 @@ class Exchange(Trace):
     def end(self, metrics: Metrics, outcome: Outcome, status: int) -> None:
         """Counts the request, and writes its log line."""
         duration_s = perf_counter() - self.started
-        metrics.note_request(self.team, self.operation, outcome, duration_s)
+        metrics.record_request(self.team, self.operation, outcome, duration_s)
         if not log.isEnabledFor(logging.INFO):
             return
         facts = {
@@ -89,22 +89,22 @@ class Exchange(Trace):
         event(log, logging.INFO, "request", facts)
 
 
-class StoryEndpoint:
+class Endpoint:
     """An ASGI application that tells one of the gateway's stories."""
 
     def __init__(
         self,
         operation: str,
-        story: Story,
+        handler: Handler,
         *,
-        lifecycle: Lifecycle,
+        tracker: InFlightTracker,
         metrics: Metrics,
         max_body_bytes: int,
         timeout_s: float,
     ) -> None:
         self._operation = operation
-        self._story = story
-        self._lifecycle = lifecycle
+        self._handler = handler
+        self._tracker = tracker
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._timeout_s = timeout_s
@@ -116,48 +116,48 @@ class StoryEndpoint:
         return asyncio.get_running_loop()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        head: Head = scope[HEAD]
-        exchange = Exchange(self._operation, head.request_id or self._ids.next())
-        ending: Ending | None
-        self._lifecycle.in_flight += 1
+        head: RequestHeaders = scope[HEAD]
+        context = RequestContext(self._operation, head.request_id or self._ids.next())
+        ending: Result | None
+        self._tracker.in_flight += 1
         try:
-            _refuse_overload(self._lifecycle)
+            _refuse_overload(self._tracker)
             deadline = self._loop.time() + self._timeout_s
-            asked = _Asked(scope, receive, exchange, self._lifecycle, self._max_body_bytes, deadline)
-            ending = await self._story(asked, exchange)
+            asked = IncomingRequest(scope, receive, context, self._tracker, self._max_body_bytes, deadline)
+            ending = await self._handler(asked, context)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 -- none of them is left unsaid
-            ending = _ending_of(error, exchange)
+            ending = _result_of(error, context)
         finally:
-            self._lifecycle.in_flight -= 1
+            self._tracker.in_flight -= 1
         if ending is None:
-            exchange.end(self._metrics, Outcome.CANCELLED, _CLIENT_GONE)
+            context.end(self._metrics, Outcome.CANCELLED, _CLIENT_GONE)
             return
-        exchange.close = exchange.close or self._lifecycle.draining
-        outcome = Outcome.HIT if isinstance(ending, Purged | Report) else ending.outcome
-        status, lines, body = _answer_of(ending, exchange)
-        match scope[REPLY](status, lines, body, close=exchange.close):
+        context.close = context.close or self._tracker.draining
+        outcome = Outcome.HIT if isinstance(ending, Purged | Document) else ending.outcome
+        status, lines, body = _response_of(ending, context)
+        match scope[REPLY](status, lines, body, close=context.close):
             case Delivery.BY_MESSAGES:
-                headers = _fields([*lines, b"content-length: %d" % len(body)], exchange)
+                headers = _fields([*lines, b"content-length: %d" % len(body)], context)
                 await send({"type": "http.response.start", "status": status, "headers": headers})
                 await send({"type": "http.response.body", "body": body})
             case Delivery.CLIENT_GONE:
                 outcome, status = Outcome.CANCELLED, _CLIENT_GONE
-        exchange.end(self._metrics, outcome, status)
+        context.end(self._metrics, outcome, status)
 
 
-class _Asked:
+class IncomingRequest:
     """What a request asks for. Raises `BadRequest` if its head is malformed."""
 
     def __init__(
         self,
         scope: Scope,
         receive: Receive,
-        exchange: Exchange,
-        lifecycle: Lifecycle,
+        context: RequestContext,
+        tracker: InFlightTracker,
         max_bytes: int,
         deadline: float,
     ) -> None:
-        head: Head = scope[HEAD]
+        head: RequestHeaders = scope[HEAD]
         self.token = head.token
         self.directives = head.directives
         self.accept = head.accept
@@ -168,8 +168,8 @@ class _Asked:
         self._scope = scope
         self._head = head
         self._receive = receive
-        self._exchange = exchange
-        self._lifecycle = lifecycle
+        self._context = context
+        self._tracker = tracker
         self._max_bytes = max_bytes
 
     async def read_body(self) -> bytes:
@@ -187,15 +187,15 @@ class _Asked:
             async with asyncio.timeout_at(self.deadline):
                 body = await self._collect()
         except TimeoutError:
-            self._exchange.close = True
+            self._context.close = True
             raise BadRequest(Code.INVALID_REQUEST, "The body did not arrive in time.") from None
-        _refuse_overload(self._lifecycle)
+        _refuse_overload(self._tracker)
         return body
 
     async def _collect(self) -> bytes:
         """The body's pieces, as they arrive."""
         pieces, size, more = [], 0, True
-        with self._lifecycle.arriving(self._exchange.team) as arrival:
+        with self._tracker.arriving(self._context.team) as arrival:
             self._hold(arrival, ARRIVING_REQUEST_BYTES)
             while more:
                 message = await self._receive()
@@ -211,20 +211,20 @@ class _Asked:
 
     def _hold(self, arrival: Arrival, size: int) -> None:
         if not arrival.hold(size):
-            self._exchange.close = True
+            self._context.close = True
             raise Overloaded("Too many request bodies are still arriving: send fewer at a time.")
 
     def _too_large(self) -> BadRequest:
-        self._exchange.close = True
+        self._context.close = True
         return BadRequest(Code.BODY_TOO_LARGE, f"The body has more than {self._max_bytes} bytes: send fewer items.")
 
 
-def _refuse_overload(lifecycle: Lifecycle) -> None:
-    if lifecycle.is_overloaded():
+def _refuse_overload(tracker: InFlightTracker) -> None:
+    if tracker.is_overloaded():
         raise Overloaded("The gateway has too much to do: try again.")
 
 
-def _ending_of(error: BaseException, exchange: Exchange) -> Problem | None:
+def _result_of(error: BaseException, context: RequestContext) -> Problem | None:
     """What a story has raised, as a problem; None when nobody is left to hear it."""
     match error:
         case BadRequest(problem=problem):
@@ -236,27 +236,27 @@ def _ending_of(error: BaseException, exchange: Exchange) -> Problem | None:
         case asyncio.CancelledError():
             if (task := asyncio.current_task()) is not None:
                 task.uncancel()  # it goes on: Python 3.11.2 would end it at its next time limit otherwise
-            exchange.close = True
+            context.close = True
             return Problem(Code.DRAINING, "The gateway is shutting down: ask again.", retry_after_s=1)
         case _:
-            log.error("request %s failed", exchange.request_id, exc_info=error)
+            log.error("request %s failed", context.request_id, exc_info=error)
             return Problem(Code.INTERNAL_ERROR, "The gateway failed; its log has the reason under this request's id.")
 
 
-def _answer_of(ending: Ending, exchange: Exchange) -> tuple[int, Lines, bytes]:
+def _response_of(ending: Result, context: RequestContext) -> tuple[int, Lines, bytes]:
     """Status, header fields but those of its length and connection, and body."""
     match ending:
         case Answer(status=status):
             lines, body = _answer_lines(ending), ending.body
         case Problem(status=status):
-            lines, body = [*ending.lines], ending.document(exchange.request_id)
+            lines, body = [*ending.lines], ending.document(context.request_id)
         case Explanation():
             status, lines, body = 200, [_JSON_TYPE, _NO_STORE], _explanation_document(ending)
         case Purged():
             status, lines, body = 200, [_JSON_TYPE, _NO_STORE], _purged_document(ending)
-        case Report():
-            status, lines, body = 200, _report_lines(ending), ending.body
-    return status, lines + _common_lines(exchange), body
+        case Document():
+            status, lines, body = 200, _document_lines(ending), ending.body
+    return status, lines + _common_lines(context), body
 
 
 def probe_answer(request: Request, document: Mapping[str, Any], *, draining: bool = False) -> Response:
@@ -268,24 +268,24 @@ def probe_answer(request: Request, document: Mapping[str, Any], *, draining: boo
     return JSONResponse(document, 503 if draining else 200, headers)
 
 
-async def refuse_route(lifecycle: Lifecycle, metrics: Metrics, request: Request, error: Exception) -> Response:
+async def refuse_route(tracker: InFlightTracker, metrics: Metrics, request: Request, error: Exception) -> Response:
     """The answer to a path or method that is not served."""
-    exchange = Exchange("other", request.scope[HEAD].request_id or secrets.token_hex(16))
-    exchange.close = lifecycle.draining
+    context = RequestContext("other", request.scope[HEAD].request_id or secrets.token_hex(16))
+    context.close = tracker.draining
     if isinstance(error, HTTPException) and error.status_code == 405:  # noqa: PLR2004 -- RFC 9110 §15.5.6
         allow = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
         problem = Problem(Code.METHOD_NOT_ALLOWED, f"This path takes {allow}.", fields=((b"allow", allow.encode()),))
     else:
         problem = Problem(Code.NOT_FOUND, "Of RenderNet's API the gateway serves POST /pub/v1/generations/estimate.")
-    body = problem.document(exchange.request_id)
-    exchange.end(metrics, problem.outcome, problem.status)
-    fields = [*problem.headers, *_fields(_common_lines(exchange), exchange)]
+    body = problem.document(context.request_id)
+    context.end(metrics, problem.outcome, problem.status)
+    fields = [*problem.headers, *_fields(_common_lines(context), context)]
     return Response(body, problem.status, {name.decode(): value.decode() for name, value in fields})
 
 
-def _fields(lines: Lines, exchange: Exchange) -> Headers:
+def _fields(lines: Lines, context: RequestContext) -> Headers:
     """As a message to the server has them."""
-    pairs = (line.split(b": ", 1) for line in ([*lines, b"connection: close"] if exchange.close else lines))
+    pairs = (line.split(b": ", 1) for line in ([*lines, b"connection: close"] if context.close else lines))
     return [(name, value) for name, value in pairs]
 
 
@@ -300,7 +300,7 @@ def _answer_lines(answer: Answer) -> Lines:
     return lines
 
 
-def _report_lines(report: Report) -> Lines:
+def _document_lines(report: Document) -> Lines:
     return [b"content-type: " + report.media_type.encode(), b"vary: accept", _NO_STORE]
 
 
@@ -339,16 +339,16 @@ def _purged_document(purged: Purged) -> bytes:
     )
 
 
-def _common_lines(exchange: Exchange) -> Lines:
-    lines = [b"x-request-id: " + exchange.request_id.encode()]
-    if exchange.cache_status is not None:
-        lines.append(b"cache-status: estimate-proxy; " + exchange.cache_status.encode())
-    if exchange.standing is not None:
-        lines += exchange.standing.lines
-    if exchange.warnings:
-        names = ", ".join(f'"{quota.policy}"' for quota in exchange.warnings)
+def _common_lines(context: RequestContext) -> Lines:
+    lines = [b"x-request-id: " + context.request_id.encode()]
+    if context.cache_status is not None:
+        lines.append(b"cache-status: estimate-proxy; " + context.cache_status.encode())
+    if context.quota_state is not None:
+        lines += context.quota_state.lines
+    if context.warnings:
+        names = ", ".join(f'"{quota.policy}"' for quota in context.warnings)
         lines.append(b"estimate-proxy-warning: " + names.encode())
-    if timing := _timings(exchange):
+    if timing := _timings(context):
         lines.append(b"server-timing: " + b", ".join(timing))
     return lines
 

@@ -33,10 +33,10 @@ _READ = frozenset(
 _NO_DIRECTIVES = Directives()
 
 
-class Head:
+class RequestHeaders:
     """The fields that count, of header names in lower case. What is malformed raises `BadRequest` when it is read.
 
-    Each is worked out once: the server gives requests with the same head the same `Head`.
+    Each is worked out once: the server gives requests with the same head the same `RequestHeaders`.
     """
 
     def __init__(self, headers: Headers) -> None:
@@ -84,14 +84,14 @@ class Head:
     def check_media_type(self) -> None:
         """The body must be declared as plain JSON, or not at all."""
         if not self._is_plain_json:
-            self._look_closer()
+            self._check_parameters()
 
     @cached_property
     def _is_plain_json(self) -> bool:
         fields = self._fields
         return fields.get(b"content-type", _JSON) == _JSON and b"content-encoding" not in fields and not self._times
 
-    def _look_closer(self) -> None:
+    def _check_parameters(self) -> None:
         content_type, coding = self._only(b"content-type"), self._only(b"content-encoding")
         if content_type is not None and content_type.partition(";")[0].strip().lower() != JSON:
             detail = f"Send the body with Content-Type: {JSON}."

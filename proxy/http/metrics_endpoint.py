@@ -17,15 +17,15 @@ from prometheus_client.registry import Collector
 
 from proxy.cache.price_book import PriceBook
 from proxy.cache.prices import Balance
-from proxy.gateway.estimates import Ask, Trace
-from proxy.gateway.live_config import InForce
-from proxy.http.usage_endpoints import Report
+from proxy.gateway.estimates import ClientRequest, Trace
+from proxy.gateway.live_config import ConfigHolder
+from proxy.http.usage_endpoints import Document
 from proxy.problems import Code, Problem, StoreUnavailable
-from proxy.quota.batches import Decisions
+from proxy.quota.batches import LedgerBatcher
 from proxy.quota.credits import MICRO
-from proxy.quota.quotas import Quota, Standing
-from proxy.quota.reports import Reports, WindowTotals
-from proxy.quota.windows import Per, Window
+from proxy.quota.quotas import Quota, QuotaState
+from proxy.quota.reports import LedgerReader, WindowTotals
+from proxy.quota.windows import Period, Window
 from proxy.telemetry.metrics import Metrics
 
 SNAPSHOT_S = 3.0
@@ -36,26 +36,26 @@ class Snapshot:
     """What the stores knew a moment ago; None and nothing where one was out of reach."""
 
     totals: WindowTotals | None
-    standings: Sequence[Standing]
+    quota_states: Sequence[QuotaState]
     balances: Mapping[str, Balance]
     taken_at: float
 
 
-class Scrape:
+class MetricsEndpoint:
     """Answers Prometheus."""
 
     def __init__(
-        self, in_force: InForce, metrics: Metrics, decisions: Decisions, reports: Reports, book: PriceBook
+        self, live: ConfigHolder, metrics: Metrics, batcher: LedgerBatcher, ledger_reader: LedgerReader, book: PriceBook
     ) -> None:
-        self._in_force = in_force
+        self._live = live
         self._metrics = metrics
-        self._decisions = decisions
-        self._reports = reports
+        self._batcher = batcher
+        self._ledger_reader = ledger_reader
         self._book = book
         self._snapshot: Snapshot | None = None
         self._reading = asyncio.Lock()
 
-    async def metrics(self, ask: Ask, trace: Trace) -> Report | Problem:
+    async def metrics(self, ask: ClientRequest, trace: Trace) -> Document | Problem:
         """Everything, in the format that the scraper prefers."""
         refusal = self._refusal(ask, trace)
         if refusal is not None:
@@ -65,10 +65,10 @@ class Scrape:
         self._metrics.flush()
         registry = CollectorRegistry()
         registry.register(_Everything(self._metrics, snapshot))
-        return Report(await asyncio.to_thread(encode, registry), media_type)
+        return Document(await asyncio.to_thread(encode, registry), media_type)
 
-    def _refusal(self, ask: Ask, trace: Trace) -> Problem | None:
-        access = self._in_force.rules.access
+    def _refusal(self, ask: ClientRequest, trace: Trace) -> Problem | None:
+        access = self._live.config.access
         if access.may_scrape(ask.token):
             return None
         team = access.team(ask.token)
@@ -87,22 +87,22 @@ class Scrape:
 
     async def _read(self) -> Snapshot:
         taken_at = monotonic()
-        (totals, standings), balances = await asyncio.gather(self._read_ledger(), self._read_balances())
-        return Snapshot(totals, standings, balances, taken_at)
+        (totals, quota_states), balances = await asyncio.gather(self._read_ledger(), self._read_balances())
+        return Snapshot(totals, quota_states, balances, taken_at)
 
-    async def _read_ledger(self) -> tuple[WindowTotals | None, Sequence[Standing]]:
-        terms = self._in_force.rules.terms
+    async def _read_ledger(self) -> tuple[WindowTotals | None, Sequence[QuotaState]]:
+        terms = self._live.config.terms
         try:
-            await self._decisions.open()  # an idle gateway notices a lost ledger, too
+            await self._batcher.open()  # an idle gateway notices a lost ledger, too
             return await asyncio.gather(
-                self._reports.window_totals(list(terms)), self._reports.standings(list(terms.values()))
+                self._ledger_reader.window_totals(list(terms)), self._ledger_reader.quota_states(list(terms.values()))
             )
         except StoreUnavailable:
             return None, ()
 
     async def _read_balances(self) -> Mapping[str, Balance]:
         try:
-            return await self._book.balances(self._in_force.rules.accounts)
+            return await self._book.balances(self._live.config.accounts)
         except StoreUnavailable:
             return {}
 
@@ -117,7 +117,7 @@ class _Everything:
     def collect(self) -> Iterator[Metric]:
         yield from self._instruments.collect()
         yield from _windows(self._snapshot)
-        yield from _quotas(self._snapshot.standings)
+        yield from _quotas(self._snapshot.quota_states)
         yield from _balances(self._snapshot)
 
 
@@ -136,9 +136,9 @@ def _windows(snapshot: Snapshot) -> Iterator[Metric]:
         for per, count in counts.items():
             used_credits.add_metric([team, per], count.credits_micro / MICRO)
             requests.add_metric([team, per], count.requests)
-    windows: dict[Per, Window] = dict(snapshot.totals.windows)
-    for standing in snapshot.standings:
-        windows |= standing.windows
+    windows: dict[Period, Window] = dict(snapshot.totals.windows)
+    for quota_state in snapshot.quota_states:
+        windows |= quota_state.windows
     starts = _gauge("window_start_timestamp_seconds", "When the running window began.", "per")
     ends = _gauge("window_end_timestamp_seconds", "When the running window ends.", "per")
     for per, window in windows.items():
@@ -147,16 +147,16 @@ def _windows(snapshot: Snapshot) -> Iterator[Metric]:
     yield from (used_credits, requests, starts, ends)
 
 
-def _quotas(standings: Sequence[Standing]) -> Iterator[Metric]:
+def _quotas(quota_states: Sequence[QuotaState]) -> Iterator[Metric]:
     limits = _gauge("quota_limit", "What a quota allows in its window.", "scope", "team", "measure", "per")
     used = _gauge("quota_used", "What is used of a quota in its running window.", "scope", "team", "measure", "per")
     seen: set[Quota] = set()
-    for standing in standings:
-        for quota, amount in zip(standing.terms.quotas, standing.used, strict=True):
+    for quota_state in quota_states:
+        for quota, amount in zip(quota_state.terms.quotas, quota_state.used, strict=True):
             if quota.scope == "org" and quota in seen:
                 continue
             seen.add(quota)
-            team = quota.owner(standing.terms.team)
+            team = quota.owner(quota_state.terms.team)
             labels = [quota.scope, team, quota.measure, quota.per]
             unit = 1 if quota.measure == "requests" else MICRO
             limits.add_metric(labels, quota.limit / unit)

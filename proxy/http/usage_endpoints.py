@@ -14,11 +14,11 @@ from zoneinfo import ZoneInfo
 import orjson
 
 from proxy.auth import Team
-from proxy.gateway.estimates import Ask, Trace
-from proxy.gateway.live_config import InForce
+from proxy.gateway.estimates import ClientRequest, Trace
+from proxy.gateway.live_config import ConfigHolder
 from proxy.problems import Code, Problem, StoreUnavailable
-from proxy.quota.quotas import Quota, Standing
-from proxy.quota.reports import Reports
+from proxy.quota.quotas import Quota, QuotaState
+from proxy.quota.reports import LedgerReader
 from proxy.quota.usage import UsageQuery, csv_of, json_of, read_parameters, read_usage_query
 from proxy.quota.windows import Window, day_of, rfc3339
 
@@ -27,80 +27,82 @@ CSV = "text/csv; charset=utf-8; header=present"  # RFC 4180 §3
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Document:
     """What a client gets: a document."""
 
     body: bytes
     media_type: str
 
 
-class Statements:
+class UsageEndpoints:
     """What the ledger says to those who may know it."""
 
-    def __init__(self, in_force: InForce, reports: Reports, zone: ZoneInfo) -> None:
-        self._in_force = in_force
-        self._reports = reports
+    def __init__(self, live: ConfigHolder, ledger_reader: LedgerReader, zone: ZoneInfo) -> None:
+        self._live = live
+        self._ledger_reader = ledger_reader
         self._zone = zone
 
-    async def usage(self, ask: Ask, trace: Trace) -> Report | Problem:
+    async def usage(self, ask: ClientRequest, trace: Trace) -> Document | Problem:
         """The sums that the query asks for. Raises `BadRequest`."""
-        asker = self._asker(ask.token, trace)
-        if isinstance(asker, Problem):
-            return asker
+        fetcher = self._fetcher(ask.token, trace)
+        if isinstance(fetcher, Problem):
+            return fetcher
         query = read_usage_query(ask.query, ask.accept, today=day_of(int(time()), self._zone))
-        if asker is not None:
-            if query.team not in (None, asker.id) or "team" in query.by:
-                return _forbidden(asker)
-            query = replace(query, team=asker.id)
+        if fetcher is not None:
+            if query.team not in (None, fetcher.id) or "team" in query.by:
+                return _forbidden(fetcher)
+            query = replace(query, team=fetcher.id)
         return await _by(ask.deadline, self._usage(query))
 
-    async def quota(self, ask: Ask, trace: Trace) -> Report | Problem:
+    async def quota(self, ask: ClientRequest, trace: Trace) -> Document | Problem:
         """How rate and quotas stand, of one team or, for the operator, of each. Raises `BadRequest`."""
-        asker = self._asker(ask.token, trace)
-        if isinstance(asker, Problem):
-            return asker
+        fetcher = self._fetcher(ask.token, trace)
+        if isinstance(fetcher, Problem):
+            return fetcher
         team = read_parameters(ask.query, ("team",)).get("team")
-        if asker is not None:
-            if team not in (None, asker.id):
-                return _forbidden(asker)
-            team = asker.id
+        if fetcher is not None:
+            if team not in (None, fetcher.id):
+                return _forbidden(fetcher)
+            team = fetcher.id
         return await _by(ask.deadline, self._quota(team))
 
-    async def _usage(self, query: UsageQuery) -> Report | Problem:
-        if query.team not in (None, *self._in_force.rules.terms, *await self._reports.teams()):
+    async def _usage(self, query: UsageQuery) -> Document | Problem:
+        if query.team not in (None, *self._live.config.terms, *await self._ledger_reader.teams()):
             return _unknown("team names none that is configured or ever had usage.")
-        usage = await self._reports.usage(query)
+        usage = await self._ledger_reader.usage(query)
         if query.csv:
-            return Report(csv_of(usage, query.by), CSV)
-        return Report(json_of(usage, query, self._zone.key), JSON)
+            return Document(csv_of(usage, query.by), CSV)
+        return Document(json_of(usage, query, self._zone.key), JSON)
 
-    async def _quota(self, team: str | None) -> Report | Problem:
-        if team not in (None, *self._in_force.rules.terms):
+    async def _quota(self, team: str | None) -> Document | Problem:
+        if team not in (None, *self._live.config.terms):
             return _unknown("team names none that is configured.")
-        wanted = [terms for terms in self._in_force.rules.terms.values() if team in (None, terms.team)]
-        documents = [quota_document(standing, self._zone) for standing in await self._reports.standings(wanted)]
-        return Report(orjson.dumps({"teams": documents} if team is None else documents[0]), JSON)
+        wanted = [terms for terms in self._live.config.terms.values() if team in (None, terms.team)]
+        documents = [
+            quota_document(quota_state, self._zone) for quota_state in await self._ledger_reader.quota_states(wanted)
+        ]
+        return Document(orjson.dumps({"teams": documents} if team is None else documents[0]), JSON)
 
-    def _asker(self, token: str | None, trace: Trace) -> Team | Problem | None:
+    def _fetcher(self, token: str | None, trace: Trace) -> Team | Problem | None:
         """Whose token it is; None: the operator's."""
-        if self._in_force.rules.access.is_admin(token):
+        if self._live.config.access.is_admin(token):
             return None
-        team = self._in_force.rules.access.team(token)
+        team = self._live.config.access.team(token)
         if isinstance(team, Team):
             trace.team = team.id
         return team
 
 
-def quota_document(standing: Standing, zone: ZoneInfo) -> dict[str, Any]:
+def quota_document(quota_state: QuotaState, zone: ZoneInfo) -> dict[str, Any]:
     """How a team stands, as JSON; amounts are exact decimal numbers."""
-    rate, quotas = standing.terms.rate, standing.terms.quotas
+    rate, quotas = quota_state.terms.rate, quota_state.terms.quotas
     per_s = int(rate.per_s) if float(rate.per_s).is_integer() else rate.per_s
     return {
-        "team": standing.terms.team,
-        "rate": {"per_s": per_s, "burst": rate.burst, "remaining": standing.rate_remaining()},
+        "team": quota_state.terms.team,
+        "rate": {"per_s": per_s, "burst": rate.burst, "remaining": quota_state.rate_remaining()},
         "quotas": [
-            _quota_members(quota, used, standing.windows[quota.per], zone)
-            for quota, used in zip(quotas, standing.used, strict=True)
+            _quota_members(quota, used, quota_state.windows[quota.per], zone)
+            for quota, used in zip(quotas, quota_state.used, strict=True)
         ],
     }
 
@@ -119,7 +121,7 @@ def _quota_members(quota: Quota, used: int, window: Window, zone: ZoneInfo) -> d
     }
 
 
-async def _by(deadline: float, report: Coroutine[Any, Any, Report | Problem]) -> Report | Problem:
+async def _by(deadline: float, report: Coroutine[Any, Any, Document | Problem]) -> Document | Problem:
     """The report, unless the ledger keeps it from being there in time."""
     try:
         async with asyncio.timeout_at(deadline):
@@ -130,9 +132,9 @@ async def _by(deadline: float, report: Coroutine[Any, Any, Report | Problem]) ->
         return Problem(Code.STORE_UNAVAILABLE, "The ledger took too long to read: ask for fewer days.")
 
 
-def _forbidden(asker: Team) -> Problem:
+def _forbidden(fetcher: Team) -> Problem:
     return Problem(
-        Code.FORBIDDEN, f"Your token shows the team {asker.id!r} alone: others, and by=team, need an admin token."
+        Code.FORBIDDEN, f"Your token shows the team {fetcher.id!r} alone: others, and by=team, need an admin token."
     )
 
 

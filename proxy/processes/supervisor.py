@@ -24,7 +24,7 @@ from time import monotonic
 from proxy.embedded.stores import EmbeddedStores
 from proxy.gateway.in_flight import ARRIVING_REQUEST_BYTES, MAX_ARRIVING_BYTES, MAX_IN_FLIGHT
 from proxy.processes.messages import DRAIN, STOP
-from proxy.processes.workers import Premises, Workforce
+from proxy.processes.workers import WorkerContext, WorkerPool
 from proxy.settings.loader import Source
 from proxy.settings.reload import Reloader
 from proxy.settings.schema import Server, Settings
@@ -86,7 +86,7 @@ class Supervisor:
         self._reloader = Reloader(source, settings)
         self._listener = listen(settings.server)
         self._stores = EmbeddedStores(settings.store.data_dir, _embedded_roles(settings))
-        self._workforce: Workforce
+        self._workforce: WorkerPool
         self._drain_until: float | None = None
         self._stop_by: float | None = None
 
@@ -97,8 +97,8 @@ class Supervisor:
         workers = self._settings.server.workers
         with self._listener, _signals() as signals, metrics_files(workers) as metrics_fds, self._stores_running():
             self._begin_to_listen()  # only now: until here nobody could be answered
-            premises = Premises(self._listener, _url_of(self._listener), self._stores.urls, metrics_fds)
-            self._workforce = Workforce(self._settings, premises)
+            context = WorkerContext(self._listener, _url_of(self._listener), self._stores.urls, metrics_fds)
+            self._workforce = WorkerPool(self._settings, context)
             try:
                 return self._watch(signals)
             finally:

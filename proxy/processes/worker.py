@@ -21,7 +21,7 @@ import uvloop
 from starlette.applications import Starlette
 
 from proxy.app import build
-from proxy.gateway.in_flight import Lifecycle
+from proxy.gateway.in_flight import InFlightTracker
 from proxy.http.server import Server
 from proxy.open_stores import startup_errors
 from proxy.processes.messages import CANNOT_SERVE, READY, RELOAD_FAILED, STOP
@@ -44,7 +44,7 @@ class Worker:
         self._listener = listener
         self._channel = channel
         self._shared = shared
-        self._lifecycle = Lifecycle()
+        self._tracker = InFlightTracker()
 
     def run(self) -> int:
         """Serves until told to stop; the process's exit status."""
@@ -61,7 +61,7 @@ class Worker:
         head_timeout_s, drain_s = settings.server.head_timeout_s, settings.server.drain_s
         metrics = Metrics(settings.teams, settings.accounts, self._shared)
         metrics.take_dropped_log_lines = log_writer.take_dropped
-        app = build(settings, embedded_urls, self._lifecycle, metrics)
+        app = build(settings, embedded_urls, self._tracker, metrics)
         server = Server(app, head_timeout_s=head_timeout_s, drain_s=drain_s, announce=self._announce)
         stop = partial(self._stop, server, drain_s)
         reload = partial(self._reload, app, metrics)
@@ -90,7 +90,7 @@ class Worker:
         elif isinstance(word, Settings):
             reload(word)
         else:
-            self._lifecycle.draining = True
+            self._tracker.draining = True
             if word == STOP:
                 stop()
 
@@ -101,8 +101,8 @@ class Worker:
         metrics.config_last_reload_successful.set(settings is not None)
 
     def _stop(self, server: Server, drain_s: float) -> None:
-        self._lifecycle.draining = True
-        self._lifecycle.stop_by = monotonic() + drain_s
+        self._tracker.draining = True
+        self._tracker.stop_deadline = monotonic() + drain_s
         server.should_exit = True
 
     def _leave_with_supervisor(self, server: Server) -> None:

@@ -20,7 +20,7 @@ from time import monotonic
 from proxy.embedded.child import die_with_parent
 from proxy.embedded.valkey import restart_delay_s
 from proxy.processes.messages import CANNOT_SERVE, READY, RELOAD_FAILED
-from proxy.settings.loader import FAMILIAR_VARIABLES, PREFIX
+from proxy.settings.loader import PREFIX, WELL_KNOWN_ENV
 from proxy.settings.schema import Settings
 from proxy.store.access import EmbeddedUrls
 from proxy.telemetry.multiprocess import vacate
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Premises:
+class WorkerContext:
     """What all workers have in common. `metrics_fds`: for each of them the file in which it counts."""
 
     listener: socket.socket
@@ -45,13 +45,13 @@ class Premises:
 class _Worker:
     """A worker as its supervisor sees it. It counts in the file at `metrics_fd`."""
 
-    def __init__(self, premises: Premises, settings: Settings, metrics_fd: int) -> None:
+    def __init__(self, context: WorkerContext, settings: Settings, metrics_fd: int) -> None:
         self.channel, theirs = Pipe()
         self.ready = False
         self.began_at = monotonic()
         with theirs:
-            others = (fd for fd in premises.metrics_fds if fd != metrics_fd)
-            fds = (premises.listener.fileno(), theirs.fileno(), metrics_fd, *others)
+            others = (fd for fd in context.metrics_fds if fd != metrics_fd)
+            fds = (context.listener.fileno(), theirs.fileno(), metrics_fd, *others)
             self.process = subprocess.Popen(  # noqa: S603 -- our own module, no shell
                 [sys.executable, *_path_options(), "-m", "proxy.processes.worker", *map(str, fds)],
                 stdin=subprocess.DEVNULL,
@@ -60,7 +60,7 @@ class _Worker:
                 start_new_session=True,  # Ctrl-C in a terminal is the supervisor's to handle
                 preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 -- needs no lock
             )
-        self.say((settings, premises.embedded_urls))
+        self.say((settings, context.embedded_urls))
 
     def say(self, word: object) -> None:
         with suppress(OSError):  # it is dead, and about to be noticed
@@ -81,7 +81,7 @@ class _Worker:
         self.channel.close()
 
 
-class _Post:
+class _Slot:
     """A place for one worker, and how its workers have fared.
 
     worker: None before the first start, while the next one's time has not come, and when there is to be none.
@@ -96,10 +96,10 @@ class _Post:
         self._failed_starts = 0
         self._quick_deaths = 0
 
-    def start(self, premises: Premises, settings: Settings) -> str | None:
+    def start(self, context: WorkerContext, settings: Settings) -> str | None:
         """Starts a worker. If the system refuses, returns what is to be said of it, and there is a next start."""
         try:
-            self.worker, self.next_at = _Worker(premises, settings, self.metrics_fd), None
+            self.worker, self.next_at = _Worker(context, settings, self.metrics_fd), None
         except OSError as error:
             return f"{self.name} cannot be started ({error.strerror}): trying again{self._back_off()}"
         return None
@@ -128,16 +128,16 @@ class _Post:
         return f" in {delay_s:g} s" if delay_s else ""
 
 
-class Workforce:
+class WorkerPool:
     """All workers of a gateway. `end` must be called."""
 
-    def __init__(self, settings: Settings, premises: Premises) -> None:
+    def __init__(self, settings: Settings, context: WorkerContext) -> None:
         self._settings = settings
-        self._premises = premises
+        self._context = context
         self._reload_failed = False
         count = settings.server.workers
         names = ["the worker"] if count == 1 else [f"worker {number} of {count}" for number in range(1, count + 1)]
-        self._posts = [_Post(name, fd) for name, fd in zip(names, premises.metrics_fds, strict=True)]
+        self._slots = [_Slot(name, fd) for name, fd in zip(names, context.metrics_fds, strict=True)]
         self._leaving = False
         self.look_after()
 
@@ -162,23 +162,23 @@ class Workforce:
     def leave(self) -> None:
         """From now on nobody is replaced. Who is missing just now has finished."""
         self._leaving = True
-        for post in self._posts:
+        for post in self._slots:
             post.status = 0 if post.worker is None else None
 
     def look_after(self) -> int | None:
         """Hears who serves, buries the dead and starts the next; the exit status once there is nobody left."""
-        for post in self._posts:
+        for post in self._slots:
             self._look_after(post)
-        if any(post.worker is not None or (post.next_at is not None and not self._leaving) for post in self._posts):
+        if any(post.worker is not None or (post.next_at is not None and not self._leaving) for post in self._slots):
             return None
-        return 0 if self._leaving and all(post.status == 0 for post in self._posts) else 1
+        return 0 if self._leaving and all(post.status == 0 for post in self._slots) else 1
 
     def end(self) -> None:
         """By force, whoever still runs."""
         for worker in self._workers():
             worker.end()
 
-    def _look_after(self, post: _Post) -> None:
+    def _look_after(self, post: _Slot) -> None:
         worker = post.worker
         if worker is None:
             if post.next_at is not None and monotonic() >= post.next_at and not self._leaving:
@@ -186,13 +186,13 @@ class Workforce:
             return
         if worker.has_become_ready():
             post.serves()
-            which = "" if len(self._posts) == 1 else f" ({post.name})"
-            log.info("serving on %s%s", self._premises.url, which)
+            which = "" if len(self._slots) == 1 else f" ({post.name})"
+            log.info("serving on %s%s", self._context.url, which)
         status = worker.process.poll()
         if status is not None:
-            self._bury(post, worker, status)
+            self._reap(post, worker, status)
 
-    def _bury(self, post: _Post, worker: _Worker, status: int) -> None:
+    def _reap(self, post: _Slot, worker: _Worker, status: int) -> None:
         worker.end()
         vacate(post.metrics_fd)
         if self._leaving:
@@ -203,10 +203,10 @@ class Workforce:
         self._look_after(post)
 
     def _workers(self) -> Iterator[_Worker]:
-        return (post.worker for post in self._posts if post.worker is not None)
+        return (post.worker for post in self._slots if post.worker is not None)
 
-    def _start(self, post: _Post) -> None:
-        if (refusal := post.start(self._premises, self._settings)) is not None:
+    def _start(self, post: _Slot) -> None:
+        if (refusal := post.start(self._context, self._settings)) is not None:
             log.error("%s", refusal)
         elif post.worker is not None and self._reload_failed:
             post.worker.say(RELOAD_FAILED)
@@ -219,4 +219,4 @@ def _path_options() -> list[str]:
 
 def _environment_without_settings() -> dict[str, str]:
     """The settings go through the channel; a secret among them has no business in an environment."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(PREFIX) and k not in FAMILIAR_VARIABLES}
+    return {k: v for k, v in os.environ.items() if not k.startswith(PREFIX) and k not in WELL_KNOWN_ENV}

@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from itertools import islice
 
 from proxy.problems import Outcome
-from proxy.quota.counters import Sheet
+from proxy.quota.counters import CounterSet
 from proxy.quota.quotas import Charge
 
 
 @dataclass(frozen=True, slots=True)
-class Owed:
+class BufferedDebit:
     """A sum of debits: so many requests, and their credits together."""
 
-    sheet: Sheet
+    counters: CounterSet
     charge: Charge
     requests: int
 
 
 @dataclass(frozen=True, slots=True)
-class Pile:
+class FlushBatch:
     name: str
-    rows: tuple[Owed, ...]
+    rows: tuple[BufferedDebit, ...]
 
 
 class Backlog:
@@ -32,8 +32,8 @@ class Backlog:
 
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
-        self._sums: dict[tuple[Sheet, Outcome, str, bool], Owed] = {}
-        self._pile: Pile | None = None
+        self._sums: dict[tuple[CounterSet, Outcome, str, bool], BufferedDebit] = {}
+        self._pile: FlushBatch | None = None
 
     def __bool__(self) -> bool:
         return bool(self._sums) or self._pile is not None
@@ -47,26 +47,26 @@ class Backlog:
     def has_room(self) -> bool:
         return len(self._sums) < self._max_rows
 
-    def add(self, sheet: Sheet, charge: Charge, requests: int) -> bool:
+    def add(self, counters: CounterSet, charge: Charge, requests: int) -> bool:
         """Adds a debit to its sum; False if there is no room for it."""
         priced = charge.credits_micro is not None
-        key = sheet, charge.outcome, charge.model, priced
+        key = counters, charge.outcome, charge.model, priced
         known = self._sums.get(key)
         if known is None and not self.has_room():
             return False
         micro = (charge.credits_micro or 0) + ((known.charge.credits_micro or 0) if known else 0)
         total = Charge(charge.outcome, micro if priced else None, charge.model)
-        self._sums[key] = Owed(sheet, total, requests + (known.requests if known else 0))
+        self._sums[key] = BufferedDebit(counters, total, requests + (known.requests if known else 0))
         return True
 
-    def pile(self, max_rows: int) -> Pile | None:
+    def batch(self, max_rows: int) -> FlushBatch | None:
         """What is to be booked next, the same until it is dropped; None if nothing is owed."""
         if self._pile is None and self._sums:
             keys = list(islice(self._sums, max_rows))
-            self._pile = Pile(secrets.token_hex(16), tuple(self._sums.pop(key) for key in keys))
+            self._pile = FlushBatch(secrets.token_hex(16), tuple(self._sums.pop(key) for key in keys))
         return self._pile
 
-    def drop(self, pile: Pile) -> None:
+    def drop(self, batch: FlushBatch) -> None:
         """It is booked."""
-        if self._pile is pile:
+        if self._pile is batch:
             self._pile = None

@@ -19,11 +19,11 @@ from time import time_ns
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
-from proxy.problems import NO_NAME, Problem, StoreUnanswered, StoreUnavailable
-from proxy.quota.backlog import Owed, Pile
-from proxy.quota.counters import LedgerKeys, Sheet, org_sheet, team_sheet
+from proxy.problems import NO_NAME, Problem, StoreOutcomeUnknown, StoreUnavailable
+from proxy.quota.backlog import BufferedDebit, FlushBatch
+from proxy.quota.counters import CounterSet, LedgerKeys, org_counters, team_counters
 from proxy.quota.model_names import MAX_MODELS
-from proxy.quota.quotas import Charge, Quota, Standing, Terms
+from proxy.quota.quotas import Charge, Quota, QuotaState, TeamLimits
 from proxy.quota.windows import Window
 from proxy.store.client import Script, Store
 from proxy.telemetry.logs import event
@@ -44,7 +44,7 @@ _US = 1_000_000
 _FOR_EVER_S = 2**53 // _US
 _DECIDE = Script("proxy.quota", "ledger_decide")
 _DEBITS = frozenset(("charge", "admit", "settle"))
-_ALIKE = frozenset(("charge", "admit"))
+_MERGEABLE = frozenset(("charge", "admit"))
 """Of what several can be decided as one."""
 
 _COUNTED = frozenset(("charge", "settle"))
@@ -61,26 +61,26 @@ class Admitted(NamedTuple):
     model: the name under which credits were counted.
     """
 
-    terms: Terms
-    sheet: Sheet
-    standing: Standing | None = None
+    terms: TeamLimits
+    counters: CounterSet
+    quota_state: QuotaState | None = None
     booked: bool = True
     model: str = NO_NAME
 
 
 class Denied(NamedTuple):
     problem: Problem
-    standing: Standing | None = None
+    quota_state: QuotaState | None = None
 
 
 @dataclass(slots=True, eq=False)
-class _Entry:
+class _BatchEntry:
     """Requests alike, and who waits for what becomes of each."""
 
     operation: str
-    terms: Terms
+    terms: TeamLimits
     charge: Charge
-    admitted_on: Sheet | None
+    admitted_on: CounterSet | None
     waiting: list[asyncio.Future[Admitted | Denied]] = field(default_factory=list)
 
     def has_room(self) -> bool:
@@ -88,20 +88,22 @@ class _Entry:
         return (len(self.waiting) + 1) * (self.charge.credits_micro or 0) <= EXACT_MICRO
 
 
-class _Pages:
+class _ScriptArgs:
     """Entries as `proxy/quota/lua/ledger_decide.lua` reads them, with the sheets that they are booked on."""
 
     def __init__(self) -> None:
         self.holds = Window(0, _FOR_EVER_S)
         self.count = 0
         self._keys: list[str] = []
-        self._sheets: list[str | int] = []
+        self._counter_sets: list[str | int] = []
         self._entries: list[str | int] = []
-        self._numbers: dict[Sheet, int] = {}
+        self._numbers: dict[CounterSet, int] = {}
 
-    def write(self, operation: str, charge: Charge, sheet: Sheet, *, admitted_on: Sheet, requests: int = 1) -> None:
+    def write(
+        self, operation: str, charge: Charge, counters: CounterSet, *, admitted_on: CounterSet, requests: int = 1
+    ) -> None:
         credits_micro = "" if charge.credits_micro is None else charge.credits_micro
-        numbers = self.number(sheet), self.number(admitted_on)
+        numbers = self.number(counters), self.number(admitted_on)
         self._entries += (operation, numbers[0], requests, credits_micro, charge.model, charge.outcome, numbers[1])
         self.count += 1
 
@@ -115,19 +117,19 @@ class _Pages:
     def args(self, new_id: str) -> tuple[str | int, ...]:
         holds_us = (self.holds.start_s * _US, self.holds.end_s * _US)
         counts = (len(self._numbers), self.count)
-        return (*holds_us, new_id, MAX_MODELS, FLUSH_REMEMBERED_S * 1000, *counts, *self._sheets, *self._entries)
+        return (*holds_us, new_id, MAX_MODELS, FLUSH_REMEMBERED_S * 1000, *counts, *self._counter_sets, *self._entries)
 
-    def number(self, sheet: Sheet) -> int:
+    def number(self, counters: CounterSet) -> int:
         """A sheet is written down when it is first needed, the organisation's before the team's."""
-        if sheet not in self._numbers:
-            org = self.number(sheet.org) if sheet.org else 0
-            self._keys += sheet.keys
-            self._sheets += (org, *sheet.args)
-            self._numbers[sheet] = len(self._numbers) + 1
-        return self._numbers[sheet]
+        if counters not in self._numbers:
+            org = self.number(counters.org) if counters.org else 0
+            self._keys += counters.keys
+            self._counter_sets += (org, *counters.args)
+            self._numbers[counters] = len(self._numbers) + 1
+        return self._numbers[counters]
 
 
-class Decisions:
+class LedgerBatcher:
     """The way to the ledger of one organisation. All raise `StoreUnavailable`."""
 
     def __init__(self, store: Store, keys: LedgerKeys, zone: ZoneInfo, metrics: Metrics) -> None:
@@ -135,12 +137,12 @@ class Decisions:
         self._keys = keys
         self._zone = zone
         self._metrics = metrics
-        self._waiting: list[_Entry] = []
-        self._alike: dict[tuple[object, ...], _Entry] = {}
+        self._waiting: list[_BatchEntry] = []
+        self._mergeable: dict[tuple[object, ...], _BatchEntry] = {}
         """Of those that wait, the ones that more requests can join."""
         self._deciding: asyncio.Task[None] | None = None
-        self._sheets: dict[str, tuple[Terms, Sheet]] = {}
-        self._org_sheets: dict[tuple[Quota, ...], Sheet] = {}
+        self._counter_sets: dict[str, tuple[TeamLimits, CounterSet]] = {}
+        self._org_counter_sets: dict[tuple[Quota, ...], CounterSet] = {}
         self._ahead_us = 0
         """By how much the store's clock is ahead of this machine's."""
         self._id: bytes | None = None
@@ -149,18 +151,18 @@ class Decisions:
 
     async def open(self) -> None:
         """Looks whether there is a ledger, and begins one if there is none."""
-        await self._run(_Pages())
+        await self._run(_ScriptArgs())
 
-    async def book(self, pile: Pile) -> None:
+    async def book(self, batch: FlushBatch) -> None:
         """Books what is owed, unless that has been done before."""
-        pages = _Pages()
-        for owed in pile.rows:
-            for charge, requests in _parts(owed):
-                pages.write("apply", charge, owed.sheet, admitted_on=owed.sheet, requests=requests)
-        await self._run(pages, pile.name)
+        script_args = _ScriptArgs()
+        for debit in batch.rows:
+            for charge, requests in _parts(debit):
+                script_args.write("apply", charge, debit.counters, admitted_on=debit.counters, requests=requests)
+        await self._run(script_args, batch.name)
 
     def decide(
-        self, operation: str, terms: Terms, charge: Charge, *, admitted_on: Sheet | None = None
+        self, operation: str, terms: TeamLimits, charge: Charge, *, admitted_on: CounterSet | None = None
     ) -> asyncio.Future[Admitted | Denied]:
         """What becomes of a request; `proxy/quota/lua/ledger_decide.lua` describes the operations."""
         decided: asyncio.Future[Admitted | Denied] = self._loop.create_future()
@@ -174,17 +176,17 @@ class Decisions:
         """Looked up once: Python asks the system each time whether the process is still the same."""
         return asyncio.get_running_loop()
 
-    def _entry(self, operation: str, terms: Terms, charge: Charge, admitted_on: Sheet | None) -> _Entry:
+    def _entry(self, operation: str, terms: TeamLimits, charge: Charge, admitted_on: CounterSet | None) -> _BatchEntry:
         """The one that takes the request. Which answers have passed a quota that warns must be told of each."""
-        if operation not in _ALIKE or terms.warns:
-            entry = _Entry(operation, terms, charge, admitted_on)
+        if operation not in _MERGEABLE or terms.warns:
+            entry = _BatchEntry(operation, terms, charge, admitted_on)
             self._waiting.append(entry)
             return entry
         kind = (operation, terms.team, charge.outcome, charge.credits_micro, charge.model)
-        known = self._alike.get(kind)
+        known = self._mergeable.get(kind)
         if known is not None and known.terms is terms and known.has_room():
             return known
-        entry = self._alike[kind] = _Entry(operation, terms, charge, admitted_on)
+        entry = self._mergeable[kind] = _BatchEntry(operation, terms, charge, admitted_on)
         self._waiting.append(entry)
         return entry
 
@@ -193,14 +195,14 @@ class Decisions:
         try:
             while self._waiting:
                 entries, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
-                self._alike.clear()
+                self._mergeable.clear()
                 await self._decide(entries)
                 for _ in range(TURNS_BETWEEN):
                     await asyncio.sleep(0)
         finally:
             self._deciding = None
 
-    async def _decide(self, entries: Sequence[_Entry]) -> None:
+    async def _decide(self, entries: Sequence[_BatchEntry]) -> None:
         """Nobody waits for a verdict that a defect has lost."""
         try:
             is_done = await self._decide_now(entries) or await self._decide_now(entries)
@@ -208,7 +210,7 @@ class Decisions:
             self._fail(entries, error)
             return
         except BaseException as error:
-            self._fail(entries, StoreUnanswered("the ledger's client failed"))
+            self._fail(entries, StoreOutcomeUnknown("the ledger's client failed"))
             if not isinstance(error, Exception):  # the process ends
                 raise
             log.exception("the ledger's client failed")
@@ -216,53 +218,58 @@ class Decisions:
         if not is_done:
             self._fail(entries, StoreUnavailable("the store's clock passes from window to window"))
 
-    async def _decide_now(self, entries: Sequence[_Entry]) -> bool:
+    async def _decide_now(self, entries: Sequence[_BatchEntry]) -> bool:
         """False if the store's clock was not in the windows that this machine took for the current ones."""
-        sheets = [self.sheet(entry.terms) for entry in entries]
-        pages = _pages(entries, sheets)
-        reply = await self._run(pages)
+        counter_sets = [self.counters(entry.terms) for entry in entries]
+        script_args = _script_args(entries, counter_sets)
+        reply = await self._run(script_args)
         if reply is None:
             return False
         now_us, _, _, _, verdicts, stood = reply
-        standings: dict[Sheet, Standing] = {}
-        for entry, sheet in zip(entries, sheets, strict=True):
-            if sheet not in standings:
-                standings[sheet] = _standing(entry.terms, sheet, now_us, stood[pages.number(sheet) - 1])
-        for entry, sheet, verdict in zip(entries, sheets, verdicts, strict=True):
-            self._deliver(entry, sheet, verdict, standings[sheet])
+        quota_states: dict[CounterSet, QuotaState] = {}
+        for entry, counters in zip(entries, counter_sets, strict=True):
+            if counters not in quota_states:
+                quota_states[counters] = _quota_state(
+                    entry.terms, counters, now_us, stood[script_args.number(counters) - 1]
+                )
+        for entry, counters, row in zip(entries, counter_sets, verdicts, strict=True):
+            self._deliver(entry, counters, row, quota_states[counters])
         return True
 
-    def _deliver(self, entry: _Entry, sheet: Sheet, verdict: list[Any], behind: Standing) -> None:
+    def _deliver(self, entry: _BatchEntry, counters: CounterSet, row: list[Any], behind: QuotaState) -> None:
         """To the first ones that they are admitted, to the others why not. `behind` the batch the team stands so."""
-        word, room, model, *stood = verdict
-        standing = _standing(entry.terms, sheet, behind.now_us, stood[0]) if stood else behind
-        good, bad = Admitted(entry.terms, sheet, standing if entry.terms.warns else behind, model=model.decode()), None
-        if room < len(entry.waiting):
-            bad = Denied(self._problem(word, standing, entry.charge), standing)
-        if room and entry.operation in _COUNTED:
-            self._count(entry.charge, good, room)
+        verdict, admitted_count, model, *stood = row
+        quota_state = _quota_state(entry.terms, counters, behind.now_us, stood[0]) if stood else behind
+        good, bad = (
+            Admitted(entry.terms, counters, quota_state if entry.terms.warns else behind, model=model.decode()),
+            None,
+        )
+        if admitted_count < len(entry.waiting):
+            bad = Denied(self._problem(verdict, quota_state, entry.charge), quota_state)
+        if admitted_count and entry.operation in _COUNTED:
+            self._count(entry.charge, good, admitted_count)
         for number, decided in enumerate(entry.waiting):
             if not decided.done():  # else its request has gone
-                decided.set_result(good if number < room or bad is None else bad)
+                decided.set_result(good if number < admitted_count or bad is None else bad)
 
-    def _problem(self, word: bytes, standing: Standing, charge: Charge) -> Problem:
-        if word == b"rate":
-            return standing.rate_limited()
-        quotas = standing.terms.quotas
-        violated = tuple(quotas[int(number) - 1] for number in word.split(b","))
-        return standing.quota_exceeded(violated, charge.credits_micro, self._zone)
+    def _problem(self, verdict: bytes, quota_state: QuotaState, charge: Charge) -> Problem:
+        if verdict == b"rate":
+            return quota_state.rate_limited()
+        quotas = quota_state.terms.quotas
+        violated = tuple(quotas[int(number) - 1] for number in verdict.split(b","))
+        return quota_state.quota_exceeded(violated, charge.credits_micro, self._zone)
 
     def _count(self, charge: Charge, admitted: Admitted, requests: int) -> None:
         """Credits, and warnings, of which there are none where there are several requests."""
         team = admitted.terms.team
         if charge.credits_micro is not None:
-            self._metrics.note_credits(team, admitted.model, requests * charge.credits_micro)
-        if admitted.standing is not None:
-            for quota in admitted.standing.warnings():
+            self._metrics.record_credits(team, admitted.model, requests * charge.credits_micro)
+        if admitted.quota_state is not None:
+            for quota in admitted.quota_state.warnings():
                 self._metrics.record_warning(quota.owner(team), quota.measure, quota.per)
 
-    def _fail(self, entries: Sequence[_Entry], error: StoreUnavailable) -> None:
-        if isinstance(error, StoreUnanswered):
+    def _fail(self, entries: Sequence[_BatchEntry], error: StoreUnavailable) -> None:
+        if isinstance(error, StoreOutcomeUnknown):
             self._metrics.unanswered_debits.inc(
                 sum(len(entry.waiting) for entry in entries if entry.operation in _DEBITS)
             )
@@ -271,9 +278,9 @@ class Decisions:
                 if not decided.done():
                     decided.set_exception(error)
 
-    async def _run(self, pages: _Pages, flush: str | None = None) -> list[Any] | None:
+    async def _run(self, script_args: _ScriptArgs, flush: str | None = None) -> list[Any] | None:
         """The script's reply; None if the store's clock was outside of the sheets. Raises `StoreUnavailable`."""
-        keys, args = pages.keys(self._keys, flush), pages.args(self._new_id)
+        keys, args = script_args.keys(self._keys, flush), script_args.args(self._new_id)
         reply: list[Any] = await self._store.call_at_once(_DECIDE, *keys, args=args)
         self._ahead_us = reply[0] - time_ns() // 1000
         if len(reply) == 1:
@@ -298,38 +305,40 @@ class Decisions:
         self._id = found
         self._metrics.ledger_created.set(created_ms / 1000)
 
-    def sheet(self, terms: Terms) -> Sheet:
+    def counters(self, terms: TeamLimits) -> CounterSet:
         """The one to book on now."""
         now_s = (time_ns() // 1000 + self._ahead_us) // _US
-        known_terms, sheet = self._sheets.get(terms.team, (None, None))
-        if sheet is not None and known_terms is terms and sheet.holds.start_s <= now_s < sheet.holds.end_s:
-            return sheet
-        org = self._org_sheets.get(terms.org_quotas)
+        known_terms, counters = self._counter_sets.get(terms.team, (None, None))
+        if counters is not None and known_terms is terms and counters.holds.start_s <= now_s < counters.holds.end_s:
+            return counters
+        org = self._org_counter_sets.get(terms.org_quotas)
         if org is None or not org.holds.start_s <= now_s < org.holds.end_s:
-            org = self._org_sheets[terms.org_quotas] = org_sheet(self._keys, terms.org_quotas, now_s, self._zone)
-        sheet = team_sheet(self._keys, terms, org, now_s, self._zone)
-        self._sheets[terms.team] = terms, sheet
-        return sheet
+            org = self._org_counter_sets[terms.org_quotas] = org_counters(
+                self._keys, terms.org_quotas, now_s, self._zone
+            )
+        counters = team_counters(self._keys, terms, org, now_s, self._zone)
+        self._counter_sets[terms.team] = terms, counters
+        return counters
 
 
-def _standing(terms: Terms, sheet: Sheet, now_us: int, stood: Sequence[int]) -> Standing:
-    lead_us, *used = stood
-    return Standing(terms, sheet.windows, now_us, lead_us, tuple(used), sheet.policy_field)
+def _quota_state(terms: TeamLimits, counters: CounterSet, now_us: int, stood: Sequence[int]) -> QuotaState:
+    tat_offset_us, *used = stood
+    return QuotaState(terms, counters.windows, now_us, tat_offset_us, tuple(used), counters.policy_field)
 
 
-def _parts(owed: Owed) -> Iterator[tuple[Charge, int]]:
+def _parts(debit: BufferedDebit) -> Iterator[tuple[Charge, int]]:
     """What is owed, its requests with the first part of the credits."""
-    charge, requests = owed.charge, owed.requests
+    charge, requests = debit.charge, debit.requests
     while charge.credits_micro is not None and charge.credits_micro > EXACT_MICRO:
         yield replace(charge, credits_micro=EXACT_MICRO), requests
         charge, requests = replace(charge, credits_micro=charge.credits_micro - EXACT_MICRO), 0
     yield charge, requests
 
 
-def _pages(entries: Sequence[_Entry], sheets: Sequence[Sheet]) -> _Pages:
-    pages = _Pages()
-    for entry, sheet in zip(entries, sheets, strict=True):
-        admitted_on, requests = entry.admitted_on or sheet, len(entry.waiting)
-        pages.write(entry.operation, entry.charge, sheet, admitted_on=admitted_on, requests=requests)
-        pages.hold(sheet.holds)
-    return pages
+def _script_args(entries: Sequence[_BatchEntry], counter_sets: Sequence[CounterSet]) -> _ScriptArgs:
+    script_args = _ScriptArgs()
+    for entry, counters in zip(entries, counter_sets, strict=True):
+        admitted_on, requests = entry.admitted_on or counters, len(entry.waiting)
+        script_args.write(entry.operation, entry.charge, counters, admitted_on=admitted_on, requests=requests)
+        script_args.hold(counters.holds)
+    return script_args

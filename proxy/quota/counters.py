@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from zoneinfo import ZoneInfo
 
-from proxy.quota.quotas import Quota, Terms, policies_of
-from proxy.quota.windows import Per, Window, day_of, start_of, window_of
+from proxy.quota.quotas import Quota, TeamLimits, policies_of
+from proxy.quota.windows import Period, Window, day_of, start_of, window_of
 
 USAGE_KEPT_DAYS = 400
 COUNTER_KEPT_S = 2 * 86400
 """Behind the end of its window: longer than any request takes to be settled."""
 
-ALWAYS: tuple[Per, ...] = ("day", "week", "month")
+BASE_PERIODS: tuple[Period, ...] = ("day", "week", "month")
 """A scope is counted in these windows, quota or not: one that is set today knows what was used before."""
 
 _FIELDS = {"requests": "requests", "estimated_credits": "credits"}
@@ -46,7 +46,7 @@ class LedgerKeys:
     def rate(self, team: str) -> str:
         return f"ep1:{{{self.org}}}:rate:t:{team}"
 
-    def counter(self, team: str | None, per: Per, window: Window) -> str:
+    def counter(self, team: str | None, per: Period, window: Window) -> str:
         """Of a team, or with None of the organisation."""
         scope = "o" if team is None else f"t:{team}"
         return f"ep1:{{{self.org}}}:q:{scope}:{per}:{window.start_s}"
@@ -56,7 +56,7 @@ class LedgerKeys:
 
 
 @dataclass(frozen=True, eq=False)
-class Sheet:
+class CounterSet:
     """What requests of a team, or of the organisation, are booked on while none of its windows ends.
 
     holds: the time during which it is the sheet to book on.
@@ -65,44 +65,44 @@ class Sheet:
     policy_field: `RateLimit-Policy` of a team whose sheet it is.
     """
 
-    windows: Mapping[Per, Window]
+    windows: Mapping[Period, Window]
     holds: Window
     keys: tuple[str, ...]
     args: tuple[str | int, ...]
-    org: "Sheet | None" = None
+    org: "CounterSet | None" = None
     policy_field: bytes = b""
 
 
-def org_sheet(keys: LedgerKeys, quotas: Sequence[Quota], at_s: int, zone: ZoneInfo) -> Sheet:
+def org_counters(keys: LedgerKeys, quotas: Sequence[Quota], at_s: int, zone: ZoneInfo) -> CounterSet:
     """The organisation's, at an instant; `quotas` are its own."""
     windows = {per: window_of(per, at_s, zone) for per in periods(quotas)}
     counters = tuple(keys.counter(None, per, window) for per, window in windows.items())
-    return Sheet(windows, _common(windows.values()), counters, (0, "", 0, 0, *_counter_args(windows, quotas)))
+    return CounterSet(windows, _common(windows.values()), counters, (0, "", 0, 0, *_counter_args(windows, quotas)))
 
 
-def team_sheet(keys: LedgerKeys, terms: Terms, org: Sheet, at_s: int, zone: ZoneInfo) -> Sheet:
+def team_counters(keys: LedgerKeys, terms: TeamLimits, org: CounterSet, at_s: int, zone: ZoneInfo) -> CounterSet:
     """A team's, on top of the organisation's of the same instant."""
     own = [quota for quota in terms.quotas if quota.scope == "team"]
     windows = {per: window_of(per, at_s, zone) for per in periods(own)}
     day = day_of(at_s, zone)
     usage_ends_s = start_of(day + timedelta(days=1 + USAGE_KEPT_DAYS), zone)
     counters = (keys.counter(terms.team, per, window) for per, window in windows.items())
-    interval_us, ahead_us = terms.rate.interval_us, terms.rate.ahead_us
+    interval_us, burst_tolerance_us = terms.rate.interval_us, terms.rate.burst_tolerance_us
     all_windows = {**org.windows, **windows}
-    return Sheet(
+    return CounterSet(
         all_windows,
         _common((org.holds, *windows.values())),
         (keys.usage(terms.team, day), keys.rate(terms.team), *counters),
-        (1000 * usage_ends_s, terms.team, interval_us, ahead_us, *_counter_args(windows, own)),
+        (1000 * usage_ends_s, terms.team, interval_us, burst_tolerance_us, *_counter_args(windows, own)),
         org,
         policies_of(terms, all_windows),
     )
 
 
-def periods(quotas: Sequence[Quota]) -> tuple[Per, ...]:
+def periods(quotas: Sequence[Quota]) -> tuple[Period, ...]:
     """The windows in which their scope is counted."""
-    short = {quota.per for quota in quotas} - set(ALWAYS)
-    return (*sorted(short, reverse=True), *ALWAYS)
+    short = {quota.per for quota in quotas} - set(BASE_PERIODS)
+    return (*sorted(short, reverse=True), *BASE_PERIODS)
 
 
 def _common(windows: Iterable[Window]) -> Window:
@@ -111,7 +111,7 @@ def _common(windows: Iterable[Window]) -> Window:
     return Window(max(starts), min(ends))
 
 
-def _counter_args(windows: Mapping[Per, Window], quotas: Sequence[Quota]) -> tuple[str | int, ...]:
+def _counter_args(windows: Mapping[Period, Window], quotas: Sequence[Quota]) -> tuple[str | int, ...]:
     ends_ms = (1000 * (window.end_s + COUNTER_KEPT_S) for window in windows.values())
     numbers = {per: number for number, per in enumerate(windows, 1)}
     limits: list[str | int] = []

@@ -13,12 +13,12 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from proxy.problems import NO_NAME, Code, Outcome, Problem, StoreUnanswered, StoreUnavailable
+from proxy.problems import NO_NAME, Code, Outcome, Problem, StoreOutcomeUnknown, StoreUnavailable
 from proxy.quota.backlog import Backlog
-from proxy.quota.batches import Admitted, Decisions, Denied
-from proxy.quota.counters import Sheet
+from proxy.quota.batches import Admitted, Denied, LedgerBatcher
+from proxy.quota.counters import CounterSet
 from proxy.quota.model_names import OTHER
-from proxy.quota.quotas import Charge, Standing, Terms
+from proxy.quota.quotas import Charge, QuotaState, TeamLimits
 from proxy.telemetry.metrics import Metrics
 
 MAX_BACKLOG_ROWS = 10_000
@@ -44,8 +44,8 @@ _OUT_OF_REACH = Denied(
 class Ledger:
     """The ledger of one organisation. `close` must be called."""
 
-    def __init__(self, decisions: Decisions, metrics: Metrics, *, admits_on_outage: bool) -> None:
-        self._decisions = decisions
+    def __init__(self, batcher: LedgerBatcher, metrics: Metrics, *, admits_on_outage: bool) -> None:
+        self._batcher = batcher
         self._metrics = metrics
         self._admits_on_outage = admits_on_outage
         self._backlog = Backlog(MAX_BACKLOG_ROWS)
@@ -55,34 +55,34 @@ class Ledger:
     async def open(self) -> None:
         """Looks whether there is a ledger, and begins one if there is none."""
         try:
-            await self._decisions.open()
+            await self._batcher.open()
         except StoreUnavailable:
             log.warning("the ledger is out of reach: nobody knows what was used until it is back")
 
-    def charge(self, terms: Terms, charge: Charge) -> Admission:
+    def charge(self, terms: TeamLimits, charge: Charge) -> Admission:
         """Admits and books an answer whose price is known."""
         return self._begin("charge", terms, charge)
 
-    def admit(self, terms: Terms) -> Admission:
+    def admit(self, terms: TeamLimits) -> Admission:
         """Admits a question on its way upstream: it must be settled, or refunded if it never gets there."""
         return self._begin("admit", terms, _PENDING)
 
-    def pass_over(self, terms: Terms, outcome: Outcome) -> Admission:
+    def record_uncached(self, terms: TeamLimits, outcome: Outcome) -> Admission:
         """Notes an estimate for which nobody is asked and nothing is answered: it takes from the rate."""
         return self._begin("pass", terms, Charge(outcome))
 
-    async def peek(self, terms: Terms, credits_micro: int | None) -> Admitted | Denied:
+    async def peek(self, terms: TeamLimits, credits_micro: int | None) -> Admitted | Denied:
         """What would be said to an estimate of this price. Takes from the rate, and debits nothing.
 
         Raises `StoreUnavailable`.
         """
-        return await self._decisions.decide("peek", terms, Charge(Outcome.HIT, credits_micro))
+        return await self._batcher.decide("peek", terms, Charge(Outcome.HIT, credits_micro))
 
     async def settle(self, admitted: Admitted, charge: Charge) -> Admitted | Denied:
         """Books what became of an admitted question; denied if its price passes a quota."""
         return await self._to_the_end(self._settle(admitted, charge))
 
-    async def refund(self, admitted: Admitted, outcome: Outcome) -> Standing | None:
+    async def refund(self, admitted: Admitted, outcome: Outcome) -> QuotaState | None:
         """Takes back an admission that came to nothing before upstream was asked. How the team stands, if known."""
         return await self._to_the_end(self._refund(admitted, Charge(outcome)))
 
@@ -99,53 +99,53 @@ class Ledger:
         if self._backlog:
             log.error("the debits of %d requests are lost: the ledger stayed out of reach", self._backlog.requests)
 
-    async def _begin(self, operation: str, terms: Terms, charge: Charge) -> Admitted | Denied:
+    async def _begin(self, operation: str, terms: TeamLimits, charge: Charge) -> Admitted | Denied:
         try:
-            return await self._decisions.decide(operation, terms, charge)
-        except StoreUnanswered:
+            return await self._batcher.decide(operation, terms, charge)
+        except StoreOutcomeUnknown:
             return _OUT_OF_REACH
         except StoreUnavailable:
-            sheet = self._decisions.sheet(terms)
+            counters = self._batcher.counters(terms)
             if operation == "charge":
-                return self._owe_all(terms, sheet, charge)
-            return _on_credit(terms, sheet, charge) if self._may_owe() else _OUT_OF_REACH
+                return self._admit_buffered(terms, counters, charge)
+            return _on_credit(terms, counters, charge) if self._may_buffer() else _OUT_OF_REACH
 
     async def _settle(self, admitted: Admitted, charge: Charge) -> Admitted | Denied:
-        terms, sheet = admitted.terms, admitted.sheet
+        terms, counters = admitted.terms, admitted.counters
         if not admitted.booked:
-            return self._owe_all(terms, sheet, charge)
+            return self._admit_buffered(terms, counters, charge)
         try:
-            return await self._decisions.decide("settle", terms, charge, admitted_on=sheet)
-        except StoreUnanswered:
+            return await self._batcher.decide("settle", terms, charge, admitted_on=counters)
+        except StoreOutcomeUnknown:
             return _OUT_OF_REACH
         except StoreUnavailable:
-            if not self._owe(sheet, _PENDING, requests=-1):
+            if not self._buffer(counters, _PENDING, requests=-1):
                 return _OUT_OF_REACH
-            settled = self._owe_all(terms, sheet, charge)
+            settled = self._admit_buffered(terms, counters, charge)
             if isinstance(settled, Denied):  # no room: it stands as it stood
-                self._owe(sheet, _PENDING)
+                self._buffer(counters, _PENDING)
             return settled
 
-    def _owe_all(self, terms: Terms, sheet: Sheet, charge: Charge) -> Admitted | Denied:
+    def _admit_buffered(self, terms: TeamLimits, counters: CounterSet, charge: Charge) -> Admitted | Denied:
         """Admits an answer without the ledger, and keeps its debit, if that is wanted and there is room."""
-        if not self._owe(sheet, charge):
+        if not self._buffer(counters, charge):
             return _OUT_OF_REACH
-        admitted = _on_credit(terms, sheet, charge)
+        admitted = _on_credit(terms, counters, charge)
         if charge.credits_micro is not None:
-            self._metrics.note_credits(terms.team, admitted.model, charge.credits_micro)
+            self._metrics.record_credits(terms.team, admitted.model, charge.credits_micro)
         return admitted
 
-    async def _refund(self, admitted: Admitted, charge: Charge) -> Standing | None:
+    async def _refund(self, admitted: Admitted, charge: Charge) -> QuotaState | None:
         if not admitted.booked:
             return None
         try:
-            refunded = await self._decisions.decide("refund", admitted.terms, charge, admitted_on=admitted.sheet)
-        except StoreUnanswered:
+            refunded = await self._batcher.decide("refund", admitted.terms, charge, admitted_on=admitted.counters)
+        except StoreOutcomeUnknown:
             return None
         except StoreUnavailable:
-            self._owe(admitted.sheet, _PENDING, requests=-1)
+            self._buffer(admitted.counters, _PENDING, requests=-1)
             return None
-        return refunded.standing
+        return refunded.quota_state
 
     async def _to_the_end(self, work: Coroutine[Any, Any, _T]) -> _T:
         task = asyncio.ensure_future(work)
@@ -153,12 +153,12 @@ class Ledger:
         task.add_done_callback(self._settling.discard)
         return await asyncio.shield(task)
 
-    def _may_owe(self) -> bool:
+    def _may_buffer(self) -> bool:
         return self._admits_on_outage and self._backlog.has_room()
 
-    def _owe(self, sheet: Sheet, charge: Charge, *, requests: int = 1) -> bool:
+    def _buffer(self, counters: CounterSet, charge: Charge, *, requests: int = 1) -> bool:
         """Keeps a debit until the ledger is back; False if that is not wanted, or there is no room."""
-        if not self._admits_on_outage or not self._backlog.add(sheet, charge, requests):
+        if not self._admits_on_outage or not self._backlog.add(counters, charge, requests):
             return False
         self._metrics.buffered_debits.set(self._backlog.requests)
         if self._flushing is None or self._flushing.done():
@@ -184,13 +184,13 @@ class Ledger:
             await asyncio.sleep(min(FLUSH_EVERY_S, left_s))
 
     async def _flush(self) -> None:
-        while (pile := self._backlog.pile(FLUSHED_AT_ONCE)) is not None:
-            await self._decisions.book(pile)
-            self._backlog.drop(pile)
+        while (batch := self._backlog.batch(FLUSHED_AT_ONCE)) is not None:
+            await self._batcher.book(batch)
+            self._backlog.drop(batch)
             self._metrics.buffered_debits.set(self._backlog.requests)
 
 
-def _on_credit(terms: Terms, sheet: Sheet, charge: Charge) -> Admitted:
+def _on_credit(terms: TeamLimits, counters: CounterSet, charge: Charge) -> Admitted:
     """Without the ledger nobody knows which models have a name of their own."""
     model = NO_NAME if charge.credits_micro is None else OTHER
-    return Admitted(terms, sheet, booked=False, model=model)
+    return Admitted(terms, counters, booked=False, model=model)

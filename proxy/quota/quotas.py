@@ -18,7 +18,7 @@ import orjson
 
 from proxy.problems import NO_NAME, Code, Outcome, Problem
 from proxy.quota.credits import MICRO, text_of
-from proxy.quota.windows import Per, Window, rfc3339
+from proxy.quota.windows import Period, Window, rfc3339
 
 Scope = Literal["team", "org"]
 Measure = Literal["requests", "estimated_credits"]
@@ -39,7 +39,7 @@ class Rate:
         return int(1_000_000 / self.per_s)
 
     @cached_property
-    def ahead_us(self) -> int:
+    def burst_tolerance_us(self) -> int:
         """How far ahead of the clock the theoretical arrival time may lie."""
         return self.interval_us * self.burst
 
@@ -50,7 +50,7 @@ class Quota:
 
     scope: Scope
     measure: Measure
-    per: Per
+    per: Period
     limit: int
     refuse: bool
 
@@ -78,7 +78,7 @@ class Quota:
 
 
 @dataclass(frozen=True)
-class Terms:
+class TeamLimits:
     """What holds for a team: its rate, its own quotas, and then the organisation's."""
 
     team: str
@@ -105,7 +105,7 @@ class Charge:
 
 
 @dataclass(slots=True, eq=False)
-class Standing:
+class QuotaState:
     """How a team stands after the ledger has decided, at `now_us` of the store's clock.
 
     lead_us: how far the theoretical arrival time lies ahead.
@@ -113,10 +113,10 @@ class Standing:
     policy_field: as `policies_of` has it, from whom keeps it for many standings.
     """
 
-    terms: Terms
-    windows: Mapping[Per, Window]
+    terms: TeamLimits
+    windows: Mapping[Period, Window]
     now_us: int
-    lead_us: int
+    tat_offset_us: int
     used: Sequence[int]
     policy_field: bytes = b""
     _lines: tuple[bytes, ...] = ()
@@ -131,7 +131,7 @@ class Standing:
 
     def limits(self) -> str:
         """`RateLimit`: a list of what is left (§4)."""
-        items = [f'"rate";r={self.rate_remaining()};t={-(-self.lead_us // _US)}']
+        items = [f'"rate";r={self.rate_remaining()};t={-(-self.tat_offset_us // _US)}']
         for quota, used in zip(self.terms.quotas, self.used, strict=True):
             left = quota.told(quota.limit - used) if used < quota.limit else 0
             items.append(f'"{quota.policy}";r={left};t={self.seconds_left(quota)}')
@@ -146,7 +146,7 @@ class Standing:
 
     def rate_remaining(self) -> int:
         rate = self.terms.rate
-        return max(0, (rate.ahead_us - self.lead_us) // rate.interval_us)
+        return max(0, (rate.burst_tolerance_us - self.tat_offset_us) // rate.interval_us)
 
     def seconds_left(self, quota: Quota) -> int:
         """Until the quota's window ends."""
@@ -154,7 +154,7 @@ class Standing:
 
     def rate_limited(self) -> Problem:
         rate = self.terms.rate
-        wait_us = self.lead_us + rate.interval_us - rate.ahead_us
+        wait_us = self.tat_offset_us + rate.interval_us - rate.burst_tolerance_us
         return Problem(
             Code.RATE_LIMITED,
             f"The team may ask {rate.per_s:.10g} times a second, with bursts of {rate.burst}: slow down.",
@@ -202,7 +202,7 @@ class Standing:
         return f"This estimate needs more than is left: {left}, until {resets_at}."
 
 
-def policies_of(terms: Terms, windows: Mapping[Per, Window]) -> bytes:
+def policies_of(terms: TeamLimits, windows: Mapping[Period, Window]) -> bytes:
     """`RateLimit-Policy`: a list of quota policies (§3)."""
     rate = terms.rate
     items = [f'"rate";q={rate.burst};w={ceil(rate.burst / rate.per_s)}']

@@ -11,10 +11,10 @@ from datetime import date, timedelta
 from time import time
 from zoneinfo import ZoneInfo
 
-from proxy.quota.counters import ALWAYS, LedgerKeys
-from proxy.quota.quotas import Quota, Standing, Terms
-from proxy.quota.usage import Tally, TeamDay, Usage, UsageQuery
-from proxy.quota.windows import Per, Window, window_of
+from proxy.quota.counters import BASE_PERIODS, LedgerKeys
+from proxy.quota.quotas import Quota, QuotaState, TeamLimits
+from proxy.quota.usage import TeamDay, Usage, UsageQuery, UsageTotals
+from proxy.quota.windows import Period, Window, window_of
 from proxy.store.client import Script, Store
 
 CHUNK = 50
@@ -39,15 +39,15 @@ class Count:
 class WindowTotals:
     """What teams have used in the running day, week and month, whatever their quotas."""
 
-    windows: Mapping[Per, Window]
-    teams: Mapping[str, Mapping[Per, Count]]
+    windows: Mapping[Period, Window]
+    teams: Mapping[str, Mapping[Period, Count]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
     """What is to be read at a moment that lies in all the `windows`."""
 
-    windows: Mapping[Per, Window]
+    windows: Mapping[Period, Window]
     rates: Sequence[str]
     counters: Sequence[str]
 
@@ -65,7 +65,7 @@ class _Reading:
     counts: Mapping[str, Count]
 
 
-class Reports:
+class LedgerReader:
     """One organisation's ledger, read. All raise `StoreUnavailable`."""
 
     def __init__(self, store: Store, keys: LedgerKeys, zone: ZoneInfo) -> None:
@@ -80,7 +80,7 @@ class Reports:
 
     async def usage(self, query: UsageQuery) -> Usage:
         """The usage that `query` asks for, of its team, or of all that ever had any."""
-        tally = Tally(query.by)
+        tally = UsageTotals(query.by)
         teams = await self.teams() if query.team is None else [query.team]
         team_days = [(day, team) for day in _days(query.first, query.last) for team in teams]
         for start in range(0, len(team_days), CHUNK):
@@ -88,7 +88,7 @@ class Reports:
                 tally.add(kept)
         return tally.usage()
 
-    async def standings(self, terms: Sequence[Terms]) -> list[Standing]:
+    async def quota_states(self, terms: Sequence[TeamLimits]) -> list[QuotaState]:
         """How each of these teams stands, all at one moment."""
         rates = [self._keys.rate(one.team) for one in terms]
         quotas = {(_owner(one, quota), quota.per) for one in terms for quota in one.quotas}
@@ -98,13 +98,13 @@ class Reports:
             return _Plan(windows, rates, [self._keys.counter(team, per, windows[per]) for team, per in quotas])
 
         reading = await self._read(plan)
-        return [self._standing(one, reading) for one in terms]
+        return [self._quota_state(one, reading) for one in terms]
 
     async def window_totals(self, teams: Sequence[str]) -> WindowTotals:
         """What each of these teams has used in the running windows, all at one moment."""
 
         def plan(at_s: int) -> _Plan:
-            windows = {per: window_of(per, at_s, self._zone) for per in ALWAYS}
+            windows = {per: window_of(per, at_s, self._zone) for per in BASE_PERIODS}
             return _Plan(windows, [], [key for team in teams for key in self._counters(team, windows).values()])
 
         reading = await self._read(plan)
@@ -141,22 +141,22 @@ class Reports:
             },
         )
 
-    def _standing(self, terms: Terms, reading: _Reading) -> Standing:
-        lead_us = reading.arrivals[self._keys.rate(terms.team)] - reading.now_us
-        bounded_us = min(max(lead_us, 0), terms.rate.ahead_us)
+    def _quota_state(self, terms: TeamLimits, reading: _Reading) -> QuotaState:
+        tat_offset_us = reading.arrivals[self._keys.rate(terms.team)] - reading.now_us
+        bounded_us = min(max(tat_offset_us, 0), terms.rate.burst_tolerance_us)
         used = [self._used(terms, quota, reading) for quota in terms.quotas]
-        return Standing(terms, reading.plan.windows, reading.now_us, bounded_us, used)
+        return QuotaState(terms, reading.plan.windows, reading.now_us, bounded_us, used)
 
-    def _used(self, terms: Terms, quota: Quota, reading: _Reading) -> int:
+    def _used(self, terms: TeamLimits, quota: Quota, reading: _Reading) -> int:
         window = reading.plan.windows[quota.per]
         count = reading.counts[self._keys.counter(_owner(terms, quota), quota.per, window)]
         return count.requests if quota.measure == "requests" else count.credits_micro
 
-    def _counters(self, team: str, windows: Mapping[Per, Window]) -> dict[Per, str]:
+    def _counters(self, team: str, windows: Mapping[Period, Window]) -> dict[Period, str]:
         return {per: self._keys.counter(team, per, window) for per, window in windows.items()}
 
 
-def _owner(terms: Terms, quota: Quota) -> str | None:
+def _owner(terms: TeamLimits, quota: Quota) -> str | None:
     """Whose counter it is: the team's, or with None the organisation's."""
     return terms.team if quota.scope == "team" else None
 

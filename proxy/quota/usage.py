@@ -82,7 +82,7 @@ class Usage:
     total: UsageRow
 
 
-class Tally:
+class UsageTotals:
     """Sums that grow by one team's day after the other, so that nobody needs to hold them all."""
 
     def __init__(self, by: Sequence[Group]) -> None:
@@ -149,7 +149,7 @@ def csv_of(usage: Usage, by: Sequence[Group]) -> bytes:
     writer = csv.writer(text)
     header, *rows = cells_of(usage, by)
     writer.writerow(header)
-    writer.writerows([*map(_harmless, row[: len(by)]), *row[len(by) :]] for row in rows)
+    writer.writerows([*map(_escape_formula, row[: len(by)]), *row[len(by) :]] for row in rows)
     return text.getvalue().encode()
 
 
@@ -192,7 +192,7 @@ def _members(row: UsageRow) -> dict[str, object]:
     }
 
 
-def _harmless(cell: str) -> str:
+def _escape_formula(cell: str) -> str:
     """A cell that no spreadsheet runs, as OWASP advises. A sign that stands alone is no formula, and read as text."""
     return f"'{cell}" if cell[:1] in FORMULA_CHARACTERS and cell != NO_NAME else cell
 

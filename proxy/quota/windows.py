@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, tzinfo
 from typing import Literal, assert_never
 
-Per = Literal["minute", "hour", "day", "week", "month"]
+Period = Literal["minute", "hour", "day", "week", "month"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Window:
     end_s: int
 
 
-def window_of(per: Per, at_s: int, zone: tzinfo) -> Window:
+def window_of(per: Period, at_s: int, zone: tzinfo) -> Window:
     """The window that `at_s` lies in."""
     day = day_of(at_s, zone)
     match per:

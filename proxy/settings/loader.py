@@ -25,8 +25,8 @@ from proxy.settings.schema import Cache, Settings, Upstream, is_identifier
 
 PREFIX = "ESTIMATE_PROXY_"
 CONFIG_VARIABLE = "ESTIMATE_PROXY_CONFIG"
-PLACES = (Path("estimate-proxy.toml"), Path("/etc/estimate-proxy/config.toml"))
-FAMILIAR_VARIABLES = {
+DEFAULT_PATHS = (Path("estimate-proxy.toml"), Path("/etc/estimate-proxy/config.toml"))
+WELL_KNOWN_ENV = {
     "RENDERNET_API_KEY": ("accounts", "default", "api_key"),
     "REDIS_URL": ("store", "url"),
 }
@@ -49,7 +49,7 @@ class _UnreadableError(Exception):
 
 
 def load(config: Path | None, environ: Mapping[str, str], *, overrides: Tree | None = None) -> Settings:
-    """The settings from `config` (or the first of `PLACES` there is), the environment and `overrides`.
+    """The settings from `config` (or the first of `DEFAULT_PATHS` there is), the environment and `overrides`.
 
     Raises `SettingsError` with every problem found.
     """
@@ -59,7 +59,7 @@ def load(config: Path | None, environ: Mapping[str, str], *, overrides: Tree | N
     _merge(tree, overrides or {})
     folder = source.parent if source else Path()
     _read_secret_files(tree, folder, problems)
-    _anchor_paths(tree, folder)
+    _resolve_paths(tree, folder)
     _default_data_dir(tree, environ)
     problems += dict.fromkeys(_cross_problems(tree))
     return _validate(Settings, tree, problems)
@@ -107,16 +107,16 @@ def load_keying(config: Path | None, environ: Mapping[str, str]) -> Keying:
 
 
 def find_config(config: Path | None, environ: Mapping[str, str]) -> Path | None:
-    """The file to read: `config`, the one that the environment names, or the first of `PLACES` that is there."""
+    """The file to read: `config`, the one that the environment names, or the first of `DEFAULT_PATHS` that is there."""
     if config is None and (named := environ.get(CONFIG_VARIABLE)):
         config = Path(named)
-    return config or next((place for place in PLACES if os.path.lexists(place)), None)
+    return config or next((place for place in DEFAULT_PATHS if os.path.lexists(place)), None)
 
 
 def _gather(path: Path | None, environ: Mapping[str, str], problems: list[SettingsProblem]) -> Tree:
     tree: Tree = {}
     familiar: Tree = {}
-    for name, keys in FAMILIAR_VARIABLES.items():
+    for name, keys in WELL_KNOWN_ENV.items():
         if environ.get(name):
             _put(familiar, keys, environ[name])
     for layer in (_read_config(path), familiar, _read_environment(environ, problems)):
@@ -247,7 +247,7 @@ def _read_secret(folder: Path, name: object) -> str:
     return secret
 
 
-def _anchor_paths(tree: Tree, folder: Path) -> None:
+def _resolve_paths(tree: Tree, folder: Path) -> None:
     for section, key in PATH_KEYS:
         table = tree.get(section)
         if isinstance(table, dict) and isinstance(name := table.get(key), str) and name and name[0] != "~":

@@ -45,7 +45,7 @@ class Reloader:
         try:
             found = self._source.load()
         except SettingsError as error:
-            _lament(error)
+            _log_errors(error)
             return None
         self.settings = merged(self.settings, found)
         for path in differences(self.settings, found):
@@ -54,7 +54,7 @@ class Reloader:
         return self.settings
 
 
-def _lament(error: SettingsError) -> None:
+def _log_errors(error: SettingsError) -> None:
     for problem in error.problems:
         log.error("the old settings stay in force: %s %s", problem.path, problem.message)
 

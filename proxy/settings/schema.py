@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from proxy.quota.credits import MICRO
 from proxy.quota.quotas import Measure
-from proxy.quota.windows import Per
+from proxy.quota.windows import Period
 from proxy.store.access import CONNECT_TIMEOUT_S, TIMEOUT_S
 from proxy.urls import check_host, is_ip, parse_store_url, split_url
 
@@ -298,7 +298,7 @@ class Quota(_Section):
     measure: Measure
     limit: Annotated[Exact, Field(ge=0), AfterValidator(_countable)]
     """In requests, or in credits. 0 lets nothing pass."""
-    per: Per
+    per: Period
     on_exceed: Literal["refuse", "warn"] = "refuse"
 
     @property

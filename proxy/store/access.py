@@ -15,7 +15,7 @@ TIMEOUT_S, CONNECT_TIMEOUT_S = 0.25, 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
+class StoreAccess:
     """What servers are told, which are trusted, and how long they may take. What stands in a URL comes before it.
 
     timeout_s: for a call. connect_timeout_s: for a connection to be set up, credentials included.
@@ -31,4 +31,4 @@ class Access:
     connect_timeout_s: float = CONNECT_TIMEOUT_S
 
 
-NO_ACCESS = Access()
+NO_ACCESS = StoreAccess()

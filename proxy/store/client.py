@@ -4,7 +4,7 @@
 * Nothing is sent twice unless that is known to be harmless. A script whose reply is lost fails, but for scripts that
   only look. What a server has refused without running it is sent again, to where the server says, or to where the
   topology or the server's name leads by then.
-* A call that fails says whether a server may have run it: `StoreUnanswered` if it was sent.
+* A call that fails says whether a server may have run it: `StoreOutcomeUnknown` if it was sent.
 * A try takes `access.timeout_s` and two ticks at the most, waiting for connections and looking for servers included.
 """
 
@@ -18,13 +18,13 @@ from typing import Any
 from redis.exceptions import ConnectionError as NotConnectedError
 from redis.exceptions import RedisError
 
-from proxy.problems import StoreUnanswered, StoreUnavailable
-from proxy.store.access import NO_ACCESS, TIMEOUT_S, Access, Role
-from proxy.store.coarse_timeout import TimeLimit
+from proxy.problems import StoreOutcomeUnknown, StoreUnavailable
+from proxy.store.access import NO_ACCESS, TIMEOUT_S, Role, StoreAccess
+from proxy.store.coarse_timeout import CoarseTimeout
 from proxy.store.connection_pool import HEALTH_CHECK_S
-from proxy.store.health import COOLDOWN_S, Cooldowns, StoreHealth, failure_of, meaning_of_call
+from proxy.store.health import COOLDOWN_S, Cooldowns, StoreHealth, failure_of, kind_of_call
 from proxy.store.persistence import Persistence
-from proxy.store.redirects import Ask, Elsewhere, Final, Later, Moved, Unreached
+from proxy.store.redirects import Ask, Done, Moved, NotSent, NotServing, TryAgain
 from proxy.store.scripts import UNSAID, Call, Node, Script, ask_node, exchange
 from proxy.store.topology import CONNECTION, servers_of
 from proxy.telemetry.metrics import Metrics
@@ -61,7 +61,7 @@ class Store:
         role: Role,
         metrics: Metrics | None = None,
         *,
-        access: Access = NO_ACCESS,
+        access: StoreAccess = NO_ACCESS,
         cooldowns: Cooldowns | None = None,
     ) -> None:
         self.role = role
@@ -75,7 +75,7 @@ class Store:
         self._health = StoreHealth(role, metrics, self._servers, cooldowns=self.cooldowns)
         self._doubted: set[str] = set()
         """Servers that may be the wrong ones, by their names."""
-        self._limit = TimeLimit(access.timeout_s, tick_s=TICK_S)
+        self._limit = CoarseTimeout(access.timeout_s, tick_s=TICK_S)
 
     async def open(self) -> None:
         """Connects, for as long as setting up a connection may take, and keeps connections warm until `close`."""
@@ -204,7 +204,7 @@ class Store:
         self._running.discard(task)
         for call in calls:
             if not call.reply.done():
-                call.reply.set_exception(StoreUnanswered("the store's client failed"))
+                call.reply.set_exception(StoreOutcomeUnknown("the store's client failed"))
 
     async def _run(self, calls: Sequence[Call]) -> None:
         with suppress(TimeoutError):  # each call knows how far it came
@@ -214,18 +214,18 @@ class Store:
         for call in calls:
             _deliver(call)
             if self._metrics is not None:
-                self._metrics.note_store(call.script.name, now - call.began)
+                self._metrics.record_store_call(call.script.name, now - call.began)
 
     async def _converse_in_time(self, calls: Sequence[Call]) -> None:
         """What may be repeated has a second try, so that one hiccup costs no upstream call."""
         try:
-            await self._limit.hold(self._converse(calls))
+            await self._limit.run(self._converse(calls))
         except TimeoutError:
             late = [call for call in calls if call.word is UNSAID]
             self._doubted |= {call.node.name for call in late if call.node}
             if not late or not all(call.script.repeatable for call in calls):
                 raise
-            await self._limit.hold(self._converse(late))
+            await self._limit.run(self._converse(late))
 
     async def _converse(self, calls: Sequence[Call]) -> None:
         """Until each call has its last word: what was not run is sent again, while there is time."""
@@ -246,7 +246,7 @@ class Store:
             place = self._place_of(call)
             if place is None:
                 call.word, call.sent = nobody, False
-            elif place is not call.node or meaning_of_call(call) != Unreached():
+            elif place is not call.node or kind_of_call(call) != NotSent():
                 groups.setdefault(place, []).append(call)
         return groups
 
@@ -273,25 +273,25 @@ class Store:
         call.asks = None
         if not isinstance(call.word, Exception) or call.node is None:
             return False
-        meaning = meaning_of_call(call)
+        kind = kind_of_call(call)
         if not self._servers.learns:
-            return meaning == Elsewhere() and call.node.pool.replaced_at >= began
-        match meaning:
+            return kind == NotServing() and call.node.pool.replaced_at >= began
+        match kind:
             case Moved(to):
                 self._servers.move(call.key, to)
             case Ask(to):
                 call.asks = to
-            case Elsewhere() | Unreached():
+            case NotServing() | NotSent():
                 self._doubted.add(call.node.name)
-            case Later():
+            case TryAgain():
                 pass
-            case Final():
+            case Done():
                 return False
         return True
 
 
 def _is_to_wait(call: Call) -> bool:
-    return isinstance(meaning_of_call(call), Later | Elsewhere)
+    return isinstance(kind_of_call(call), TryAgain | NotServing)
 
 
 def _deliver(call: Call) -> None:

@@ -13,7 +13,7 @@ _LATE, _ENDED = -inf, inf
 """Instead of when the time of something is over."""
 
 
-class TimeLimit:
+class CoarseTimeout:
     """`seconds`, and up to two ticks more."""
 
     def __init__(self, seconds: float, *, tick_s: float) -> None:
@@ -23,7 +23,7 @@ class TimeLimit:
         """Of what is under way, when its time is over."""
         self._is_ticking = False
 
-    async def hold(self, work: Coroutine[Any, Any, None]) -> None:
+    async def run(self, work: Coroutine[Any, Any, None]) -> None:
         """Does `work`. Raises `TimeoutError` if it takes longer."""
         async with asyncio.timeout(None) as limit:
             loop = asyncio.get_running_loop()

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 from redis.exceptions import MovedError, NoPermissionError, ResponseError
 
-from proxy.problems import StoreUnanswered, StoreUnavailable
-from proxy.store.redirects import Elsewhere, Meaning, explained, may_have_run, meaning_of, refuses_writes
+from proxy.problems import StoreOutcomeUnknown, StoreUnavailable
+from proxy.store.redirects import NotServing, ReplyKind, explained, kind_of, may_have_run, refuses_writes
 from proxy.store.scripts import UNSAID, Call, Unsaid
 from proxy.store.topology import CONNECTION, Servers
 from proxy.telemetry.descriptors import ran_out
-from proxy.telemetry.incidents import Troubles
+from proxy.telemetry.incidents import IncidentLog
 from proxy.telemetry.metrics import Metrics
 
 COOLDOWN_S = 0.5
@@ -37,7 +37,7 @@ class StoreHealth:
         self._metrics = metrics
         self._servers = servers
         self._cooldowns = cooldowns
-        self._troubles = Troubles()
+        self._incidents = IncidentLog()
         self._down: dict[str, Call] = {}
         """By part, the call that failed last."""
         self._shown_up: bool | None = None
@@ -62,7 +62,7 @@ class StoreHealth:
 
     def ended(self, calls: Sequence[Call], now: float) -> None:
         """Calls have come to their end, each with a word or without one."""
-        if not self._down and not self._troubles and not any(isinstance(c.word, Exception | Unsaid) for c in calls):
+        if not self._down and not self._incidents and not any(isinstance(c.word, Exception | Unsaid) for c in calls):
             return
         by_label: dict[str, list[Call]] = {}
         for call in calls:
@@ -99,14 +99,14 @@ class StoreHealth:
             return
         if self._metrics is not None and _lacks_descriptor(call):
             self._metrics.record_descriptors_exhausted()
-        if part == label or (self._servers.learns and meaning_of_call(call) == Elsewhere()):
+        if part == label or (self._servers.learns and kind_of_call(call) == NotServing()):
             self._cooldowns[label] = now + COOLDOWN_S
         self._failed(part, call, reason_of(call), now)
 
     def _failed(self, part: str, call: Call, reason: str, now: float) -> None:
         if part != call.script.name or call.script.writes:
             self._down[part] = call
-        if self._troubles.begins(part, reason, now):
+        if self._incidents.begins(part, reason, now):
             log.error("the %s's %s fails: %s", self._role, part, reason)
 
     def _reached(self, label: str, now: float) -> None:
@@ -122,7 +122,7 @@ class StoreHealth:
 
     def _recovered(self, part: str, now: float, how: str = "works again") -> None:
         self._down.pop(part, None)
-        if self._troubles and self._troubles.ends(part, now):
+        if self._incidents and self._incidents.ends(part, now):
             log.info("the %s's %s %s", self._role, part, how)
 
     def _show(self) -> None:
@@ -135,15 +135,15 @@ def label_of(call: Call) -> str:
     return call.node.label if call.node else CONNECTION
 
 
-def meaning_of_call(call: Call) -> Meaning:
-    return meaning_of(call.word, sent=call.sent, host=call.node.host if call.node else "")
+def kind_of_call(call: Call) -> ReplyKind:
+    return kind_of(call.word, sent=call.sent, host=call.node.host if call.node else "")
 
 
 def failure_of(call: Call) -> StoreUnavailable | None:
-    """Why a call was not served; `StoreUnanswered` if a server may have run it."""
+    """Why a call was not served; `StoreOutcomeUnknown` if a server may have run it."""
     if not isinstance(call.word, Exception | Unsaid):
         return None
-    kind = StoreUnanswered if may_have_run(call.word, sent=call.sent) else StoreUnavailable
+    kind = StoreOutcomeUnknown if may_have_run(call.word, sent=call.sent) else StoreUnavailable
     return kind(reason_of(call))
 
 
@@ -166,7 +166,7 @@ def _failed_part(call: Call) -> str | None:
     if isinstance(call.word, ResponseError):
         if refuses_writes(call.word):
             return _writing(label_of(call))
-        if meaning_of_call(call) != Elsewhere():
+        if kind_of_call(call) != NotServing():
             return call.script.name
     return label_of(call)
 

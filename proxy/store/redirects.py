@@ -21,7 +21,7 @@ from proxy.urls import Address
 
 SLOTS = 16384
 
-_ELSEWHERE = frozenset(("CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "READONLY"))
+_NOT_SERVING = frozenset(("CLUSTERDOWN", "LOADING", "MASTERDOWN", "MISCONF", "NOREPLICAS", "READONLY"))
 """Errors of a server that does not serve now. Another one may have taken its place, under the same name even."""
 
 _REFUSED_WRITES = frozenset(("MISCONF", "NOREPLICAS", "OOM", "READONLY"))
@@ -57,29 +57,29 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Later:
+class TryAgain:
     """Half of the keys have moved: the same in a moment."""
 
 
 @dataclass(frozen=True, slots=True)
-class Elsewhere:
+class NotServing:
     """Not this server, or not now: another one can, or it can itself in a moment."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unreached:
+class NotSent:
     """Nothing was sent."""
 
 
 @dataclass(frozen=True, slots=True)
-class Final:
+class Done:
     """The call has come to its end."""
 
 
-Meaning = Moved | Ask | Later | Elsewhere | Unreached | Final
+ReplyKind = Moved | Ask | TryAgain | NotServing | NotSent | Done
 
 
-def meaning_of(word: object, *, sent: bool, host: str) -> Meaning:
+def kind_of(word: object, *, sent: bool, host: str) -> ReplyKind:
     """What to make of a call's word. `sent`: the server may have it; `host`: whose word it is."""
     match word:
         case MovedError():
@@ -87,13 +87,13 @@ def meaning_of(word: object, *, sent: bool, host: str) -> Meaning:
         case AskError():
             return Ask(Address(word.host or host, word.port))
         case TryAgainError():
-            return Later()
-        case _ if leads_elsewhere(word):
-            return Elsewhere()
+            return TryAgain()
+        case _ if is_not_serving(word):
+            return NotServing()
         case RedisError() | OSError() if not sent and not isinstance(word, ResponseError):
-            return Unreached()
+            return NotSent()
         case _:
-            return Final()
+            return Done()
 
 
 def code_of(error: RedisError) -> str:
@@ -107,8 +107,8 @@ def code_of(error: RedisError) -> str:
     return code if code.isupper() else ""
 
 
-def leads_elsewhere(word: object) -> bool:
-    return isinstance(word, RedisError) and code_of(word) in _ELSEWHERE
+def is_not_serving(word: object) -> bool:
+    return isinstance(word, RedisError) and code_of(word) in _NOT_SERVING
 
 
 def refuses_writes(error: RedisError) -> bool:

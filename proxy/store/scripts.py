@@ -18,7 +18,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import BusyLoadingError, NoScriptError, RedisError, ResponseError
 
 from proxy.store.connection_pool import ConnectionPool
-from proxy.store.redirects import leads_elsewhere
+from proxy.store.redirects import is_not_serving
 from proxy.urls import Address
 
 Command = tuple[bytes | int | str, ...]
@@ -109,7 +109,7 @@ async def exchange(node: Node, calls: Sequence[Call]) -> None:
     One that was refused here before, and cannot be sent now, keeps that word: it says more.
     """
     for call in calls:
-        if node is not call.node or not leads_elsewhere(call.word):
+        if node is not call.node or not is_not_serving(call.word):
             call.word = UNSAID
         call.node, call.sent = node, False
     try:
@@ -118,7 +118,7 @@ async def exchange(node: Node, calls: Sequence[Call]) -> None:
             await _exchange(connection, calls)
             node.answered = max(node.answered, calls[0].began)
             node.answered_at = asyncio.get_running_loop().time()
-            if any(leads_elsewhere(call.word) for call in calls):
+            if any(is_not_serving(call.word) for call in calls):
                 await node.pool.replace_all()
         except BaseException:  # replies may still come, and would be taken for another's
             await connection.disconnect(nowait=True)

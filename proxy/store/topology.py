@@ -20,7 +20,7 @@ from redis.driver_info import DriverInfo
 from redis.exceptions import ConnectionError as NotConnectedError
 from redis.exceptions import RedisError, ResponseError
 
-from proxy.store.access import NO_ACCESS, Access
+from proxy.store.access import NO_ACCESS, StoreAccess
 from proxy.store.connection_pool import HEALTH_CHECK_S, ConnectionPool
 from proxy.store.redirects import SLOTS, homes_of
 from proxy.store.scripts import Node, ask
@@ -58,7 +58,7 @@ class Servers(Protocol):
     async def close(self) -> None: ...
 
 
-def servers_of(url: str, access: Access = NO_ACCESS) -> Servers:
+def servers_of(url: str, access: StoreAccess = NO_ACCESS) -> Servers:
     """The servers that a URL names. Raises `OSError` if a file of `access` cannot be used."""
     place = parse_store_url(url)
     match place.kind:
@@ -103,7 +103,7 @@ class SentinelServers:
 
     learns = True
 
-    def __init__(self, place: StoreUrl, access: Access) -> None:
+    def __init__(self, place: StoreUrl, access: StoreAccess) -> None:
         to_servers = ConnectionFactory(place, access)
         self._place = place
         self._to_sentinels = ConnectionFactory(place, access, to_sentinels=True)
@@ -147,7 +147,7 @@ class ClusterServers:
 
     learns = True
 
-    def __init__(self, place: StoreUrl, access: Access) -> None:
+    def __init__(self, place: StoreUrl, access: StoreAccess) -> None:
         to_servers = ConnectionFactory(place, access)
         self._seeds = place.addresses
         self._connections = to_servers
@@ -268,7 +268,7 @@ class _Inquiry:
 class ConnectionFactory:
     """Makes connections of one kind: redis-py's, with our certificates and credentials."""
 
-    def __init__(self, place: StoreUrl, access: Access, *, to_sentinels: bool = False) -> None:
+    def __init__(self, place: StoreUrl, access: StoreAccess, *, to_sentinels: bool = False) -> None:
         self._tls = _tls_context(access) if place.tls else None
         self._connect_timeout_s = access.connect_timeout_s
         self._options: dict[str, Any] = {
@@ -297,7 +297,7 @@ class ConnectionFactory:
         return connection
 
 
-def _tls_context(access: Access) -> ssl.SSLContext:
+def _tls_context(access: StoreAccess) -> ssl.SSLContext:
     """Trusts the system's certificates, or those of `ca_file` alone. Raises `OSError`."""
     context = ssl.create_default_context(cafile=access.ca_file)
     if access.cert_file is not None:

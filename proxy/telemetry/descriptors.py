@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from errno import EMFILE, ENFILE
 
-from proxy.telemetry.incidents import Troubles
+from proxy.telemetry.incidents import IncidentLog
 from proxy.telemetry.metrics import Metrics
 
 LOOK_EVERY_S = 1.0
@@ -78,7 +78,7 @@ class DescriptorMonitor:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._known_failures = 0
-        self._troubles = Troubles(quiet_s=QUIET_S)
+        self._incidents = IncidentLog(quiet_s=QUIET_S)
 
     async def run(self) -> None:
         while True:
@@ -91,12 +91,12 @@ class DescriptorMonitor:
             self._metrics.record_descriptors_exhausted()
         failures = self._metrics.descriptor_failures - self._known_failures
         self._known_failures += failures
-        if failures and self._troubles.begins("descriptors", "", now):
+        if failures and self._incidents.begins("descriptors", "", now):
             limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             log.error(
                 "out of file descriptors (this process may have %d): connections fail, or are closed at once. "
                 "Raise the limit: ulimit -n, or LimitNOFILE= in the systemd unit",
                 limit,
             )
-        elif not failures and self._troubles.ends("descriptors", now):
+        elif not failures and self._incidents.ends("descriptors", now):
             log.info("there are file descriptors again")

@@ -10,7 +10,7 @@ Times are seconds on one monotonic clock, passed in.
 MAX_REASONS = 8
 
 
-class Troubles:
+class IncidentLog:
     """Of the parts of something. `quiet_s`: for so long after its end a trouble does not begin anew."""
 
     def __init__(self, *, quiet_s: float = 0.0) -> None:

@@ -239,7 +239,7 @@ class Metrics:
         """An answer has passed a quota that only warns."""
         self.quota_warned.labels(team, measure, per).inc()
 
-    def note_request(self, team: str, operation: str, outcome: Outcome, duration_s: float) -> None:
+    def record_request(self, team: str, operation: str, outcome: Outcome, duration_s: float) -> None:
         kind = (team, operation, outcome)
         durations_s = self._ended.get(kind)
         if durations_s is None:
@@ -248,16 +248,16 @@ class Metrics:
         else:
             durations_s.append(duration_s)
 
-    def note_credits(self, team: str, model: str, credits_micro: int) -> None:
+    def record_credits(self, team: str, model: str, credits_micro: int) -> None:
         """`model` is as the ledger has bounded it."""
         self._spent_micro[team, model] = self._spent_micro.get((team, model), 0) + credits_micro
         self.flush_soon()
 
-    def note_store(self, call: str, duration_s: float) -> None:
+    def record_store_call(self, call: str, duration_s: float) -> None:
         self._called.setdefault(call, []).append(duration_s)
         self.flush_soon()
 
-    def note_upstream(self, account: str, status: str, duration_s: float) -> None:
+    def record_upstream_request(self, account: str, status: str, duration_s: float) -> None:
         """`status` is one of `UPSTREAM_STATUSES`."""
         self._asked.setdefault((account, status), []).append(duration_s)
         self.flush_soon()

@@ -21,8 +21,8 @@ MAX_ANSWERS = 1000
 MAX_PAUSE_S = 3600.0
 
 
-class Gate(Enum):
-    """What `Circuit.admit` says."""
+class Decision(Enum):
+    """What `CircuitBreaker.admit` says."""
 
     ASK = auto()
     PROBE = auto()
@@ -39,7 +39,7 @@ class Transition:
     why: str
 
 
-class Circuit:
+class CircuitBreaker:
     def __init__(self) -> None:
         self._answers: deque[tuple[float, bool]] = deque()
         self._failures = 0
@@ -55,21 +55,21 @@ class Circuit:
         return self._open_until is not None
 
     @property
-    def era(self) -> int:
+    def probe_generation(self) -> int:
         """Counts the probes. What was asked in an earlier era says nothing of upstream as the newest probe found it."""
         return self._era
 
-    def admit(self, now: float, *, probe_s: float) -> Gate:
+    def admit(self, now: float, *, probe_s: float) -> Decision:
         """Whether to ask now. Through an open circuit goes one probe, and for `probe_s` no other."""
         if now < self._paused_until:
-            return Gate.PAUSED
+            return Decision.PAUSED
         if self._open_until is None:
-            return Gate.ASK
+            return Decision.ASK
         if now < self._open_until or (self._probe_until is not None and now < self._probe_until):
-            return Gate.OPEN
+            return Decision.OPEN
         self._probe_until = now + probe_s
         self._era += 1
-        return Gate.PROBE
+        return Decision.PROBE
 
     def open_s(self, now: float) -> float:
         """Seconds since the circuit opened, failed probes included."""

@@ -14,10 +14,10 @@ from proxy.problems import Code, Problem
 from proxy.settings import schema as settings
 from proxy.settings.schema import SecretText
 from proxy.telemetry.descriptors import ran_out
-from proxy.telemetry.incidents import Troubles
+from proxy.telemetry.incidents import IncidentLog
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.address import Address
-from proxy.upstream.circuit_breaker import Circuit, Gate, Transition
+from proxy.upstream.circuit_breaker import CircuitBreaker, Decision, Transition
 from proxy.upstream.http_client import MAX_RESPONSE_BYTES, ConnectError, HttpClient, HttpError, ResponseTooLargeError
 from proxy.upstream.replies import Failed, Rejected, Reply, read_reply
 
@@ -59,10 +59,10 @@ class Upstream:
         self._timeout_s = configured.timeout_s
         self._asks = 0
         self._most_asks = (1 + QUEUED_PER_CONNECTION) * configured.max_connections
-        self._circuits: dict[str, Circuit] = {}
+        self._circuits: dict[str, CircuitBreaker] = {}
         self.take_keys(keys)
         self._failing: set[str] = set()
-        self._troubles = Troubles(quiet_s=QUIET_S)
+        self._incidents = IncidentLog(quiet_s=QUIET_S)
 
     async def close(self) -> None:
         await self._client.close()
@@ -71,7 +71,7 @@ class Upstream:
         """New and changed keys. Accounts that are not named any more keep theirs for what is still under way."""
         self._keys |= keys
         for account in keys:
-            self._circuits.setdefault(account, Circuit())
+            self._circuits.setdefault(account, CircuitBreaker())
 
     @property
     def in_trouble(self) -> bool:
@@ -95,21 +95,21 @@ class Upstream:
         loop = asyncio.get_running_loop()
         circuit, asked_at = self._circuits[account], loop.time()
         gate = circuit.admit(asked_at, probe_s=self._timeout_s)
-        if gate is Gate.PAUSED or gate is Gate.OPEN:
-            return Failed(_closed_gate(gate, circuit.wait_s(asked_at)), asked=False)
-        if gate is Gate.PROBE:
+        if gate is Decision.PAUSED or gate is Decision.OPEN:
+            return Failed(_admitting_decision(gate, circuit.wait_s(asked_at)), asked=False)
+        if gate is Decision.PROBE:
             how = (account, circuit.open_s(asked_at), self._timeout_s)
             log.info("circuit breaker of the account %s half-opens after %.1f s: one probe, for %g s at most", *how)
-        era = circuit.era
+        probe_generation = circuit.probe_generation
         reply, reason = await self._ask(account, canonical, query, min(deadline, asked_at + self._timeout_s))
         if isinstance(reply, Failed) and not reply.asked:  # it says nothing of upstream
             return reply
         now = loop.time()
-        self._metrics.note_upstream(account, _status_class(reply), now - asked_at)
+        self._metrics.record_upstream_request(account, _status_class(reply), now - asked_at)
         self._note_trouble(account, reason, now)
         if isinstance(reply, Failed) and reply.problem.code is Code.UPSTREAM_BUSY:
             circuit.pause(now, reply.problem.retry_after_s or 0)
-        if circuit.era == era:  # what was asked before the newest probe tells nothing now
+        if circuit.probe_generation == probe_generation:  # what was asked before the newest probe tells nothing now
             failed = isinstance(reply, Failed) and reply.problem.code in _OUTAGES
             if (transition := circuit.note(now, failed=failed)) is not None:
                 self._note_transition(account, transition, reason)
@@ -137,11 +137,11 @@ class Upstream:
     def _note_trouble(self, account: str, reason: str | None, now: float) -> None:
         if reason is None:
             self._failing.discard(account)
-            if self._troubles.ends(account, now):
+            if self._incidents.ends(account, now):
                 log.info("upstream answers again for the account %s", account)
         else:
             self._failing.add(account)
-            if self._troubles.begins(account, reason, now):
+            if self._incidents.begins(account, reason, now):
                 log.error("upstream fails for the account %s: %s", account, reason)
 
     def _note_transition(self, account: str, transition: Transition, reason: str | None) -> None:
@@ -183,8 +183,8 @@ def _status_class(reply: Reply) -> str:
             return "2xx"
 
 
-def _closed_gate(gate: Gate, wait_s: float) -> Problem:
-    if gate is Gate.PAUSED:
+def _admitting_decision(gate: Decision, wait_s: float) -> Problem:
+    if gate is Decision.PAUSED:
         detail = "RenderNet wants no requests for this account just now: try again later."
     else:
         detail = "RenderNet has been failing and is left alone for a moment: try again later."

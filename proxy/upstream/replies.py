@@ -102,14 +102,14 @@ def read_reply(
     """
     coding = headers.get("content-encoding", _IDENTITY).lower()
     value, is_json = _parse(body) if coding == _IDENTITY else (None, False)
-    is_withheld = _shows(secret, body)
+    is_withheld = _leaks_secret(secret, body)
     if status == 429:  # noqa: PLR2004 -- RFC 6585 §4
         code, detail = (
             Code.UPSTREAM_BUSY,
             "RenderNet takes no more requests for this account just now: try again later.",
         )
     elif not is_json:
-        code, detail = Code.UPSTREAM_ERROR, f"RenderNet answered {status} {_flaw(body, coding)}: try again later."
+        code, detail = Code.UPSTREAM_ERROR, f"RenderNet answered {status} {_json_error(body, coding)}: try again later."
     elif not (200 <= status < 300 or 400 <= status < 500):  # noqa: PLR2004 -- RFC 9110 §15
         code, detail = Code.UPSTREAM_ERROR, f"RenderNet answered {status}: try again later."
     elif is_withheld:
@@ -125,7 +125,7 @@ def read_reply(
     return Failed(Problem(code, detail, retry_after_s, members=members), status)
 
 
-def encode_word(reply: Unpriced | Rejected | Failed) -> bytes:
+def encode_failure(reply: Unpriced | Rejected | Failed) -> bytes:
     """What a leader that got no price leaves for those who wait; empty if it is too long to leave."""
     match reply:
         case Unpriced(body, balance, status):
@@ -142,8 +142,8 @@ def encode_word(reply: Unpriced | Rejected | Failed) -> bytes:
     return text if len(text) <= MAX_WORD_BYTES else b""
 
 
-def decode_word(text: bytes) -> Unpriced | Rejected | Failed:
-    """What `encode_word` was given, here or in a gateway of another version."""
+def decode_failure(text: bytes) -> Unpriced | Rejected | Failed:
+    """What `encode_failure` was given, here or in a gateway of another version."""
     match orjson.loads(text):
         case {"body": body, "balance": balance, **rest}:
             status: Any = rest.get("status", 200)
@@ -199,7 +199,7 @@ def _as_spelled(number: _RawNumber) -> orjson.Fragment:
     return orjson.Fragment(number.encode())
 
 
-def _shows(secret: str, body: bytes) -> bool:
+def _leaks_secret(secret: str, body: bytes) -> bool:
     """Whether JSON text has `secret` in it, escaped or not, and be it in a member that a later one hides."""
     return secret.encode() in body or secret.encode() in _ESCAPED_CHARACTER.sub(_unescaped, body)
 
@@ -218,7 +218,7 @@ def _refuses_key(status: int, value: Any) -> bool:
     return not codes.isdisjoint(("401", "403"))
 
 
-def _flaw(body: bytes, coding: str) -> str:
+def _json_error(body: bytes, coding: str) -> str:
     if coding != _IDENTITY:
         known = f"the content coding {coding}, which was not asked for"
         return f"in {known if coding in _CONTENT_CODINGS else 'an unknown content coding'}"

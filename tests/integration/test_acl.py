@@ -16,7 +16,7 @@ from proxy.auth import digest_of
 from proxy.demo.simulator import Simulator
 from proxy.open_stores import startup_errors
 from proxy.problems import StoreUnavailable
-from proxy.store.access import Access
+from proxy.store.access import StoreAccess
 from proxy.store.client import Script, Store
 from proxy.store.redirects import SLOTS
 from quota_scenes import ADMIN, FLUX, ONE, exceeded, explained, get, requests, shown, team, used
@@ -123,7 +123,7 @@ def is_served(url: str, key: str, *, sentinel_password: str | None = None) -> bo
     """Whether scripts that read and write run on this key."""
 
     async def story() -> bool:
-        store = Store(url, "ledger", access=Access(sentinel_password=sentinel_password))
+        store = Store(url, "ledger", access=StoreAccess(sentinel_password=sentinel_password))
         try:
             return bool(await store.call(GET, key) and await store.call(PUT, key + "book", args=(b"1",)))
         except StoreUnavailable:

@@ -123,8 +123,8 @@ def test_http_1_0_gets_an_answer_and_a_closed_connection(scene: Scene) -> None:
 def test_a_client_that_leaves_in_the_middle_of_its_body_asks_nothing(scene: Scene) -> None:
     with scene.connect() as connection:
         connection.sendall(head(FETCH_HEAD, TOKEN, len(FETCH)) + FETCH[:10])
-        wait_until(lambda: scene.lifecycle.arriving_bytes)
-    wait_until(lambda: not scene.lifecycle.arriving_bytes)
+        wait_until(lambda: scene.tracker.arriving_bytes)
+    wait_until(lambda: not scene.tracker.arriving_bytes)
     assert scene.simulator.calls == 0
     assert cache_status(scene.ask(FETCH)).startswith("fwd=miss")
 

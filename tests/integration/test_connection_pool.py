@@ -10,7 +10,7 @@ import pytest
 from redis.exceptions import BusyLoadingError, InvalidResponse, ResponseError
 from redis.exceptions import ConnectionError as NotConnectedError
 
-from proxy.store.access import Access
+from proxy.store.access import StoreAccess
 from proxy.store.connection_pool import MAX_CONNECTIONS, ConnectionPool
 from proxy.store.scripts import Call, Node, Script, exchange
 from proxy.store.topology import ConnectionFactory
@@ -62,7 +62,7 @@ async def pool_of(
 ) -> AsyncIterator[ConnectionPool]:
     async with await asyncio.start_server(server.converse, "127.0.0.1", 0) as listener:
         address = Address("127.0.0.1", listener.sockets[0].getsockname()[1])
-        pool = ConnectionFactory(parse_store_url(url), Access(connect_timeout_s=connect_timeout_s)).pool(address)
+        pool = ConnectionFactory(parse_store_url(url), StoreAccess(connect_timeout_s=connect_timeout_s)).pool(address)
         try:
             yield pool
         finally:

@@ -62,7 +62,7 @@ class TestAnOfferedUpgradeIsIgnored:
     def test_a_body_in_pieces_is_read(self, scene: Scene, offer: tuple[str, ...]) -> None:
         with talking(scene) as (connection, reader):
             connection.sendall(post(BODY, *offer)[: -len(BODY)])
-            wait_until(lambda: scene.lifecycle.arriving_bytes)
+            wait_until(lambda: scene.tracker.arriving_bytes)
             connection.sendall(BODY[:5])
             connection.sendall(BODY[5:])
             assert price_of(reader.response()[2]) == PRICE
@@ -88,7 +88,7 @@ class TestAnOfferedUpgradeIsIgnored:
     def test_its_body_is_never_run_as_a_request(self, scene: Scene, offer: tuple[str, ...]) -> None:
         with talking(scene) as (connection, reader):
             connection.sendall(post(SMUGGLED, *offer)[: -len(SMUGGLED)])
-            wait_until(lambda: scene.lifecycle.arriving_bytes)
+            wait_until(lambda: scene.tracker.arriving_bytes)
             connection.sendall(SMUGGLED)
             assert reader.response()[0] == 400
             connection.sendall(post(BODY))
@@ -157,7 +157,7 @@ class TestWhatIsNotTheBody:
         reply = scene.raw(request)
         assert statuses(reply) == [431]
         assert b"headers-too-large" in reply
-        wait_until(lambda: not scene.lifecycle.arriving_bytes)
+        wait_until(lambda: not scene.tracker.arriving_bytes)
         assert scene.simulator.calls == 0
 
     def test_nobody_needs_a_token_to_be_refused(self, scene: Scene) -> None:
@@ -197,10 +197,10 @@ class TestHalfClosing:
     def test_an_incomplete_one_is_not(self, scene: Scene) -> None:
         with talking(scene) as (connection, _):
             connection.sendall(post(BODY)[:-1])
-            wait_until(lambda: scene.lifecycle.arriving_bytes)
+            wait_until(lambda: scene.tracker.arriving_bytes)
             connection.shutdown(socket.SHUT_WR)
             assert connection.recv(1) == b""
-        wait_until(lambda: not scene.lifecycle.arriving_bytes)
+        wait_until(lambda: not scene.tracker.arriving_bytes)
         assert scene.simulator.calls == 0
 
 
@@ -285,7 +285,7 @@ def test_a_client_that_does_not_read_its_answers_is_cut_off(scene: Scene, monkey
     with scene.connect() as connection:
         connection.settimeout(10)
         assert_cut_off(connection, post(BODY) * 100, times=1000)
-    wait_until(lambda: not scene.lifecycle.in_flight)
+    wait_until(lambda: not scene.tracker.in_flight)
 
 
 def test_requests_sent_ahead_wait_as_bytes(scene: Scene) -> None:
@@ -293,6 +293,6 @@ def test_requests_sent_ahead_wait_as_bytes(scene: Scene) -> None:
     with scene.simulator.hold() as hold, talking(scene) as (connection, reader):
         connection.sendall(post(BODY) * 200)
         assert scene.simulator.arrived(1)
-        assert scene.lifecycle.in_flight == 1
+        assert scene.tracker.in_flight == 1
         hold.release()
         assert [price_of(reader.response()[2]) for _ in range(200)] == [PRICE] * 200

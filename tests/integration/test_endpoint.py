@@ -16,40 +16,38 @@ from starlette.routing import Route
 
 from gateway_fixture import PATH, Scene, break_off, code_of
 from processes import address_of
-from proxy.gateway.estimates import Answer, Ask, Trace
-from proxy.gateway.in_flight import MAX_AT_WORK, MAX_IN_FLIGHT, Lifecycle
-from proxy.http.endpoint import Ending, Story, StoryEndpoint
+from proxy.gateway.estimates import Answer, ClientRequest, Trace
+from proxy.gateway.in_flight import MAX_AT_WORK, MAX_IN_FLIGHT, InFlightTracker
+from proxy.http.endpoint import Endpoint, Handler, Result
 from proxy.problems import Outcome
 from proxy.telemetry.metrics import Metrics
 from serving import Host, serving, wait_until
 
 
 @contextmanager
-def telling(story: Story, *, timeout_s: float = 5.0) -> Iterator[tuple[httpx2.Client, Lifecycle]]:
+def telling(story: Handler, *, timeout_s: float = 5.0) -> Iterator[tuple[httpx2.Client, InFlightTracker]]:
     """A server whose every path tells `story`."""
-    lifecycle = Lifecycle()
-    endpoint = StoryEndpoint(
-        "estimate", story, lifecycle=lifecycle, metrics=Metrics(), max_body_bytes=1000, timeout_s=timeout_s
-    )
+    tracker = InFlightTracker()
+    endpoint = Endpoint("estimate", story, tracker=tracker, metrics=Metrics(), max_body_bytes=1000, timeout_s=timeout_s)
     with (
         serving(Starlette(routes=[Route("/", endpoint)])) as url,
         httpx2.Client(base_url=url, trust_env=False) as client,
     ):
-        yield client, lifecycle
+        yield client, tracker
 
 
 def facts_of(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
     return [record.facts for record in caplog.records if hasattr(record, "facts")]
 
 
-async def fine(ask: Ask, trace: Trace) -> Ending:
+async def fine(ask: ClientRequest, trace: Trace) -> Result:
     trace.team = "design"
     await ask.read_body()
     return Answer(Outcome.MISS, 200, b"{}")
 
 
 def test_a_defect_of_ours_is_a_500_that_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    async def broken(_ask: Ask, _trace: Trace) -> Ending:
+    async def broken(_ask: ClientRequest, _trace: Trace) -> Result:
         raise RuntimeError("the reason is for the log")
 
     with caplog.at_level(logging.INFO, "proxy"), telling(broken) as (client, _):
@@ -88,14 +86,14 @@ def test_the_log_line_of_an_estimate_names_what_upstream_took(scene: Scene, capl
 
 
 def test_more_than_it_can_serve_is_told_to_come_back() -> None:
-    with telling(fine) as (client, lifecycle):
+    with telling(fine) as (client, tracker):
         for in_flight, waiting, status in (
             (MAX_AT_WORK, 0, 503),
             (MAX_AT_WORK, 1, 200),
             (MAX_IN_FLIGHT - 1, MAX_IN_FLIGHT - 1, 200),
             (MAX_IN_FLIGHT, MAX_IN_FLIGHT, 503),
         ):
-            lifecycle.in_flight, lifecycle.waiting = in_flight, waiting
+            tracker.in_flight, tracker.waiting = in_flight, waiting
             response = client.post("/")
             assert response.status_code == status
             if status == 503:
@@ -104,8 +102,8 @@ def test_more_than_it_can_serve_is_told_to_come_back() -> None:
 
 
 def test_a_body_that_does_not_arrive(scene: Scene) -> None:
-    with telling(fine, timeout_s=0.2) as (client, lifecycle):
-        slow = replace(scene, url=str(client.base_url), lifecycle=lifecycle)
+    with telling(fine, timeout_s=0.2) as (client, tracker):
+        slow = replace(scene, url=str(client.base_url), tracker=tracker)
         reply = slow.raw(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n[{}")
     head, _, body = reply.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
@@ -114,7 +112,7 @@ def test_a_body_that_does_not_arrive(scene: Scene) -> None:
 
 
 def test_while_draining_connections_are_closed(scene: Scene) -> None:
-    scene.lifecycle.draining = True
+    scene.tracker.draining = True
     for response in (scene.ask(), scene.ask(b"[]"), scene.client.get("/nowhere"), scene.client.get("/readyz")):
         assert response.headers["connection"] == "close"
     assert scene.client.get("/readyz").status_code == 503
@@ -124,7 +122,7 @@ def test_while_draining_connections_are_closed(scene: Scene) -> None:
 
 
 def test_a_request_that_is_cut_off_is_told_why() -> None:
-    async def endless(_ask: Ask, _trace: Trace) -> Ending:
+    async def endless(_ask: ClientRequest, _trace: Trace) -> Result:
         raise asyncio.CancelledError
 
     with telling(endless) as (client, _):
@@ -176,7 +174,7 @@ def test_two_requests_in_one_piece_have_each_their_answer(scene: Scene) -> None:
 
 
 def test_a_field_that_would_break_the_head_goes_nowhere(caplog: pytest.LogCaptureFixture) -> None:
-    async def broken(_ask: Ask, trace: Trace) -> Ending:
+    async def broken(_ask: ClientRequest, trace: Trace) -> Result:
         trace.cache_status = "hit\r\nset-cookie: a=b"
         return Answer(Outcome.HIT, 200, b"{}")
 

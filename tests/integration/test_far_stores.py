@@ -12,7 +12,7 @@ import pytest
 from faulty_proxy import Relay, Way, relay
 from gateway_fixture import gateway, settings
 from lateness import LateError
-from proxy.cli.direct import ask_standings
+from proxy.cli.direct import read_quota_states
 from proxy.demo.simulator import Simulator
 from proxy.settings.schema import Settings
 from proxy.store.client import Script, Store
@@ -86,7 +86,7 @@ def test_a_store_that_is_100_ms_away_behind_tls_and_a_password(
 
 
 def test_the_command_line_reads_a_ledger_that_is_far_away(configured: Settings) -> None:
-    assert len(asyncio.run(ask_standings(configured, "design"))) == 1
+    assert len(asyncio.run(read_quota_states(configured, "design"))) == 1
 
 
 def test_a_store_whose_timeout_is_longer_than_usual_is_waited_for(far: Relay, configured: Settings) -> None:
@@ -94,7 +94,7 @@ def test_a_store_whose_timeout_is_longer_than_usual_is_waited_for(far: Relay, co
     patient = configured.model_copy(
         update={"store": configured.store.model_copy(update={"timeout_s": 1.0, "connect_timeout_s": 4.0})}
     )
-    assert len(asyncio.run(ask_standings(patient, "design"))) == 1
+    assert len(asyncio.run(read_quota_states(patient, "design"))) == 1
 
 
 # Connections that nothing passes over

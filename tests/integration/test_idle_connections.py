@@ -7,7 +7,7 @@ import pytest
 import redis
 
 from faulty_proxy import Relay
-from proxy.problems import StoreUnanswered, StoreUnavailable
+from proxy.problems import StoreOutcomeUnknown, StoreUnavailable
 from proxy.store.client import COOLDOWN_S, Script, Store
 
 PUT, LOOK = Script("proxy.cache", "price_purge"), Script("proxy.cache", "price_get", repeatable=True)
@@ -66,7 +66,7 @@ def test_of_those_that_a_firewall_has_forgotten_only_the_first_costs_a_debit(way
         await spread(store)
         before = calls(server)
         way.forget()
-        with pytest.raises(StoreUnanswered):
+        with pytest.raises(StoreOutcomeUnknown):
             await put(store)
         with pytest.raises(StoreUnavailable, match="left alone"):
             await put(store)

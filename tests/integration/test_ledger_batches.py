@@ -8,7 +8,7 @@ import redis
 
 from ledger_fixture import CREDIT, FAILED, HIT, PLAIN, Desk, calls, play, quota, rows, terms, used, word
 from proxy.problems import Outcome
-from proxy.quota.batches import MAX_BATCH, Decisions
+from proxy.quota.batches import MAX_BATCH, LedgerBatcher
 from proxy.quota.quotas import Charge, Quota
 
 
@@ -32,7 +32,7 @@ def test_requests_alike_are_one_entry_and_who_is_admitted_hears_how_the_team_sta
         asked = [desk.ledger.charge(limited, charge) for charge in (HIT, dear) * 3]
         ends = await asyncio.gather(*asked)
         assert list(map(word, ends)) == ["admitted"] * 3 + ["quota-exceeded", "admitted", "quota-exceeded"]
-        assert [end.standing and tuple(end.standing.used) for end in ends] == [(4, 17 * CREDIT)] * 6
+        assert [end.quota_state and tuple(end.quota_state.used) for end in ends] == [(4, 17 * CREDIT)] * 6
 
     play(any_store_url, story)
     assert rows(server) == {
@@ -47,8 +47,8 @@ def test_where_a_quota_warns_each_hears_for_itself(any_store_url: str, server: r
 
     async def story(desk: Desk) -> None:
         ends = await asyncio.gather(*(desk.ledger.charge(warned, HIT) for _ in range(4)))
-        standings = [end.standing for end in ends if end.standing]
-        assert [(tuple(standing.used), bool(standing.warnings())) for standing in standings] == [
+        quota_states = [end.quota_state for end in ends if end.quota_state]
+        assert [(tuple(quota_state.used), bool(quota_state.warnings())) for quota_state in quota_states] == [
             ((1,), False),
             ((2,), False),
             ((3,), True),
@@ -64,7 +64,7 @@ def test_a_defect_of_ours_costs_its_batch_alone(
 ) -> None:
     async def story(desk: Desk) -> None:
         with monkeypatch.context() as broken:
-            broken.setattr(Decisions, "_run", _break)
+            broken.setattr(LedgerBatcher, "_run", _break)
             ends = await asyncio.gather(*(desk.ledger.charge(PLAIN, HIT) for _ in range(3)))
         assert list(map(word, ends)) == ["store-unavailable"] * 3
         assert desk.metric("unanswered_debits_total") == 3
@@ -100,7 +100,7 @@ def test_each_in_a_batch_has_its_own_fate(any_store_url: str, server: redis.Redi
         decide = desk.decisions.decide
         tasks = [
             asyncio.ensure_future(decide("admit", limited, Charge(Outcome.CANCELLED))),
-            asyncio.ensure_future(decide("refund", limited, FAILED, admitted_on=first.sheet)),
+            asyncio.ensure_future(decide("refund", limited, FAILED, admitted_on=first.counters)),
             asyncio.ensure_future(decide("charge", limited, HIT)),
             asyncio.ensure_future(decide("peek", limited, HIT)),
         ]

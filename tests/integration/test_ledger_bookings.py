@@ -73,10 +73,10 @@ def test_what_is_not_answered_takes_no_quota(any_store_url: str, server: redis.R
 
     async def story(desk: Desk) -> None:
         for _ in range(3):
-            standing = await desk.ledger.refund(await desk.admitted(limited), Outcome.UPSTREAM_BUSY)
-            assert standing is not None
-            assert standing.used == (0, 0)
-            assert isinstance(await desk.ledger.pass_over(limited, Outcome.NOT_CACHED), Admitted)
+            quota_state = await desk.ledger.refund(await desk.admitted(limited), Outcome.UPSTREAM_BUSY)
+            assert quota_state is not None
+            assert quota_state.used == (0, 0)
+            assert isinstance(await desk.ledger.record_uncached(limited, Outcome.NOT_CACHED), Admitted)
             assert isinstance(await desk.ledger.peek(limited, 7), Admitted)
 
     play(any_store_url, story)
@@ -94,8 +94,8 @@ def test_a_denied_request_debits_nothing(any_store_url: str, server: redis.Redis
         denied = await desk.ledger.charge(limited, HIT)
         assert isinstance(denied, Denied)
         assert (denied.problem.status, denied.problem.members["violated-policies"]) == (402, ["org-credits-day"])
-        assert denied.standing is not None
-        assert denied.standing.used == (1, 8 * CREDIT)
+        assert denied.quota_state is not None
+        assert denied.quota_state.used == (1, 8 * CREDIT)
 
     play(any_store_url, story)
     assert rows(server) == {"Flux:hit:requests": 1, "Flux:hit:credits": 4 * CREDIT, "-:quota-exceeded:refused": 1}
@@ -163,8 +163,8 @@ def test_a_quota_that_warns_is_passed_and_counted(any_store_url: str, server: re
         assert not desk.metrics.registry.get_sample_value(name, labels)
         admission = await desk.ledger.charge(warned, HIT)
         assert isinstance(admission, Admitted)
-        assert admission.standing is not None
-        assert admission.standing.warnings() == warned.quotas
+        assert admission.quota_state is not None
+        assert admission.quota_state.warnings() == warned.quotas
         admitted = await desk.admitted(warned)
         assert desk.metrics.registry.get_sample_value(name, labels) == 1
         await desk.ledger.settle(admitted, MISS)

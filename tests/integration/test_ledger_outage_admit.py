@@ -45,10 +45,10 @@ def test_what_is_admitted_in_an_outage_is_booked_once_behind_it(way: Relay, serv
         for _ in range(3):
             admission = await desk.ledger.charge(terms(quota(0)), HIT)
             assert isinstance(admission, Admitted)
-            assert (admission.standing, admission.booked, admission.model) == (None, False, "other")
+            assert (admission.quota_state, admission.booked, admission.model) == (None, False, "other")
         unseen = await desk.admitted()
-        assert (unseen.standing, unseen.booked, unseen.model) == (None, False, "-")
-        assert word(await desk.ledger.pass_over(PLAIN, Outcome.NOT_CACHED)) == "admitted"
+        assert (unseen.quota_state, unseen.booked, unseen.model) == (None, False, "-")
+        assert word(await desk.ledger.record_uncached(PLAIN, Outcome.NOT_CACHED)) == "admitted"
         assert word(await desk.ledger.settle(settled, MISS)) == "admitted"
         assert word(await desk.ledger.settle(failed, FAILED)) == "admitted"
         assert word(await desk.ledger.settle(cancelled, Charge(Outcome.CANCELLED))) == "admitted"

@@ -51,7 +51,9 @@ def test_a_store_that_hangs_costs_a_moment_and_is_asked_nothing_twice(
         with stopped(server):
             for _ in range(3):
                 asked = [desk.ledger.charge(PLAIN, HIT) for _ in range(5)]
-                answers = await asyncio.gather(*map(timed, [*asked, desk.ledger.pass_over(PLAIN, Outcome.NOT_CACHED)]))
+                answers = await asyncio.gather(
+                    *map(timed, [*asked, desk.ledger.record_uncached(PLAIN, Outcome.NOT_CACHED)])
+                )
                 assert {said for said, _ in answers} == {"store-unavailable"}
                 waits_s.append(max(waited_s for _, waited_s in answers))
                 assert_in_time((await timed(desk.ledger.admit(PLAIN)))[1], TIMEOUT_S, "It is left alone for a moment.")

@@ -27,10 +27,10 @@ from ledger_fixture import (
     word,
 )
 from proxy.problems import Outcome, StoreUnavailable
-from proxy.quota.counters import ALWAYS, COUNTER_KEPT_S, USAGE_KEPT_DAYS
+from proxy.quota.counters import BASE_PERIODS, COUNTER_KEPT_S, USAGE_KEPT_DAYS
 from proxy.quota.ledger import Admitted
 from proxy.quota.quotas import Rate
-from proxy.quota.windows import Per, day_of, start_of, window_of
+from proxy.quota.windows import Period, day_of, start_of, window_of
 
 
 def _before_this_minute(now_s: float) -> float:
@@ -64,13 +64,15 @@ def test_the_stores_clock_decides(
         admissions = await asyncio.gather(*(desk.ledger.charge(limited, HIT) for _ in range(2)))
         assert calls(server) - before == 3
         assert isinstance(admissions[-1], Admitted)
-        assert admissions[-1].standing is not None
-        assert admissions[-1].standing.used == (3,)
+        assert admissions[-1].quota_state is not None
+        assert admissions[-1].quota_state.used == (3,)
 
     play(any_store_url, story)
     now_s = int(server.time()[0])
     minutes = [KEYS.counter("design", "minute", window_of("minute", at_s, ZONE)) for at_s in (now_s, now_s - 60)]
-    lasting = {KEYS.counter(team, per, window_of(per, now_s, ZONE)) for team in ("design", None) for per in ALWAYS}
+    lasting = {
+        KEYS.counter(team, per, window_of(per, now_s, ZONE)) for team in ("design", None) for per in BASE_PERIODS
+    }
     (minute,) = set(hashes(server, "q:*")) - lasting
     assert minute in minutes
     assert list(hashes(server, "u:*")) == [KEYS.usage("design", day_of(now_s, ZONE))]
@@ -102,12 +104,12 @@ def test_clocks_that_never_agree(any_store_url: str, server: redis.Redis, monkey
 
 
 def test_what_is_written_expires(any_store_url: str, server: redis.Redis) -> None:
-    pers: tuple[Per, ...] = ("minute", "hour", *ALWAYS)
+    pers: tuple[Period, ...] = ("minute", "hour", *BASE_PERIODS)
     limited = terms(*(quota(9, per=per) for per in pers), quota(9, per="hour", scope="org"), rate=Rate(0.01, 5))
 
     async def story(desk: Desk) -> None:
         await desk.ledger.charge(limited, HIT)
-        await desk.ledger.pass_over(terms(team="film"), Outcome.NOT_CACHED)
+        await desk.ledger.record_uncached(terms(team="film"), Outcome.NOT_CACHED)
         await desk.ledger.settle(await desk.admitted(limited), MISS)
 
     play(any_store_url, story)

@@ -16,9 +16,9 @@ from lua_scripts import LUA_SCRIPTS
 from processes import Tree
 from prometheus import MORNING, SCRAPER, scrape
 from proxy.demo.simulator import Fault
-from proxy.gateway.estimates import Ask, Trace
-from proxy.gateway.in_flight import MAX_IN_FLIGHT, Lifecycle
-from proxy.http.endpoint import Ending, StoryEndpoint
+from proxy.gateway.estimates import ClientRequest, Trace
+from proxy.gateway.in_flight import MAX_IN_FLIGHT, InFlightTracker
+from proxy.http.endpoint import Endpoint, Result
 from proxy.http.paths import METRICS_PATH
 from proxy.problems import Outcome
 from proxy.quota.model_names import MAX_MODELS
@@ -76,9 +76,9 @@ def _decisions(scene: Scene) -> float:
 
 
 def _ask_too_much(scene: Scene) -> None:
-    scene.lifecycle.in_flight += MAX_IN_FLIGHT
+    scene.tracker.in_flight += MAX_IN_FLIGHT
     scene.ask()
-    scene.lifecycle.in_flight -= MAX_IN_FLIGHT
+    scene.tracker.in_flight -= MAX_IN_FLIGHT
 
 
 def _hang_up(scene: Scene) -> None:
@@ -149,12 +149,12 @@ class TestCounters:
     def test_a_defect_counts_too(self) -> None:
         metrics = Metrics(TEAMS)
 
-        async def broken(_: Ask, trace: Trace) -> Ending:
+        async def broken(_: ClientRequest, trace: Trace) -> Result:
             trace.team = "design"
             raise RuntimeError("the reason is for the log")
 
-        endpoint = StoryEndpoint(
-            "estimate", broken, lifecycle=Lifecycle(), metrics=metrics, max_body_bytes=9, timeout_s=5
+        endpoint = Endpoint(
+            "estimate", broken, tracker=InFlightTracker(), metrics=metrics, max_body_bytes=9, timeout_s=5
         )
         with serving(Starlette(routes=[Route("/", endpoint)])) as url:
             assert httpx2.post(url, trust_env=False).status_code == 500

@@ -12,7 +12,7 @@ from conftest import Opened
 
 from gateway_fixture import DESIGN, MARKETING, Scene, answers, cache_status, code_of
 from proxy.auth import digest_of, token_of
-from proxy.demo.simulator import Fault, Handler
+from proxy.demo.simulator import Fault, Responder
 from proxy.problems import StoreUnavailable
 from proxy.store.client import Script, Store
 from serving import wait_until
@@ -24,7 +24,7 @@ PURGE = "/v1/cache/purge"
 pytestmark = pytest.mark.usefixtures("cold")
 
 
-def priced(amount: str, balance: str = "10000") -> Handler:
+def priced(amount: str, balance: str = "10000") -> Responder:
     return answers(f'{{"data":{{"estimated":{amount},"balance":{balance}}},"error":{{}}}}'.encode())
 
 

@@ -10,15 +10,15 @@ from zoneinfo import ZoneInfo
 import pytest
 import redis
 
-from proxy import reports as module
 from proxy.problems import Outcome, StoreUnavailable
-from proxy.quota.batches import Decisions
-from proxy.quota.counters import ALWAYS, LedgerKeys
+from proxy.quota import reports as module
+from proxy.quota.batches import LedgerBatcher
+from proxy.quota.counters import BASE_PERIODS, LedgerKeys
 from proxy.quota.ledger import Admitted, Denied, Ledger
-from proxy.quota.quotas import Charge, Measure, Quota, Rate, Scope, Terms
-from proxy.quota.reports import CHUNK, Count, Reports
+from proxy.quota.quotas import Charge, Measure, Quota, Rate, Scope, TeamLimits
+from proxy.quota.reports import CHUNK, Count, LedgerReader
 from proxy.quota.usage import UsageQuery
-from proxy.quota.windows import Per, window_of
+from proxy.quota.windows import Period, window_of
 from proxy.store.client import Store
 from proxy.telemetry.metrics import Metrics
 from serving import free_port
@@ -28,18 +28,18 @@ KEYS = LedgerKeys("acme")
 HUGE = 2**53 + 1
 """As a number of Lua or JavaScript it would be rounded."""
 
-Tell = Callable[[Callable[[Reports], Coroutine[Any, Any, None]]], None]
+Tell = Callable[[Callable[[LedgerReader], Coroutine[Any, Any, None]]], None]
 
 
 @pytest.fixture
 def tell(any_store_url: str) -> Tell:
     """Tells a story with reports whose store is closed behind it."""
 
-    def run(story: Callable[[Reports], Coroutine[Any, Any, None]]) -> None:
+    def run(story: Callable[[LedgerReader], Coroutine[Any, Any, None]]) -> None:
         async def with_store() -> None:
             store = Store(any_store_url, "ledger")
             try:
-                await story(Reports(store, KEYS, ZONE))
+                await story(LedgerReader(store, KEYS, ZONE))
             finally:
                 await store.close()
 
@@ -62,7 +62,7 @@ def keep(server: redis.Redis, day: date, team: str, **fields: int) -> None:
     server.sadd(KEYS.teams, team)
 
 
-def quota(scope: Scope, measure: Measure, per: Per, limit: int = 10**9) -> Quota:
+def quota(scope: Scope, measure: Measure, per: Period, limit: int = 10**9) -> Quota:
     return Quota(scope, measure, per, limit, refuse=True)
 
 
@@ -84,7 +84,7 @@ def test_usage_of_teams_and_days(server: redis.Redis, tell: Tell) -> None:
     keep(server, NOVEMBER_1 + 2 * day, "design", Flux__hit__requests=100)
     server.hset(LedgerKeys("other").usage("design", NOVEMBER_1), "Flux:hit:requests", 100)
 
-    async def story(reports: Reports) -> None:
+    async def story(reports: LedgerReader) -> None:
         assert await reports.teams() == {"design", "removed"}
         usage = await reports.usage(usage_query(NOVEMBER_1, NOVEMBER_1 + day, "team"))
         assert [(row.group, row.requests, row.refused, row.credits_micro) for row in usage.rows] == [
@@ -102,7 +102,7 @@ def test_usage_of_teams_and_days(server: redis.Redis, tell: Tell) -> None:
 def test_usage_of_nobody(server: redis.Redis, tell: Tell) -> None:
     assert server.dbsize() == 0
 
-    async def story(reports: Reports) -> None:
+    async def story(reports: LedgerReader) -> None:
         assert await reports.teams() == frozenset()
         for team in (None, "nobody"):
             usage = await reports.usage(usage_query(NOVEMBER_1, NOVEMBER_1, "day", team=team))
@@ -116,7 +116,7 @@ def test_a_year_of_usage_is_read_in_parts(server: redis.Redis, tell: Tell) -> No
     for number, day in enumerate(days):
         keep(server, day, "design", Flux__hit__requests=1, Flux__hit__credits=number)
 
-    async def story(reports: Reports) -> None:
+    async def story(reports: LedgerReader) -> None:
         usage = await reports.usage(usage_query(days[-1], days[0], "day", team="design"))
         assert [row.group[0] for row in usage.rows] == [str(day) for day in reversed(days)]
         assert usage.total.credits_micro == sum(range(400))
@@ -133,7 +133,7 @@ def now_s(server: redis.Redis) -> int:
     return int(server.time()[0])
 
 
-def count(server: redis.Redis, team: str | None, per: Per, requests: int = 0, **credit: int) -> None:
+def count(server: redis.Redis, team: str | None, per: Period, requests: int = 0, **credit: int) -> None:
     """Writes a counter of now; one that has seen no credits has no such field."""
     key = KEYS.counter(team, per, window_of(per, now_s(server), ZONE))
     for field, amount in ({"requests": requests} | credit).items():
@@ -143,53 +143,55 @@ def count(server: redis.Redis, team: str | None, per: Per, requests: int = 0, **
 def test_how_teams_stand(server: redis.Redis, tell: Tell) -> None:
     credits_month, requests_week = quota("team", "estimated_credits", "month"), quota("team", "requests", "week")
     org_day = quota("org", "requests", "day")
-    design = Terms("design", Rate(2, 5), (credits_month, requests_week, org_day))
-    other = Terms("other", Rate(1, 1), (org_day,))
+    design = TeamLimits("design", Rate(2, 5), (credits_month, requests_week, org_day))
+    other = TeamLimits("other", Rate(1, 1), (org_day,))
     count(server, "design", "month", requests=1, credits=HUGE)
     count(server, "design", "week", requests=7, credits=8)
     count(server, None, "day", requests=9, credits=10)
     before_us = 1_000_000 * now_s(server)
     server.set(KEYS.rate("design"), before_us + 60_000_000)
 
-    async def story(reports: Reports) -> None:
-        first, second = await reports.standings([design, other])
+    async def story(reports: LedgerReader) -> None:
+        first, second = await reports.quota_states([design, other])
         assert (first.terms, second.terms) == (design, other)
         assert list(first.used) == [HUGE, 7, 9]
         assert list(second.used) == [9]
         assert first.now_us == second.now_us >= before_us
-        assert first.lead_us == design.rate.ahead_us, "bounded, as the ledger does it"
+        assert first.tat_offset_us == design.rate.burst_tolerance_us, "bounded, as the ledger does it"
         assert first.rate_remaining() == 0
-        assert (second.lead_us, second.rate_remaining()) == (0, 1)
+        assert (second.tat_offset_us, second.rate_remaining()) == (0, 1)
         assert {per: first.windows[per] for per in ("day", "week", "month")} == {
-            per: window_of(per, first.now_us // 1_000_000, ZONE) for per in ALWAYS
+            per: window_of(per, first.now_us // 1_000_000, ZONE) for per in BASE_PERIODS
         }
 
     tell(story)
 
 
 def test_a_rate_of_a_moment_ago(server: redis.Redis, tell: Tell) -> None:
-    terms = [Terms(team, Rate(0.1, 5), ()) for team in ("ahead", "behind")]
+    terms = [TeamLimits(team, Rate(0.1, 5), ()) for team in ("ahead", "behind")]
     now_us = 1_000_000 * now_s(server)
     server.set(KEYS.rate("ahead"), now_us + 20_500_000)
     server.set(KEYS.rate("behind"), now_us - 20_000_000)
 
-    async def story(reports: Reports) -> None:
-        ahead, behind = await reports.standings(terms)
-        assert 15_000_000 < ahead.lead_us <= 20_500_000
+    async def story(reports: LedgerReader) -> None:
+        ahead, behind = await reports.quota_states(terms)
+        assert 15_000_000 < ahead.tat_offset_us <= 20_500_000
         assert ahead.rate_remaining() in (2, 3)
-        assert (behind.lead_us, behind.rate_remaining()) == (0, 5)
-        assert await reports.standings([]) == []
+        assert (behind.tat_offset_us, behind.rate_remaining()) == (0, 5)
+        assert await reports.quota_states([]) == []
 
     tell(story)
 
 
 def test_nothing_was_counted_yet(server: redis.Redis, tell: Tell) -> None:
-    terms = Terms("design", Rate(1, 3), tuple(quota("team", "requests", per) for per in ("minute", "hour", "month")))
+    terms = TeamLimits(
+        "design", Rate(1, 3), tuple(quota("team", "requests", per) for per in ("minute", "hour", "month"))
+    )
 
-    async def story(reports: Reports) -> None:
-        (standing,) = await reports.standings([terms])
-        assert list(standing.used) == [0, 0, 0]
-        assert standing.rate_remaining() == 3
+    async def story(reports: LedgerReader) -> None:
+        (quota_state,) = await reports.quota_states([terms])
+        assert list(quota_state.used) == [0, 0, 0]
+        assert quota_state.rate_remaining() == 3
         assert (await reports.window_totals(["design"])).teams["design"]["month"] == Count(0, 0)
 
     tell(story)
@@ -199,7 +201,7 @@ def test_nothing_was_counted_yet(server: redis.Redis, tell: Tell) -> None:
 def test_half_a_counter(server: redis.Redis, tell: Tell) -> None:
     count(server, "design", "day", requests=3)
 
-    async def story(reports: Reports) -> None:
+    async def story(reports: LedgerReader) -> None:
         assert (await reports.window_totals(["design"])).teams["design"]["day"] == Count(3, 0)
 
     tell(story)
@@ -210,13 +212,13 @@ def test_a_clock_that_is_wrong_is_told_by_the_stores(
     server: redis.Redis, tell: Tell, monkeypatch: pytest.MonkeyPatch, wrong_by_s: int
 ) -> None:
     count(server, "design", "day", requests=3)
-    terms = Terms("design", Rate(1, 1), (quota("team", "requests", "day"),))
+    terms = TeamLimits("design", Rate(1, 1), (quota("team", "requests", "day"),))
     monkeypatch.setattr(module, "time", lambda: time.time() + wrong_by_s)
 
-    async def story(reports: Reports) -> None:
-        (standing,) = await reports.standings([terms])
-        assert list(standing.used) == [3]
-        assert standing.windows["day"] == window_of("day", now_s(server), ZONE)
+    async def story(reports: LedgerReader) -> None:
+        (quota_state,) = await reports.quota_states([terms])
+        assert list(quota_state.used) == [3]
+        assert quota_state.windows["day"] == window_of("day", now_s(server), ZONE)
         totals = await reports.window_totals(["design"])
         assert totals.teams["design"]["day"] == Count(3, 0)
         assert totals.windows["month"] == window_of("month", now_s(server), ZONE)
@@ -225,12 +227,12 @@ def test_a_clock_that_is_wrong_is_told_by_the_stores(
 
 
 def test_a_clock_that_is_right_asks_once(server: redis.Redis, tell: Tell) -> None:
-    terms = [Terms(f"team-{number}", Rate(1, 1), (quota("team", "requests", "day"),)) for number in range(60)]
+    terms = [TeamLimits(f"team-{number}", Rate(1, 1), (quota("team", "requests", "day"),)) for number in range(60)]
 
-    async def story(reports: Reports) -> None:
-        await reports.standings(terms)  # the server may not know the script yet
+    async def story(reports: LedgerReader) -> None:
+        await reports.quota_states(terms)  # the server may not know the script yet
         server.config_resetstat()
-        assert len(await reports.standings(terms)) == 60
+        assert len(await reports.quota_states(terms)) == 60
         assert calls(server, "evalsha") == 1
         assert len((await reports.window_totals([one.team for one in terms])).teams) == 60
         assert calls(server, "evalsha") == 2
@@ -239,15 +241,15 @@ def test_a_clock_that_is_right_asks_once(server: redis.Redis, tell: Tell) -> Non
 
 
 def test_window_totals(server: redis.Redis, tell: Tell) -> None:
-    for number, per in enumerate(ALWAYS):
+    for number, per in enumerate(BASE_PERIODS):
         count(server, "design", per, requests=number, credits=HUGE + number)
     count(server, None, "day", requests=99, credits=99)
 
-    async def story(reports: Reports) -> None:
+    async def story(reports: LedgerReader) -> None:
         totals = await reports.window_totals(["design", "other"])
-        assert totals.teams["design"] == {per: Count(number, HUGE + number) for number, per in enumerate(ALWAYS)}
-        assert totals.teams["other"] == dict.fromkeys(ALWAYS, Count(0, 0))
-        assert totals.windows == {per: window_of(per, now_s(server), ZONE) for per in ALWAYS}
+        assert totals.teams["design"] == {per: Count(number, HUGE + number) for number, per in enumerate(BASE_PERIODS)}
+        assert totals.teams["other"] == dict.fromkeys(BASE_PERIODS, Count(0, 0))
+        assert totals.windows == {per: window_of(per, now_s(server), ZONE) for per in BASE_PERIODS}
         assert (await reports.window_totals([])).teams == {}
 
     tell(story)
@@ -256,11 +258,11 @@ def test_window_totals(server: redis.Redis, tell: Tell) -> None:
 def test_out_of_reach() -> None:
     async def story() -> None:
         store = Store(f"redis://127.0.0.1:{free_port()}", "ledger")
-        reports = Reports(store, KEYS, ZONE)
+        reports = LedgerReader(store, KEYS, ZONE)
         with pytest.raises(StoreUnavailable):
             await reports.usage(usage_query(NOVEMBER_1, NOVEMBER_1, "day"))
         with pytest.raises(StoreUnavailable):
-            await reports.standings([])
+            await reports.quota_states([])
         with pytest.raises(StoreUnavailable):
             await reports.window_totals(["design"])
         await store.close()
@@ -273,12 +275,12 @@ def test_out_of_reach() -> None:
 
 def test_reports_say_what_the_ledger_has_booked(any_store_url: str, server: redis.Redis) -> None:
     quotas = quota("team", "estimated_credits", "month"), quota("team", "requests", "day", 5)
-    design = Terms("design", Rate(0.001, 8), (*quotas, quota("org", "requests", "week")))
+    design = TeamLimits("design", Rate(0.001, 8), (*quotas, quota("org", "requests", "week")))
 
     async def story(store: Store) -> None:
         metrics = Metrics()
-        ledger = Ledger(Decisions(store, KEYS, ZONE, metrics), metrics, admits_on_outage=False)
-        reports = Reports(store, KEYS, ZONE)
+        ledger = Ledger(LedgerBatcher(store, KEYS, ZONE, metrics), metrics, admits_on_outage=False)
+        reports = LedgerReader(store, KEYS, ZONE)
         for _ in range(3):
             await ledger.charge(design, Charge(Outcome.HIT, 4_500_000, "Flux"))
         asked, failed = await ledger.admit(design), await ledger.admit(design)
@@ -296,11 +298,11 @@ def test_reports_say_what_the_ledger_has_booked(any_store_url: str, server: redi
             (("design", "Flux"), 4, 0, {"hit": 4}, 13_500_001),
             (("design", "Turbo"), 1, 0, {"miss": 1}, 1),
         ]
-        (standing,) = await reports.standings([design])
-        assert list(standing.used) == [13_500_002, 5, 5]
-        assert told.standing is not None
-        assert list(told.standing.used) == [13_500_001, 5, 5], "the question under way still counted"
-        assert standing.rate_remaining() == 2, "of 8, less three hits, two questions and one more hit"
+        (quota_state,) = await reports.quota_states([design])
+        assert list(quota_state.used) == [13_500_002, 5, 5]
+        assert told.quota_state is not None
+        assert list(told.quota_state.used) == [13_500_001, 5, 5], "the question under way still counted"
+        assert quota_state.rate_remaining() == 2, "of 8, less three hits, two questions and one more hit"
         totals = await reports.window_totals(["design"])
         assert set(totals.teams["design"].values()) == {Count(5, 13_500_002)}, "usage and counters agree"
         await ledger.close(1.0)

@@ -16,7 +16,7 @@ from faulty_proxy import GOOD, Way, relay
 from gateway_fixture import settings
 from lateness import assert_in_time
 from proxy.cache.price_book import Lease, PriceBook
-from proxy.cache.prices import Known, Price
+from proxy.cache.prices import Lookup, Price
 from proxy.open_stores import open_book_store, open_ledger_store, startup_errors
 from proxy.problems import StoreUnavailable
 from proxy.settings.schema import Settings
@@ -60,7 +60,7 @@ def book_of(store: Store, ttl_s: float = 60) -> PriceBook:
 async def stored(book: PriceBook) -> bool:
     """Whether a price could be put under a lease of its own."""
     try:
-        lease = await book.take_lease(KEY, "default", seen_ms=None, by_force=True)
+        lease = await book.take_lease(KEY, "default", version=None, force=True)
         assert isinstance(lease, Lease)
         return await book.put(lease, PRICE, b"digest")
     except StoreUnavailable:
@@ -75,7 +75,7 @@ def calls(server: redis.Redis, command: str) -> int:
 def test_what_was_put_is_found_with_its_age(any_store_url: str, server: redis.Redis) -> None:
     async def story(store: Store) -> None:
         book = book_of(store)
-        assert await book.look_up(KEY, "default") == Known(None, None, None)
+        assert await book.look_up(KEY, "default") == Lookup(None, None, None)
         assert await stored(book)
         await book.note_balance("default", b"19.5")
         for reader in (book, book_of(store)):
@@ -202,15 +202,15 @@ def test_what_many_questions_of_a_turn_need_of_their_account_is_asked_of_the_sto
     async def story(store: Store) -> None:
         book = book_of(store)
         await store.call(GET, "warm")
-        leases = await asyncio.gather(*(book.take_lease(f"{n}" * 64, "default", seen_ms=None) for n in range(8)))
-        assert len({lease.nonces for lease in leases if isinstance(lease, Lease)}) == 1
+        leases = await asyncio.gather(*(book.take_lease(f"{n}" * 64, "default", version=None) for n in range(8)))
+        assert len({lease.generations for lease in leases if isinstance(lease, Lease)}) == 1
         assert len(leases) == 8
         assert calls(server, "hmget") == 1
         amounts = [b"20", b"20", b"19", b"20", b"20"]
         await asyncio.gather(*(book.note_balance("default", amount) for amount in amounts))
         assert calls(server, "hset") == 1 + 3  # the new book, and the balance whenever it is another
         assert server.hget("ep1:book:https://upstream.example:default", "balance") == b"20"
-        await book.take_lease("9" * 64, "default", seen_ms=None)
+        await book.take_lease("9" * 64, "default", version=None)
         assert calls(server, "hmget") == 2
 
     run(any_store_url, story)

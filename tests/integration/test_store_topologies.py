@@ -38,16 +38,16 @@ from lua_scripts import LUA_SCRIPTS
 from processes import house
 from proxy.cache.price_book import Lease, PriceBook
 from proxy.cache.prices import Price
-from proxy.problems import Outcome, StoreUnanswered, StoreUnavailable
-from proxy.quota.batches import Decisions
+from proxy.problems import Outcome, StoreOutcomeUnknown, StoreUnavailable
+from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.ledger import Admitted, Ledger
-from proxy.quota.quotas import Charge, Rate, Terms
-from proxy.quota.reports import Reports
+from proxy.quota.quotas import Charge, Rate, TeamLimits
+from proxy.quota.reports import LedgerReader
 from proxy.quota.usage import UsageQuery
-from proxy.store.access import Access
+from proxy.store.access import StoreAccess
 from proxy.store.client import TICK_S, TIMEOUT_S, Script, Store
-from proxy.store.redirects import SLOTS, Ask, Elsewhere, Final, Later, Meaning, Moved, Unreached, homes_of, meaning_of
+from proxy.store.redirects import SLOTS, Ask, Done, Moved, NotSent, NotServing, ReplyKind, TryAgain, homes_of, kind_of
 from proxy.telemetry.metrics import Metrics
 from proxy.urls import Address
 from serving import free_port, wait_until
@@ -57,7 +57,7 @@ ZONE = ZoneInfo("UTC")
 KEYS = LedgerKeys("acme")
 LEDGER_SLOT = key_slot(KEYS.id.encode())
 HIT = Charge(Outcome.HIT, 4, "Flux")
-TERMS = Terms("design", Rate(100_000, 1_000_000), ())
+TERMS = TeamLimits("design", Rate(100_000, 1_000_000), ())
 GET, PUT = Script("proxy.cache", "price_get", repeatable=True), Script("proxy.cache", "balance_put")
 BRANDS = ("valkey", "redis")
 LATE_S = 0.3
@@ -115,18 +115,18 @@ class Desk:
         return int(self.metrics.registry.get_sample_value("estimate_proxy_unanswered_debits_total") or 0)
 
     async def booked(self) -> int:
-        totals = await Reports(self.store, KEYS, ZONE).window_totals(["design"])
+        totals = await LedgerReader(self.store, KEYS, ZONE).window_totals(["design"])
         return totals.teams["design"]["month"].requests
 
 
-Story = Callable[[Desk], Coroutine[Any, Any, None]]
+Scenario = Callable[[Desk], Coroutine[Any, Any, None]]
 
 
 @asynccontextmanager
-async def opened(url: str, access: Access = Access()) -> AsyncIterator[Desk]:  # noqa: B008 -- it is frozen
+async def opened(url: str, access: StoreAccess = StoreAccess()) -> AsyncIterator[Desk]:  # noqa: B008 -- it is frozen
     metrics = Metrics()
     store = Store(url, "ledger", metrics, access=access)
-    ledger = Ledger(Decisions(store, KEYS, ZONE, metrics), metrics, admits_on_outage=False)
+    ledger = Ledger(LedgerBatcher(store, KEYS, ZONE, metrics), metrics, admits_on_outage=False)
     try:
         await ledger.open()
         yield Desk(store, ledger, metrics)
@@ -135,7 +135,7 @@ async def opened(url: str, access: Access = Access()) -> AsyncIterator[Desk]:  #
         await store.close()
 
 
-def play(url: str, story: Story, access: Access = Access()) -> None:  # noqa: B008 -- it is frozen
+def play(url: str, story: Scenario, access: StoreAccess = StoreAccess()) -> None:  # noqa: B008 -- it is frozen
     async def tell() -> None:
         async with asyncio.timeout(40), opened(url, access) as desk:
             await story(desk)
@@ -168,33 +168,33 @@ def assert_counted_once(desk: Desk, booked: int, *, lost: int = 0) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "sent", "meaning"),
+    ("word", "sent", "kind"),
     [
-        (b"reply", True, Final()),
-        (None, True, Final()),
-        (NoScriptError("no such script"), True, Final()),
+        (b"reply", True, Done()),
+        (None, True, Done()),
+        (NoScriptError("no such script"), True, Done()),
         (MovedError("12 10.0.0.1:7001"), True, Moved(Address("10.0.0.1", 7001))),
         (MovedError("12 ::1:7001"), True, Moved(Address("::1", 7001))),
         (MovedError("12 :7001"), True, Moved(Address("asked", 7001))),
         (AskError("12 h:1"), True, Ask(Address("h", 1))),
-        (TryAgainError(""), True, Later()),
-        (ReadOnlyError("", status_code="READONLY"), True, Elsewhere()),
-        (ClusterDownError("", status_code="CLUSTERDOWN"), True, Elsewhere()),
-        (MasterDownError("", status_code="MASTERDOWN"), True, Elsewhere()),
-        (BusyLoadingError("", status_code="LOADING"), True, Elsewhere()),
-        (BusyLoadingError("", status_code="LOADING"), False, Elsewhere()),
-        (ResponseError("NOREPLICAS Not enough good replicas to write."), True, Elsewhere()),
-        (ResponseError("MISCONF It cannot persist to disk."), True, Elsewhere()),
-        (OutOfMemoryError("", status_code="OOM"), True, Final()),
-        (NoPermissionError("", status_code="NOPERM"), True, Final()),
-        (NotConnectedError(""), False, Unreached()),
-        (NotConnectedError(""), True, Final()),
-        (TimeoutError(), False, Unreached()),
-        (OSError(), True, Final()),
+        (TryAgainError(""), True, TryAgain()),
+        (ReadOnlyError("", status_code="READONLY"), True, NotServing()),
+        (ClusterDownError("", status_code="CLUSTERDOWN"), True, NotServing()),
+        (MasterDownError("", status_code="MASTERDOWN"), True, NotServing()),
+        (BusyLoadingError("", status_code="LOADING"), True, NotServing()),
+        (BusyLoadingError("", status_code="LOADING"), False, NotServing()),
+        (ResponseError("NOREPLICAS Not enough good replicas to write."), True, NotServing()),
+        (ResponseError("MISCONF It cannot persist to disk."), True, NotServing()),
+        (OutOfMemoryError("", status_code="OOM"), True, Done()),
+        (NoPermissionError("", status_code="NOPERM"), True, Done()),
+        (NotConnectedError(""), False, NotSent()),
+        (NotConnectedError(""), True, Done()),
+        (TimeoutError(), False, NotSent()),
+        (OSError(), True, Done()),
     ],
 )
-def test_what_a_word_means(word: object, sent: bool, meaning: Meaning) -> None:  # noqa: FBT001 -- a row
-    assert meaning_of(word, sent=sent, host="asked") == meaning
+def test_what_a_word_means(word: object, sent: bool, kind: ReplyKind) -> None:  # noqa: FBT001 -- a row
+    assert kind_of(word, sent=sent, host="asked") == kind
 
 
 def test_the_homes_of_slots() -> None:
@@ -226,12 +226,12 @@ async def _use_everything(store: Store) -> None:
     book = PriceBook(store, origin="https://upstream.example", ttl_s=60, stale_s=30)
     key = "ab" * 32
     for word in (b"", b"word"):
-        lease = await book.take_lease(key, "default", seen_ms=None, by_force=True)
+        lease = await book.take_lease(key, "default", version=None, force=True)
         assert isinstance(lease, Lease)
         assert await book.keep(lease)
-        await book.watch(key, "default", seen_ms=None)
+        await book.watch(key, "default", version=None)
         assert await book.end(lease, word=word)
-    lease = await book.take_lease(key, "default", seen_ms=None, by_force=True)
+    lease = await book.take_lease(key, "default", version=None, force=True)
     assert isinstance(lease, Lease)
     assert await book.put(lease, Price(b"5", b""), b"digest")
     await book.note_balance("default", b"7")
@@ -241,11 +241,11 @@ async def _use_everything(store: Store) -> None:
     await book.purge_question(key, "default")
     await book.purge_account("default")
     metrics = Metrics()
-    ledger = Ledger(Decisions(store, KEYS, ZONE, metrics), metrics, admits_on_outage=False)
+    ledger = Ledger(LedgerBatcher(store, KEYS, ZONE, metrics), metrics, admits_on_outage=False)
     assert isinstance(await ledger.charge(TERMS, HIT), Admitted)
-    reports, today = Reports(store, KEYS, ZONE), date.today()  # noqa: DTZ011 -- any two days will do
+    reports, today = LedgerReader(store, KEYS, ZONE), date.today()  # noqa: DTZ011 -- any two days will do
     await reports.usage(UsageQuery(today, today, ("team",), None, csv=False))
-    await reports.standings([TERMS])
+    await reports.quota_states([TERMS])
     await ledger.close(1)
 
 
@@ -403,7 +403,7 @@ def test_a_hanging_primary_keeps_only_its_own_callers_waiting(fleet: Cluster) ->
         began = time.monotonic()
         try:
             await store.call(PUT, key, args=(b"1",))
-        except StoreUnanswered:
+        except StoreOutcomeUnknown:
             return False, time.monotonic() - began
         return True, time.monotonic() - began
 
@@ -448,7 +448,7 @@ def test_sentinels_name_the_next_primary_in_mid_traffic(
     is_planned: bool,  # noqa: FBT001 -- a row
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    access = Access(password="pa:ss", sentinel_password="wörd")
+    access = StoreAccess(password="pa:ss", sentinel_password="wörd")
 
     async def story(desk: Desk) -> None:
         idle = Store(watch.url, "price-book", access=access)
@@ -489,7 +489,7 @@ async def _is_refused(desk: Desk) -> None:
     assert not await desk.store.ping()
     with pytest.raises(StoreUnavailable) as caught:
         await desk.store.call(GET, "x")
-    assert not isinstance(caught.value, StoreUnanswered)
+    assert not isinstance(caught.value, StoreOutcomeUnknown)
 
 
 def test_a_gateway_rides_a_failover_out(tmp_path: Path, upstream: tuple[UpstreamStage, str], simulator: object) -> None:
@@ -544,7 +544,7 @@ def test_a_failover_behind_one_name_costs_no_answer(brand: str) -> None:
             assert await desk.booked() == desk.admitted
 
         with relay(f"redis://{LOCAL}:{old.port}") as way:
-            play(way.url, story, Access(timeout_s=FAILOVER_S))
+            play(way.url, story, StoreAccess(timeout_s=FAILOVER_S))
 
 
 # One server, and who may speak to it
@@ -575,8 +575,8 @@ def tls_lines(certified: Papers) -> tuple[str, ...]:
     )
 
 
-def access_with(certified: Papers) -> Access:
-    return Access(ca_file=certified.ca, cert_file=certified.cert("client"), key_file=certified.key("client"))
+def access_with(certified: Papers) -> StoreAccess:
+    return StoreAccess(ca_file=certified.ca, cert_file=certified.cert("client"), key_file=certified.key("client"))
 
 
 def test_tls_with_a_certificate_of_ones_own(guarded: Member, certified: Papers) -> None:
@@ -596,9 +596,9 @@ def test_sentinels_and_a_cluster_behind_tls(certified: Papers) -> None:
         clustered = stage.member(*lines, "cluster-enabled yes", f"cluster-port {free_port()}", **asked)
         wait_until(lambda: server.answers() and sentinel.answers() and clustered.answers())
         clustered.ask("CLUSTER", "ADDSLOTSRANGE", 0, SLOTS - 1)
-        play(f"rediss+sentinel://localhost:{sentinel.port}/{NAME}", _charges, Access(ca_file=certified.ca))
+        play(f"rediss+sentinel://localhost:{sentinel.port}/{NAME}", _charges, StoreAccess(ca_file=certified.ca))
         wait_until(lambda: clustered.client.cluster("INFO")["cluster_state"] == "ok")
-        play(f"rediss+cluster://localhost:{clustered.port}", _charges, Access(ca_file=certified.ca))
+        play(f"rediss+cluster://localhost:{clustered.port}", _charges, StoreAccess(ca_file=certified.ca))
         play(f"rediss+sentinel://{LOCAL}:{sentinel.port}/{NAME}", _is_refused)
         play(f"rediss+cluster://{LOCAL}:{clustered.port}", _is_refused)
 
@@ -626,6 +626,6 @@ def test_a_socket_with_user_and_password(any_store_url: str) -> None:
     with redis.Redis.from_url(any_store_url) as client:
         client.acl_setuser("guest", enabled=True, passwords=["+pa:ss"], keys="*", commands=["+@all"])
         play(any_store_url.replace("unix://", "unix://guest:pa%3Ass@"), _charges)
-        play(any_store_url, _charges, Access(username="guest", password="pa:ss"))
+        play(any_store_url, _charges, StoreAccess(username="guest", password="pa:ss"))
         play(any_store_url.replace("unix://", "unix://guest:wrong@"), _is_refused)
         client.acl_deluser("guest")

@@ -107,7 +107,7 @@ def test_its_own_words_reach_everybody_who_waits(scene: Scene, status: int, code
     scene.simulator.script(answers(BOOM, status))
     with ThreadPoolExecutor(3) as pool, scene.simulator.hold() as hold:
         asked = [pool.submit(scene.ask) for _ in range(3)]
-        wait_until(lambda: scene.lifecycle.in_flight == 3)
+        wait_until(lambda: scene.tracker.in_flight == 3)
         hold.release()
         responses = [future.result() for future in asked]
     words = {"status": status, "code": "internal", "message": "boom"}
@@ -241,7 +241,7 @@ class TestCollapsing:
         with ThreadPoolExecutor(20) as pool, scene.simulator.hold() as hold:
             tokens: tuple[dict[str, str], ...] = ({"x_api_key": MARKETING}, {})
             asked = [pool.submit(scene.ask, spellings[n % 2], **tokens[n % 2]) for n in range(20)]
-            wait_until(lambda: scene.lifecycle.in_flight == 20)
+            wait_until(lambda: scene.tracker.in_flight == 20)
             hold.release()
             responses = [future.result() for future in asked]
         assert scene.simulator.calls == 1
@@ -258,7 +258,7 @@ class TestCollapsing:
             leader.sendall(head.encode() + b"Content-Length: 18\r\n\r\n" + b'[{"model":"Flux"}]')
             assert scene.simulator.arrived(1)
             follower = pool.submit(scene.ask)
-            wait_until(lambda: scene.lifecycle.in_flight == 2)
+            wait_until(lambda: scene.tracker.in_flight == 2)
             break_off(leader)
             hold.release()
             response = follower.result()
@@ -274,7 +274,7 @@ class TestCollapsing:
             assert scene.simulator.arrived(1)
             break_off(leader)
             hold.release()
-        wait_until(lambda: scene.lifecycle.in_flight == 0)
+        wait_until(lambda: scene.tracker.in_flight == 0)
         assert cache_status(scene.ask()).startswith("hit")
         assert scene.simulator.calls == 1
 
@@ -282,7 +282,7 @@ class TestCollapsing:
         scene.simulator.script(answers(b"{}", 429, retry_after="9"))
         with ThreadPoolExecutor(5) as pool, scene.simulator.hold() as hold:
             asked = [pool.submit(scene.ask) for _ in range(5)]
-            wait_until(lambda: scene.lifecycle.in_flight == 5)
+            wait_until(lambda: scene.tracker.in_flight == 5)
             hold.release()
             responses = [future.result() for future in asked]
         assert {(code_of(response), response.headers["retry-after"]) for response in responses} == {

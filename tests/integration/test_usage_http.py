@@ -6,7 +6,7 @@ from decimal import Decimal
 import pytest
 
 from gateway_fixture import DESIGN, EXPIRED, MARKETING, PATH, Scene, answers, cache_status, code_of
-from proxy.demo.simulator import Fault, Handler
+from proxy.demo.simulator import Fault, Responder
 from proxy.quota.model_names import MAX_MODELS
 from proxy.upstream.circuit_breaker import MIN_ANSWERS
 from quota_scenes import (
@@ -31,7 +31,7 @@ from serving import wait_until
 
 pytestmark = pytest.mark.usefixtures("within_a_minute")
 
-FAILURES: dict[str, tuple[Fault | Handler, int]] = {
+FAILURES: dict[str, tuple[Fault | Responder, int]] = {
     "upstream-error": (Fault.SERVER_ERROR, 502),
     "upstream-rejected": (answers(b'{"data":null,"error":{"code":"no_such_style"}}', 422), 422),
     "upstream-refused": (Fault.REFUSED_KEY, 502),
@@ -169,8 +169,8 @@ class TestWhatCounts:
         with scene.connect() as connection:
             head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-API-KEY: {DESIGN}\r\nContent-Length: 4\r\n\r\n["
             connection.sendall(head.encode())
-            wait_until(lambda: scene.lifecycle.arriving_bytes)
-        wait_until(lambda: not scene.lifecycle.arriving_bytes)
+            wait_until(lambda: scene.tracker.arriving_bytes)
+        wait_until(lambda: not scene.tracker.arriving_bytes)
         assert (usage(scene), used(scene)) == (row(), [0])
 
     @pytest.mark.usefixtures("cold")
@@ -235,7 +235,7 @@ AMOUNTS = {
 """As upstream writes them, and as they count: rounded up to a micro-credit."""
 
 
-def priced(estimated: str) -> Handler:
+def priced(estimated: str) -> Responder:
     return answers(b'{"data":{"estimated":%b,"balance":7},"error":{}}' % estimated.encode())
 
 

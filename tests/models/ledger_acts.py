@@ -13,7 +13,7 @@ from ledger_model import LASTING, MILLION, PERS, ZONE, Bill, Deal, Entry, Said, 
 from ledger_stage import Answer
 from proxy.problems import Outcome
 from proxy.quota.ledger import Admitted, Denied
-from proxy.quota.quotas import Charge, Quota, Rate, Standing, Terms
+from proxy.quota.quotas import Charge, Quota, QuotaState, Rate, TeamLimits
 
 TEAMS = ("design", "marketing", "film")
 MODELS = ("Flux", "Flux dev.1", "style", "mixed", "other", "-")
@@ -34,9 +34,9 @@ class Expected(NamedTuple):
     deal: Deal | None = None
 
 
-def terms_of(deal: Deal) -> Terms:
+def limits_of(deal: Deal) -> TeamLimits:
     quotas = tuple(Quota(one.scope, one.measure, one.per, one.most, one.refuses) for one in deal.limits)  # type: ignore[arg-type]  # they are spelled alike
-    terms = Terms(deal.team, Rate(MILLION / deal.interval_us, deal.burst), quotas)
+    terms = TeamLimits(deal.team, Rate(MILLION / deal.interval_us, deal.burst), quotas)
     assert terms.rate.interval_us == deal.interval_us
     return terms
 
@@ -45,23 +45,23 @@ def charge_of(bill: Bill) -> Charge:
     return Charge(Outcome(bill.outcome), bill.micro, bill.model)
 
 
-def shown_by(standing: Standing) -> Said:
+def shown_by(quota_state: QuotaState) -> Said:
     """How a team stands, as the model would put it."""
     return Said(
         "ok",
-        standing.now_us,
-        standing.lead_us,
-        standing.rate_remaining(),
-        tuple(standing.used),
-        tuple(standing.windows[quota.per].end_s for quota in standing.terms.quotas),
+        quota_state.now_us,
+        quota_state.tat_offset_us,
+        quota_state.rate_remaining(),
+        tuple(quota_state.used),
+        tuple(quota_state.windows[quota.per].end_s for quota in quota_state.terms.quotas),
     )
 
 
 def said_by(answer: Answer) -> Said:
     """A verdict, as the model would put it."""
     assert isinstance(answer, Admitted | Denied)
-    assert answer.standing is not None
-    shown = shown_by(answer.standing)
+    assert answer.quota_state is not None
+    shown = shown_by(answer.quota_state)
     if isinstance(answer, Admitted):
         return replace(shown, model=answer.model)
     problem = answer.problem
@@ -132,7 +132,7 @@ ACTS = st.lists(
 def standing_as(last: Said | None, said: Said | None) -> Said:
     assert last is not None
     assert said is not None
-    return replace(said, lead_us=last.lead_us, rate_left=last.rate_left, used=last.used)
+    return replace(said, tat_offset_us=last.tat_offset_us, rate_left=last.rate_left, used=last.used)
 
 
 def check(said: Said | None, answer: Answer) -> None:
@@ -142,7 +142,7 @@ def check(said: Said | None, answer: Answer) -> None:
 
 def check_shown(said: Said | None, answer: Answer) -> None:
     assert said is not None
-    assert isinstance(answer, Standing)
+    assert isinstance(answer, QuotaState)
     assert agree(shown_by(answer), said), f"{shown_by(answer)} is not {said}"
 
 

@@ -112,7 +112,7 @@ class Said:
 
     word: str
     now_us: int
-    lead_us: int
+    tat_offset_us: int
     rate_left: int
     used: tuple[int, ...]
     resets_s: tuple[int, ...]
@@ -173,7 +173,7 @@ class Books:
         violated = self._violated(deal, 1, micro or 0, begins=True)
         return self._exceeded(deal, violated) if violated else self.say(deal)
 
-    def pass_over(self, deal: Deal, outcome: str) -> Said:
+    def record_uncached(self, deal: Deal, outcome: str) -> Said:
         if not self._has_room(deal):
             return self._refuse(deal, self._too_often(deal))
         self._pour(deal)
@@ -253,9 +253,9 @@ class Books:
     def say(self, deal: Deal, model: str = "-") -> Said:
         used = tuple(self.used(deal.team, limit) for limit in deal.limits)
         resets_s = tuple(span(limit.per, self.now_us // MILLION)[1] for limit in deal.limits)
-        lead_us = self._level(deal)
-        rate_left = deal.burst - _divided_up(lead_us, deal.interval_us)
-        return Said("ok", self.now_us, lead_us, rate_left, used, resets_s, model=model)
+        tat_offset_us = self._level(deal)
+        rate_left = deal.burst - _divided_up(tat_offset_us, deal.interval_us)
+        return Said("ok", self.now_us, tat_offset_us, rate_left, used, resets_s, model=model)
 
     def _too_often(self, deal: Deal) -> Said:
         too_full_us = self._level(deal) + deal.interval_us - deal.interval_us * deal.burst

@@ -14,12 +14,12 @@ import redis
 
 from ledger_model import MILLION, ZONE, Process
 from lua_scripts import LUA_SCRIPTS
-from proxy.quota.batches import Decisions
+from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.ledger import Admitted, Denied, Ledger
-from proxy.quota.quotas import Standing, Terms
-from proxy.quota.reports import Reports
-from proxy.store.access import Access
+from proxy.quota.quotas import QuotaState, TeamLimits
+from proxy.quota.reports import LedgerReader
+from proxy.store.access import StoreAccess
 from proxy.store.client import Script, Store
 from proxy.store.topology import CONNECTION
 from proxy.telemetry.metrics import Metrics
@@ -29,7 +29,7 @@ KEYS = LedgerKeys("acme")
 START_US = int(datetime(2031, 10, 25, 22, 30, tzinfo=ZONE).timestamp()) * MILLION
 """A Saturday evening: the clocks are set back in the night, and the month ends with the next week's Friday."""
 
-Answer = Admitted | Denied | Standing | None
+Answer = Admitted | Denied | QuotaState | None
 
 
 class Clock:
@@ -66,7 +66,7 @@ class Gateway:
         self._clock = clock
         self._runner = asyncio.Runner()
         self._store = self._runner.run(_store(url))
-        self._reports = Reports(self._store, KEYS, ZONE)
+        self._reports = LedgerReader(self._store, KEYS, ZONE)
         self.ledger = self._new_ledger()
 
     def begin(self) -> None:
@@ -87,9 +87,9 @@ class Gateway:
         """Returns when nothing is owed any more."""
         self.run(process, [_none(self.ledger._flushing)])
 
-    def standings(self, process: Process, terms: list[Terms]) -> list[Standing]:
+    def quota_states(self, process: Process, terms: list[TeamLimits]) -> list[QuotaState]:
         self._let(process)
-        return self._runner.run(self._reports.standings(terms))
+        return self._runner.run(self._reports.quota_states(terms))
 
     def close(self) -> None:
         self._runner.run(self._store.close())
@@ -102,11 +102,11 @@ class Gateway:
 
     def _new_ledger(self) -> Ledger:
         metrics = Metrics()
-        return Ledger(Decisions(self._store, KEYS, ZONE, metrics), metrics, admits_on_outage=True)
+        return Ledger(LedgerBatcher(self._store, KEYS, ZONE, metrics), metrics, admits_on_outage=True)
 
 
 async def _store(url: str) -> Store:
-    return Store(url, "ledger", access=Access(timeout_s=10))
+    return Store(url, "ledger", access=StoreAccess(timeout_s=10))
 
 
 async def _none(flushing: asyncio.Task[None] | None) -> None:

@@ -76,7 +76,7 @@ class Fleet:
     words: dict[int, Reply] = field(default_factory=dict)
     calls: int = 0
     serial: int = 0
-    nonces: Iterator[int] = field(default_factory=count)
+    generations: Iterator[int] = field(default_factory=count)
 
     def pass_time(self, ms: int) -> None:
         self.now += ms
@@ -93,10 +93,10 @@ class Fleet:
         self.book.drops += self.book.purge is not None
 
     def purge_account(self) -> None:
-        self.book.purge, self.book.reprice, self.book.repriced_at = next(self.nonces), next(self.nonces), None
+        self.book.purge, self.book.reprice, self.book.repriced_at = next(self.generations), next(self.generations), None
 
     def reprice(self) -> None:
-        self.book.reprice, self.book.repriced_at = next(self.nonces), self.now
+        self.book.reprice, self.book.repriced_at = next(self.generations), self.now
 
     def note_change(self, key: int) -> bool:
         """Three bodies within the hour make a new price list, every ten minutes at the most."""

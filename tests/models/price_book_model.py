@@ -184,7 +184,7 @@ class Process:
                 return stored
             if key in fleet.leases:
                 return None
-        fleet.leases[key] = next(fleet.nonces)
+        fleet.leases[key] = next(fleet.generations)
         fleet.words.pop(key, None)
         return Lease(fleet.leases[key], page.purge, page.reprice)
 
@@ -229,8 +229,8 @@ class Process:
 
     def _is_early(self, price: Price, old: Price) -> bool:
         """Whether a price replaces one that anybody would still take for fresh."""
-        nonces = (price.purge, price.reprice) == (old.purge, old.reprice)
-        return nonces and self._fleet.now - old.put_at < TTL_MS
+        generations = (price.purge, price.reprice) == (old.purge, old.reprice)
+        return generations and self._fleet.now - old.put_at < TTL_MS
 
     def _compare(self, flight: Flight, old: Price) -> None:
         new = self._fleet.prices[flight.body.key]
@@ -268,7 +268,7 @@ class Process:
             return self._page
         repriced_at = book.repriced_at
         if book.purge is None or book.reprice is None:
-            book.purge, book.reprice, repriced_at = next(fleet.nonces), next(fleet.nonces), None
+            book.purge, book.reprice, repriced_at = next(fleet.generations), next(fleet.generations), None
         if book.balance is not None and (self.balance is None or book.balance.at >= self.balance.at):
             self.balance = book.balance
         self._page = Page(book.purge, book.reprice, repriced_at, book.drops, fleet.now)

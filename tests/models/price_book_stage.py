@@ -23,13 +23,13 @@ from price_book_requests import KEYS, content
 from price_book_upstream import PROBE_MS, Body
 from proxy.auth import digest_of, token_of
 from proxy.demo.simulator import Simulator
-from proxy.gateway.fetcher import Asker, Told
-from proxy.gateway.in_flight import Lifecycle
-from proxy.gateway.questions import Question
+from proxy.gateway.fetcher import Fetcher, FetchResult
+from proxy.gateway.in_flight import InFlightTracker
+from proxy.gateway.questions import CanonicalRequest
 from proxy.settings.schema import Settings
 from proxy.store.client import Script
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.circuit_breaker import Circuit, Gate, Transition
+from proxy.upstream.circuit_breaker import CircuitBreaker, Decision, Transition
 from serving import serving
 
 ADMIN = token_of("a" * 32)
@@ -55,25 +55,25 @@ def soon(condition: Callable[[], bool]) -> None:
         time.sleep(0.0005)
 
 
-class WatchedAsker(Asker):
+class WatchedAsker(Fetcher):
     """Shows who waits."""
 
     joined = 0
     followed = 0
 
-    async def ask(self, question: Question, *, seen_ms: int | None) -> tuple[Told, bool]:
+    async def fetch(self, question: CanonicalRequest, *, version: int | None) -> tuple[FetchResult, bool]:
         self.joined += 1
-        return await super().ask(question, seen_ms=seen_ms)
+        return await super().fetch(question, version=version)
 
-    async def _follow(self, question: Question, seen_ms: int | None, deadline: float) -> Told | None:
+    async def _follow(self, question: CanonicalRequest, version: int | None, deadline: float) -> FetchResult | None:
         self.followed += 1
-        return await super()._follow(question, seen_ms, deadline)
+        return await super()._follow(question, version, deadline)
 
 
 class Replica:
     """A place in the fleet, for a gateway that comes and goes."""
 
-    asker: WatchedAsker
+    fetcher: WatchedAsker
 
     def __init__(self, make: Callable[[], tuple[Starlette, WatchedAsker]], client: httpx2.Client) -> None:
         self._make = make
@@ -83,7 +83,7 @@ class Replica:
     def restart(self) -> None:
         """Another gateway in the place of this one."""
         self.close()
-        app, self.asker = self._make()
+        app, self.fetcher = self._make()
         self.client.base_url = self._gateway.enter_context(serving(app))
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ class Replica:
 
     def wait_until_flying(self, flights: int) -> None:
         """Until so many questions are on their way."""
-        soon(lambda: len(self.asker._flights) + len(self.asker._audits) == flights)
+        soon(lambda: len(self.fetcher._flights) + len(self.fetcher._audits) == flights)
 
 
 class World:
@@ -156,11 +156,11 @@ def _configured(store_url: str, upstream_url: str) -> Settings:
     )
 
 
-def _clocked(clock: Clock) -> type[Circuit]:
+def _clocked(clock: Clock) -> type[CircuitBreaker]:
     """A circuit that goes by `clock` instead of the event loop's."""
 
-    class ClockedCircuit(Circuit):
-        def admit(self, _: float, *, probe_s: float) -> Gate:
+    class ClockedCircuit(CircuitBreaker):
+        def admit(self, _: float, *, probe_s: float) -> Decision:
             return super().admit(clock(), probe_s=probe_s)
 
         def wait_s(self, _: float) -> float:
@@ -191,7 +191,7 @@ def set_clocks(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What time it is for gateways and store; none of their patience is tried by a busy machine."""
     clock = Clock()
     monkeypatch.setattr("proxy.cache.price_book.monotonic", clock)
-    monkeypatch.setattr("proxy.upstream.client.Circuit", _clocked(clock))
+    monkeypatch.setattr("proxy.upstream.client.CircuitBreaker", _clocked(clock))
     monkeypatch.setattr(Script, "text", property(lambda script: _clocked_script(script.name)[0]), raising=False)
     monkeypatch.setattr(Script, "digest", property(lambda script: _clocked_script(script.name)[1]), raising=False)
     monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_PAUSE_S", 0)
@@ -214,10 +214,10 @@ def opened_world(
         return askers[-1]
 
     def make() -> tuple[Starlette, WatchedAsker]:
-        app = proxy.app.build(_configured(valkey_url, upstream_url), {}, Lifecycle(), Metrics())
+        app = proxy.app.build(_configured(valkey_url, upstream_url), {}, InFlightTracker(), Metrics())
         return app, askers.pop()
 
-    monkeypatch.setattr("proxy.app.Asker", watched)
+    monkeypatch.setattr("proxy.app.Fetcher", watched)
     with ExitStack() as opened:
         clients = [httpx2.Client(trust_env=False, headers={"x-api-key": DESIGN}, timeout=30) for _ in range(2)]
         replicas = [Replica(make, opened.enter_context(client)) for client in clients]

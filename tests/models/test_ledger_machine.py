@@ -33,17 +33,17 @@ from ledger_acts import (
     check_shown,
     entry_of,
     lasting,
+    limits_of,
     shown_by,
     standing_as,
     summed_up,
-    terms_of,
 )
 from ledger_model import MILLION, PERS, Bill, Books, Deal, Limit, Process, Said, Ticket, span
 from ledger_stage import KEYS, MOST_NAMES, START_US, Answer, World, later
 from proxy.problems import Outcome
 from proxy.quota.batches import EXACT_MICRO
 from proxy.quota.ledger import Admitted
-from proxy.quota.quotas import Terms
+from proxy.quota.quotas import TeamLimits
 
 _RATES = st.sampled_from([(20, 10**6), (10, 1), (333_333, 3), (20_000, 100), (10**9, 2), (MILLION, 8)])
 _OWNERS = st.sampled_from(["", *TEAMS])
@@ -187,9 +187,9 @@ class LedgerMachine(RuleBasedStateMachine):
         if self._processes[where].out:
             return
         terms = [terms for _, terms in self._deals.values()]
-        standings = self._world.gateways[where].standings(self._processes[where], terms)
-        for standing, (deal, _) in zip(standings, self._deals.values(), strict=True):
-            assert shown_by(standing) == self._books.say(deal)
+        quota_states = self._world.gateways[where].quota_states(self._processes[where], terms)
+        for quota_state, (deal, _) in zip(quota_states, self._deals.values(), strict=True):
+            assert shown_by(quota_state) == self._books.say(deal)
 
     # -- What always holds
 
@@ -217,10 +217,10 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def _agree(self) -> None:
         """Everybody knows the new terms."""
-        self._deals: dict[str, tuple[Deal, Terms]] = {}
+        self._deals: dict[str, tuple[Deal, TeamLimits]] = {}
         for team in TEAMS:
             deal = Deal(team, *self._rates[team], (*self._limits[team], *self._limits[""]))
-            self._deals[team] = deal, terms_of(deal)
+            self._deals[team] = deal, limits_of(deal)
 
     def _limit(self, owner: str, draft: Draft) -> Limit:
         limit = Limit("team" if owner else "org", draft.measure, draft.per, draft.most, draft.refuses)
@@ -289,8 +289,8 @@ class LedgerMachine(RuleBasedStateMachine):
             case "peek":
                 return Expected(later(ledger.peek(terms, bill.micro)), self._books.peek(deal, bill.micro), check, deal)
             case "pass":
-                said = self._books.pass_over(deal, "not-cached")
-                return Expected(later(ledger.pass_over(terms, Outcome.NOT_CACHED)), said, check, deal)
+                said = self._books.record_uncached(deal, "not-cached")
+                return Expected(later(ledger.record_uncached(terms, Outcome.NOT_CACHED)), said, check, deal)
             case _:
                 said, entry = self._books.admit(deal)
                 ticket = Ticket(deal, self._books.now_us, entry)
@@ -310,7 +310,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 asked = ledger.charge(terms, charge_of(act.bill))
                 return Expected(later(asked), None, partial(self._on_credit, act.bill))
             case "pass":
-                asked = ledger.pass_over(terms, Outcome.NOT_CACHED)
+                asked = ledger.record_uncached(terms, Outcome.NOT_CACHED)
                 return Expected(later(asked), None, partial(self._on_credit, Bill("not-cached")))
             case _:
                 check = partial(self._on_credit, Bill("cancelled"), waiting=(where, ticket))
@@ -348,7 +348,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def _on_credit(self, bill: Bill, _: Said | None, answer: Answer, waiting: tuple[int, Ticket] | None = None) -> None:
         assert isinstance(answer, Admitted)
-        assert (answer.standing, answer.booked) == (None, False)
+        assert (answer.quota_state, answer.booked) == (None, False)
         assert answer.model == ("-" if bill.micro is None else "other")
         if waiting is not None:
             where, ticket = waiting

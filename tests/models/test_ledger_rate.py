@@ -9,12 +9,12 @@ import hypothesis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ledger_acts import terms_of
+from ledger_acts import limits_of
 from ledger_model import Books, Deal, Process
 from ledger_stage import START_US, Answer, World
 from proxy.problems import Outcome
 from proxy.quota.ledger import Admitted
-from proxy.quota.quotas import Charge, Terms
+from proxy.quota.quotas import Charge, TeamLimits
 
 
 def conforms(admitted: Sequence[int], at_us: int, interval_us: int, burst: int) -> bool:
@@ -30,11 +30,11 @@ def test_a_rate_admits_all_that_conforms_and_nothing_else(world: World) -> None:
     world.begin()
     gateway, process, serial = world.gateways[0], Process(Books(START_US, 0)), count()
     ledger = gateway.ledger
-    ask: dict[str, Callable[[Terms], Coroutine[Any, Any, Answer]]] = {
+    ask: dict[str, Callable[[TeamLimits], Coroutine[Any, Any, Answer]]] = {
         "charge": lambda terms: ledger.charge(terms, Charge(Outcome.HIT, 1)),
         "admit": ledger.admit,
         "peek": lambda terms: ledger.peek(terms, None),
-        "pass": lambda terms: ledger.pass_over(terms, Outcome.NOT_CACHED),
+        "pass": lambda terms: ledger.record_uncached(terms, Outcome.NOT_CACHED),
     }
     asks = st.lists(
         st.tuples(st.sampled_from(sorted(ask)), st.integers(0, 6), st.integers(-1, 1)), min_size=3, max_size=40
@@ -43,7 +43,7 @@ def test_a_rate_admits_all_that_conforms_and_nothing_else(world: World) -> None:
     @hypothesis.settings(max_examples=150, derandomize=True, database=None)
     @given(st.sampled_from([20, 20_000, 333_333, 10**9]), st.integers(1, 5), asks)
     def learn(interval_us: int, burst: int, asked: list[tuple[str, int, int]]) -> None:
-        terms = terms_of(Deal(f"team-{next(serial)}", interval_us, burst, ()))
+        terms = limits_of(Deal(f"team-{next(serial)}", interval_us, burst, ()))
         at_us, admitted = world.clock.us, list[int]()
         for kind, halves, more_us in asked:
             at_us += max(0, halves * interval_us // 2 + more_us)

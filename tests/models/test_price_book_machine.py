@@ -240,7 +240,7 @@ class PriceBookMachine(RuleBasedStateMachine):
         for replica, process in zip(self._world.replicas, self._processes, strict=True):
             for result in ("same", "changed", "ignored-member"):
                 name, labels = "estimate_proxy_price_audits_total", {"account": "default", "result": result}
-                counted = replica.asker._metrics.registry.get_sample_value(name, labels) or 0
+                counted = replica.fetcher._metrics.registry.get_sample_value(name, labels) or 0
                 assert counted == process.audits[result], result
 
     # -- How it is done
@@ -260,11 +260,11 @@ class PriceBookMachine(RuleBasedStateMachine):
 
     def _begin(self, where: int, body: Body, wants: Wants, spelling: int | None = None) -> list[Asked]:
         """Asks, and returns when the answer is there and as expected, or when the question waits."""
-        process, asker = self._processes[where], self._world.replicas[where].asker
+        process, fetcher = self._processes[where], self._world.replicas[where].fetcher
         expected = process.begin(body, wants)
         response = self._world.pool.submit(self._post, where, body, wants, spelling)
         if waits := isinstance(expected, Pending) and expected.flight in process.in_the_air:
-            soon(lambda: (asker.joined, asker.followed) == (process.joined, process.followed))
+            soon(lambda: (fetcher.joined, fetcher.followed) == (process.joined, process.followed))
         else:
             self._check(where, response.result(), expected)
         assert self._world.stage.simulator.arrived(self._fleet.calls)

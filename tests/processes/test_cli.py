@@ -43,7 +43,7 @@ Run = Callable[..., Result]
 def nothing_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(("ESTIMATE_PROXY_", "RENDERNET_", "REDIS_"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(config, "PLACES", config.PLACES[:1])
+    monkeypatch.setattr(config, "DEFAULT_PATHS", config.DEFAULT_PATHS[:1])
     monkeypatch.chdir(tmp_path)
 
 

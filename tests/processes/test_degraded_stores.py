@@ -62,7 +62,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Premises:
+class WorkerContext:
     fleet: Fleet
     ledger: Place
     book: Place
@@ -114,7 +114,7 @@ def place() -> Iterator[Place]:
 
 
 @pytest.fixture(scope="module")
-def premises(tmp_path_factory: pytest.TempPathFactory, upstream: tuple[Stage, str]) -> Iterator[Premises]:
+def premises(tmp_path_factory: pytest.TempPathFactory, upstream: tuple[Stage, str]) -> Iterator[WorkerContext]:
     with ExitStack() as opened:
         ledger, book = opened.enter_context(place()), opened.enter_context(place())
         limits = limiting(team_defaults=[CREDITS, REQUESTS])
@@ -126,14 +126,14 @@ def premises(tmp_path_factory: pytest.TempPathFactory, upstream: tuple[Stage, st
             "metrics": {"public": True},
         }
         fleet = opened.enter_context(fleet_of(2, tmp_path_factory.mktemp("stores"), **how))
-        yield Premises(fleet, ledger, book)
+        yield WorkerContext(fleet, ledger, book)
 
 
 # The price book
 
 
 @pytest.mark.parametrize("fault", OF_THE_BOOK)
-def test_without_its_price_book_it_asks_for_itself(fault: str, premises: Premises, simulator: Simulator) -> None:
+def test_without_its_price_book_it_asks_for_itself(fault: str, premises: WorkerContext, simulator: Simulator) -> None:
     crew, client, log = premises.fleet.crew(), premises.fleet.clients[REFUSES], premises.log(REFUSES)
     assert [timed(crew, REFUSES, BODY).says for _ in range(2)] == ["200 fwd=miss", "200 hit"]
     with OF_THE_BOOK[fault](premises.book):
@@ -177,7 +177,7 @@ def _asked_until_all_is_well(crew: Crew, at: int) -> int:
 
 
 @pytest.mark.parametrize("fault", OF_THE_LEDGER)
-def test_without_its_ledger_it_refuses(fault: str, premises: Premises, simulator: Simulator) -> None:
+def test_without_its_ledger_it_refuses(fault: str, premises: WorkerContext, simulator: Simulator) -> None:
     crew, client, log = premises.fleet.crew(), premises.fleet.clients[REFUSES], premises.log(REFUSES)
     unanswered = metric(client, UNANSWERED)
     assert timed(crew, REFUSES, BODY).says == "200 fwd=miss"
@@ -195,7 +195,9 @@ def test_without_its_ledger_it_refuses(fault: str, premises: Premises, simulator
 
 
 @pytest.mark.parametrize("fault", OF_BOTH_ROLES)
-def test_without_its_ledger_it_admits_if_that_is_wanted(fault: str, premises: Premises, simulator: Simulator) -> None:
+def test_without_its_ledger_it_admits_if_that_is_wanted(
+    fault: str, premises: WorkerContext, simulator: Simulator
+) -> None:
     """Here the price book is away as well."""
     crew, client, log = premises.fleet.crew(), premises.fleet.clients[ADMITS], premises.log(ADMITS)
     unanswered = metric(client, UNANSWERED)

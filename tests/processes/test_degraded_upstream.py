@@ -27,10 +27,10 @@ DEADLINE_S = 1.2
 HURRIED = """
 import pathlib, proxy.upstream.circuit_breaker
 proxy.upstream.circuit_breaker.OPEN_S = 60.0
-over, admit = pathlib.Path({over!r}), proxy.upstream.circuit_breaker.Circuit.admit
+over, admit = pathlib.Path({over!r}), proxy.upstream.circuit_breaker.CircuitBreaker.admit
 def admit_when_over(circuit, now, **how):
     return admit(circuit, now + 60.0 * over.exists(), **how)
-proxy.upstream.circuit_breaker.Circuit.admit = admit_when_over
+proxy.upstream.circuit_breaker.CircuitBreaker.admit = admit_when_over
 """
 """A circuit is open until the test says that its time is over, whatever the machine's pace."""
 
@@ -39,7 +39,7 @@ TTL_S = 1
 
 
 @dataclass(frozen=True)
-class Premises:
+class WorkerContext:
     fleet: Fleet
     upstream: OwnUpstream
     way: Relay
@@ -56,7 +56,7 @@ class Premises:
 
 
 @contextmanager
-def _killed(premises: Premises) -> Iterator[None]:
+def _killed(premises: WorkerContext) -> Iterator[None]:
     premises.upstream.kill()
     try:
         yield
@@ -65,16 +65,16 @@ def _killed(premises: Premises) -> Iterator[None]:
 
 
 @contextmanager
-def _stopped(premises: Premises) -> Iterator[None]:
+def _stopped(premises: WorkerContext) -> Iterator[None]:
     with premises.upstream.hanging():
         yield
 
 
-def _way(bad: Way) -> Callable[[Premises], AbstractContextManager[None]]:
+def _way(bad: Way) -> Callable[[WorkerContext], AbstractContextManager[None]]:
     return lambda premises: premises.way.being(bad)
 
 
-FAULTS: dict[str, tuple[Callable[[Premises], AbstractContextManager[None]], str]] = {
+FAULTS: dict[str, tuple[Callable[[WorkerContext], AbstractContextManager[None]], str]] = {
     "killed": (_killed, "502 upstream-error"),
     "resets": (_way(Way(accepts=False)), "502 upstream-error"),
     "stopped": (_stopped, "504 upstream-timeout"),
@@ -122,7 +122,7 @@ class Talk:
 
 
 @pytest.fixture(scope="module")
-def premises(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> Iterator[Premises]:
+def premises(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> Iterator[WorkerContext]:
     folder: Path = tmp_path_factory.mktemp("upstream")
     over = folder / "over"
     (folder / "sitecustomize.py").write_text(HURRIED.format(over=str(over)))
@@ -138,11 +138,11 @@ def premises(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> Itera
         relay(upstream.url) as way,
         fleet_of(1, folder, store_url=valkey_url, upstream_url=way.url, **how) as fleet,
     ):
-        yield Premises(fleet, upstream, way, over)
+        yield WorkerContext(fleet, upstream, way, over)
 
 
 @pytest.fixture(scope="module")
-def talks(premises: Premises) -> dict[str, Talk]:
+def talks(premises: WorkerContext) -> dict[str, Talk]:
     """Of teams that have a price already, soon a stale one."""
     talks = {fault: Talk(premises.fleet.crew()) for fault in FAULTS}
     assert [talk.ask(BODY).says for talk in talks.values()] == ["200 fwd=miss"] * len(talks)
@@ -151,7 +151,7 @@ def talks(premises: Premises) -> dict[str, Talk]:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_without_upstream_stale_prices_serve_and_it_is_left_alone(
-    fault: str, premises: Premises, talks: dict[str, Talk]
+    fault: str, premises: WorkerContext, talks: dict[str, Talk]
 ) -> None:
     talk, (made, failure) = talks[fault], FAULTS[fault]
     client, log, account = premises.fleet.clients[0], Log(premises.fleet.gateways[0]), talk.crew.account
@@ -196,7 +196,7 @@ def _is_left_alone(talk: Talk) -> None:
     assert talk.asked_upstream() == asked
 
 
-def _is_tried_again(talk: Talk, premises: Premises, failure: str) -> None:
+def _is_tried_again(talk: Talk, premises: WorkerContext, failure: str) -> None:
     """By one, and left alone again."""
     asked = talk.asked_upstream()
     with premises.being_over():
@@ -205,7 +205,7 @@ def _is_tried_again(talk: Talk, premises: Premises, failure: str) -> None:
     assert talk.asked_upstream() == asked + 1
 
 
-def test_a_busy_upstream_is_not_asked_again_before_its_time(premises: Premises) -> None:
+def test_a_busy_upstream_is_not_asked_again_before_its_time(premises: WorkerContext) -> None:
     talk, busy = Talk(premises.fleet.crew()), b'[{"model":"busy"}]'
     log = Log(premises.fleet.gateways[0])
     told = [talk.ask(busy), *talk.ask_at_once(4)]
@@ -217,7 +217,7 @@ def test_a_busy_upstream_is_not_asked_again_before_its_time(premises: Premises) 
     talk.assert_booked(failures=1)
 
 
-def test_connections_that_upstream_has_closed_or_reset_cost_nothing(premises: Premises) -> None:
+def test_connections_that_upstream_has_closed_or_reset_cost_nothing(premises: WorkerContext) -> None:
     talk = Talk(premises.fleet.crew())
     for end in (premises.way.tear, premises.way.cut):
         assert talk.ask().says == "200 fwd=miss"

@@ -27,11 +27,20 @@ from hypothesis import strategies as st
 
 from proxy.cache.canonical import canonicalise
 from proxy.demo.runner import FAULTS
-from proxy.demo.setup import QUESTION, RESPELLED, TEAMS, Stage, config_text, environment, introduction, last_words
+from proxy.demo.setup import (
+    QUESTION,
+    RESPELLED,
+    TEAMS,
+    DemoEnvironment,
+    config_text,
+    environment,
+    introduction,
+    last_errors,
+)
 from proxy.demo.setup import new_token as token
 from proxy.demo.simulator import ESTIMATE_PATH, Simulator
-from proxy.demo.traffic import BURST_LEAST, BURST_MOST, POOL, QUERY, Body, Tally, moment, respell
-from proxy.gateway.live_config import teams_of, terms_of
+from proxy.demo.traffic import BURST_LEAST, BURST_MOST, POOL, QUERY, Body, Tally, next_burst, respell
+from proxy.gateway.live_config import limits_of, teams_of
 from proxy.settings.loader import load
 from serving import free_port, serving, wait_until
 
@@ -165,7 +174,7 @@ def test_pasted_commands_show_a_miss_then_a_hit_then_what_is_known() -> None:
         assert explained["key"] in paste(offline)
         usage, quota = json.loads(paste(own)), json.loads(paste(quotas))
         assert (usage["total"]["requests"], usage["total"]["estimated_credits"]) == (1, 4)
-        assert {standing["scope"]: standing["used"] for standing in quota["quotas"]} == {"team": 4, "org": 8}
+        assert {quota_state["scope"]: quota_state["used"] for quota_state in quota["quotas"]} == {"team": 4, "org": 8}
         assert "design" in paste(all_teams)
 
         assert show.end(signal.SIGTERM) == 0
@@ -296,7 +305,7 @@ def test_the_pool_has_forty_different_questions() -> None:
 
 def test_popular_questions_are_asked_again_and_bursts_are_new() -> None:
     random = Random(7)
-    moments = [moment(random) for _ in range(2000)]
+    moments = [next_burst(random) for _ in range(2000)]
     bursts = [body for body, times in moments if times > 1]
     again = [body for body, times in moments if body in POOL]
 
@@ -354,8 +363,8 @@ def test_credits_add_up_exactly() -> None:
     assert str(tally).endswith("estimated credits 1,100.00; balance 9,001")
 
 
-def stage(folder: Path) -> Stage:
-    return Stage(folder, "http://127.0.0.1:4711", {team: token() for team in TEAMS})
+def stage(folder: Path) -> DemoEnvironment:
+    return DemoEnvironment(folder, "http://127.0.0.1:4711", {team: token() for team in TEAMS})
 
 
 def test_the_config_is_one_that_the_gateway_takes(tmp_path: Path) -> None:
@@ -370,7 +379,7 @@ def test_the_config_is_one_that_the_gateway_takes(tmp_path: Path) -> None:
     assert settings.upstream.base_url == there.upstream_url
     assert list(settings.teams) == list(TEAMS)
     assert all(value not in there.config.read_text("utf-8") for value in there.tokens.values())
-    assert teams_of(settings, terms_of(settings))
+    assert teams_of(settings, limits_of(settings))
 
 
 def test_commands_can_be_pasted_anywhere(tmp_path: Path) -> None:
@@ -390,8 +399,8 @@ def test_the_environment_changes_no_setting(tmp_path: Path) -> None:
 def test_last_words_are_errors_alone() -> None:
     log = '{"level":"info","message":"request"}\n{"level":"error","message":"first"}\nestimate-proxy: second\n'
 
-    assert last_words(log) == "first | second"
-    assert last_words("") == ""
+    assert last_errors(log) == "first | second"
+    assert last_errors("") == ""
 
 
 def test_chance_never_fails_what_a_user_pastes() -> None:

@@ -18,7 +18,7 @@ from gateway_fixture import PATH, answers, cache_status
 from lateness import assert_in_time
 from processes import Served, address_of, kill
 from proxy.cache.price_book import LEASE_S
-from proxy.demo.simulator import Exchange, Fault, Handler, Simulator
+from proxy.demo.simulator import Exchange, Fault, Responder, Simulator
 from proxy.gateway.fetcher import MAX_REFRESHES
 from serving import wait_until
 
@@ -131,7 +131,7 @@ def test_a_leader_that_is_killed_is_replaced_by_one_who_waits(crew: Crew, simula
     assert crew.has(0)
 
 
-FAILURES: dict[str, tuple[Handler, int]] = {
+FAILURES: dict[str, tuple[Responder, int]] = {
     "failed": (answers(b'{"data":null,"error":{"code":"internal"}}', 500), 502),
     "busy": (answers(b'{"data":null,"error":{"code":"busy"}}', 429, retry_after="7"), 503),
     "rejected": (answers(b'{"data":null,"error":{"code":"no_such_style"}}', 422), 422),

@@ -376,12 +376,12 @@ class TestMerging:
             own = counting(first, second)
             with monkeypatch.context() as full:
                 full.setattr(os, "pwrite", _refuse)
-                own.note_request("design", "estimate", Outcome.HIT, 0.01)
-                own.note_credits("design", "Flux", 250_000)
+                own.record_request("design", "estimate", Outcome.HIT, 0.01)
+                own.record_credits("design", "Flux", 250_000)
                 own.flush()
                 assert _sums(seen_by(own)) == {"hits": 1, "durations": 1, "fast ones": 1, "credits": 0.25, "errors": 0}
-            own.note_request("design", "estimate", Outcome.HIT, 0.01)
-            own.note_credits("design", "Flux", 250_000)
+            own.record_request("design", "estimate", Outcome.HIT, 0.01)
+            own.record_credits("design", "Flux", 250_000)
             own.flush()
             other = counting(second, first)
             assert _sums(seen_by(other)) == {"hits": 2, "durations": 2, "fast ones": 2, "credits": 0.5, "errors": 0}

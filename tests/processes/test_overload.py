@@ -115,7 +115,7 @@ def test_upstream_has_a_short_queue_and_stored_prices_are_served_beside_it(open_
                 client.sendall(head.encode() + body)
                 waiting.append(client)
             assert scene.simulator.arrived(connections)
-            wait_until(lambda: scene.lifecycle.waiting == admitted)
+            wait_until(lambda: scene.tracker.waiting == admitted)
             for number in range(admitted, admitted + 20):
                 refused = scene.ask(b'[{"seed":%d}]' % number)
                 assert (refused.status_code, code_of(refused)) == (503, "overloaded")
@@ -163,7 +163,7 @@ def test_one_team_holds_half_of_what_can_arrive_and_the_rest_is_refused(
         slow = [opened.enter_context(scene.connect()) for _ in range(4)]
         for connection in slow[:3]:
             connection.sendall(beginning)
-        wait_until(lambda: scene.lifecycle.arriving_bytes["design"] > 3 * ARRIVING_REQUEST_BYTES)
+        wait_until(lambda: scene.tracker.arriving_bytes["design"] > 3 * ARRIVING_REQUEST_BYTES)
         with talking(scene) as (connection, reader):
             connection.sendall(beginning)
             status, headers, body = reader.response()
@@ -171,7 +171,7 @@ def test_one_team_holds_half_of_what_can_arrive_and_the_rest_is_refused(
         assert json.loads(body)["error"]["code"] == "overloaded"
         with talking(scene) as (connection, reader):
             connection.sendall(other[: 1 - len(BODY)])
-            wait_until(lambda: scene.lifecycle.arriving_bytes["marketing"])
+            wait_until(lambda: scene.tracker.arriving_bytes["marketing"])
             connection.sendall(other[1 - len(BODY) :])
             assert reader.response()[0] == 200, "another team has its own half"
         with talking(scene) as (connection, reader):
@@ -180,18 +180,18 @@ def test_one_team_holds_half_of_what_can_arrive_and_the_rest_is_refused(
         for connection in slow[:3]:
             connection.sendall(BODY[1:])
             assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
-    wait_until(lambda: not scene.lifecycle.arriving_bytes)
+    wait_until(lambda: not scene.tracker.arriving_bytes)
 
 
 def test_bodies_that_arrive_all_at_once_are_work_like_any(scene: Scene) -> None:
     """They were admitted while they were none."""
     with talking(scene) as (connection, reader):
         connection.sendall(REQUEST[: 1 - len(BODY)])
-        wait_until(lambda: scene.lifecycle.arriving_bytes)
-        scene.lifecycle.in_flight += MAX_AT_WORK
+        wait_until(lambda: scene.tracker.arriving_bytes)
+        scene.tracker.in_flight += MAX_AT_WORK
         connection.sendall(BODY[1:])
         status, _, _ = reader.response()
-        scene.lifecycle.in_flight -= MAX_AT_WORK
+        scene.tracker.in_flight -= MAX_AT_WORK
     assert status == 503
 
 

@@ -24,7 +24,7 @@ from gateway_fixture import API_KEY, PATH, answers, cache_status
 from processes import SOON_S, Served, Tree, house
 from proxy.auth import digest_of, token_of
 from proxy.cache.price_book import BOOK_REREAD_S, LEASE_S
-from proxy.demo.simulator import Exchange, Handler
+from proxy.demo.simulator import Exchange, Responder
 from proxy.embedded.valkey import Valkey
 from proxy.settings.loader import PREFIX
 from serving import wait_until
@@ -219,11 +219,11 @@ def unread(url: str) -> bool:
     return any(row[1].endswith(port) and row[3] == "01" and not row[4].endswith(":00000000") for row in rows)
 
 
-def priced(estimated: int) -> Handler:
+def priced(estimated: int) -> Responder:
     return answers(b'{"data":{"estimated":%d,"balance":7},"error":{}}' % estimated)
 
 
-def after(release: threading.Event, handler: Handler) -> Handler:
+def after(release: threading.Event, handler: Responder) -> Responder:
     """The handler's answer, as soon as `release` is set."""
 
     def held(exchange: Exchange) -> ASGIApp:

@@ -15,8 +15,8 @@ from starlette.responses import Response
 
 from proxy.app import build
 from proxy.auth import digest_of, token_of
-from proxy.demo.simulator import Handler, Simulator
-from proxy.gateway.in_flight import Lifecycle
+from proxy.demo.simulator import Responder, Simulator
+from proxy.gateway.in_flight import InFlightTracker
 from proxy.settings.schema import Settings
 from proxy.telemetry.metrics import Metrics
 from serving import serving
@@ -37,7 +37,7 @@ class Scene:
     client: httpx2.Client
     simulator: Simulator
     store: redis.Redis
-    lifecycle: Lifecycle
+    tracker: InFlightTracker
     metrics: Metrics
 
     def ask(self, content: bytes | str = b'[{"model":"Flux"}]', **headers: str) -> httpx2.Response:
@@ -88,13 +88,13 @@ def settings(store_url: str, upstream_url: str, **sections: dict[str, Any]) -> S
 @contextmanager
 def gateway(configured: Settings, store_url: str, simulator: Simulator) -> Iterator[Scene]:
     """The gateway that `configured` describes, as a scene."""
-    lifecycle, metrics = Lifecycle(), Metrics(configured.teams, configured.accounts)
+    tracker, metrics = InFlightTracker(), Metrics(configured.teams, configured.accounts)
     with (
-        serving(build(configured, {}, lifecycle, metrics)) as url,
+        serving(build(configured, {}, tracker, metrics)) as url,
         httpx2.Client(base_url=url, trust_env=False, headers={"x-api-key": DESIGN}, timeout=10) as client,
         redis.Redis.from_url(store_url) as store,
     ):
-        yield Scene(url, client, simulator, store, lifecycle, metrics)
+        yield Scene(url, client, simulator, store, tracker, metrics)
 
 
 def break_off(connection: socket.socket) -> None:
@@ -123,7 +123,7 @@ def code_of(response: httpx2.Response) -> str:
     return str(problem["error"]["code"])
 
 
-def answers(body: bytes, status: int = 200, **headers: str) -> Handler:
+def answers(body: bytes, status: int = 200, **headers: str) -> Responder:
     """For `Simulator.script`: exactly this answer."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return lambda _: Response(body, status, named)

@@ -14,11 +14,11 @@ import redis
 
 from faulty_proxy import Relay
 from proxy.problems import Outcome, StoreUnavailable
-from proxy.quota.batches import Decisions
-from proxy.quota.counters import ALWAYS, LedgerKeys
+from proxy.quota.batches import LedgerBatcher
+from proxy.quota.counters import BASE_PERIODS, LedgerKeys
 from proxy.quota.ledger import Admitted, Denied, Ledger
-from proxy.quota.quotas import Charge, Measure, Quota, Rate, Scope, Terms
-from proxy.quota.windows import Per
+from proxy.quota.quotas import Charge, Measure, Quota, Rate, Scope, TeamLimits
+from proxy.quota.windows import Period
 from proxy.store.client import Store
 from proxy.telemetry.metrics import Metrics
 
@@ -36,11 +36,11 @@ COOLDOWN_S = 0.02
 """For how long the store is left alone after a failure, where a test has no time."""
 
 
-def terms(*quotas: Quota, team: str = "design", rate: Rate | None = None) -> Terms:
-    return Terms(team, rate or Rate(10_000, 10_000), quotas)
+def terms(*quotas: Quota, team: str = "design", rate: Rate | None = None) -> TeamLimits:
+    return TeamLimits(team, rate or Rate(10_000, 10_000), quotas)
 
 
-def quota(limit: int, measure: Measure = "requests", per: Per = "month", scope: Scope = "team") -> Quota:
+def quota(limit: int, measure: Measure = "requests", per: Period = "month", scope: Scope = "team") -> Quota:
     return Quota(scope, measure, per, limit, refuse=True)
 
 
@@ -54,7 +54,7 @@ class Desk:
     """A gateway's ledger, and what it is made of."""
 
     ledger: Ledger
-    decisions: Decisions
+    decisions: LedgerBatcher
     metrics: Metrics
 
     def metric(self, name: str) -> float:
@@ -62,7 +62,7 @@ class Desk:
         assert value is not None
         return value
 
-    async def admitted(self, terms: Terms = PLAIN) -> Admitted:
+    async def admitted(self, terms: TeamLimits = PLAIN) -> Admitted:
         """A question on its way upstream."""
         admission = await self.ledger.admit(terms)
         assert isinstance(admission, Admitted)
@@ -88,14 +88,14 @@ class Desk:
                 await asyncio.sleep(0.005)
 
 
-Story = Callable[[Desk], Coroutine[Any, Any, None]]
+Scenario = Callable[[Desk], Coroutine[Any, Any, None]]
 
 
 @asynccontextmanager
 async def opened(url: str, *, admits: bool = False) -> AsyncIterator[Desk]:
     metrics = Metrics()
     store = Store(url, "ledger")
-    decisions = Decisions(store, KEYS, ZONE, metrics)
+    decisions = LedgerBatcher(store, KEYS, ZONE, metrics)
     ledger = Ledger(decisions, metrics, admits_on_outage=admits)
     await ledger.open()
     try:
@@ -105,7 +105,7 @@ async def opened(url: str, *, admits: bool = False) -> AsyncIterator[Desk]:
         await store.close()
 
 
-def play(url: str, story: Story, *, admits: bool = False) -> None:
+def play(url: str, story: Scenario, *, admits: bool = False) -> None:
     """Tells a story of one gateway."""
 
     async def tell() -> None:
@@ -154,7 +154,7 @@ def rows(server: redis.Redis, team: str = "design") -> Counter[str]:
 def used(server: redis.Redis, team: str | None = "design") -> tuple[int, int]:
     """Requests and credits in the counters, of all days; those of weeks and months must say the same, and usage too."""
     scope = "o" if team is None else f"t:{team}"
-    sums = [sum(hashes(server, f"q:{scope}:{per}:*").values(), Counter[str]()) for per in ALWAYS]
+    sums = [sum(hashes(server, f"q:{scope}:{per}:*").values(), Counter[str]()) for per in BASE_PERIODS]
     assert sums[0] == sums[1] == sums[2]
     in_rows: Counter[str] = Counter()
     for name, amount in rows(server, team or "*").items():

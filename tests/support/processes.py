@@ -17,7 +17,7 @@ import psutil
 
 from gateway_fixture import API_KEY, DESIGN, MARKETING, PATH, PLENTY, RETIRED
 from proxy.auth import digest_of
-from proxy.settings.loader import FAMILIAR_VARIABLES, PREFIX
+from proxy.settings.loader import PREFIX, WELL_KNOWN_ENV
 from proxy.store.access import Role
 from serving import wait_until
 
@@ -238,7 +238,7 @@ def address_of(url: str) -> tuple[str, int]:
 
 
 def _configures(name: str) -> bool:
-    return name.startswith(PREFIX) or name in FAMILIAR_VARIABLES
+    return name.startswith(PREFIX) or name in WELL_KNOWN_ENV
 
 
 def _parse(line: bytes) -> Tree:

@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families as read_text
 from metric_names import families, metric_labels
 from processes import START_S
 from proxy.auth import token_of
-from proxy.quota.windows import Per
+from proxy.quota.windows import Period
 from serving import free_port, wait_until
 
 SCRAPER = token_of("s" * 32)
@@ -38,7 +38,7 @@ INTERVAL_S = 1
 MORNING = "UTC" if datetime.now(UTC).hour < 12 else "Etc/GMT+12"
 """A zone where no day ends within hours: for `org.timezone`, where windows are compared with usage."""
 
-PERS: tuple[Per, ...] = ("day", "week", "month")
+PERS: tuple[Period, ...] = ("day", "week", "month")
 
 Labels = frozenset[tuple[str, str]]
 
@@ -122,7 +122,7 @@ def usage(client: httpx2.Client, admin: str, teams: Collection[str]) -> dict[tup
     return found
 
 
-def _first_day(per: Per, today: date) -> date:
+def _first_day(per: Period, today: date) -> date:
     if per == "month":
         return today.replace(day=1)
     return today - timedelta(days=today.weekday() if per == "week" else 0)

@@ -9,11 +9,11 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from proxy.auth import BASE62, Credential, Team, Teams, digest_of, is_well_formed, token_of
-from proxy.quota.quotas import Rate, Terms
+from proxy.quota.quotas import Rate, TeamLimits
 
 RANDOM = "7Hc0pVdYxq2NfRk9LsWbTzA4mEuJg3Go"
 TOKEN = "ep_7Hc0pVdYxq2NfRk9LsWbTzA4mEuJg3Go1Qxk6C"
-TERMS = Terms("design", Rate(50, 100), ())
+TERMS = TeamLimits("design", Rate(50, 100), ())
 DESIGN = Team("design", "default", disabled=False, terms=TERMS)
 LAST_DAY = date(2027, 6, 30)
 

@@ -137,7 +137,7 @@ def test_the_tree_of_exceptions_is_as_it_is_drawn() -> None:
             "ClientGone",
             "Overloaded",
             "StoreUnavailable",
-            "StoreUnanswered",
+            "StoreOutcomeUnknown",
         ]
     )
 

@@ -4,29 +4,29 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from proxy.cache.memory import MAX_AGE_S, MAX_BYTES, MAX_ENTRIES, OVERHEAD_BYTES, HotEntry, HotPrices
-from proxy.cache.prices import Entry, Nonces, Price
+from proxy.cache.memory import MAX_AGE_S, MAX_BYTES, MAX_ENTRIES, OVERHEAD_BYTES, MemoryCache, MemoryEntry
+from proxy.cache.prices import Entry, Generations, Price
 
 T = 1000.0
 
 
-def hot(size: int = 1, read_at: float = T) -> HotEntry:
+def hot(size: int = 1, read_at: float = T) -> MemoryEntry:
     """A price of `size` bytes beside the overhead, `estimated` and `rest` together."""
     price = Price(b"5", b"x" * (size - 1))
-    return HotEntry(Entry(price, 1_000_000, 60_000, Nonces(b"p", b"r"), b"d"), 1_000_500, read_at, 0)
+    return MemoryEntry(Entry(price, 1_000_000, 60_000, Generations(b"p", b"r"), b"d"), 1_000_500, read_at, 0)
 
 
-def room(*, entries: int = 1000, in_bytes: int = 2**20) -> HotPrices:
-    return HotPrices(max_entries=entries, max_bytes=in_bytes)
+def room(*, entries: int = 1000, in_bytes: int = 2**20) -> MemoryCache:
+    return MemoryCache(max_entries=entries, max_bytes=in_bytes)
 
 
-def kept(prices: HotPrices, keys: str, now: float = T) -> str:
+def kept(prices: MemoryCache, keys: str, now: float = T) -> str:
     """Those of the keys that are there. Looking warms them, the last most."""
     return "".join(key for key in keys if prices.get(key, now) is not None)
 
 
 def test_nothing_is_there_at_first() -> None:
-    prices = HotPrices()
+    prices = MemoryCache()
     assert len(prices) == 0
     assert prices.get("a", T) is None
     prices.drop("a")
@@ -34,7 +34,7 @@ def test_nothing_is_there_at_first() -> None:
 
 
 def test_what_was_put_is_there() -> None:
-    prices, one, other = HotPrices(), hot(), hot()
+    prices, one, other = MemoryCache(), hot(), hot()
     prices.put("a", one)
     prices.put("b", other)
     assert prices.get("a", T) is one
@@ -48,7 +48,7 @@ def test_what_was_put_is_there() -> None:
 
 @pytest.mark.parametrize(("age_s", "there"), [(-1, True), (0, True), (MAX_AGE_S, True), (MAX_AGE_S + 0.001, False)])
 def test_nothing_is_there_for_ever(age_s: float, there: bool) -> None:  # noqa: FBT001 -- a row of a table
-    prices = HotPrices()
+    prices = MemoryCache()
     prices.put("a", hot())
     assert (prices.get("a", T + age_s) is not None) is there
     assert len(prices) == there
@@ -56,7 +56,7 @@ def test_nothing_is_there_for_ever(age_s: float, there: bool) -> None:  # noqa: 
 
 
 def test_being_asked_for_keeps_nothing_alive() -> None:
-    prices = HotPrices()
+    prices = MemoryCache()
     prices.put("a", hot())
     assert [prices.get("a", T + part * MAX_AGE_S) is not None for part in (0.25, 0.5, 0.75, 1, 1.25)] == [True] * 4 + [
         False
@@ -130,7 +130,7 @@ def test_one_that_is_replaced_leaves_no_bytes() -> None:
 
 
 def test_one_that_is_dropped_leaves_no_bytes() -> None:
-    prices = HotPrices()
+    prices = MemoryCache()
     prices.put("a", hot(100))
     prices.drop("a")
     prices.drop("a")
@@ -141,7 +141,7 @@ def test_one_that_is_dropped_leaves_no_bytes() -> None:
 def test_the_bounds_in_use() -> None:
     """The overhead of so many entries fits, so that both bounds mean something."""
     assert MAX_ENTRIES * OVERHEAD_BYTES < MAX_BYTES
-    prices = HotPrices()
+    prices = MemoryCache()
     for number in range(MAX_ENTRIES + 10):
         prices.put(str(number), hot())
     assert len(prices) == MAX_ENTRIES
@@ -151,7 +151,7 @@ def test_the_bounds_in_use() -> None:
 
 
 def test_what_was_read_before_does_not_replace_what_was_read_later() -> None:
-    prices, newer = HotPrices(), hot(read_at=T + 0.2)
+    prices, newer = MemoryCache(), hot(read_at=T + 0.2)
     prices.put("a", newer)
     prices.put("a", hot(50, read_at=T))
     assert prices.get("a", T + 0.2) is newer

@@ -12,7 +12,7 @@ from proxy.cache.prices import (
     ENCODING,
     Balance,
     Entry,
-    Nonces,
+    Generations,
     Price,
     StoredPrice,
     as_of,
@@ -23,9 +23,9 @@ from proxy.cache.prices import (
 from proxy.upstream.replies import Priced, read_reply
 
 ANSWER = b'{"data":{"estimated":5,"balance":20},"error":{}}'
-BOOK = Nonces(b"p1", b"r1")
-REPRICED = Nonces(b"p1", b"r2")
-ENTRY = Entry(Price(b"5", b""), put_at_ms=1_000_000, ttl_ms=60_000, nonces=BOOK, body_digest=b"d1")
+BOOK = Generations(b"p1", b"r1")
+REPRICED = Generations(b"p1", b"r2")
+ENTRY = Entry(Price(b"5", b""), put_at_ms=1_000_000, ttl_ms=60_000, generations=BOOK, body_digest=b"d1")
 
 amounts = st.sampled_from([b"5", b"5.0", b"0.10", b"1e2"]) | st.integers(0, 10**9).map(lambda n: str(n).encode())
 members = st.dictionaries(
@@ -33,7 +33,7 @@ members = st.dictionaries(
 )
 prices = st.builds(Price, amounts, members.map(lambda rest: json.dumps(rest, ensure_ascii=False)[1:-1].encode()))
 words = st.text("abcXYZ019-_", min_size=1, max_size=12).map(str.encode)
-books = st.builds(Nonces, words, words)
+books = st.builds(Generations, words, words)
 times = st.integers(0, 2**45)
 entries = st.builds(Entry, prices, times, st.integers(1, 2**40), books, words)
 
@@ -44,7 +44,9 @@ def with_spelled_numbers(text: bytes) -> Any:
 
 def kept(entry: Entry) -> bytes:
     """The text in the store, as the script that puts it there writes it."""
-    encoded = encode_price(entry.price, ttl_ms=entry.ttl_ms, nonces=entry.nonces, body_digest=entry.body_digest)
+    encoded = encode_price(
+        entry.price, ttl_ms=entry.ttl_ms, generations=entry.generations, body_digest=entry.body_digest
+    )
     return b"%s %d %s" % (ENCODING, entry.put_at_ms, encoded)
 
 
@@ -60,10 +62,10 @@ def test_a_kept_price_is_what_it_was() -> None:
     """Others have written prices like this one: a change of it needs another `ENCODING`."""
     price = Price(b"0.10", b'"plan":"a b","n":1')
     assert ENCODING == b"2"
-    encoded = encode_price(price, ttl_ms=3_600_000, nonces=Nonces(b"pu", b"re"), body_digest=b"d1")
+    encoded = encode_price(price, ttl_ms=3_600_000, generations=Generations(b"pu", b"re"), body_digest=b"d1")
     assert encoded == b'3600000 pu re d1 0.10 "plan":"a b","n":1'
     stored = b'2 1700000000000 3600000 pu re d1 0.10 "plan":"a b","n":1'
-    assert decode_price(stored) == Entry(price, 1_700_000_000_000, 3_600_000, Nonces(b"pu", b"re"), b"d1")
+    assert decode_price(stored) == Entry(price, 1_700_000_000_000, 3_600_000, Generations(b"pu", b"re"), b"d1")
 
 
 @pytest.mark.parametrize(
@@ -117,8 +119,8 @@ def test_a_price_has_its_age_and_what_is_left(age_ms: int, age_s: float, ttl_s: 
 
 
 @given(entries, times, books, st.none() | st.integers(-(2**40), 2**40))
-def test_a_price_of_another_purge_is_gone(entry: Entry, now_ms: int, book: Nonces, ago_ms: int | None) -> None:
-    assert (as_of(entry, now_ms, book, ago_ms) is None) == (entry.nonces.purge != book.purge)
+def test_a_price_of_another_purge_is_gone(entry: Entry, now_ms: int, book: Generations, ago_ms: int | None) -> None:
+    assert (as_of(entry, now_ms, book, ago_ms) is None) == (entry.generations.purge != book.purge)
 
 
 @pytest.mark.parametrize(
@@ -145,11 +147,11 @@ def test_a_repriced_price_is_stale_since_the_repricing(age_ms: int, repriced_ago
 
 @given(entries, times, words, st.none() | st.integers(-(2**40), 2**40))
 def test_a_repriced_price_is_never_fresh(entry: Entry, now_ms: int, reprice: bytes, ago_ms: int | None) -> None:
-    book = Nonces(entry.nonces.purge, reprice)
-    stored, unrepriced = as_of(entry, now_ms, book, ago_ms), as_of(entry, now_ms, entry.nonces, ago_ms)
+    book = Generations(entry.generations.purge, reprice)
+    stored, unrepriced = as_of(entry, now_ms, book, ago_ms), as_of(entry, now_ms, entry.generations, ago_ms)
     assert stored is not None
     assert unrepriced is not None
-    if reprice != entry.nonces.reprice:
+    if reprice != entry.generations.reprice:
         assert stored.ttl_s <= 0
         assert stored.ttl_s <= unrepriced.ttl_s
         assert stored.age_s == unrepriced.age_s
@@ -157,7 +159,7 @@ def test_a_repriced_price_is_never_fresh(entry: Entry, now_ms: int, reprice: byt
 
 @given(entries, st.integers(1, 2**40))
 def test_a_clock_that_went_back_makes_nothing_younger_than_new(entry: Entry, ahead_ms: int) -> None:
-    stored = as_of(entry, entry.put_at_ms - ahead_ms, entry.nonces, None)
+    stored = as_of(entry, entry.put_at_ms - ahead_ms, entry.generations, None)
     assert stored == StoredPrice(entry.price, 0, entry.ttl_ms / 1000, entry.body_digest)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from proxy.cache.single_flight import Flights, SameTurn
+from proxy.cache.single_flight import SameTurn, SingleFlight
 
 
 class Work:
@@ -57,13 +57,13 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-def joining(flights: Flights[str], work: Work, key: str = "key") -> asyncio.Task[tuple[str, bool]]:
+def joining(flights: SingleFlight[str], work: Work, key: str = "key") -> asyncio.Task[tuple[str, bool]]:
     return asyncio.ensure_future(flights.join(key, work))
 
 
 @in_a_loop
 async def test_many_callers_share_one_work() -> None:
-    flights, work = Flights[str](), Work()
+    flights, work = SingleFlight[str](), Work()
     callers = [joining(flights, work) for _ in range(100)]
     await turns()
     work.go.set()
@@ -73,7 +73,7 @@ async def test_many_callers_share_one_work() -> None:
 
 @in_a_loop
 async def test_the_work_of_a_caller_who_came_too_late_is_never_begun() -> None:
-    flights, work, never = Flights[str](), Work(), Work("another answer")
+    flights, work, never = SingleFlight[str](), Work(), Work("another answer")
     first = joining(flights, work)
     await turns()
     second = joining(flights, never)
@@ -85,7 +85,7 @@ async def test_the_work_of_a_caller_who_came_too_late_is_never_begun() -> None:
 
 @in_a_loop
 async def test_keys_fly_apart_from_each_other() -> None:
-    flights, one, other = Flights[str](), Work("one"), Work("other")
+    flights, one, other = SingleFlight[str](), Work("one"), Work("other")
     callers = [joining(flights, one, "one"), joining(flights, other, "other")]
     await turns()
     assert (one.begun, other.begun) == (1, 1)
@@ -98,7 +98,7 @@ async def test_keys_fly_apart_from_each_other() -> None:
 
 @in_a_loop
 async def test_the_first_caller_leaves_and_the_others_get_the_answer() -> None:
-    flights, work = Flights[str](), Work()
+    flights, work = SingleFlight[str](), Work()
     first, second, third = (joining(flights, work) for _ in range(3))
     await turns()
     first.cancel()
@@ -113,7 +113,7 @@ async def test_the_first_caller_leaves_and_the_others_get_the_answer() -> None:
 
 @in_a_loop
 async def test_a_follower_leaves_and_nobody_else_notices() -> None:
-    flights, work = Flights[str](), Work()
+    flights, work = SingleFlight[str](), Work()
     first, second = joining(flights, work), joining(flights, work)
     await turns()
     second.cancel()
@@ -123,7 +123,7 @@ async def test_a_follower_leaves_and_nobody_else_notices() -> None:
 
 @in_a_loop
 async def test_the_work_is_done_even_if_everybody_leaves() -> None:
-    flights, work = Flights[str](), Work()
+    flights, work = SingleFlight[str](), Work()
     callers = [joining(flights, work) for _ in range(3)]
     await turns()
     for caller in callers:
@@ -136,7 +136,7 @@ async def test_the_work_is_done_even_if_everybody_leaves() -> None:
 
 @in_a_loop
 async def test_an_error_reaches_everybody() -> None:
-    flights, work = Flights[str](), Work(error=OSError("no way"))
+    flights, work = SingleFlight[str](), Work(error=OSError("no way"))
     callers = [joining(flights, work) for _ in range(3)]
     await turns()
     work.go.set()
@@ -146,7 +146,7 @@ async def test_an_error_reaches_everybody() -> None:
 
 @in_a_loop
 async def test_an_error_that_nobody_waits_for_is_not_lost() -> list[str]:
-    flights, work = Flights[str](), Work(error=OSError("no way"))
+    flights, work = SingleFlight[str](), Work(error=OSError("no way"))
     caller = joining(flights, work)
     await turns()
     caller.cancel()
@@ -161,7 +161,7 @@ async def test_an_error_that_nobody_waits_for_is_not_lost() -> list[str]:
 def test_after_a_landing_the_next_caller_flies_again(error: Exception | None) -> None:
     @in_a_loop
     async def scenario() -> None:
-        flights, work = Flights[str](), Work(error=error)
+        flights, work = SingleFlight[str](), Work(error=error)
         work.go.set()
         await asyncio.gather(joining(flights, work), return_exceptions=True)
         await turns()
@@ -174,7 +174,7 @@ def test_after_a_landing_the_next_caller_flies_again(error: Exception | None) ->
 
 @in_a_loop
 async def test_landing_with_nothing_in_the_air_takes_no_time() -> None:
-    flights = Flights[str]()
+    flights = SingleFlight[str]()
     await flights.land(3600)
     work = Work()
     work.go.set()
@@ -185,7 +185,7 @@ async def test_landing_with_nothing_in_the_air_takes_no_time() -> None:
 
 @in_a_loop
 async def test_landing_waits_for_all_that_flies() -> None:
-    flights, works = Flights[str](), [Work(), Work()]
+    flights, works = SingleFlight[str](), [Work(), Work()]
     callers = [joining(flights, work, key) for work, key in zip(works, "ab", strict=True)]
     await turns()
     landing = asyncio.ensure_future(flights.land(3600))
@@ -199,7 +199,7 @@ async def test_landing_waits_for_all_that_flies() -> None:
 
 @in_a_loop
 async def test_landing_ends_what_is_late_and_only_that() -> None:
-    flights, work, late = Flights[str](), Work(), Work()
+    flights, work, late = SingleFlight[str](), Work(), Work()
     in_time, too_late = joining(flights, work, "in time"), joining(flights, late, "too late")
     await turns()
     work.go.set()
@@ -213,7 +213,7 @@ async def test_landing_ends_what_is_late_and_only_that() -> None:
 
 @in_a_loop
 async def test_landing_waits_for_the_last_words_of_what_it_ends() -> None:
-    flights, said = Flights[str](), []
+    flights, said = SingleFlight[str](), []
 
     async def reluctant() -> str:
         try:

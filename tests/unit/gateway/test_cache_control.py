@@ -156,8 +156,8 @@ def test_ages_that_are_accepted(wants: Directives, age_s: float, accepted: bool)
 
 
 def test_a_new_answer_is_asked_for_by_either() -> None:
-    assert [wants.asks_anew for wants in (NOTHING, SILENT, NO_CACHE, NO_STORE)] == [False, False, True, True]
-    assert not Directives(max_age_s=0).asks_anew
+    assert [wants.bypasses_cache for wants in (NOTHING, SILENT, NO_CACHE, NO_STORE)] == [False, False, True, True]
+    assert not Directives(max_age_s=0).bypasses_cache
 
 
 def spelled(name: str) -> st.SearchStrategy[str]:

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from proxy.cache.prices import Price, StoredPrice
 from proxy.gateway.cache_status import after_failure, forwarded, hit
-from proxy.gateway.fetcher import Told
+from proxy.gateway.fetcher import FetchResult
 from proxy.problems import Code, Problem
 from proxy.upstream.replies import Failed, Priced, Rejected, Reply, Unpriced
 
 PRICED = Priced(Price(b"5", b""), b"20")
-TOLD = Told(PRICED, stored=True)
+TOLD = FetchResult(PRICED, stored=True)
 UPSTREAM_ERROR = Failed(Problem(Code.UPSTREAM_ERROR, "Later."), 502)
 TIMEOUT = Failed(Problem(Code.UPSTREAM_TIMEOUT, "Later."))
 OPEN = Failed(Problem(Code.UPSTREAM_BUSY, "Later.", 5), asked=False)
@@ -46,7 +46,7 @@ def parameters(status: str) -> dict[str, Any]:
 
 
 def after(reply: Reply, reason: str = "miss", *, kept: bool = False, collapsed: bool = False) -> str:
-    return forwarded(reason, Told(reply, stored=kept), ttl_s=300, collapsed=collapsed)
+    return forwarded(reason, FetchResult(reply, stored=kept), ttl_s=300, collapsed=collapsed)
 
 
 SHAPES = {
@@ -135,7 +135,7 @@ def test_whatever_was_asked_upstream_is_said_soundly(
     collapsed: bool,  # noqa: FBT001
     ttl_s: float,
 ) -> None:
-    told = Told(reply, stored=kept and isinstance(reply, Priced))
+    told = FetchResult(reply, stored=kept and isinstance(reply, Priced))
     found = parameters(forwarded(reason, told, ttl_s=ttl_s, collapsed=collapsed))
     assert str(found["fwd"]) == reason
     assert ("stored" in found) == ("ttl" in found) == (told.stored and reason != "bypass")

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from proxy.cache.prices import Balance, Known, Price, StoredPrice
-from proxy.gateway.freshness import Choice, Directives, Forward, NotCached, Serve, Windows, choose
+from proxy.cache.prices import Balance, Lookup, Price, StoredPrice
+from proxy.gateway.freshness import Choice, Directives, Forward, NotCached, Serve, StaleLimits, choose
 
-WINDOWS = Windows(stale_while_revalidate_s=30, stale_if_error_s=600)
+WINDOWS = StaleLimits(stale_while_revalidate_s=30, stale_if_error_s=600)
 BALANCE = Balance(b"20", 3.5)
 TTL_S = 300.0
 
@@ -48,14 +48,14 @@ PRICES = {
     "gone from now on": stored(-600.001),
     "gone": stored(-601),
 }
-KNOWN: dict[str, Known | None] = {
+KNOWN: dict[str, Lookup | None] = {
     "out of reach": None,
-    "nothing": Known(None, BALANCE, None),
-    "nothing at all": Known(None, None, None),
-    "purged": Known(None, BALANCE, 17),
-    "fresh, no balance": Known(PRICES["fresh"], None, 17),
-    "stale, no balance": Known(PRICES["stale"], None, 17),
-    **{name: Known(price, BALANCE, 17) for name, price in PRICES.items()},
+    "nothing": Lookup(None, BALANCE, None),
+    "nothing at all": Lookup(None, None, None),
+    "purged": Lookup(None, BALANCE, 17),
+    "fresh, no balance": Lookup(PRICES["fresh"], None, 17),
+    "stale, no balance": Lookup(PRICES["stale"], None, 17),
+    **{name: Lookup(price, BALANCE, 17) for name, price in PRICES.items()},
 }
 WANTED = {
     "anything": Directives(),
@@ -117,44 +117,44 @@ def test_who_wants_no_request_to_be_made_gets_what_is_stored_or_nothing(known: s
 @pytest.mark.parametrize(("age_s", "expected"), [(249.999, "serve"), (250.0, "serve"), (250.001, "request")])
 def test_an_age_may_be_just_what_is_wanted(age_s: float, expected: str) -> None:
     price = stored(5, age_s)
-    assert said(choose(Known(price, BALANCE, 17), Directives(max_age_s=250), WINDOWS), price) == expected
+    assert said(choose(Lookup(price, BALANCE, 17), Directives(max_age_s=250), WINDOWS), price) == expected
 
 
 def test_a_price_of_this_very_moment_is_no_older_than_now() -> None:
     price = stored(TTL_S, 0)
-    assert said(choose(Known(price, BALANCE, 17), Directives(max_age_s=0), WINDOWS), price) == "serve"
+    assert said(choose(Lookup(price, BALANCE, 17), Directives(max_age_s=0), WINDOWS), price) == "serve"
 
 
 def test_a_young_price_may_still_be_stale() -> None:
     """After a repricing it is. `max-age` is about its age alone."""
     price = stored(-10, age_s=20)
-    assert said(choose(Known(price, BALANCE, 17), Directives(max_age_s=250), WINDOWS), price) == "serve stale"
+    assert said(choose(Lookup(price, BALANCE, 17), Directives(max_age_s=250), WINDOWS), price) == "serve stale"
 
 
 @pytest.mark.parametrize(
     ("windows", "expected"),
     [
-        (Windows(0, 0), "stale"),
-        (Windows(0, 600), "stale or fall back"),
-        (Windows(30, 0), "serve stale"),
-        (Windows(30, 10), "serve stale"),
+        (StaleLimits(0, 0), "stale"),
+        (StaleLimits(0, 600), "stale or fall back"),
+        (StaleLimits(30, 0), "serve stale"),
+        (StaleLimits(30, 10), "serve stale"),
     ],
 )
-def test_windows_of_no_length(windows: Windows, expected: str) -> None:
+def test_windows_of_no_length(windows: StaleLimits, expected: str) -> None:
     price = stored(-0.001)
-    assert said(choose(Known(price, BALANCE, 17), Directives(), windows), price) == expected
+    assert said(choose(Lookup(price, BALANCE, 17), Directives(), windows), price) == expected
 
 
 def test_a_window_for_errors_may_be_the_shorter_one() -> None:
     for ttl_s, expected in [(-29.0, "serve stale"), (-30.0, "serve stale"), (-31.0, "stale")]:
         price = stored(ttl_s)
-        assert said(choose(Known(price, BALANCE, 17), Directives(), Windows(30, 10)), price) == expected
+        assert said(choose(Lookup(price, BALANCE, 17), Directives(), StaleLimits(30, 10)), price) == expected
 
 
 # --- the model --------------------------------------------------------------------------------------------------
 
 
-def model(known: Known | None, wants: Directives, windows: Windows) -> str:
+def model(known: Lookup | None, wants: Directives, windows: StaleLimits) -> str:
     """All that would do is listed first; the best of it is taken."""
     price = known.stored if known is not None and known.balance is not None else None
     limit = float("inf") if wants.max_age_s is None else float(wants.max_age_s)
@@ -175,13 +175,13 @@ def model(known: Known | None, wants: Directives, windows: Windows) -> str:
 
 seconds = st.integers(0, 6).map(float) | st.floats(0, 6)
 stored_prices = st.builds(stored, st.integers(-6, 6).map(float) | st.floats(-6, 6), seconds)
-knowns = st.none() | st.builds(Known, st.none() | stored_prices, st.none() | st.just(BALANCE), st.none() | st.just(17))
+knowns = st.none() | st.builds(Lookup, st.none() | stored_prices, st.none() | st.just(BALANCE), st.none() | st.just(17))
 wishes = st.builds(Directives, st.booleans(), st.booleans(), st.booleans(), st.none() | st.integers(0, 6))
 
 
-@given(knowns, wishes, st.builds(Windows, seconds, seconds))
-@example(Known(stored(0, 0), BALANCE, 17), Directives(max_age_s=0), Windows(0, 0))
-@example(Known(stored(-1, 5), BALANCE, 17), Directives(), Windows(1, 1))
-def test_a_choice_is_the_models(known: Known | None, wants: Directives, windows: Windows) -> None:
+@given(knowns, wishes, st.builds(StaleLimits, seconds, seconds))
+@example(Lookup(stored(0, 0), BALANCE, 17), Directives(max_age_s=0), StaleLimits(0, 0))
+@example(Lookup(stored(-1, 5), BALANCE, 17), Directives(), StaleLimits(1, 1))
+def test_a_choice_is_the_models(known: Lookup | None, wants: Directives, windows: StaleLimits) -> None:
     choice = choose(known, wants, windows)
     assert said(choice, None if known is None else known.stored) == model(known, wants, windows)

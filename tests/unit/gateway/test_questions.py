@@ -4,7 +4,7 @@ import pytest
 
 from bodies import BODIES
 from proxy.cache.canonical import canonicalise
-from proxy.gateway.questions import MAX_REMEMBERED, Question, Reader
+from proxy.gateway.questions import MAX_REMEMBERED, CanonicalRequest, RequestParser
 from proxy.problems import BadRequest
 from proxy.quota.model_names import model_of
 from proxy.upstream.address import Address
@@ -14,17 +14,22 @@ BODY = b'[ {"model": "Flux", "seed": 1.0} ]'
 
 
 @pytest.fixture
-def reader() -> Reader:
-    return Reader(ADDRESS)
+def reader() -> RequestParser:
+    return RequestParser(ADDRESS)
 
 
 def read(
-    reader: Reader, raw: bytes = BODY, *, account: str = "default", query: bytes = b"", ignored: tuple[str, ...] = ()
-) -> Question:
+    reader: RequestParser,
+    raw: bytes = BODY,
+    *,
+    account: str = "default",
+    query: bytes = b"",
+    ignored: tuple[str, ...] = (),
+) -> CanonicalRequest:
     return reader.read(raw, account=account, query=query, ignored=ignored)
 
 
-def test_a_question_is_the_same_whether_it_is_read_or_recognised(reader: Reader) -> None:
+def test_a_question_is_the_same_whether_it_is_read_or_recognised(reader: RequestParser) -> None:
     for body in BODIES:
         first, second = (read(reader, body.raw, query=b"type=image") for _ in range(2))
         canonical = canonicalise(body.raw)
@@ -36,7 +41,7 @@ def test_a_question_is_the_same_whether_it_is_read_or_recognised(reader: Reader)
         assert first.body_digest == second.body_digest
 
 
-def test_whatever_else_decides_a_key_is_part_of_what_is_recognised(reader: Reader) -> None:
+def test_whatever_else_decides_a_key_is_part_of_what_is_recognised(reader: RequestParser) -> None:
     questions = [
         read(reader),
         read(reader, account="second"),
@@ -50,26 +55,26 @@ def test_whatever_else_decides_a_key_is_part_of_what_is_recognised(reader: Reade
     assert ignoring.body_digest != questions[3].body_digest
 
 
-def test_what_is_no_question_is_refused_each_time(reader: Reader) -> None:
+def test_what_is_no_question_is_refused_each_time(reader: RequestParser) -> None:
     for _ in range(2):
         with pytest.raises(BadRequest):
             read(reader, b"[]")
-    assert not reader._readings
+    assert not reader._parsed
 
 
-def test_those_that_were_read_longest_ago_are_forgotten_and_read_again(reader: Reader) -> None:
+def test_those_that_were_read_longest_ago_are_forgotten_and_read_again(reader: RequestParser) -> None:
     first = read(reader)
     for number in range(MAX_REMEMBERED - 1):
         read(reader, b'[{"seed":%d}]' % number)
-    oldest, kept, *_ = reader._readings
+    oldest, kept, *_ = reader._parsed
     read(reader, b'[{"seed":-1}]')
-    assert len(reader._readings) == MAX_REMEMBERED
-    assert kept in reader._readings
-    assert oldest not in reader._readings
+    assert len(reader._parsed) == MAX_REMEMBERED
+    assert kept in reader._parsed
+    assert oldest not in reader._parsed
     assert read(reader).key == first.key
-    assert oldest in reader._readings
+    assert oldest in reader._parsed
 
 
-def test_no_body_is_kept(reader: Reader) -> None:
+def test_no_body_is_kept(reader: RequestParser) -> None:
     read(reader, b'[{"prompt":{"positive":"a secret campaign"}}]')
-    assert "secret" not in repr(reader._readings)
+    assert "secret" not in repr(reader._parsed)

@@ -3,16 +3,16 @@
 import pytest
 
 from proxy.gateway.freshness import Directives
-from proxy.http.headers import Head
+from proxy.http.headers import RequestHeaders
 from proxy.problems import BadRequest, Code
 
 
-def head(**fields: str | list[str]) -> Head:
+def head(**fields: str | list[str]) -> RequestHeaders:
     headers = []
     for name, value in fields.items():
         values = value if isinstance(value, list) else [value]
         headers += [(name.replace("_", "-").encode(), one.encode("latin-1")) for one in values]
-    return Head([(b"host", b"x"), *headers, (b"user-agent", b"x"), (b"user-agent", b"y")])
+    return RequestHeaders([(b"host", b"x"), *headers, (b"user-agent", b"x"), (b"user-agent", b"y")])
 
 
 @pytest.mark.parametrize(

@@ -7,37 +7,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.problems import Outcome
-from proxy.quota.backlog import Backlog, Owed, Pile
-from proxy.quota.counters import Sheet
+from proxy.quota.backlog import Backlog, BufferedDebit, FlushBatch
+from proxy.quota.counters import CounterSet
 from proxy.quota.quotas import Charge
 from proxy.quota.windows import Window
 
-SHEETS = [Sheet({}, Window(0, 60), (), ()) for _ in range(3)]
+SHEETS = [CounterSet({}, Window(0, 60), (), ()) for _ in range(3)]
 TODAY, TOMORROW, _ = SHEETS
 HIT = Charge(Outcome.HIT, 5, "Flux")
 FAILED = Charge(Outcome.UPSTREAM_ERROR)
 
 
-def taken(backlog: Backlog, max_rows: int = 100) -> tuple[Owed, ...]:
+def taken(backlog: Backlog, max_rows: int = 100) -> tuple[BufferedDebit, ...]:
     """What is to be booked next, which is booked then."""
-    pile = backlog.pile(max_rows)
-    assert pile is not None
-    backlog.drop(pile)
-    return pile.rows
+    batch = backlog.batch(max_rows)
+    assert batch is not None
+    backlog.drop(batch)
+    return batch.rows
 
 
 def test_debits_of_one_kind_are_one_sum() -> None:
     backlog = Backlog(100)
-    for sheet, charge in [(TODAY, HIT), (TODAY, FAILED), (TODAY, HIT), (TOMORROW, HIT), (TODAY, FAILED)]:
-        assert backlog.add(sheet, charge, 1)
+    for counters, charge in [(TODAY, HIT), (TODAY, FAILED), (TODAY, HIT), (TOMORROW, HIT), (TODAY, FAILED)]:
+        assert backlog.add(counters, charge, 1)
     assert backlog.requests == 5
     assert taken(backlog) == (
-        Owed(TODAY, Charge(Outcome.HIT, 10, "Flux"), 2),
-        Owed(TODAY, FAILED, 2),
-        Owed(TOMORROW, HIT, 1),
+        BufferedDebit(TODAY, Charge(Outcome.HIT, 10, "Flux"), 2),
+        BufferedDebit(TODAY, FAILED, 2),
+        BufferedDebit(TOMORROW, HIT, 1),
     )
     assert not backlog
-    assert backlog.pile(100) is None
+    assert backlog.batch(100) is None
 
 
 def test_free_is_not_unpriced() -> None:
@@ -45,7 +45,7 @@ def test_free_is_not_unpriced() -> None:
     free, unpriced = Charge(Outcome.MISS, 0, "Flux"), Charge(Outcome.MISS, None, "Flux")
     for charge in (free, unpriced, free):
         backlog.add(TODAY, charge, 1)
-    assert taken(backlog) == (Owed(TODAY, free, 2), Owed(TODAY, unpriced, 1))
+    assert taken(backlog) == (BufferedDebit(TODAY, free, 2), BufferedDebit(TODAY, unpriced, 1))
 
 
 def test_what_is_taken_back_is_no_debit() -> None:
@@ -74,20 +74,20 @@ def test_a_pile_stays_what_it_is_until_it_is_dropped() -> None:
     backlog = Backlog(2)
     backlog.add(TODAY, HIT, 1)
     backlog.add(TOMORROW, HIT, 1)
-    first = backlog.pile(1)
+    first = backlog.batch(1)
     assert first is not None
     backlog.add(TODAY, HIT, 1)
-    assert backlog.pile(100) is first, "what came later is not in it: it may be booked already"
-    assert first.rows == (Owed(TODAY, HIT, 1),)
+    assert backlog.batch(100) is first, "what came later is not in it: it may be booked already"
+    assert first.rows == (BufferedDebit(TODAY, HIT, 1),)
     assert backlog.requests == 3
     backlog.drop(first)
     backlog.drop(first)
-    second = backlog.pile(100)
+    second = backlog.batch(100)
     assert second is not None
-    assert second.rows == (Owed(TOMORROW, HIT, 1), Owed(TODAY, HIT, 1))
+    assert second.rows == (BufferedDebit(TOMORROW, HIT, 1), BufferedDebit(TODAY, HIT, 1))
     assert second.name != first.name
     backlog.drop(first)
-    assert backlog.pile(1) is second, "it is not this one that is booked"
+    assert backlog.batch(1) is second, "it is not this one that is booked"
 
 
 _CHARGES = st.builds(
@@ -99,8 +99,8 @@ _CHARGES = st.builds(
 _DEBITS = st.tuples(st.sampled_from(SHEETS), _CHARGES, st.sampled_from([1, 1, -1]))
 
 
-def amounts(sheet: Sheet, charge: Charge, requests: int) -> dict[Any, int]:
-    row = sheet, charge.outcome, charge.model, charge.credits_micro is None
+def amounts(counters: CounterSet, charge: Charge, requests: int) -> dict[Any, int]:
+    row = counters, charge.outcome, charge.model, charge.credits_micro is None
     return {(row, "requests"): requests, (row, "credits"): charge.credits_micro or 0}
 
 
@@ -108,21 +108,21 @@ def amounts(sheet: Sheet, charge: Charge, requests: int) -> dict[Any, int]:
 def test_what_is_taken_in_comes_out_once(steps: list[Any], max_rows: int, pile_rows: int) -> None:
     backlog = Backlog(max_rows)
     owed: Counter[Any] = Counter()
-    booked: dict[str, Pile] = {}
+    booked: dict[str, FlushBatch] = {}
     for step in [*steps, *["book"] * (max_rows + 1)]:
         if step == "fail":
-            backlog.pile(pile_rows)
+            backlog.batch(pile_rows)
         elif step == "book":
-            if (pile := backlog.pile(pile_rows)) is not None:
-                assert len(pile.rows) <= pile_rows
-                assert pile.name not in booked
-                booked[pile.name] = pile
-                backlog.drop(pile)
+            if (batch := backlog.batch(pile_rows)) is not None:
+                assert len(batch.rows) <= pile_rows
+                assert batch.name not in booked
+                booked[batch.name] = batch
+                backlog.drop(batch)
         elif backlog.add(*step):
             owed.update(amounts(*step))
         assert len(backlog._sums) <= max_rows
     assert not backlog
     found: Counter[Any] = Counter()
-    for row in (row for pile in booked.values() for row in pile.rows):
-        found.update(amounts(row.sheet, row.charge, row.requests))
+    for row in (row for batch in booked.values() for row in batch.rows):
+        found.update(amounts(row.counters, row.charge, row.requests))
     assert found == owed

@@ -9,32 +9,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.quota.counters import (
-    ALWAYS,
+    BASE_PERIODS,
     COUNTER_KEPT_S,
     USAGE_KEPT_DAYS,
+    CounterSet,
     LedgerKeys,
-    Sheet,
-    org_sheet,
+    org_counters,
     periods,
-    team_sheet,
+    team_counters,
 )
-from proxy.quota.quotas import Measure, Quota, Rate, Scope, Terms
-from proxy.quota.windows import Per, Window, day_of, window_of
+from proxy.quota.quotas import Measure, Quota, Rate, Scope, TeamLimits
+from proxy.quota.windows import Period, Window, day_of, window_of
 
 BERLIN = ZoneInfo("Europe/Berlin")
 KEYS = LedgerKeys("acme")
 DAY_S = 86_400
 NOON = int(datetime(2026, 11, 22, 12, 34, 56, tzinfo=BERLIN).timestamp())
-PERS: tuple[Per, ...] = ("minute", "hour", "day", "week", "month")
+PERS: tuple[Period, ...] = ("minute", "hour", "day", "week", "month")
 
 
-def quota(scope: Scope = "team", measure: Measure = "requests", per: Per = "day", limit: int = 9) -> Quota:
+def quota(scope: Scope = "team", measure: Measure = "requests", per: Period = "day", limit: int = 9) -> Quota:
     return Quota(scope, measure, per, limit, refuse=True)
 
 
-def sheet_of(quotas: Sequence[Quota], at_s: int, zone: ZoneInfo = BERLIN, team: str = "design") -> Sheet:
-    terms = Terms(team, Rate(50, 100), tuple(quotas))
-    return team_sheet(KEYS, terms, org_sheet(KEYS, terms.org_quotas, at_s, zone), at_s, zone)
+def sheet_of(quotas: Sequence[Quota], at_s: int, zone: ZoneInfo = BERLIN, team: str = "design") -> CounterSet:
+    terms = TeamLimits(team, Rate(50, 100), tuple(quotas))
+    return team_counters(KEYS, terms, org_counters(KEYS, terms.org_quotas, at_s, zone), at_s, zone)
 
 
 def midnight(year: int, month: int, day: int) -> int:
@@ -43,8 +43,8 @@ def midnight(year: int, month: int, day: int) -> int:
 
 def test_the_keys() -> None:
     """They are what a newer version must still find."""
-    sheet = sheet_of([quota(per="minute"), quota("org", per="hour")], NOON)
-    assert sheet.keys == (
+    counters = sheet_of([quota(per="minute"), quota("org", per="hour")], NOON)
+    assert counters.keys == (
         "ep1:{acme}:u:2026-11-22:design",
         "ep1:{acme}:rate:t:design",
         f"ep1:{{acme}}:q:t:design:minute:{NOON - 56}",
@@ -52,8 +52,8 @@ def test_the_keys() -> None:
         f"ep1:{{acme}}:q:t:design:week:{midnight(2026, 11, 16)}",
         f"ep1:{{acme}}:q:t:design:month:{midnight(2026, 11, 1)}",
     )
-    assert sheet.org is not None
-    assert sheet.org.keys == (
+    assert counters.org is not None
+    assert counters.org.keys == (
         f"ep1:{{acme}}:q:o:hour:{NOON - 34 * 60 - 56}",
         f"ep1:{{acme}}:q:o:day:{midnight(2026, 11, 22)}",
         f"ep1:{{acme}}:q:o:week:{midnight(2026, 11, 16)}",
@@ -66,7 +66,7 @@ def test_the_keys() -> None:
 def test_no_team_gets_at_the_organisations_keys() -> None:
     for name in ("o", "t", "a", "acme"):
         keys = set(sheet_of([], NOON, team=name).keys)
-        assert not keys & set(org_sheet(KEYS, (), NOON, BERLIN).keys)
+        assert not keys & set(org_counters(KEYS, (), NOON, BERLIN).keys)
         assert not keys & set(sheet_of([], NOON).keys)
 
 
@@ -76,26 +76,39 @@ def test_what_the_script_reads() -> None:
         Quota("team", "estimated_credits", "month", 7_000_000, refuse=False),
         quota("org", "estimated_credits", "day", 8),
     ]
-    sheet = sheet_of(quotas, NOON)
-    ends = [window_of(per, NOON, BERLIN).end_s + COUNTER_KEPT_S for per in ("hour", *ALWAYS)]
+    counters = sheet_of(quotas, NOON)
+    ends = [window_of(per, NOON, BERLIN).end_s + COUNTER_KEPT_S for per in ("hour", *BASE_PERIODS)]
     usage_end = midnight(2026, 11, 22) + DAY_S * (USAGE_KEPT_DAYS + 1)
     head = (1000 * usage_end, "design", 20_000, 2_000_000)
-    assert sheet.args == (*head, 4, *(1000 * end for end in ends), 2, 1, "requests", 5, 1, 4, "credits", 7_000_000, 0)
-    assert sheet.org is not None
-    assert sheet.org.args == (0, "", 0, 0, 3, *(1000 * end for end in ends[1:]), 1, 1, "credits", 8, 1)
-    assert len(sheet.keys) == 2 + 4
+    assert counters.args == (
+        *head,
+        4,
+        *(1000 * end for end in ends),
+        2,
+        1,
+        "requests",
+        5,
+        1,
+        4,
+        "credits",
+        7_000_000,
+        0,
+    )
+    assert counters.org is not None
+    assert counters.org.args == (0, "", 0, 0, 3, *(1000 * end for end in ends[1:]), 1, 1, "credits", 8, 1)
+    assert len(counters.keys) == 2 + 4
 
 
 @pytest.mark.parametrize(
     ("quotas", "counted"),
     [
-        ((), ALWAYS),
-        (("month",), ALWAYS),
-        (("hour",), ("hour", *ALWAYS)),
-        (("hour", "day", "minute"), ("minute", "hour", *ALWAYS)),
+        ((), BASE_PERIODS),
+        (("month",), BASE_PERIODS),
+        (("hour",), ("hour", *BASE_PERIODS)),
+        (("hour", "day", "minute"), ("minute", "hour", *BASE_PERIODS)),
     ],
 )
-def test_what_a_scope_is_counted_in(quotas: Sequence[Per], counted: tuple[Per, ...]) -> None:
+def test_what_a_scope_is_counted_in(quotas: Sequence[Period], counted: tuple[Period, ...]) -> None:
     assert periods([quota(per=per) for per in quotas]) == counted
     assert periods([quota(measure=measure, per="hour") for measure in ("requests", "estimated_credits")])[0] == "hour"
 
@@ -122,31 +135,39 @@ def test_a_sheet_is_the_same_while_it_holds_and_another_before_and_behind(
     quotas: list[Quota], at_s: int, zone: ZoneInfo, data: st.DataObject
 ) -> None:
     quotas.sort(key=lambda one: one.scope == "org")
-    sheet = sheet_of(quotas, at_s, zone)
-    holds = sheet.holds
+    counters = sheet_of(quotas, at_s, zone)
+    holds = counters.holds
     assert holds.start_s <= at_s < holds.end_s
     for moment in (holds.start_s, holds.end_s - 1, data.draw(st.integers(holds.start_s, holds.end_s - 1))):
-        assert _written(sheet_of(quotas, moment, zone)) == _written(sheet)
+        assert _written(sheet_of(quotas, moment, zone)) == _written(counters)
     for moment in (holds.start_s - 1, holds.end_s):
-        assert _all_keys(sheet) != _all_keys(sheet_of(quotas, moment, zone))
+        assert _all_keys(counters) != _all_keys(sheet_of(quotas, moment, zone))
 
 
-def _all_keys(sheet: Sheet) -> tuple[str, ...]:
-    assert sheet.org is not None
-    return sheet.keys + sheet.org.keys
+def _all_keys(counters: CounterSet) -> tuple[str, ...]:
+    assert counters.org is not None
+    return counters.keys + counters.org.keys
 
 
-def _written(sheet: Sheet) -> object:
-    assert sheet.org is not None
-    return sheet.windows, sheet.holds, sheet.keys, sheet.args, sheet.org.windows, sheet.org.keys, sheet.org.args
+def _written(counters: CounterSet) -> object:
+    assert counters.org is not None
+    return (
+        counters.windows,
+        counters.holds,
+        counters.keys,
+        counters.args,
+        counters.org.windows,
+        counters.org.keys,
+        counters.org.args,
+    )
 
 
 @given(_QUOTAS, _INSTANTS, _ZONES.map(ZoneInfo))
 def test_windows_and_ends_are_those_of_the_moment(quotas: list[Quota], at_s: int, zone: ZoneInfo) -> None:
-    sheet = sheet_of(quotas, at_s, zone)
-    for per, window in sheet.windows.items():
+    counters = sheet_of(quotas, at_s, zone)
+    for per, window in counters.windows.items():
         assert window == window_of(per, at_s, zone)
-    assert set(sheet.windows) == {*ALWAYS, *(quota.per for quota in quotas)}
-    kept_until = datetime.fromtimestamp(int(sheet.args[0]) // 1000, zone).date()
+    assert set(counters.windows) == {*BASE_PERIODS, *(quota.per for quota in quotas)}
+    kept_until = datetime.fromtimestamp(int(counters.args[0]) // 1000, zone).date()
     assert kept_until - day_of(at_s, zone) in (timedelta(days=USAGE_KEPT_DAYS), timedelta(days=USAGE_KEPT_DAYS + 1))
-    assert int(sheet.args[0]) // 1000 - window_of("day", at_s, zone).end_s >= USAGE_KEPT_DAYS * DAY_S - 2 * 3600
+    assert int(counters.args[0]) // 1000 - window_of("day", at_s, zone).end_s >= USAGE_KEPT_DAYS * DAY_S - 2 * 3600

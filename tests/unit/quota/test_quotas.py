@@ -12,31 +12,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.problems import Problem
-from proxy.quota.quotas import Measure, Quota, Rate, Scope, Standing, Terms, policies_of
-from proxy.quota.windows import Per, Window, window_of
+from proxy.quota.quotas import Measure, Quota, QuotaState, Rate, Scope, TeamLimits, policies_of
+from proxy.quota.windows import Period, Window, window_of
 
 UTC = ZoneInfo("UTC")
 NOW_S = 1_794_405_600  # 2026-11-11T14:00:00Z, a Wednesday
 NOW_US = NOW_S * 1_000_000
 RATE = Rate(50, 100)
-PERS: tuple[Per, ...] = ("minute", "hour", "day", "week", "month")
+PERS: tuple[Period, ...] = ("minute", "hour", "day", "week", "month")
 WINDOWS = {per: window_of(per, NOW_S, UTC) for per in PERS}
 
 
 def quota(
-    measure: Measure = "requests", limit: int = 100, per: Per = "day", scope: Scope = "team", *, refuse: bool = True
+    measure: Measure = "requests", limit: int = 100, per: Period = "day", scope: Scope = "team", *, refuse: bool = True
 ) -> Quota:
     return Quota(scope, measure, per, limit, refuse)
 
 
-def standing(
-    quotas: Mapping[Quota, int] = {}, rate: Rate = RATE, *, lead_us: int = 0, now_us: int = NOW_US
-) -> Standing:
+def quota_state(
+    quotas: Mapping[Quota, int] = {}, rate: Rate = RATE, *, tat_offset_us: int = 0, now_us: int = NOW_US
+) -> QuotaState:
     """How a team stands; `quotas` by what is used of each."""
-    return Standing(Terms("design", rate, tuple(quotas)), WINDOWS, now_us, lead_us, tuple(quotas.values()))
+    return QuotaState(TeamLimits("design", rate, tuple(quotas)), WINDOWS, now_us, tat_offset_us, tuple(quotas.values()))
 
 
-def policies(told: Standing) -> str:
+def policies(told: QuotaState) -> str:
     return policies_of(told.terms, told.windows).decode()
 
 
@@ -54,7 +54,7 @@ rates = st.builds(Rate, st.floats(0.001, 100_000), st.integers(1, 1_000_000))
 
 
 @pytest.mark.parametrize(
-    ("rate", "interval_us", "ahead_us"),
+    ("rate", "interval_us", "burst_tolerance_us"),
     [
         (Rate(50, 100), 20_000, 2_000_000),
         (Rate(0.5, 1), 2_000_000, 2_000_000),
@@ -63,30 +63,34 @@ rates = st.builds(Rate, st.floats(0.001, 100_000), st.integers(1, 1_000_000))
         (Rate(100_000, 1), 10, 10),
     ],
 )
-def test_a_rate_in_microseconds(rate: Rate, interval_us: int, ahead_us: int) -> None:
-    assert (rate.interval_us, rate.ahead_us) == (interval_us, ahead_us)
+def test_a_rate_in_microseconds(rate: Rate, interval_us: int, burst_tolerance_us: int) -> None:
+    assert (rate.interval_us, rate.burst_tolerance_us) == (interval_us, burst_tolerance_us)
 
 
 @given(rates)
 def test_nobody_gets_less_than_was_said(rate: Rate) -> None:
     assert 1 <= rate.interval_us <= 1_000_000 / rate.per_s < rate.interval_us + 1
-    assert rate.ahead_us == rate.burst * rate.interval_us
-    assert NOW_US + rate.ahead_us < 2**53, "numbers of the store's scripts are exact to there"
+    assert rate.burst_tolerance_us == rate.burst * rate.interval_us
+    assert NOW_US + rate.burst_tolerance_us < 2**53, "numbers of the store's scripts are exact to there"
 
 
 @given(rates, st.data())
 def test_what_is_left_of_a_rate_can_be_asked_at_once(rate: Rate, data: st.DataObject) -> None:
-    lead_us = data.draw(st.integers(0, rate.ahead_us))
-    left = standing(rate=rate, lead_us=lead_us).rate_remaining()
+    tat_offset_us = data.draw(st.integers(0, rate.burst_tolerance_us))
+    left = quota_state(rate=rate, tat_offset_us=tat_offset_us).rate_remaining()
     assert 0 <= left <= rate.burst
-    assert lead_us + left * rate.interval_us <= rate.ahead_us < lead_us + (left + 1) * rate.interval_us
+    assert (
+        tat_offset_us + left * rate.interval_us
+        <= rate.burst_tolerance_us
+        < tat_offset_us + (left + 1) * rate.interval_us
+    )
 
 
 def test_a_team_that_paused_has_all_its_burst() -> None:
-    assert standing().rate_remaining() == 100
-    assert standing(lead_us=20_000).rate_remaining() == 99
-    assert standing(lead_us=1_980_001).rate_remaining() == 0
-    assert standing(lead_us=9_000_000).rate_remaining() == 0, "the rate was lowered meanwhile"
+    assert quota_state().rate_remaining() == 100
+    assert quota_state(tat_offset_us=20_000).rate_remaining() == 99
+    assert quota_state(tat_offset_us=1_980_001).rate_remaining() == 0
+    assert quota_state(tat_offset_us=9_000_000).rate_remaining() == 0, "the rate was lowered meanwhile"
 
 
 # --- Header fields ----------------------------------------------------------------------------------------------
@@ -102,7 +106,7 @@ ALL = {
 
 
 def test_policies() -> None:
-    assert policies(standing(ALL)) == (
+    assert policies(quota_state(ALL)) == (
         '"rate";q=100;w=2, "requests-day";q=10000;w=86400, "credits-month";q=5000;qu="credits";w=2592000, '
         '"requests-minute";q=60;w=60, "org-credits-month";q=50000;qu="credits";w=2592000, '
         '"org-requests-hour";q=0;w=3600, "org-credits-week";q=0;qu="credits";w=604800'
@@ -110,7 +114,7 @@ def test_policies() -> None:
 
 
 def test_limits() -> None:
-    assert standing(ALL, lead_us=860_000).limits() == (
+    assert quota_state(ALL, tat_offset_us=860_000).limits() == (
         '"rate";r=57;t=1, "requests-day";r=9120;t=36000, "credits-month";r=3800;t=1677600, '
         '"requests-minute";r=0;t=60, "org-credits-month";r=0;t=1677600, '
         '"org-requests-hour";r=0;t=3600, "org-credits-week";r=0;t=381600'
@@ -118,7 +122,7 @@ def test_limits() -> None:
 
 
 def test_fields_are_lists_of_strings_with_whole_numbers() -> None:
-    promised, limits = items(policies(standing(ALL))), items(standing(ALL).limits())
+    promised, limits = items(policies(quota_state(ALL))), items(quota_state(ALL).limits())
     assert list(promised) == list(limits)
     assert {name for name, parameters in promised.items() if "qu" in parameters} == {
         "credits-month",
@@ -131,8 +135,8 @@ def test_fields_are_lists_of_strings_with_whole_numbers() -> None:
 
 
 def test_without_quotas_there_is_the_rate() -> None:
-    assert items(policies(standing())) == {"rate": {"q": 100, "w": 2}}
-    assert items(standing().limits()) == {"rate": {"r": 100, "t": 0}}
+    assert items(policies(quota_state())) == {"rate": {"q": 100, "w": 2}}
+    assert items(quota_state().limits()) == {"rate": {"r": 100, "t": 0}}
 
 
 @pytest.mark.parametrize(
@@ -140,14 +144,14 @@ def test_without_quotas_there_is_the_rate() -> None:
     [(Rate(50, 100), 2), (Rate(50, 1), 1), (Rate(3, 10), 4), (Rate(0.5, 1), 2), (Rate(0.001, 1_000_000), 10**9)],
 )
 def test_the_window_of_a_rate_is_the_time_in_which_a_burst_is_earned(rate: Rate, window_s: int) -> None:
-    assert items(policies(standing(rate=rate)))["rate"] == {"q": rate.burst, "w": window_s}
+    assert items(policies(quota_state(rate=rate)))["rate"] == {"q": rate.burst, "w": window_s}
 
 
 def test_a_window_is_as_long_as_it_is() -> None:
     """On the day on which clocks go back it has 25 hours."""
     day = quota()
-    windows: dict[Per, Window] = {"day": window_of("day", 1_792_929_600, ZoneInfo("Europe/Berlin"))}
-    told = Standing(Terms("design", RATE, (day,)), windows, 1_792_929_600_000_000, 0, (0,))
+    windows: dict[Period, Window] = {"day": window_of("day", 1_792_929_600, ZoneInfo("Europe/Berlin"))}
+    told = QuotaState(TeamLimits("design", RATE, (day,)), windows, 1_792_929_600_000_000, 0, (0,))
     assert items(policies(told))["requests-day"] == {"q": 100, "w": 90_000}
     assert items(told.limits())["requests-day"] == {"r": 100, "t": 39_600}
 
@@ -170,8 +174,8 @@ def test_any_standing_can_be_told(quotas: list[Quota], rate: Rate, data: st.Data
     """Structured fields allow integers of 15 digits (RFC 9651 §3.3.1), so no quota on requests may be larger."""
     quotas = [quota for quota in quotas if quota.told(quota.limit) <= 10**12]
     used = {quota: data.draw(st.integers(0, 2 * 10**16)) for quota in quotas}
-    lead_us = data.draw(st.integers(0, rate.ahead_us))
-    told = standing(used, rate, lead_us=lead_us, now_us=NOW_US + data.draw(st.integers(0, 59_999_999)))
+    tat_offset_us = data.draw(st.integers(0, rate.burst_tolerance_us))
+    told = quota_state(used, rate, tat_offset_us=tat_offset_us, now_us=NOW_US + data.draw(st.integers(0, 59_999_999)))
     promised, limits = items(policies(told)), items(told.limits())
     assert list(promised) == list(limits) == ["rate", *(quota.policy for quota in quotas)]
     assert limits["rate"]["r"] <= promised["rate"]["q"]
@@ -188,17 +192,17 @@ def test_any_standing_can_be_told(quotas: list[Quota], rate: Rate, data: st.Data
 )
 def test_time_left_is_rounded_up_and_never_negative(after_us: int, left_s: int) -> None:
     """A window's end may have passed when the answer is told."""
-    told = standing({quota(): 0}, now_us=WINDOWS["day"].end_s * 1_000_000 + after_us)
+    told = quota_state({quota(): 0}, now_us=WINDOWS["day"].end_s * 1_000_000 + after_us)
     assert items(told.limits())["requests-day"]["t"] == left_s
 
 
 def test_the_organisations_quotas_among_a_teams_terms() -> None:
-    assert [quota.policy for quota in standing(ALL).terms.org_quotas] == [
+    assert [quota.policy for quota in quota_state(ALL).terms.org_quotas] == [
         "org-credits-month",
         "org-requests-hour",
         "org-credits-week",
     ]
-    assert standing().terms.org_quotas == ()
+    assert quota_state().terms.org_quotas == ()
 
 
 # --- Warnings ---------------------------------------------------------------------------------------------------
@@ -212,10 +216,10 @@ def test_a_warning_is_a_quota_that_is_passed_and_only_warns() -> None:
         quota("requests", 10, "week", refuse=False): 10,
         quota("requests", 0, "month", "org", refuse=False): 1,
     }
-    warned = standing(used).warnings()
+    warned = quota_state(used).warnings()
     assert [quota.policy for quota in warned] == ["credits-day", "org-requests-month"]
     assert warned[0] is passed
-    assert standing().warnings() == ()
+    assert quota_state().warnings() == ()
 
 
 # --- Denials ----------------------------------------------------------------------------------------------------
@@ -229,7 +233,7 @@ def told(problem: Problem) -> tuple[dict[str, Any], str | None]:
 
 
 def test_a_team_that_asks_too_often() -> None:
-    document, retry_after = told(standing(rate=Rate(0.5, 1), lead_us=1_500_000).rate_limited())
+    document, retry_after = told(quota_state(rate=Rate(0.5, 1), tat_offset_us=1_500_000).rate_limited())
     detail = "The team may ask 0.5 times a second, with bursts of 1: slow down."
     assert document == {
         "type": "urn:estimate-proxy:problem:rate-limited",
@@ -245,12 +249,12 @@ def test_a_team_that_asks_too_often() -> None:
 
 @given(rates, st.data())
 def test_after_the_time_told_a_team_may_ask_again_and_not_much_before(rate: Rate, data: st.DataObject) -> None:
-    lead_us = data.draw(st.integers(rate.ahead_us - rate.interval_us + 1, rate.ahead_us))
-    wait_s = standing(rate=rate, lead_us=lead_us).rate_limited().retry_after_s
+    tat_offset_us = data.draw(st.integers(rate.burst_tolerance_us - rate.interval_us + 1, rate.burst_tolerance_us))
+    wait_s = quota_state(rate=rate, tat_offset_us=tat_offset_us).rate_limited().retry_after_s
     assert wait_s is not None
     assert 1 <= wait_s <= 1000
-    assert max(0, lead_us - wait_s * 1_000_000) + rate.interval_us <= rate.ahead_us
-    assert wait_s == 1 or lead_us - (wait_s - 1) * 1_000_000 + rate.interval_us > rate.ahead_us
+    assert max(0, tat_offset_us - wait_s * 1_000_000) + rate.interval_us <= rate.burst_tolerance_us
+    assert wait_s == 1 or tat_offset_us - (wait_s - 1) * 1_000_000 + rate.interval_us > rate.burst_tolerance_us
 
 
 CREDITS = quota("estimated_credits", 5_000_100_000, "month")
@@ -260,7 +264,7 @@ ORG_REQUESTS = quota("requests", 60, "hour", "org")
 def exceeded(
     used: Mapping[Quota, int], violated: Sequence[Quota], requested_micro: int | None = None, zone: ZoneInfo = UTC
 ) -> tuple[dict[str, Any], str | None]:
-    return told(standing(used).quota_exceeded(violated, requested_micro, zone))
+    return told(quota_state(used).quota_exceeded(violated, requested_micro, zone))
 
 
 def test_a_quota_on_credits_that_would_be_passed() -> None:
@@ -348,7 +352,7 @@ def test_what_was_requested_may_be_unknown(requested: int | None, told: Decimal 
 @pytest.mark.parametrize(
     ("per", "retry_after"), [("minute", "60"), ("hour", "3600"), ("day", None), ("week", None), ("month", None)]
 )
-def test_a_wait_of_an_hour_at_the_most_is_told_and_none_for_credits(per: Per, retry_after: str | None) -> None:
+def test_a_wait_of_an_hour_at_the_most_is_told_and_none_for_credits(per: Period, retry_after: str | None) -> None:
     on_requests, on_credits = quota("requests", 1, per), quota("estimated_credits", 1, per)
     assert exceeded({on_requests: 1}, [on_requests])[1] == retry_after
     assert exceeded({on_credits: 1}, [on_credits], 1)[1] is None

@@ -22,11 +22,11 @@ from proxy.quota.usage import (
     GROUPS,
     OUTCOMES,
     Group,
-    Tally,
     TeamDay,
     Usage,
     UsageQuery,
     UsageRow,
+    UsageTotals,
     cells_of,
     csv_of,
     json_of,
@@ -66,7 +66,7 @@ def refusal(query: str | bytes) -> str:
 
 
 def aggregate(kept: list[TeamDay], by: tuple[Group, ...]) -> Usage:
-    tally = Tally(by)
+    tally = UsageTotals(by)
     for team_day in kept:
         tally.add(team_day)
     return tally.usage()

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from proxy.quota.windows import Per, Window, day_of, days, rfc3339, start_of, window_of
+from proxy.quota.windows import Period, Window, day_of, days, rfc3339, start_of, window_of
 
 ZONES = ("Europe/Berlin", "America/New_York", "Australia/Lord_Howe")
-ALL_PERS: tuple[Per, ...] = ("minute", "hour", "day", "week", "month")
+ALL_PERS: tuple[Period, ...] = ("minute", "hour", "day", "week", "month")
 HOUR = 3600
 DAY = 24 * HOUR
 
@@ -53,7 +53,7 @@ def grouped(key: str, group: Callable[[date], object]) -> list[Window]:
     return [Window(*ends) for ends in pairwise(begins)]
 
 
-GROUPS: dict[Per, Callable[[date], object]] = {
+GROUPS: dict[Period, Callable[[date], object]] = {
     "day": lambda day: day,
     "week": lambda day: day.isocalendar()[:2],
     "month": lambda day: (day.year, day.month),
@@ -62,7 +62,7 @@ GROUPS: dict[Per, Callable[[date], object]] = {
 
 @every_zone
 @pytest.mark.parametrize("per", GROUPS)
-def test_windows_are_those_of_the_clocks(key: str, per: Per) -> None:
+def test_windows_are_those_of_the_clocks(key: str, per: Period) -> None:
     zone, expected = ZoneInfo(key), grouped(key, GROUPS[per])
     starts = [window.start_s for window in expected]
     for begin, day in clock_days(key):
@@ -130,7 +130,7 @@ def test_a_minute_is_the_clocks_own(key: str) -> None:
         ("minute", "2026-10-25T02:59:59+02:00", "2026-10-25T02:59+02:00", "2026-10-25T03:00+02:00"),
     ],
 )
-def test_windows_in_berlin(per: Per, at: str, start: str, end: str) -> None:
+def test_windows_in_berlin(per: Period, at: str, start: str, end: str) -> None:
     expected = Window(instant(start), instant(end))
     assert window_of(per, instant(at), ZoneInfo("Europe/Berlin")) == expected
 
@@ -186,7 +186,7 @@ def test_clocks_shifted_by_half_an_hour_make_the_last_hour_a_half(day: date, len
     assert hours[-1].end_s == start_of(day + timedelta(days=1), zone)
 
 
-def windows_between(per: Per, start_s: int, end_s: int, zone: ZoneInfo) -> Iterator[Window]:
+def windows_between(per: Period, start_s: int, end_s: int, zone: ZoneInfo) -> Iterator[Window]:
     while start_s < end_s:
         window = window_of(per, start_s, zone)
         yield window
@@ -234,7 +234,7 @@ def test_windows_of_a_kind_cover_time_without_gap_or_overlap(moment: tuple[int, 
 def test_each_window_lies_in_one_of_the_next_larger_kind(moment: tuple[int, ZoneInfo]) -> None:
     at, zone = moment
     window = {per: window_of(per, at, zone) for per in ALL_PERS}
-    nested: list[tuple[Per, Per]] = [("minute", "hour"), ("hour", "day"), ("day", "week"), ("day", "month")]
+    nested: list[tuple[Period, Period]] = [("minute", "hour"), ("hour", "day"), ("day", "week"), ("day", "month")]
     for inner, outer in nested:
         assert window[outer].start_s <= window[inner].start_s
         assert window[inner].end_s <= window[outer].end_s

@@ -59,7 +59,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_which_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = tmp_path / "first.toml", tmp_path / "second.toml"
-    monkeypatch.setattr(config, "PLACES", places)
+    monkeypatch.setattr(config, "DEFAULT_PATHS", places)
     environ = {"RENDERNET_API_KEY": "k", f"{ENV}TEAMS__A__NAME": "A", "ESTIMATE_PROXY_CONFIG": ""}
 
     def port(option: Path | None = None, more: Mapping[str, str] = {}) -> int:
@@ -81,7 +81,7 @@ def test_which_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_real_places() -> None:
-    assert (Path("estimate-proxy.toml"), Path("/etc/estimate-proxy/config.toml")) == config.PLACES
+    assert (Path("estimate-proxy.toml"), Path("/etc/estimate-proxy/config.toml")) == config.DEFAULT_PATHS
 
 
 # --- The environment --------------------------------------------------------------------------------------------

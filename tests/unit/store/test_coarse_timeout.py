@@ -5,13 +5,13 @@ import time
 
 import pytest
 
-from proxy.store.coarse_timeout import TimeLimit
+from proxy.store.coarse_timeout import CoarseTimeout
 
 LIMIT_S, TICK_S = 0.1, 0.02
 
 
-def limit() -> TimeLimit:
-    return TimeLimit(LIMIT_S, tick_s=TICK_S)
+def limit() -> CoarseTimeout:
+    return CoarseTimeout(LIMIT_S, tick_s=TICK_S)
 
 
 def test_what_takes_too_long_ends_and_nothing_else() -> None:
@@ -21,34 +21,34 @@ def test_what_takes_too_long_ends_and_nothing_else() -> None:
         await asyncio.sleep(seconds)
         ended.append("slept")
 
-    async def hold() -> list[object]:
+    async def run() -> list[object]:
         limited = limit()
         return await asyncio.gather(
-            *(limited.hold(take(seconds)) for seconds in (0, LIMIT_S / 2, 60, 60)), return_exceptions=True
+            *(limited.run(take(seconds)) for seconds in (0, LIMIT_S / 2, 60, 60)), return_exceptions=True
         )
 
     began = time.monotonic()
-    results = asyncio.run(hold())
+    results = asyncio.run(run())
     assert LIMIT_S <= time.monotonic() - began < 50
     assert [type(result) for result in results] == [type(None), type(None), TimeoutError, TimeoutError]
     assert ended == ["slept", "slept"]
 
 
 def test_a_loop_that_stood_still_counts_what_is_there_already() -> None:
-    async def hold() -> None:
+    async def run() -> None:
         loop = asyncio.get_running_loop()
         reply = loop.create_future()
 
         async def wait() -> None:
             await reply
 
-        held = loop.create_task(limit().hold(wait()))
+        held = loop.create_task(limit().run(wait()))
         await asyncio.sleep(0)
         loop.call_later(LIMIT_S, reply.set_result, None)
         time.sleep(3 * LIMIT_S)  # noqa: ASYNC251 -- the loop stands still
         await held
 
-    asyncio.run(hold())
+    asyncio.run(run())
 
 
 def test_who_cleans_up_slowly_is_ended_once() -> None:
@@ -59,26 +59,26 @@ def test_who_cleans_up_slowly_is_ended_once() -> None:
             await asyncio.sleep(5 * TICK_S)
 
     with pytest.raises(TimeoutError):
-        asyncio.run(limit().hold(cling()))
+        asyncio.run(limit().run(cling()))
 
 
 def test_a_cancellation_from_outside_stays_one() -> None:
-    async def hold() -> None:
-        held = asyncio.get_running_loop().create_task(limit().hold(asyncio.sleep(60)))
+    async def run() -> None:
+        held = asyncio.get_running_loop().create_task(limit().run(asyncio.sleep(60)))
         await asyncio.sleep(0)
         held.cancel()
         await held
 
     with pytest.raises(asyncio.CancelledError):
-        asyncio.run(hold())
+        asyncio.run(run())
 
 
 def test_it_holds_again_after_a_pause() -> None:
-    async def hold() -> None:
+    async def run() -> None:
         limited = limit()
-        await limited.hold(asyncio.sleep(0))
+        await limited.run(asyncio.sleep(0))
         await asyncio.sleep(2 * TICK_S)
-        await limited.hold(asyncio.sleep(60))
+        await limited.run(asyncio.sleep(60))
 
     with pytest.raises(TimeoutError):
-        asyncio.run(hold())
+        asyncio.run(run())

@@ -22,8 +22,8 @@ from proxy.upstream.replies import (
     Rejected,
     Reply,
     Unpriced,
-    decode_word,
-    encode_word,
+    decode_failure,
+    encode_failure,
     read_reply,
     retry_after_seconds,
 )
@@ -494,9 +494,9 @@ failed = st.builds(Failed, problems, st.none() | st.integers(100, 999), st.boole
 @example(Failed(Problem(Code.UPSTREAM_BUSY, "Later.", 0), None, asked=False))
 @example(Failed(Problem(Code.UPSTREAM_TIMEOUT, "Later."), None, asked=True))
 def test_a_word_comes_back_as_it_was(left: Unpriced | Rejected | Failed) -> None:
-    word = encode_word(left)
+    word = encode_failure(left)
     assert word
-    found = decode_word(word)
+    found = decode_failure(word)
     assert found == left
     if isinstance(found, Failed):
         assert type(found.problem.code) is Code
@@ -523,31 +523,31 @@ ANY_WAITS = st.sampled_from(
 def test_whatever_upstream_says_can_be_left_for_others(status: int, body: bytes, retry_after: str | None) -> None:
     said = reply(status, body, retry_after=retry_after)
     if not isinstance(said, Priced):
-        assert decode_word(encode_word(said)) == said
+        assert decode_failure(encode_failure(said)) == said
 
 
 def test_a_word_that_is_too_long_is_not_left() -> None:
-    empty = len(encode_word(Rejected(400, b'""')))
+    empty = len(encode_failure(Rejected(400, b'""')))
     longest = b'"%s"' % (b"x" * (MAX_WORD_BYTES - empty))
-    assert len(encode_word(Rejected(400, longest))) == MAX_WORD_BYTES
-    assert encode_word(Rejected(400, longest.replace(b"x", b"xx", 1))) == b""
-    assert encode_word(Unpriced(b'"%s"' % (b"x" * MAX_WORD_BYTES), b"5")) == b""
+    assert len(encode_failure(Rejected(400, longest))) == MAX_WORD_BYTES
+    assert encode_failure(Rejected(400, longest.replace(b"x", b"xx", 1))) == b""
+    assert encode_failure(Unpriced(b'"%s"' % (b"x" * MAX_WORD_BYTES), b"5")) == b""
 
 
 def test_a_word_counts_its_bytes_not_its_characters() -> None:
     body = b'"%s"' % ("é" * (MAX_WORD_BYTES // 2)).encode()
-    assert encode_word(Unpriced(body, None)) == b""
+    assert encode_failure(Unpriced(body, None)) == b""
 
 
 def test_a_word_is_what_it_was() -> None:
     """Gateways of two versions may share a store: they read each other's words."""
-    assert encode_word(Unpriced(b"{}", b"5.0")) == b'{"body":"{}","balance":"5.0"}'
-    assert encode_word(Rejected(422, b"[]")) == b'{"status":422,"body":"[]"}'
-    assert encode_word(Failed(Problem(Code.UPSTREAM_ERROR, "Later.", 3), 502)) == (
+    assert encode_failure(Unpriced(b"{}", b"5.0")) == b'{"body":"{}","balance":"5.0"}'
+    assert encode_failure(Rejected(422, b"[]")) == b'{"status":422,"body":"[]"}'
+    assert encode_failure(Failed(Problem(Code.UPSTREAM_ERROR, "Later.", 3), 502)) == (
         b'{"code":"upstream-error","detail":"Later.","retry_after_s":3,"upstream_status":502,"asked":true}'
     )
 
 
 def test_a_word_of_a_later_gateway_can_be_read() -> None:
     busy = b'{"code":"upstream-busy","detail":"Later.","retry_after_s":3,"upstream_status":429,"asked":true,"more":1}'
-    assert decode_word(busy) == Failed(Problem(Code.UPSTREAM_BUSY, "Later.", 3), 429)
+    assert decode_failure(busy) == Failed(Problem(Code.UPSTREAM_BUSY, "Later.", 3), 429)
