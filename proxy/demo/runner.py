@@ -230,7 +230,7 @@ def _start(stage: DemoEnvironment) -> subprocess.Popen[bytes]:
     with stage.log.open("wb") as log:
         return subprocess.Popen(  # noqa: S603 -- our own module, no shell
             [sys.executable, "-m", "proxy", "serve", "--config", str(stage.config)],
-            cwd=Path(__file__).parents[1],  # -m looks here first, and no user's folder has another `proxy`
+            cwd=Path(__file__).parents[2],  # -m looks here first, and no user's folder has another `proxy`
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -117,7 +117,7 @@ per = "month"
 
 def scrape_config_text(url: str) -> str:
     """A configuration for Prometheus, with this project's rules where they are at hand."""
-    rules = Path(__file__).parents[1] / "deploy" / "prometheus" / "rules"
+    rules = Path(__file__).parents[2] / "deploy" / "prometheus" / "rules"
     rule_files = f"rule_files: [{json.dumps(str(rules / '*.yml'))}]\n" if rules.is_dir() else ""
     return f"""\
 global: {{ scrape_interval: 5s, evaluation_interval: 5s }}
