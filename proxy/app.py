@@ -33,7 +33,7 @@ from proxy.quota.reports import LedgerReader
 from proxy.settings.schema import Settings
 from proxy.store.access import EmbeddedUrls
 from proxy.store.client import Store
-from proxy.telemetry.descriptors import DescriptorMonitor
+from proxy.telemetry.descriptor_monitor import DescriptorMonitor
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.address import ESTIMATE_PATH
 from proxy.upstream.client import Upstream

@@ -34,7 +34,7 @@ from proxy.settings.errors import SettingsError
 from proxy.settings.loader import DEFAULT_PATHS, Source, find_config, load, load_keying
 from proxy.settings.schema import Settings, effective, is_identifier, warnings
 from proxy.telemetry import logs
-from proxy.telemetry.multiprocess import NoMetricsFileError
+from proxy.telemetry.metrics_files import NoMetricsFileError
 from proxy.upstream.address import Address
 
 BAD_INPUT = 2

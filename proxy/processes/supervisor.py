@@ -28,10 +28,9 @@ from proxy.processes.workers import WorkerContext, WorkerPool
 from proxy.settings.loader import Source
 from proxy.settings.reload import Reloader
 from proxy.settings.schema import Server, Settings
-from proxy.store.access import Role
-from proxy.store.connection_pool import MAX_CONNECTIONS
+from proxy.store.access import MAX_CONNECTIONS, Role
 from proxy.telemetry.descriptors import raise_limit
-from proxy.telemetry.multiprocess import metrics_files
+from proxy.telemetry.metrics_files import metrics_files
 
 TICK_S = 0.1
 BACKLOG = 2048

@@ -23,7 +23,7 @@ from proxy.processes.messages import CANNOT_SERVE, READY, RELOAD_FAILED
 from proxy.settings.loader import PREFIX, WELL_KNOWN_ENV
 from proxy.settings.schema import Settings
 from proxy.store.access import EmbeddedUrls
-from proxy.telemetry.multiprocess import vacate
+from proxy.telemetry.metrics_files import vacate
 
 MAX_FAILED_STARTS = 3
 SETTLED_S = 30.0

@@ -13,6 +13,9 @@ EmbeddedUrls = Mapping[Role, str]
 TIMEOUT_S, CONNECT_TIMEOUT_S = 0.25, 2.0
 """Defaults of `store.timeout_s` and `store.connect_timeout_s`."""
 
+MAX_CONNECTIONS = 16
+"""To one server, of one process. It is here because the supervisor reads it, and does not import the client."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoreAccess:

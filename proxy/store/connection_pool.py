@@ -20,7 +20,8 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import ConnectionError as NotConnectedError
 from redis.exceptions import RedisError, ResponseError
 
-MAX_CONNECTIONS = 16
+from proxy.store.access import MAX_CONNECTIONS
+
 MIN_CONNECTIONS = 4
 """These are kept open: more calls at a time than usual do not wait for a set-up."""
 

@@ -1,7 +1,7 @@
 """Metrics of several workers: each worker counts in a file of its own, and any of them can add all files up.
 
-* There is one file for each worker slot. The supervisor opens it and every worker inherits it. On Linux it lies in
-  memory and nowhere has a name, so nothing can remove it while the gateway runs, and nothing is left afterwards.
+* There is one file for each worker slot. The supervisor opens it (`proxy.telemetry.metrics_files`) and every worker
+  inherits it.
 * A worker writes only into the file of its own slot.
 * Counters outlive their worker: the next one in the slot continues them. Gauges end with their worker: the supervisor
   then marks the slot as vacant.
@@ -13,57 +13,26 @@ length of the key; key). Entries are appended; afterwards only their two numbers
 """
 
 import os
-import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from struct import Struct
 from threading import Lock
 from time import time
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
 from prometheus_client import disable_created_metrics, values
 
-_HEADER = Struct("=QQ")
-_USED, _ALIVE = Struct("=Q"), Struct("=Q")
-_ALIVE_AT = _USED.size
+from proxy.telemetry.metrics_files import HEADER
+
+_USED = Struct("=Q")
 _ENTRY = Struct("=ddQ")
 _NUMBERS = Struct("=dd")
 _GAUGE = b'["gauge",'
 
 _Reading = tuple[float, float]
 """An amount, and when it was set in seconds since 1970; counters are never set."""
-
-
-class NoMetricsFileError(Exception):
-    """Workers would have nowhere to count; the message says what to do."""
-
-
-@contextmanager
-def metrics_files(slots: int) -> Iterator[list[int]]:
-    """The descriptors of a new file for each slot. Raises `NoMetricsFileError`."""
-    with ExitStack() as opened:
-        try:
-            descriptors = [opened.enter_context(_nameless_file()).fileno() for _ in range(slots)]
-        except OSError as error:
-            raise NoMetricsFileError(
-                f"cannot open a file for metrics ({error.strerror}): set TMPDIR to a writable folder"
-            ) from None
-        yield descriptors
-
-
-def _nameless_file() -> BinaryIO:
-    if sys.platform == "linux":
-        with suppress(OSError):  # a sandbox may not have it
-            return open(os.memfd_create("estimate-proxy-metrics"), "r+b", buffering=0)  # noqa: PTH123 -- it has no path
-    return tempfile.TemporaryFile(buffering=0)
-
-
-def vacate(descriptor: int) -> None:
-    """Marks a slot whose worker has ended: its gauges count no longer, its counters do."""
-    os.pwrite(descriptor, _ALIVE.pack(0), _ALIVE_AT)
 
 
 class SharedValues:
@@ -80,7 +49,7 @@ class SharedValues:
         """What earlier workers in this slot have left, and where it stands in the file."""
         self._readings: Mapping[bytes, Sequence[_Reading]] = {}
         self._appending = Lock()
-        self._used = _HEADER.size
+        self._used = HEADER.size
         self._take_over(_content(own))
 
     def install(self) -> None:
@@ -131,7 +100,7 @@ class SharedValues:
                 os.pwrite(self._own, _NUMBERS.pack(*reading), position)
             self._inherited[key] = position, reading
             self._used = position + _ENTRY.size + len(key)
-        os.pwrite(self._own, _HEADER.pack(self._used, 1), 0)
+        os.pwrite(self._own, HEADER.pack(self._used, 1), 0)
 
     def _append(self, value: "_Value") -> None:
         """The header counts an entry only once all of it is there: the file can be read at any moment."""
@@ -210,15 +179,15 @@ def _content(descriptor: int) -> bytes:
 
 def _counting(content: bytes) -> Iterator[tuple[bytes, _Reading]]:
     """The numbers that count: of a slot without a worker, those of counters."""
-    _, alive = _HEADER.unpack_from(content.ljust(_HEADER.size, b"\0"))
+    _, alive = HEADER.unpack_from(content.ljust(HEADER.size, b"\0"))
     return ((key, reading) for key, _, reading in _entries(content) if alive or not key.startswith(_GAUGE))
 
 
 def _entries(content: bytes) -> Iterator[tuple[bytes, int, _Reading]]:
     """Keys, where their numbers stand, and the numbers, as far as the content is whole."""
-    if len(content) < _HEADER.size:
+    if len(content) < HEADER.size:
         return
-    position, used = _HEADER.size, min(_HEADER.unpack_from(content)[0], len(content))
+    position, used = HEADER.size, min(HEADER.unpack_from(content)[0], len(content))
     while position + _ENTRY.size <= used:
         amount, set_at, length = _ENTRY.unpack_from(content, position)
         start = position + _ENTRY.size

@@ -10,8 +10,8 @@ import pytest
 from redis.exceptions import BusyLoadingError, InvalidResponse, ResponseError
 from redis.exceptions import ConnectionError as NotConnectedError
 
-from proxy.store.access import StoreAccess
-from proxy.store.connection_pool import MAX_CONNECTIONS, ConnectionPool
+from proxy.store.access import MAX_CONNECTIONS, StoreAccess
+from proxy.store.connection_pool import ConnectionPool
 from proxy.store.scripts import Call, Node, Script, exchange
 from proxy.store.topology import ConnectionFactory
 from proxy.urls import Address, parse_store_url

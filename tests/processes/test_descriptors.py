@@ -32,8 +32,9 @@ from proxy.problems import Code, StoreUnavailable
 from proxy.processes.supervisor import descriptor_warning
 from proxy.processes.workers import MAX_FAILED_STARTS
 from proxy.store.client import COOLDOWN_S, Script, Store
-from proxy.telemetry import descriptors
-from proxy.telemetry.descriptors import DescriptorMonitor, is_one_left, raise_limit, ran_out
+from proxy.telemetry import descriptor_monitor
+from proxy.telemetry.descriptor_monitor import DescriptorMonitor
+from proxy.telemetry.descriptors import is_one_left, raise_limit, ran_out
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.circuit_breaker import MIN_ANSWERS
 from proxy.upstream.client import Upstream
@@ -208,7 +209,7 @@ class TestMonitor:
         metrics.record_descriptors_exhausted()
         monitor.look(1)
         with monkeypatch.context() as patched:
-            patched.setattr(descriptors, "is_one_left", lambda: False)
+            patched.setattr(descriptor_monitor, "is_one_left", lambda: False)
             monitor.look(2)
         monitor.look(3)
         monitor.look(4)

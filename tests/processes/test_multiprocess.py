@@ -40,7 +40,8 @@ from proxy.demo.simulator import Simulator
 from proxy.problems import Outcome
 from proxy.telemetry import multiprocess
 from proxy.telemetry.metrics import Metrics
-from proxy.telemetry.multiprocess import NoMetricsFileError, SharedValues, metrics_files, vacate
+from proxy.telemetry.metrics_files import NoMetricsFileError, metrics_files, vacate
+from proxy.telemetry.multiprocess import SharedValues
 from serving import wait_until
 
 ADMIN = token_of("a" * 32)
@@ -275,8 +276,8 @@ shared.install()
 metrics = Metrics(["design"], ["default"], shared)
 metrics.flush_soon = lambda: None
 for _ in range(hits):
-    metrics.note_request("design", "estimate", Outcome.HIT, 0.01)
-metrics.note_credits("design", "Flux", 250_000 * hits)
+    metrics.record_request("design", "estimate", Outcome.HIT, 0.01)
+metrics.record_credits("design", "Flux", 250_000 * hits)
 metrics.flush()
 metrics.requests_in_flight.set(running)
 metrics.buffered_debits.set(running)
