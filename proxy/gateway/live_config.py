@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from proxy.auth import Access, Credential, Team, Teams
 from proxy.quota.quotas import Quota, Rate, Scope, TeamLimits
-from proxy.settings.schema import Quota as QuotaSettings
-from proxy.settings.schema import Settings
+from proxy.settings.schema import QuotaSettings, Settings
 
 
 @dataclass(frozen=True, slots=True)

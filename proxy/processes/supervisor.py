@@ -27,7 +27,7 @@ from proxy.processes.messages import DRAIN, STOP
 from proxy.processes.workers import WorkerContext, WorkerPool
 from proxy.settings.loader import Source
 from proxy.settings.reload import Reloader
-from proxy.settings.schema import Server, Settings
+from proxy.settings.schema import ServerSettings, Settings
 from proxy.store.access import MAX_CONNECTIONS, Role
 from proxy.telemetry.descriptors import raise_limit
 from proxy.telemetry.metrics_files import metrics_files
@@ -48,7 +48,7 @@ class ListenError(Exception):
     """The address cannot be listened on; the message says why and what to do."""
 
 
-def listen(server: Server) -> socket.socket:
+def listen(server: ServerSettings) -> socket.socket:
     """The listening socket, bound. Raises `ListenError`."""
     with contextlib.ExitStack() as undo:
         try:
@@ -64,7 +64,7 @@ def listen(server: Server) -> socket.socket:
         return listener
 
 
-def _why_not(error: OSError, server: Server) -> str:
+def _why_not(error: OSError, server: ServerSettings) -> str:
     taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
     choose = "another port with --port" if taken else "another address with --host"
     return f"cannot listen on {_joined(server.host, server.port)}: {error.strerror}; choose {choose}"

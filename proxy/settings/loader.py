@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from proxy.settings.errors import KEY_HINT, SECRET_KEYS, SettingsError, SettingsProblem, explain, path_of
-from proxy.settings.schema import Cache, Settings, Upstream, is_identifier
+from proxy.settings.schema import CacheSettings, Settings, UpstreamSettings, is_identifier
 
 PREFIX = "ESTIMATE_PROXY_"
 CONFIG_VARIABLE = "ESTIMATE_PROXY_CONFIG"
@@ -93,8 +93,8 @@ class Source:
 class Keying(BaseModel):
     """The sections that decide keys."""
 
-    upstream: Upstream = Upstream()
-    cache: Cache = Cache()
+    upstream: UpstreamSettings = UpstreamSettings()
+    cache: CacheSettings = CacheSettings()
 
 
 def load_keying(config: Path | None, environ: Mapping[str, str]) -> Keying:

@@ -204,7 +204,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True)
 
 
-class Server(_Section):
+class ServerSettings(_Section):
     host: Annotated[str, AfterValidator(check_host)] = "127.0.0.1"
     port: Annotated[Whole, Field(ge=0, le=65535)] = 8080
     """0 takes a free one, and says which."""
@@ -221,7 +221,7 @@ class Server(_Section):
     """Then: at most this long for what is running."""
 
 
-class Upstream(_Section):
+class UpstreamSettings(_Section):
     insecure: bool = False
     """Allows http to a host that is not this one."""
     base_url: Annotated[str, AfterValidator(_base_url)] = "https://api.rendernet.ai"
@@ -235,11 +235,11 @@ class Upstream(_Section):
     """Certificates to trust instead of the system's."""
 
 
-class Account(_Section):
+class AccountSettings(_Section):
     api_key: ApiKey
 
 
-class Store(_Section):
+class StoreSettings(_Section):
     url: Annotated[SecretUrl, AfterValidator(_store_url)] | None = None
     """One server, Sentinels or a cluster. Left out: an embedded Valkey keeps its data in data_dir."""
     username: Annotated[str, AfterValidator(_filled)] | None = None
@@ -261,7 +261,7 @@ class Store(_Section):
     """While quotas cannot be looked up: refuse estimates, or give them, and book them when the store is back."""
 
 
-class Cache(_Section):
+class CacheSettings(_Section):
     url: Annotated[SecretUrl, AfterValidator(_store_url)] | None = None
     """Of the price book, which may evict. Left out: the store's."""
     ttl_s: Annotated[Seconds, Field(ge=1, le=366 * 86400)] = 3600.0
@@ -276,25 +276,25 @@ class Cache(_Section):
     """Members that decide no price, as dotted paths inside each item: left out of keys, never out of what is asked."""
 
 
-class Metrics(_Section):
+class MetricsSettings(_Section):
     public: bool = False
     """Whether anybody may read `/metrics`."""
     tokens: tuple[Annotated[str, AfterValidator(_token_digest)], ...] = ()
     """May read `/metrics`, and nothing else."""
 
 
-class Admin(_Section):
+class AdminSettings(_Section):
     tokens: tuple[Annotated[str, AfterValidator(_token_digest)], ...] = ()
     """May purge, see what all teams have used, and read `/metrics`."""
 
 
-class Rate(_Section):
+class RateSettings(_Section):
     per_s: Annotated[Real, Field(ge=0.001, le=100_000)]
     burst: Annotated[Whole, Field(ge=1, le=1_000_000)]
     """At once, after a pause."""
 
 
-class Quota(_Section):
+class QuotaSettings(_Section):
     measure: Measure
     limit: Annotated[Exact, Field(ge=0), AfterValidator(_countable)]
     """In requests, or in credits. 0 lets nothing pass."""
@@ -307,12 +307,12 @@ class Quota(_Section):
         return int(self.limit if self.measure == "requests" else self.limit * MICRO)
 
 
-class Org(_Section):
+class OrgSettings(_Section):
     id: Identifier = "default"
     """Names this organisation's ledger in the store."""
     timezone: Annotated[str, AfterValidator(_known_zone)] = "UTC"
     """Its calendar is the one of quotas, of reports and of a token's last day."""
-    quotas: tuple[Quota, ...] = ()
+    quotas: tuple[QuotaSettings, ...] = ()
     """Over all teams together."""
 
     @property
@@ -320,7 +320,7 @@ class Org(_Section):
         return ZoneInfo(self.timezone)
 
 
-class Token(_Section):
+class TokenSettings(_Section):
     sha256: Annotated[str, AfterValidator(_token_digest)]
     label: Line = ""
     expires: Annotated[date, BeforeValidator(_calendar_day)] | None = None
@@ -330,21 +330,21 @@ class Token(_Section):
 class TeamDefaults(_Section):
     """For every team that does not say otherwise."""
 
-    rate: Rate = Rate(per_s=50.0, burst=100)
-    quotas: tuple[Quota, ...] = ()
+    rate: RateSettings = RateSettings(per_s=50.0, burst=100)
+    quotas: tuple[QuotaSettings, ...] = ()
 
 
-class Team(_Section):
+class TeamSettings(_Section):
     name: Line = ""
     account: Identifier = "default"
-    tokens: tuple[Annotated[Token, BeforeValidator(_token_table)], ...] = ()
-    rate: Rate | None = None
-    quotas: tuple[Quota, ...] | None = None
+    tokens: tuple[Annotated[TokenSettings, BeforeValidator(_token_table)], ...] = ()
+    rate: RateSettings | None = None
+    quotas: tuple[QuotaSettings, ...] | None = None
     """Instead of the defaults, not besides them."""
     disabled: bool = False
 
 
-class Log(_Section):
+class LogSettings(_Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
     """One line a request is info."""
     format: Literal["auto", "json", "text"] = "auto"
@@ -354,23 +354,23 @@ class Log(_Section):
 class Settings(_Section):
     """Everything an operator can set, by section; the sections' members are described beside them."""
 
-    server: Server = Server()
-    upstream: Upstream = Upstream()
-    accounts: dict[Identifier, Account] = {}
-    store: Store
-    cache: Cache = Cache()
-    metrics: Metrics = Metrics()
-    admin: Admin = Admin()
-    org: Org = Org()
+    server: ServerSettings = ServerSettings()
+    upstream: UpstreamSettings = UpstreamSettings()
+    accounts: dict[Identifier, AccountSettings] = {}
+    store: StoreSettings
+    cache: CacheSettings = CacheSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    admin: AdminSettings = AdminSettings()
+    org: OrgSettings = OrgSettings()
     team_defaults: TeamDefaults = TeamDefaults()
-    teams: dict[Identifier, Team] = {}
-    log: Log = Log()
+    teams: dict[Identifier, TeamSettings] = {}
+    log: LogSettings = LogSettings()
 
-    def rate_of(self, team: Team) -> Rate:
+    def rate_of(self, team: TeamSettings) -> RateSettings:
         """What holds for a team: its own rate, or the default."""
         return team.rate or self.team_defaults.rate
 
-    def quotas_of(self, team: Team) -> tuple[Quota, ...]:
+    def quotas_of(self, team: TeamSettings) -> tuple[QuotaSettings, ...]:
         """What holds for a team besides the organisation's quotas: its own, or the defaults."""
         return self.team_defaults.quotas if team.quotas is None else team.quotas
 

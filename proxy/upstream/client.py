@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from proxy.problems import Code, Problem
-from proxy.settings import schema as settings
-from proxy.settings.schema import SecretText
+from proxy.settings.schema import SecretText, UpstreamSettings
 from proxy.telemetry.descriptors import ran_out
 from proxy.telemetry.incidents import IncidentLog
 from proxy.telemetry.metrics import Metrics
@@ -46,7 +45,7 @@ log = logging.getLogger(__name__)
 class Upstream:
     """Asks with each account's key. `close` must be called."""
 
-    def __init__(self, configured: settings.Upstream, keys: Mapping[str, SecretText], metrics: Metrics) -> None:
+    def __init__(self, configured: UpstreamSettings, keys: Mapping[str, SecretText], metrics: Metrics) -> None:
         self.address = Address.of(configured.base_url)
         self._client = HttpClient(
             self.address,

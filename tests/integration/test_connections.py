@@ -16,7 +16,7 @@ from malformed_http import NOT_CHUNKED, refused_heads
 from processes import address_of, house
 from proxy.http.connection import MAX_DISCARDED_BYTES
 from proxy.http.framing import MAX_HEAD_BYTES
-from proxy.settings.schema import Server
+from proxy.settings.schema import ServerSettings
 from serving import wait_until
 from wire import Reader, chunked, post, talking
 
@@ -247,7 +247,7 @@ def impatient(tmp_path_factory: pytest.TempPathFactory, upstream: tuple[Stage, s
 
 class TestHeadsThatDoNotArrive:
     def test_have_ten_seconds_unless_the_settings_say_otherwise(self) -> None:
-        assert Server().head_timeout_s == 10
+        assert ServerSettings().head_timeout_s == 10
 
     @pytest.mark.parametrize("beginning", [b"", b"\r\n", b"POST /", b"POST / HTTP/1.1\r\nHost: x\r\n"])
     def test_are_cut_off(self, impatient: tuple[str, int], beginning: bytes) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from configs import ACCOUNT, CANARY, ENV, MINIMAL, Problems, Read
-from proxy.settings.schema import Quota, Rate, Settings, effective
+from proxy.settings.schema import QuotaSettings, RateSettings, Settings, effective
 
 SCOPES = ("org", "team_defaults", "teams.design")
 """Where quotas can stand."""
@@ -24,8 +24,8 @@ def quota(scope: str = "org", **members: str) -> str:
     return f"[[{scope}.quotas]]\n{''.join(lines)}"
 
 
-def limit(measure: str, number: Any) -> Quota:
-    return Quota.model_validate({"measure": measure, "limit": number, "per": "day"})
+def limit(measure: str, number: Any) -> QuotaSettings:
+    return QuotaSettings.model_validate({"measure": measure, "limit": number, "per": "day"})
 
 
 # --- Whose they are ---------------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ def limit(measure: str, number: Any) -> Quota:
 def test_nothing_said_is_a_rate_and_no_quotas(read: Read) -> None:
     settings = read()
     team = settings.teams["design"]
-    assert settings.team_defaults.rate == Rate(per_s=50.0, burst=100)
+    assert settings.team_defaults.rate == RateSettings(per_s=50.0, burst=100)
     assert (settings.org.quotas, settings.team_defaults.quotas) == ((), ())
     assert (team.rate, team.quotas) == (None, None)
     assert settings.rate_of(team) == settings.team_defaults.rate
@@ -55,13 +55,13 @@ def test_a_team_has_its_own_or_the_defaults(read: Read) -> None:
         + quota(limit="4")
     )
 
-    def held(name: str) -> tuple[Rate, list[tuple[str, int]]]:
+    def held(name: str) -> tuple[RateSettings, list[tuple[str, int]]]:
         team = settings.teams[name]
         return settings.rate_of(team), [(quota.per, quota.counted_limit) for quota in settings.quotas_of(team)]
 
-    default = Rate(per_s=5.0, burst=10)
+    default = RateSettings(per_s=5.0, burst=10)
     assert held("plain") == (default, [("hour", 1)])
-    assert held("fast") == (Rate(per_s=0.5, burst=1), [("hour", 1)])
+    assert held("fast") == (RateSettings(per_s=0.5, burst=1), [("hour", 1)])
     assert held("free") == (default, [])
     assert held("own") == (default, [("week", 2), ("month", 3)])
     assert [quota.on_exceed for quota in settings.quotas_of(settings.teams["own"])] == ["refuse", "warn"]
@@ -81,8 +81,8 @@ def test_variables_reach_rates_and_quotas(read: Read) -> None:
         },
     )
     assert [quota.counted_limit for quota in settings.org.quotas] == [12_100_000]
-    assert settings.team_defaults.rate == Rate(per_s=1.0, burst=2)
-    assert settings.teams["design"].rate == Rate(per_s=0.001, burst=1_000_000)
+    assert settings.team_defaults.rate == RateSettings(per_s=1.0, burst=2)
+    assert settings.teams["design"].rate == RateSettings(per_s=0.001, burst=1_000_000)
     assert settings.teams["design"].quotas == ()
 
 
@@ -169,7 +169,7 @@ def test_a_limit_that_can_be(read: Read, measure: str, text: str, counted: int) 
 def test_a_limit_given_as_a_decimal_keeps_all_its_digits() -> None:
     """As from settings that were dumped."""
     dumped = limit("estimated_credits", Decimal("8999999999.999999")).model_dump()
-    assert Quota.model_validate(dumped).counted_limit == 8_999_999_999_999_999
+    assert QuotaSettings.model_validate(dumped).counted_limit == 8_999_999_999_999_999
 
 
 # --- What is wrong, and where -----------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def test_a_rate_that_cannot_be(problems_of: Problems, scope: str, value: str, wh
 @pytest.mark.parametrize("burst", [1, 1_000_000])
 def test_a_rate_that_can_be(read: Read, per_s: float, burst: int) -> None:
     settings = read(f"{MINIMAL}rate = {{ per_s = {per_s}, burst = {burst} }}")
-    assert settings.rate_of(settings.teams["design"]) == Rate(per_s=per_s, burst=burst)
+    assert settings.rate_of(settings.teams["design"]) == RateSettings(per_s=per_s, burst=burst)
 
 
 def test_the_organisation_has_quotas_but_no_rate(problems_of: Problems) -> None:
