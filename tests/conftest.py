@@ -138,7 +138,7 @@ def open_gateway(valkey_url: str, upstream: tuple[Stage, str], simulator: Simula
 def cold(monkeypatch: pytest.MonkeyPatch) -> None:
     """No memory of prices and books in the process: the store decides each time."""
     monkeypatch.setattr("proxy.cache.memory.MAX_AGE_S", -1.0)
-    monkeypatch.setattr("proxy.cache.price_book.BOOK_REREAD_S", -1.0)
+    monkeypatch.setattr("proxy.cache.account_book.BOOK_REREAD_S", -1.0)
 
 
 @pytest.fixture

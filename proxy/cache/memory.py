@@ -7,11 +7,11 @@ note each use would take longer than to read a price again now and then.
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from proxy.cache.prices import Entry
+from proxy.cache.prices import Entry, decode_price
 
 MAX_AGE_S = 60.0
 """A process may miss for this long that another one has fetched the same price again. If the price has changed, it
-notices within `BOOK_REREAD_S`: see `invalidations` in `proxy.cache.price_book`."""
+notices within `BOOK_REREAD_S`: see `invalidations` in `proxy.cache.account_book`."""
 
 MAX_ENTRIES = 10_000
 MAX_BYTES = 16 * 2**20
@@ -23,13 +23,19 @@ OVERHEAD_BYTES = 600
 class MemoryEntry:
     """`read_at` is on this process's monotonic clock, taken before the store was asked, and so is `invalidations`.
 
-    drops: of the account's book, as far as was known; -1 if nothing was.
+    invalidations: of the account's book, as far as was known; -1 if nothing was.
     """
 
     entry: Entry
     now_ms: int
     read_at: float
     invalidations: int
+
+
+def decode_entry(text: bytes | None, now_ms: int, read_at: float, invalidations: int) -> MemoryEntry | None:
+    """A price out of the store's text; None if there is none, or none that this version reads."""
+    entry = None if text is None else decode_price(text)
+    return None if entry is None else MemoryEntry(entry, now_ms, read_at, invalidations)
 
 
 class MemoryCache:
@@ -51,10 +57,14 @@ class MemoryCache:
             return None
         return found
 
-    def put(self, key: str, found: MemoryEntry) -> None:
-        """Keeps `found`, unless it was read before what is here: replies can overtake each other."""
-        known = self._entries.get(key)
-        if known is not None and known.read_at > found.read_at:
+    def put(self, key: str, found: MemoryEntry, now: float) -> None:
+        """Keeps `found`, unless it was read or stored before the entry that is here.
+
+        Replies can overtake each other, and come in another order than the store gave them: the one that was read last
+        may be the older price.
+        """
+        known = self.get(key, now)
+        if known is not None and (known.read_at > found.read_at or known.entry.put_at_ms > found.entry.put_at_ms):
             return
         self.drop(key)
         self._entries[key] = found

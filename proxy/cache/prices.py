@@ -72,6 +72,11 @@ class Lookup:
     version: int | None
 
 
+def store_keys(key: str) -> tuple[str, str]:
+    """The store's keys of a question's price and of its lease, in one slot."""
+    return f"ep1:{{{key}}}:price", f"ep1:{{{key}}}:lease"
+
+
 def encode_price(price: Price, *, ttl_ms: int, generations: Generations, body_digest: bytes) -> bytes:
     """The text that the price book keeps, behind its encoding and the time at which it was put there."""
     fields = (str(ttl_ms).encode(), generations.purge, generations.reprice, body_digest, price.estimated, price.rest)

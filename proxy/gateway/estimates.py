@@ -278,7 +278,7 @@ class Gateway:
     def _conclude(
         self, fetched: FetchResult, forward: Forward, question: CanonicalRequest, *, collapsed: bool, trace: Trace
     ) -> Answer | Problem:
-        newest = self._book.balance(question.account)
+        newest = self._book.accounts.balance(question.account)
         if forward.fallback is not None and newest is not None and isinstance(fetched.reply, Failed):
             trace.cache_status = after_failure(fetched.reply, forward.fallback)
             return _stored_answer(Outcome.STALE, forward.fallback, newest)

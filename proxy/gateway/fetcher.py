@@ -19,7 +19,8 @@ from time import perf_counter
 from typing import Any
 
 from proxy.cache.canonical import present
-from proxy.cache.price_book import LEASE_S, LeaderFailure, Lease, LeaseHeld, PriceBook
+from proxy.cache.leases import LEASE_S, LeaderFailure, Lease, LeaseHeld
+from proxy.cache.price_book import PriceBook
 from proxy.cache.prices import Price, StoredPrice
 from proxy.cache.single_flight import SingleFlight
 from proxy.gateway.in_flight import InFlightTracker
@@ -128,7 +129,7 @@ class Fetcher:
         deadline = self._deadline()
         try:
             while True:
-                match await self._book.take_lease(question.key, question.account, version=version):
+                match await self._book.leases.take(question.key, question.account, version=version):
                     case Lease() as lease:
                         break
                     case StoredPrice(price):
@@ -146,7 +147,7 @@ class Fetcher:
         while asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_WATCH_S)
-            match await self._book.watch(question.key, question.account, version=version):
+            match await self._book.leases.watch(question.key, question.account, version=version):
                 case StoredPrice(price):
                     return await self._found(question, price)
                 case LeaderFailure(text):
@@ -157,7 +158,7 @@ class Fetcher:
 
     async def _found(self, question: CanonicalRequest, price: Price) -> FetchResult:
         """Another process asked. Its answer's balance is in the account's book."""
-        await self._book.reread(question.account)
+        await self._book.accounts.read(question.account)
         return FetchResult(Priced(price, None), stored=True, collapsed=True)
 
     async def _lead(self, question: CanonicalRequest, lease: Lease) -> FetchResult:
@@ -176,7 +177,7 @@ class Fetcher:
     async def _ask_anew(self, question: CanonicalRequest, *, store: bool) -> FetchResult:
         if store:
             with suppress(StoreUnavailable):
-                lease = await self._book.take_lease(question.key, question.account, version=None, force=True)
+                lease = await self._book.leases.take(question.key, question.account, version=None, force=True)
                 if isinstance(lease, Lease):
                     return await self._lead(question, lease)
         return await self._ask_without_lease(question)
@@ -199,7 +200,7 @@ class Fetcher:
     def _note_balance(self, question: CanonicalRequest, reply: Reply) -> Awaitable[None] | None:
         """Begins to keep a balance, whatever becomes of the price. What is returned must be awaited."""
         if isinstance(reply, Priced | Unpriced) and reply.balance is not None:
-            return self._book.note_balance(question.account, reply.balance)
+            return self._book.accounts.record_balance(question.account, reply.balance)
         return None
 
     async def _settle(self, question: CanonicalRequest, lease: Lease, reply: Reply) -> bool:
@@ -208,7 +209,9 @@ class Fetcher:
             case Priced(price):
                 return await self._book.put(lease, price, question.body_digest)
             case _:
-                return await self._book.end(lease, word=encode_failure(reply), end_price=isinstance(reply, Rejected))
+                return await self._book.leases.end(
+                    lease, failure=encode_failure(reply), end_price=isinstance(reply, Rejected)
+                )
 
     @contextmanager
     def _renewing(self, lease: Lease) -> Iterator[None]:
@@ -226,7 +229,7 @@ class Fetcher:
     async def _renew(self, lease: Lease) -> None:
         while True:
             with suppress(StoreUnavailable):
-                if not await self._book.keep(lease):
+                if not await self._book.leases.keep(lease):
                     return
             await asyncio.sleep(LEASE_S / 4)
 
@@ -238,10 +241,10 @@ class Fetcher:
     ) -> None:
         """Asks again if this process is the one to do so and nobody is asking already."""
         try:
-            if not await self._book.claim_audit(question.account, max_age_s=max_age_s, for_s=AUDIT_EVERY_S):
+            if not await self._book.accounts.claim_audit(question.account, max_age_s=max_age_s, for_s=AUDIT_EVERY_S):
                 self._no_audit_until[question.account] = asyncio.get_running_loop().time() + AUDIT_PAUSE_S
                 return
-            lease = await self._book.take_lease(question.key, question.account, version=version)
+            lease = await self._book.leases.take(question.key, question.account, version=version)
         except StoreUnavailable:
             return
         if isinstance(lease, Lease):
@@ -263,7 +266,7 @@ class Fetcher:
             result = "changed"
             event(log, logging.WARNING, "price changed", facts)
             with suppress(StoreUnavailable):
-                if await self._book.note_change(question.account, question.key):
+                if await self._book.accounts.record_price_change(question.account, question.key):
                     event(log, logging.WARNING, "price list changed: older prices are stale", facts)
         self._metrics.price_audits.labels(question.account, result).inc()
 

@@ -102,7 +102,7 @@ class MetricsEndpoint:
 
     async def _read_balances(self) -> Mapping[str, Balance]:
         try:
-            return await self._book.balances(self._live.config.accounts)
+            return await self._book.accounts.balances(self._live.config.accounts)
         except StoreUnavailable:
             return {}
 

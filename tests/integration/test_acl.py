@@ -139,7 +139,7 @@ def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases are renewed, and the store is asked, each time."""
     monkeypatch.setattr("proxy.gateway.fetcher.LEASE_S", 0.2)
     monkeypatch.setattr("proxy.cache.memory.MAX_AGE_S", -1.0)
-    monkeypatch.setattr("proxy.cache.price_book.BOOK_REREAD_S", -1.0)
+    monkeypatch.setattr("proxy.cache.account_book.BOOK_REREAD_S", -1.0)
 
 
 @pytest.mark.parametrize("brand", BRANDS)

@@ -15,7 +15,8 @@ import redis
 from faulty_proxy import GOOD, Way, relay
 from gateway_fixture import settings
 from lateness import assert_in_time
-from proxy.cache.price_book import Lease, PriceBook
+from proxy.cache.leases import Lease
+from proxy.cache.price_book import PriceBook
 from proxy.cache.prices import Lookup, Price
 from proxy.open_stores import open_book_store, open_ledger_store, startup_errors
 from proxy.problems import StoreUnavailable
@@ -60,7 +61,7 @@ def book_of(store: Store, ttl_s: float = 60) -> PriceBook:
 async def stored(book: PriceBook) -> bool:
     """Whether a price could be put under a lease of its own."""
     try:
-        lease = await book.take_lease(KEY, "default", version=None, force=True)
+        lease = await book.leases.take(KEY, "default", version=None, force=True)
         assert isinstance(lease, Lease)
         return await book.put(lease, PRICE, b"digest")
     except StoreUnavailable:
@@ -77,7 +78,7 @@ def test_what_was_put_is_found_with_its_age(any_store_url: str, server: redis.Re
         book = book_of(store)
         assert await book.look_up(KEY, "default") == Lookup(None, None, None)
         assert await stored(book)
-        await book.note_balance("default", b"19.5")
+        await book.accounts.record_balance("default", b"19.5")
         for reader in (book, book_of(store)):
             known = await reader.look_up(KEY, "default")
             assert known.stored is not None
@@ -172,8 +173,8 @@ def test_the_balance_is_known_here_even_when_the_store_is_not() -> None:
     async def story(store: Store) -> None:
         book = book_of(store)
         with pytest.raises(StoreUnavailable):
-            await book.note_balance("default", b"7")
-        balance = book.balance("default")
+            await book.accounts.record_balance("default", b"7")
+        balance = book.accounts.balance("default")
         assert balance is not None
         assert balance.amount == b"7"
 
@@ -185,12 +186,12 @@ def test_a_balance_that_another_process_saw_is_read_and_an_older_one_is_not(
 ) -> None:
     async def story(store: Store) -> None:
         ours, theirs = book_of(store), book_of(store)
-        await ours.note_balance("default", b"10")
-        await theirs.note_balance("default", b"9")
+        await ours.accounts.record_balance("default", b"10")
+        await theirs.accounts.record_balance("default", b"9")
         assert await newest(ours) == b"9"
         server.hset("ep1:book:https://upstream.example:default", mapping={"balance": "50", "balance_at_ms": "1"})
         assert await newest(book_of(store)) == b"50"
-        await ours.reread("default")
+        await ours.accounts.read("default")
         assert await newest(ours) == b"9"
 
     run(any_store_url, story)
@@ -202,15 +203,15 @@ def test_what_many_questions_of_a_turn_need_of_their_account_is_asked_of_the_sto
     async def story(store: Store) -> None:
         book = book_of(store)
         await store.call(GET, "warm")
-        leases = await asyncio.gather(*(book.take_lease(f"{n}" * 64, "default", version=None) for n in range(8)))
+        leases = await asyncio.gather(*(book.leases.take(f"{n}" * 64, "default", version=None) for n in range(8)))
         assert len({lease.generations for lease in leases if isinstance(lease, Lease)}) == 1
         assert len(leases) == 8
         assert calls(server, "hmget") == 1
         amounts = [b"20", b"20", b"19", b"20", b"20"]
-        await asyncio.gather(*(book.note_balance("default", amount) for amount in amounts))
+        await asyncio.gather(*(book.accounts.record_balance("default", amount) for amount in amounts))
         assert calls(server, "hset") == 1 + 3  # the new book, and the balance whenever it is another
         assert server.hget("ep1:book:https://upstream.example:default", "balance") == b"20"
-        await book.take_lease("9" * 64, "default", version=None)
+        await book.leases.take("9" * 64, "default", version=None)
         assert calls(server, "hmget") == 2
 
     run(any_store_url, story)

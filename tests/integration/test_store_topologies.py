@@ -36,7 +36,8 @@ from faulty_proxy import relay
 from lateness import assert_in_time
 from lua_scripts import LUA_SCRIPTS
 from processes import house
-from proxy.cache.price_book import Lease, PriceBook
+from proxy.cache.leases import Lease
+from proxy.cache.price_book import PriceBook
 from proxy.cache.prices import Price
 from proxy.problems import Outcome, StoreOutcomeUnknown, StoreUnavailable
 from proxy.quota.batches import LedgerBatcher
@@ -226,17 +227,17 @@ async def _use_everything(store: Store) -> None:
     book = PriceBook(store, origin="https://upstream.example", ttl_s=60, stale_s=30)
     key = "ab" * 32
     for word in (b"", b"word"):
-        lease = await book.take_lease(key, "default", version=None, force=True)
+        lease = await book.leases.take(key, "default", version=None, force=True)
         assert isinstance(lease, Lease)
-        assert await book.keep(lease)
-        await book.watch(key, "default", version=None)
-        assert await book.end(lease, word=word)
-    lease = await book.take_lease(key, "default", version=None, force=True)
+        assert await book.leases.keep(lease)
+        await book.leases.watch(key, "default", version=None)
+        assert await book.leases.end(lease, failure=word)
+    lease = await book.leases.take(key, "default", version=None, force=True)
     assert isinstance(lease, Lease)
     assert await book.put(lease, Price(b"5", b""), b"digest")
-    await book.note_balance("default", b"7")
-    await book.claim_audit("default", max_age_s=1, for_s=1)
-    await book.note_change("default", key)
+    await book.accounts.record_balance("default", b"7")
+    await book.accounts.claim_audit("default", max_age_s=1, for_s=1)
+    await book.accounts.record_price_change("default", key)
     await PriceBook(store, origin="https://upstream.example", ttl_s=60, stale_s=30).look_up(key, "default")
     await book.purge_question(key, "default")
     await book.purge_account("default")

@@ -294,7 +294,7 @@ class TestCollapsing:
         self, open_gateway: Opened, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         lease_s = 0.4
-        for module in ("pricebook", "asking"):
+        for module in ("cache.leases", "gateway.fetcher"):
             monkeypatch.setattr(f"proxy.{module}.LEASE_S", lease_s)
         one, other = open_gateway(), open_gateway()
         with ThreadPoolExecutor(2) as pool, one.simulator.hold() as hold:

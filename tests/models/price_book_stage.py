@@ -190,7 +190,8 @@ def _clocked_script(name: str) -> tuple[bytes, str]:
 def set_clocks(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What time it is for gateways and store; none of their patience is tried by a busy machine."""
     clock = Clock()
-    monkeypatch.setattr("proxy.cache.price_book.monotonic", clock)
+    for module in ("account_book", "leases", "price_book"):
+        monkeypatch.setattr(f"proxy.cache.{module}.monotonic", clock)
     monkeypatch.setattr("proxy.upstream.client.CircuitBreaker", _clocked(clock))
     monkeypatch.setattr(Script, "text", property(lambda script: _clocked_script(script.name)[0]), raising=False)
     monkeypatch.setattr(Script, "digest", property(lambda script: _clocked_script(script.name)[1]), raising=False)

@@ -366,7 +366,7 @@ def test_the_price_book_does_as_its_model(
     world: World, monkeypatch: pytest.MonkeyPatch, hot_ms: int, book_ms: int
 ) -> None:
     if hot_ms < 0:
-        monkeypatch.setattr("proxy.cache.price_book.BOOK_REREAD_S", book_ms / 1000)
+        monkeypatch.setattr("proxy.cache.account_book.BOOK_REREAD_S", book_ms / 1000)
         monkeypatch.setattr("proxy.cache.memory.MAX_AGE_S", hot_ms / 1000)
     profile = hypothesis.settings(
         max_examples=int(os.environ.get("PRICE_BOOK_EXAMPLES", "25")),

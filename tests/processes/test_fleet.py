@@ -17,7 +17,7 @@ from fleet import BODY, PURGES, Crew, Fleet, after, fleet_of, kinds, priced, res
 from gateway_fixture import PATH, answers, cache_status
 from lateness import assert_in_time
 from processes import Served, address_of, kill
-from proxy.cache.price_book import LEASE_S
+from proxy.cache.leases import LEASE_S
 from proxy.demo.simulator import Exchange, Fault, Responder, Simulator
 from proxy.gateway.fetcher import MAX_REFRESHES
 from serving import wait_until

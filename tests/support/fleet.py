@@ -23,7 +23,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway_fixture import API_KEY, PATH, answers, cache_status
 from processes import SOON_S, Served, Tree, house
 from proxy.auth import digest_of, token_of
-from proxy.cache.price_book import BOOK_REREAD_S, LEASE_S
+from proxy.cache.account_book import BOOK_REREAD_S
+from proxy.cache.leases import LEASE_S
 from proxy.demo.simulator import Exchange, Responder
 from proxy.embedded.valkey import Valkey
 from proxy.settings.loader import PREFIX
