@@ -13,7 +13,7 @@ from time import monotonic
 
 from proxy.cache.account_book import AccountBooks, BookSnapshot
 from proxy.cache.memory import MemoryCache, MemoryEntry, decode_entry
-from proxy.cache.prices import Generations, StoredPrice, as_of, store_keys
+from proxy.cache.prices import Generations, Lookup, StoredPrice, as_of, store_keys
 from proxy.store.client import Script, Store
 
 LEASE_S = 2.0
@@ -59,10 +59,10 @@ class Leases:
         self._memory = memory
 
     async def take(
-        self, key: str, account: str, *, version: int | None, force: bool = False
+        self, key: str, account: str, lookup: Lookup | None = None, *, force: bool = False
     ) -> Lease | LeaseHeld | StoredPrice:
-        """The lease, or its holder, or a fresh price that is another than the one put at `version`."""
-        token = secrets.token_urlsafe(9)
+        """The lease, or its holder, or a fresh price that is another than the one `lookup` found."""
+        token, version = secrets.token_urlsafe(9), _version(lookup)
         while True:  # each turn has seen another text, and in the end there is none
             read_at, invalidations = monotonic(), self._accounts.invalidations(account)
             args = (token, round(LEASE_S * 1000), "" if version is None else version, int(force))
@@ -80,14 +80,17 @@ class Leases:
             version = int(text.split(b" ", 2)[1])
 
     async def watch(
-        self, key: str, account: str, *, version: int | None
+        self, key: str, account: str, lookup: Lookup | None = None
     ) -> StoredPrice | LeaseHeld | LeaderFailure | None:
-        """What became of a question that another process asks; None if the lease has gone without a result."""
+        """What became of a question that another process asks; None if the lease has gone without a result.
+
+        A price is returned if it is fresh and another than the one `lookup` found.
+        """
         book = await self._accounts.get(account)
         read_at = monotonic()
         text, lease, now_ms = await self._store.call(_LEASE_WATCH, *store_keys(key))
         found = decode_entry(text, now_ms, read_at, book.invalidations)
-        is_other = found is not None and found.entry.put_at_ms != version
+        is_other = found is not None and found.entry.put_at_ms != _version(lookup)
         if is_other and (stored := self._fresh(key, found, book)) is not None:
             return stored
         if lease is None:
@@ -122,3 +125,7 @@ class Leases:
             return None
         self._memory.put(key, found, monotonic())
         return stored
+
+
+def _version(lookup: Lookup | None) -> int | None:
+    return None if lookup is None else lookup.version

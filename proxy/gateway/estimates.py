@@ -251,13 +251,11 @@ class Gateway:
         trace.waited = True
         try:
             async with asyncio.timeout_at(request.deadline):
-                if known is None:
-                    fetched, collapsed = await self._fetcher.ask_without_store(question)
-                elif forward.reason == "request" and request.directives.bypasses_cache:
+                if forward.reason == "request" and request.directives.bypasses_cache:
                     store = not request.directives.no_store
                     fetched, collapsed = await self._fetcher.fetch_uncoalesced(question, store=store), False
                 else:
-                    fetched, collapsed = await self._fetcher.fetch(question, version=known.version)
+                    fetched, collapsed = await self._fetcher.fetch(question, known)
         except TimeoutError:
             late = Problem(Code.UPSTREAM_TIMEOUT, f"There was no answer within {self._policy.timeout_s:g} s.")
             return FetchResult(Failed(late)), False
@@ -269,11 +267,10 @@ class Gateway:
     ) -> None:
         """Behind the answer: a stale price is asked again, and an old balance too."""
         max_age_s = self._policy.balance_max_age_s
-        version = None if known is None else known.version
         if stale:
-            self._fetcher.refresh(question, version=version)
+            self._fetcher.refresh(question, known)
         elif balance.age_s > max_age_s:
-            self._fetcher.audit(question, stored, version=version, max_age_s=max_age_s)
+            self._fetcher.audit(question, stored, known, max_age_s=max_age_s)
 
     def _conclude(
         self, fetched: FetchResult, forward: Forward, question: CanonicalRequest, *, collapsed: bool, trace: Trace

@@ -21,7 +21,7 @@ from typing import Any
 from proxy.cache.canonical import present
 from proxy.cache.leases import LEASE_S, LeaderFailure, Lease, LeaseHeld
 from proxy.cache.price_book import PriceBook
-from proxy.cache.prices import Price, StoredPrice
+from proxy.cache.prices import Lookup, Price, StoredPrice
 from proxy.cache.single_flight import SingleFlight
 from proxy.gateway.in_flight import InFlightTracker
 from proxy.gateway.questions import CanonicalRequest
@@ -78,20 +78,18 @@ class Fetcher:
         self._refreshes = 0
         self._numbers = count()
 
-    async def fetch(self, question: CanonicalRequest, *, version: int | None) -> tuple[FetchResult, bool]:
-        """What upstream says, and whether somebody was asking already. `version` is as in `Lookup`.
+    async def fetch(self, question: CanonicalRequest, lookup: Lookup | None) -> tuple[FetchResult, bool]:
+        """What upstream says, and whether somebody was asking already.
+
+        `lookup` is what the price book had; None if the store is out of reach, so that this process asks for itself.
 
         An ask that was overtaken answers only who began it: who joined it may have come after the purge.
         """
         while True:
-            fetched, joined = await self._join(question.key, lambda: self._ask(question, version))
+            fetched, joined = await self._join(question.key, lambda: self._ask(question, lookup))
             if not (joined and fetched.overtaken):
                 return fetched, joined or fetched.collapsed
             await asyncio.sleep(0)  # a flight that has just landed can still be joined
-
-    async def ask_without_store(self, question: CanonicalRequest) -> tuple[FetchResult, bool]:
-        """As `ask`, for this process alone."""
-        return await self._join(question.key, lambda: self._ask_without_lease(question))
 
     async def fetch_uncoalesced(self, question: CanonicalRequest, *, store: bool) -> FetchResult:
         """What upstream says to this very request: it replaces what is stored, or is not stored at all."""
@@ -99,19 +97,21 @@ class Fetcher:
         fetched, _ = await self._join(flight, lambda: self._ask_anew(question, store=store))
         return fetched
 
-    def refresh(self, question: CanonicalRequest, *, version: int | None) -> None:
+    def refresh(self, question: CanonicalRequest, lookup: Lookup | None) -> None:
         """Asks again behind the answer, if there is room and nobody is at it."""
         if self._refreshes >= MAX_REFRESHES or self._flights.in_flight(question.key):
             return
         self._refreshes += 1
-        task = self._flights.start(question.key, lambda: self._ask(question, version))
+        task = self._flights.start(question.key, lambda: self._ask(question, lookup))
         task.add_done_callback(self._refreshed)
 
-    def audit(self, question: CanonicalRequest, stored: StoredPrice, *, version: int | None, max_age_s: float) -> None:
+    def audit(
+        self, question: CanonicalRequest, stored: StoredPrice, lookup: Lookup | None, *, max_age_s: float
+    ) -> None:
         """Asks for a fresh balance behind the answer, and re-checks the price that was served."""
         now = asyncio.get_running_loop().time()
         if now >= self._no_audit_until.get(question.account, now) and not self._audits.in_flight(question.account):
-            self._audits.start(question.account, lambda: self._audit(question, stored, version, max_age_s))
+            self._audits.start(question.account, lambda: self._audit(question, stored, lookup, max_age_s))
 
     async def finish(self, timeout_s: float) -> None:
         """Lets what was asked upstream come home and be stored."""
@@ -124,30 +124,32 @@ class Fetcher:
         with self._tracker.waiting_for_upstream():
             return await self._flights.join(flight, work)
 
-    async def _ask(self, question: CanonicalRequest, version: int | None) -> FetchResult:
+    async def _ask(self, question: CanonicalRequest, lookup: Lookup | None) -> FetchResult:
         """Leads, or follows who leads, until there is an answer."""
+        if lookup is None:
+            return await self._ask_without_lease(question)
         deadline = self._deadline()
         try:
             while True:
-                match await self._book.leases.take(question.key, question.account, version=version):
+                match await self._book.leases.take(question.key, question.account, lookup):
                     case Lease() as lease:
                         break
                     case StoredPrice(price):
                         return await self._found(question, price)
                     case LeaseHeld():
-                        if (fetched := await self._follow(question, version, deadline)) is not None:
+                        if (fetched := await self._follow(question, lookup, deadline)) is not None:
                             return fetched
         except StoreUnavailable:
             return await self._ask_without_lease(question)
         return await self._lead(question, lease)
 
-    async def _follow(self, question: CanonicalRequest, version: int | None, deadline: float) -> FetchResult | None:
+    async def _follow(self, question: CanonicalRequest, lookup: Lookup, deadline: float) -> FetchResult | None:
         """What another process was told; None if it has gone without a word."""
         pause_s = FIRST_WATCH_S
         while asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_WATCH_S)
-            match await self._book.leases.watch(question.key, question.account, version=version):
+            match await self._book.leases.watch(question.key, question.account, lookup):
                 case StoredPrice(price):
                     return await self._found(question, price)
                 case LeaderFailure(text):
@@ -177,7 +179,7 @@ class Fetcher:
     async def _ask_anew(self, question: CanonicalRequest, *, store: bool) -> FetchResult:
         if store:
             with suppress(StoreUnavailable):
-                lease = await self._book.leases.take(question.key, question.account, version=None, force=True)
+                lease = await self._book.leases.take(question.key, question.account, force=True)
                 if isinstance(lease, Lease):
                     return await self._lead(question, lease)
         return await self._ask_without_lease(question)
@@ -237,14 +239,14 @@ class Fetcher:
         self._refreshes -= 1
 
     async def _audit(
-        self, question: CanonicalRequest, stored: StoredPrice, version: int | None, max_age_s: float
+        self, question: CanonicalRequest, stored: StoredPrice, lookup: Lookup | None, max_age_s: float
     ) -> None:
         """Asks again if this process is the one to do so and nobody is asking already."""
         try:
             if not await self._book.accounts.claim_audit(question.account, max_age_s=max_age_s, for_s=AUDIT_EVERY_S):
                 self._no_audit_until[question.account] = asyncio.get_running_loop().time() + AUDIT_PAUSE_S
                 return
-            lease = await self._book.leases.take(question.key, question.account, version=version)
+            lease = await self._book.leases.take(question.key, question.account, lookup)
         except StoreUnavailable:
             return
         if isinstance(lease, Lease):

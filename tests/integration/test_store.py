@@ -61,7 +61,7 @@ def book_of(store: Store, ttl_s: float = 60) -> PriceBook:
 async def stored(book: PriceBook) -> bool:
     """Whether a price could be put under a lease of its own."""
     try:
-        lease = await book.leases.take(KEY, "default", version=None, force=True)
+        lease = await book.leases.take(KEY, "default", force=True)
         assert isinstance(lease, Lease)
         return await book.put(lease, PRICE, b"digest")
     except StoreUnavailable:
@@ -203,7 +203,7 @@ def test_what_many_questions_of_a_turn_need_of_their_account_is_asked_of_the_sto
     async def story(store: Store) -> None:
         book = book_of(store)
         await store.call(GET, "warm")
-        leases = await asyncio.gather(*(book.leases.take(f"{n}" * 64, "default", version=None) for n in range(8)))
+        leases = await asyncio.gather(*(book.leases.take(f"{n}" * 64, "default") for n in range(8)))
         assert len({lease.generations for lease in leases if isinstance(lease, Lease)}) == 1
         assert len(leases) == 8
         assert calls(server, "hmget") == 1
@@ -211,7 +211,7 @@ def test_what_many_questions_of_a_turn_need_of_their_account_is_asked_of_the_sto
         await asyncio.gather(*(book.accounts.record_balance("default", amount) for amount in amounts))
         assert calls(server, "hset") == 1 + 3  # the new book, and the balance whenever it is another
         assert server.hget("ep1:book:https://upstream.example:default", "balance") == b"20"
-        await book.leases.take("9" * 64, "default", version=None)
+        await book.leases.take("9" * 64, "default")
         assert calls(server, "hmget") == 2
 
     run(any_store_url, story)

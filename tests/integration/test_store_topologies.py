@@ -227,12 +227,12 @@ async def _use_everything(store: Store) -> None:
     book = PriceBook(store, origin="https://upstream.example", ttl_s=60, stale_s=30)
     key = "ab" * 32
     for word in (b"", b"word"):
-        lease = await book.leases.take(key, "default", version=None, force=True)
+        lease = await book.leases.take(key, "default", force=True)
         assert isinstance(lease, Lease)
         assert await book.leases.keep(lease)
-        await book.leases.watch(key, "default", version=None)
+        await book.leases.watch(key, "default")
         assert await book.leases.end(lease, failure=word)
-    lease = await book.leases.take(key, "default", version=None, force=True)
+    lease = await book.leases.take(key, "default", force=True)
     assert isinstance(lease, Lease)
     assert await book.put(lease, Price(b"5", b""), b"digest")
     await book.accounts.record_balance("default", b"7")

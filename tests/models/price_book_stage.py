@@ -22,6 +22,7 @@ from price_book_fleet import BALANCE_MAX_AGE_MS, IF_ERROR_MS, REVALIDATE_MS, TTL
 from price_book_requests import KEYS, content
 from price_book_upstream import PROBE_MS, Body
 from proxy.auth import digest_of, token_of
+from proxy.cache.prices import Lookup
 from proxy.demo.simulator import Simulator
 from proxy.gateway.fetcher import Fetcher, FetchResult
 from proxy.gateway.in_flight import InFlightTracker
@@ -61,13 +62,13 @@ class WatchedAsker(Fetcher):
     joined = 0
     followed = 0
 
-    async def fetch(self, question: CanonicalRequest, *, version: int | None) -> tuple[FetchResult, bool]:
+    async def fetch(self, question: CanonicalRequest, lookup: Lookup | None) -> tuple[FetchResult, bool]:
         self.joined += 1
-        return await super().fetch(question, version=version)
+        return await super().fetch(question, lookup)
 
-    async def _follow(self, question: CanonicalRequest, version: int | None, deadline: float) -> FetchResult | None:
+    async def _follow(self, question: CanonicalRequest, lookup: Lookup, deadline: float) -> FetchResult | None:
         self.followed += 1
-        return await super()._follow(question, version, deadline)
+        return await super()._follow(question, lookup, deadline)
 
 
 class Replica:
