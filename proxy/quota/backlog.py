@@ -4,11 +4,11 @@ A pile keeps its name and its rows until it is booked, so that booking it a seco
 """
 
 import secrets
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from itertools import islice
 
-from proxy.problems import Outcome
-from proxy.quota.counters import CounterSet
+from proxy.quota.counters import MAX_ENTRY_MICRO, CounterSet
 from proxy.quota.quotas import Charge
 
 
@@ -20,6 +20,12 @@ class BufferedDebit:
     charge: Charge
     requests: int
 
+    def plus(self, charge: Charge, requests: int) -> "BufferedDebit":
+        """With one more debit of its kind."""
+        micro = self.charge.credits_micro
+        total = replace(charge, credits_micro=None if micro is None else micro + (charge.credits_micro or 0))
+        return BufferedDebit(self.counters, total, self.requests + requests)
+
 
 @dataclass(frozen=True, slots=True)
 class FlushBatch:
@@ -28,11 +34,11 @@ class FlushBatch:
 
 
 class Backlog:
-    """At most `max_rows` sums; a debit that would begin one more is not taken."""
+    """At most `max_rows` sums; a debit that would begin one more is not taken. A sum ends at `MAX_ENTRY_MICRO`."""
 
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
-        self._sums: dict[tuple[CounterSet, Outcome, str, bool], BufferedDebit] = {}
+        self._sums: dict[Hashable, BufferedDebit] = {}
         self._pile: FlushBatch | None = None
 
     def __bool__(self) -> bool:
@@ -49,14 +55,16 @@ class Backlog:
 
     def add(self, counters: CounterSet, charge: Charge, requests: int) -> bool:
         """Adds a debit to its sum; False if there is no room for it."""
-        priced = charge.credits_micro is not None
-        key = counters, charge.outcome, charge.model, priced
+        key = counters, charge.outcome, charge.model, charge.credits_micro is None
         known = self._sums.get(key)
-        if known is None and not self.has_room():
+        total = known.plus(charge, requests) if known else BufferedDebit(counters, charge, requests)
+        is_too_much = (total.charge.credits_micro or 0) > MAX_ENTRY_MICRO
+        if (known is None or is_too_much) and not self.has_room():
             return False
-        micro = (charge.credits_micro or 0) + ((known.charge.credits_micro or 0) if known else 0)
-        total = Charge(charge.outcome, micro if priced else None, charge.model)
-        self._sums[key] = BufferedDebit(counters, total, requests + (known.requests if known else 0))
+        if known is not None and is_too_much:
+            self._sums[object()] = known  # under a key that no debit has: nothing is added to it any more
+            total = BufferedDebit(counters, charge, requests)
+        self._sums[key] = total
         return True
 
     def batch(self, max_rows: int) -> FlushBatch | None:

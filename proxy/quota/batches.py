@@ -12,16 +12,16 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from time import time_ns
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 from proxy.problems import NO_NAME, Problem, StoreOutcomeUnknown, StoreUnavailable
-from proxy.quota.backlog import BufferedDebit, FlushBatch
-from proxy.quota.counters import CounterSet, LedgerKeys, org_counters, team_counters
+from proxy.quota.backlog import FlushBatch
+from proxy.quota.counters import MAX_ENTRIES, MAX_ENTRY_MICRO, CounterSet, LedgerKeys, org_counters, team_counters
 from proxy.quota.model_names import MAX_MODELS
 from proxy.quota.quotas import Charge, Quota, QuotaState, TeamLimits
 from proxy.quota.windows import Window
@@ -29,16 +29,10 @@ from proxy.store.client import Script, Store
 from proxy.telemetry.logs import event
 from proxy.telemetry.metrics import Metrics
 
-MAX_BATCH = 200
-"""Entries in one script call: some milliseconds of the store's time."""
-
 TURNS_BETWEEN = 3
 """Of the event loop, between two calls. In them those are heard who have just been answered, and ask again."""
 
 FLUSH_REMEMBERED_S = 86400
-
-EXACT_MICRO = 9 * 10**15
-"""As much as a number of Lua holds exactly: what is owed may be more, and is booked in parts then."""
 
 _US = 1_000_000
 _FOR_EVER_S = 2**53 // _US
@@ -83,9 +77,8 @@ class _BatchEntry:
     admitted_on: CounterSet | None
     waiting: list[asyncio.Future[Admitted | Denied]] = field(default_factory=list)
 
-    def has_room(self) -> bool:
-        """Whether one more leaves a sum that Lua can hold."""
-        return (len(self.waiting) + 1) * (self.charge.credits_micro or 0) <= EXACT_MICRO
+    def takes_one_more(self) -> bool:
+        return (len(self.waiting) + 1) * (self.charge.credits_micro or 0) <= MAX_ENTRY_MICRO
 
 
 class _ScriptArgs:
@@ -157,8 +150,8 @@ class LedgerBatcher:
         """Books what is owed, unless that has been done before."""
         script_args = _ScriptArgs()
         for debit in batch.rows:
-            for charge, requests in _parts(debit):
-                script_args.write("apply", charge, debit.counters, admitted_on=debit.counters, requests=requests)
+            counters = debit.counters
+            script_args.write("apply", debit.charge, counters, admitted_on=counters, requests=debit.requests)
         await self._run(script_args, batch.name)
 
     def decide(
@@ -184,7 +177,7 @@ class LedgerBatcher:
             return entry
         kind = (operation, terms.team, charge.outcome, charge.credits_micro, charge.model)
         known = self._mergeable.get(kind)
-        if known is not None and known.terms is terms and known.has_room():
+        if known is not None and known.terms is terms and known.takes_one_more():
             return known
         entry = self._mergeable[kind] = _BatchEntry(operation, terms, charge, admitted_on)
         self._waiting.append(entry)
@@ -194,7 +187,7 @@ class LedgerBatcher:
         """One call after the other: who comes meanwhile is decided by the next. The busier, the larger the batches."""
         try:
             while self._waiting:
-                entries, self._waiting = self._waiting[:MAX_BATCH], self._waiting[MAX_BATCH:]
+                entries, self._waiting = self._waiting[:MAX_ENTRIES], self._waiting[MAX_ENTRIES:]
                 self._mergeable.clear()
                 await self._decide(entries)
                 for _ in range(TURNS_BETWEEN):
@@ -324,15 +317,6 @@ class LedgerBatcher:
 def _quota_state(terms: TeamLimits, counters: CounterSet, now_us: int, stood: Sequence[int]) -> QuotaState:
     tat_offset_us, *used = stood
     return QuotaState(terms, counters.windows, now_us, tat_offset_us, tuple(used), counters.policy_field)
-
-
-def _parts(debit: BufferedDebit) -> Iterator[tuple[Charge, int]]:
-    """What is owed, its requests with the first part of the credits."""
-    charge, requests = debit.charge, debit.requests
-    while charge.credits_micro is not None and charge.credits_micro > EXACT_MICRO:
-        yield replace(charge, credits_micro=EXACT_MICRO), requests
-        charge, requests = replace(charge, credits_micro=charge.credits_micro - EXACT_MICRO), 0
-    yield charge, requests
 
 
 def _script_args(entries: Sequence[_BatchEntry], counter_sets: Sequence[CounterSet]) -> _ScriptArgs:

@@ -19,6 +19,13 @@ COUNTER_KEPT_S = 2 * 86400
 BASE_PERIODS: tuple[Period, ...] = ("day", "week", "month")
 """A scope is counted in these windows, quota or not: one that is set today knows what was used before."""
 
+MAX_ENTRIES = 200
+"""Entries in one script call: some milliseconds of the store's time."""
+
+MAX_ENTRY_MICRO = 45 * 10**12
+"""Micro-credits of one entry, at least one estimate of the highest price (10**12). All entries of a call together have
+at most 9 * 10**15, which is below 2**53: numbers of Lua are exact up to there."""
+
 _FIELDS = {"requests": "requests", "estimated_credits": "credits"}
 
 

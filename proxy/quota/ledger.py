@@ -16,14 +16,13 @@ from typing import Any, TypeVar
 from proxy.problems import NO_NAME, Code, Outcome, Problem, StoreOutcomeUnknown, StoreUnavailable
 from proxy.quota.backlog import Backlog
 from proxy.quota.batches import Admitted, Denied, LedgerBatcher
-from proxy.quota.counters import CounterSet
+from proxy.quota.counters import MAX_ENTRIES, CounterSet
 from proxy.quota.model_names import OTHER
 from proxy.quota.quotas import Charge, QuotaState, TeamLimits
 from proxy.telemetry.metrics import Metrics
 
 MAX_BACKLOG_ROWS = 10_000
 FLUSH_EVERY_S = 0.5
-FLUSHED_AT_ONCE = 200
 
 _PENDING = Charge(Outcome.CANCELLED)
 
@@ -184,7 +183,7 @@ class Ledger:
             await asyncio.sleep(min(FLUSH_EVERY_S, left_s))
 
     async def _flush(self) -> None:
-        while (batch := self._backlog.batch(FLUSHED_AT_ONCE)) is not None:
+        while (batch := self._backlog.batch(MAX_ENTRIES)) is not None:
             await self._batcher.book(batch)
             self._backlog.drop(batch)
             self._metrics.buffered_debits.set(self._backlog.requests)

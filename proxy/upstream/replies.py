@@ -20,8 +20,8 @@ import orjson
 from proxy.cache.prices import Price
 from proxy.problems import Code, Problem
 
-MAX_ESTIMATE = 10**9
-"""Credits; a larger estimate is taken for an error of upstream's."""
+MAX_ESTIMATE = 10**6
+"""Credits; a larger estimate counts as an upstream error. `proxy.quota.counters.MAX_ENTRY_MICRO` builds on it."""
 
 MAX_NUMBER_CHARACTERS = 64
 MAX_RETRY_AFTER_S = 2**31

@@ -8,7 +8,8 @@ import redis
 
 from ledger_fixture import CREDIT, FAILED, HIT, PLAIN, Desk, calls, play, quota, rows, terms, used, word
 from proxy.problems import Outcome
-from proxy.quota.batches import MAX_BATCH, LedgerBatcher
+from proxy.quota.batches import LedgerBatcher
+from proxy.quota.counters import MAX_ENTRIES
 from proxy.quota.quotas import Charge, Quota
 
 
@@ -81,14 +82,14 @@ async def _break(*_: object) -> None:
 
 def test_a_batch_has_a_limit(any_store_url: str, server: redis.Redis) -> None:
     async def story(desk: Desk) -> None:
-        before, limited = calls(server), terms(quota(2 * MAX_BATCH + 1))
-        asked = (desk.ledger.charge(limited, Charge(Outcome.HIT, micro)) for micro in range(2 * MAX_BATCH + 2))
+        before, limited = calls(server), terms(quota(2 * MAX_ENTRIES + 1))
+        asked = (desk.ledger.charge(limited, Charge(Outcome.HIT, micro)) for micro in range(2 * MAX_ENTRIES + 2))
         words = list(map(word, await asyncio.gather(*asked)))
-        assert Counter(words) == {"admitted": 2 * MAX_BATCH + 1, "quota-exceeded": 1}
+        assert Counter(words) == {"admitted": 2 * MAX_ENTRIES + 1, "quota-exceeded": 1}
         assert calls(server) - before == 3
 
     play(any_store_url, story)
-    assert used(server)[0] == 2 * MAX_BATCH + 1
+    assert used(server)[0] == 2 * MAX_ENTRIES + 1
 
 
 def test_each_in_a_batch_has_its_own_fate(any_store_url: str, server: redis.Redis) -> None:

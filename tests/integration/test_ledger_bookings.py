@@ -15,6 +15,7 @@ from ledger_fixture import (
     MISS,
     PLAIN,
     Desk,
+    largest_flush,
     opened,
     play,
     quota,
@@ -24,6 +25,7 @@ from ledger_fixture import (
     word,
 )
 from proxy.problems import Code, Outcome
+from proxy.quota.counters import MAX_ENTRIES, MAX_ENTRY_MICRO
 from proxy.quota.ledger import Admitted, Denied
 from proxy.quota.model_names import MAX_MODELS
 from proxy.quota.quotas import Charge, Quota, Rate
@@ -194,22 +196,24 @@ def test_many_gateways_together_pass_no_quota(any_store_url: str, server: redis.
 # --- Amounts and names -----------------------------------------------------------------------------------------------
 
 
-def test_amounts_stay_exact_from_the_least_to_the_dearest(any_store_url: str, server: redis.Redis) -> None:
-    """In one batch, and beyond what a number of Lua holds exactly."""
+def test_amounts_stay_exact_from_the_lowest_to_the_highest(any_store_url: str, server: redis.Redis) -> None:
+    """In one batch, and in counters beyond 2**53, from where on Lua's numbers are not exact."""
     amounts = [DEAREST - 1, 1] * 20
 
     async def story(desk: Desk) -> None:
         limited = terms(quota(DEAREST + 1, "estimated_credits"), team="film")
         for micro, said in ((DEAREST, "admitted"), (2, "quota-exceeded"), (1, "admitted"), (1, "quota-exceeded")):
             assert word(await desk.ledger.charge(limited, Charge(Outcome.HIT, micro, "Flux"))) == said
-        for _ in range(2):
+        for name in ("first", "second"):
+            await desk.decisions.book(largest_flush(name, desk.decisions.counters(PLAIN), HIT))
             await asyncio.gather(*(desk.ledger.charge(PLAIN, Charge(Outcome.HIT, micro, "Flux")) for micro in amounts))
         assert isinstance(await desk.ledger.charge(PLAIN, Charge(Outcome.HIT, 1, "Flux")), Admitted)
 
     play(any_store_url, story)
-    assert used(server) == (81, 40 * DEAREST + 1)
-    assert int(float(40 * DEAREST + 1)) != 40 * DEAREST + 1, "which is not a number of Lua"
-    assert used(server, None) == (83, 41 * DEAREST + 2)
+    total = 2 * MAX_ENTRIES * MAX_ENTRY_MICRO + 40 * DEAREST + 1
+    assert used(server) == (83, total)
+    assert int(float(total)) != total, "the total has no exact Lua number"
+    assert used(server, None) == (85, total + DEAREST + 1)
 
 
 def test_the_first_models_have_a_name_of_their_own(any_store_url: str, server: redis.Redis) -> None:

@@ -225,12 +225,12 @@ def _ask_for(scene: Scene, expected: list[tuple[bytes, str]]) -> None:
 AMOUNTS = {
     "0.000001": "0.000001",
     "0.1": "0.1",
-    "1e9": "1000000000",
+    "1e6": "1000000",
     "5.0": "5",
     "1e-7": "0.000001",
     "1E+2": "100",
     "0": "0",
-    "999999999.9999999": "1000000000",
+    "999999.9999999": "1000000",
 }
 """As upstream writes them, and as they count: rounded up to a micro-credit."""
 
@@ -241,7 +241,7 @@ def priced(estimated: str) -> Responder:
 
 class TestAmounts:
     def test_are_exact_and_shown_as_upstream_wrote_them(self, limited: Limited) -> None:
-        scene = limited(quota(9e9), requests(100))
+        scene = limited(quota(9e6), requests(100))
         scene.simulator.script(*map(priced, AMOUNTS))
         for number, written in enumerate(AMOUNTS):
             body, counted = b'[{"model":"m%d"}]' % number, Decimal(AMOUNTS[written])
@@ -249,15 +249,15 @@ class TestAmounts:
                 assert answer.content == b'{"data":{"estimated":%b,"balance":7},"error":{}}' % written.encode()
             assert by_model(scene)[f"m{number}"]["estimated_credits"] == 2 * counted
         spent = 2 * sum(map(Decimal, AMOUNTS.values()))
-        assert usage(scene)["estimated_credits"] == used(scene)[0] == spent == Decimal("4000000210.200004")
+        assert usage(scene)["estimated_credits"] == used(scene)[0] == spent == Decimal("4000210.200004")
         (own, _) = shown(scene, "/v1/quota")["quotas"]
-        assert own["remaining"] == 9 * 10**9 - spent
-        assert left(scene.ask(b'[{"model":"m6"}]'))["credits-month"] == 4_999_999_789
+        assert own["remaining"] == 9 * 10**6 - spent
+        assert left(scene.ask(b'[{"model":"m6"}]'))["credits-month"] == 4_999_789
 
-    @pytest.mark.parametrize(("limit", "status"), [(1_000_000_000.100002, 200), (1_000_000_000.100001, 402)])
+    @pytest.mark.parametrize(("limit", "status"), [(1_000_000.100002, 200), (1_000_000.100001, 402)])
     def test_a_micro_credit_decides(self, limit: float, status: int, limited: Limited) -> None:
         scene = limited(quota(limit))
-        scene.simulator.script(priced("1e9"), priced("0.1"), priced("0.0000015"))
+        scene.simulator.script(priced("1e6"), priced("0.1"), priced("0.0000015"))
         assert [scene.ask(body).status_code for body in (ONE, FLUX, SEGMENT)] == [200, 200, status]
 
 

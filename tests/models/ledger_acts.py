@@ -18,8 +18,11 @@ from proxy.quota.quotas import Charge, Quota, QuotaState, Rate, TeamLimits
 TEAMS = ("design", "marketing", "film")
 MODELS = ("Flux", "Flux dev.1", "style", "mixed", "other", "-")
 
-HUGE = 10**15
-"""Micro-credits of the dearest answer that there is."""
+HUGE = 10**12
+"""Micro-credits of the highest estimate that has a price."""
+
+MAX_LIMIT = 9 * 10**15
+"""Micro-credits of the highest quota."""
 
 
 class Expected(NamedTuple):
@@ -107,7 +110,9 @@ def _drafts(measure: str, fixed: Sequence[int], relative: Sequence[int]) -> st.S
 DRAFT = st.one_of(
     _drafts("requests", (0, 1, 3, 20, 10**12), (-1, 1, 2, 3, 4, 6, 8, 12)),
     _drafts(
-        "estimated_credits", (0, 1, 50 * MILLION, 9 * HUGE), (-1, 1, MILLION, 9 * MILLION, 20 * MILLION, HUGE, 3 * HUGE)
+        "estimated_credits",
+        (0, 1, 50 * MILLION, MAX_LIMIT),
+        (-1, 1, MILLION, 9 * MILLION, 20 * MILLION, HUGE, 3 * HUGE),
     ),
 )
 DRAFTS = st.lists(DRAFT, max_size=4, unique_by=lambda draft: (draft.measure, draft.per))

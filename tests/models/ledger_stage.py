@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import redis
 
+from ledger_fixture import largest_flush
 from ledger_model import MILLION, ZONE, Process
 from lua_scripts import LUA_SCRIPTS
 from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.ledger import Admitted, Denied, Ledger
-from proxy.quota.quotas import QuotaState, TeamLimits
+from proxy.quota.quotas import Charge, QuotaState, TeamLimits
 from proxy.quota.reports import LedgerReader
 from proxy.store.access import StoreAccess
 from proxy.store.client import Script, Store
@@ -86,6 +87,12 @@ class Gateway:
     def pay(self, process: Process) -> None:
         """Returns when nothing is owed any more."""
         self.run(process, [_none(self.ledger._flushing)])
+
+    def flush(self, process: Process, name: str, terms: TeamLimits, charge: Charge) -> None:
+        """Books as many credits as one call can, as of the moment that the gateway takes it for."""
+        self._let(process)
+        batcher = self.ledger._batcher
+        self._runner.run(batcher.book(largest_flush(name, batcher.counters(terms), charge)))
 
     def quota_states(self, process: Process, terms: list[TeamLimits]) -> list[QuotaState]:
         self._let(process)

@@ -22,6 +22,7 @@ from ledger_acts import (
     DRAFTS,
     HUGE,
     MANY_BILLS,
+    MAX_LIMIT,
     PICKS,
     TEAMS,
     Act,
@@ -38,10 +39,10 @@ from ledger_acts import (
     standing_as,
     summed_up,
 )
-from ledger_model import MILLION, PERS, Bill, Books, Deal, Limit, Process, Said, Ticket, span
+from ledger_model import MILLION, PERS, Bill, Books, Deal, Entry, Limit, Process, Said, Ticket, span
 from ledger_stage import KEYS, MOST_NAMES, START_US, Answer, World, later
 from proxy.problems import Outcome
-from proxy.quota.batches import EXACT_MICRO
+from proxy.quota.counters import MAX_ENTRIES, MAX_ENTRY_MICRO
 from proxy.quota.ledger import Admitted
 from proxy.quota.quotas import TeamLimits
 
@@ -69,6 +70,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self._rates = dict.fromkeys(TEAMS, (20, 10**6))
         self._limits: dict[str, tuple[Limit, ...]] = dict.fromkeys(("", *TEAMS), ())
         """Of the organisation, and of each team."""
+        self._flushes = 0
         self._agree()
 
     def teardown(self) -> None:
@@ -158,8 +160,18 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(where=_WHERE, team=ANY_TEAM)
     def much_is_used(self, where: int, team: str) -> None:
-        """More than a number of Lua holds exactly."""
-        self.turn(where, [Act("charge", team, Bill("stale", HUGE - 1, "Flux"), 0)] * 11)
+        """Two flushes book as much as they can, together more than 2**53; then one answer more."""
+        process, (deal, terms) = self._processes[where], self._deals[team]
+        if process.out:
+            return
+        bill = Bill("stale", MAX_ENTRIES * MAX_ENTRY_MICRO, "Flux")
+        for name in ("first", "second"):
+            ticket = process.ticket(deal)
+            self._world.gateways[where].flush(process, f"{name} {self._flushes}", terms, charge_of(bill))
+            self._books.enter(Entry(deal.team, ticket.at_us, deal.counted), bill)
+            process.hear()
+        self._flushes += 1
+        self.turn(where, [Act("charge", team, Bill("stale", HUGE - 1, "Flux"), 0)])
 
     @rule(where=_WHERE)
     def ledger_is_out(self, where: int) -> None:
@@ -227,7 +239,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if not draft.is_relative:
             return limit
         most = self._books.used(owner, limit) + draft.most
-        return replace(limit, most=min(max(0, most), 9 * HUGE))
+        return replace(limit, most=min(max(0, most), MAX_LIMIT))
 
     def _expect_all(self, where: int, acts: list[Act]) -> list[Expected]:
         """In the order of `acts`. Those alike are decided in the place of the first one.
@@ -267,7 +279,7 @@ class LedgerMachine(RuleBasedStateMachine):
             kind = (act.team, bill) if alike else number
             micro = (bill and bill.micro) or 0
             group = known.get(kind)
-            if group is None or (len(group) + 1) * micro > EXACT_MICRO:
+            if group is None or (len(group) + 1) * micro > MAX_ENTRY_MICRO:
                 group = known[kind] = []
                 groups.append(group)
             group.append(number)

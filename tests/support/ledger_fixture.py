@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import time_ns
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -14,8 +14,9 @@ import redis
 
 from faulty_proxy import Relay
 from proxy.problems import Outcome, StoreUnavailable
+from proxy.quota.backlog import BufferedDebit, FlushBatch
 from proxy.quota.batches import LedgerBatcher
-from proxy.quota.counters import BASE_PERIODS, LedgerKeys
+from proxy.quota.counters import BASE_PERIODS, MAX_ENTRIES, MAX_ENTRY_MICRO, CounterSet, LedgerKeys
 from proxy.quota.ledger import Admitted, Denied, Ledger
 from proxy.quota.quotas import Charge, Measure, Quota, Rate, Scope, TeamLimits
 from proxy.quota.windows import Period
@@ -26,8 +27,8 @@ ZONE = ZoneInfo("Europe/Berlin")
 KEYS = LedgerKeys("acme")
 DAY_S = 86_400
 CREDIT = 1_000_000
-DEAREST = 10**15
-"""Micro-credits of an estimate, at the most."""
+DEAREST = 10**12
+"""Micro-credits of the highest estimate that has a price."""
 
 HIT = Charge(Outcome.HIT, 4 * CREDIT, "Flux")
 MISS = Charge(Outcome.MISS, 4 * CREDIT, "Flux")
@@ -47,6 +48,12 @@ def quota(limit: int, measure: Measure = "requests", per: Period = "month", scop
 PLAIN = terms()
 SLOW = terms(rate=Rate(0.01, 9))
 """Its rate remembers for longer than a test takes."""
+
+
+def largest_flush(name: str, counters: CounterSet, charge: Charge) -> FlushBatch:
+    """As many credits as one call can book. One request: only the first row has it."""
+    charge = replace(charge, credits_micro=MAX_ENTRY_MICRO)
+    return FlushBatch(name, tuple(BufferedDebit(counters, charge, int(row == 0)) for row in range(MAX_ENTRIES)))
 
 
 @dataclass

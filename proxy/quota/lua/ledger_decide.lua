@@ -27,9 +27,10 @@
 -- `charge` and `admit` take several requests alike: the first ones are admitted, as many as there is room for, and all
 -- others refused by the verdict's word.
 -- An admitted request stands in the usage as 'cancelled' until it is settled, so usage and counters always agree.
--- Sums are kept below 2^53, where numbers of Lua are exact; a quota's limit is lower than that.
+-- An entry has at most 45e12 micro-credits and a call 200 entries (`proxy/quota/counters.py`), so what a call adds is
+-- below 2^53 and exact; a quota's limit is lower than that, too. A counter may be higher: only 'HINCRBY' adds to it.
 local PENDING = '-:cancelled:requests'
-local EXACT, FULL = 9e15, 4e18
+local FULL = 4e18
 local call = redis.call
 
 local time = redis.call('TIME')
@@ -42,13 +43,13 @@ if once and call('EXISTS', KEYS[4]) == 1 then
   return { now, '' }
 end
 
--- What this call adds to counters and usage, by key. `parts` is what would have made a sum inexact, by field.
+-- What this call adds to counters and usage, by key.
 local counters, usages = {}, {}
 
 local function counter_at(key, ends)
   local counter = counters[key]
   if not counter then
-    counter = { key = key, ends = ends, requests = 0, credits = 0, parts = {} }
+    counter = { key = key, ends = ends, requests = 0, credits = 0 }
     counters[key] = counter
   end
   return counter
@@ -57,7 +58,7 @@ end
 local function usage_at(key, ends)
   local usage = usages[key]
   if not usage then
-    usage = { key = key, ends = ends, sums = {}, parts = {} }
+    usage = { key = key, ends = ends, sums = {} }
     usages[key] = usage
   end
   return usage
@@ -67,10 +68,6 @@ local function count_in(owner, requests, credits)
   for i = 1, #owner.counters do
     local counter = owner.counters[i]
     counter.requests = counter.requests + requests
-    if counter.credits + credits > EXACT then
-      counter.parts[#counter.parts + 1] = counter.credits
-      counter.credits = 0
-    end
     counter.credits = counter.credits + credits
   end
 end
@@ -81,12 +78,7 @@ local function count(sheet, requests, credits)
 end
 
 local function add(usage, field, amount)
-  local sum = usage.sums[field] or 0
-  if sum + amount > EXACT then
-    usage.parts[#usage.parts + 1] = { field, sum }
-    sum = 0
-  end
-  usage.sums[field] = sum + amount
+  usage.sums[field] = (usage.sums[field] or 0) + amount
 end
 
 -- What a counter holds with what this call adds. What it held before is read once.
@@ -95,13 +87,7 @@ local function used(counter, field)
     local held = call('HMGET', counter.key, 'requests', 'credits')
     counter.held = { requests = tonumber(held[1] or 0), credits = tonumber(held[2] or 0) }
   end
-  local total = counter.held[field] + counter[field]
-  if field == 'credits' then
-    for i = 1, #counter.parts do
-      total = total + counter.parts[i]
-    end
-  end
-  return total
+  return counter.held[field] + counter[field]
 end
 
 local key_at, arg_at = 4, 7
@@ -372,17 +358,11 @@ end
 for _, counter in pairs(counters) do
   increase(counter, 'requests', counter.requests)
   increase(counter, 'credits', counter.credits)
-  for i = 1, #counter.parts do
-    increase(counter, 'credits', counter.parts[i])
-  end
   expire(counter)
 end
 for _, usage in pairs(usages) do
   for field, sum in pairs(usage.sums) do
     increase(usage, field, sum)
-  end
-  for i = 1, #usage.parts do
-    increase(usage, usage.parts[i][1], usage.parts[i][2])
   end
   expire(usage)
 end

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from proxy.problems import Outcome
 from proxy.quota.backlog import Backlog, BufferedDebit, FlushBatch
-from proxy.quota.counters import CounterSet
+from proxy.quota.counters import MAX_ENTRY_MICRO, CounterSet
 from proxy.quota.quotas import Charge
 from proxy.quota.windows import Window
 
@@ -90,10 +90,23 @@ def test_a_pile_stays_what_it_is_until_it_is_dropped() -> None:
     assert backlog.batch(1) is second, "it is not this one that is booked"
 
 
+def test_a_sum_ends_where_lua_could_not_add_it_exactly() -> None:
+    backlog, highest = Backlog(3), Charge(Outcome.HIT, 10**12, "Flux")
+    for _ in range(45):
+        assert backlog.add(TODAY, highest, 1)
+    assert backlog.add(TODAY, FAILED, 1)
+    for _ in range(45):
+        assert backlog.add(TODAY, highest, 1)
+    assert not backlog.add(TODAY, highest, 1), "a third sum would be one too many"
+    assert backlog.requests == 91
+    sums = [(debit.requests, debit.charge.credits_micro) for debit in taken(backlog)]
+    assert sorted(sums, key=str) == [(1, None), (45, MAX_ENTRY_MICRO), (45, MAX_ENTRY_MICRO)]
+
+
 _CHARGES = st.builds(
     Charge,
     st.sampled_from([Outcome.HIT, Outcome.CANCELLED]),
-    st.none() | st.integers(0, 10**15),
+    st.none() | st.integers(0, 10**12) | st.just(10**12),
     st.sampled_from(["Flux", "-"]),
 )
 _DEBITS = st.tuples(st.sampled_from(SHEETS), _CHARGES, st.sampled_from([1, 1, -1]))

@@ -23,9 +23,9 @@ def usable(number: bytes) -> bool:
 
 @st.composite
 def numbers(draw: st.DrawFn) -> tuple[bytes, Fraction]:
-    """A JSON number of at most 64 characters from 0 to 10**9, and its value."""
+    """A JSON number of at most 64 characters from 0 to 10**6, and its value."""
     digits = str(draw(st.integers(0, 10 ** draw(st.integers(1, 60)))))
-    exponent = draw(st.integers(9 - len(digits) - draw(st.sampled_from([3, 20, 500])), 9 - len(digits)))
+    exponent = draw(st.integers(6 - len(digits) - draw(st.sampled_from([3, 20, 500])), 6 - len(digits)))
     plain = len(digits) + exponent  # with the point here it takes no exponent
     point = plain if 0 < plain < len(digits) and draw(st.booleans()) else draw(st.integers(0, len(digits)))
     whole, part = digits[:point] or "0", digits[point:]
@@ -38,8 +38,8 @@ def numbers(draw: st.DrawFn) -> tuple[bytes, Fraction]:
 
 @given(numbers().filter(lambda number: len(number[0]) <= MAX_NUMBER_CHARACTERS))
 @example((b"0", Fraction(0)))
-@example((b"1000000000", Fraction(10**9)))
-@example((b"1e9", Fraction(10**9)))
+@example((b"1000000", Fraction(10**6)))
+@example((b"1e6", Fraction(10**6)))
 @example((b"2.75", Fraction(11, 4)))
 def test_an_amount_is_exact_or_the_next_micro_credit(number: tuple[bytes, Fraction]) -> None:
     text, value = number
@@ -66,8 +66,8 @@ def test_an_amount_is_exact_or_the_next_micro_credit(number: tuple[bytes, Fracti
         (b"0.0000001", 1),
         (b"0.0000011", 2),
         (b"12.1000000000000000000000000000000000000000000000000000000000001", 12_100_001),
-        (b"999999999.9999999999999999999999999999999999999999999999999999", 10**15),
-        (b"1E+9", 10**15),
+        (b"999999.9999999999999999999999999999999999999999999999999999999", 10**12),
+        (b"1E+6", 10**12),
         (b"1e-400", 1),
         (b"1e-1000000", 1),
         (b"1e-999999999999999999", 1),
