@@ -1,4 +1,4 @@
-"""The composition root: settings in, a Starlette application out, whose lifespan closes what was opened."""
+"""The composition root: builds the Starlette application from the settings. Its lifespan closes what it opens."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -15,22 +15,24 @@ from starlette.routing import Route
 from starlette.types import Receive, Send
 from starlette.types import Scope as ASGIScope
 
+from proxy.gateway.canonical_request import RequestParser
 from proxy.gateway.estimates import Gateway, Policy
 from proxy.gateway.fetcher import Fetcher
 from proxy.gateway.freshness import StaleLimits
 from proxy.gateway.in_flight import InFlightTracker
 from proxy.gateway.live_config import ConfigHolder, RuntimeConfig, runtime_config_of
-from proxy.gateway.questions import RequestParser
-from proxy.http.endpoint import Endpoint, probe_answer, refuse_route
+from proxy.gateway.purge import PurgeHandler
+from proxy.http.endpoint import Endpoint, refuse_route
 from proxy.http.metrics_endpoint import MetricsEndpoint
 from proxy.http.paths import EXPLAIN_PATH, METRICS_PATH, PURGE_PATH, QUOTA_PATH, USAGE_PATH
+from proxy.http.responses import probe_answer
 from proxy.http.usage_endpoints import UsageEndpoints
 from proxy.open_stores import book_of, open_book_store, open_ledger_store
 from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.ledger import Ledger
 from proxy.quota.reports import LedgerReader
-from proxy.settings.schema import Settings
+from proxy.settings.schema import SecretText, Settings
 from proxy.store.access import EmbeddedUrls
 from proxy.store.client import Store
 from proxy.telemetry.descriptor_monitor import DescriptorMonitor
@@ -40,10 +42,13 @@ from proxy.upstream.client import Upstream
 
 
 class Application(Starlette):
-    """Starlette, whose middleware and router estimates leave aside: their endpoint catches what it raises itself."""
+    """A Starlette application that calls the endpoint of estimates directly, without its middleware and router.
 
-    def __init__(self, estimate: Endpoint, routes: Sequence[Route], **how: Any) -> None:
-        super().__init__(routes=[Route(ESTIMATE_PATH, estimate, methods=["POST"]), *routes], **how)
+    That saves time on the hot path. The endpoint turns exceptions into responses itself.
+    """
+
+    def __init__(self, estimate: Endpoint, routes: Sequence[Route], **options: Any) -> None:
+        super().__init__(routes=[Route(ESTIMATE_PATH, estimate, methods=["POST"]), *routes], **options)
         self.router.redirect_slashes = False  # a redirect would repeat the request's Host header
         self._estimate = estimate
 
@@ -53,30 +58,27 @@ class Application(Starlette):
 
 
 def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTracker, metrics: Metrics) -> Starlette:
-    """The gateway as an application. `embedded_urls` say where the stores are that no setting names."""
+    """The gateway as an application. Its `state.reload` takes new settings.
+
+    embedded_urls: the embedded stores, for those that the settings do not name.
+    """
     ledger_store = open_ledger_store(settings, embedded_urls, metrics)
     book_store = open_book_store(settings, embedded_urls, metrics, ledger=ledger_store)
-    api_keys = {name: account.api_key for name, account in settings.accounts.items()}
-    upstream = Upstream(settings.upstream, api_keys, metrics)
+    upstream = Upstream(settings.upstream, _api_keys(settings), metrics)
     book = book_of(settings, book_store, upstream.address)
-    fetcher = Fetcher(book, upstream, metrics, tracker, timeout_s=settings.server.request_timeout_s)
+    timeout_s = settings.server.request_timeout_s
+    fetcher = Fetcher(book, upstream, metrics, tracker, timeout_s=timeout_s)
     zone, keys, live = settings.org.zone, LedgerKeys(settings.org.id), ConfigHolder(runtime_config_of(settings))
-    admits_on_outage = settings.store.on_outage == "admit"
     batcher = LedgerBatcher(ledger_store, keys, zone, metrics)
-    ledger = Ledger(batcher, metrics, admits_on_outage=admits_on_outage)
-    _preregister_warnings(metrics, live.config)
-    metrics.in_flight = lambda: tracker.in_flight
-    gateway = Gateway(live, ledger, book, fetcher, RequestParser(upstream.address), policy_of(settings))
+    ledger = Ledger(batcher, metrics, admits_on_outage=settings.store.on_outage == "admit")
     ledger_reader = LedgerReader(ledger_store, keys, zone)
+    parser = RequestParser(upstream.address)
+    gateway = Gateway(live, ledger, book, fetcher, parser, _policy_of(settings))
+    purges = PurgeHandler(live, book, parser)
     usage_endpoints = UsageEndpoints(live, ledger_reader, zone)
     metrics_endpoint = MetricsEndpoint(live, metrics, batcher, ledger_reader, book)
-
-    def reload(changed: Settings) -> None:
-        """What began under the old rules ends under them."""
-        live.config = runtime_config_of(changed)
-        _preregister_warnings(metrics, live.config)
-        upstream.take_keys({name: account.api_key for name, account in changed.accounts.items()})
-        metrics.begin(changed.teams, changed.accounts)
+    _preregister_warnings(metrics, live.config)
+    metrics.in_flight = lambda: tracker.in_flight
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -91,18 +93,13 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
         await book_store.close()
         await ledger_store.close()
 
-    endpoint = partial(
-        Endpoint,
-        tracker=tracker,
-        metrics=metrics,
-        max_body_bytes=settings.server.max_body_bytes,
-        timeout_s=settings.server.request_timeout_s,
-    )
+    max_body_bytes = settings.server.max_body_bytes
+    endpoint = partial(Endpoint, tracker=tracker, metrics=metrics, max_body_bytes=max_body_bytes, timeout_s=timeout_s)
     app = Application(
         endpoint("estimate", gateway.estimate),
         routes=[
             Route(EXPLAIN_PATH, endpoint("other", gateway.explain), methods=["POST"]),
-            Route(PURGE_PATH, endpoint("other", gateway.purge), methods=["POST"]),
+            Route(PURGE_PATH, endpoint("other", purges.purge), methods=["POST"]),
             Route(USAGE_PATH, endpoint("other", usage_endpoints.usage), methods=["GET"]),
             Route(QUOTA_PATH, endpoint("other", usage_endpoints.quota), methods=["GET"]),
             Route(METRICS_PATH, endpoint("other", metrics_endpoint.metrics), methods=["GET"]),
@@ -112,19 +109,31 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
         exception_handlers={HTTPException: partial(refuse_route, tracker, metrics)},
         lifespan=lifespan,
     )
-    app.state.reload = reload
+    app.state.reload = partial(_reload, live, metrics, upstream)
     return app
 
 
+def _reload(live: ConfigHolder, metrics: Metrics, upstream: Upstream, changed: Settings) -> None:
+    """Puts changed settings into force. Requests that have already begun keep the previous ones."""
+    live.config = runtime_config_of(changed)
+    _preregister_warnings(metrics, live.config)
+    upstream.take_keys(_api_keys(changed))
+    metrics.begin(changed.teams, changed.accounts)
+
+
+def _api_keys(settings: Settings) -> dict[str, SecretText]:
+    return {name: account.api_key for name, account in settings.accounts.items()}
+
+
 def _preregister_warnings(metrics: Metrics, config: RuntimeConfig) -> None:
-    for terms in config.terms.values():
-        for quota in terms.quotas:
+    for limits in config.team_limits.values():
+        for quota in limits.quotas:
             if not quota.refuse:
-                metrics.preregister_warning(quota.owner(terms.team), quota.measure, quota.per)
+                metrics.preregister_warning(quota.owner(limits.team), quota.measure, quota.per)
 
 
-def policy_of(settings: Settings) -> Policy:
-    """What the settings say about answers."""
+def _policy_of(settings: Settings) -> Policy:
+    """The settings about answers."""
     cache = settings.cache
     return Policy(
         stale_limits=StaleLimits(cache.stale_while_revalidate_s, cache.stale_if_error_s),
@@ -139,11 +148,15 @@ async def _healthz(request: Request) -> Response:
 
 
 async def _readyz(stores: Sequence[Store], upstream: Upstream, tracker: InFlightTracker, request: Request) -> Response:
-    """Ready unless shutting down: a lost store or upstream has its own promises, and all replicas share it."""
+    """Ready unless draining.
+
+    A lost store or upstream is only reported as degraded: it affects all replicas at once, and the gateway still serves
+    without it as documented.
+    """
     if tracker.draining:
         return probe_answer(request, {"status": "draining"}, draining=True)
-    found = await asyncio.gather(*(store.is_up() for store in stores))
-    degraded: list[str] = [store.role for store, is_up in zip(stores, found, strict=True) if not is_up]
+    are_up = await asyncio.gather(*(store.is_up() for store in stores))
+    degraded: list[str] = [store.role for store, is_up in zip(stores, are_up, strict=True) if not is_up]
     if upstream.in_trouble:
         degraded.append("upstream")
     return probe_answer(request, {"status": "ready", "degraded": degraded})

@@ -30,7 +30,7 @@ class Team:
     id: str
     account: str
     disabled: bool
-    terms: TeamLimits
+    limits: TeamLimits
 
 
 @dataclass(frozen=True, slots=True)

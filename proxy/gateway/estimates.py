@@ -1,35 +1,46 @@
-"""The story of a request: who asks, what is asked, what is known, whether it may, what upstream says.
+"""The way of an estimate request through the gateway.
 
-`Gateway.estimate` tells it from top to bottom. `proxy.http.endpoint` brings what it asks for as `ClientRequest`, and
-turns its `Answer` or `Problem` into bytes; what headers and the log line need goes into the
-`Trace`.
+`Gateway.estimate` has all of its steps and branches, in order:
+
+1. Authenticate the team by its token, then read and parse the body.
+2. Look the price up: in this process's memory, then in the price book.
+3. Decide, by the price's age and the request's `Cache-Control`, to serve it or to ask upstream.
+4. Serving: charge the team's quotas and answer. A stale price or an old balance is refreshed in the background.
+5. Asking upstream: admit the request to the quotas, fetch, turn the reply into an answer, and settle the admission.
+
+A request that fails or is denied becomes a `Problem`. Exceptions are for malformed requests, clients that have gone,
+overload and defects: `proxy.http.endpoint` maps them to responses.
 """
 
 import asyncio
 from dataclasses import dataclass
-from time import perf_counter
-from typing import Protocol, Self, assert_never
+from typing import assert_never
 
 from proxy.auth import Access, Team
 from proxy.cache.canonical import present
 from proxy.cache.price_book import PriceBook
 from proxy.cache.prices import Balance, Lookup, Price, StoredPrice, document
 from proxy.gateway.cache_status import after_failure, forwarded, hit
+from proxy.gateway.canonical_request import CanonicalRequest, RequestParser
 from proxy.gateway.fetcher import Fetcher, FetchResult
-from proxy.gateway.freshness import Directives, Forward, NotCached, Serve, StaleLimits, choose
+from proxy.gateway.freshness import Forward, NotCached, Serve, StaleLimits, choose
 from proxy.gateway.live_config import ConfigHolder, RuntimeConfig
-from proxy.gateway.purge import read_purge
-from proxy.gateway.questions import CanonicalRequest, RequestParser
+from proxy.gateway.request import Answer, ClientRequest, Explanation, Trace
 from proxy.problems import Code, Outcome, Problem, StoreUnavailable
 from proxy.quota.credits import micro_of
 from proxy.quota.ledger import Admitted, Denied, Ledger
-from proxy.quota.quotas import Charge, Quota, QuotaState
+from proxy.quota.quotas import Charge
 from proxy.upstream.replies import Failed, Priced, Rejected, Unpriced
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What the settings say about answers."""
+    """The settings about answers. They are not reloaded.
+
+    balance_max_age_s: a hit whose balance is older starts an audit.
+    timeout_s: of the whole answer; named in the problem of a request that exceeds it.
+    refuse_unpriced: whether an answer without a price becomes a problem, or is passed on.
+    """
 
     stale_limits: StaleLimits
     balance_max_age_s: float
@@ -37,93 +48,8 @@ class Policy:
     refuse_unpriced: bool
 
 
-class ClientRequest(Protocol):
-    """What a client wants: its token, its query string, what it says of stored answers, and a body.
-
-    accept: the media types that it takes, as it says.
-    deadline: of the whole answer, on the event loop's clock.
-    """
-
-    token: str | None
-    query: bytes
-    directives: Directives
-    accept: str | None
-    deadline: float
-
-    async def read_body(self) -> bytes:
-        """The body, which is there once. Raises `BadRequest`, `ClientGone`."""
-
-
-@dataclass(slots=True)
-class Answer:
-    """What a client gets: a JSON body. `price` is set where it has one, `age_s` where it is a stored one."""
-
-    outcome: Outcome
-    status: int
-    body: bytes
-    price: Price | None = None
-    age_s: float | None = None
-    balance_age_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """What the gateway makes of a question. With the outcome `bypass` nobody knows what is stored.
-
-    admission: what would be said to an estimate now; None if nobody knows.
-    """
-
-    outcome: Outcome
-    question: CanonicalRequest
-    ignored: list[str]
-    stored: StoredPrice | None
-    admission: Admitted | Denied | None
-
-
-@dataclass(frozen=True, slots=True)
-class Purged:
-    """What has been forgotten: one question, by its key, or an account's whole book. `found`: was there a price."""
-
-    account: str
-    key: str | None = None
-    found: bool | None = None
-
-
-class Trace:
-    """What happened on the way of one request. Durations are seconds."""
-
-    team: str = "-"
-    cache_status: str | None = None
-    store_s: float | None = None
-    upstream_s: float | None = None
-    waited: bool = False
-    """For upstream, or for another's request to it."""
-    quota_state: QuotaState | None = None
-    """Of the team, as the ledger has said it last."""
-    warnings: tuple[Quota, ...] = ()
-    """Quotas that only warn, and that this answer has passed."""
-
-    def note(self, admission: Admitted | Denied) -> None:
-        """What is refused passes no quota, whatever it passed on its way."""
-        self.quota_state = admission.quota_state or self.quota_state
-        if isinstance(admission, Denied):
-            self.warnings = ()
-        elif admission.quota_state is not None:
-            self.warnings = admission.quota_state.warnings()
-
-    def at_store(self) -> Self:
-        """Counts the time that is spent within."""
-        return self
-
-    def __enter__(self) -> None:
-        self._since = perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.store_s = (self.store_s or 0.0) + perf_counter() - self._since
-
-
 class Gateway:
-    """One organisation's gateway: its teams, the price book they share, and the way upstream."""
+    """Answers estimates, and explains them."""
 
     def __init__(
         self,
@@ -131,151 +57,124 @@ class Gateway:
         ledger: Ledger,
         book: PriceBook,
         fetcher: Fetcher,
-        reader: RequestParser,
+        parser: RequestParser,
         policy: Policy,
     ) -> None:
         self._live = live
         self._ledger = ledger
         self._book = book
         self._fetcher = fetcher
-        self._reader = reader
+        self._parser = parser
         self._policy = policy
 
     async def estimate(self, request: ClientRequest, trace: Trace) -> Answer | Problem:
-        """What upstream says, or said, to the body. Raises `BadRequest`, `ClientGone`."""
+        """Answers `POST /pub/v1/generations/estimate`. Raises `BadRequest`, `ClientGone`, `Overloaded`."""
         config = self._live.config
-        team = _who_asks(request, trace, config.access)
+        team = _authenticate(request, trace, config.access)
         if isinstance(team, Problem):
             return team
-        question = self._read(await request.read_body(), team, request.query, config)
+        canonical_request = self._parse(await request.read_body(), team, request.query, config)
 
-        known = self._book.get_local(question.key, question.account) or await self._look_up(question, trace)
-        match choose(known, request.directives, self._policy.stale_limits):
+        lookup = self._book.get_local(canonical_request.key, team.account)
+        if lookup is None:
+            lookup = await self._look_up(canonical_request, trace)
+        match choose(lookup, request.directives, self._policy.stale_limits):
             case NotCached():
-                return await self._pass_over(team, trace)
+                return await self._refuse_uncached(team, trace)
             case Serve(stored, balance, stale):
-                charge = _charge(Outcome.STALE if stale else Outcome.HIT, question, stored.price)
-                with trace.at_store():
-                    admission = await self._ledger.charge(team.terms, charge)
-                trace.note(admission)
+                charge = _charge(Outcome.STALE if stale else Outcome.HIT, canonical_request, stored.price)
+                with trace.timing_store():
+                    admission = await self._ledger.charge(team.limits, charge)
+                trace.record_admission(admission)
                 if isinstance(admission, Denied):
                     return admission.problem
-                self._look_behind(question, stored, balance, known, stale=stale)
+                self._refresh_in_background(canonical_request, stored, balance, lookup, stale=stale)
                 trace.cache_status = hit(stored, detail="stale-while-revalidate" if stale else None)
                 return _stored_answer(charge.outcome, stored, balance)
             case Forward() as forward:
-                with trace.at_store():
-                    admission = await self._ledger.admit(team.terms)
-                trace.note(admission)
+                with trace.timing_store():
+                    admission = await self._ledger.admit(team.limits)
+                trace.record_admission(admission)
                 if isinstance(admission, Denied):
                     return admission.problem
 
-        fetched, collapsed = await self._ask(question, request, forward, known, trace)
-        ending = self._conclude(fetched, forward, question, collapsed=collapsed, trace=trace)
-        return await self._settle(admission, question, fetched, ending, trace)
+        fetched, collapsed = await self._fetch(canonical_request, request, forward, lookup, trace)
+        result = self._result_of(fetched, forward, canonical_request, collapsed=collapsed, trace=trace)
+        return await self._settle(admission, canonical_request, fetched, result, trace)
 
-    async def explain(self, request: ClientRequest, trace: Trace) -> Explanation | Problem:
-        """How the gateway reads a body and what it knows of it. Asks upstream nothing. Raises as `estimate`."""
-        config = self._live.config
-        team = _who_asks(request, trace, config.access)
-        if isinstance(team, Problem):
-            return team
-        question = self._read(await request.read_body(), team, request.query, config)
-        known = await self._look_up(question, trace)
-        stored = None if known is None else known.stored
-        admission = await self._peek(team, stored, trace)
-        if isinstance(admission, Denied) and admission.problem.code is Code.RATE_LIMITED:
-            return admission.problem
-        ignored = present(question.canonical, config.ignored)
-        outcome = Outcome.BYPASS if known is None else Outcome.HIT if stored else Outcome.MISS
-        return Explanation(outcome, question, ignored, stored, admission)
+    def _parse(self, body: bytes, team: Team, query: bytes, config: RuntimeConfig) -> CanonicalRequest:
+        return self._parser.parse(body, account=team.account, query=query, ignored=config.ignored)
 
-    async def purge(self, request: ClientRequest, trace: Trace) -> Purged | Problem:
-        """Forgets one question of an account, or all of them. For admin tokens. Raises as `estimate`."""
-        config = self._live.config
-        denial = _deny_all_but_admins(config.access, request.token, trace)
-        if denial is not None:
-            return denial
-        wanted = read_purge(await request.read_body())
-        if wanted.account not in config.accounts:
-            return Problem(Code.INVALID_REQUEST, f"There is no account {wanted.account!r}.")
-        try:
-            if wanted.canonical is None:
-                await self._book.purge_account(wanted.account)
-                return Purged(wanted.account)
-            query = wanted.query.encode()
-            key = self._reader.of(wanted.canonical, account=wanted.account, query=query, ignored=config.ignored).key
-            return Purged(wanted.account, key, await self._book.purge_question(key, wanted.account))
-        except StoreUnavailable:
-            detail = "The price book is out of reach: nothing is sure to be purged; try again."
-            return Problem(Code.STORE_UNAVAILABLE, detail)
-
-    async def finish(self, timeout_s: float) -> None:
-        """Lets what was asked upstream come home and be stored, and what was admitted be settled."""
-        await self._fetcher.finish(timeout_s)
-        await self._ledger.close(timeout_s)
-
-    def _read(self, body: bytes, team: Team, query: bytes, config: RuntimeConfig) -> CanonicalRequest:
-        return self._reader.read(body, account=team.account, query=query, ignored=config.ignored)
-
-    async def _look_up(self, question: CanonicalRequest, trace: Trace) -> Lookup | None:
-        """What the book knows; None if it is out of reach."""
-        with trace.at_store():
+    async def _look_up(self, canonical_request: CanonicalRequest, trace: Trace) -> Lookup | None:
+        """What the price book has for a request; None if it is out of reach."""
+        with trace.timing_store():
             try:
-                return await self._book.look_up(question.key, question.account)
+                return await self._book.look_up(canonical_request.key, canonical_request.account)
             except StoreUnavailable:
                 return None
 
-    async def _pass_over(self, team: Team, trace: Trace) -> Problem:
-        """The client wants a stored answer or none, and there is none."""
-        with trace.at_store():
-            admission = await self._ledger.record_uncached(team.terms, Outcome.NOT_CACHED)
-        trace.note(admission)
+    async def _refuse_uncached(self, team: Team, trace: Trace) -> Problem:
+        """The client wants only a stored answer, and none is usable. The request still takes from the rate."""
+        with trace.timing_store():
+            admission = await self._ledger.record_uncached(team.limits, Outcome.NOT_CACHED)
+        trace.record_admission(admission)
         if isinstance(admission, Denied):
             return admission.problem
-        return Problem(Code.NOT_CACHED, "No stored answer will do, and RenderNet was not to be asked (only-if-cached).")
+        return Problem(
+            Code.NOT_CACHED,
+            "No usable answer is stored, and Cache-Control: only-if-cached forbids asking RenderNet: send the request "
+            "without it.",
+        )
 
-    async def _peek(self, team: Team, stored: StoredPrice | None, trace: Trace) -> Admitted | Denied | None:
-        with trace.at_store():
-            try:
-                admission = await self._ledger.peek(team.terms, micro_of(stored.price.estimated) if stored else None)
-            except StoreUnavailable:
-                return None
-        trace.quota_state = admission.quota_state
-        return admission
+    def _refresh_in_background(
+        self,
+        canonical_request: CanonicalRequest,
+        stored: StoredPrice,
+        balance: Balance,
+        lookup: Lookup | None,
+        *,
+        stale: bool,
+    ) -> None:
+        """Starts a refresh of a stale price, or an audit if the balance is old."""
+        max_age_s = self._policy.balance_max_age_s
+        if stale:
+            self._fetcher.refresh(canonical_request, lookup)
+        elif balance.age_s > max_age_s:
+            self._fetcher.audit(canonical_request, stored, lookup, max_age_s=max_age_s)
 
-    async def _ask(
-        self, question: CanonicalRequest, request: ClientRequest, forward: Forward, known: Lookup | None, trace: Trace
+    async def _fetch(
+        self,
+        canonical_request: CanonicalRequest,
+        request: ClientRequest,
+        forward: Forward,
+        lookup: Lookup | None,
+        trace: Trace,
     ) -> tuple[FetchResult, bool]:
-        """What upstream says within the request's deadline, and whether another request had asked already."""
-        trace.waited = True
+        """Upstream's reply, and whether another request's call brought it. Fails at the request's deadline."""
         try:
             async with asyncio.timeout_at(request.deadline):
                 if forward.reason == "request" and request.directives.bypasses_cache:
                     store = not request.directives.no_store
-                    fetched, collapsed = await self._fetcher.fetch_uncoalesced(question, store=store), False
+                    fetched, collapsed = await self._fetcher.fetch_uncoalesced(canonical_request, store=store), False
                 else:
-                    fetched, collapsed = await self._fetcher.fetch(question, known)
+                    fetched, collapsed = await self._fetcher.fetch(canonical_request, lookup)
         except TimeoutError:
             late = Problem(Code.UPSTREAM_TIMEOUT, f"There was no answer within {self._policy.timeout_s:g} s.")
             return FetchResult(Failed(late)), False
         trace.upstream_s = fetched.upstream_s
         return fetched, collapsed
 
-    def _look_behind(
-        self, question: CanonicalRequest, stored: StoredPrice, balance: Balance, known: Lookup | None, *, stale: bool
-    ) -> None:
-        """Behind the answer: a stale price is asked again, and an old balance too."""
-        max_age_s = self._policy.balance_max_age_s
-        if stale:
-            self._fetcher.refresh(question, known)
-        elif balance.age_s > max_age_s:
-            self._fetcher.audit(question, stored, known, max_age_s=max_age_s)
-
-    def _conclude(
-        self, fetched: FetchResult, forward: Forward, question: CanonicalRequest, *, collapsed: bool, trace: Trace
+    def _result_of(
+        self,
+        fetched: FetchResult,
+        forward: Forward,
+        canonical_request: CanonicalRequest,
+        *,
+        collapsed: bool,
+        trace: Trace,
     ) -> Answer | Problem:
-        newest = self._book.accounts.balance(question.account)
+        """Turns upstream's reply into an answer. If upstream failed, a stale price may still be served."""
+        newest = self._book.accounts.balance(canonical_request.account)
         if forward.fallback is not None and newest is not None and isinstance(fetched.reply, Failed):
             trace.cache_status = after_failure(fetched.reply, forward.fallback)
             return _stored_answer(Outcome.STALE, forward.fallback, newest)
@@ -299,27 +198,58 @@ class Gateway:
     async def _settle(
         self,
         admitted: Admitted,
-        question: CanonicalRequest,
+        canonical_request: CanonicalRequest,
         fetched: FetchResult,
-        ending: Answer | Problem,
+        result: Answer | Problem,
         trace: Trace,
     ) -> Answer | Problem:
-        """Books how an admitted question has ended, which may turn out to be more than a quota allows."""
-        with trace.at_store():
-            if isinstance(ending, Problem) and isinstance(fetched.reply, Failed) and not fetched.reply.asked:
-                quota_state = await self._ledger.refund(admitted, ending.outcome)
-                trace.note(Denied(ending, quota_state))
-                return ending
-            price = ending.price if isinstance(ending, Answer) else None
-            settled = await self._ledger.settle(admitted, _charge(ending.outcome, question, price))
-        trace.note(settled)
+        """Books the result of an admitted request. The price is known only now, and may exceed a quota."""
+        with trace.timing_store():
+            if isinstance(result, Problem) and isinstance(fetched.reply, Failed) and not fetched.reply.asked:
+                quota_state = await self._ledger.refund(admitted, result.outcome)
+                trace.record_admission(Denied(result, quota_state))
+                return result
+            price = result.price if isinstance(result, Answer) else None
+            settled = await self._ledger.settle(admitted, _charge(result.outcome, canonical_request, price))
+        trace.record_admission(settled)
         if isinstance(settled, Denied) and price is not None:
             return settled.problem
-        return ending
+        return result
+
+    async def explain(self, request: ClientRequest, trace: Trace) -> Explanation | Problem:
+        """Answers `POST /v1/explain`. Does not ask upstream, and debits only the rate. Raises as `estimate`."""
+        config = self._live.config
+        team = _authenticate(request, trace, config.access)
+        if isinstance(team, Problem):
+            return team
+        canonical_request = self._parse(await request.read_body(), team, request.query, config)
+        lookup = await self._look_up(canonical_request, trace)
+        stored = None if lookup is None else lookup.stored
+        admission = await self._peek(team, stored, trace)
+        if isinstance(admission, Denied) and admission.problem.code is Code.RATE_LIMITED:
+            return admission.problem
+        ignored = present(canonical_request.canonical, config.ignored)
+        outcome = Outcome.BYPASS if lookup is None else Outcome.HIT if stored else Outcome.MISS
+        return Explanation(outcome, canonical_request, ignored, stored, admission)
+
+    async def _peek(self, team: Team, stored: StoredPrice | None, trace: Trace) -> Admitted | Denied | None:
+        """Whether an estimate would be admitted now; None if the ledger is out of reach."""
+        with trace.timing_store():
+            try:
+                admission = await self._ledger.peek(team.limits, micro_of(stored.price.estimated) if stored else None)
+            except StoreUnavailable:
+                return None
+        trace.quota_state = admission.quota_state
+        return admission
+
+    async def finish(self, timeout_s: float) -> None:
+        """Waits until calls to upstream are answered and stored, then until admissions are settled."""
+        await self._fetcher.finish(timeout_s)
+        await self._ledger.close(timeout_s)
 
 
-def _who_asks(request: ClientRequest, trace: Trace, access: Access) -> Team | Problem:
-    """Nobody's body is read before its token is known."""
+def _authenticate(request: ClientRequest, trace: Trace, access: Access) -> Team | Problem:
+    """The team of the request's token. Called before the body is read: bodies of unknown clients are never read."""
     team = access.team(request.token)
     if isinstance(team, Problem):
         return team
@@ -327,20 +257,10 @@ def _who_asks(request: ClientRequest, trace: Trace, access: Access) -> Team | Pr
     return access.refusal(team) if team.disabled else team
 
 
-def _deny_all_but_admins(access: Access, token: str | None, trace: Trace) -> Problem | None:
-    if access.is_admin(token):
-        return None
-    team = access.team(token)
-    if isinstance(team, Problem):
-        return team
-    trace.team = team.id
-    return Problem(Code.FORBIDDEN, "This needs an admin token; yours is a team's.")
-
-
-def _charge(outcome: Outcome, question: CanonicalRequest, price: Price | None) -> Charge:
+def _charge(outcome: Outcome, canonical_request: CanonicalRequest, price: Price | None) -> Charge:
     if price is None:
         return Charge(outcome)
-    return Charge(outcome, micro_of(price.estimated), question.model)
+    return Charge(outcome, micro_of(price.estimated), canonical_request.model)
 
 
 def _stored_answer(outcome: Outcome, stored: StoredPrice, balance: Balance) -> Answer:

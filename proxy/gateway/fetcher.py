@@ -23,8 +23,8 @@ from proxy.cache.leases import LEASE_S, LeaderFailure, Lease, LeaseHeld
 from proxy.cache.price_book import PriceBook
 from proxy.cache.prices import Lookup, Price, StoredPrice
 from proxy.cache.single_flight import SingleFlight
+from proxy.gateway.canonical_request import CanonicalRequest
 from proxy.gateway.in_flight import InFlightTracker
-from proxy.gateway.questions import CanonicalRequest
 from proxy.problems import Code, Problem, StoreUnavailable
 from proxy.telemetry.logs import event
 from proxy.telemetry.metrics import Metrics

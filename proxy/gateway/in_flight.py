@@ -33,7 +33,7 @@ class Arrival:
         self._team = team
         self._size = 0
 
-    def hold(self, size: int) -> bool:
+    def reserve(self, size: int) -> bool:
         """Takes `size` more bytes; False, and nothing is taken, if all teams or this one would then have too many."""
         is_too_much = (
             self._held.total() + size > MAX_ARRIVING_BYTES

@@ -1,4 +1,4 @@
-"""What can change while the gateway runs: who may ask, on what terms, for which accounts, and what counts.
+"""What can change while the gateway runs: who may ask, on what limits, for which accounts, and what counts.
 
 A story takes the rules once, when it begins, and keeps them to its end.
 """
@@ -13,10 +13,10 @@ from proxy.settings.schema import QuotaSettings, Settings
 
 @dataclass(frozen=True, slots=True)
 class RuntimeConfig:
-    """terms: of every configured team. ignored: members that do not count, as dotted paths inside each item."""
+    """limits: of every configured team. ignored: members that do not count, as dotted paths inside each item."""
 
     access: Access
-    terms: Mapping[str, TeamLimits]
+    team_limits: Mapping[str, TeamLimits]
     accounts: frozenset[str]
     ignored: tuple[str, ...]
 
@@ -31,12 +31,12 @@ class ConfigHolder:
 def limits_of(settings: Settings) -> dict[str, TeamLimits]:
     """What holds for each team: its rate, its quotas and the organisation's."""
     org = tuple(_quota("org", quota) for quota in settings.org.quotas)
-    terms = {}
+    limits = {}
     for name, team in settings.teams.items():
         rate = settings.rate_of(team)
         own = tuple(_quota("team", quota) for quota in settings.quotas_of(team))
-        terms[name] = TeamLimits(name, Rate(rate.per_s, rate.burst), own + org)
-    return terms
+        limits[name] = TeamLimits(name, Rate(rate.per_s, rate.burst), own + org)
+    return limits
 
 
 def _quota(scope: Scope, quota: QuotaSettings) -> Quota:
@@ -45,22 +45,22 @@ def _quota(scope: Scope, quota: QuotaSettings) -> Quota:
 
 def runtime_config_of(settings: Settings) -> RuntimeConfig:
     """What can be reloaded of the settings, but for the accounts' keys."""
-    terms = limits_of(settings)
+    limits = limits_of(settings)
     access = Access(
-        teams_of(settings, terms),
+        teams_of(settings, limits),
         settings.org.zone,
         admin_digests=settings.admin.tokens,
         metrics_digests=settings.metrics.tokens,
         metrics_are_public=settings.metrics.public,
     )
-    return RuntimeConfig(access, terms, frozenset(settings.accounts), settings.cache.ignore)
+    return RuntimeConfig(access, limits, frozenset(settings.accounts), settings.cache.ignore)
 
 
-def teams_of(settings: Settings, terms: Mapping[str, TeamLimits]) -> Teams:
+def teams_of(settings: Settings, limits: Mapping[str, TeamLimits]) -> Teams:
     """The teams by the digests of their tokens."""
     credentials: dict[str, Credential] = {}
     for name, configured in settings.teams.items():
-        team = Team(name, configured.account, configured.disabled, terms[name])
+        team = Team(name, configured.account, configured.disabled, limits[name])
         for token in configured.tokens:
             credentials[token.sha256] = Credential(team, token.expires)
     return Teams(credentials)

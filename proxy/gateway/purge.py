@@ -1,26 +1,71 @@
-"""What a request to forget prices asks for."""
+"""`POST /v1/cache/purge`: removes one price, or all prices of an account, from the price book.
+
+The body names what to purge, in one of two forms:
+
+* `{"account":"default","body":[…],"query":"…"}`: one question. The query is empty unless given.
+* `{"account":"default","all":true}`: the whole price book of the account.
+
+The account is `default` unless given.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from proxy.auth import Access
 from proxy.cache.canonical import canonical_items, load
-from proxy.problems import BadRequest, Code
+from proxy.cache.price_book import PriceBook
+from proxy.gateway.canonical_request import RequestParser
+from proxy.gateway.live_config import ConfigHolder
+from proxy.gateway.request import ClientRequest, Purged, Trace
+from proxy.problems import BadRequest, Code, Problem, StoreUnavailable
 
-_FORMS = 'Send {"account":"default","body":[…]} for one question, or {"account":"default","all":true} for all of them.'
+_FORMS = (
+    'Send {"account":"default","body":[…]} to purge one question, or {"account":"default","all":true} to purge all.'
+)
+
+
+class PurgeHandler:
+    """Purges prices for admin tokens."""
+
+    def __init__(self, live: ConfigHolder, book: PriceBook, parser: RequestParser) -> None:
+        self._live = live
+        self._book = book
+        self._parser = parser
+
+    async def purge(self, request: ClientRequest, trace: Trace) -> Purged | Problem:
+        """Purges what the body names. Raises `BadRequest`, `ClientGone`, `Overloaded`."""
+        config = self._live.config
+        denial = _deny_unless_admin(config.access, request.token, trace)
+        if denial is not None:
+            return denial
+        wanted = parse_purge(await request.read_body())
+        if wanted.account not in config.accounts:
+            return Problem(Code.INVALID_REQUEST, f"The account {wanted.account!r} is not configured.")
+        try:
+            if wanted.canonical is None:
+                await self._book.purge_account(wanted.account)
+                return Purged(wanted.account)
+            key = self._parser.from_canonical(
+                wanted.canonical, account=wanted.account, query=wanted.query.encode(), ignored=config.ignored
+            ).key
+            return Purged(wanted.account, key, await self._book.purge_question(key, wanted.account))
+        except StoreUnavailable:
+            detail = "The price book is unavailable, and the purge may not have happened: send it again."
+            return Problem(Code.STORE_UNAVAILABLE, detail)
 
 
 @dataclass(frozen=True, slots=True)
 class PurgeRequest:
-    """`canonical` is the body of the one question to forget, asked with `query`; None means all questions."""
+    """`canonical` is the canonical body of the question to purge; None purges the whole account."""
 
     account: str
     canonical: bytes | None
     query: str = ""
 
 
-def read_purge(raw: bytes) -> PurgeRequest:
-    """Raises `BadRequest` unless `raw` is one of the two forms."""
+def parse_purge(raw: bytes) -> PurgeRequest:
+    """Raises `BadRequest` unless `raw` has one of the two forms."""
     match load(raw):
         case {"all": True, **rest} if rest.keys() <= {"account"}:
             return PurgeRequest(_text(rest, "account", "default"), None)
@@ -33,5 +78,15 @@ def read_purge(raw: bytes) -> PurgeRequest:
 def _text(members: Mapping[Any, Any], name: str, default: str) -> str:
     value = members.get(name, default)
     if not isinstance(value, str):
-        raise BadRequest(Code.INVALID_BODY, f"{name} must be text. {_FORMS}")
+        raise BadRequest(Code.INVALID_BODY, f"{name} must be a string. {_FORMS}")
     return value
+
+
+def _deny_unless_admin(access: Access, token: str | None, trace: Trace) -> Problem | None:
+    if access.is_admin(token):
+        return None
+    team = access.team(token)
+    if isinstance(team, Problem):
+        return team
+    trace.team = team.id
+    return Problem(Code.FORBIDDEN, "This needs an admin token; you sent a team's token.")

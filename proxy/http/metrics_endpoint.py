@@ -17,9 +17,8 @@ from prometheus_client.registry import Collector
 
 from proxy.cache.price_book import PriceBook
 from proxy.cache.prices import Balance
-from proxy.gateway.estimates import ClientRequest, Trace
 from proxy.gateway.live_config import ConfigHolder
-from proxy.http.usage_endpoints import Document
+from proxy.gateway.request import ClientRequest, Document, Trace
 from proxy.problems import Code, Problem, StoreUnavailable
 from proxy.quota.batches import LedgerBatcher
 from proxy.quota.credits import MICRO
@@ -91,7 +90,7 @@ class MetricsEndpoint:
         return Snapshot(totals, quota_states, balances, taken_at)
 
     async def _read_ledger(self) -> tuple[WindowTotals | None, Sequence[QuotaState]]:
-        terms = self._live.config.terms
+        terms = self._live.config.team_limits
         try:
             await self._batcher.open()  # an idle gateway notices a lost ledger, too
             return await asyncio.gather(

@@ -6,7 +6,7 @@ all. Nothing is booked.
 
 import asyncio
 from collections.abc import Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import time
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -14,8 +14,8 @@ from zoneinfo import ZoneInfo
 import orjson
 
 from proxy.auth import Team
-from proxy.gateway.estimates import ClientRequest, Trace
 from proxy.gateway.live_config import ConfigHolder
+from proxy.gateway.request import ClientRequest, Document, Trace
 from proxy.problems import Code, Problem, StoreUnavailable
 from proxy.quota.quotas import Quota, QuotaState
 from proxy.quota.reports import LedgerReader
@@ -24,14 +24,6 @@ from proxy.quota.windows import Window, day_of, rfc3339
 
 JSON = "application/json"
 CSV = "text/csv; charset=utf-8; header=present"  # RFC 4180 §3
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """What a client gets: a document."""
-
-    body: bytes
-    media_type: str
 
 
 class UsageEndpoints:
@@ -67,7 +59,7 @@ class UsageEndpoints:
         return await _by(ask.deadline, self._quota(team))
 
     async def _usage(self, query: UsageQuery) -> Document | Problem:
-        if query.team not in (None, *self._live.config.terms, *await self._ledger_reader.teams()):
+        if query.team not in (None, *self._live.config.team_limits, *await self._ledger_reader.teams()):
             return _unknown("team names none that is configured or ever had usage.")
         usage = await self._ledger_reader.usage(query)
         if query.csv:
@@ -75,9 +67,9 @@ class UsageEndpoints:
         return Document(json_of(usage, query, self._zone.key), JSON)
 
     async def _quota(self, team: str | None) -> Document | Problem:
-        if team not in (None, *self._live.config.terms):
+        if team not in (None, *self._live.config.team_limits):
             return _unknown("team names none that is configured.")
-        wanted = [terms for terms in self._live.config.terms.values() if team in (None, terms.team)]
+        wanted = [terms for terms in self._live.config.team_limits.values() if team in (None, terms.team)]
         documents = [
             quota_document(quota_state, self._zone) for quota_state in await self._ledger_reader.quota_states(wanted)
         ]

@@ -16,9 +16,9 @@ from starlette.routing import Route
 
 from gateway_fixture import PATH, Scene, break_off, code_of
 from processes import address_of
-from proxy.gateway.estimates import Answer, ClientRequest, Trace
 from proxy.gateway.in_flight import MAX_AT_WORK, MAX_IN_FLIGHT, InFlightTracker
-from proxy.http.endpoint import Endpoint, Handler, Result
+from proxy.gateway.request import Answer, ClientRequest, Result, Trace
+from proxy.http.endpoint import Endpoint, Handler
 from proxy.problems import Outcome
 from proxy.telemetry.metrics import Metrics
 from serving import Host, serving, wait_until

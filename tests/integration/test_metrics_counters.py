@@ -16,9 +16,9 @@ from lua_scripts import LUA_SCRIPTS
 from processes import Tree
 from prometheus import MORNING, SCRAPER, scrape
 from proxy.demo.simulator import Fault
-from proxy.gateway.estimates import ClientRequest, Trace
 from proxy.gateway.in_flight import MAX_IN_FLIGHT, InFlightTracker
-from proxy.http.endpoint import Endpoint, Result
+from proxy.gateway.request import ClientRequest, Result, Trace
+from proxy.http.endpoint import Endpoint
 from proxy.http.paths import METRICS_PATH
 from proxy.problems import Outcome
 from proxy.quota.model_names import MAX_MODELS

@@ -274,7 +274,7 @@ def test_a_report_that_takes_too_long(open_gateway: Opened) -> None:
 
 
 def test_its_log_line_names_the_team(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "proxy.http.endpoint"):
+    with caplog.at_level(logging.INFO, "proxy.http.responses"):
         get(scene, "/v1/usage", RETIRED)
         wait_until(lambda: caplog.records)
         get(scene, "/v1/quota", ADMIN)

@@ -24,9 +24,9 @@ from price_book_upstream import PROBE_MS, Body
 from proxy.auth import digest_of, token_of
 from proxy.cache.prices import Lookup
 from proxy.demo.simulator import Simulator
+from proxy.gateway.canonical_request import CanonicalRequest
 from proxy.gateway.fetcher import Fetcher, FetchResult
 from proxy.gateway.in_flight import InFlightTracker
-from proxy.gateway.questions import CanonicalRequest
 from proxy.settings.schema import Settings
 from proxy.store.client import Script
 from proxy.telemetry.metrics import Metrics

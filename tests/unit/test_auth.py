@@ -13,8 +13,8 @@ from proxy.quota.quotas import Rate, TeamLimits
 
 RANDOM = "7Hc0pVdYxq2NfRk9LsWbTzA4mEuJg3Go"
 TOKEN = "ep_7Hc0pVdYxq2NfRk9LsWbTzA4mEuJg3Go1Qxk6C"
-TERMS = TeamLimits("design", Rate(50, 100), ())
-DESIGN = Team("design", "default", disabled=False, terms=TERMS)
+LIMITS = TeamLimits("design", Rate(50, 100), ())
+DESIGN = Team("design", "default", disabled=False, limits=LIMITS)
 LAST_DAY = date(2027, 6, 30)
 
 randoms = st.text(BASE62, min_size=32, max_size=32)
@@ -93,7 +93,7 @@ def test_what_has_another_form_is_refused(token: str) -> None:
 
 
 def test_a_team_is_found_by_each_of_its_tokens_and_by_no_other() -> None:
-    other = Team("other", "second", disabled=True, terms=TERMS)
+    other = Team("other", "second", disabled=True, limits=LIMITS)
     first, second, third, stranger = (token_of(letter * 32) for letter in "abcd")
     teams = Teams(
         {

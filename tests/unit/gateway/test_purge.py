@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bodies import BODIES, Body, respell
 from proxy.cache.canonical import canonicalise
-from proxy.gateway.purge import PurgeRequest, read_purge
+from proxy.gateway.purge import PurgeRequest, parse_purge
 from proxy.problems import BadRequest, Code
 
 READ = {
@@ -84,7 +84,7 @@ REFUSED = {
 
 def refusal(raw: bytes) -> str:
     with pytest.raises(BadRequest) as caught:
-        read_purge(raw)
+        parse_purge(raw)
     problem = caught.value.problem
     assert problem.code is Code.INVALID_BODY
     assert problem.detail.isprintable()
@@ -93,7 +93,7 @@ def refusal(raw: bytes) -> str:
 
 @pytest.mark.parametrize(("raw", "wanted"), READ.values(), ids=READ)
 def test_read(raw: bytes, wanted: PurgeRequest) -> None:
-    assert read_purge(raw) == wanted
+    assert parse_purge(raw) == wanted
 
 
 @pytest.mark.parametrize("raw", REFUSED.values(), ids=REFUSED)
@@ -113,7 +113,7 @@ def test_a_body_is_read_as_if_it_were_asked(body: Body) -> None:
     random = Random(body.name)
     for _ in range(3):
         raw = respell({"body": body.items, "account": "studio"}, random)
-        assert read_purge(raw) == PurgeRequest("studio", canonicalise(body.raw))
+        assert parse_purge(raw) == PurgeRequest("studio", canonicalise(body.raw))
 
 
 EXACT = {
@@ -144,7 +144,7 @@ INEXACT = {
 @pytest.mark.parametrize("number", EXACT.values(), ids=EXACT)
 def test_what_can_be_asked_can_be_purged(number: bytes) -> None:
     body = b'[{"a":%s}]' % number
-    assert read_purge(b'{"body":%s}' % body).canonical == canonicalise(body)
+    assert parse_purge(b'{"body":%s}' % body).canonical == canonicalise(body)
 
 
 @pytest.mark.parametrize("number", INEXACT.values(), ids=INEXACT)
@@ -194,4 +194,4 @@ def test_a_document_of_these_members_is_read_if_it_is_sound(form: dict[str, Any]
         refusal(raw)
         return
     canonical = canonicalise(json.dumps(form["body"]).encode()) if "body" in form else None
-    assert read_purge(raw) == PurgeRequest(form.get("account", "default"), canonical, form.get("query", ""))
+    assert parse_purge(raw) == PurgeRequest(form.get("account", "default"), canonical, form.get("query", ""))

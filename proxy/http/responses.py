@@ -1,0 +1,171 @@
+"""Renders results as HTTP responses, and keeps the per-request context for headers, metrics and the log line.
+
+Header fields are rendered as complete lines, `name: value`, which `Cycle.reply` writes as they are. The connection adds
+the content length and whether it closes.
+"""
+
+import logging
+import secrets
+from collections.abc import Mapping
+from math import floor
+from time import perf_counter
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from proxy.gateway.request import Answer, Document, Explanation, Purged, Result, Trace
+from proxy.http.connection import HEAD
+from proxy.http.framing import Headers
+from proxy.http.headers import Lines
+from proxy.problems import DEFAULT_RETRY_AFTER_S, Outcome, Problem
+from proxy.quota.ledger import Admitted, Denied
+from proxy.telemetry.logs import event
+from proxy.telemetry.metrics import Metrics
+
+_JSON_TYPE = b"content-type: application/json"
+_NO_STORE = b"cache-control: no-store"
+
+log = logging.getLogger(__name__)
+
+
+class RequestContext(Trace):
+    """The trace of a request, with what its response headers and its log line need."""
+
+    close = False
+    """Whether to close the connection after the response."""
+
+    def __init__(self, operation: str, request_id: str) -> None:
+        self.operation = operation
+        self.request_id = request_id
+        self.started = perf_counter()
+
+    def end(self, metrics: Metrics, outcome: Outcome, status: int) -> None:
+        """Counts the request and writes its log line."""
+        duration_s = perf_counter() - self.started
+        metrics.record_request(self.team, self.operation, outcome, duration_s)
+        if not log.isEnabledFor(logging.INFO):
+            return
+        facts = {
+            "request_id": self.request_id,
+            "team": self.team,
+            "operation": self.operation,
+            "outcome": outcome.value,
+            "status": status,
+            "ms": _ms(duration_s),
+        }
+        if self.upstream_s is not None:
+            facts["upstream_ms"] = _ms(self.upstream_s)
+        event(log, logging.INFO, "request", facts)
+
+
+def render(result: Result, context: RequestContext) -> tuple[int, Lines, bytes]:
+    """Status, header lines and body of a response. The lines are without `Content-Length` and `Connection`."""
+    match result:
+        case Answer(status=status):
+            lines, body = _answer_lines(result), result.body
+        case Problem(status=status):
+            lines, body = [*result.lines], result.document(context.request_id)
+        case Explanation():
+            status, lines, body = 200, [_JSON_TYPE, _NO_STORE], _explanation_document(result)
+        case Purged():
+            status, lines, body = 200, [_JSON_TYPE, _NO_STORE], _purged_document(result)
+        case Document():
+            status, lines, body = 200, _document_lines(result), result.body
+    return status, lines + common_lines(context), body
+
+
+def common_lines(context: RequestContext) -> Lines:
+    """The header lines that do not depend on the kind of result."""
+    lines = [b"x-request-id: " + context.request_id.encode()]
+    if context.cache_status is not None:
+        lines.append(b"cache-status: estimate-proxy; " + context.cache_status.encode())
+    if context.quota_state is not None:
+        lines += context.quota_state.lines
+    if context.warnings:
+        names = ", ".join(f'"{quota.policy}"' for quota in context.warnings)
+        lines.append(b"estimate-proxy-warning: " + names.encode())
+    if timing := _timings(context):
+        lines.append(b"server-timing: " + b", ".join(timing))
+    return lines
+
+
+def message_headers(lines: Lines, context: RequestContext) -> Headers:
+    """Header lines as name and value pairs for an ASGI message, with `Connection: close` if the context says so."""
+    pairs = (line.split(b": ", 1) for line in ([*lines, b"connection: close"] if context.close else lines))
+    return [(name, value) for name, value in pairs]
+
+
+def probe_answer(request: Request, document: Mapping[str, Any], *, draining: bool = False) -> Response:
+    """The answer to a health or readiness check: 503 while draining, else 200."""
+    request_id = request.scope[HEAD].request_id or secrets.token_hex(16)
+    headers = {"cache-control": "no-store", "x-request-id": request_id}
+    if draining:
+        headers |= {"connection": "close", "retry-after": str(DEFAULT_RETRY_AFTER_S)}
+    return JSONResponse(document, 503 if draining else 200, headers)
+
+
+def _answer_lines(answer: Answer) -> Lines:
+    lines = [_JSON_TYPE]
+    if answer.status >= 400:  # noqa: PLR2004 -- upstream's own errors are errors too
+        lines.append(_NO_STORE)
+    if answer.age_s is not None:
+        lines.append(b"age: %d" % answer.age_s)
+    if answer.balance_age_s is not None:
+        lines.append(b"estimate-proxy-balance-age: %d" % answer.balance_age_s)
+    return lines
+
+
+def _document_lines(document: Document) -> Lines:
+    return [b"content-type: " + document.media_type.encode(), b"vary: accept", _NO_STORE]
+
+
+def _explanation_document(explanation: Explanation) -> bytes:
+    """The JSON of an explanation. It shows the price only if an estimate would be admitted."""
+    request, stored, admission = explanation.request, explanation.stored, explanation.admission
+    would_be_refused = isinstance(admission, Denied)
+    document: dict[str, object] = {
+        "canonical_body": request.canonical.decode(),
+        "key": request.key,
+        "account": request.account,
+        "query": request.query,
+        "ignored_members": explanation.ignored,
+        "stored": stored is not None,
+        "admitted": not would_be_refused,
+    }
+    if stored is not None:
+        document |= {"age_s": int(stored.age_s), "ttl_s": floor(stored.ttl_s)}
+    if stored is not None and isinstance(admission, Admitted):
+        document["estimated"] = orjson.Fragment(stored.price.estimated)
+    if isinstance(admission, Denied):
+        document["refusal"] = {"code": admission.problem.code, "detail": admission.problem.detail}
+    unavailable = {"price-book": explanation.outcome is Outcome.BYPASS, "ledger": admission is None}
+    if any(unavailable.values()):
+        document["degraded"] = [role for role, is_unavailable in unavailable.items() if is_unavailable]
+        document["stored"] = None if unavailable["price-book"] else document["stored"]
+        document["admitted"] = None if unavailable["ledger"] else document["admitted"]
+    return orjson.dumps(document)
+
+
+def _purged_document(purged: Purged) -> bytes:
+    if purged.key is None:
+        return orjson.dumps({"account": purged.account, "purged": "all"})
+    return orjson.dumps(
+        {"account": purged.account, "purged": "question", "key": purged.key, "was_stored": purged.found}
+    )
+
+
+def _timings(trace: Trace) -> list[bytes]:
+    timings = []
+    if trace.cache_status is not None:
+        timings.append(b"cache;desc=hit" if trace.cache_status.startswith("hit") else b"cache;desc=miss")
+    if trace.store_s is not None:
+        timings.append(b"store;dur=%.1f" % (1000 * trace.store_s))
+    if trace.upstream_s is not None:
+        timings.append(b"upstream;dur=%.1f" % (1000 * trace.upstream_s))
+    return timings
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 1)
