@@ -49,17 +49,17 @@ class Teams:
 
     def __init__(self, by_digest: Mapping[str, Credential]) -> None:
         self._by_digest = by_digest
-        self._found: dict[str, Credential] = {}
+        self._by_token: dict[str, Credential] = {}
         """By tokens that have been used: they are as many as the digests, at most."""
 
     def find(self, token: str) -> Credential | None:
         """What `token` opens, unless it is malformed or unknown."""
-        found = self._found.get(token)
-        if found is None and len(token) == TOKEN_CHARACTERS and is_well_formed(token):
-            found = self._by_digest.get(digest_of(token))
-            if found is not None:
-                self._found[token] = found
-        return found
+        credential = self._by_token.get(token)
+        if credential is None and len(token) == TOKEN_CHARACTERS and is_well_formed(token):
+            credential = self._by_digest.get(digest_of(token))
+            if credential is not None:
+                self._by_token[token] = credential
+        return credential
 
 
 def token_of(random: str) -> str:
@@ -120,7 +120,7 @@ class Access:
         return token is not None and digest_of(token) in self._metrics_digests
 
     def team(self, token: str | None) -> Team | Problem:
-        """The team that asks, be it disabled: see `refusal`."""
+        """The team of a token, even if it is disabled: see `team_disabled`."""
         if token is None:
             return _NO_TOKEN
         credential = self._teams.find(token)
@@ -130,9 +130,9 @@ class Access:
             return Problem(Code.FORBIDDEN, "This is an admin's or a scraper's token: send your team's.")
         return _UNKNOWN
 
-    def refusal(self, team: Team) -> Problem:
-        """Why a disabled team may not ask."""
-        return Problem(Code.TEAM_DISABLED, f"The team {team.id!r} is disabled: ask the gateway's operator.")
-
     def _today(self) -> date:
         return datetime.now(self._zone).date()
+
+
+def team_disabled(team: Team) -> Problem:
+    return Problem(Code.TEAM_DISABLED, f"The team {team.id!r} is disabled: ask the gateway's operator to enable it.")

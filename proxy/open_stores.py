@@ -9,9 +9,9 @@ from proxy.store.access import EmbeddedUrls, StoreAccess
 from proxy.store.client import Store
 from proxy.store.persistence import data_loss_warning
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.address import Address
+from proxy.upstream.address import UpstreamAddress
 
-OLDEST_REDIS = (7, 0)
+MIN_REDIS_VERSION = (7, 0)
 
 log = logging.getLogger(__name__)
 
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 def open_ledger_store(settings: Settings, embedded_urls: EmbeddedUrls, metrics: Metrics | None = None) -> Store:
     """The store of quotas and usage: the one that the settings name, or else the embedded one."""
     if settings.store.url is None:
-        return Store(embedded_urls["ledger"], "ledger", metrics, access=_access_to_cache(settings))
-    return Store(settings.store.url.get_secret_value(), "ledger", metrics, access=_access_to_store(settings))
+        return Store(embedded_urls["ledger"], "ledger", metrics, access=_access_without_credentials(settings))
+    return Store(settings.store.url.get_secret_value(), "ledger", metrics, access=_ledger_access(settings))
 
 
 def open_book_store(
@@ -28,14 +28,16 @@ def open_book_store(
 ) -> Store:
     """The store of prices: one of their own, or else the ledger's, which may be open already, or the embedded one."""
     if settings.cache.url is not None:
-        return Store(settings.cache.url.get_secret_value(), "price-book", metrics, access=_access_to_cache(settings))
+        return Store(
+            settings.cache.url.get_secret_value(), "price-book", metrics, access=_access_without_credentials(settings)
+        )
     if settings.store.url is not None:
-        url, access = settings.store.url.get_secret_value(), _access_to_store(settings)
+        url, access = settings.store.url.get_secret_value(), _ledger_access(settings)
         return Store(url, "price-book", metrics, access=access, cooldowns=None if ledger is None else ledger.cooldowns)
-    return Store(embedded_urls["price-book"], "price-book", metrics, access=_access_to_cache(settings))
+    return Store(embedded_urls["price-book"], "price-book", metrics, access=_access_without_credentials(settings))
 
 
-def book_of(settings: Settings, store: Store, address: Address) -> PriceBook:
+def book_of(settings: Settings, store: Store, address: UpstreamAddress) -> PriceBook:
     """The price book of the upstream at `address`."""
     cache = settings.cache
     stale_s = max(cache.stale_while_revalidate_s, cache.stale_if_error_s)
@@ -52,9 +54,9 @@ async def startup_errors(settings: Settings, embedded_urls: EmbeddedUrls) -> str
                 await _log_data_loss_risks(store)
         finally:
             await store.close()
-        if version is not None and version < OLDEST_REDIS:
-            found, oldest = (".".join(map(str, numbers)) for numbers in (version, OLDEST_REDIS))
-            return f"the store is Redis {found}: use Redis {oldest} or newer, or Valkey 7.2 or newer"
+        if version is not None and version < MIN_REDIS_VERSION:
+            found, minimum = (".".join(map(str, numbers)) for numbers in (version, MIN_REDIS_VERSION))
+            return f"the store is Redis {found}: use Redis {minimum} or newer, or Valkey 7.2 or newer"
     return None
 
 
@@ -71,17 +73,17 @@ async def _log_data_loss_risks(ledger: Store) -> None:
         log.error("the ledger's server %s", warning)
 
 
-def _access_to_store(settings: Settings) -> StoreAccess:
+def _ledger_access(settings: Settings) -> StoreAccess:
     store = settings.store
     return replace(
-        _access_to_cache(settings),
+        _access_without_credentials(settings),
         username=store.username,
         password=None if store.password is None else store.password.get_secret_value(),
         sentinel_password=None if store.sentinel_password is None else store.sentinel_password.get_secret_value(),
     )
 
 
-def _access_to_cache(settings: Settings) -> StoreAccess:
+def _access_without_credentials(settings: Settings) -> StoreAccess:
     """Certificates and timeouts are one question for both, credentials are not: those of `cache.url` stand in it."""
     store = settings.store
     return StoreAccess(

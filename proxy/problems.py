@@ -153,20 +153,20 @@ class Problem:
 
         request_id: of characters that JSON does not escape.
         """
-        before, behind = self._around_the_id
-        return b'%b,"request_id":"%b",%b' % (before, request_id.encode(), behind)
+        head, tail = self._encoded_parts
+        return b'%b,"request_id":"%b",%b' % (head, request_id.encode(), tail)
 
     @cached_property
-    def _around_the_id(self) -> tuple[bytes, bytes]:
+    def _encoded_parts(self) -> tuple[bytes, bytes]:
         """Of a document: many requests may be told of one problem."""
-        before = {
+        head = {
             "type": _TYPES.get(self.code, f"urn:estimate-proxy:problem:{self.code}"),
             "title": _KINDS[self.code].title,
             "status": self.status,
             "detail": self.detail,
         }
-        behind = {"data": None, "error": {"code": self.code, "message": self.detail}, **self.members}
-        return orjson.dumps(before)[:-1], orjson.dumps(behind)[1:]
+        tail = {"data": None, "error": {"code": self.code, "message": self.detail}, **self.members}
+        return orjson.dumps(head)[:-1], orjson.dumps(tail)[1:]
 
     @cached_property
     def headers(self) -> tuple[tuple[bytes, bytes], ...]:

@@ -81,10 +81,10 @@ def split_url(url: str, *schemes: str) -> SplitResult:
     """The parts of a URL that names one host. Raises `ValueError`, in words for the operator."""
     parts = _split(url, schemes)
     try:
-        bad_port = parts.port == 0
+        is_bad_port = parts.port == 0
     except ValueError:
-        bad_port = True
-    if bad_port:
+        is_bad_port = True
+    if is_bad_port:
         raise ValueError(_INVALID)
     location = _LOCATION.fullmatch(parts.netloc.rpartition("@")[2])
     check_host((location and parts.hostname) or "")
@@ -105,7 +105,7 @@ def parse_store_url(url: str) -> StoreUrl:
         addresses = _addresses(parts.netloc.rpartition("@")[2], _DEFAULT_PORTS[kind])
     if parts.fragment or not options.keys() <= {"db", "username", "password"}:
         raise ValueError("has options other than db, username and password (# and ? are percent-encoded)")
-    path, primary, database = _place(kind, parts, options.get("db"))
+    path, primary, database = _parse_path(kind, parts, options.get("db"))
     user, _, password = parts.netloc.rpartition("@")[0].partition(":")
     return StoreUrl(
         kind=kind,
@@ -153,7 +153,7 @@ def _address(location: str, default_port: int) -> Address:
     return Address(check_host(matched[1].strip("[]").lower()), port)
 
 
-def _place(kind: Kind, parts: SplitResult, option: str | None) -> tuple[str, str, int]:
+def _parse_path(kind: Kind, parts: SplitResult, option: str | None) -> tuple[str, str, int]:
     """A socket's path, Sentinels' name for the primary, and the number of the database."""
     match kind:
         case "socket":
@@ -161,10 +161,10 @@ def _place(kind: Kind, parts: SplitResult, option: str | None) -> tuple[str, str
             if parts.netloc.rpartition("@")[2] or not parts.path.strip("/"):
                 raise ValueError("must name a socket by its full path, such as unix:///run/valkey.sock")
         case "sentinel":
-            named = re.fullmatch(r"/([A-Za-z0-9._-]+)(?:/([0-9]{0,5}))?", parts.path)
-            if not named:
+            sentinel_path = re.fullmatch(r"/([A-Za-z0-9._-]+)(?:/([0-9]{0,5}))?", parts.path)
+            if not sentinel_path:
                 raise ValueError("must name the primary, such as redis+sentinel://host:26379/mymaster/0")
-            path, primary, text = "", named[1], option if option is not None else named[2] or "0"
+            path, primary, text = "", sentinel_path[1], option if option is not None else sentinel_path[2] or "0"
         case "cluster":
             path, primary, text = "", "", option if option is not None else parts.path.strip("/") or "0"
             if text != "0":

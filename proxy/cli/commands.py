@@ -35,7 +35,7 @@ from proxy.settings.loader import DEFAULT_PATHS, Source, find_config, load, load
 from proxy.settings.schema import Settings, effective, is_identifier, warnings
 from proxy.telemetry import logs
 from proxy.telemetry.metrics_files import NoMetricsFileError
-from proxy.upstream.address import Address
+from proxy.upstream.address import UpstreamAddress
 
 BAD_INPUT = 2
 _Read = TypeVar("_Read")
@@ -189,7 +189,7 @@ def explain(file: Any, config: Path | None, account: str, query: str) -> None:
         _fail(f"{file.name}: {error}")
     except SettingsError as error:
         _fail_settings(error)
-    address = Address.of(keying.upstream.base_url)
+    address = UpstreamAddress.of(keying.upstream.base_url)
     sent = address.query_as_sent(os.fsencode(query))
     click.echo(b"body  " + canonical)
     click.echo(f"key   {address.key_of(canonical, account=account, query=sent, ignored=keying.cache.ignore)}")

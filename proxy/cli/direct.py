@@ -13,7 +13,7 @@ from proxy.quota.reports import LedgerReader
 from proxy.quota.usage import Usage, UsageQuery
 from proxy.settings.schema import Settings
 from proxy.store.access import EmbeddedUrls
-from proxy.upstream.address import Address
+from proxy.upstream.address import UpstreamAddress
 
 
 async def read_usage(settings: Settings, query: UsageQuery) -> Usage:
@@ -51,7 +51,7 @@ async def purge_book(settings: Settings, account: str, canonical: bytes | None, 
     embedded = settings.store.url is None and settings.cache.url is None
     urls: EmbeddedUrls = {"price-book": running_url(settings.store.data_dir, role="price-book")} if embedded else {}
     store = open_book_store(settings, urls)
-    address = Address.of(settings.upstream.base_url)
+    address = UpstreamAddress.of(settings.upstream.base_url)
     book = book_of(settings, store, address)
     try:
         await store.open()

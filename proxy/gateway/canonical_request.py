@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from proxy.cache.canonical import canonicalise
 from proxy.quota.model_names import model_of
-from proxy.upstream.address import Address
+from proxy.upstream.address import UpstreamAddress
 
 MAX_CACHED_BODIES = 10_000
 """Limits the cache to some 5 MB. Evicts in FIFO order."""
@@ -60,7 +60,7 @@ class CanonicalRequest:
 class RequestParser:
     """Parses bodies of requests for one upstream address."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: UpstreamAddress) -> None:
         self._address = address
         self._parsed: OrderedDict[tuple[object, ...], ParsedBody] = OrderedDict()
 

@@ -16,7 +16,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import assert_never
 
-from proxy.auth import Access, Team
+from proxy.auth import Access, Team, team_disabled
 from proxy.cache.canonical import present
 from proxy.cache.price_book import PriceBook
 from proxy.cache.prices import Balance, Lookup, Price, StoredPrice, document
@@ -254,7 +254,7 @@ def _authenticate(request: ClientRequest, trace: Trace, access: Access) -> Team 
     if isinstance(team, Problem):
         return team
     trace.team = team.id
-    return access.refusal(team) if team.disabled else team
+    return team_disabled(team) if team.disabled else team
 
 
 def _charge(outcome: Outcome, canonical_request: CanonicalRequest, price: Price | None) -> Charge:

@@ -92,21 +92,21 @@ class NotCached:
 Choice = Serve | Forward | NotCached
 
 
-def choose(lookup: Lookup | None, wants: Directives, stale_limits: StaleLimits) -> Choice:
-    """What to do for a client that `wants`; `lookup` is None when the store is out of reach."""
-    choice = _choose(lookup, wants, stale_limits)
-    return NotCached() if wants.only_if_cached and isinstance(choice, Forward) else choice
+def choose(lookup: Lookup | None, directives: Directives, stale_limits: StaleLimits) -> Choice:
+    """What to do for a client that `directives`; `lookup` is None when the store is out of reach."""
+    choice = _choose(lookup, directives, stale_limits)
+    return NotCached() if directives.only_if_cached and isinstance(choice, Forward) else choice
 
 
-def _choose(lookup: Lookup | None, wants: Directives, stale_limits: StaleLimits) -> Serve | Forward:  # noqa: PLR0911 -- a line a case
+def _choose(lookup: Lookup | None, directives: Directives, stale_limits: StaleLimits) -> Serve | Forward:  # noqa: PLR0911 -- a line a case
     if lookup is None:
         return Forward("bypass")
-    if wants.no_cache or wants.no_store:
+    if directives.no_cache or directives.no_store:
         return Forward("request")
     stored, balance = lookup.stored, lookup.balance
     if stored is None or balance is None:  # a price is never shown without the account's balance
         return Forward("miss")
-    if wants.max_age_s is not None and not wants.accepts(stored.age_s):
+    if directives.max_age_s is not None and not directives.accepts(stored.age_s):
         return Forward("request")
     if stored.ttl_s > 0:
         return Serve(stored, balance, stale=False)

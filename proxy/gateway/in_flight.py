@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-MAX_AT_WORK = 1000
+MAX_ACTIVE = 1000
 """Some tenths of a second of a busy core's time."""
 
 MAX_IN_FLIGHT = 2000
@@ -28,26 +28,26 @@ ARRIVING_REQUEST_BYTES = 32 * 2**10
 class Arrival:
     """The memory that one request takes while its body is arriving. `held` counts that of all requests by team."""
 
-    def __init__(self, held: Counter[str], team: str) -> None:
-        self._held = held
+    def __init__(self, reserved: Counter[str], team: str) -> None:
+        self._reserved = reserved
         self._team = team
         self._size = 0
 
     def reserve(self, size: int) -> bool:
         """Takes `size` more bytes; False, and nothing is taken, if all teams or this one would then have too many."""
-        is_too_much = (
-            self._held.total() + size > MAX_ARRIVING_BYTES
-            or self._held[self._team] + size > MAX_TEAM_SHARE * MAX_ARRIVING_BYTES
+        exceeds = (
+            self._reserved.total() + size > MAX_ARRIVING_BYTES
+            or self._reserved[self._team] + size > MAX_TEAM_SHARE * MAX_ARRIVING_BYTES
         )
-        if not is_too_much:
-            self._held[self._team] += size
+        if not exceeds:
+            self._reserved[self._team] += size
             self._size += size
-        return not is_too_much
+        return not exceeds
 
     def release(self) -> None:
-        self._held[self._team] -= self._size
-        if not self._held[self._team]:
-            del self._held[self._team]
+        self._reserved[self._team] -= self._size
+        if not self._reserved[self._team]:
+            del self._reserved[self._team]
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class InFlightTracker:
 
     def is_overloaded(self) -> bool:
         """With the request that asks, which is in flight already."""
-        return self.in_flight > MAX_IN_FLIGHT or self.in_flight - self.waiting > MAX_AT_WORK
+        return self.in_flight > MAX_IN_FLIGHT or self.in_flight - self.waiting > MAX_ACTIVE
 
     @contextmanager
     def waiting_for_upstream(self) -> Iterator[None]:

@@ -39,14 +39,14 @@ LINGER_S = 30.0
 MAX_DISCARDED_BYTES = 128 * 2**20
 """Limits what it may send meanwhile, which is dropped: some clients read only once they have sent all of a body."""
 
-MAX_KNOWN = 1000
-MAX_KNOWN_BYTES = 2048
+MAX_CACHED_HEADS = 1000
+MAX_CACHED_HEAD_BYTES = 2048
 """So many parsed heads are remembered, and none that is longer: 4 MB."""
 
-WHOLE_BODY = "estimate_proxy.body"
+SCOPE_BODY = "estimate_proxy.body"
 """Where a request's scope has its body, if that came with its head: `receive` brings it too."""
 
-HEAD = "estimate_proxy.head"
+SCOPE_HEADERS = "estimate_proxy.head"
 """Where a request's scope has its headers as a `RequestHeaders`."""
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 _ASGI: Any = {"version": "3.0", "spec_version": "2.3"}
 
 
-class _Known(NamedTuple):
+class _CachedHead(NamedTuple):
     """A parsed head, and the scope that is copied for each request with it."""
 
     head: RequestHead
@@ -62,7 +62,7 @@ class _Known(NamedTuple):
 
 
 class Connection(asyncio.Protocol):
-    """One client's connection. `known` remembers parsed heads, for all connections.
+    """One client's connection. `head_cache` remembers parsed heads, for all connections.
 
     It serves as the transport of its cycles, which write and close through it.
     """
@@ -77,18 +77,18 @@ class Connection(asyncio.Protocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
         *,
-        known: dict[bytes, _Known],
+        head_cache: dict[bytes, _CachedHead],
         head_timeout_s: float,
     ) -> None:
         self.server_state = server_state
         self._app = config.loaded_app
         self._app_state = app_state
         self._loop = _loop or asyncio.get_running_loop()
-        self._known = known
+        self._head_cache = head_cache
         self._head_timeout_s = head_timeout_s
         self._received = b""
         """Not read yet: the beginning of a head, or what waits until the request before it is answered."""
-        self._looked_at = 0
+        self._searched_bytes = 0
         """So much of it was looked through for the end of a head."""
         self._cycle: Cycle | None = None
         self._body_left = 0
@@ -180,19 +180,19 @@ class Connection(asyncio.Protocol):
     def _read_head(self) -> bool:
         """Begins the next request; False if its head is not there as a whole."""
         received = self._received = skip_empty_lines(self._received)
-        end = find_end_of_head(received, self._looked_at)
+        end = find_end_of_head(received, self._searched_bytes)
         if end is None:
-            if received and not self._looked_at:
+            if received and not self._searched_bytes:
                 self._expire_in(self._head_timeout_s)
-            self._looked_at = len(received)
+            self._searched_bytes = len(received)
             return False
-        self._looked_at = 0
+        self._searched_bytes = 0
         self._wait_until(math.inf)
-        known = self._known.get(received[:end]) or self._parse(received[:end])
-        self._begin(known, end)
+        cached = self._head_cache.get(received[:end]) or self._parse(received[:end])
+        self._begin(cached, end)
         return True
 
-    def _parse(self, text: bytes) -> _Known:
+    def _parse(self, text: bytes) -> _CachedHead:
         """Raises `BadRequest`."""
         head = parse_head(text)
         path = head.path.decode("ascii")
@@ -207,20 +207,20 @@ class Connection(asyncio.Protocol):
             "query_string": head.query,
             "root_path": "",
             "headers": head.headers,
-            HEAD: RequestHeaders(head.headers),
+            SCOPE_HEADERS: RequestHeaders(head.headers),
         }
-        known = _Known(head, scope)
-        if len(text) <= MAX_KNOWN_BYTES:
-            self._known[text] = known
-            if len(self._known) > MAX_KNOWN:
-                del self._known[next(iter(self._known))]
-        return known
+        cached = _CachedHead(head, scope)
+        if len(text) <= MAX_CACHED_HEAD_BYTES:
+            self._head_cache[text] = cached
+            if len(self._head_cache) > MAX_CACHED_HEADS:
+                del self._head_cache[next(iter(self._head_cache))]
+        return cached
 
-    def _begin(self, known: _Known, end_of_head: int) -> None:
+    def _begin(self, cached: _CachedHead, end_of_head: int) -> None:
         """Starts the application on a request, with its body if that is there."""
         self._discarded = 0
-        received, head = self._received, known.head
-        scope = known.scope.copy()
+        received, head = self._received, cached.head
+        scope = cached.scope.copy()
         scope["server"], scope["client"], scope["state"] = self._server, self._client, self._app_state.copy()
         body = None
         if head.content_length is None:
@@ -228,7 +228,7 @@ class Connection(asyncio.Protocol):
             self._received = received[end_of_head:]
         elif len(received) - end_of_head >= head.content_length:
             end = end_of_head + head.content_length
-            scope[WHOLE_BODY] = body = received[end_of_head:end]
+            scope[SCOPE_BODY] = body = received[end_of_head:end]
             self._received = received[end:]
         else:
             self._body_left = head.content_length
@@ -247,13 +247,13 @@ class Connection(asyncio.Protocol):
             if self._chunked_body.complete:
                 self._chunked_body = None
         if self._is_answering:
-            self._give(piece)
+            self._deliver(piece)
         else:
             self._count_discarded(len(received) - len(self._received))
             if not self._is_in_body:
                 self._wait_until(self._loop.time() + KEEP_ALIVE_S)
 
-    def _give(self, piece: bytes) -> None:
+    def _deliver(self, piece: bytes) -> None:
         """To the application, which decides how much it wants to hold."""
         cycle: Any = self._cycle
         cycle.body += piece
@@ -379,7 +379,7 @@ class Connection(asyncio.Protocol):
             return
         if self._loop.time() < self._expires:
             self._schedule()
-        elif self._looked_at:
+        elif self._searched_bytes:
             self._refuse(Problem(Code.INVALID_REQUEST, f"The head did not arrive within {self._head_timeout_s:g} s."))
         else:
             self._is_closing = True

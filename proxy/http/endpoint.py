@@ -21,9 +21,9 @@ from starlette.types import Receive, Scope, Send
 
 from proxy.gateway.in_flight import ARRIVING_REQUEST_BYTES, Arrival, InFlightTracker
 from proxy.gateway.request import ClientRequest, Document, Purged, Result, Trace
-from proxy.http.connection import HEAD, WHOLE_BODY
+from proxy.http.connection import SCOPE_BODY, SCOPE_HEADERS
 from proxy.http.headers import RequestHeaders
-from proxy.http.request_cycle import REPLY, Delivery
+from proxy.http.request_cycle import SCOPE_REPLY, Delivery
 from proxy.http.responses import RequestContext, common_lines, message_headers, render
 from proxy.problems import BadRequest, ClientGone, Code, Outcome, Overloaded, Problem
 from proxy.telemetry.metrics import Metrics
@@ -80,8 +80,8 @@ class Endpoint:
         return asyncio.get_running_loop()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        head: RequestHeaders = scope[HEAD]
-        context = RequestContext(self._operation, head.request_id or self._ids.next())
+        headers: RequestHeaders = scope[SCOPE_HEADERS]
+        context = RequestContext(self._operation, headers.request_id or self._ids.next())
         result: Result | None
         self._tracker.in_flight += 1
         try:
@@ -99,10 +99,10 @@ class Endpoint:
         context.close = context.close or self._tracker.draining
         outcome = Outcome.HIT if isinstance(result, Purged | Document) else result.outcome
         status, lines, body = render(result, context)
-        match scope[REPLY](status, lines, body, close=context.close):
+        match scope[SCOPE_REPLY](status, lines, body, close=context.close):
             case Delivery.BY_MESSAGES:
-                headers = message_headers([*lines, b"content-length: %d" % len(body)], context)
-                await send({"type": "http.response.start", "status": status, "headers": headers})
+                fields = message_headers([*lines, b"content-length: %d" % len(body)], context)
+                await send({"type": "http.response.start", "status": status, "headers": fields})
                 await send({"type": "http.response.body", "body": body})
             case Delivery.CLIENT_GONE:
                 outcome, status = Outcome.CANCELLED, _CLIENT_GONE
@@ -121,16 +121,16 @@ class IncomingRequest:
         max_bytes: int,
         deadline: float,
     ) -> None:
-        head: RequestHeaders = scope[HEAD]
-        self.token = head.token
-        self.directives = head.directives
-        self.accept = head.accept
+        headers: RequestHeaders = scope[SCOPE_HEADERS]
+        self.token = headers.token
+        self.directives = headers.directives
+        self.accept = headers.accept
         self.query: bytes = scope["query_string"]
         self.deadline = deadline
         if len(self.query) > MAX_QUERY_BYTES:
             raise BadRequest(Code.INVALID_REQUEST, f"The query string is longer than {MAX_QUERY_BYTES} bytes.")
         self._scope = scope
-        self._head = head
+        self._headers = headers
         self._receive = receive
         self._context = context
         self._tracker = tracker
@@ -141,9 +141,9 @@ class IncomingRequest:
 
         Raises `BadRequest` if it is late, too large or not declared as plain JSON, `ClientGone`, `Overloaded`.
         """
-        self._head.check_media_type()
-        whole: bytes | None = self._scope.get(WHOLE_BODY)
-        if len(whole or b"") > self._max_bytes or self._head.content_length > self._max_bytes:
+        self._headers.check_media_type()
+        whole: bytes | None = self._scope.get(SCOPE_BODY)
+        if len(whole or b"") > self._max_bytes or self._headers.content_length > self._max_bytes:
             raise self._too_large()
         if whole is not None:
             return whole
@@ -215,7 +215,7 @@ def _problem_of(error: BaseException, context: RequestContext) -> Problem | None
 
 async def refuse_route(tracker: InFlightTracker, metrics: Metrics, request: Request, error: Exception) -> Response:
     """Answers requests for a path or method that the gateway does not serve."""
-    context = RequestContext("other", request.scope[HEAD].request_id or secrets.token_hex(16))
+    context = RequestContext("other", request.scope[SCOPE_HEADERS].request_id or secrets.token_hex(16))
     context.close = tracker.draining
     if isinstance(error, HTTPException) and error.status_code == 405:  # noqa: PLR2004 -- RFC 9110 §15.5.6
         allow = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))

@@ -115,7 +115,7 @@ class ChunkedBody:
         self.complete = False
         self._budget = budget
         self._pieces: list[bytes] = []
-        self._before = b""
+        self._tail = b""
         """The last bytes that were fed: the end of the body may begin in them."""
         self._parser = httptools.HttpRequestParser(self)
         self._parser.feed_data(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -125,13 +125,13 @@ class ChunkedBody:
 
         A body can only end with an empty line, so the parser is fed up to one at a time: it never sees what follows.
         """
-        joined, begin = self._before + data, len(self._before)
+        joined, begin = self._tail + data, len(self._tail)
         while begin < len(joined) and not self.complete:
             end = joined.find(END_OF_HEAD, max(0, begin - len(END_OF_HEAD) + 1)) + len(END_OF_HEAD)
             end = len(joined) if end < len(END_OF_HEAD) else end
             self._feed(joined[begin:end])
             begin = end
-        self._before = joined[-len(END_OF_HEAD) + 1 :]
+        self._tail = joined[-len(END_OF_HEAD) + 1 :]
         body = b"".join(self._pieces)
         self._pieces.clear()
         return body, joined[begin:]

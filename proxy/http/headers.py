@@ -18,7 +18,7 @@ JSON = "application/json"
 _JSON = JSON.encode()
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-_READ = frozenset(
+_USED_FIELDS = frozenset(
     (
         b"accept",
         b"authorization",
@@ -41,30 +41,30 @@ class RequestHeaders:
 
     def __init__(self, headers: Headers) -> None:
         self._fields: dict[bytes, bytes] = {}
-        self._times: dict[bytes, int] = {}
+        self._counts: dict[bytes, int] = {}
         fields = self._fields
         for name, value in headers:
-            if name not in _READ:
+            if name not in _USED_FIELDS:
                 continue
             if name in fields:
-                self._times[name] = self._times.get(name, 1) + 1
+                self._counts[name] = self._counts.get(name, 1) + 1
                 value = fields[name] + b", " + value  # noqa: PLW2901 -- one list, in pieces
             fields[name] = value
 
     @cached_property
     def token(self) -> str | None:
         """The asker's token: `X-API-KEY`, or else `Authorization: Bearer`."""
-        key = self._only(b"x-api-key")
+        key = self._single(b"x-api-key")
         if b"authorization" not in self._fields:
             return key
-        scheme, _, token = (self._only(b"authorization") or "").partition(" ")
+        scheme, _, token = (self._single(b"authorization") or "").partition(" ")
         return key if key is not None else token.strip() if scheme.lower() == "bearer" else None
 
     @cached_property
     def request_id(self) -> str | None:
         """The client's own, if it is one that can be used."""
-        given = self._fields.get(b"x-request-id")
-        return given.decode("ascii") if given is not None and _REQUEST_ID.fullmatch(given) else None
+        value = self._fields.get(b"x-request-id")
+        return value.decode("ascii") if value is not None and _REQUEST_ID.fullmatch(value) else None
 
     @cached_property
     def directives(self) -> Directives:
@@ -79,20 +79,20 @@ class RequestHeaders:
     @cached_property
     def content_length(self) -> int:
         """The server has seen to it that it is one number, or absent."""
-        return int(self._only(b"content-length") or 0)
+        return int(self._single(b"content-length") or 0)
 
     def check_media_type(self) -> None:
         """The body must be declared as plain JSON, or not at all."""
         if not self._is_plain_json:
-            self._check_parameters()
+            self._check_content_fields()
 
     @cached_property
     def _is_plain_json(self) -> bool:
         fields = self._fields
-        return fields.get(b"content-type", _JSON) == _JSON and b"content-encoding" not in fields and not self._times
+        return fields.get(b"content-type", _JSON) == _JSON and b"content-encoding" not in fields and not self._counts
 
-    def _check_parameters(self) -> None:
-        content_type, coding = self._only(b"content-type"), self._only(b"content-encoding")
+    def _check_content_fields(self) -> None:
+        content_type, coding = self._single(b"content-type"), self._single(b"content-encoding")
         if content_type is not None and content_type.partition(";")[0].strip().lower() != JSON:
             detail = f"Send the body with Content-Type: {JSON}."
             raise BadRequest(Code.UNSUPPORTED_MEDIA_TYPE, detail, (b"accept", _JSON))
@@ -100,10 +100,10 @@ class RequestHeaders:
             detail = "Send the body without a content coding."
             raise BadRequest(Code.UNSUPPORTED_MEDIA_TYPE, detail, (b"accept-encoding", b"identity"))
 
-    def _only(self, name: bytes) -> str | None:
+    def _single(self, name: bytes) -> str | None:
         value = self._fields.get(name)
         if value is None:
             return None
-        if name in self._times:
-            raise BadRequest(Code.INVALID_REQUEST, f"The header {name.decode()} was sent {self._times[name]} times.")
+        if name in self._counts:
+            raise BadRequest(Code.INVALID_REQUEST, f"The header {name.decode()} was sent {self._counts[name]} times.")
         return value.decode("latin-1").strip()

@@ -52,25 +52,25 @@ class MetricsEndpoint:
         self._ledger_reader = ledger_reader
         self._book = book
         self._snapshot: Snapshot | None = None
-        self._reading = asyncio.Lock()
+        self._snapshot_lock = asyncio.Lock()
 
-    async def metrics(self, ask: ClientRequest, trace: Trace) -> Document | Problem:
+    async def metrics(self, request: ClientRequest, trace: Trace) -> Document | Problem:
         """Everything, in the format that the scraper prefers."""
-        refusal = self._refusal(ask, trace)
-        if refusal is not None:
-            return refusal
-        snapshot = await self._newest()
-        encode, media_type = choose_encoder(_media_types(ask.accept or ""))
+        denial = self._denial(request, trace)
+        if denial is not None:
+            return denial
+        snapshot = await self._current_snapshot()
+        encode, media_type = choose_encoder(_media_types(request.accept or ""))
         self._metrics.flush()
         registry = CollectorRegistry()
-        registry.register(_Everything(self._metrics, snapshot))
+        registry.register(_AllMetrics(self._metrics, snapshot))
         return Document(await asyncio.to_thread(encode, registry), media_type)
 
-    def _refusal(self, ask: ClientRequest, trace: Trace) -> Problem | None:
+    def _denial(self, request: ClientRequest, trace: Trace) -> Problem | None:
         access = self._live.config.access
-        if access.may_scrape(ask.token):
+        if access.may_scrape(request.token):
             return None
-        team = access.team(ask.token)
+        team = access.team(request.token)
         if isinstance(team, Problem):
             return Problem(
                 Code.UNKNOWN_TOKEN, "Send a metrics token or an admin token as Authorization: Bearer <token>."
@@ -78,23 +78,24 @@ class MetricsEndpoint:
         trace.team = team.id
         return Problem(Code.FORBIDDEN, "This needs a metrics token or an admin token; yours is a team's.")
 
-    async def _newest(self) -> Snapshot:
-        async with self._reading:
+    async def _current_snapshot(self) -> Snapshot:
+        async with self._snapshot_lock:
             if self._snapshot is None or monotonic() - self._snapshot.taken_at >= SNAPSHOT_S:
-                self._snapshot = await self._read()
+                self._snapshot = await self._take_snapshot()
             return self._snapshot
 
-    async def _read(self) -> Snapshot:
+    async def _take_snapshot(self) -> Snapshot:
         taken_at = monotonic()
         (totals, quota_states), balances = await asyncio.gather(self._read_ledger(), self._read_balances())
         return Snapshot(totals, quota_states, balances, taken_at)
 
     async def _read_ledger(self) -> tuple[WindowTotals | None, Sequence[QuotaState]]:
-        terms = self._live.config.team_limits
+        team_limits = self._live.config.team_limits
         try:
             await self._batcher.open()  # an idle gateway notices a lost ledger, too
             return await asyncio.gather(
-                self._ledger_reader.window_totals(list(terms)), self._ledger_reader.quota_states(list(terms.values()))
+                self._ledger_reader.window_totals(list(team_limits)),
+                self._ledger_reader.quota_states(list(team_limits.values())),
             )
         except StoreUnavailable:
             return None, ()
@@ -106,7 +107,7 @@ class MetricsEndpoint:
             return {}
 
 
-class _Everything:
+class _AllMetrics:
     """As prometheus_client wants a collector to be."""
 
     def __init__(self, instruments: Collector, snapshot: Snapshot) -> None:

@@ -16,7 +16,7 @@ from uvicorn.server import ServerState
 from proxy.http.framing import RequestHead
 from proxy.http.headers import Lines
 
-REPLY = "estimate_proxy.reply"
+SCOPE_REPLY = "estimate_proxy.reply"
 """Where a request's scope has a way to send an answer at once: see `Cycle.reply`. `send` is there too."""
 
 _NUL, _LF, _CR = 0, 10, 13
@@ -34,7 +34,7 @@ class Delivery(Enum):
     CLIENT_GONE = auto()
 
 
-class Wire(Protocol):
+class ClientConnection(Protocol):
     """The connection that a cycle answers on."""
 
     transport: asyncio.Transport
@@ -63,20 +63,20 @@ class Cycle(RequestResponseCycle):
     logger = log
     task: asyncio.Task[None]
 
-    def __init__(self, scope: Any, wire: Wire, head: RequestHead, body: bytes | None) -> None:
+    def __init__(self, scope: Any, connection: ClientConnection, head: RequestHead, body: bytes | None) -> None:
         """body: None if it is still to come."""
         self.scope = scope
-        self.transport = wire  # type: ignore[assignment] # which closes in its own way
-        self._write = wire.transport.write
-        self.flow = wire.flow
-        self.default_headers = wire.server_state.default_headers
-        self.on_response = wire.on_response_complete
-        self.tasks = wire.server_state.tasks
+        self.transport = connection  # type: ignore[assignment] # which closes in its own way
+        self._write = connection.transport.write
+        self.flow = connection.flow
+        self.default_headers = connection.server_state.default_headers
+        self.on_response = connection.on_response_complete
+        self.tasks = connection.server_state.tasks
         self.keep_alive = head.keep_alive
         self.waiting_for_100_continue = head.expects_continue and body is None
         self.body = bytearray() if body is None else body  # type: ignore[assignment] # it is read, and grows if None
         self.more_body = body is None
-        scope[REPLY] = self.reply
+        scope[SCOPE_REPLY] = self.reply
 
     @cached_property
     def message_event(self) -> asyncio.Event:  # type: ignore[override] # it can be written
@@ -96,7 +96,7 @@ class Cycle(RequestResponseCycle):
                 await self._fail(None)
         finally:
             self.on_response = _nothing
-            self.scope.pop(REPLY, None)  # type: ignore[misc] # else the two hold each other
+            self.scope.pop(SCOPE_REPLY, None)  # type: ignore[misc] # else the two hold each other
             self.tasks.discard(self.task)
 
     async def _fail(self, error: BaseException | None) -> None:

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from proxy.gateway.request import Answer, Document, Explanation, Purged, Result, Trace
-from proxy.http.connection import HEAD
+from proxy.http.connection import SCOPE_HEADERS
 from proxy.http.framing import Headers
 from proxy.http.headers import Lines
 from proxy.problems import DEFAULT_RETRY_AFTER_S, Outcome, Problem
@@ -99,7 +99,7 @@ def message_headers(lines: Lines, context: RequestContext) -> Headers:
 
 def probe_answer(request: Request, document: Mapping[str, Any], *, draining: bool = False) -> Response:
     """The answer to a health or readiness check: 503 while draining, else 200."""
-    request_id = request.scope[HEAD].request_id or secrets.token_hex(16)
+    request_id = request.scope[SCOPE_HEADERS].request_id or secrets.token_hex(16)
     headers = {"cache-control": "no-store", "x-request-id": request_id}
     if draining:
         headers |= {"connection": "close", "retry-after": str(DEFAULT_RETRY_AFTER_S)}

@@ -19,7 +19,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             app,
             loop="uvloop",
-            http=partial(Connection, known={}, head_timeout_s=head_timeout_s),  # type: ignore[arg-type] # only called
+            http=partial(Connection, head_cache={}, head_timeout_s=head_timeout_s),  # type: ignore[arg-type] # only called
             ws="none",
             interface="asgi3",
             lifespan="on",

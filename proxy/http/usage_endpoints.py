@@ -34,29 +34,29 @@ class UsageEndpoints:
         self._ledger_reader = ledger_reader
         self._zone = zone
 
-    async def usage(self, ask: ClientRequest, trace: Trace) -> Document | Problem:
+    async def usage(self, request: ClientRequest, trace: Trace) -> Document | Problem:
         """The sums that the query asks for. Raises `BadRequest`."""
-        fetcher = self._fetcher(ask.token, trace)
-        if isinstance(fetcher, Problem):
-            return fetcher
-        query = read_usage_query(ask.query, ask.accept, today=day_of(int(time()), self._zone))
-        if fetcher is not None:
-            if query.team not in (None, fetcher.id) or "team" in query.by:
-                return _forbidden(fetcher)
-            query = replace(query, team=fetcher.id)
-        return await _by(ask.deadline, self._usage(query))
+        own = self._team_of(request.token, trace)
+        if isinstance(own, Problem):
+            return own
+        query = read_usage_query(request.query, request.accept, today=day_of(int(time()), self._zone))
+        if own is not None:
+            if query.team not in (None, own.id) or "team" in query.by:
+                return _forbidden(own)
+            query = replace(query, team=own.id)
+        return await _within(request.deadline, self._usage(query))
 
-    async def quota(self, ask: ClientRequest, trace: Trace) -> Document | Problem:
+    async def quota(self, request: ClientRequest, trace: Trace) -> Document | Problem:
         """How rate and quotas stand, of one team or, for the operator, of each. Raises `BadRequest`."""
-        fetcher = self._fetcher(ask.token, trace)
-        if isinstance(fetcher, Problem):
-            return fetcher
-        team = read_parameters(ask.query, ("team",)).get("team")
-        if fetcher is not None:
-            if team not in (None, fetcher.id):
-                return _forbidden(fetcher)
-            team = fetcher.id
-        return await _by(ask.deadline, self._quota(team))
+        own = self._team_of(request.token, trace)
+        if isinstance(own, Problem):
+            return own
+        team = read_parameters(request.query, ("team",)).get("team")
+        if own is not None:
+            if team not in (None, own.id):
+                return _forbidden(own)
+            team = own.id
+        return await _within(request.deadline, self._quota(team))
 
     async def _usage(self, query: UsageQuery) -> Document | Problem:
         if query.team not in (None, *self._live.config.team_limits, *await self._ledger_reader.teams()):
@@ -69,13 +69,13 @@ class UsageEndpoints:
     async def _quota(self, team: str | None) -> Document | Problem:
         if team not in (None, *self._live.config.team_limits):
             return _unknown("team names none that is configured.")
-        wanted = [terms for terms in self._live.config.team_limits.values() if team in (None, terms.team)]
+        wanted = [limits for limits in self._live.config.team_limits.values() if team in (None, limits.team)]
         documents = [
             quota_document(quota_state, self._zone) for quota_state in await self._ledger_reader.quota_states(wanted)
         ]
         return Document(orjson.dumps({"teams": documents} if team is None else documents[0]), JSON)
 
-    def _fetcher(self, token: str | None, trace: Trace) -> Team | Problem | None:
+    def _team_of(self, token: str | None, trace: Trace) -> Team | Problem | None:
         """Whose token it is; None: the operator's."""
         if self._live.config.access.is_admin(token):
             return None
@@ -113,7 +113,7 @@ def _quota_members(quota: Quota, used: int, window: Window, zone: ZoneInfo) -> d
     }
 
 
-async def _by(deadline: float, report: Coroutine[Any, Any, Document | Problem]) -> Document | Problem:
+async def _within(deadline: float, report: Coroutine[Any, Any, Document | Problem]) -> Document | Problem:
     """The report, unless the ledger keeps it from being there in time."""
     try:
         async with asyncio.timeout_at(deadline):
@@ -124,9 +124,9 @@ async def _by(deadline: float, report: Coroutine[Any, Any, Document | Problem]) 
         return Problem(Code.STORE_UNAVAILABLE, "The ledger took too long to read: ask for fewer days.")
 
 
-def _forbidden(fetcher: Team) -> Problem:
+def _forbidden(team: Team) -> Problem:
     return Problem(
-        Code.FORBIDDEN, f"Your token shows the team {fetcher.id!r} alone: others, and by=team, need an admin token."
+        Code.FORBIDDEN, f"Your token shows the team {team.id!r} alone: others, and by=team, need an admin token."
     )
 
 

@@ -23,7 +23,7 @@ _QUERY_CHARACTERS = "%!$&'()*+,;=:@/?-._~[]{}|\\^`"
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
+class UpstreamAddress:
     """Where estimates are asked: `netloc` is host and port as in a `Host` header, `path` is percent-encoded."""
 
     scheme: str
@@ -31,7 +31,7 @@ class Address:
     path: str
 
     @classmethod
-    def of(cls, base_url: str) -> "Address":
+    def of(cls, base_url: str) -> "UpstreamAddress":
         """The address below `base_url`, a valid `upstream.base_url`."""
         parts = urlsplit(base_url.rstrip("/") + ESTIMATE_PATH)
         path = quote(_without_dots(parts.path), safe=_PATH_CHARACTERS)

@@ -15,7 +15,7 @@ from proxy.settings.schema import SecretText, UpstreamSettings
 from proxy.telemetry.descriptors import ran_out
 from proxy.telemetry.incidents import IncidentLog
 from proxy.telemetry.metrics import Metrics
-from proxy.upstream.address import Address
+from proxy.upstream.address import UpstreamAddress
 from proxy.upstream.circuit_breaker import CircuitBreaker, Decision, Transition
 from proxy.upstream.http_client import MAX_RESPONSE_BYTES, ConnectError, HttpClient, HttpError, ResponseTooLargeError
 from proxy.upstream.replies import Failed, Rejected, Reply, read_reply
@@ -46,7 +46,7 @@ class Upstream:
     """Asks with each account's key. `close` must be called."""
 
     def __init__(self, configured: UpstreamSettings, keys: Mapping[str, SecretText], metrics: Metrics) -> None:
-        self.address = Address.of(configured.base_url)
+        self.address = UpstreamAddress.of(configured.base_url)
         self._client = HttpClient(
             self.address,
             proxy=None if configured.proxy is None else configured.proxy.get_secret_value(),

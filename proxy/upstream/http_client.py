@@ -32,7 +32,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 from yarl import URL
 
 from proxy import __version__
-from proxy.upstream.address import Address
+from proxy.upstream.address import UpstreamAddress
 
 MAX_RESPONSE_BYTES = 2**20
 """Of a response with its head."""
@@ -83,7 +83,9 @@ class HttpClient:
     ca_file: certificates to trust instead of the system's.
     """
 
-    def __init__(self, address: Address, *, proxy: str | None, ca_file: Path | None, max_connections: int) -> None:
+    def __init__(
+        self, address: UpstreamAddress, *, proxy: str | None, ca_file: Path | None, max_connections: int
+    ) -> None:
         self._address = address
         self._proxy = None if proxy is None else _Proxy.of(proxy)
         self._tls = _tls_context(ca_file)

@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from gateway_fixture import PATH, Scene, break_off, code_of
 from processes import address_of
-from proxy.gateway.in_flight import MAX_AT_WORK, MAX_IN_FLIGHT, InFlightTracker
+from proxy.gateway.in_flight import MAX_ACTIVE, MAX_IN_FLIGHT, InFlightTracker
 from proxy.gateway.request import Answer, ClientRequest, Result, Trace
 from proxy.http.endpoint import Endpoint, Handler
 from proxy.problems import Outcome
@@ -88,8 +88,8 @@ def test_the_log_line_of_an_estimate_names_what_upstream_took(scene: Scene, capl
 def test_more_than_it_can_serve_is_told_to_come_back() -> None:
     with telling(fine) as (client, tracker):
         for in_flight, waiting, status in (
-            (MAX_AT_WORK, 0, 503),
-            (MAX_AT_WORK, 1, 200),
+            (MAX_ACTIVE, 0, 503),
+            (MAX_ACTIVE, 1, 200),
             (MAX_IN_FLIGHT - 1, MAX_IN_FLIGHT - 1, 200),
             (MAX_IN_FLIGHT, MAX_IN_FLIGHT, 503),
         ):

@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from proxy.http.connection import HEAD, MAX_KNOWN, MAX_KNOWN_BYTES, WHOLE_BODY
-from proxy.http.request_cycle import REPLY, Delivery
+from proxy.http.connection import MAX_CACHED_HEAD_BYTES, MAX_CACHED_HEADS, SCOPE_BODY, SCOPE_HEADERS
+from proxy.http.request_cycle import SCOPE_REPLY, Delivery
 from proxy.http.server import Server
 
 FIELDS = tuple(
@@ -63,7 +63,7 @@ class Transport(asyncio.Transport):
         self.written = b""
         self.closed = False
 
-    def get_extra_info(self, name: str, default: Any = None) -> Any:  # noqa: ARG002 -- nothing is known of it
+    def get_extra_info(self, name: str, default: Any = None) -> Any:  # noqa: ARG002 -- this transport has no extra info
         return default
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -92,8 +92,8 @@ class Transport(asyncio.Transport):
 
 
 class Forgetful(dict[bytes, Any]):
-    def __setitem__(self, head: bytes, known: Any) -> None:
-        """Knows no head again."""
+    def __setitem__(self, head: bytes, cached: Any) -> None:
+        """Forgets each head."""
 
 
 async def told(scope: Scope, receive: Receive, send: Send) -> None:
@@ -106,24 +106,26 @@ async def told(scope: Scope, receive: Receive, send: Send) -> None:
         if message["type"] == "http.disconnect":
             return
         body, more = body + message["body"], message["more_body"]
-    assert scope["path"] == "/early" or scope.get(WHOLE_BODY, body) == body
+    assert scope["path"] == "/early" or scope.get(SCOPE_BODY, body) == body
     seen = [scope[name] for name in ("method", "path", "raw_path", "query_string", "http_version", "headers", "state")]
-    said = repr((seen, scope[HEAD].token, body)).encode()
-    if scope[REPLY](200, [], said, close=False) is Delivery.BY_MESSAGES:
+    said = repr((seen, scope[SCOPE_HEADERS].token, body)).encode()
+    if scope[SCOPE_REPLY](200, [], said, close=False) is Delivery.BY_MESSAGES:
         assert scope["method"] == "HEAD"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
 
 
 class Connection:
-    """One to a server that knows these heads."""
+    """A connection to a server with these cached heads."""
 
-    def __init__(self, known: dict[bytes, Any], app: ASGIApp) -> None:
+    def __init__(self, head_cache: dict[bytes, Any], app: ASGIApp) -> None:
         server = Server(app, head_timeout_s=10, drain_s=1, announce=lambda: None)
         server.config.load()
         make: Any = server.config.http_protocol_class
         self._tasks = server.server_state.tasks
-        self._protocol: Any = make.func(server.config, server.server_state, {}, **{**make.keywords, "known": known})
+        self._protocol: Any = make.func(
+            server.config, server.server_state, {}, **{**make.keywords, "head_cache": head_cache}
+        )
         self._transport = Transport()
         self._protocol.connection_made(self._transport)
 
@@ -148,8 +150,10 @@ async def _turn(turns: int) -> None:
         await asyncio.sleep(0)
 
 
-async def answers(known: dict[bytes, Any], pieces: list[tuple[bytes, int]], app: ASGIApp = told) -> tuple[bytes, bool]:
-    connection = Connection(known, app)
+async def answers(
+    head_cache: dict[bytes, Any], pieces: list[tuple[bytes, int]], app: ASGIApp = told
+) -> tuple[bytes, bool]:
+    connection = Connection(head_cache, app)
     for piece, turns in pieces:
         await connection.feed(piece, turns=turns)
     return await connection.end()
@@ -174,23 +178,23 @@ def conversations(draw: st.DrawFn) -> list[tuple[bytes, int]]:
 @example([[(post(path="/late"), TURNS), (post(), TURNS), (post(path="/late"), 1), (post(), TURNS)]])
 @example([[(post(), TURNS), (post(path="/early", declared=99), TURNS), (post(), TURNS)]])
 @example([[(CHUNKED, TURNS)] * 2, [(UPGRADE, TURNS), (post(), TURNS)], [(b"\r\n" + post(), TURNS)] * 2])
-def test_a_head_that_is_known_is_read_as_the_first_time(talks: list[list[tuple[bytes, int]]]) -> None:
+def test_a_cached_head_is_read_like_a_new_one(talks: list[list[tuple[bytes, int]]]) -> None:
     async def both() -> None:
-        known: dict[bytes, Any] = {}
+        head_cache: dict[bytes, Any] = {}
         for pieces in talks:
-            assert await answers(known, pieces) == await answers(Forgetful(), pieces)
+            assert await answers(head_cache, pieces) == await answers(Forgetful(), pieces)
 
     asyncio.run(both())
 
 
 def heads_of(*sent: bytes) -> list[bytes]:
-    """Which are known behind these requests."""
-    known: dict[bytes, Any] = {}
-    asyncio.run(answers(known, [(piece, TURNS) for piece in sent]))
-    return list(known)
+    """The heads that are cached after these requests."""
+    head_cache: dict[bytes, Any] = {}
+    asyncio.run(answers(head_cache, [(piece, TURNS) for piece in sent]))
+    return list(head_cache)
 
 
-def test_a_head_is_remembered_however_it_arrives() -> None:
+def test_a_head_is_cached_however_it_arrives() -> None:
     head = post(b"")
     assert heads_of(head) == heads_of(head, head) == heads_of(head + head) == heads_of(b"\r\n" + head) == [head]
     assert heads_of(head[:-1], head[-1:]) == [head]
@@ -198,11 +202,11 @@ def test_a_head_is_remembered_however_it_arrives() -> None:
     assert heads_of(TWICE) == []
 
 
-def test_the_memory_of_heads_is_bounded() -> None:
-    assert heads_of(post(fields=f"B: {'b' * MAX_KNOWN_BYTES}\r\n")) == []
-    many = [post(path=f"/{number}") for number in range(MAX_KNOWN + 1)]
+def test_the_cache_of_heads_is_bounded() -> None:
+    assert heads_of(post(fields=f"B: {'b' * MAX_CACHED_HEAD_BYTES}\r\n")) == []
+    many = [post(path=f"/{number}") for number in range(MAX_CACHED_HEADS + 1)]
     found = heads_of(*many)
-    assert len(found) == MAX_KNOWN
+    assert len(found) == MAX_CACHED_HEADS
     assert many[0][:-4] not in found
     assert many[-1][:-4] in found
 
@@ -210,7 +214,7 @@ def test_the_memory_of_heads_is_bounded() -> None:
 @pytest.mark.parametrize("line", [b"a: b\r\nc: d", b"a: b\nc: d", b"a: b\rc: d", b"a: b\0"])
 def test_a_line_that_would_break_the_head_is_a_failure(line: bytes, caplog: pytest.LogCaptureFixture) -> None:
     async def app(scope: Scope, _: Receive, __: Send) -> None:
-        scope[REPLY](200, [line], b"", close=False)
+        scope[SCOPE_REPLY](200, [line], b"", close=False)
 
     said, _ = asyncio.run(answers({}, [(post(), TURNS)], app))
     assert said.startswith(b"HTTP/1.1 500 Internal Server Error\r\n")

@@ -18,12 +18,12 @@ from conftest import Opened, Stage
 
 from gateway_fixture import DESIGN, MARKETING, PATH, Scene, cache_status, code_of
 from processes import House, Served, address_of, house
-from proxy.gateway.in_flight import ARRIVING_REQUEST_BYTES, MAX_AT_WORK
+from proxy.gateway.in_flight import ARRIVING_REQUEST_BYTES, MAX_ACTIVE
 from proxy.upstream.client import QUEUED_PER_CONNECTION
 from serving import wait_until
 from wire import talking
 
-CROWD = MAX_AT_WORK + 500
+CROWD = MAX_ACTIVE + 500
 """Clients that all ask in the same moment."""
 
 BODY = b'[{"model":"Flux"}]'
@@ -90,7 +90,7 @@ def test_a_crowd_is_served_as_far_as_it_goes_and_the_rest_is_told_to_come_back(h
         told = asyncio.run(crowd(served, CROWD))
     statuses = Counter(one.status for one in told)
     assert set(statuses) == {200, 503}
-    assert statuses[200] >= MAX_AT_WORK
+    assert statuses[200] >= MAX_ACTIVE
     assert {one.retry_after for one in told if one.status == 503} == {"1"}
     refused_s, answered_s = (median(one.after_s for one in told if one.status == status) for status in (503, 200))
     assert refused_s < answered_s, "nobody waits for a refusal"
@@ -188,10 +188,10 @@ def test_bodies_that_arrive_all_at_once_are_work_like_any(scene: Scene) -> None:
     with talking(scene) as (connection, reader):
         connection.sendall(REQUEST[: 1 - len(BODY)])
         wait_until(lambda: scene.tracker.arriving_bytes)
-        scene.tracker.in_flight += MAX_AT_WORK
+        scene.tracker.in_flight += MAX_ACTIVE
         connection.sendall(BODY[1:])
         status, _, _ = reader.response()
-        scene.tracker.in_flight -= MAX_AT_WORK
+        scene.tracker.in_flight -= MAX_ACTIVE
     assert status == 503
 
 

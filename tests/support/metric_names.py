@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics import MetricWrapperBase
 
-from proxy.http.metrics_endpoint import Snapshot, _Everything
+from proxy.http.metrics_endpoint import Snapshot, _AllMetrics
 from proxy.quota.reports import WindowTotals
 from proxy.telemetry.metrics import Metrics
 
@@ -56,6 +56,6 @@ def _counted() -> Iterator[Family]:
 
 def _read() -> Iterator[Family]:
     nothing = Snapshot(WindowTotals({}, {}), (), {}, 0.0)
-    for family in _Everything(CollectorRegistry(), nothing).collect():
+    for family in _AllMetrics(CollectorRegistry(), nothing).collect():
         assert isinstance(family, GaugeMetricFamily)
         yield Family(family.name, family.type, frozenset(family._labelnames), from_ledger=True)

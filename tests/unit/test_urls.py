@@ -14,7 +14,7 @@ from configs import CANARY, ENV, MINIMAL, Problems, Read
 from proxy.settings.errors import SettingsError
 from proxy.settings.loader import load_keying
 from proxy.settings.schema import SecretUrl, warnings
-from proxy.upstream.address import ESTIMATE_PATH, Address
+from proxy.upstream.address import ESTIMATE_PATH, UpstreamAddress
 from topologies import papers
 
 CLEAR = "would send the API key in clear text: use https, or set upstream.insecure = true"
@@ -101,7 +101,7 @@ def test_what_is_accepted_is_the_address_that_is_asked(host: str, path: str) -> 
         base_url = load_keying(Path(os.devnull), {f"{ENV}UPSTREAM__BASE_URL": url}).upstream.base_url
     except SettingsError:
         return
-    asked = Address.of(base_url)
+    asked = UpstreamAddress.of(base_url)
     connected = URL(asked.origin, encoded=True)  # as `proxy.upstream.http_client` has it
     assert connected.host == urlsplit(url).hostname
     assert connected.port == (urlsplit(url).port or 443)
@@ -127,14 +127,14 @@ BASE_URLS = st.builds(
 def test_an_address_in_keys_is_spelled_as_it_always_was(base_url: str) -> None:
     """Prices that an older gateway has stored were asked at what httpx2 made of the URL."""
     was = httpx2.URL(base_url.rstrip("/") + ESTIMATE_PATH)
-    address = Address.of(base_url)
+    address = UpstreamAddress.of(base_url)
     assert (address.origin, address.path) == (f"{was.scheme}://{was.netloc.decode()}", was.raw_path.decode())
 
 
 @given(st.binary(max_size=20))
 @example(b"a=%2F&b=%zz&c='\xff\"")
 def test_a_query_goes_upstream_as_it_always_did(query: bytes) -> None:
-    sent = Address.of("https://h").query_as_sent(query)
+    sent = UpstreamAddress.of("https://h").query_as_sent(query)
     assert sent.isascii()
     assert sent.isprintable()
     assert " " not in sent

@@ -7,9 +7,9 @@ from proxy.cache.canonical import canonicalise
 from proxy.gateway.canonical_request import MAX_CACHED_BODIES, CanonicalRequest, RequestParser
 from proxy.problems import BadRequest
 from proxy.quota.model_names import model_of
-from proxy.upstream.address import Address
+from proxy.upstream.address import UpstreamAddress
 
-ADDRESS = Address.of("https://api.rendernet.ai")
+ADDRESS = UpstreamAddress.of("https://api.rendernet.ai")
 BODY = b'[ {"model": "Flux", "seed": 1.0} ]'
 
 
