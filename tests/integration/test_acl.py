@@ -1,4 +1,4 @@
-"""The least access that docs/configuration.md names: a gateway needs all of it, and nothing else."""
+"""The least permissions in docs/configuration.md: a gateway needs all of them, and no others."""
 
 import asyncio
 import re
@@ -23,7 +23,7 @@ from quota_scenes import ADMIN, FLUX, ONE, exceeded, explained, get, requests, s
 from serving import wait_until
 from topologies import LOCAL, NAME, Cluster, Member, Stage, cluster, stage_of, watched
 
-DOCUMENTED = (PROJECT / "docs" / "configuration.md").read_text().partition("**The least access.**")[2]
+DOCUMENTED = (PROJECT / "docs" / "configuration.md").read_text().partition("**Least permissions.**")[2]
 GATEWAY, SENTINEL_USER = re.findall(r"^```\n(user .*)\n```$", DOCUMENTED, re.MULTILINE)
 CHANGES = {where: rights.split() for where, rights in re.findall(r"^\* (.*): `(.*)`$", DOCUMENTED, re.MULTILINE)}
 LEDGER_ALONE, BOOK_ALONE, DATABASE, CLUSTER, CHECK = CHANGES
