@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from time import monotonic
 
 from proxy.cache.memory import MAX_AGE_S, MemoryEntry
-from proxy.cache.prices import Balance, Entry, Generations, StoredPrice, as_of
-from proxy.cache.single_flight import SameTurn, SingleFlight
+from proxy.cache.prices import Balance, Generations, PriceRecord, StoredPrice, as_of
+from proxy.cache.single_flight import SingleFlight, TurnCoalescer
 from proxy.problems import StoreUnavailable
 from proxy.store.client import Script, Store
 
@@ -53,11 +53,11 @@ class BookSnapshot:
 
     def is_invalidated(self, cached: MemoryEntry) -> bool:
         """Whether the price may have been purged or replaced since, so that only the store can tell."""
-        return cached.invalidations != self.invalidations or cached.entry.generations.purge != self.generations.purge
+        return cached.invalidations != self.invalidations or cached.record.generations.purge != self.generations.purge
 
-    def may_lag(self, entry: Entry) -> bool:
-        """Whether `entry` may have generations that the book has got since this snapshot."""
-        return entry.generations != self.generations and entry.put_at_ms >= self.now_ms
+    def may_lag(self, record: PriceRecord) -> bool:
+        """Whether `record` may have generations that the book has got since this snapshot."""
+        return record.generations != self.generations and record.put_at_ms >= self.now_ms
 
     def as_of(self, cached: MemoryEntry, now: float) -> StoredPrice | None:
         """The price at `now` (monotonic); None if it has been purged."""
@@ -65,7 +65,7 @@ class BookSnapshot:
         if repriced_ago_ms is not None:
             repriced_ago_ms += round((now - self.read_at) * 1000)
         now_ms = cached.now_ms + round((now - cached.read_at) * 1000)
-        return as_of(cached.entry, now_ms, self.generations, repriced_ago_ms)
+        return as_of(cached.record, now_ms, self.generations, repriced_ago_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +105,8 @@ class AccountBooks:
         self._store = store
         self._origin = origin
         self._reads = SingleFlight[BookSnapshot]()
-        self._same_turn_reads = SameTurn[BookSnapshot]()
-        self._balance_puts = SameTurn[None]()
+        self._same_turn_reads = TurnCoalescer[BookSnapshot]()
+        self._balance_puts = TurnCoalescer[None]()
 
     def current(self, account: str) -> BookSnapshot | None:
         """The snapshot, if it need not be read again."""
@@ -122,18 +122,18 @@ class AccountBooks:
         """The snapshot, read again if it is not current: one read for all who need it at the same time."""
         book = self.current(account)
         if book is None:
-            book, _ = await self._reads.join(account, lambda: self.read(account))
+            book, _ = await self._reads.do(account, lambda: self.read(account))
         return book
 
     async def get_for_cached_price(self, account: str) -> BookSnapshot:
         """As `get`; while the store is out of reach, a snapshot is good for as long as cached prices are."""
-        known = self.snapshots.get(account)
+        previous = self.snapshots.get(account)
         try:
             return await self.get(account)
         except StoreUnavailable:
-            if known is None or monotonic() - known.read_at > BOOK_REREAD_S + MAX_AGE_S:
+            if previous is None or monotonic() - previous.read_at > BOOK_REREAD_S + MAX_AGE_S:
                 raise
-            return known
+            return previous
 
     async def read(self, account: str) -> BookSnapshot:
         """Reads the book from the store, with what another process has just put there."""
@@ -144,8 +144,8 @@ class AccountBooks:
         if amount is not None and age_ms is not None:
             self._cache_balance(account, CachedBalance(amount, read_at - age_ms / 1000, now_ms - age_ms))
         book = BookSnapshot(Generations(purge, reprice), invalidations, repriced_ago_ms, now_ms, read_at)
-        known = self.snapshots.get(account)
-        if known is None or known.read_at <= read_at:
+        previous = self.snapshots.get(account)
+        if previous is None or previous.read_at <= read_at:
             self.snapshots[account] = book
         return book
 
@@ -170,14 +170,14 @@ class AccountBooks:
     async def balances(self, accounts: Collection[str]) -> dict[str, Balance]:
         """The newest balances that the fleet knows of."""
         await asyncio.gather(*(self.get(account) for account in accounts))
-        return {account: known for account in accounts if (known := self.balance(account)) is not None}
+        return {account: balance for account in accounts if (balance := self.balance(account)) is not None}
 
     def record_balance(self, account: str, amount: bytes) -> Awaitable[None]:
         """Keeps a balance that upstream has just shown: in this process at once, in the store when that is awaited."""
-        known, seen = self.cached_balances.get(account), CachedBalance(amount, monotonic(), None)
+        previous, seen = self.cached_balances.get(account), CachedBalance(amount, monotonic(), None)
         self.cached_balances[account] = seen
-        is_repeated = known is not None and known.amount == amount
-        put = self._balance_puts.share if is_repeated else self._balance_puts.begin
+        is_repeated = previous is not None and previous.amount == amount
+        put = self._balance_puts.share if is_repeated else self._balance_puts.start
         return put(account, lambda: self._put_balance(account, seen))
 
     async def _put_balance(self, account: str, seen: CachedBalance) -> None:
@@ -187,8 +187,8 @@ class AccountBooks:
             self.cached_balances[account] = replace(newest, at_ms=at_ms)
 
     def _cache_balance(self, account: str, read: CachedBalance) -> None:
-        known = self.cached_balances.get(account)
-        if known is None or known.is_replaced_by(read):
+        previous = self.cached_balances.get(account)
+        if previous is None or previous.is_replaced_by(read):
             self.cached_balances[account] = read
 
     async def claim_audit(self, account: str, *, max_age_s: float, for_s: float) -> bool:

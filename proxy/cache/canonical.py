@@ -45,16 +45,16 @@ def canonicalise(raw: bytes) -> bytes:
 
 def load(raw: bytes) -> Any:
     """The JSON value in `raw`, in which no integer below -2**63 is taken for it. Raises `BadRequest`."""
-    value = _load(raw)
+    value = _parse_json(raw)
     if _NEAR_MIN_INTEGER in raw:  # only now: on what is no JSON the pattern could take quadratic time
-        value = _load(_STRING_OR_NEAR_MIN_INTEGER.sub(_protect_below_min, raw))
+        value = _parse_json(_STRING_OR_NEAR_MIN_INTEGER.sub(_protect_below_min, raw))
     return value
 
 
 def canonical_items(value: Any) -> bytes:
     """As `canonicalise`, of a body that `load` has read, perhaps as a part of something. It is changed in place."""
     if type(value) is not list or not value or any(type(item) is not dict for item in value):
-        raise _invalid("The body must be a JSON array of one or more generation objects.")
+        raise _invalid_body("The body must be a JSON array of one or more generation objects.")
     return orjson.dumps(_canonical(value, 1), option=orjson.OPT_SORT_KEYS)
 
 
@@ -64,26 +64,26 @@ def key_of(canonical: bytes, *, origin: str, account: str, path: str, query: str
     `query` is as sent upstream. `ignored` are the members that do not count, as dotted paths inside each item.
     """
     frame = orjson.dumps([KEY_FORMAT, origin, account, "POST", path, query, sorted(set(ignored))])
-    counted = _without(canonical, ignored) if ignored else canonical
+    counted = _without_members(canonical, ignored) if ignored else canonical
     return sha256(frame + b"\n" + counted).hexdigest()
 
 
 def present(canonical: bytes, members: Sequence[str]) -> list[str]:
     """Those of the dotted paths that some item of the body has."""
     items = orjson.loads(canonical)
-    return [member for member in members if any(_holder(item, member) is not None for item in items)]
+    return [member for member in members if any(_parent_of(item, member) is not None for item in items)]
 
 
-def _without(canonical: bytes, members: Sequence[str]) -> bytes:
+def _without_members(canonical: bytes, members: Sequence[str]) -> bytes:
     items = orjson.loads(canonical)
     for item in items:
         for member in members:
-            if (holder := _holder(item, member)) is not None:
-                del holder[member.rpartition(".")[2]]
+            if (parent := _parent_of(item, member)) is not None:
+                del parent[member.rpartition(".")[2]]
     return orjson.dumps(items, option=orjson.OPT_SORT_KEYS)
 
 
-def _holder(item: Any, member: str) -> dict[str, Any] | None:
+def _parent_of(item: Any, member: str) -> dict[str, Any] | None:
     """The object in which the last name of a dotted path stands."""
     *parents, name = member.split(".")
     for parent in parents:
@@ -91,19 +91,19 @@ def _holder(item: Any, member: str) -> dict[str, Any] | None:
     return item if isinstance(item, dict) and name in item else None
 
 
-def _load(raw: bytes) -> Any:
+def _parse_json(raw: bytes) -> Any:
     try:
         return orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        raise _invalid(f"The body is not valid JSON: {_json_error(raw, error)}.") from None
+        raise _invalid_body(f"The body is not valid JSON: {_json_error(raw, error)}.") from None
 
 
 def _json_error(raw: bytes, error: orjson.JSONDecodeError) -> str:
     """What is no UTF-8 orjson would place at the beginning."""
     try:
         raw.decode()
-    except UnicodeDecodeError as no_text:
-        return f"it is not UTF-8 from byte {no_text.start} on"
+    except UnicodeDecodeError as decode_error:
+        return f"it is not UTF-8 from byte {decode_error.start} on"
     return str(error)
 
 
@@ -112,39 +112,39 @@ def _protect_below_min(token: re.Match[bytes]) -> bytes:
     return b"-1e19" if token[1] and int(token[1]) < _MIN_INTEGER else token[0]
 
 
-def _canonical(value: Any, level: int) -> Any:
+def _canonical(value: Any, depth: int) -> Any:
     """`value` with its numbers in canonical form; containers are changed in place."""
     match value:
         case float():
             return _canonical_number(value)
         case dict():
-            _check_level(level)
+            _check_depth(depth)
             for name, member in value.items():
-                if type(member) in _COMPOUND:
-                    value[name] = _canonical(member, level + 1)
+                if type(member) in _NEEDS_REWRITE:
+                    value[name] = _canonical(member, depth + 1)
         case _:  # a list: nothing else is compound
-            _check_level(level)
+            _check_depth(depth)
             for index, member in enumerate(value):
-                if type(member) in _COMPOUND:
-                    value[index] = _canonical(member, level + 1)
+                if type(member) in _NEEDS_REWRITE:
+                    value[index] = _canonical(member, depth + 1)
     return value
 
 
-_COMPOUND = frozenset((float, dict, list))
+_NEEDS_REWRITE = frozenset((float, dict, list))
 
 
 def _canonical_number(number: float) -> float | int:
     if not number.is_integer():
         return number
     if not _MIN_INTEGER <= number < _END_INTEGER:
-        raise _invalid("The body has an integer beyond 64 bits: write it as a string, or leave it out.")
+        raise _invalid_body("The body has an integer beyond 64 bits: write it as a string, or leave it out.")
     return int(number)
 
 
-def _check_level(level: int) -> None:
-    if level > MAX_DEPTH:
-        raise _invalid(f"The body is nested deeper than {MAX_DEPTH} levels.")
+def _check_depth(depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise _invalid_body(f"The body is nested deeper than {MAX_DEPTH} levels.")
 
 
-def _invalid(detail: str) -> BadRequest:
+def _invalid_body(detail: str) -> BadRequest:
     return BadRequest(Code.INVALID_BODY, detail)

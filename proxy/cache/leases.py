@@ -90,7 +90,7 @@ class Leases:
         read_at = monotonic()
         text, lease, now_ms = await self._store.call(_LEASE_WATCH, *store_keys(key))
         found = decode_entry(text, now_ms, read_at, book.invalidations)
-        is_other = found is not None and found.entry.put_at_ms != _version(lookup)
+        is_other = found is not None and found.record.put_at_ms != _version(lookup)
         if is_other and (stored := self._fresh(key, found, book)) is not None:
             return stored
         if lease is None:
@@ -120,7 +120,7 @@ class Leases:
         """What another process has stored, if that is fresh; this one keeps it in memory too."""
         if found is None:
             return None
-        stored = as_of(found.entry, found.now_ms, book.generations, book.repriced_ago_ms)
+        stored = as_of(found.record, found.now_ms, book.generations, book.repriced_ago_ms)
         if stored is None or stored.ttl_s <= 0:
             return None
         self._memory.put(key, found, monotonic())

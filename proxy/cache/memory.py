@@ -7,7 +7,7 @@ note each use would take longer than to read a price again now and then.
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from proxy.cache.prices import Entry, decode_price
+from proxy.cache.prices import PriceRecord, decode_price
 
 MAX_AGE_S = 60.0
 """A process may miss for this long that another one has fetched the same price again. If the price has changed, it
@@ -26,7 +26,7 @@ class MemoryEntry:
     invalidations: of the account's book, as far as was known; -1 if nothing was.
     """
 
-    entry: Entry
+    record: PriceRecord
     now_ms: int
     read_at: float
     invalidations: int
@@ -34,8 +34,8 @@ class MemoryEntry:
 
 def decode_entry(text: bytes | None, now_ms: int, read_at: float, invalidations: int) -> MemoryEntry | None:
     """A price out of the store's text; None if there is none, or none that this version reads."""
-    entry = None if text is None else decode_price(text)
-    return None if entry is None else MemoryEntry(entry, now_ms, read_at, invalidations)
+    record = None if text is None else decode_price(text)
+    return None if record is None else MemoryEntry(record, now_ms, read_at, invalidations)
 
 
 class MemoryCache:
@@ -49,36 +49,38 @@ class MemoryCache:
         return len(self._entries)
 
     def get(self, key: str, now: float) -> MemoryEntry | None:
-        found = self._entries.get(key)
-        if found is None:
+        entry = self._entries.get(key)
+        if entry is None:
             return None
-        if now - found.read_at > MAX_AGE_S:
+        if now - entry.read_at > MAX_AGE_S:
             self.drop(key)
             return None
-        return found
+        return entry
 
-    def put(self, key: str, found: MemoryEntry, now: float) -> None:
-        """Keeps `found`, unless it was read or stored before the entry that is here.
+    def put(self, key: str, entry: MemoryEntry, now: float) -> None:
+        """Keeps `entry`, unless it was read or stored before the entry that is here.
 
         Replies can overtake each other, and come in another order than the store gave them: the one that was read last
         may be the older price.
         """
-        known = self.get(key, now)
-        if known is not None and (known.read_at > found.read_at or known.entry.put_at_ms > found.entry.put_at_ms):
+        current = self.get(key, now)
+        if current is not None and (
+            current.read_at > entry.read_at or current.record.put_at_ms > entry.record.put_at_ms
+        ):
             return
         self.drop(key)
-        self._entries[key] = found
-        self._bytes += _size(found)
+        self._entries[key] = entry
+        self._bytes += _size(entry)
         while len(self._entries) > self._max_entries or self._bytes > self._max_bytes:
             _, oldest = self._entries.popitem(last=False)
             self._bytes -= _size(oldest)
 
     def drop(self, key: str) -> None:
-        found = self._entries.pop(key, None)
-        if found is not None:
-            self._bytes -= _size(found)
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._bytes -= _size(entry)
 
 
-def _size(found: MemoryEntry) -> int:
-    price = found.entry.price
+def _size(entry: MemoryEntry) -> int:
+    price = entry.record.price
     return OVERHEAD_BYTES + len(price.estimated) + len(price.rest)

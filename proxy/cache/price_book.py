@@ -12,7 +12,7 @@ from time import monotonic
 from proxy.cache.account_book import AccountBooks, BookSnapshot, CachedBalance
 from proxy.cache.leases import Lease, Leases
 from proxy.cache.memory import MemoryCache, MemoryEntry, decode_entry
-from proxy.cache.prices import ENCODING, Entry, Lookup, Price, StoredPrice, encode_price, store_keys
+from proxy.cache.prices import ENCODING, Lookup, Price, PriceRecord, StoredPrice, encode_price, store_keys
 from proxy.problems import StoreUnavailable
 from proxy.store.client import Script, Store
 
@@ -45,17 +45,17 @@ class PriceBook:
         balance = accounts.cached_balances.get(account)
         if cached is None or book is None or balance is None:
             return None
-        entry = cached.entry
+        record = cached.record
         if not book.is_current(now) or cached.invalidations != book.invalidations:
             return None
-        if entry.generations != book.generations:
-            is_gone = book.is_invalidated(cached) or book.may_lag(entry)
+        if record.generations != book.generations:
+            is_gone = book.is_invalidated(cached) or book.may_lag(record)
             return None if is_gone else _lookup(cached, book, balance, now)
-        age_s = (cached.now_ms - entry.put_at_ms) / 1000 + now - cached.read_at
+        age_s = (cached.now_ms - record.put_at_ms) / 1000 + now - cached.read_at
         if age_s < 0:  # the store's clock has gone back
             return _lookup(cached, book, balance, now)
-        stored = StoredPrice(entry.price, age_s, entry.ttl_ms / 1000 - age_s, entry.body_digest)
-        return Lookup(stored, balance.as_of(now), entry.put_at_ms)
+        stored = StoredPrice(record.price, age_s, record.ttl_ms / 1000 - age_s, record.body_digest)
+        return Lookup(stored, balance.as_of(now), record.put_at_ms)
 
     async def look_up(self, key: str, account: str) -> Lookup:
         """What is known for `key`, and the account's newest balance."""
@@ -71,9 +71,9 @@ class PriceBook:
             cached, book = await asyncio.gather(self._read(key, account), accounts.get(account))
         if cached is None:
             return Lookup(None, accounts.balance(account), None)
-        if book.may_lag(cached.entry) or accounts.balance(account) is None:
+        if book.may_lag(cached.record) or accounts.balance(account) is None:
             book = await accounts.read(account)  # the generations were there before the price, the balance came with it
-        return Lookup(book.as_of(cached, monotonic()), accounts.balance(account), cached.entry.put_at_ms)
+        return Lookup(book.as_of(cached, monotonic()), accounts.balance(account), cached.record.put_at_ms)
 
     async def put(self, lease: Lease, price: Price, body_digest: bytes) -> bool:
         """Stores a price and ends the lease; False if it was overtaken: by another leader, or by a purge."""
@@ -87,8 +87,8 @@ class PriceBook:
         book = self.accounts.snapshots.get(lease.account)
         is_purged = book is not None and book.generations.purge != lease.generations.purge
         if not is_purged:
-            entry = Entry(price, now_ms, self._ttl_ms, lease.generations, body_digest)
-            self._memory.put(lease.key, MemoryEntry(entry, now_ms, read_at, invalidations), monotonic())
+            record = PriceRecord(price, now_ms, self._ttl_ms, lease.generations, body_digest)
+            self._memory.put(lease.key, MemoryEntry(record, now_ms, read_at, invalidations), monotonic())
         if is_another:
             with suppress(StoreUnavailable):  # other processes then serve the old one for as long as they have it
                 await self.accounts.invalidate(lease.account)
@@ -118,4 +118,4 @@ class PriceBook:
 
 
 def _lookup(cached: MemoryEntry, book: BookSnapshot, balance: CachedBalance, now: float) -> Lookup:
-    return Lookup(book.as_of(cached, now), balance.as_of(now), cached.entry.put_at_ms)
+    return Lookup(book.as_of(cached, now), balance.as_of(now), cached.record.put_at_ms)

@@ -31,7 +31,7 @@ class Generations(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class PriceRecord:
     """A price as the book keeps it. Times are the store's.
 
     nonces: of the book when upstream was asked.
@@ -83,7 +83,7 @@ def encode_price(price: Price, *, ttl_ms: int, generations: Generations, body_di
     return b" ".join(fields)
 
 
-def decode_price(stored: bytes) -> Entry | None:
+def decode_price(stored: bytes) -> PriceRecord | None:
     """A price out of `<encoding> <time in ms> <encoded price>`; None if it was written otherwise, or by others."""
     try:
         encoding, put_at_ms, ttl_ms, purge, reprice, body_digest, estimated, rest = stored.split(b" ", 7)
@@ -92,21 +92,23 @@ def decode_price(stored: bytes) -> Entry | None:
         return None
     if encoding != ENCODING:
         return None
-    return Entry(Price(estimated, rest), *times, Generations(purge, reprice), body_digest)
+    return PriceRecord(Price(estimated, rest), *times, Generations(purge, reprice), body_digest)
 
 
-def as_of(entry: Entry, now_ms: int, generations: Generations, repriced_ago_ms: int | None) -> StoredPrice | None:
+def as_of(
+    record: PriceRecord, now_ms: int, generations: Generations, repriced_ago_ms: int | None
+) -> StoredPrice | None:
     """The price as it stands at `now_ms` in a book with these nonces; None if it has been purged.
 
     The store's clock may have gone back: nothing is younger than new, nor fresh again once it was repriced.
     """
-    age_ms = max(0, now_ms - entry.put_at_ms)
-    left_ms = entry.ttl_ms - age_ms
-    if entry.generations.purge != generations.purge:
+    age_ms = max(0, now_ms - record.put_at_ms)
+    left_ms = record.ttl_ms - age_ms
+    if record.generations.purge != generations.purge:
         return None
-    if entry.generations.reprice != generations.reprice:
+    if record.generations.reprice != generations.reprice:
         left_ms = min(left_ms, -max(0, repriced_ago_ms or 0))
-    return StoredPrice(entry.price, age_ms / 1000, left_ms / 1000, entry.body_digest)
+    return StoredPrice(record.price, age_ms / 1000, left_ms / 1000, record.body_digest)
 
 
 def document(price: Price, balance: Balance | None) -> bytes:

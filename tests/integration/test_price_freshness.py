@@ -195,7 +195,7 @@ class TestAudits:
     @pytest.fixture
     def scene(self, open_gateway: Opened, monkeypatch: pytest.MonkeyPatch) -> Scene:
         """A gateway to which every balance is old."""
-        monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_EVERY_S", 0.0)
+        monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_CLAIM_S", 0.0)
         return open_gateway(cache={"balance_max_age_s": 0})
 
     def audits(self, scene: Scene, result: str) -> float:
@@ -274,7 +274,7 @@ class TestAudits:
 class TestIgnoredMembers:
     @pytest.fixture
     def scene(self, open_gateway: Opened, monkeypatch: pytest.MonkeyPatch) -> Scene:
-        monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_EVERY_S", 0.0)
+        monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_CLAIM_S", 0.0)
         return open_gateway(cache={"ignore": ["seed", "prompt.positive"], "balance_max_age_s": 0})
 
     def test_they_are_left_out_of_the_key_and_not_out_of_what_is_sent(self, scene: Scene) -> None:

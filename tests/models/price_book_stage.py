@@ -92,7 +92,7 @@ class Replica:
 
     def wait_until_flying(self, flights: int) -> None:
         """Until so many questions are on their way."""
-        soon(lambda: len(self.fetcher._flights) + len(self.fetcher._audits) == flights)
+        soon(lambda: len(self.fetcher._fetches) + len(self.fetcher._audits) == flights)
 
 
 class World:

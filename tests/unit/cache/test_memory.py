@@ -5,18 +5,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from proxy.cache.memory import MAX_AGE_S, MAX_BYTES, MAX_ENTRIES, OVERHEAD_BYTES, MemoryCache, MemoryEntry
-from proxy.cache.prices import Entry, Generations, Price
+from proxy.cache.prices import Generations, Price, PriceRecord
 
 T = 1000.0
 
 
-def hot(size: int = 1, read_at: float = T, put_at_ms: int = 1_000_000) -> MemoryEntry:
+def entry_of(size: int = 1, read_at: float = T, put_at_ms: int = 1_000_000) -> MemoryEntry:
     """A price of `size` bytes beside the overhead, `estimated` and `rest` together."""
     price = Price(b"5", b"x" * (size - 1))
-    return MemoryEntry(Entry(price, put_at_ms, 60_000, Generations(b"p", b"r"), b"d"), 1_000_500, read_at, 0)
+    return MemoryEntry(PriceRecord(price, put_at_ms, 60_000, Generations(b"p", b"r"), b"d"), 1_000_500, read_at, 0)
 
 
-def room(*, entries: int = 1000, in_bytes: int = 2**20) -> MemoryCache:
+def cache_of(*, entries: int = 1000, in_bytes: int = 2**20) -> MemoryCache:
     return MemoryCache(max_entries=entries, max_bytes=in_bytes)
 
 
@@ -34,7 +34,7 @@ def test_nothing_is_there_at_first() -> None:
 
 
 def test_what_was_put_is_there() -> None:
-    prices, one, other = MemoryCache(), hot(), hot()
+    prices, one, other = MemoryCache(), entry_of(), entry_of()
     prices.put("a", one, T)
     prices.put("b", other, T)
     assert prices.get("a", T) is one
@@ -49,7 +49,7 @@ def test_what_was_put_is_there() -> None:
 @pytest.mark.parametrize(("age_s", "there"), [(-1, True), (0, True), (MAX_AGE_S, True), (MAX_AGE_S + 0.001, False)])
 def test_nothing_is_there_for_ever(age_s: float, there: bool) -> None:  # noqa: FBT001 -- a row of a table
     prices = MemoryCache()
-    prices.put("a", hot(), T)
+    prices.put("a", entry_of(), T)
     assert (prices.get("a", T + age_s) is not None) is there
     assert len(prices) == there
     assert (prices._bytes > 0) is there
@@ -57,7 +57,7 @@ def test_nothing_is_there_for_ever(age_s: float, there: bool) -> None:  # noqa: 
 
 def test_being_asked_for_keeps_nothing_alive() -> None:
     prices = MemoryCache()
-    prices.put("a", hot(), T)
+    prices.put("a", entry_of(), T)
     assert [prices.get("a", T + part * MAX_AGE_S) is not None for part in (0.25, 0.5, 0.75, 1, 1.25)] == [True] * 4 + [
         False
     ]
@@ -67,27 +67,27 @@ def test_being_asked_for_keeps_nothing_alive() -> None:
 
 
 def test_the_one_that_was_put_first_goes_first() -> None:
-    prices = room(entries=3)
+    prices = cache_of(entries=3)
     for key in "abcd":
-        prices.put(key, hot(), T)
+        prices.put(key, entry_of(), T)
     assert kept(prices, "abcd") == "bcd"
     assert len(prices) == 3
 
 
 def test_what_is_asked_for_goes_no_later() -> None:
-    prices = room(entries=3)
+    prices = cache_of(entries=3)
     for key in "abc":
-        prices.put(key, hot(), T)
+        prices.put(key, entry_of(), T)
     for key in "az":
         prices.get(key, T)
-    prices.put("d", hot(), T)
+    prices.put("d", entry_of(), T)
     assert kept(prices, "abcdz") == "bcd"
 
 
 def test_what_is_put_again_goes_later() -> None:
-    prices = room(entries=3)
+    prices = cache_of(entries=3)
     for key in "abcad":
-        prices.put(key, hot(), T)
+        prices.put(key, entry_of(), T)
     assert kept(prices, "abcd") == "acd"
     assert len(prices) == 3
 
@@ -96,42 +96,42 @@ def test_what_is_put_again_goes_later() -> None:
 
 
 def test_bytes_are_bounded_with_what_each_entry_takes_beside() -> None:
-    prices = room(in_bytes=3 * (OVERHEAD_BYTES + 10))
+    prices = cache_of(in_bytes=3 * (OVERHEAD_BYTES + 10))
     for key in "abc":
-        prices.put(key, hot(10), T)
+        prices.put(key, entry_of(10), T)
     assert kept(prices, "abc") == "abc"
-    prices.put("c", hot(11), T)
+    prices.put("c", entry_of(11), T)
     assert kept(prices, "abc") == "bc"
 
 
 def test_a_large_one_takes_the_room_of_several() -> None:
-    prices = room(in_bytes=4 * OVERHEAD_BYTES + 20)
+    prices = cache_of(in_bytes=4 * OVERHEAD_BYTES + 20)
     for key in "abc":
-        prices.put(key, hot(10), T)
-    prices.put("d", hot(2 * OVERHEAD_BYTES), T)
+        prices.put(key, entry_of(10), T)
+    prices.put("d", entry_of(2 * OVERHEAD_BYTES), T)
     assert kept(prices, "abcd") == "cd"
 
 
 def test_one_that_is_too_large_is_not_kept() -> None:
-    prices = room(in_bytes=OVERHEAD_BYTES + 10)
-    prices.put("a", hot(11), T)
+    prices = cache_of(in_bytes=OVERHEAD_BYTES + 10)
+    prices.put("a", entry_of(11), T)
     assert len(prices) == prices._bytes == 0
-    prices.put("a", hot(10), T)
+    prices.put("a", entry_of(10), T)
     assert kept(prices, "a") == "a"
 
 
 def test_one_that_is_replaced_leaves_no_bytes() -> None:
-    prices = room(in_bytes=2 * OVERHEAD_BYTES + 200)
+    prices = cache_of(in_bytes=2 * OVERHEAD_BYTES + 200)
     for size in (100, 150, 1, 100) * 100:
-        prices.put("a", hot(size), T)
+        prices.put("a", entry_of(size), T)
     assert prices._bytes == OVERHEAD_BYTES + 100
-    prices.put("b", hot(100), T)
+    prices.put("b", entry_of(100), T)
     assert kept(prices, "ab") == "ab"
 
 
 def test_one_that_is_dropped_leaves_no_bytes() -> None:
     prices = MemoryCache()
-    prices.put("a", hot(100), T)
+    prices.put("a", entry_of(100), T)
     prices.drop("a")
     prices.drop("a")
     assert len(prices) == prices._bytes == 0
@@ -143,7 +143,7 @@ def test_the_bounds_in_use() -> None:
     assert MAX_ENTRIES * OVERHEAD_BYTES < MAX_BYTES
     prices = MemoryCache()
     for number in range(MAX_ENTRIES + 10):
-        prices.put(str(number), hot(), T)
+        prices.put(str(number), entry_of(), T)
     assert len(prices) == MAX_ENTRIES
 
 
@@ -151,26 +151,26 @@ def test_the_bounds_in_use() -> None:
 
 
 def test_what_was_read_before_does_not_replace_what_was_read_later() -> None:
-    prices, newer = MemoryCache(), hot(read_at=T + 0.2)
+    prices, newer = MemoryCache(), entry_of(read_at=T + 0.2)
     prices.put("a", newer, T + 0.2)
-    prices.put("a", hot(50, read_at=T), T + 0.2)
+    prices.put("a", entry_of(50, read_at=T), T + 0.2)
     assert prices.get("a", T + 0.2) is newer
-    newest = hot(read_at=T + 0.2)
+    newest = entry_of(read_at=T + 0.2)
     prices.put("a", newest, T + 0.2)
     assert prices.get("a", T + 0.2) is newest
 
 
 def test_an_older_price_that_was_read_later_does_not_replace_a_newer_one() -> None:
-    prices, newer = MemoryCache(), hot(put_at_ms=1_000_001)
+    prices, newer = MemoryCache(), entry_of(put_at_ms=1_000_001)
     prices.put("a", newer, T)
-    prices.put("a", hot(read_at=T + 0.2), T + 0.2)
+    prices.put("a", entry_of(read_at=T + 0.2), T + 0.2)
     assert prices.get("a", T + 0.2) is newer
 
 
 def test_an_expired_price_keeps_no_other_out() -> None:
     prices, after = MemoryCache(), T + MAX_AGE_S + 1
-    prices.put("a", hot(put_at_ms=1_000_001), T)
-    older = hot(read_at=after)
+    prices.put("a", entry_of(put_at_ms=1_000_001), T)
+    older = entry_of(read_at=after)
     prices.put("a", older, after)
     assert prices.get("a", after) is older
 
@@ -228,18 +228,18 @@ class Model:
 def test_it_is_as_the_model(
     steps: list[tuple[tuple[str, str, int, int], float]], max_entries: int, max_bytes: int
 ) -> None:
-    prices, model, now = room(entries=max_entries, in_bytes=max_bytes), Model(max_entries, max_bytes), T
+    prices, model, now = cache_of(entries=max_entries, in_bytes=max_bytes), Model(max_entries, max_bytes), T
     for (what, key, size, lag_s), later_s in steps:
         now += later_s
         if what == "put":
-            prices.put(key, hot(size, now + lag_s), now)
+            prices.put(key, entry_of(size, now + lag_s), now)
             model.put(key, size, now + lag_s, now)
         elif what == "drop":
             prices.drop(key)
             model.drop(key)
         else:
             found = prices.get(key, now)
-            assert (None if found is None else 1 + len(found.entry.price.rest)) == model.get(key, now)
+            assert (None if found is None else 1 + len(found.record.price.rest)) == model.get(key, now)
         assert list(prices._entries) == [row[0] for row in model.rows]
         assert prices._bytes == model.total <= max_bytes
         assert len(prices) == len(model.rows) <= max_entries

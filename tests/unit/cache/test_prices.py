@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from proxy.cache.prices import (
     ENCODING,
     Balance,
-    Entry,
     Generations,
     Price,
+    PriceRecord,
     StoredPrice,
     as_of,
     decode_price,
@@ -25,7 +25,7 @@ from proxy.upstream.replies import Priced, read_reply
 ANSWER = b'{"data":{"estimated":5,"balance":20},"error":{}}'
 BOOK = Generations(b"p1", b"r1")
 REPRICED = Generations(b"p1", b"r2")
-ENTRY = Entry(Price(b"5", b""), put_at_ms=1_000_000, ttl_ms=60_000, generations=BOOK, body_digest=b"d1")
+RECORD = PriceRecord(Price(b"5", b""), put_at_ms=1_000_000, ttl_ms=60_000, generations=BOOK, body_digest=b"d1")
 
 amounts = st.sampled_from([b"5", b"5.0", b"0.10", b"1e2"]) | st.integers(0, 10**9).map(lambda n: str(n).encode())
 members = st.dictionaries(
@@ -35,27 +35,27 @@ prices = st.builds(Price, amounts, members.map(lambda rest: json.dumps(rest, ens
 words = st.text("abcXYZ019-_", min_size=1, max_size=12).map(str.encode)
 books = st.builds(Generations, words, words)
 times = st.integers(0, 2**45)
-entries = st.builds(Entry, prices, times, st.integers(1, 2**40), books, words)
+records = st.builds(PriceRecord, prices, times, st.integers(1, 2**40), books, words)
 
 
 def with_spelled_numbers(text: bytes) -> Any:
     return json.loads(text, parse_int=lambda number: ("number", number), parse_float=lambda number: ("number", number))
 
 
-def kept(entry: Entry) -> bytes:
+def kept(record: PriceRecord) -> bytes:
     """The text in the store, as the script that puts it there writes it."""
     encoded = encode_price(
-        entry.price, ttl_ms=entry.ttl_ms, generations=entry.generations, body_digest=entry.body_digest
+        record.price, ttl_ms=record.ttl_ms, generations=record.generations, body_digest=record.body_digest
     )
-    return b"%s %d %s" % (ENCODING, entry.put_at_ms, encoded)
+    return b"%s %d %s" % (ENCODING, record.put_at_ms, encoded)
 
 
 # --- as they are kept -------------------------------------------------------------------------------------------
 
 
-@given(entries)
-def test_a_price_comes_back_as_it_was(entry: Entry) -> None:
-    assert decode_price(kept(entry)) == entry
+@given(records)
+def test_a_price_comes_back_as_it_was(record: PriceRecord) -> None:
+    assert decode_price(kept(record)) == record
 
 
 def test_a_kept_price_is_what_it_was() -> None:
@@ -65,7 +65,7 @@ def test_a_kept_price_is_what_it_was() -> None:
     encoded = encode_price(price, ttl_ms=3_600_000, generations=Generations(b"pu", b"re"), body_digest=b"d1")
     assert encoded == b'3600000 pu re d1 0.10 "plan":"a b","n":1'
     stored = b'2 1700000000000 3600000 pu re d1 0.10 "plan":"a b","n":1'
-    assert decode_price(stored) == Entry(price, 1_700_000_000_000, 3_600_000, Generations(b"pu", b"re"), b"d1")
+    assert decode_price(stored) == PriceRecord(price, 1_700_000_000_000, 3_600_000, Generations(b"pu", b"re"), b"d1")
 
 
 @pytest.mark.parametrize(
@@ -112,15 +112,17 @@ def test_what_others_wrote_is_a_price_or_none(stored: bytes) -> None:
     ],
 )
 def test_a_price_has_its_age_and_what_is_left(age_ms: int, age_s: float, ttl_s: float) -> None:
-    expected = StoredPrice(ENTRY.price, age_s, ttl_s, b"d1")
-    assert as_of(ENTRY, ENTRY.put_at_ms + age_ms, BOOK, None) == expected
-    assert as_of(ENTRY, ENTRY.put_at_ms + age_ms, BOOK, 0) == expected
-    assert as_of(ENTRY, ENTRY.put_at_ms + age_ms, BOOK, 5) == expected  # asked after the repricing: not its business
+    expected = StoredPrice(RECORD.price, age_s, ttl_s, b"d1")
+    assert as_of(RECORD, RECORD.put_at_ms + age_ms, BOOK, None) == expected
+    assert as_of(RECORD, RECORD.put_at_ms + age_ms, BOOK, 0) == expected
+    assert as_of(RECORD, RECORD.put_at_ms + age_ms, BOOK, 5) == expected  # asked after the repricing: not its business
 
 
-@given(entries, times, books, st.none() | st.integers(-(2**40), 2**40))
-def test_a_price_of_another_purge_is_gone(entry: Entry, now_ms: int, book: Generations, ago_ms: int | None) -> None:
-    assert (as_of(entry, now_ms, book, ago_ms) is None) == (entry.generations.purge != book.purge)
+@given(records, times, books, st.none() | st.integers(-(2**40), 2**40))
+def test_a_price_of_another_purge_is_gone(
+    record: PriceRecord, now_ms: int, book: Generations, ago_ms: int | None
+) -> None:
+    assert (as_of(record, now_ms, book, ago_ms) is None) == (record.generations.purge != book.purge)
 
 
 @pytest.mark.parametrize(
@@ -141,26 +143,26 @@ def test_a_price_of_another_purge_is_gone(entry: Entry, now_ms: int, book: Gener
     ],
 )
 def test_a_repriced_price_is_stale_since_the_repricing(age_ms: int, repriced_ago_ms: int | None, ttl_s: float) -> None:
-    stored = as_of(ENTRY, ENTRY.put_at_ms + age_ms, REPRICED, repriced_ago_ms)
-    assert stored == StoredPrice(ENTRY.price, age_ms / 1000, ttl_s, b"d1")
+    stored = as_of(RECORD, RECORD.put_at_ms + age_ms, REPRICED, repriced_ago_ms)
+    assert stored == StoredPrice(RECORD.price, age_ms / 1000, ttl_s, b"d1")
 
 
-@given(entries, times, words, st.none() | st.integers(-(2**40), 2**40))
-def test_a_repriced_price_is_never_fresh(entry: Entry, now_ms: int, reprice: bytes, ago_ms: int | None) -> None:
-    book = Generations(entry.generations.purge, reprice)
-    stored, unrepriced = as_of(entry, now_ms, book, ago_ms), as_of(entry, now_ms, entry.generations, ago_ms)
+@given(records, times, words, st.none() | st.integers(-(2**40), 2**40))
+def test_a_repriced_price_is_never_fresh(record: PriceRecord, now_ms: int, reprice: bytes, ago_ms: int | None) -> None:
+    book = Generations(record.generations.purge, reprice)
+    stored, unrepriced = as_of(record, now_ms, book, ago_ms), as_of(record, now_ms, record.generations, ago_ms)
     assert stored is not None
     assert unrepriced is not None
-    if reprice != entry.generations.reprice:
+    if reprice != record.generations.reprice:
         assert stored.ttl_s <= 0
         assert stored.ttl_s <= unrepriced.ttl_s
         assert stored.age_s == unrepriced.age_s
 
 
-@given(entries, st.integers(1, 2**40))
-def test_a_clock_that_went_back_makes_nothing_younger_than_new(entry: Entry, ahead_ms: int) -> None:
-    stored = as_of(entry, entry.put_at_ms - ahead_ms, entry.generations, None)
-    assert stored == StoredPrice(entry.price, 0, entry.ttl_ms / 1000, entry.body_digest)
+@given(records, st.integers(1, 2**40))
+def test_a_clock_that_went_back_makes_nothing_younger_than_new(record: PriceRecord, ahead_ms: int) -> None:
+    stored = as_of(record, record.put_at_ms - ahead_ms, record.generations, None)
+    assert stored == StoredPrice(record.price, 0, record.ttl_ms / 1000, record.body_digest)
 
 
 # --- as they are shown ------------------------------------------------------------------------------------------

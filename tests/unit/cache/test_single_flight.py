@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from proxy.cache.single_flight import SameTurn, SingleFlight
+from proxy.cache.single_flight import SingleFlight, TurnCoalescer
 
 
 class Work:
@@ -57,14 +57,14 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-def joining(flights: SingleFlight[str], work: Work, key: str = "key") -> asyncio.Task[tuple[str, bool]]:
-    return asyncio.ensure_future(flights.join(key, work))
+def calling(flights: SingleFlight[str], work: Work, key: str = "key") -> asyncio.Task[tuple[str, bool]]:
+    return asyncio.ensure_future(flights.do(key, work))
 
 
 @in_a_loop
 async def test_many_callers_share_one_work() -> None:
     flights, work = SingleFlight[str](), Work()
-    callers = [joining(flights, work) for _ in range(100)]
+    callers = [calling(flights, work) for _ in range(100)]
     await turns()
     work.go.set()
     assert await asyncio.gather(*callers) == [("answer", False)] + [("answer", True)] * 99
@@ -74,9 +74,9 @@ async def test_many_callers_share_one_work() -> None:
 @in_a_loop
 async def test_the_work_of_a_caller_who_came_too_late_is_never_begun() -> None:
     flights, work, never = SingleFlight[str](), Work(), Work("another answer")
-    first = joining(flights, work)
+    first = calling(flights, work)
     await turns()
-    second = joining(flights, never)
+    second = calling(flights, never)
     await turns()
     work.go.set()
     assert [await first, await second] == [("answer", False), ("answer", True)]
@@ -86,7 +86,7 @@ async def test_the_work_of_a_caller_who_came_too_late_is_never_begun() -> None:
 @in_a_loop
 async def test_keys_fly_apart_from_each_other() -> None:
     flights, one, other = SingleFlight[str](), Work("one"), Work("other")
-    callers = [joining(flights, one, "one"), joining(flights, other, "other")]
+    callers = [calling(flights, one, "one"), calling(flights, other, "other")]
     await turns()
     assert (one.begun, other.begun) == (1, 1)
     other.go.set()
@@ -99,12 +99,12 @@ async def test_keys_fly_apart_from_each_other() -> None:
 @in_a_loop
 async def test_the_first_caller_leaves_and_the_others_get_the_answer() -> None:
     flights, work = SingleFlight[str](), Work()
-    first, second, third = (joining(flights, work) for _ in range(3))
+    first, second, third = (calling(flights, work) for _ in range(3))
     await turns()
     first.cancel()
     await turns()
     assert first.cancelled()
-    late = joining(flights, work)
+    late = calling(flights, work)
     await turns()
     work.go.set()
     assert [await second, await third, await late] == [("answer", True)] * 3
@@ -114,7 +114,7 @@ async def test_the_first_caller_leaves_and_the_others_get_the_answer() -> None:
 @in_a_loop
 async def test_a_follower_leaves_and_nobody_else_notices() -> None:
     flights, work = SingleFlight[str](), Work()
-    first, second = joining(flights, work), joining(flights, work)
+    first, second = calling(flights, work), calling(flights, work)
     await turns()
     second.cancel()
     work.go.set()
@@ -124,7 +124,7 @@ async def test_a_follower_leaves_and_nobody_else_notices() -> None:
 @in_a_loop
 async def test_the_work_is_done_even_if_everybody_leaves() -> None:
     flights, work = SingleFlight[str](), Work()
-    callers = [joining(flights, work) for _ in range(3)]
+    callers = [calling(flights, work) for _ in range(3)]
     await turns()
     for caller in callers:
         caller.cancel()
@@ -137,7 +137,7 @@ async def test_the_work_is_done_even_if_everybody_leaves() -> None:
 @in_a_loop
 async def test_an_error_reaches_everybody() -> None:
     flights, work = SingleFlight[str](), Work(error=OSError("no way"))
-    callers = [joining(flights, work) for _ in range(3)]
+    callers = [calling(flights, work) for _ in range(3)]
     await turns()
     work.go.set()
     errors = await asyncio.gather(*callers, return_exceptions=True)
@@ -147,7 +147,7 @@ async def test_an_error_reaches_everybody() -> None:
 @in_a_loop
 async def test_an_error_that_nobody_waits_for_is_not_lost() -> list[str]:
     flights, work = SingleFlight[str](), Work(error=OSError("no way"))
-    caller = joining(flights, work)
+    caller = calling(flights, work)
     await turns()
     caller.cancel()
     await turns()
@@ -158,61 +158,61 @@ async def test_an_error_that_nobody_waits_for_is_not_lost() -> list[str]:
 
 
 @pytest.mark.parametrize("error", [None, OSError("no way")])
-def test_after_a_landing_the_next_caller_flies_again(error: Exception | None) -> None:
+def test_after_an_answer_the_next_caller_starts_the_work_again(error: Exception | None) -> None:
     @in_a_loop
     async def scenario() -> None:
         flights, work = SingleFlight[str](), Work(error=error)
         work.go.set()
-        await asyncio.gather(joining(flights, work), return_exceptions=True)
+        await asyncio.gather(calling(flights, work), return_exceptions=True)
         await turns()
         again = Work("a newer answer")
         again.go.set()
-        assert await flights.join("key", again) == ("a newer answer", False)
+        assert await flights.do("key", again) == ("a newer answer", False)
 
     scenario()
 
 
 @in_a_loop
-async def test_landing_with_nothing_in_the_air_takes_no_time() -> None:
+async def test_draining_with_nothing_in_the_air_takes_no_time() -> None:
     flights = SingleFlight[str]()
-    await flights.land(3600)
+    await flights.drain(3600)
     work = Work()
     work.go.set()
-    await flights.join("key", work)
+    await flights.do("key", work)
     await turns()
-    await flights.land(3600)
+    await flights.drain(3600)
 
 
 @in_a_loop
-async def test_landing_waits_for_all_that_flies() -> None:
+async def test_draining_waits_for_all_that_flies() -> None:
     flights, works = SingleFlight[str](), [Work(), Work()]
-    callers = [joining(flights, work, key) for work, key in zip(works, "ab", strict=True)]
+    callers = [calling(flights, work, key) for work, key in zip(works, "ab", strict=True)]
     await turns()
-    landing = asyncio.ensure_future(flights.land(3600))
+    draining = asyncio.ensure_future(flights.drain(3600))
     works[0].go.set()
     await turns()
-    assert not landing.done()
+    assert not draining.done()
     works[1].go.set()
-    await landing
+    await draining
     assert await asyncio.gather(*callers) == [("answer", False)] * 2
 
 
 @in_a_loop
-async def test_landing_ends_what_is_late_and_only_that() -> None:
+async def test_draining_ends_what_is_late_and_only_that() -> None:
     flights, work, late = SingleFlight[str](), Work(), Work()
-    in_time, too_late = joining(flights, work, "in time"), joining(flights, late, "too late")
+    in_time, too_late = calling(flights, work, "in time"), calling(flights, late, "too late")
     await turns()
     work.go.set()
-    await flights.land(0.05)
+    await flights.drain(0.05)
     await turns()
     assert await in_time == ("answer", False)
     assert too_late.cancelled()
     assert (late.begun, late.ended) == (1, 0)
-    await flights.land(3600)
+    await flights.drain(3600)
 
 
 @in_a_loop
-async def test_landing_waits_for_the_last_words_of_what_it_ends() -> None:
+async def test_draining_waits_for_the_last_words_of_what_it_ends() -> None:
     flights, said = SingleFlight[str](), []
 
     async def reluctant() -> str:
@@ -223,9 +223,9 @@ async def test_landing_waits_for_the_last_words_of_what_it_ends() -> None:
             said.append("goodbye")
         return "never"
 
-    caller = asyncio.ensure_future(flights.join("key", reluctant))
+    caller = asyncio.ensure_future(flights.do("key", reluctant))
     await turns()
-    await flights.land(0)
+    await flights.drain(0)
     assert said == ["goodbye"]
     await turns()
     assert caller.cancelled()
@@ -236,7 +236,7 @@ async def test_landing_waits_for_the_last_words_of_what_it_ends() -> None:
 
 @in_a_loop
 async def test_work_is_shared_by_those_who_ask_in_one_turn_and_by_nobody_later() -> None:
-    shared, works = SameTurn[str](), [Work(answer) for answer in ("first", "other key", "later")]
+    shared, works = TurnCoalescer[str](), [Work(answer) for answer in ("first", "other key", "later")]
     asked = [shared.share("key", works[0]), shared.share("key", works[2]), shared.share("other", works[1])]
     await asyncio.sleep(0)
     later = shared.share("key", works[2])
@@ -248,8 +248,8 @@ async def test_work_is_shared_by_those_who_ask_in_one_turn_and_by_nobody_later()
 
 @in_a_loop
 async def test_work_that_is_begun_in_any_case_is_shared_from_then_on() -> None:
-    shared, works = SameTurn[str](), [Work("first"), Work("second")]
-    asked = [shared.begin("key", works[0]), shared.begin("key", works[1]), shared.share("key", works[0])]
+    shared, works = TurnCoalescer[str](), [Work("first"), Work("second")]
+    asked = [shared.start("key", works[0]), shared.start("key", works[1]), shared.share("key", works[0])]
     for work in works:
         work.go.set()
     assert await asyncio.gather(*asked) == ["first", "second", "second"]
@@ -258,7 +258,7 @@ async def test_work_that_is_begun_in_any_case_is_shared_from_then_on() -> None:
 
 @in_a_loop
 async def test_shared_work_goes_on_without_one_who_leaves_and_fails_for_all() -> None:
-    shared, work = SameTurn[str](), Work(error=ValueError("no"))
+    shared, work = TurnCoalescer[str](), Work(error=ValueError("no"))
 
     async def wait() -> str:
         return await shared.share("key", work)
