@@ -97,4 +97,4 @@ def module(name: str, *args: object) -> list[str]:
 def environment() -> dict[str, str]:
     """Of children: nothing that would configure a gateway, and this folder's modules."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
-    return {**kept, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    return {**kept, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"}
