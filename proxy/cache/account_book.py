@@ -1,12 +1,14 @@
-"""Account books: one hash in the store for each account, with what all prices of that account depend on.
+"""Account books: one hash per account in the store, with the state that all prices of the account share.
 
-* A book holds two generations. Prices put under another purge generation are gone, those of another reprice generation
-  are stale. A book that the store has evicted is created again with new generations, so what was stored before is gone,
-  whether it was purged or not.
-* It holds the newest balance. A balance belongs to an account, never to a price.
-* It counts invalidations: questions that were purged, or got another price before their time.
-* It decides which process audits a price, and whether enough prices have changed to reprice the account.
-* This process keeps a snapshot of each book, and reads it again after `BOOK_REREAD_S`.
+* Generations. A price carries the two generations that the book had when upstream was asked. A new purge generation
+  removes all older prices; a new reprice generation makes them stale. If the store evicts a book, the next read creates
+  it with new generations, so every older price is gone, purged or not.
+* Invalidations: a count of questions that were purged, or whose price changed while it was fresh. When the count grows,
+  processes stop serving the account's prices from memory.
+* The newest balance. A balance belongs to an account, never to a price.
+* Audits and repricing: which process may audit now, and which prices have changed lately.
+
+Each process keeps a snapshot of each book, and reads it again after `BOOK_REREAD_S`.
 """
 
 import asyncio
@@ -22,11 +24,14 @@ from proxy.problems import StoreUnavailable
 from proxy.store.client import Script, Store
 
 BOOK_REREAD_S = 1.0
-"""The age at which a snapshot is read again: so long a process may miss a purge or a changed price."""
+"""Limits the age of a snapshot, and so the time for which a process may miss a purge or a changed price."""
 
 CHANGES_TO_REPRICE = 3
+"""Bodies whose price must have changed within `CHANGES_WITHIN_S` before the whole account is repriced."""
+
 CHANGES_WITHIN_S = 3600
 REPRICE_EVERY_S = 600
+"""The least time between two repricings of an account: each makes all of its prices stale."""
 
 _BOOK_GET = Script("proxy.cache", "book_get", repeatable=True)
 _BOOK_PURGE, _BOOK_DROP = Script("proxy.cache", "book_purge"), Script("proxy.cache", "book_drop")
@@ -36,10 +41,11 @@ _AUDIT_TAKE, _AUDIT_CHANGED = Script("proxy.cache", "audit_take"), Script("proxy
 
 @dataclass(frozen=True, slots=True)
 class BookSnapshot:
-    """An account's book as this process read it, at `now_ms` of the store and `read_at` on its own monotonic clock.
+    """An account's book as this process read it.
 
-    invalidations: counts questions that were purged, or got another price before their time, so that no process goes on
-        serving the old price from memory.
+    repriced_ago_ms: time between the last repricing and `now_ms`; None if there was none.
+    now_ms: the store's clock when it ran the read.
+    read_at: this process's monotonic clock before the read was sent.
     """
 
     generations: Generations
@@ -49,18 +55,19 @@ class BookSnapshot:
     read_at: float
 
     def is_current(self, now: float) -> bool:
+        """Whether it need not be read again yet."""
         return now - self.read_at < BOOK_REREAD_S
 
     def is_invalidated(self, cached: MemoryEntry) -> bool:
-        """Whether the price may have been purged or replaced since, so that only the store can tell."""
+        """Whether the price may have been purged or replaced since it was read. Then it must be read again."""
         return cached.invalidations != self.invalidations or cached.record.generations.purge != self.generations.purge
 
     def may_lag(self, record: PriceRecord) -> bool:
-        """Whether `record` may have generations that the book has got since this snapshot."""
+        """Whether the record's generations may be newer than this snapshot."""
         return record.generations != self.generations and record.put_at_ms >= self.now_ms
 
     def as_of(self, cached: MemoryEntry, now: float) -> StoredPrice | None:
-        """The price at `now` (monotonic); None if it has been purged."""
+        """The price with its age at `now` (monotonic); None if it was purged."""
         repriced_ago_ms = self.repriced_ago_ms
         if repriced_ago_ms is not None:
             repriced_ago_ms += round((now - self.read_at) * 1000)
@@ -70,10 +77,10 @@ class BookSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class CachedBalance:
-    """A balance in this process.
+    """A balance in this process's memory.
 
-    born: when upstream said it, monotonic.
-    at_ms: when the store got it, by the store's clock; None while it may not have.
+    born: when upstream reported it, on the monotonic clock.
+    at_ms: when the store received it, on the store's clock; None until that is known.
     """
 
     amount: bytes
@@ -84,9 +91,9 @@ class CachedBalance:
         return Balance(self.amount, max(0.0, now - self.born))
 
     def is_replaced_by(self, read: "CachedBalance") -> bool:
-        """Whether `read`, from the store, is newer.
+        """Whether `read`, which comes from the store, is newer or the same.
 
-        The store's times decide where both are known: the round trip makes `born` imprecise.
+        `at_ms` decides if both have it: the round trip to the store makes `born` imprecise.
         """
         if self.at_ms is None or read.at_ms is None:
             return read.born > self.born
@@ -94,9 +101,9 @@ class CachedBalance:
 
 
 class AccountBooks:
-    """The books of all accounts of one upstream. What calls the store raises `StoreUnavailable`.
+    """The books of all accounts of one upstream. Methods that call the store raise `StoreUnavailable`.
 
-    snapshots, cached_balances: by account; for readers that must not wait.
+    snapshots, cached_balances: by account. Public for `PriceBook.get_local`, which must not await.
     """
 
     def __init__(self, store: Store, *, origin: str) -> None:
@@ -109,24 +116,24 @@ class AccountBooks:
         self._balance_puts = TurnCoalescer[None]()
 
     def current(self, account: str) -> BookSnapshot | None:
-        """The snapshot, if it need not be read again."""
+        """The snapshot, if it is current."""
         book = self.snapshots.get(account)
         return book if book is not None and book.is_current(monotonic()) else None
 
     def invalidations(self, account: str) -> int:
-        """The count in the snapshot; -1 without one."""
+        """The snapshot's count; -1 if there is no snapshot."""
         book = self.snapshots.get(account)
         return -1 if book is None else book.invalidations
 
     async def get(self, account: str) -> BookSnapshot:
-        """The snapshot, read again if it is not current: one read for all who need it at the same time."""
+        """The current snapshot. Reads the book if necessary; concurrent callers share one read."""
         book = self.current(account)
         if book is None:
             book, _ = await self._reads.do(account, lambda: self.read(account))
         return book
 
     async def get_for_cached_price(self, account: str) -> BookSnapshot:
-        """As `get`; while the store is out of reach, a snapshot is good for as long as cached prices are."""
+        """Like `get`, but with the store unavailable an old snapshot is used for as long as cached prices are."""
         previous = self.snapshots.get(account)
         try:
             return await self.get(account)
@@ -136,7 +143,10 @@ class AccountBooks:
             return previous
 
     async def read(self, account: str) -> BookSnapshot:
-        """Reads the book from the store, with what another process has just put there."""
+        """Reads the book, with the balance, from the store, even if the snapshot is current.
+
+        Creates a book that does not exist, with new generations.
+        """
         read_at = monotonic()
         purge, reprice, now_ms, repriced_ago_ms, amount, age_ms, invalidations = await self._store.call(
             _BOOK_GET, self._key(account), args=(_new_generation(), _new_generation())
@@ -150,30 +160,34 @@ class AccountBooks:
         return book
 
     def read_in_turn(self, account: str) -> Awaitable[BookSnapshot]:
-        """As `read`, once for all who ask in the same turn of the event loop. Must be awaited."""
+        """Like `read`, but callers in the same turn of the event loop share one read. The result must be awaited."""
         return self._same_turn_reads.share(account, lambda: self.read(account))
 
     async def invalidate(self, account: str) -> None:
-        """Counts an invalidation: processes that have the account's prices in memory ask the store again."""
+        """Makes every process read the account's cached prices from the store again, within `BOOK_REREAD_S`."""
         await self._store.call(_BOOK_DROP, self._key(account))
 
     async def purge(self, account: str) -> None:
-        """Begins new generations."""
+        """Removes all prices of the account, for every process within `BOOK_REREAD_S`, by new generations."""
         await self._store.call(_BOOK_PURGE, self._key(account), args=(_new_generation(), _new_generation()))
         self.snapshots.pop(account, None)
 
     def balance(self, account: str) -> Balance | None:
-        """The newest balance that this process knows of."""
+        """The newest balance in this process's memory."""
         cached = self.cached_balances.get(account)
         return None if cached is None else cached.as_of(monotonic())
 
     async def balances(self, accounts: Collection[str]) -> dict[str, Balance]:
-        """The newest balances that the fleet knows of."""
+        """The newest balance of each account that has one, as the store had it at most `BOOK_REREAD_S` ago."""
         await asyncio.gather(*(self.get(account) for account in accounts))
         return {account: balance for account in accounts if (balance := self.balance(account)) is not None}
 
     def record_balance(self, account: str, amount: bytes) -> Awaitable[None]:
-        """Keeps a balance that upstream has just shown: in this process at once, in the store when that is awaited."""
+        """Records a balance that upstream has just reported. The result must be awaited.
+
+        This process has it at once, the store when the awaitable is done. A repeated amount is written once per turn
+        of the event loop.
+        """
         previous, seen = self.cached_balances.get(account), CachedBalance(amount, monotonic(), None)
         self.cached_balances[account] = seen
         is_repeated = previous is not None and previous.amount == amount
@@ -192,12 +206,15 @@ class AccountBooks:
             self.cached_balances[account] = read
 
     async def claim_audit(self, account: str, *, max_age_s: float, for_s: float) -> bool:
-        """Whether this process is the one in the fleet that asks for a fresh balance now."""
+        """Claims the account's next audit for this process and for `for_s`.
+
+        False if another process has claimed it, or the balance in the store is younger than `max_age_s`.
+        """
         args = (round(max_age_s * 1000), round(for_s * 1000))
         return bool(await self._store.call(_AUDIT_TAKE, self._key(account), args=args))
 
     async def record_price_change(self, account: str, key: str) -> bool:
-        """Records that a body's price has changed; whether the account has been repriced for it."""
+        """Records that the price of a question has changed. True if that has repriced the account."""
         limits = (CHANGES_TO_REPRICE, CHANGES_WITHIN_S * 1000, REPRICE_EVERY_S * 1000)
         args = (key, *limits, _new_generation())
         repriced = bool(await self._store.call(_AUDIT_CHANGED, self._key(account), args=args))

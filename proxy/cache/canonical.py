@@ -1,16 +1,17 @@
-"""One spelling for each question: canonical bodies, and the keys taken from them.
+"""Canonical JSON for request bodies, and the cache keys computed from it.
 
-Two bodies are the same question when they are the same JSON value. Rules of the canonical spelling:
+Two bodies are the same question if they are the same JSON value. Rules of the canonical form:
 
-* members sorted by code point, no white space, UTF-8, the shortest escapes; of a repeated member the last;
-* integers from -2**63 to 2**64-1 exactly; a number with a fraction or an exponent is the nearest double,
-  written as an integer where it is integral (`7.0` is `7`, `-0.0` is `0`), else in its shortest form;
-* an integral number beyond 64 bits is refused, because readers disagree about it; so is anything that is not
-  strict JSON in UTF-8;
-* array order, unknown members, `null` against absent and Unicode form all count.
+* Members are sorted by code point, without white space, in UTF-8 with the shortest escapes. Of a repeated member the
+  last one counts.
+* Integers from -2**63 to 2**64-1 are exact. A number with a fraction or an exponent is the nearest double, written as
+  an integer if it is integral (`7.0` is `7`, `-0.0` is `0`), else in its shortest form.
+* An integral number beyond 64 bits is refused, because JSON parsers disagree about it. So is anything that is not
+  strict JSON in UTF-8.
+* Array order, unknown members, `null` instead of an absent member, and Unicode form all make a difference.
 
-For ASCII member names and numbers that need no exponent this is RFC 8785. What is sent upstream is exactly
-these bytes, so that gateway and upstream never read one body in two ways.
+For ASCII member names and numbers that need no exponent this is RFC 8785. Exactly these bytes are sent upstream, so the
+gateway and upstream cannot read one body in two ways.
 """
 
 import re
@@ -23,20 +24,20 @@ import orjson
 from proxy.problems import BadRequest, Code
 
 KEY_FORMAT = 1
-"""Counts changes of the key's meaning: a new format never finds prices stored under an older one."""
+"""The version of the key's format. It is part of the key, so a new format does not find prices of an older one."""
 
 MAX_DEPTH = 32
-"""Levels of arrays and objects, the body's own array being the first."""
+"""Limits the nesting of arrays and objects; the body's own array is the first level."""
 
 _MIN_INTEGER, _END_INTEGER = -(2**63), 2**64
 
-# Every integer that a double rounds up to -2**63 is spelled with these digits, outside strings and exponents.
+# Every integer below -2**63 that rounds to -2**63 begins with these digits. They count outside strings and exponents.
 _NEAR_MIN_INTEGER = b"-92233720368547"
 _STRING_OR_NEAR_MIN_INTEGER = re.compile(rb'"(?:[^"\\]|\\.)*+"|(?<![eE])(' + _NEAR_MIN_INTEGER + rb"\d{5})(?![\d.eE])")
 
 
 def canonicalise(raw: bytes) -> bytes:
-    """The canonical spelling of a request body.
+    """The canonical form of a request body.
 
     Raises `BadRequest` (`invalid-body`) unless `raw` is a JSON array of one or more objects.
     """
@@ -44,24 +45,29 @@ def canonicalise(raw: bytes) -> bytes:
 
 
 def load(raw: bytes) -> Any:
-    """The JSON value in `raw`, in which no integer below -2**63 is taken for it. Raises `BadRequest`."""
+    """The JSON value of `raw`. Raises `BadRequest`.
+
+    orjson rounds integers below -2**63 to doubles. Some round to exactly -2**63, which is allowed; they are replaced
+    before, so that `canonical_items` refuses them.
+    """
     value = _parse_json(raw)
-    if _NEAR_MIN_INTEGER in raw:  # only now: on what is no JSON the pattern could take quadratic time
+    if _NEAR_MIN_INTEGER in raw:  # after parsing: on invalid JSON the pattern could take quadratic time
         value = _parse_json(_STRING_OR_NEAR_MIN_INTEGER.sub(_protect_below_min, raw))
     return value
 
 
 def canonical_items(value: Any) -> bytes:
-    """As `canonicalise`, of a body that `load` has read, perhaps as a part of something. It is changed in place."""
+    """Like `canonicalise`, for a value that `load` returned, or a part of it. Changes the value in place."""
     if type(value) is not list or not value or any(type(item) is not dict for item in value):
         raise _invalid_body("The body must be a JSON array of one or more generation objects.")
     return orjson.dumps(_canonical(value, 1), option=orjson.OPT_SORT_KEYS)
 
 
 def key_of(canonical: bytes, *, origin: str, account: str, path: str, query: str, ignored: Sequence[str] = ()) -> str:
-    """The digest (64 hexadecimal characters) under which a question's price is stored.
+    """The cache key of a question: a SHA-256 digest in 64 hexadecimal characters.
 
-    `query` is as sent upstream. `ignored` are the members that do not count, as dotted paths inside each item.
+    query: as sent upstream.
+    ignored: members that are left out of the key, as dotted paths inside each item.
     """
     frame = orjson.dumps([KEY_FORMAT, origin, account, "POST", path, query, sorted(set(ignored))])
     counted = _without_members(canonical, ignored) if ignored else canonical
@@ -69,7 +75,7 @@ def key_of(canonical: bytes, *, origin: str, account: str, path: str, query: str
 
 
 def present(canonical: bytes, members: Sequence[str]) -> list[str]:
-    """Those of the dotted paths that some item of the body has."""
+    """The members, given as dotted paths, that at least one item of the body has."""
     items = orjson.loads(canonical)
     return [member for member in members if any(_parent_of(item, member) is not None for item in items)]
 
@@ -84,7 +90,7 @@ def _without_members(canonical: bytes, members: Sequence[str]) -> bytes:
 
 
 def _parent_of(item: Any, member: str) -> dict[str, Any] | None:
-    """The object in which the last name of a dotted path stands."""
+    """The object that has the last name of a dotted path; None if there is none."""
     *parents, name = member.split(".")
     for parent in parents:
         item = item.get(parent) if isinstance(item, dict) else None
@@ -99,7 +105,7 @@ def _parse_json(raw: bytes) -> Any:
 
 
 def _json_error(raw: bytes, error: orjson.JSONDecodeError) -> str:
-    """What is no UTF-8 orjson would place at the beginning."""
+    """Why `raw` is not JSON. For invalid UTF-8, orjson would name position 0 instead of the byte."""
     try:
         raw.decode()
     except UnicodeDecodeError as decode_error:
@@ -108,12 +114,12 @@ def _json_error(raw: bytes, error: orjson.JSONDecodeError) -> str:
 
 
 def _protect_below_min(token: re.Match[bytes]) -> bytes:
-    """An integer below -2**63 in a spelling that no double confuses with it; anything else as it is."""
+    """Replaces an integer below -2**63 by -1e19, a number that is refused; returns other tokens unchanged."""
     return b"-1e19" if token[1] and int(token[1]) < _MIN_INTEGER else token[0]
 
 
 def _canonical(value: Any, depth: int) -> Any:
-    """`value` with its numbers in canonical form; containers are changed in place."""
+    """The value with its numbers in canonical form. Changes containers in place."""
     match value:
         case float():
             return _canonical_number(value)
@@ -122,7 +128,7 @@ def _canonical(value: Any, depth: int) -> Any:
             for name, member in value.items():
                 if type(member) in _NEEDS_REWRITE:
                     value[name] = _canonical(member, depth + 1)
-        case _:  # a list: nothing else is compound
+        case _:  # a list: `_NEEDS_REWRITE` has no other types
             _check_depth(depth)
             for index, member in enumerate(value):
                 if type(member) in _NEEDS_REWRITE:

@@ -1,10 +1,11 @@
-"""Fenced leases: the right to ask upstream for a question and to store the answer, one holder in the fleet.
+"""Fenced leases: for each question, one process at a time may ask upstream and store the answer.
 
-* A price is stored only by the holder of the lease, so an older answer never replaces a newer one, and one that was
-  asked before a purge stays out.
-* A lease carries the generations that its account's book had when it was taken. The book is read again for that: under
-  generations of a moment ago the answer would count as purged, and every other process would ask again.
-* A lease of a holder that died expires after `LEASE_S`, and another process takes it.
+* The holder is the leader, processes that wait for its answer are followers.
+* Fencing: only the current holder can store a price. So an older answer never replaces a newer one, and an answer that
+  was requested before a purge is not stored after it.
+* A lease carries the generations that the account's book has when the lease is taken. The book is always read again for
+  that: with outdated generations the answer would count as purged, and every other process would ask upstream again.
+* The lease of a leader that died expires after `LEASE_S`; a follower then takes it.
 """
 
 import secrets
@@ -17,10 +18,11 @@ from proxy.cache.prices import Generations, Lookup, StoredPrice, as_of, store_ke
 from proxy.store.client import Script, Store
 
 LEASE_S = 2.0
-"""After so long a leader that died is replaced. It is renewed every quarter of that while its holder lives."""
+"""Lifetime of a lease, and so the time after which a leader that died is replaced. The leader renews it every quarter
+of that."""
 
 FAILURE_TTL_S = 2.0
-"""How long a leader's failure is kept for its followers."""
+"""Lifetime of a leader's failure in the store. Followers poll at least every `MAX_WATCH_PAUSE_S` of the fetcher."""
 
 _LEASE_TAKE, _LEASE_WATCH = Script("proxy.cache", "lease_take"), Script("proxy.cache", "lease_watch", repeatable=True)
 _LEASE_KEEP, _LEASE_END = Script("proxy.cache", "lease_keep"), Script("proxy.cache", "lease_end")
@@ -28,7 +30,7 @@ _LEASE_KEEP, _LEASE_END = Script("proxy.cache", "lease_keep"), Script("proxy.cac
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to ask upstream for a key and to store the answer."""
+    """The right to ask upstream for the question with this key, and to store the answer."""
 
     key: str
     account: str
@@ -38,14 +40,14 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class LeaseHeld:
-    """Another process has the lease; `token` is the holder's."""
+    """Another process has the lease. `token` is the holder's."""
 
     token: str
 
 
 @dataclass(frozen=True, slots=True)
 class LeaderFailure:
-    """What a leader that got no price left for its followers."""
+    """The leader got no price. `text` is the failure that it left for its followers; empty if it left none."""
 
     text: bytes
 
@@ -61,9 +63,13 @@ class Leases:
     async def take(
         self, key: str, account: str, lookup: Lookup | None = None, *, force: bool = False
     ) -> Lease | LeaseHeld | StoredPrice:
-        """The lease, or its holder, or a fresh price that is another than the one `lookup` found."""
+        """Takes the lease for a question.
+
+        Returns `LeaseHeld` if another process has it, or a fresh price if there is one besides the one that `lookup`
+        found. With `force` the lease is taken from its holder, and stored prices do not count.
+        """
         token, version = secrets.token_urlsafe(9), _version(lookup)
-        while True:  # each turn has seen another text, and in the end there is none
+        while True:  # ends: each pass ignores the record that the last pass found not to be fresh
             read_at, invalidations = monotonic(), self._accounts.invalidations(account)
             args = (token, round(LEASE_S * 1000), "" if version is None else version, int(force))
             reading = self._accounts.read_in_turn(account)
@@ -82,9 +88,10 @@ class Leases:
     async def watch(
         self, key: str, account: str, lookup: Lookup | None = None
     ) -> StoredPrice | LeaseHeld | LeaderFailure | None:
-        """What became of a question that another process asks; None if the lease has gone without a result.
+        """The state of a question that another process asks upstream.
 
-        A price is returned if it is fresh and another than the one `lookup` found.
+        A price, if there is a fresh one besides the one that `lookup` found; `LeaseHeld` while the leader asks;
+        `LeaderFailure` after it failed; None if the lease ended or expired without a result.
         """
         book = await self._accounts.get(account)
         read_at = monotonic()
@@ -101,23 +108,24 @@ class Leases:
         return LeaderFailure(rest.partition(b" ")[2])
 
     async def keep(self, lease: Lease) -> bool:
-        """Prolongs a lease; False if it is not held any more."""
+        """Renews a lease for `LEASE_S`. False if it is no longer held."""
         args = (lease.token, round(LEASE_S * 1000))
         return bool(await self._store.call(_LEASE_KEEP, store_keys(lease.key)[1], args=args))
 
     async def end(self, lease: Lease, *, failure: bytes = b"", end_price: bool = False) -> bool:
-        """Gives a lease back without a price: leaves `failure` for followers, and deletes the stored price if asked.
+        """Ends a lease without a price. Leaves `failure`, if not empty, for followers.
 
-        False, and nothing done, if the lease is not held any more.
+        end_price: also deletes the stored price.
+        Returns False, and changes nothing in the store, if the lease is no longer held.
         """
         args = (lease.token, failure, round(FAILURE_TTL_S * 1000), int(end_price))
         ended = bool(await self._store.call(_LEASE_END, *store_keys(lease.key), args=args))
-        if end_price:  # not before: a look-up that began meanwhile may have brought it back
+        if end_price:  # after the call: a look-up during the call may have put the old price back into memory
             self._memory.drop(lease.key)
         return ended
 
     def _fresh(self, key: str, found: MemoryEntry | None, book: BookSnapshot) -> StoredPrice | None:
-        """What another process has stored, if that is fresh; this one keeps it in memory too."""
+        """The price that another process stored, if it is fresh. Puts it into memory."""
         if found is None:
             return None
         stored = as_of(found.record, found.now_ms, book.generations, book.repriced_ago_ms)

@@ -1,7 +1,7 @@
-"""The hottest prices, in this process: bounded by entries and bytes, for a minute at the most.
+"""In-process cache of prices, limited by entries, bytes and age.
 
-Where there is no room, the one goes that was read longest ago. What is in use comes back with its next minute, and to
-note each use would take longer than to read a price again now and then.
+Evicts in FIFO order. Tracking use for LRU costs more than an occasional re-read, and every entry is read again within
+`MAX_AGE_S` anyway.
 """
 
 from collections import OrderedDict
@@ -10,20 +10,22 @@ from dataclasses import dataclass
 from proxy.cache.prices import PriceRecord, decode_price
 
 MAX_AGE_S = 60.0
-"""A process may miss for this long that another one has fetched the same price again. If the price has changed, it
-notices within `BOOK_REREAD_S`: see `invalidations` in `proxy.cache.account_book`."""
+"""For this long a process may not notice that another one has fetched the same price again. It notices a changed price
+within `BOOK_REREAD_S`: see invalidations in `proxy.cache.account_book`."""
 
 MAX_ENTRIES = 10_000
 MAX_BYTES = 16 * 2**20
 OVERHEAD_BYTES = 600
-"""What an entry takes beside its price's own bytes; measured generously."""
+"""Memory of an entry besides its price's own bytes. Measured, and rounded up."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEntry:
-    """`read_at` is on this process's monotonic clock, taken before the store was asked, and so is `invalidations`.
+    """A price as this process read it from the store or put it there.
 
-    invalidations: of the account's book, as far as was known; -1 if nothing was.
+    now_ms: the store's clock when it ran the call.
+    read_at: this process's monotonic clock before the call.
+    invalidations: the count in the snapshot of the account's book before the call; -1 if there was no snapshot.
     """
 
     record: PriceRecord
@@ -33,12 +35,14 @@ class MemoryEntry:
 
 
 def decode_entry(text: bytes | None, now_ms: int, read_at: float, invalidations: int) -> MemoryEntry | None:
-    """A price out of the store's text; None if there is none, or none that this version reads."""
+    """Decodes the text of a price key. None if the key does not exist or its encoding is another."""
     record = None if text is None else decode_price(text)
     return None if record is None else MemoryEntry(record, now_ms, read_at, invalidations)
 
 
 class MemoryCache:
+    """Prices by key. `now` is on the monotonic clock, as is `read_at` of the entries."""
+
     def __init__(self, *, max_entries: int = MAX_ENTRIES, max_bytes: int = MAX_BYTES) -> None:
         self._entries: OrderedDict[str, MemoryEntry] = OrderedDict()
         self._max_entries = max_entries
@@ -58,10 +62,9 @@ class MemoryCache:
         return entry
 
     def put(self, key: str, entry: MemoryEntry, now: float) -> None:
-        """Keeps `entry`, unless it was read or stored before the entry that is here.
+        """Keeps `entry`, unless the cached entry was read later or has a newer price.
 
-        Replies can overtake each other, and come in another order than the store gave them: the one that was read last
-        may be the older price.
+        Replies can arrive in another order than the store gave them, so the entry that arrives last may be the older.
         """
         current = self.get(key, now)
         if current is not None and (

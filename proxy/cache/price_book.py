@@ -1,8 +1,9 @@
-"""The price book: upstream's answers in the shared store, the hottest of them in this process too.
+"""The price book: a cache of upstream's prices in the shared store, with an in-process cache in front of it.
 
-* Ages are counted by the store's clock alone, so that gateways whose clocks differ tell the same.
-* Prices are stored under a lease (`proxy.cache.leases`).
-* Whether a stored price is gone or stale depends on its account's book (`proxy.cache.account_book`).
+* Ages are measured on the store's clock only, so gateways whose clocks differ report the same age.
+* Only the holder of a question's lease stores its price: see `proxy.cache.leases`.
+* The account's book decides whether a stored price still counts, and has the balance that is served with every price:
+  see `proxy.cache.account_book`.
 """
 
 import asyncio
@@ -21,9 +22,10 @@ _PRICE_PUT, _PRICE_PURGE = Script("proxy.cache", "price_put"), Script("proxy.cac
 
 
 class PriceBook:
-    """The prices of one upstream, shared by every process on the same store.
+    """The prices of one upstream, shared by all processes on the same store.
 
-    What calls the store raises `StoreUnavailable`.
+    ttl_s: seconds for which a price is fresh. stale_s: seconds for which it is kept after that.
+    Methods that call the store raise `StoreUnavailable`.
     """
 
     def __init__(self, store: Store, *, origin: str, ttl_s: float, stale_s: float) -> None:
@@ -39,7 +41,7 @@ class PriceBook:
         return self._ttl_ms / 1000
 
     def get_local(self, key: str, account: str) -> Lookup | None:
-        """What `look_up` would find without asking the store; None if it would ask."""
+        """The result of `look_up` if memory suffices; None if the store must be asked."""
         now, accounts = monotonic(), self.accounts
         cached, book = self._memory.get(key, now), accounts.snapshots.get(account)
         balance = accounts.cached_balances.get(account)
@@ -52,13 +54,13 @@ class PriceBook:
             is_gone = book.is_invalidated(cached) or book.may_lag(record)
             return None if is_gone else _lookup(cached, book, balance, now)
         age_s = (cached.now_ms - record.put_at_ms) / 1000 + now - cached.read_at
-        if age_s < 0:  # the store's clock has gone back
+        if age_s < 0:  # the store's clock went back
             return _lookup(cached, book, balance, now)
         stored = StoredPrice(record.price, age_s, record.ttl_ms / 1000 - age_s, record.body_digest)
         return Lookup(stored, balance.as_of(now), record.put_at_ms)
 
     async def look_up(self, key: str, account: str) -> Lookup:
-        """What is known for `key`, and the account's newest balance."""
+        """The stored price for `key`, if there is one, and the account's newest balance."""
         accounts = self.accounts
         cached = self._memory.get(key, monotonic())
         if cached is not None:
@@ -72,11 +74,12 @@ class PriceBook:
         if cached is None:
             return Lookup(None, accounts.balance(account), None)
         if book.may_lag(cached.record) or accounts.balance(account) is None:
-            book = await accounts.read(account)  # the generations were there before the price, the balance came with it
+            # The leader read the book before it put the price, and put the balance together with it.
+            book = await accounts.read(account)
         return Lookup(book.as_of(cached, monotonic()), accounts.balance(account), cached.record.put_at_ms)
 
     async def put(self, lease: Lease, price: Price, body_digest: bytes) -> bool:
-        """Stores a price and ends the lease; False if it was overtaken: by another leader, or by a purge."""
+        """Stores a price and ends the lease. False if it is superseded, by another leader or by a purge."""
         encoded = encode_price(price, ttl_ms=self._ttl_ms, generations=lease.generations, body_digest=body_digest)
         read_at, invalidations = monotonic(), self.accounts.invalidations(lease.account)
         args = (lease.token, ENCODING, encoded, self._lifetime_ms)
@@ -90,22 +93,22 @@ class PriceBook:
             record = PriceRecord(price, now_ms, self._ttl_ms, lease.generations, body_digest)
             self._memory.put(lease.key, MemoryEntry(record, now_ms, read_at, invalidations), monotonic())
         if is_another:
-            with suppress(StoreUnavailable):  # other processes then serve the old one for as long as they have it
+            with suppress(StoreUnavailable):  # other processes then serve the old price until it leaves their memory
                 await self.accounts.invalidate(lease.account)
         return not is_purged
 
     async def purge_question(self, key: str, account: str) -> bool:
-        """Forgets one question, everywhere within `BOOK_REREAD_S`; whether there was a price.
+        """Removes the price of one question, for every process within `BOOK_REREAD_S`. Returns whether there was one.
 
-        What fails half-way is to be done again: other processes may have the price in memory.
+        If it raises, it must be repeated: other processes may still have the price in memory.
         """
         found = bool(await self._store.call(_PRICE_PURGE, *store_keys(key)))
-        self._memory.drop(key)  # not before: a look-up that began meanwhile may have brought it back
+        self._memory.drop(key)  # after the call: a look-up during the call may have put the price back into memory
         await self.accounts.invalidate(account)
         return found
 
     async def purge_account(self, account: str) -> None:
-        """Forgets all prices of an account, everywhere within `BOOK_REREAD_S`."""
+        """Removes all prices of an account, for every process within `BOOK_REREAD_S`."""
         await self.accounts.purge(account)
 
     async def _read(self, key: str, account: str) -> MemoryEntry | None:

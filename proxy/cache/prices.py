@@ -1,22 +1,22 @@
-"""Prices and balances: what the price book keeps of upstream's answers, and what clients get to see of it.
+"""Prices and balances: their encoding in the store, their age, and the response body for clients.
 
-Amounts stay the JSON numbers that upstream wrote, in bytes. What is made anew for every hit is not frozen, which
-would take three times as long.
+* Amounts stay the JSON numbers that upstream wrote, as bytes.
+* Classes that every hit instantiates are not frozen: creating a frozen one takes three times as long.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 ENCODING = b"2"
-"""Counts changes of `encode_price`; a price stored in another encoding is not found."""
+"""The version of `encode_price`'s format. A price in another encoding is treated as missing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Price:
     """An estimate for one canonical body, as upstream gave it.
 
-    estimated: the JSON number.
-    rest: the other members of `data` as JSON text without the braces, empty if there are none.
+    estimated: the JSON number, in credits.
+    rest: the other members of `data`, as JSON text without the braces; empty if there are none.
     """
 
     estimated: bytes
@@ -24,7 +24,7 @@ class Price:
 
 
 class Generations(NamedTuple):
-    """The nonces of an account's book: prices of another `purge` are gone, those of another `reprice` are stale."""
+    """Random ids in an account's book. A price with another `purge` is gone, one with another `reprice` is stale."""
 
     purge: bytes
     reprice: bytes
@@ -32,10 +32,11 @@ class Generations(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PriceRecord:
-    """A price as the book keeps it. Times are the store's.
+    """A price as it is stored.
 
-    nonces: of the book when upstream was asked.
-    body_digest: of the full canonical body that was asked, members that the key ignores included.
+    put_at_ms: when it was stored, on the store's clock.
+    generations: those of the account's book when upstream was asked.
+    body_digest: of the full canonical body that was sent upstream, with the members that the key ignores.
     """
 
     price: Price
@@ -47,7 +48,7 @@ class PriceRecord:
 
 @dataclass(slots=True)
 class StoredPrice:
-    """A price as it stands now. `ttl_s` is what is left of its time, negative once it is stale."""
+    """A stored price at one moment. `ttl_s` is how long it stays fresh; zero or negative once it is stale."""
 
     price: Price
     age_s: float
@@ -57,7 +58,7 @@ class StoredPrice:
 
 @dataclass(slots=True)
 class Balance:
-    """An account's balance, as a JSON number, and how long ago upstream said it."""
+    """An account's balance, as a JSON number, and the time since upstream reported it."""
 
     amount: bytes
     age_s: float
@@ -65,7 +66,10 @@ class Balance:
 
 @dataclass(slots=True)
 class Lookup:
-    """What is known for a question. `version` says when the text in the store was put there, whatever it is worth."""
+    """The result of a look-up. A fetch takes it, to wait only for a price that is another than the one found.
+
+    version: `put_at_ms` of the record in the store, also if that was purged; None if there is no record.
+    """
 
     stored: StoredPrice | None
     balance: Balance | None
@@ -73,18 +77,18 @@ class Lookup:
 
 
 def store_keys(key: str) -> tuple[str, str]:
-    """The store's keys of a question's price and of its lease, in one slot."""
+    """The store's keys of a question's price and lease. Both are in the same cluster slot."""
     return f"ep1:{{{key}}}:price", f"ep1:{{{key}}}:lease"
 
 
 def encode_price(price: Price, *, ttl_ms: int, generations: Generations, body_digest: bytes) -> bytes:
-    """The text that the price book keeps, behind its encoding and the time at which it was put there."""
+    """The text of a price. `price_put.lua` puts the encoding and the time of storing before it."""
     fields = (str(ttl_ms).encode(), generations.purge, generations.reprice, body_digest, price.estimated, price.rest)
     return b" ".join(fields)
 
 
 def decode_price(stored: bytes) -> PriceRecord | None:
-    """A price out of `<encoding> <time in ms> <encoded price>`; None if it was written otherwise, or by others."""
+    """Decodes `<encoding> <put_at_ms> <encoded price>`; None if the text is in another format or not ours."""
     try:
         encoding, put_at_ms, ttl_ms, purge, reprice, body_digest, estimated, rest = stored.split(b" ", 7)
         times = int(put_at_ms), int(ttl_ms)
@@ -98,9 +102,9 @@ def decode_price(stored: bytes) -> PriceRecord | None:
 def as_of(
     record: PriceRecord, now_ms: int, generations: Generations, repriced_ago_ms: int | None
 ) -> StoredPrice | None:
-    """The price as it stands at `now_ms` in a book with these nonces; None if it has been purged.
+    """The price at `now_ms`, given the current generations of its account; None if it was purged.
 
-    The store's clock may have gone back: nothing is younger than new, nor fresh again once it was repriced.
+    If the store's clock went back, no age is negative, and a repriced price does not become fresh again.
     """
     age_ms = max(0, now_ms - record.put_at_ms)
     left_ms = record.ttl_ms - age_ms
@@ -112,7 +116,7 @@ def as_of(
 
 
 def document(price: Price, balance: Balance | None) -> bytes:
-    """The answer a client gets: upstream's envelope with the newest balance known."""
+    """The response body for a client: upstream's envelope, with the given balance."""
     shown = b"" if balance is None else b',"balance":' + balance.amount
     rest = price.rest and b"," + price.rest
     return b'{"data":{"estimated":%b%b%b},"error":{}}' % (price.estimated, shown, rest)

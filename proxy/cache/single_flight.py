@@ -1,7 +1,6 @@
-"""Single-flight: callers who ask the same at the same time share one answer.
+"""Single-flight: concurrent calls for the same key share one execution of the work.
 
-The work belongs to nobody who waits for it: a caller that goes away, the first one included, leaves it flying for
-the others.
+The work runs in a task of its own: cancelling a caller, even the first one, does not cancel the work.
 """
 
 import asyncio
@@ -12,11 +11,13 @@ T = TypeVar("T")
 
 
 class SingleFlight(Generic[T]):
+    """Shares work by key, from its start until it is done. Results are not kept."""
+
     def __init__(self) -> None:
         self._tasks: dict[str, asyncio.Task[T]] = {}
 
     async def do(self, key: str, work: Callable[[], Coroutine[Any, Any, T]]) -> tuple[T, bool]:
-        """The answer of the flight for `key`, and whether it was under way already; else `work` makes it."""
+        """Returns the result for `key`, and whether its work was running already. If not, starts `work`."""
         task = self._tasks.get(key)
         joined = task is not None
         if task is None:
@@ -24,7 +25,7 @@ class SingleFlight(Generic[T]):
         return await asyncio.shield(task), joined
 
     def start(self, key: str, work: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
-        """Sets off a flight that nobody may be waiting for. There must be none for `key`."""
+        """Starts `work` without waiting for it. None may be running for `key`."""
         task = asyncio.get_running_loop().create_task(work())
         self._tasks[key] = task
         task.add_done_callback(lambda _: self._tasks.pop(key))
@@ -37,7 +38,7 @@ class SingleFlight(Generic[T]):
         return len(self._tasks)
 
     async def drain(self, timeout_s: float) -> None:
-        """Waits for what is flying, `timeout_s` at the most, and ends what is left."""
+        """Waits at most `timeout_s` for all running work, then cancels the rest and waits for it to end."""
         if not self._tasks:
             return
         _, unfinished = await asyncio.wait(list(self._tasks.values()), timeout=timeout_s)
@@ -48,22 +49,22 @@ class SingleFlight(Generic[T]):
 
 
 class TurnCoalescer(Generic[T]):
-    """Shares work among those who ask for it in the same turn of the event loop, before any of it is done.
+    """Shares work between callers in the same turn of the event loop.
 
-    Calls of one turn are sent together, so each caller has the answer that a call of its own would have brought.
-    Answers must be awaited.
+    The store client sends all calls of one turn together, so each caller gets the result that its own call would have
+    had. Results must be awaited.
     """
 
     def __init__(self) -> None:
         self._tasks: dict[str, asyncio.Task[T]] = {}
 
     def share(self, key: str, work: Callable[[], Coroutine[Any, Any, T]]) -> Awaitable[T]:
-        """The answer of the work that this turn has begun last for `key`, or else of `work`."""
+        """The result of the work that was last started for `key` in this turn; if there is none, of `work`."""
         task = self._tasks.get(key)
         return self.start(key, work) if task is None else asyncio.shield(task)
 
     def start(self, key: str, work: Callable[[], Coroutine[Any, Any, T]]) -> Awaitable[T]:
-        """The answer of `work`, which is begun in any case."""
+        """The result of `work`, which is always started. Later callers of this turn share it."""
         loop = asyncio.get_running_loop()
         task = self._tasks[key] = loop.create_task(work())
         loop.call_soon(self._tasks.pop, key, None)

@@ -1,11 +1,13 @@
-"""A question on its way upstream, asked once in the fleet.
+"""Fetches prices from upstream, once for concurrent requests with the same key.
 
-In this process equal questions share a flight. Between processes the lease decides: its holder asks, renews it while it
-lives and leaves the price, or a word why there is none; the others watch for either. A holder that dies loses the lease
-within `LEASE_S`, and one of those who wait takes over. Without a store each process asks for itself.
-
-Behind answers that are given already go refreshes of stale prices and audits: at most one audit in the fleet and
-account at a time, and so few refreshes in a process that a repriced account is asked again step by step.
+* Within a process, single-flight: equal requests share one fetch.
+* Between processes, a lease: its holder, the leader, calls upstream, renews the lease meanwhile, and stores the price
+  or leaves its failure. Followers poll for either. If the leader dies, its lease expires within `LEASE_S` and a
+  follower takes over.
+* With the store unavailable, each process calls upstream for itself.
+* Refreshes of stale prices and audits run in the background, after the response. There is at most one audit at a time
+  for each account, over all processes. Refreshes are limited in each process, so that a repriced account is fetched
+  again gradually.
 """
 
 import asyncio
@@ -32,26 +34,29 @@ from proxy.upstream.client import Upstream
 from proxy.upstream.replies import Failed, Priced, Rejected, Reply, Unpriced, decode_failure, encode_failure
 
 MAX_REFRESHES = 8
-"""Refreshes that one process has under way; what is stale beyond that is asked again at its next hit."""
+"""Limits concurrent refreshes in a process. A stale price beyond that is refreshed at a later hit."""
 
 AUDIT_CLAIM_S = 5.0
-"""How long nobody else in the fleet asks for a balance that somebody is asking for."""
+"""How long a claimed audit keeps other processes from auditing the same account."""
 
 AUDIT_PAUSE_S = 1.0
-"""After another process was found at it, this one does not look again for so long."""
+"""After it could not claim an account's audit, a process does not try again for so long: each try is a call to the
+store."""
 
 FIRST_WATCH_PAUSE_S, MAX_WATCH_PAUSE_S = 0.01, 0.08
+"""Time between two polls of a follower. It doubles from the first to the second."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class FetchResult:
-    """What a flight brings home to everybody who waits for it.
+    """The result of a fetch, for all requests that share it.
 
-    upstream_s: what upstream took, where this process asked it.
-    collapsed: another process asked.
-    superseded: by a purge, or by another leader, while upstream was asked.
+    stored: the price is in the price book.
+    upstream_s: the duration of the upstream call; None if another process made it.
+    collapsed: another process called upstream.
+    superseded: by a purge or another leader during the upstream call; the reply is not stored.
     """
 
     reply: Reply
@@ -62,7 +67,10 @@ class FetchResult:
 
 
 class Fetcher:
-    """Times are seconds; deadlines stand on the event loop's clock."""
+    """The fetches of one process. Deadlines are on the event loop's clock.
+
+    timeout_s: limits an upstream call, and the time for which a follower waits.
+    """
 
     def __init__(
         self, book: PriceBook, upstream: Upstream, metrics: Metrics, tracker: InFlightTracker, *, timeout_s: float
@@ -79,26 +87,27 @@ class Fetcher:
         self._sequence = count()
 
     async def fetch(self, request: CanonicalRequest, lookup: Lookup | None) -> tuple[FetchResult, bool]:
-        """What upstream says, and whether somebody was asking already.
+        """Returns upstream's reply, and whether another request or process had already asked for it.
 
-        `lookup` is what the price book had; None if the store is out of reach, so that this process asks for itself.
+        lookup: what the price book had; None if the store is unavailable, then nothing is shared between processes.
 
-        An ask that was superseded answers only who began it: who joined it may have come after the purge.
+        The result of a superseded fetch is only for the request that started it. Requests that joined it may have
+        arrived after the purge, so they fetch again.
         """
         while True:
             fetched, joined = await self._coalesce(request.key, lambda: self._lead_or_follow(request, lookup))
             if not (joined and fetched.superseded):
                 return fetched, joined or fetched.collapsed
-            await asyncio.sleep(0)  # a flight that has just landed can still be joined
+            await asyncio.sleep(0)  # a fetch that is done is removed in the next turn; until then it would be joined
 
     async def fetch_uncoalesced(self, request: CanonicalRequest, *, store: bool) -> FetchResult:
-        """What upstream says to this very request: it replaces what is stored, or is not stored at all."""
+        """Calls upstream for this request alone. With `store` the reply replaces what is stored."""
         key = f"{request.key} {next(self._sequence)}"
         fetched, _ = await self._coalesce(key, lambda: self._fetch_uncoalesced(request, store=store))
         return fetched
 
     def refresh(self, request: CanonicalRequest, lookup: Lookup | None) -> None:
-        """Asks again behind the answer, if there is room and nobody is at it."""
+        """Fetches a stale price again in the background, unless it is being fetched or `MAX_REFRESHES` are running."""
         if self._refreshes >= MAX_REFRESHES or self._fetches.in_flight(request.key):
             return
         self._refreshes += 1
@@ -106,13 +115,16 @@ class Fetcher:
         task.add_done_callback(self._on_refresh_done)
 
     def audit(self, request: CanonicalRequest, stored: StoredPrice, lookup: Lookup | None, *, max_age_s: float) -> None:
-        """Asks for a fresh balance behind the answer, and re-checks the price that was served."""
+        """Calls upstream in the background, for a fresh balance, and compares the price with the one that was served.
+
+        max_age_s: no audit is made if the balance in the store is younger.
+        """
         now = asyncio.get_running_loop().time()
         if now >= self._audit_paused_until.get(request.account, now) and not self._audits.in_flight(request.account):
             self._audits.start(request.account, lambda: self._audit(request, stored, lookup, max_age_s))
 
     async def finish(self, timeout_s: float) -> None:
-        """Lets what was asked upstream come home and be stored."""
+        """Waits at most `timeout_s` until running fetches and audits are done and stored, then cancels the rest."""
         await asyncio.gather(self._fetches.drain(timeout_s), self._audits.drain(timeout_s))
 
     async def _coalesce(
@@ -123,7 +135,7 @@ class Fetcher:
             return await self._fetches.do(key, work)
 
     async def _lead_or_follow(self, request: CanonicalRequest, lookup: Lookup | None) -> FetchResult:
-        """Leads, or follows who leads, until there is an answer."""
+        """Takes the lease and leads, or follows the leader; takes over if the leader leaves no result."""
         if lookup is None:
             return await self._fetch_without_lease(request)
         deadline = self._deadline()
@@ -142,7 +154,7 @@ class Fetcher:
         return await self._lead(request, lease)
 
     async def _follow(self, request: CanonicalRequest, lookup: Lookup, deadline: float) -> FetchResult | None:
-        """What another process was told; None if it has gone without a word."""
+        """Polls for the leader's result; None if it ended or died without leaving one."""
         pause_s = FIRST_WATCH_PAUSE_S
         while asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(pause_s)
@@ -157,14 +169,14 @@ class Fetcher:
         return FetchResult(Failed(Problem(Code.UPSTREAM_TIMEOUT, f"There was no answer within {self._timeout_s:g} s.")))
 
     async def _from_leader(self, request: CanonicalRequest, price: Price) -> FetchResult:
-        """Another process asked. Its answer's balance is in the account's book."""
+        """The result for a price that another process stored. Reads the account's book: it has the reply's balance."""
         await self._book.accounts.read(request.account)
         return FetchResult(Priced(price, None), stored=True, collapsed=True)
 
     async def _lead(self, request: CanonicalRequest, lease: Lease) -> FetchResult:
         with self._renewing(lease):
             reply, upstream_s = await self._call_upstream(request)
-        recording = self._record_balance(request, reply)  # goes to the store together with what follows
+        recording = self._record_balance(request, reply)  # goes to the store in one round trip with the next call
         try:
             is_current = await self._end_lease(request, lease, reply)
         except StoreUnavailable:
@@ -188,23 +200,23 @@ class Fetcher:
         return FetchResult(reply, upstream_s=upstream_s)
 
     async def _call_upstream(self, request: CanonicalRequest) -> tuple[Reply, float]:
-        """The reply, and the seconds that it took.
+        """Returns the reply and the duration in seconds.
 
-        An ask has its full time, however long its asker has waited to lead: cut short, it would fail everybody who
-        follows. Each request's own deadline stands beside that.
+        The call always has the full timeout, however long the request has waited for the lease: a shorter one would
+        fail all followers too. Each request has its own deadline besides.
         """
         started, deadline = perf_counter(), self._deadline()
         reply = await self._upstream.estimate(request.account, request.canonical, request.query, deadline=deadline)
         return reply, perf_counter() - started
 
     def _record_balance(self, request: CanonicalRequest, reply: Reply) -> Awaitable[None] | None:
-        """Begins to keep a balance, whatever becomes of the price. What is returned must be awaited."""
+        """Starts recording the reply's balance, if it has one, even if the price is not stored. Must be awaited."""
         if isinstance(reply, Priced | Unpriced) and reply.balance is not None:
             return self._book.accounts.record_balance(request.account, reply.balance)
         return None
 
     async def _end_lease(self, request: CanonicalRequest, lease: Lease, reply: Reply) -> bool:
-        """Ends a lease with what it brought; False if that was superseded. Raises `StoreUnavailable`."""
+        """Ends a lease with its price or failure. False if it was superseded. Raises `StoreUnavailable`."""
         match reply:
             case Priced(price):
                 return await self._book.put(lease, price, request.body_digest)
@@ -215,7 +227,7 @@ class Fetcher:
 
     @contextmanager
     def _renewing(self, lease: Lease) -> Iterator[None]:
-        """Renews a lease once it is not new any more: most answers come before that."""
+        """Renews a lease while the block runs, every quarter of `LEASE_S`. Most replies need no renewal."""
         loop = asyncio.get_running_loop()
         renewals: list[asyncio.Task[None]] = []
         timer = loop.call_later(LEASE_S / 4, lambda: renewals.append(loop.create_task(self._renew(lease))))
@@ -239,7 +251,7 @@ class Fetcher:
     async def _audit(
         self, request: CanonicalRequest, stored: StoredPrice, lookup: Lookup | None, max_age_s: float
     ) -> None:
-        """Asks again if this process is the one to do so and nobody is asking already."""
+        """Audits if this process can claim it and take the question's lease."""
         try:
             if not await self._book.accounts.claim_audit(request.account, max_age_s=max_age_s, for_s=AUDIT_CLAIM_S):
                 self._audit_paused_until[request.account] = asyncio.get_running_loop().time() + AUDIT_PAUSE_S
@@ -253,7 +265,11 @@ class Fetcher:
                 await self._compare(request, stored, fetched.reply.price)
 
     async def _compare(self, request: CanonicalRequest, stored: StoredPrice, price: Price) -> None:
-        """What an audit has found: the price list may have changed, or a member that was declared neutral is not."""
+        """Counts and logs the result of an audit.
+
+        A different price means that the price list changed, or, if the body differs from the one that was stored, that
+        a member in `cache.ignore` does affect prices.
+        """
         facts = {"account": request.account, "key": request.key}
         facts |= {"old": stored.price.estimated.decode(), "new": price.estimated.decode()}
         if Decimal(facts["old"]) == Decimal(facts["new"]):

@@ -1,11 +1,12 @@
 #!lua
--- Notes that a body's price has changed. When enough distinct bodies have within an hour, the price list has: the
--- reprice nonce is renewed, at most once in a while, and every older price is stale.
---   KEYS  1 book
---   ARGV  1 the question's key, 2 how many make a change of the list, 3 within how many ms,
---         4 ms between two repricings, 5 a fresh nonce
---   reply 1 repriced | 0
--- The book is bounded: an account is audited a few times a minute at the most, and old changes go.
+-- Records that an audit found another price for a question. If enough questions changed lately, the price list is taken
+-- for changed: the account gets a new reprice generation, which makes all older prices stale.
+--   KEYS  1 account book
+--   ARGV  1 the question's key, 2 number of changed questions that reprices the account, 3 ms within which they count,
+--         4 least ms between two repricings, 5 the new reprice generation
+--   reply 1 if the account was repriced, else 0
+-- Invariant: the number of changes in the book is bounded, because an account is audited only a few times a minute, and
+-- changes older than ARGV 3 are deleted.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local book = redis.call('HGETALL', KEYS[1])

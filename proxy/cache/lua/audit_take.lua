@@ -1,8 +1,9 @@
 #!lua
--- Decides which process asks for a fresh balance: one at a time in the fleet.
---   KEYS  1 book
---   ARGV  1 age in ms from which a balance is old, 2 ms for which nobody else asks
---   reply 1 it is for the caller to ask | 0
+-- Claims the account's next audit for the caller, if the balance is old.
+--   KEYS  1 account book
+--   ARGV  1 age in ms from which a balance is old, 2 lifetime of the claim in ms
+--   reply 1 if the caller has the claim, else 0
+-- Invariant: at most one process has a claim that has not expired.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local book = redis.call('HMGET', KEYS[1], 'balance_at_ms', 'audit_until_ms')

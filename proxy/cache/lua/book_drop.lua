@@ -1,9 +1,9 @@
 #!lua flags=allow-oom
--- Notes that a question of the account has been purged, or has another price: whoever remembers its price asks the
--- store again.
---   KEYS  1 book
+-- Counts an invalidation: a question of the account was purged or got another price. Processes that see another count
+-- read the account's cached prices from the store again.
+--   KEYS  1 account book
 --   reply 1
--- A book that is not there gets new nonces when it is next read, which does the same.
+-- A missing book is not created: its next reader gives it new generations, which invalidates all cached prices too.
 if redis.call('EXISTS', KEYS[1]) == 1 then
   redis.call('HINCRBY', KEYS[1], 'drops', 1)
 end

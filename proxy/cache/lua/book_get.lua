@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
--- An account's book: its nonces and its balance. A book that is not there is made, with new nonces: whatever was
--- stored before is then older than the book, so an evicted book never brings purged prices back.
---   KEYS  1 book
---   ARGV  1 a fresh nonce for purge, 2 a fresh nonce for reprice
---   reply { purge, reprice, now in ms, ms since the last repricing | nil, balance | nil, its age in ms | nil, drops }
---         where drops counts the questions that were purged, or have got another price early
+-- Reads an account's book. Creates a missing one.
+--   KEYS  1 account book
+--   ARGV  1 purge generation for a new book, 2 reprice generation for a new book
+--   reply { purge generation, reprice generation, the store's time in ms, ms since the last repricing | nil,
+--           balance | nil, age of the balance in ms | nil, number of invalidations }
+-- Invariant: a book that was evicted comes back with new generations, so it never brings purged prices back.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local book = redis.call('HMGET', KEYS[1], 'purge', 'reprice', 'repriced_at_ms', 'balance', 'balance_at_ms', 'drops')

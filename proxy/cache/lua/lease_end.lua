@@ -1,8 +1,9 @@
 #!lua
--- Ends a lease that brought no price: leaves word for those who wait, or just gives it back.
+-- Ends the caller's lease without a price.
 --   KEYS  1 price, 2 lease
---   ARGV  1 our token, 2 word ('' for none), 3 lifetime of the word in ms, 4 '1' to end the stored price too
---   reply 1 | 0 it was not ours any more, and nothing was done
+--   ARGV  1 the caller's token, 2 failure for followers ('' for none), 3 lifetime of the failure in ms,
+--         4 '1' to delete the stored price too
+--   reply 1, or 0 if the caller no longer holds the lease; then nothing is changed
 if redis.call('GET', KEYS[2]) ~= 'L ' .. ARGV[1] then
   return 0
 end

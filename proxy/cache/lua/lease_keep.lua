@@ -1,8 +1,8 @@
 #!lua
--- Prolongs a lease that is still ours.
+-- Renews the caller's lease.
 --   KEYS  1 lease
---   ARGV  1 our token, 2 lifetime in ms
---   reply 1 | 0 it is not ours any more
+--   ARGV  1 the caller's token, 2 lifetime in ms from now
+--   reply 1, or 0 if the caller no longer holds the lease
 if redis.call('GET', KEYS[1]) ~= 'L ' .. ARGV[1] then
   return 0
 end

@@ -1,12 +1,13 @@
 #!lua
--- Decides who asks upstream for a question: whoever finds no newer price and nobody asking.
+-- Takes the lease of a question, unless there is a price that the caller has not seen, or another holder.
 --   KEYS  1 price, 2 lease
---   ARGV  1 our token, 2 lifetime of the lease in ms, 3 when the price we know was put, in ms ('' for none),
---         4 '1' to take the lease from whoever has it
---   reply { 'price', text, now in ms }  somebody has stored another price meanwhile
---         { 'wait', holder's token, now in ms }
---         { 'lead', our token, now in ms }
--- The lease is 'L <token>' while its holder asks, and 'F <token> <word>' for a moment after it got no price.
+--   ARGV  1 the caller's token, 2 lifetime of the lease in ms, 3 put_at_ms of the price that the caller has seen
+--         ('' for none), 4 '1' to take the lease in any case
+--   reply { 'price', text of the price, the store's time in ms }
+--         { 'wait', the holder's token, the store's time in ms }
+--         { 'lead', the caller's token, the store's time in ms }
+-- Invariant: a lease has one holder. It is 'L <token>' while the holder asks upstream, and 'F <token> <failure>' for a
+-- short time after the holder got no price; a failure does not keep the lease from being taken.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 if ARGV[4] ~= '1' then

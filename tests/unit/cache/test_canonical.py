@@ -1,4 +1,4 @@
-"""One question, one spelling: canonical bytes of values of every kind, beside RFC 8785's, and of clients' bodies."""
+"""Canonical JSON: of generated values, compared with RFC 8785, and of bodies as clients spell them."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def test_respelling_never_changes_bytes_or_key(question: Any, random: Random) ->
 
 
 @given(questions, questions)
-def test_two_values_share_their_bytes_only_if_they_are_one(one: Any, other: Any) -> None:
+def test_two_values_have_the_same_bytes_only_if_they_are_equal(one: Any, other: Any) -> None:
     assert (canonicalise(plain(one)) == canonicalise(plain(other))) == (meaning(one) == meaning(other))
 
 
@@ -88,7 +88,7 @@ def is_question(value: Any) -> bool:
 
 
 @given(questions, values)
-def test_changing_any_value_always_changes_the_key(question: Any, new: Any) -> None:
+def test_changing_any_value_changes_the_key(question: Any, new: Any) -> None:
     others = [other for other in neighbours(question, new) if is_question(other)]
     assert len(others) > len(question)
     assert key(plain(question)) not in {key(plain(other)) for other in others}
@@ -98,7 +98,7 @@ composed = st.lists(st.sampled_from("éÅñ각ガỆ"), min_size=1, max_size=4).
 
 
 @given(composed)
-def test_unicode_forms_stay_apart(text: str) -> None:
+def test_unicode_forms_are_different_values(text: str) -> None:
     nfc, nfd = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
     assert key(plain([{"a": nfc}])) != key(plain([{"a": nfd}]))
     assert key(plain([{nfc: 1}])) != key(plain([{nfd: 1}]))
@@ -134,7 +134,7 @@ def fractions(value: Any) -> list[float]:
     return []
 
 
-def test_rfc_8785_says_the_same_where_both_speak() -> None:
+def test_it_equals_rfc_8785_where_both_apply() -> None:
     seen = skipped = fractional = 0
 
     @settings(max_examples=500)
@@ -166,7 +166,7 @@ def test_a_body_has_one_key_in_every_spelling(body: Body) -> None:
     assert {strict_reading(raw) for raw in spellings} == {canonicalise(body.raw)}
 
 
-def test_two_bodies_share_a_key_only_if_they_are_one_question() -> None:
+def test_two_bodies_have_the_same_key_only_if_they_are_one_question() -> None:
     for one, other in combinations(BODIES, 2):
         assert (key(one.raw) == key(other.raw)) == (one.question == other.question), (one.name, other.name)
 

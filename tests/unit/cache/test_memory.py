@@ -1,4 +1,4 @@
-"""The hottest prices: which of them stay, how long, and that no byte of the others is counted any more."""
+"""The in-process cache: eviction by entries and bytes, expiry, order of replies, and its byte count."""
 
 import pytest
 from hypothesis import example, given
@@ -11,7 +11,7 @@ T = 1000.0
 
 
 def entry_of(size: int = 1, read_at: float = T, put_at_ms: int = 1_000_000) -> MemoryEntry:
-    """A price of `size` bytes beside the overhead, `estimated` and `rest` together."""
+    """An entry whose price has `size` bytes, `estimated` and `rest` together; the overhead comes on top."""
     price = Price(b"5", b"x" * (size - 1))
     return MemoryEntry(PriceRecord(price, put_at_ms, 60_000, Generations(b"p", b"r"), b"d"), 1_000_500, read_at, 0)
 
@@ -21,11 +21,11 @@ def cache_of(*, entries: int = 1000, in_bytes: int = 2**20) -> MemoryCache:
 
 
 def kept(prices: MemoryCache, keys: str, now: float = T) -> str:
-    """Those of the keys that are there. Looking warms them, the last most."""
+    """The keys that are cached."""
     return "".join(key for key in keys if prices.get(key, now) is not None)
 
 
-def test_nothing_is_there_at_first() -> None:
+def test_a_new_cache_is_empty() -> None:
     prices = MemoryCache()
     assert len(prices) == 0
     assert prices.get("a", T) is None
@@ -33,7 +33,7 @@ def test_nothing_is_there_at_first() -> None:
     assert prices._bytes == 0
 
 
-def test_what_was_put_is_there() -> None:
+def test_an_entry_that_was_put_is_found() -> None:
     prices, one, other = MemoryCache(), entry_of(), entry_of()
     prices.put("a", one, T)
     prices.put("b", other, T)
@@ -43,11 +43,11 @@ def test_what_was_put_is_there() -> None:
     assert len(prices) == 2
 
 
-# --- for how long -----------------------------------------------------------------------------------------------
+# --- expiry -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("age_s", "there"), [(-1, True), (0, True), (MAX_AGE_S, True), (MAX_AGE_S + 0.001, False)])
-def test_nothing_is_there_for_ever(age_s: float, there: bool) -> None:  # noqa: FBT001 -- a row of a table
+def test_an_entry_expires(age_s: float, there: bool) -> None:  # noqa: FBT001 -- a row of a table
     prices = MemoryCache()
     prices.put("a", entry_of(), T)
     assert (prices.get("a", T + age_s) is not None) is there
@@ -55,7 +55,7 @@ def test_nothing_is_there_for_ever(age_s: float, there: bool) -> None:  # noqa: 
     assert (prices._bytes > 0) is there
 
 
-def test_being_asked_for_keeps_nothing_alive() -> None:
+def test_reads_do_not_prolong_an_entry() -> None:
     prices = MemoryCache()
     prices.put("a", entry_of(), T)
     assert [prices.get("a", T + part * MAX_AGE_S) is not None for part in (0.25, 0.5, 0.75, 1, 1.25)] == [True] * 4 + [
@@ -63,10 +63,10 @@ def test_being_asked_for_keeps_nothing_alive() -> None:
     ]
 
 
-# --- how many ---------------------------------------------------------------------------------------------------
+# --- entries ----------------------------------------------------------------------------------------------------
 
 
-def test_the_one_that_was_put_first_goes_first() -> None:
+def test_the_entry_that_was_put_first_is_evicted_first() -> None:
     prices = cache_of(entries=3)
     for key in "abcd":
         prices.put(key, entry_of(), T)
@@ -74,7 +74,7 @@ def test_the_one_that_was_put_first_goes_first() -> None:
     assert len(prices) == 3
 
 
-def test_what_is_asked_for_goes_no_later() -> None:
+def test_reads_do_not_delay_eviction() -> None:
     prices = cache_of(entries=3)
     for key in "abc":
         prices.put(key, entry_of(), T)
@@ -84,7 +84,7 @@ def test_what_is_asked_for_goes_no_later() -> None:
     assert kept(prices, "abcdz") == "bcd"
 
 
-def test_what_is_put_again_goes_later() -> None:
+def test_putting_an_entry_again_delays_its_eviction() -> None:
     prices = cache_of(entries=3)
     for key in "abcad":
         prices.put(key, entry_of(), T)
@@ -92,10 +92,10 @@ def test_what_is_put_again_goes_later() -> None:
     assert len(prices) == 3
 
 
-# --- how large --------------------------------------------------------------------------------------------------
+# --- bytes ------------------------------------------------------------------------------------------------------
 
 
-def test_bytes_are_bounded_with_what_each_entry_takes_beside() -> None:
+def test_the_byte_limit_includes_the_overhead_of_each_entry() -> None:
     prices = cache_of(in_bytes=3 * (OVERHEAD_BYTES + 10))
     for key in "abc":
         prices.put(key, entry_of(10), T)
@@ -104,7 +104,7 @@ def test_bytes_are_bounded_with_what_each_entry_takes_beside() -> None:
     assert kept(prices, "abc") == "bc"
 
 
-def test_a_large_one_takes_the_room_of_several() -> None:
+def test_a_large_entry_evicts_several() -> None:
     prices = cache_of(in_bytes=4 * OVERHEAD_BYTES + 20)
     for key in "abc":
         prices.put(key, entry_of(10), T)
@@ -112,7 +112,7 @@ def test_a_large_one_takes_the_room_of_several() -> None:
     assert kept(prices, "abcd") == "cd"
 
 
-def test_one_that_is_too_large_is_not_kept() -> None:
+def test_an_entry_larger_than_the_limit_is_not_kept() -> None:
     prices = cache_of(in_bytes=OVERHEAD_BYTES + 10)
     prices.put("a", entry_of(11), T)
     assert len(prices) == prices._bytes == 0
@@ -120,7 +120,7 @@ def test_one_that_is_too_large_is_not_kept() -> None:
     assert kept(prices, "a") == "a"
 
 
-def test_one_that_is_replaced_leaves_no_bytes() -> None:
+def test_a_replaced_entry_is_not_counted() -> None:
     prices = cache_of(in_bytes=2 * OVERHEAD_BYTES + 200)
     for size in (100, 150, 1, 100) * 100:
         prices.put("a", entry_of(size), T)
@@ -129,7 +129,7 @@ def test_one_that_is_replaced_leaves_no_bytes() -> None:
     assert kept(prices, "ab") == "ab"
 
 
-def test_one_that_is_dropped_leaves_no_bytes() -> None:
+def test_a_dropped_entry_is_not_counted() -> None:
     prices = MemoryCache()
     prices.put("a", entry_of(100), T)
     prices.drop("a")
@@ -138,8 +138,8 @@ def test_one_that_is_dropped_leaves_no_bytes() -> None:
     assert prices.get("a", T) is None
 
 
-def test_the_bounds_in_use() -> None:
-    """The overhead of so many entries fits, so that both bounds mean something."""
+def test_both_default_limits_can_be_reached() -> None:
+    """The overhead of `MAX_ENTRIES` entries is less than `MAX_BYTES`."""
     assert MAX_ENTRIES * OVERHEAD_BYTES < MAX_BYTES
     prices = MemoryCache()
     for number in range(MAX_ENTRIES + 10):
@@ -147,10 +147,10 @@ def test_the_bounds_in_use() -> None:
     assert len(prices) == MAX_ENTRIES
 
 
-# --- replies that overtake each other ---------------------------------------------------------------------------
+# --- order of replies ------------------------------------------------------------------------------------------
 
 
-def test_what_was_read_before_does_not_replace_what_was_read_later() -> None:
+def test_an_entry_does_not_replace_one_that_was_read_later() -> None:
     prices, newer = MemoryCache(), entry_of(read_at=T + 0.2)
     prices.put("a", newer, T + 0.2)
     prices.put("a", entry_of(50, read_at=T), T + 0.2)
@@ -160,14 +160,14 @@ def test_what_was_read_before_does_not_replace_what_was_read_later() -> None:
     assert prices.get("a", T + 0.2) is newest
 
 
-def test_an_older_price_that_was_read_later_does_not_replace_a_newer_one() -> None:
+def test_an_older_price_does_not_replace_a_newer_one_even_if_it_was_read_later() -> None:
     prices, newer = MemoryCache(), entry_of(put_at_ms=1_000_001)
     prices.put("a", newer, T)
     prices.put("a", entry_of(read_at=T + 0.2), T + 0.2)
     assert prices.get("a", T + 0.2) is newer
 
 
-def test_an_expired_price_keeps_no_other_out() -> None:
+def test_an_expired_price_does_not_keep_an_older_one_out() -> None:
     prices, after = MemoryCache(), T + MAX_AGE_S + 1
     prices.put("a", entry_of(put_at_ms=1_000_001), T)
     older = entry_of(read_at=after)
@@ -183,7 +183,7 @@ others = st.tuples(st.sampled_from(["get", "drop"]), keys, st.just(0), st.just(0
 
 
 class Model:
-    """Keys with size and time, the oldest first, in a list."""
+    """A list of keys with size and time, in the order of their puts."""
 
     def __init__(self, max_entries: int, max_bytes: int) -> None:
         self.bounds = (max_entries, max_bytes)
@@ -225,7 +225,7 @@ class Model:
     st.integers(1, 4000),
 )
 @example([(("put", "a", 5, 0), 0.0), (("put", "a", 900, 0), 0.0), (("put", "b", 5, 0), 0.0)], 2, 2200)
-def test_it_is_as_the_model(
+def test_the_cache_behaves_like_its_model(
     steps: list[tuple[tuple[str, str, int, int], float]], max_entries: int, max_bytes: int
 ) -> None:
     prices, model, now = cache_of(entries=max_entries, in_bytes=max_bytes), Model(max_entries, max_bytes), T

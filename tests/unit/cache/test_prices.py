@@ -1,4 +1,4 @@
-"""Prices as they are kept and shown: what one is worth at a time and in a book, and each number as it was spelled."""
+"""Prices: their encoding in the store, their age under generations and clocks, and the response body."""
 
 import json
 from datetime import UTC, datetime
@@ -43,23 +43,23 @@ def with_spelled_numbers(text: bytes) -> Any:
 
 
 def kept(record: PriceRecord) -> bytes:
-    """The text in the store, as the script that puts it there writes it."""
+    """The text in the store, as `price_put.lua` writes it."""
     encoded = encode_price(
         record.price, ttl_ms=record.ttl_ms, generations=record.generations, body_digest=record.body_digest
     )
     return b"%s %d %s" % (ENCODING, record.put_at_ms, encoded)
 
 
-# --- as they are kept -------------------------------------------------------------------------------------------
+# --- encoding ---------------------------------------------------------------------------------------------------
 
 
 @given(records)
-def test_a_price_comes_back_as_it_was(record: PriceRecord) -> None:
+def test_a_price_is_decoded_as_it_was_encoded(record: PriceRecord) -> None:
     assert decode_price(kept(record)) == record
 
 
-def test_a_kept_price_is_what_it_was() -> None:
-    """Others have written prices like this one: a change of it needs another `ENCODING`."""
+def test_the_encoding_does_not_change() -> None:
+    """Stores have prices in this format: a change of it needs another `ENCODING`."""
     price = Price(b"0.10", b'"plan":"a b","n":1')
     assert ENCODING == b"2"
     encoded = encode_price(price, ttl_ms=3_600_000, generations=Generations(b"pu", b"re"), body_digest=b"d1")
@@ -73,7 +73,7 @@ def test_a_kept_price_is_what_it_was() -> None:
     [
         b"",
         b"2",
-        b"2 5 1000 pu re d1 5",  # a space short
+        b"2 5 1000 pu re d1 5",  # a space is missing
         b"1 5 1000 pu re d1 5 ",
         b"3 5 1000 pu re d1 5 ",
         b"22 5 1000 pu re d1 5 ",
@@ -92,12 +92,12 @@ def test_a_price_in_another_encoding_is_not_found(stored: bytes) -> None:
 
 
 @given(st.binary(max_size=60))
-def test_what_others_wrote_is_a_price_or_none(stored: bytes) -> None:
+def test_decoding_any_bytes_raises_nothing(stored: bytes) -> None:
     decode_price(stored)
     decode_price(b"2 " + stored)
 
 
-# --- what they are worth ----------------------------------------------------------------------------------------
+# --- age and generations ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -111,15 +111,15 @@ def test_what_others_wrote_is_a_price_or_none(stored: bytes) -> None:
         (10**9, 10**6, -999_940),
     ],
 )
-def test_a_price_has_its_age_and_what_is_left(age_ms: int, age_s: float, ttl_s: float) -> None:
+def test_age_and_ttl_follow_from_the_time_of_storing(age_ms: int, age_s: float, ttl_s: float) -> None:
     expected = StoredPrice(RECORD.price, age_s, ttl_s, b"d1")
     assert as_of(RECORD, RECORD.put_at_ms + age_ms, BOOK, None) == expected
     assert as_of(RECORD, RECORD.put_at_ms + age_ms, BOOK, 0) == expected
-    assert as_of(RECORD, RECORD.put_at_ms + age_ms, BOOK, 5) == expected  # asked after the repricing: not its business
+    assert as_of(RECORD, RECORD.put_at_ms + age_ms, BOOK, 5) == expected  # requested after the repricing
 
 
 @given(records, times, books, st.none() | st.integers(-(2**40), 2**40))
-def test_a_price_of_another_purge_is_gone(
+def test_a_price_with_another_purge_generation_is_gone(
     record: PriceRecord, now_ms: int, book: Generations, ago_ms: int | None
 ) -> None:
     assert (as_of(record, now_ms, book, ago_ms) is None) == (record.generations.purge != book.purge)
@@ -134,11 +134,11 @@ def test_a_price_of_another_purge_is_gone(
         (60_000, 3_000, -3),
         (62_000, 3_000, -3),
         (63_000, 3_000, -3),
-        (64_000, 3_000, -4),  # its time was over before the repricing
-        (1_000, 5_000, -5),  # put after a repricing, but asked before it
-        (10_000, None, 0),  # the book does not know when
+        (64_000, 3_000, -4),  # stale before the repricing
+        (1_000, 5_000, -5),  # stored after the repricing, requested before it
+        (10_000, None, 0),  # the time of the repricing is unknown
         (70_000, None, -10),
-        (10_000, -5_000, 0),  # the store's clock has gone back
+        (10_000, -5_000, 0),  # the store's clock went back
         (70_000, -5_000, -10),
     ],
 )
@@ -160,16 +160,16 @@ def test_a_repriced_price_is_never_fresh(record: PriceRecord, now_ms: int, repri
 
 
 @given(records, st.integers(1, 2**40))
-def test_a_clock_that_went_back_makes_nothing_younger_than_new(record: PriceRecord, ahead_ms: int) -> None:
+def test_no_age_is_negative_after_the_clock_went_back(record: PriceRecord, ahead_ms: int) -> None:
     stored = as_of(record, record.put_at_ms - ahead_ms, record.generations, None)
     assert stored == StoredPrice(record.price, 0, record.ttl_ms / 1000, record.body_digest)
 
 
-# --- as they are shown ------------------------------------------------------------------------------------------
+# --- response bodies --------------------------------------------------------------------------------------------
 
 
 @given(prices, st.none() | st.builds(Balance, amounts, st.floats(0)))
-def test_a_document_has_the_numbers_as_they_are(price: Price, balance: Balance | None) -> None:
+def test_a_response_body_has_the_numbers_as_upstream_wrote_them(price: Price, balance: Balance | None) -> None:
     shown = with_spelled_numbers(document(price, balance))
     rest = with_spelled_numbers(b"{" + price.rest + b"}")
     numbers = {"estimated": ("number", price.estimated.decode())}
@@ -178,12 +178,12 @@ def test_a_document_has_the_numbers_as_they_are(price: Price, balance: Balance |
     assert shown == {"data": {**numbers, **rest}, "error": {}}
 
 
-def test_a_document_without_more_is_upstreams_own() -> None:
+def test_a_response_body_without_other_members_equals_upstreams() -> None:
     assert document(Price(b"5", b""), Balance(b"20", 3.5)) == ANSWER
 
 
 @given(prices)
-def test_what_was_answered_is_shown_again_with_the_newest_balance(price: Price) -> None:
+def test_a_stored_answer_is_served_with_the_newest_balance(price: Price) -> None:
     answered = document(price, Balance(b"20", 0))
     priced = read_reply(200, answered, secret="rn-canary", now=datetime(2026, 11, 22, tzinfo=UTC))
     assert isinstance(priced, Priced)

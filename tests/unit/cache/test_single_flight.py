@@ -1,4 +1,4 @@
-"""One flight a key: who shares an answer, and that nobody who leaves takes it along."""
+"""Single-flight: sharing, cancelled callers, errors and draining; and sharing within a turn of the event loop."""
 
 import asyncio
 import gc
@@ -11,7 +11,7 @@ from proxy.cache.single_flight import SingleFlight, TurnCoalescer
 
 
 class Work:
-    """Work that counts how often it began and ended, and ends when it is told to."""
+    """Work that counts how often it began and ended, and ends when `go` is set."""
 
     def __init__(self, answer: str = "answer", error: Exception | None = None) -> None:
         self.begun = self.ended = 0
@@ -32,9 +32,9 @@ Scenario = Callable[[], Coroutine[Any, Any, list[str] | None]]
 
 
 def in_a_loop(scenario: Scenario) -> Callable[[], None]:
-    """The test that runs `scenario`, in five seconds at the most, and that sees the errors nobody waited for.
+    """A test that runs `scenario` with a limit of five seconds, and checks the errors that no caller received.
 
-    They have to be the ones that the scenario returns, if it does.
+    They must be the ones that the scenario returns; none if it returns None.
     """
 
     def run() -> None:
@@ -52,19 +52,19 @@ def in_a_loop(scenario: Scenario) -> Callable[[], None]:
 
 
 async def turns() -> None:
-    """Lets everything run that can run."""
+    """Runs what is ready in the event loop."""
     for _ in range(10):
         await asyncio.sleep(0)
 
 
-def calling(flights: SingleFlight[str], work: Work, key: str = "key") -> asyncio.Task[tuple[str, bool]]:
-    return asyncio.ensure_future(flights.do(key, work))
+def calling(calls: SingleFlight[str], work: Work, key: str = "key") -> asyncio.Task[tuple[str, bool]]:
+    return asyncio.ensure_future(calls.do(key, work))
 
 
 @in_a_loop
-async def test_many_callers_share_one_work() -> None:
-    flights, work = SingleFlight[str](), Work()
-    callers = [calling(flights, work) for _ in range(100)]
+async def test_many_callers_share_one_execution() -> None:
+    calls, work = SingleFlight[str](), Work()
+    callers = [calling(calls, work) for _ in range(100)]
     await turns()
     work.go.set()
     assert await asyncio.gather(*callers) == [("answer", False)] + [("answer", True)] * 99
@@ -72,11 +72,11 @@ async def test_many_callers_share_one_work() -> None:
 
 
 @in_a_loop
-async def test_the_work_of_a_caller_who_came_too_late_is_never_begun() -> None:
-    flights, work, never = SingleFlight[str](), Work(), Work("another answer")
-    first = calling(flights, work)
+async def test_the_work_of_a_later_caller_is_not_started() -> None:
+    calls, work, never = SingleFlight[str](), Work(), Work("another answer")
+    first = calling(calls, work)
     await turns()
-    second = calling(flights, never)
+    second = calling(calls, never)
     await turns()
     work.go.set()
     assert [await first, await second] == [("answer", False), ("answer", True)]
@@ -84,9 +84,9 @@ async def test_the_work_of_a_caller_who_came_too_late_is_never_begun() -> None:
 
 
 @in_a_loop
-async def test_keys_fly_apart_from_each_other() -> None:
-    flights, one, other = SingleFlight[str](), Work("one"), Work("other")
-    callers = [calling(flights, one, "one"), calling(flights, other, "other")]
+async def test_keys_are_independent() -> None:
+    calls, one, other = SingleFlight[str](), Work("one"), Work("other")
+    callers = [calling(calls, one, "one"), calling(calls, other, "other")]
     await turns()
     assert (one.begun, other.begun) == (1, 1)
     other.go.set()
@@ -97,14 +97,14 @@ async def test_keys_fly_apart_from_each_other() -> None:
 
 
 @in_a_loop
-async def test_the_first_caller_leaves_and_the_others_get_the_answer() -> None:
-    flights, work = SingleFlight[str](), Work()
-    first, second, third = (calling(flights, work) for _ in range(3))
+async def test_cancelling_the_first_caller_does_not_affect_the_others() -> None:
+    calls, work = SingleFlight[str](), Work()
+    first, second, third = (calling(calls, work) for _ in range(3))
     await turns()
     first.cancel()
     await turns()
     assert first.cancelled()
-    late = calling(flights, work)
+    late = calling(calls, work)
     await turns()
     work.go.set()
     assert [await second, await third, await late] == [("answer", True)] * 3
@@ -112,9 +112,9 @@ async def test_the_first_caller_leaves_and_the_others_get_the_answer() -> None:
 
 
 @in_a_loop
-async def test_a_follower_leaves_and_nobody_else_notices() -> None:
-    flights, work = SingleFlight[str](), Work()
-    first, second = calling(flights, work), calling(flights, work)
+async def test_cancelling_a_later_caller_does_not_affect_the_first() -> None:
+    calls, work = SingleFlight[str](), Work()
+    first, second = calling(calls, work), calling(calls, work)
     await turns()
     second.cancel()
     work.go.set()
@@ -122,9 +122,9 @@ async def test_a_follower_leaves_and_nobody_else_notices() -> None:
 
 
 @in_a_loop
-async def test_the_work_is_done_even_if_everybody_leaves() -> None:
-    flights, work = SingleFlight[str](), Work()
-    callers = [calling(flights, work) for _ in range(3)]
+async def test_the_work_is_done_even_if_all_callers_are_cancelled() -> None:
+    calls, work = SingleFlight[str](), Work()
+    callers = [calling(calls, work) for _ in range(3)]
     await turns()
     for caller in callers:
         caller.cancel()
@@ -135,9 +135,9 @@ async def test_the_work_is_done_even_if_everybody_leaves() -> None:
 
 
 @in_a_loop
-async def test_an_error_reaches_everybody() -> None:
-    flights, work = SingleFlight[str](), Work(error=OSError("no way"))
-    callers = [calling(flights, work) for _ in range(3)]
+async def test_an_error_reaches_all_callers() -> None:
+    calls, work = SingleFlight[str](), Work(error=OSError("no way"))
+    callers = [calling(calls, work) for _ in range(3)]
     await turns()
     work.go.set()
     errors = await asyncio.gather(*callers, return_exceptions=True)
@@ -145,9 +145,9 @@ async def test_an_error_reaches_everybody() -> None:
 
 
 @in_a_loop
-async def test_an_error_that_nobody_waits_for_is_not_lost() -> list[str]:
-    flights, work = SingleFlight[str](), Work(error=OSError("no way"))
-    caller = calling(flights, work)
+async def test_an_error_without_a_caller_is_reported_to_the_event_loop() -> list[str]:
+    calls, work = SingleFlight[str](), Work(error=OSError("no way"))
+    caller = calling(calls, work)
     await turns()
     caller.cancel()
     await turns()
@@ -161,34 +161,34 @@ async def test_an_error_that_nobody_waits_for_is_not_lost() -> list[str]:
 def test_after_an_answer_the_next_caller_starts_the_work_again(error: Exception | None) -> None:
     @in_a_loop
     async def scenario() -> None:
-        flights, work = SingleFlight[str](), Work(error=error)
+        calls, work = SingleFlight[str](), Work(error=error)
         work.go.set()
-        await asyncio.gather(calling(flights, work), return_exceptions=True)
+        await asyncio.gather(calling(calls, work), return_exceptions=True)
         await turns()
         again = Work("a newer answer")
         again.go.set()
-        assert await flights.do("key", again) == ("a newer answer", False)
+        assert await calls.do("key", again) == ("a newer answer", False)
 
     scenario()
 
 
 @in_a_loop
-async def test_draining_with_nothing_in_the_air_takes_no_time() -> None:
-    flights = SingleFlight[str]()
-    await flights.drain(3600)
+async def test_draining_without_running_work_takes_no_time() -> None:
+    calls = SingleFlight[str]()
+    await calls.drain(3600)
     work = Work()
     work.go.set()
-    await flights.do("key", work)
+    await calls.do("key", work)
     await turns()
-    await flights.drain(3600)
+    await calls.drain(3600)
 
 
 @in_a_loop
-async def test_draining_waits_for_all_that_flies() -> None:
-    flights, works = SingleFlight[str](), [Work(), Work()]
-    callers = [calling(flights, work, key) for work, key in zip(works, "ab", strict=True)]
+async def test_draining_waits_for_all_running_work() -> None:
+    calls, works = SingleFlight[str](), [Work(), Work()]
+    callers = [calling(calls, work, key) for work, key in zip(works, "ab", strict=True)]
     await turns()
-    draining = asyncio.ensure_future(flights.drain(3600))
+    draining = asyncio.ensure_future(calls.drain(3600))
     works[0].go.set()
     await turns()
     assert not draining.done()
@@ -198,44 +198,44 @@ async def test_draining_waits_for_all_that_flies() -> None:
 
 
 @in_a_loop
-async def test_draining_ends_what_is_late_and_only_that() -> None:
-    flights, work, late = SingleFlight[str](), Work(), Work()
-    in_time, too_late = calling(flights, work, "in time"), calling(flights, late, "too late")
+async def test_draining_cancels_only_what_exceeds_its_timeout() -> None:
+    calls, work, late = SingleFlight[str](), Work(), Work()
+    in_time, too_late = calling(calls, work, "in time"), calling(calls, late, "too late")
     await turns()
     work.go.set()
-    await flights.drain(0.05)
+    await calls.drain(0.05)
     await turns()
     assert await in_time == ("answer", False)
     assert too_late.cancelled()
     assert (late.begun, late.ended) == (1, 0)
-    await flights.drain(3600)
+    await calls.drain(3600)
 
 
 @in_a_loop
-async def test_draining_waits_for_the_last_words_of_what_it_ends() -> None:
-    flights, said = SingleFlight[str](), []
+async def test_draining_waits_until_cancelled_work_has_ended() -> None:
+    calls, ended = SingleFlight[str](), []
 
-    async def reluctant() -> str:
+    async def slow_to_end() -> str:
         try:
             await asyncio.Event().wait()
         finally:
             await turns()
-            said.append("goodbye")
+            ended.append("work")
         return "never"
 
-    caller = asyncio.ensure_future(flights.do("key", reluctant))
+    caller = asyncio.ensure_future(calls.do("key", slow_to_end))
     await turns()
-    await flights.drain(0)
-    assert said == ["goodbye"]
+    await calls.drain(0)
+    assert ended == ["work"]
     await turns()
     assert caller.cancelled()
 
 
-# --- the same turn -----------------------------------------------------------------------------------------------
+# --- TurnCoalescer -----------------------------------------------------------------------------------------------
 
 
 @in_a_loop
-async def test_work_is_shared_by_those_who_ask_in_one_turn_and_by_nobody_later() -> None:
+async def test_work_is_shared_within_a_turn_and_not_later() -> None:
     shared, works = TurnCoalescer[str](), [Work(answer) for answer in ("first", "other key", "later")]
     asked = [shared.share("key", works[0]), shared.share("key", works[2]), shared.share("other", works[1])]
     await asyncio.sleep(0)
@@ -247,7 +247,7 @@ async def test_work_is_shared_by_those_who_ask_in_one_turn_and_by_nobody_later()
 
 
 @in_a_loop
-async def test_work_that_is_begun_in_any_case_is_shared_from_then_on() -> None:
+async def test_work_that_was_started_is_shared_for_the_rest_of_the_turn() -> None:
     shared, works = TurnCoalescer[str](), [Work("first"), Work("second")]
     asked = [shared.start("key", works[0]), shared.start("key", works[1]), shared.share("key", works[0])]
     for work in works:
@@ -257,7 +257,7 @@ async def test_work_that_is_begun_in_any_case_is_shared_from_then_on() -> None:
 
 
 @in_a_loop
-async def test_shared_work_goes_on_without_one_who_leaves_and_fails_for_all() -> None:
+async def test_shared_work_survives_a_cancelled_caller_and_its_error_reaches_all() -> None:
     shared, work = TurnCoalescer[str](), Work(error=ValueError("no"))
 
     async def wait() -> str:
