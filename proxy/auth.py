@@ -1,8 +1,8 @@
-"""Teams and their tokens.
+"""Authentication: the form of tokens, and which team or role a token belongs to.
 
-A token is `ep_`, 32 random base62 characters and 6 base62 characters of the CRC-32 of what stands before them:
-a typing error is refused without a look-up, and a secret scanner can recognise one. The gateway knows only
-SHA-256 digests of tokens; 190 random bits need no slow hash.
+* A token is `ep_`, 32 random base62 characters, and the CRC-32 of all that as 6 base62 characters. So a mistyped token
+  is refused without a look-up, and secret scanners can recognise a token.
+* The gateway only has SHA-256 digests of tokens. A slow hash is not needed: a token has 190 random bits.
 """
 
 import re
@@ -35,7 +35,7 @@ class Team:
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """What a token opens. `expires` is the last day on which it does."""
+    """A token's team. `expires` is the last day on which the token works."""
 
     team: Team
     expires: date | None
@@ -45,15 +45,15 @@ class Credential:
 
 
 class Teams:
-    """All teams, by the digests of their tokens."""
+    """Finds the credential of a token."""
 
     def __init__(self, by_digest: Mapping[str, Credential]) -> None:
         self._by_digest = by_digest
         self._by_token: dict[str, Credential] = {}
-        """By tokens that have been used: they are as many as the digests, at most."""
+        """Credentials of tokens that were used, to hash each token once. There are no more of them than digests."""
 
     def find(self, token: str) -> Credential | None:
-        """What `token` opens, unless it is malformed or unknown."""
+        """The credential of `token`; None if the token is malformed or unknown."""
         credential = self._by_token.get(token)
         if credential is None and len(token) == TOKEN_CHARACTERS and is_well_formed(token):
             credential = self._by_digest.get(digest_of(token))
@@ -63,7 +63,7 @@ class Teams:
 
 
 def token_of(random: str) -> str:
-    """The token made of 32 random base62 characters."""
+    """Makes a token from 32 random base62 characters."""
     stem = PREFIX + random
     return stem + _check_characters(stem)
 
@@ -74,7 +74,7 @@ def is_well_formed(token: str) -> bool:
 
 
 def digest_of(token: str) -> str:
-    """The form in which the config holds a token: `sha256:` and 64 hexadecimal characters."""
+    """A token as the configuration has it: `sha256:` and 64 hexadecimal characters."""
     return "sha256:" + sha256(token.encode()).hexdigest()
 
 
@@ -87,14 +87,21 @@ def _check_characters(stem: str) -> str:
     return "".join(reversed(digits))
 
 
-_NO_TOKEN = Problem(Code.UNKNOWN_TOKEN, "Send your team's token as X-API-KEY, or as Authorization: Bearer <token>.")
+_NO_TOKEN = Problem(
+    Code.UNKNOWN_TOKEN,
+    "The request has no token: send your team's token as X-API-KEY, or as Authorization: Bearer <token>.",
+)
 _UNKNOWN = Problem(
-    Code.UNKNOWN_TOKEN, "This token is unknown, expired or mistyped: ask the gateway's operator for one."
+    Code.UNKNOWN_TOKEN,
+    "The token is unknown, expired or mistyped: check it, or ask the gateway's operator for a new one.",
 )
 
 
 class Access:
-    """What the tokens open. `zone` is where a token's last day ends."""
+    """Decides what a token may do.
+
+    zone: the time zone in which a token's last day ends.
+    """
 
     def __init__(
         self,
@@ -127,7 +134,10 @@ class Access:
         if credential is not None and (credential.expires is None or credential.works_on(self._today())):
             return credential.team
         if self.is_admin(token) or digest_of(token) in self._metrics_digests:
-            return Problem(Code.FORBIDDEN, "This is an admin's or a scraper's token: send your team's.")
+            return Problem(
+                Code.FORBIDDEN,
+                "This is an admin or metrics token, and this endpoint needs a team's token: send your team's.",
+            )
         return _UNKNOWN
 
     def _today(self) -> date:

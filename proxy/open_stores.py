@@ -1,4 +1,4 @@
-"""Opens the two stores as the settings say, and finds the reasons not to use one."""
+"""Opens the stores of the ledger and the price book as the settings say, and checks them at startup."""
 
 import logging
 from dataclasses import replace
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def open_ledger_store(settings: Settings, embedded_urls: EmbeddedUrls, metrics: Metrics | None = None) -> Store:
-    """The store of quotas and usage: the one that the settings name, or else the embedded one."""
+    """The ledger's store: `store.url`, or else the embedded one."""
     if settings.store.url is None:
         return Store(embedded_urls["ledger"], "ledger", metrics, access=_access_without_credentials(settings))
     return Store(settings.store.url.get_secret_value(), "ledger", metrics, access=_ledger_access(settings))
@@ -26,7 +26,10 @@ def open_ledger_store(settings: Settings, embedded_urls: EmbeddedUrls, metrics: 
 def open_book_store(
     settings: Settings, embedded_urls: EmbeddedUrls, metrics: Metrics | None = None, *, ledger: Store | None = None
 ) -> Store:
-    """The store of prices: one of their own, or else the ledger's, which may be open already, or the embedded one."""
+    """The price book's store: `cache.url`, or else `store.url`, or else the embedded one.
+
+    ledger: the ledger's store, if it is open. If both use one server, they share its cool-downs.
+    """
     if settings.cache.url is not None:
         return Store(
             settings.cache.url.get_secret_value(), "price-book", metrics, access=_access_without_credentials(settings)
@@ -38,14 +41,17 @@ def open_book_store(
 
 
 def book_of(settings: Settings, store: Store, address: UpstreamAddress) -> PriceBook:
-    """The price book of the upstream at `address`."""
+    """The price book for the upstream at `address`."""
     cache = settings.cache
     stale_s = max(cache.stale_while_revalidate_s, cache.stale_if_error_s)
     return PriceBook(store, origin=address.origin, ttl_s=cache.ttl_s, stale_s=stale_s)
 
 
 async def startup_errors(settings: Settings, embedded_urls: EmbeddedUrls) -> str | None:
-    """Why a store must not be used, if its version is known and too old. Logs what could lose the ledger's data."""
+    """Why the gateway must not start: a store's version is too old. None if there is no reason.
+
+    An unknown version is accepted. Logs an error for each setting of the ledger's server that could lose data.
+    """
     for open_role in (open_ledger_store, open_book_store):
         store = open_role(settings, embedded_urls)
         try:
@@ -64,8 +70,8 @@ async def _log_data_loss_risks(ledger: Store) -> None:
     policy = await ledger.eviction_policy()
     if policy not in (None, "noeviction"):
         log.error(
-            "the ledger's server may evict (maxmemory-policy %s): quotas and usage can vanish in silence. "
-            "Set it to noeviction, and give the price book a server of its own (cache.url)",
+            "the ledger's server may evict keys (maxmemory-policy %s), so quotas and usage can disappear unnoticed: "
+            "set maxmemory-policy to noeviction, and give the price book a server of its own (cache.url)",
             policy,
         )
     warning = data_loss_warning(await ledger.persistence())
@@ -84,7 +90,7 @@ def _ledger_access(settings: Settings) -> StoreAccess:
 
 
 def _access_without_credentials(settings: Settings) -> StoreAccess:
-    """Certificates and timeouts are one question for both, credentials are not: those of `cache.url` stand in it."""
+    """Certificates and timeouts are shared by both stores. Credentials are not: those of `cache.url` are in the URL."""
     store = settings.store
     return StoreAccess(
         ca_file=store.ca_file,

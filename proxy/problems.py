@@ -1,14 +1,15 @@
-"""How a request can end, and the one document that tells a client why it failed.
+"""Outcomes of requests, problems (RFC 9457) and the package's exceptions.
 
-A *denial* is a `Problem`, returned like any other value. A *failure* is an exception of this tree; those that reach
-`proxy.http.endpoint` become responses there:
+A *denial* is a `Problem`, returned like any other value. A *failure* is an exception of this tree:
 
     ProxyError
-    ├── BadRequest          the request itself is at fault; carries its `Problem`
-    ├── ClientGone          nobody is left to answer
-    ├── Overloaded          more than this process can serve
-    └── StoreUnavailable    price book or ledger is out of reach, or does not answer in time
-        └── StoreOutcomeUnknown after it was asked: what was to be done may have been done
+    ├── BadRequest              the request is malformed; carries its `Problem`
+    ├── ClientGone              the client closed the connection before it was answered
+    ├── Overloaded              the process has more requests than it can serve
+    └── StoreUnavailable        the price book or ledger is out of reach, or did not answer in time
+        └── StoreOutcomeUnknown the call may have been executed: it was sent, but its reply was lost
+
+`proxy.http.endpoint` turns those that reach it into responses.
 """
 
 from collections.abc import Mapping
@@ -20,11 +21,11 @@ from typing import Any
 import orjson
 
 NO_NAME = "-"
-"""Stands in metrics, usage and logs for a team or a model that has no name, and for the whole organisation."""
+"""In metrics, usage and logs: no team, no model, or the whole organisation."""
 
 
 class Outcome(StrEnum):
-    """What became of a request: one value a request, in its log line."""
+    """The result of a request, as in its log line, in metrics and in usage."""
 
     HIT = "hit"
     STALE = "stale"
@@ -50,7 +51,7 @@ class Outcome(StrEnum):
 
 
 class Code(StrEnum):
-    """The codes of problems; stable, clients may decide by them."""
+    """The codes of problems. They are stable: clients may depend on them."""
 
     INVALID_BODY = "invalid-body"
     INVALID_REQUEST = "invalid-request"
@@ -89,48 +90,48 @@ class _Kind:
 _KINDS = {
     Code.INVALID_BODY: _Kind(400, "The body is not an array of generation objects", Outcome.INVALID),
     Code.INVALID_REQUEST: _Kind(400, "The request is malformed", Outcome.INVALID),
-    Code.INVALID_QUERY: _Kind(400, "The query is malformed", Outcome.INVALID),
+    Code.INVALID_QUERY: _Kind(400, "A query parameter is invalid", Outcome.INVALID),
     Code.UNKNOWN_TOKEN: _Kind(401, "No valid team token", Outcome.UNAUTHENTICATED),
     Code.TEAM_DISABLED: _Kind(403, "This team is disabled", Outcome.TEAM_DISABLED),
-    Code.FORBIDDEN: _Kind(403, "This needs another token", Outcome.UNAUTHENTICATED),
-    Code.NOT_FOUND: _Kind(404, "Nothing is served here", Outcome.INVALID),
-    Code.METHOD_NOT_ALLOWED: _Kind(405, "This path does not take this method", Outcome.INVALID),
+    Code.FORBIDDEN: _Kind(403, "The token does not permit this", Outcome.UNAUTHENTICATED),
+    Code.NOT_FOUND: _Kind(404, "The gateway does not serve this path", Outcome.INVALID),
+    Code.METHOD_NOT_ALLOWED: _Kind(405, "The path does not support this method", Outcome.INVALID),
     Code.BODY_TOO_LARGE: _Kind(413, "The body is too large", Outcome.INVALID),
-    Code.HEADERS_TOO_LARGE: _Kind(431, "The request's head is too large", Outcome.INVALID),
-    Code.NOT_IMPLEMENTED: _Kind(501, "The request uses what is not implemented", Outcome.INVALID),
+    Code.HEADERS_TOO_LARGE: _Kind(431, "The request's headers are too large", Outcome.INVALID),
+    Code.NOT_IMPLEMENTED: _Kind(501, "The request uses an unsupported HTTP feature", Outcome.INVALID),
     Code.VERSION_NOT_SUPPORTED: _Kind(505, "The HTTP version is not supported", Outcome.INVALID),
     Code.UNSUPPORTED_MEDIA_TYPE: _Kind(415, "The body must be plain JSON", Outcome.INVALID),
-    Code.RATE_LIMITED: _Kind(429, "The team asks too often", Outcome.RATE_LIMITED),
-    Code.QUOTA_EXCEEDED: _Kind(402, "A quota is used up, or would be passed", Outcome.QUOTA_EXCEEDED),
-    Code.INTERNAL_ERROR: _Kind(500, "The gateway failed", Outcome.INTERNAL_ERROR),
+    Code.RATE_LIMITED: _Kind(429, "The team sends requests too fast", Outcome.RATE_LIMITED),
+    Code.QUOTA_EXCEEDED: _Kind(402, "A quota is used up or would be exceeded", Outcome.QUOTA_EXCEEDED),
+    Code.INTERNAL_ERROR: _Kind(500, "Internal error of the gateway", Outcome.INTERNAL_ERROR),
     Code.UPSTREAM_ERROR: _Kind(502, "RenderNet failed", Outcome.UPSTREAM_ERROR),
-    Code.UPSTREAM_REFUSED: _Kind(502, "RenderNet refused the gateway's key", Outcome.UPSTREAM_REFUSED),
-    Code.UNPRICED: _Kind(502, "RenderNet gave no price", Outcome.UNPRICED),
+    Code.UPSTREAM_REFUSED: _Kind(502, "RenderNet refused the gateway's API key", Outcome.UPSTREAM_REFUSED),
+    Code.UNPRICED: _Kind(502, "RenderNet returned no price", Outcome.UNPRICED),
     Code.UPSTREAM_BUSY: _Kind(503, "RenderNet is busy", Outcome.UPSTREAM_BUSY),
     Code.OVERLOADED: _Kind(503, "The gateway is overloaded", Outcome.OVERLOADED),
     Code.DRAINING: _Kind(503, "The gateway is shutting down", Outcome.CANCELLED),
-    Code.STORE_UNAVAILABLE: _Kind(503, "The store is out of reach", Outcome.STORE_UNAVAILABLE),
+    Code.STORE_UNAVAILABLE: _Kind(503, "The store is unavailable", Outcome.STORE_UNAVAILABLE),
     Code.UPSTREAM_TIMEOUT: _Kind(504, "RenderNet did not answer in time", Outcome.UPSTREAM_TIMEOUT),
-    Code.NOT_CACHED: _Kind(504, "No stored answer will do", Outcome.NOT_CACHED),
+    Code.NOT_CACHED: _Kind(504, "No usable answer is stored", Outcome.NOT_CACHED),
 }
 
 _TYPES = {Code.QUOTA_EXCEEDED: "https://iana.org/assignments/http-problem-types#quota-exceeded"}
-"""Where the draft of RateLimit fields has registered a type (draft-ietf-httpapi-ratelimit-headers-11 §6)."""
+"""Problem types that the draft of RateLimit fields registers (draft-ietf-httpapi-ratelimit-headers-11 §6)."""
 
 DEFAULT_RETRY_AFTER_S = 1
-"""For a 503 whose end nobody knows."""
+"""`Retry-After` of a 503 without an estimate of its own."""
 
 LONGEST_RETRY_AFTER_S = 3600
-"""A longer wait is not told to clients: they would rather fail than sleep."""
+"""A longer wait is not sent as `Retry-After`: a client that sleeps for hours is worse off than one that fails."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a request gets no estimate. `detail` is a sentence that says what to do, without any secret.
+    """Why a request was not answered. `detail` says what happened and what to do; it contains no secret.
 
-    fields: response header fields that go with it, such as `Allow`.
-    members: what the document has besides, as JSON.
-    other_status: where it is not the one that goes with the code.
+    fields: additional response header fields, such as `Allow`.
+    members: additional members of the document, as JSON values.
+    other_status: replaces the status that belongs to the code.
     """
 
     code: Code
@@ -149,16 +150,16 @@ class Problem:
         return _KINDS[self.code].outcome
 
     def document(self, request_id: str) -> bytes:
-        """RFC 9457 problem details that are RenderNet's error envelope too, as JSON.
+        """The problem as JSON: RFC 9457 problem details that are also RenderNet's error envelope.
 
-        request_id: of characters that JSON does not escape.
+        request_id: must not contain characters that JSON escapes.
         """
         head, tail = self._encoded_parts
         return b'%b,"request_id":"%b",%b' % (head, request_id.encode(), tail)
 
     @cached_property
     def _encoded_parts(self) -> tuple[bytes, bytes]:
-        """Of a document: many requests may be told of one problem."""
+        """The document before and after the request id. Cached: one problem may answer many requests."""
         head = {
             "type": _TYPES.get(self.code, f"urn:estimate-proxy:problem:{self.code}"),
             "title": _KINDS[self.code].title,
@@ -170,7 +171,7 @@ class Problem:
 
     @cached_property
     def headers(self) -> tuple[tuple[bytes, bytes], ...]:
-        """The response headers that belong to this problem (RFC 9110 §11.6.1, §10.2.3)."""
+        """The response headers of this problem (RFC 9110 §11.6.1, §10.2.3)."""
         headers = [(b"content-type", b"application/problem+json"), (b"cache-control", b"no-store")]
         if self.code is Code.UNKNOWN_TOKEN:
             headers.append((b"www-authenticate", b"Bearer"))
@@ -183,17 +184,17 @@ class Problem:
 
     @cached_property
     def lines(self) -> tuple[bytes, ...]:
-        """The same as they are sent: `name: value`."""
+        """The same headers as complete lines, `name: value`."""
         return tuple(map(b": ".join, self.headers))
 
 
 class ProxyError(Exception):
-    """The root of this tree."""
+    """The root of the exceptions."""
 
 
 class BadRequest(ProxyError):  # noqa: N818 -- named as HTTP names it
     def __init__(self, code: Code, detail: str, *fields: tuple[bytes, bytes]) -> None:
-        """fields: as in `Problem`."""
+        """fields: additional response header fields, as in `Problem`."""
         super().__init__(detail)
         self.problem = Problem(code, detail, fields=fields)
 
@@ -206,7 +207,7 @@ class Overloaded(ProxyError):  # noqa: N818 -- a state, not a defect
     pass
 
 
-class StoreUnavailable(ProxyError):  # noqa: N818 -- named as the promise that it breaks
+class StoreUnavailable(ProxyError):  # noqa: N818 -- a state, not a defect
     pass
 
 

@@ -1,7 +1,10 @@
-"""URLs in settings: what they may look like, and what a store's URL means.
+"""Validates the URLs in settings, and parses the URLs of stores.
 
-Pure, and messages never show a value: a URL may carry a password. What redis-py passes over in silence, such as a
-database's name, or takes for options of its own, is refused here.
+* Messages never show a value: a URL may contain a password.
+* Some URLs are refused that redis-py accepts: it ignores a database that is not a number, for example, and takes query
+  parameters for options of its own.
+
+Messages of `ValueError` are for the operator; they continue the name of the setting.
 """
 
 import re
@@ -12,11 +15,12 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 MAX_URL_CHARACTERS = 2048
 MAX_ADDRESSES = 32
+"""Limits the hosts in one URL."""
 
-_LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"  # RFC 1035 §2.3.1, and `_`, as containers have it
+_LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"  # RFC 1035 §2.3.1, and `_`, which names of containers contain
 _NAME = re.compile(rf"(?=.{{1,253}}$)({_LABEL}\.)*(?![0-9]+\.?$){_LABEL}\.?")
 
-_LOCATION = re.compile(r"(\[[^][]+:[^][]*\]|[^][:]*)(:[0-9]*)?")  # `hostname` passes over what is beside the brackets
+_LOCATION = re.compile(r"(\[[^][]+:[^][]*\]|[^][:]*)(:[0-9]*)?")  # `hostname` ignores text beside the brackets
 _INVALID = "is not a valid URL: a port is 1 to 65535, and special characters are percent-encoded"
 
 Kind = Literal["server", "socket", "sentinel", "cluster"]
@@ -30,13 +34,13 @@ _KINDS: dict[str, tuple[Kind, bool]] = {
     "redis+cluster": ("cluster", False),
     "rediss+cluster": ("cluster", True),
 }
-"""By scheme: what is there, and whether the way there is TLS."""
+"""By scheme: what the URL points to, and whether the connection uses TLS."""
 
 _DEFAULT_PORTS: dict[Kind, int] = {"server": 6379, "sentinel": 26379, "cluster": 6379}
 
 
 class Address(NamedTuple):
-    """Of a server. A host with colons is an IPv6 address."""
+    """A server's host and port. A host with colons is an IPv6 address."""
 
     host: str
     port: int
@@ -47,11 +51,11 @@ class Address(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StoreUrl:
-    """Where a store is.
+    """A parsed store URL.
 
-    addresses: of the server, of Sentinels, or of some servers of a cluster.
-    path: of a unix socket.
-    primary: the name that the Sentinels have for it.
+    addresses: of the server, of the Sentinels, or of some nodes of the cluster; empty for a socket.
+    path: of the unix socket, else empty.
+    primary: the name under which the Sentinels know the primary, else empty.
     """
 
     kind: Kind
@@ -78,7 +82,7 @@ def is_ip(host: str) -> bool:
 
 
 def split_url(url: str, *schemes: str) -> SplitResult:
-    """The parts of a URL that names one host. Raises `ValueError`, in words for the operator."""
+    """The parts of a URL with exactly one host. Raises `ValueError`."""
     parts = _split(url, schemes)
     try:
         is_bad_port = parts.port == 0
@@ -92,7 +96,7 @@ def split_url(url: str, *schemes: str) -> SplitResult:
 
 
 def parse_store_url(url: str) -> StoreUrl:
-    """What a store's URL means. Raises `ValueError`, in words for the operator."""
+    """Parses a store's URL. Raises `ValueError`."""
     parts = _split(url, tuple(_KINDS))
     kind, tls = _KINDS[parts.scheme]
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -120,7 +124,7 @@ def parse_store_url(url: str) -> StoreUrl:
 
 
 def _split(url: str, schemes: tuple[str, ...]) -> SplitResult:
-    """What urlsplit says without having seen the hosts: some versions of it refuse brackets behind the first."""
+    """`urlsplit` without the hosts, which are put back: some versions refuse brackets after the first host."""
     scheme, slashes, rest = url.partition("://")
     location = re.split("[/?#]", rest, maxsplit=1)[0]
     try:
@@ -136,10 +140,10 @@ def _split(url: str, schemes: tuple[str, ...]) -> SplitResult:
 
 
 def _addresses(locations: str, default_port: int) -> tuple[Address, ...]:
-    """`h1:1,h2:2`"""
+    """Parses `h1:1,h2:2`."""
     found = tuple(_address(location, default_port) for location in locations.split(","))
     if len(found) > MAX_ADDRESSES:
-        raise ValueError(f"names more than {MAX_ADDRESSES} servers")
+        raise ValueError(f"names more than {MAX_ADDRESSES} servers: name fewer")
     return found
 
 
@@ -154,7 +158,7 @@ def _address(location: str, default_port: int) -> Address:
 
 
 def _parse_path(kind: Kind, parts: SplitResult, option: str | None) -> tuple[str, str, int]:
-    """A socket's path, Sentinels' name for the primary, and the number of the database."""
+    """The socket's path, the primary's name, and the database's number."""
     match kind:
         case "socket":
             path, primary, text = unquote(parts.path), "", option or "0"
@@ -168,11 +172,11 @@ def _parse_path(kind: Kind, parts: SplitResult, option: str | None) -> tuple[str
         case "cluster":
             path, primary, text = "", "", option if option is not None else parts.path.strip("/") or "0"
             if text != "0":
-                raise ValueError("names a database: a cluster has only number 0")
+                raise ValueError("must not name a database other than 0: a cluster has no other")
         case "server":
             path, primary, text = "", "", option if option is not None else parts.path.removeprefix("/") or "0"
             if not re.fullmatch("(/[0-9]{0,5})?", parts.path):
                 text = ""
     if not re.fullmatch("[0-9]{1,5}", text):
-        raise ValueError("must name its database by a number, such as redis://host/0")
+        raise ValueError("must name its database by number, such as redis://host/0")
     return path, primary, int(text)

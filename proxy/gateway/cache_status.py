@@ -1,4 +1,4 @@
-"""The parameters of `Cache-Status` (RFC 9211 §2). `hit` and `fwd` exclude each other."""
+"""Renders the parameters of `Cache-Status` (RFC 9211 §2). `hit` and `fwd` exclude each other."""
 
 from math import floor
 from typing import assert_never
@@ -9,16 +9,16 @@ from proxy.upstream.replies import Failed, Priced, Rejected, Reply, Unpriced
 
 
 def hit(stored: StoredPrice, *, detail: str | None = None) -> str:
-    """A stored price was served without asking. `ttl` is negative once it is stale."""
+    """A stored price was served without asking upstream. `ttl` is negative if it was stale."""
     status = f"hit; {_ttl(stored.ttl_s)}"
     return f"{status}; detail={detail}" if detail else status
 
 
 def forwarded(reason: str, fetched: FetchResult, *, ttl_s: float, collapsed: bool) -> str:
-    """Upstream was asked, by this request or by one it waited for."""
+    """Upstream was asked, by this request or by another one that it waited for. `ttl_s` is of a price just stored."""
     if reason == "bypass":
-        return _joined("fwd=bypass", "detail=store-unavailable", "collapsed" if collapsed else None)
-    return _joined(
+        return _join("fwd=bypass", "detail=store-unavailable", "collapsed" if collapsed else None)
+    return _join(
         f"fwd={reason}",
         _status(fetched.reply),
         *(("stored", _ttl(ttl_s)) if fetched.stored else ()),
@@ -27,12 +27,12 @@ def forwarded(reason: str, fetched: FetchResult, *, ttl_s: float, collapsed: boo
 
 
 def after_failure(failed: Failed, stored: StoredPrice) -> str:
-    """A stale price was served because upstream failed, or was not to be asked."""
+    """A stale price was served because upstream failed, or was not asked: see `Failed.asked`."""
     ttl, detail = _ttl(stored.ttl_s), "detail=stale-if-error"
-    return _joined("fwd=stale", _status(failed), ttl, detail) if failed.asked else _joined("hit", ttl, detail)
+    return _join("fwd=stale", _status(failed), ttl, detail) if failed.asked else _join("hit", ttl, detail)
 
 
-def _joined(*parameters: str | None) -> str:
+def _join(*parameters: str | None) -> str:
     return "; ".join(parameter for parameter in parameters if parameter)
 
 

@@ -1,4 +1,7 @@
-"""What to do with what is known: serve it, serve it stale, or ask upstream."""
+"""Decides whether to serve a stored price, fresh or stale, or to ask upstream.
+
+Parses the request's `Cache-Control` (RFC 9111 §5.2.1) for that decision. Pure: ages are in the `Lookup`.
+"""
 
 import re
 from dataclasses import dataclass
@@ -9,14 +12,14 @@ from proxy.problems import BadRequest, Code
 MAX_SECONDS = 2**31
 """A longer time counts as this one (RFC 9111 §1.2.2)."""
 
-# What stands between commas outside quoted strings (RFC 9110 §5.6.4). A string that does not end takes all the rest.
+# Text between commas outside of quoted strings (RFC 9110 §5.6.4). A string that does not end takes the rest.
 _MEMBER = re.compile(r'(?:[^",]++|"(?:[^"\\]|\\.)*+"?)++', re.DOTALL)
 _MAX_DIGITS = len(str(MAX_SECONDS)) + 1
 
 
 @dataclass(frozen=True, slots=True)
 class Directives:
-    """`max_age_s` is None where any age will do."""
+    """The supported directives of a request's `Cache-Control`. `max_age_s` is None if any age is accepted."""
 
     no_cache: bool = False
     no_store: bool = False
@@ -25,7 +28,7 @@ class Directives:
 
     @property
     def bypasses_cache(self) -> bool:
-        """Whether no stored answer will do, however young."""
+        """Whether no stored answer is accepted, however young."""
         return self.no_cache or self.no_store
 
     def accepts(self, age_s: float) -> bool:
@@ -34,9 +37,9 @@ class Directives:
 
 
 def parse_directives(value: str) -> Directives:
-    """The directives that count here; others are ignored, and of one that is repeated all but the first.
+    """Parses a `Cache-Control` header. Unsupported directives are ignored; of repeated ones, the first counts.
 
-    Raises `BadRequest` for a `max-age` that is no whole number.
+    Raises `BadRequest` for a `max-age` that is not a whole number.
     """
     found: dict[str, str] = {}
     for member in _MEMBER.findall(value):
@@ -51,17 +54,19 @@ def parse_directives(value: str) -> Directives:
 
 
 def _seconds(argument: str) -> int:
-    """Both forms are to be accepted, the token and the quoted string (RFC 9111 §5.2)."""
+    """Parses a token or a quoted string: recipients should accept both forms (RFC 9111 §5.2)."""
     is_quoted = len(argument) > 1 and argument[0] == argument[-1] == '"'
     digits = argument[1:-1] if is_quoted else argument
     if not (digits.isascii() and digits.isdigit()):
-        raise BadRequest(Code.INVALID_REQUEST, "Cache-Control: max-age is a whole number of seconds.")
+        raise BadRequest(
+            Code.INVALID_REQUEST, "Cache-Control: max-age must be a whole number of seconds, such as max-age=60."
+        )
     return min(int(digits.lstrip("0")[:_MAX_DIGITS] or "0"), MAX_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
 class StaleLimits:
-    """How long behind its expiry a price may still serve, in seconds."""
+    """How long after its expiry a price may still be served, in seconds."""
 
     stale_while_revalidate_s: float
     stale_if_error_s: float
@@ -69,7 +74,7 @@ class StaleLimits:
 
 @dataclass(slots=True)
 class Serve:
-    """A stored price will do; a stale one is to be refreshed behind the answer."""
+    """Serve the stored price. If it is stale, refresh it in the background."""
 
     stored: StoredPrice
     balance: Balance
@@ -78,7 +83,7 @@ class Serve:
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Upstream is to be asked. `reason` as RFC 9211 §2.2 names it; `fallback` serves if that fails."""
+    """Ask upstream. `reason` is a value of `fwd` (RFC 9211 §2.2); `fallback` is served if upstream fails."""
 
     reason: str
     fallback: StoredPrice | None = None
@@ -86,25 +91,25 @@ class Forward:
 
 @dataclass(frozen=True, slots=True)
 class NotCached:
-    """Upstream would have to be asked, and the client does not want that."""
+    """Refuse: upstream would have to be asked, and the client's `only-if-cached` forbids it."""
 
 
 Choice = Serve | Forward | NotCached
 
 
 def choose(lookup: Lookup | None, directives: Directives, stale_limits: StaleLimits) -> Choice:
-    """What to do for a client that `directives`; `lookup` is None when the store is out of reach."""
+    """What to do with a request. `lookup` is None if the price book is out of reach."""
     choice = _choose(lookup, directives, stale_limits)
     return NotCached() if directives.only_if_cached and isinstance(choice, Forward) else choice
 
 
-def _choose(lookup: Lookup | None, directives: Directives, stale_limits: StaleLimits) -> Serve | Forward:  # noqa: PLR0911 -- a line a case
+def _choose(lookup: Lookup | None, directives: Directives, stale_limits: StaleLimits) -> Serve | Forward:  # noqa: PLR0911 -- one line per case
     if lookup is None:
         return Forward("bypass")
     if directives.no_cache or directives.no_store:
         return Forward("request")
     stored, balance = lookup.stored, lookup.balance
-    if stored is None or balance is None:  # a price is never shown without the account's balance
+    if stored is None or balance is None:  # every answer with a price must show the account's balance
         return Forward("miss")
     if directives.max_age_s is not None and not directives.accepts(stored.age_s):
         return Forward("request")

@@ -1,9 +1,12 @@
-"""What a process is doing: whether it is about to stop, and how much it has under way.
+"""Counts the requests of one process, and limits them. Also holds whether the process is draining.
 
-A request that waits for upstream, or for the rest of its body, costs no CPU meanwhile. So there are three limits: on
-the requests that this process works on, which keeps their answers quick; on all whose body is there; and on the bodies
-that are still arriving, of which one team can hold half. A request beyond a limit is refused at once, which is cheap,
-rather than queued.
+A request that waits for upstream, or for the rest of its body, costs memory but no CPU time. So there are three limits:
+
+* on active requests, which use CPU time: it keeps their answers quick;
+* on all requests whose bodies have arrived;
+* on the memory of requests whose bodies are still arriving; one team can hold half of it.
+
+A request beyond a limit is refused at once rather than queued: refusing is cheap.
 """
 
 from collections import Counter
@@ -12,21 +15,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 MAX_ACTIVE = 1000
-"""Some tenths of a second of a busy core's time."""
+"""Limits active requests: these many take some tenths of a second of a busy core's time."""
 
 MAX_IN_FLIGHT = 2000
+"""Limits active and waiting requests together."""
 
 MAX_ARRIVING_BYTES = 256 * 2**20
-"""Limits the memory of bodies that are still arriving."""
+"""Limits the memory of requests whose bodies are still arriving."""
 
 MAX_TEAM_SHARE = 0.5
+"""Limits the part of `MAX_ARRIVING_BYTES` that one team can take."""
 
 ARRIVING_REQUEST_BYTES = 32 * 2**10
-"""What a request takes besides its body while it waits for it: a task, a connection, headers."""
+"""The memory of a request with an arriving body, without the body: a task, a connection, headers."""
 
 
 class Arrival:
-    """The memory that one request takes while its body is arriving. `held` counts that of all requests by team."""
+    """The memory that is reserved for one request while its body arrives.
+
+    reserved: bytes of all such requests, by team.
+    """
 
     def __init__(self, reserved: Counter[str], team: str) -> None:
         self._reserved = reserved
@@ -34,7 +42,7 @@ class Arrival:
         self._size = 0
 
     def reserve(self, size: int) -> bool:
-        """Takes `size` more bytes; False, and nothing is taken, if all teams or this one would then have too many."""
+        """Reserves `size` more bytes. Returns False and reserves nothing if that would pass a limit."""
         exceeds = (
             self._reserved.total() + size > MAX_ARRIVING_BYTES
             or self._reserved[self._team] + size > MAX_TEAM_SHARE * MAX_ARRIVING_BYTES
@@ -54,16 +62,16 @@ class Arrival:
 class InFlightTracker:
     draining: bool = False
     in_flight: int = 0
-    """Requests that have all of their body, or need none."""
+    """Requests whose body has arrived, or that need none."""
     waiting: int = 0
-    """Of those in flight, the ones that wait for upstream, or for another's request to it."""
+    """The requests in flight that wait for upstream, or for another request's call to it."""
     arriving_bytes: Counter[str] = field(default_factory=Counter)
-    """Memory of requests whose body is still arriving, by team."""
+    """Memory reserved for requests whose body is still arriving, by team."""
     stop_deadline: float = 0.0
-    """Monotonic time by which everything is to be over, once it is stopping."""
+    """When a stopping process must have finished, on the monotonic clock."""
 
     def is_overloaded(self) -> bool:
-        """With the request that asks, which is in flight already."""
+        """Whether a limit is passed. The request that checks this must be counted as in flight."""
         return self.in_flight > MAX_IN_FLIGHT or self.in_flight - self.waiting > MAX_ACTIVE
 
     @contextmanager
@@ -76,7 +84,7 @@ class InFlightTracker:
 
     @contextmanager
     def arriving(self, team: str) -> Iterator[Arrival]:
-        """A request is not in flight while its body is arriving."""
+        """While the body of a request arrives, the request is not in flight."""
         arrival = Arrival(self.arriving_bytes, team)
         self.in_flight -= 1
         try:

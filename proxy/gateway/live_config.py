@@ -1,6 +1,6 @@
-"""What can change while the gateway runs: who may ask, on what limits, for which accounts, and what counts.
+"""The configuration that a reload can change: tokens, teams' limits, accounts and ignored members.
 
-A story takes the rules once, when it begins, and keeps them to its end.
+A request takes the configuration once, when it begins, and keeps it to its end.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,11 @@ from proxy.settings.schema import QuotaSettings, Settings
 
 @dataclass(frozen=True, slots=True)
 class RuntimeConfig:
-    """limits: of every configured team. ignored: members that do not count, as dotted paths inside each item."""
+    """The configuration in force. A reload replaces it as a whole.
+
+    team_limits: by the ids of all configured teams.
+    ignored: members that are left out of cache keys, as dotted paths inside each item.
+    """
 
     access: Access
     team_limits: Mapping[str, TeamLimits]
@@ -23,20 +27,20 @@ class RuntimeConfig:
 
 @dataclass(slots=True)
 class ConfigHolder:
-    """Where the rules in force are to be found."""
+    """Holds the configuration in force."""
 
     config: RuntimeConfig
 
 
 def limits_of(settings: Settings) -> dict[str, TeamLimits]:
-    """What holds for each team: its rate, its quotas and the organisation's."""
+    """Each team's rate, its own quotas and the organisation's, by team id."""
     org = tuple(_quota("org", quota) for quota in settings.org.quotas)
-    limits = {}
+    team_limits = {}
     for name, team in settings.teams.items():
         rate = settings.rate_of(team)
         own = tuple(_quota("team", quota) for quota in settings.quotas_of(team))
-        limits[name] = TeamLimits(name, Rate(rate.per_s, rate.burst), own + org)
-    return limits
+        team_limits[name] = TeamLimits(name, Rate(rate.per_s, rate.burst), own + org)
+    return team_limits
 
 
 def _quota(scope: Scope, quota: QuotaSettings) -> Quota:
@@ -44,23 +48,23 @@ def _quota(scope: Scope, quota: QuotaSettings) -> Quota:
 
 
 def runtime_config_of(settings: Settings) -> RuntimeConfig:
-    """What can be reloaded of the settings, but for the accounts' keys."""
-    limits = limits_of(settings)
+    """The reloadable part of the settings, except for the accounts' keys."""
+    team_limits = limits_of(settings)
     access = Access(
-        teams_of(settings, limits),
+        teams_of(settings, team_limits),
         settings.org.zone,
         admin_digests=settings.admin.tokens,
         metrics_digests=settings.metrics.tokens,
         metrics_are_public=settings.metrics.public,
     )
-    return RuntimeConfig(access, limits, frozenset(settings.accounts), settings.cache.ignore)
+    return RuntimeConfig(access, team_limits, frozenset(settings.accounts), settings.cache.ignore)
 
 
-def teams_of(settings: Settings, limits: Mapping[str, TeamLimits]) -> Teams:
-    """The teams by the digests of their tokens."""
+def teams_of(settings: Settings, team_limits: Mapping[str, TeamLimits]) -> Teams:
+    """The configured teams, to be found by their tokens."""
     credentials: dict[str, Credential] = {}
     for name, configured in settings.teams.items():
-        team = Team(name, configured.account, configured.disabled, limits[name])
+        team = Team(name, configured.account, configured.disabled, team_limits[name])
         for token in configured.tokens:
             credentials[token.sha256] = Credential(team, token.expires)
     return Teams(credentials)

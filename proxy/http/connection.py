@@ -1,14 +1,16 @@
-"""One client's HTTP/1.1 connection: requests in, responses out, one at a time.
+"""An HTTP/1.1 connection: an asyncio protocol that reads requests, runs the application and writes responses.
 
-Replaces uvicorn's, which runs the bytes that follow an offered upgrade as a new request, sets no bound on what a client
-may send besides a body, and queues pipelined requests without limit. Here:
+It replaces uvicorn's protocol, which takes the bytes after an offered upgrade for a new request, does not limit what a
+client sends besides bodies, and queues pipelined requests without limit. Here:
 
-* One request is read and answered at a time. What a client sends meanwhile waits as bytes, and then in the socket.
-* A malformed request gets a problem document, and the connection is closed.
-* A client that is still sending its body when it is answered gets time to read the answer.
-* Heads are parsed once: a client's requests mostly repeat the same bytes.
+* Requests are read and answered one at a time. When bytes of the next request arrive meanwhile, they are buffered, and
+  reading from the socket is paused.
+* A malformed request is answered with a problem document, and the connection is closed.
+* A client that is still sending its body when the response is written gets time to read the response.
+* Parsed request heads are cached, because a client's requests mostly have the same head.
 
-Of uvicorn remain the ASGI messages of a request, flow control, and the server that calls this: `proxy.http.server`.
+uvicorn still provides the ASGI messages of a request, flow control, and the server: see `proxy.http.request_cycle` and
+`proxy.http.server`.
 """
 
 import asyncio
@@ -31,23 +33,30 @@ from proxy.problems import BadRequest, Code, Problem
 from proxy.telemetry.logs import event
 
 KEEP_ALIVE_S = 75
-"""Longer than load balancers keep idle connections (60 s), so that they close first and never meet a closed one."""
+"""Limits how long an idle connection stays open.
+
+Load balancers close idle connections after 60 s. This is longer, so that they close first, and never send a request on
+a connection that is already closed.
+"""
 
 LINGER_S = 30.0
-"""Limits how long a client may take to read its answers, and to stop sending after one (RFC 9112 §9.6)."""
+"""Limits how long a client may take to read its responses, and to stop sending after the last (RFC 9112 §9.6)."""
 
 MAX_DISCARDED_BYTES = 128 * 2**20
-"""Limits what it may send meanwhile, which is dropped: some clients read only once they have sent all of a body."""
+"""Limits what a client may send after a response, which is dropped.
+
+It is this much because some clients read the response only after they have sent the whole body.
+"""
 
 MAX_CACHED_HEADS = 1000
 MAX_CACHED_HEAD_BYTES = 2048
-"""So many parsed heads are remembered, and none that is longer: 4 MB."""
+"""Limit the cache of parsed heads to 4 MB; longer heads are not cached. Evicts in FIFO order."""
 
 SCOPE_BODY = "estimate_proxy.body"
-"""Where a request's scope has its body, if that came with its head: `receive` brings it too."""
+"""The scope's key for the whole body, if it arrived together with the head. `receive` returns it too."""
 
 SCOPE_HEADERS = "estimate_proxy.head"
-"""Where a request's scope has its headers as a `RequestHeaders`."""
+"""The scope's key for the headers as `RequestHeaders`."""
 
 log = logging.getLogger(__name__)
 
@@ -55,16 +64,16 @@ _ASGI: Any = {"version": "3.0", "spec_version": "2.3"}
 
 
 class _CachedHead(NamedTuple):
-    """A parsed head, and the scope that is copied for each request with it."""
+    """A parsed head, and the ASGI scope that is copied for each request with that head."""
 
     head: RequestHead
     scope: dict[str, Any]
 
 
 class Connection(asyncio.Protocol):
-    """One client's connection. `head_cache` remembers parsed heads, for all connections.
+    """One client's connection. It is the transport of its cycles: they write and close through it.
 
-    It serves as the transport of its cycles, which write and close through it.
+    head_cache: the cache of parsed heads, shared by all connections.
     """
 
     transport: asyncio.Transport
@@ -87,9 +96,9 @@ class Connection(asyncio.Protocol):
         self._head_cache = head_cache
         self._head_timeout_s = head_timeout_s
         self._received = b""
-        """Not read yet: the beginning of a head, or what waits until the request before it is answered."""
+        """Bytes that are not parsed yet: an incomplete head, or what follows a request that is not answered yet."""
         self._searched_bytes = 0
-        """So much of it was looked through for the end of a head."""
+        """How much of `_received` was already searched for the end of a head."""
         self._cycle: Cycle | None = None
         self._body_left = 0
         self._chunked_body: ChunkedBody | None = None
@@ -99,13 +108,13 @@ class Connection(asyncio.Protocol):
         self._is_draining = False
         self._timer: asyncio.TimerHandle | None = None
         self._expires = math.inf
-        """When to give up waiting for the client, on the loop's clock."""
+        """When to stop waiting for the client, on the loop's clock."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # no other comes
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # no other kind is passed
         self.transport = transport
         self.flow = FlowControl(transport)
         self._server, self._client = get_local_addr(transport), get_remote_addr(transport)
-        self.server_state.connections.add(self)  # type: ignore[arg-type] # what is asked of them is `shutdown`
+        self.server_state.connections.add(self)  # type: ignore[arg-type] # the server only calls `shutdown`
         self._expire_in(self._head_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -120,9 +129,9 @@ class Connection(asyncio.Protocol):
             self.transport.close()
 
     def eof_received(self) -> bool:
-        """A client that has sent a complete request may close its side, and still gets its answer.
+        """The client closed its side. If its request is complete, it still gets the response.
 
-        True keeps the connection open for writing.
+        Returns True to keep the connection open for writing.
         """
         self._is_half_closed = True
         if self._cycle is None or not self._is_answering or self._is_in_body:
@@ -131,7 +140,7 @@ class Connection(asyncio.Protocol):
         return True
 
     def pause_writing(self) -> None:
-        """The client does not read its answers: it is waited for, and then given up."""
+        """The client does not read its responses: it gets `LINGER_S` to do so."""
         self.flow.pause_writing()
         self._expire_in(LINGER_S)
 
@@ -140,7 +149,7 @@ class Connection(asyncio.Protocol):
         self._wait_until(math.inf if self._is_answering else self._loop.time() + KEEP_ALIVE_S)
 
     def shutdown(self) -> None:
-        """The server drains: an idle connection is closed at once, one in use after its answer."""
+        """The server drains: closes an idle connection at once, another one after its response."""
         self._is_draining = True
         if self._cycle is None or self._cycle.response_complete:
             self.transport.close()
@@ -162,7 +171,7 @@ class Connection(asyncio.Protocol):
         self._read()
 
     def _read(self) -> None:
-        """Reads as far as it goes: a request that is answered must be so before the next one is read."""
+        """Parses what was received, up to the end of a request that must be answered before the next one is read."""
         try:
             while self._received and not self._is_closing:
                 if self._is_in_body:
@@ -178,7 +187,7 @@ class Connection(asyncio.Protocol):
             self._discard()
 
     def _read_head(self) -> bool:
-        """Begins the next request; False if its head is not there as a whole."""
+        """Begins the next request. Returns False if its head is incomplete."""
         received = self._received = skip_empty_lines(self._received)
         end = find_end_of_head(received, self._searched_bytes)
         if end is None:
@@ -193,7 +202,7 @@ class Connection(asyncio.Protocol):
         return True
 
     def _parse(self, text: bytes) -> _CachedHead:
-        """Raises `BadRequest`."""
+        """Parses a head, and caches it. Raises `BadRequest`."""
         head = parse_head(text)
         path = head.path.decode("ascii")
         scope: dict[str, Any] = {
@@ -217,7 +226,7 @@ class Connection(asyncio.Protocol):
         return cached
 
     def _begin(self, cached: _CachedHead, end_of_head: int) -> None:
-        """Starts the application on a request, with its body if that is there."""
+        """Runs the application for a request, with its body if all of it has arrived."""
         self._discarded = 0
         received, head = self._received, cached.head
         scope = cached.scope.copy()
@@ -254,7 +263,7 @@ class Connection(asyncio.Protocol):
                 self._wait_until(self._loop.time() + KEEP_ALIVE_S)
 
     def _deliver(self, piece: bytes) -> None:
-        """To the application, which decides how much it wants to hold."""
+        """Passes a piece of the body to the application, and pauses reading if the application does not take it."""
         cycle: Any = self._cycle
         cycle.body += piece
         cycle.more_body = self._is_in_body
@@ -272,9 +281,9 @@ class Connection(asyncio.Protocol):
         return self._is_closing or self.transport.is_closing()
 
     def close(self) -> None:
-        """Closes the connection, once the client can have read its answer.
+        """Closes the connection, but not before the client could read its response.
 
-        To close while the client still sends would reset the connection, and with it the answer.
+        Closing while the client is still sending would reset the connection, and the response would be lost.
         """
         self._is_closing = True
         if self._is_in_body:
@@ -283,7 +292,7 @@ class Connection(asyncio.Protocol):
             self.transport.close()
 
     def _linger(self) -> None:
-        """Reads and drops what the client sends, until it has seen the end of the answer (RFC 9112 §9.6)."""
+        """Reads and drops what the client sends, until it closes the connection (RFC 9112 §9.6)."""
         if self._is_half_closed or self._is_draining:
             self.transport.close()
             return
@@ -293,7 +302,7 @@ class Connection(asyncio.Protocol):
         self._expire_in(LINGER_S)
 
     def on_response_complete(self) -> None:
-        """Goes on to the request that waits, or waits for the next one."""
+        """Reads the next request, if bytes of it are buffered, or waits for it."""
         self.server_state.total_requests += 1
         if self.is_closing():
             return
@@ -310,7 +319,7 @@ class Connection(asyncio.Protocol):
             self.transport.close()
 
     def _refuse(self, problem: Problem) -> None:
-        """Answers what cannot be read as a request, and closes the connection."""
+        """Answers a malformed request, unless its response has begun, and closes the connection."""
         is_in_head = not self._is_in_body
         self._is_closing = True
         if is_in_head or not (self._cycle is None or self._cycle.response_started):
@@ -356,7 +365,7 @@ class Connection(asyncio.Protocol):
     # Waiting
 
     def _wait_until(self, time: float) -> None:
-        """A timer that is set already may run out earlier, and is set again then."""
+        """Sets the expiry. A timer that is already running may fire earlier; `_expire` then sets it again."""
         if not self.flow.write_paused:
             self._expires = time
 
@@ -370,9 +379,9 @@ class Connection(asyncio.Protocol):
         self._timer = self._loop.call_at(self._expires, self._expire)
 
     def _expire(self) -> None:
-        """Gives up a client that has sent nothing for as long as it is waited for; else waits on.
+        """Closes the connection if its expiry has passed; else sets the timer again.
 
-        One timer a connection, which is left to run out: to set one for each request would take longer.
+        The timer is not cancelled by each request: letting it fire now and then is cheaper than one timer per request.
         """
         self._timer = None
         if self._expires == math.inf:
@@ -380,7 +389,12 @@ class Connection(asyncio.Protocol):
         if self._loop.time() < self._expires:
             self._schedule()
         elif self._searched_bytes:
-            self._refuse(Problem(Code.INVALID_REQUEST, f"The head did not arrive within {self._head_timeout_s:g} s."))
+            self._refuse(
+                Problem(
+                    Code.INVALID_REQUEST,
+                    f"The request's head did not arrive within {self._head_timeout_s:g} s: send it in one piece.",
+                )
+            )
         else:
             self._is_closing = True
             self.transport.abort()

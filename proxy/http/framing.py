@@ -1,10 +1,11 @@
-"""HTTP/1.1 message framing (RFC 9112): request heads and chunked bodies, read from bytes. No I/O.
+"""HTTP/1.1 message framing (RFC 9112): parses request heads and chunked bodies. No I/O.
 
-* A head is read as a whole, up to its empty line, and strictly: what two servers could read in two ways is refused.
-* An offered upgrade is declined by ignoring it (RFC 9110 §7.8): the body is framed as the other fields say.
-* Trailers, chunk extensions and everything else in a message that is not its body share one budget with the head.
+* A head is parsed as a whole, up to its empty line. Parsing is strict: what two servers could interpret differently is
+  refused, because it allows request smuggling.
+* An offered upgrade is ignored (RFC 9110 §7.8): the body is framed as the other fields say.
+* The head, trailers, chunk extensions, and all else in a message but the body share one size limit.
 
-httptools (llhttp) reads header fields and chunks; what it tolerates and this gateway does not is checked here.
+httptools (llhttp) parses header fields and chunks. Where it tolerates more than the gateway should, this module checks.
 """
 
 import re
@@ -15,22 +16,24 @@ import httptools
 from proxy.problems import BadRequest, Code
 
 MAX_HEAD_BYTES = 64 * 2**10
-"""Limits a request line and header fields, and with them everything else in the message but the body."""
+"""Limits a message without its body: request line, header fields, trailers and chunk extensions together."""
 
 CHUNK_FRAMING_BYTES = 12
-"""What each chunk may take of size and line breaks without using the budget: a body in small chunks is legal."""
+"""Size and line breaks of each chunk up to this length do not count against the limit: small chunks are legal."""
 
 END_OF_HEAD = b"\r\n\r\n"
 
 Headers = list[tuple[bytes, bytes]]
 
 _METHODS = frozenset((b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"TRACE", b"PATCH"))
-"""RFC 9110 §9.3 and RFC 5789. CONNECT is left out: this is not a tunnel, and its target is not a path."""
+"""RFC 9110 §9.3 and RFC 5789, without CONNECT: the gateway is not a tunnel, and its target is not a path."""
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]"
 _REQUEST_LINE = re.compile(rb"(%b+) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])" % _TOKEN)
 _PARTIAL_REQUEST_LINE = re.compile(rb"%b*(?: (?:[\x21-\x7e]+(?: [HTP/.0-9]{0,8})?)?)?" % _TOKEN)
-_NOT_A_REQUEST_LINE = "This is not HTTP/1.1: a request begins with a method, a path and HTTP/1.1."
+_NOT_A_REQUEST_LINE = (
+    "The request line is malformed: it must be a method, a path and HTTP/1.1. The gateway speaks plain HTTP, not TLS."
+)
 
 # RFC 3986 §3.2.2 and §3.2.3: a name, an address in brackets, or nothing; and a port.
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-fvV:.]+\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?")
@@ -38,13 +41,16 @@ _HOST = re.compile(rb"(?:\[[0-9A-Fa-fvV:.]+\]|(?:[A-Za-z0-9\-._~!$&'()*+,;=]|%[0
 _EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 _BARE_LINE_BREAK = re.compile(rb"(?<!\r)\n|\r(?=[^\n])")
 
-_TOO_LARGE = f"The request's head, trailers and chunk extensions have more than {MAX_HEAD_BYTES} bytes."
+_TOO_LARGE = (
+    f"The request line, headers, trailers and chunk extensions are larger than {MAX_HEAD_BYTES} bytes together: "
+    "shorten them."
+)
 
 
 class RequestHead(NamedTuple):
     """A request line and header fields, names in lower case.
 
-    content_length: bytes of body that follow; None if the body is chunked.
+    content_length: length of the body in bytes; None if the body is chunked.
     """
 
     method: str
@@ -63,10 +69,11 @@ def skip_empty_lines(received: bytes) -> bytes:
 
 
 def find_end_of_head(received: bytes, begin: int) -> int | None:
-    """Where the head at the start of `received` ends; None if there is more to come.
+    """The length of the head at the start of `received`; None if the head is incomplete.
 
-    begin: the bytes before it were searched in an earlier call. Raises `BadRequest` as soon as it is sure that what
-    comes is too large or not a request: a client may wait for an answer instead of sending more.
+    begin: where to begin searching; an earlier call has searched the bytes before it.
+    Raises `BadRequest` as soon as the bytes cannot become a valid head: the client may wait for a response instead of
+    sending more.
     """
     begin = max(0, begin - len(END_OF_HEAD) + 1)
     found = received.find(END_OF_HEAD, begin)
@@ -81,7 +88,7 @@ def find_end_of_head(received: bytes, begin: int) -> int | None:
 
 
 def parse_head(head: bytes) -> RequestHead:
-    """The head of a request, the empty line at its end included.
+    """Parses a request's head, which must include the empty line at its end.
 
     Raises `BadRequest`: with 505 for a version other than 1.0 and 1.1, with 501 for an unknown method or transfer
     coding, else with 400.
@@ -106,9 +113,10 @@ def parse_head(head: bytes) -> RequestHead:
 
 
 class ChunkedBody:
-    """Decodes one chunked body (RFC 9112 §7.1). `complete` is set at its end, which is where the next request begins.
+    """Decodes one chunked body (RFC 9112 §7.1). `complete` becomes True at its end.
 
-    budget: bytes that trailers, chunk extensions and leading zeros may take. Trailers are dropped: none of them counts.
+    budget: how many bytes trailers, chunk extensions and leading zeros may have together. Trailers are dropped: the
+    gateway uses none.
     """
 
     def __init__(self, budget: int) -> None:
@@ -116,14 +124,15 @@ class ChunkedBody:
         self._budget = budget
         self._pieces: list[bytes] = []
         self._tail = b""
-        """The last bytes that were fed: the end of the body may begin in them."""
+        """The last bytes of the data fed so far: the end of the body may begin in them."""
         self._parser = httptools.HttpRequestParser(self)
         self._parser.feed_data(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
-        """The part of the body in `data`, and what follows the message. Raises `BadRequest`.
+        """Returns the part of the body in `data`, and the bytes after the message. Raises `BadRequest`.
 
-        A body can only end with an empty line, so the parser is fed up to one at a time: it never sees what follows.
+        A chunked body ends with an empty line. So the parser is fed up to one empty line at a time: it must not see the
+        next request.
         """
         joined, begin = self._tail + data, len(self._tail)
         while begin < len(joined) and not self.complete:
@@ -141,7 +150,7 @@ class ChunkedBody:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
-            raise BadRequest(Code.INVALID_REQUEST, "The body is not correctly chunked.") from None
+            raise BadRequest(Code.INVALID_REQUEST, "The body's chunked coding is malformed (RFC 9112 §7.1).") from None
         if self._budget < 0:
             raise BadRequest(Code.HEADERS_TOO_LARGE, _TOO_LARGE)
 
@@ -168,11 +177,13 @@ class _Fields:
 
 def _check_lines(head: bytes, begin: int = 0) -> None:
     if _BARE_LINE_BREAK.search(head, begin):
-        raise BadRequest(Code.INVALID_REQUEST, "End each line of the request's head with CRLF, not CR or LF alone.")
+        raise BadRequest(
+            Code.INVALID_REQUEST, "A line of the request's head ends with CR or LF alone: end each line with CRLF."
+        )
 
 
 def _check_beginning(received: bytes) -> None:
-    """Raises `BadRequest` if this cannot become a request line, for example because it is TLS."""
+    """Raises `BadRequest` if the bytes cannot become a request line, for example because they are TLS."""
     line, line_break, _ = received.partition(b"\r")
     if line_break:
         _parse_request_line(line)
@@ -186,14 +197,14 @@ def _parse_request_line(line: bytes) -> tuple[bytes, bytes, str]:
         raise BadRequest(Code.INVALID_REQUEST, _NOT_A_REQUEST_LINE)
     method, target, version = parts[1], parts[2], f"{parts[3].decode()}.{parts[4].decode()}"
     if version not in {"1.0", "1.1"}:
-        raise BadRequest(Code.VERSION_NOT_SUPPORTED, f"Use HTTP/1.1: this gateway does not speak HTTP/{version}.")
+        raise BadRequest(Code.VERSION_NOT_SUPPORTED, f"HTTP/{version} is not supported: use HTTP/1.1.")
     if method not in _METHODS:
-        raise BadRequest(Code.NOT_IMPLEMENTED, "The request's method is not one that this gateway knows.")
+        raise BadRequest(Code.NOT_IMPLEMENTED, "The request's method is not supported.")
     return method, target, version
 
 
 def _parse_target(method: bytes, target: bytes) -> tuple[bytes, bytes]:
-    """Path and query of a request's target (RFC 9112 §3.2): a path, a whole URL, or `*` of OPTIONS."""
+    """Path and query of a request's target (RFC 9112 §3.2), which is a path, a URL, or `*` for OPTIONS."""
     if target == b"*" and method == b"OPTIONS":
         return target, b""
     try:
@@ -201,43 +212,48 @@ def _parse_target(method: bytes, target: bytes) -> tuple[bytes, bytes]:
     except httptools.HttpParserInvalidURLError:
         url = None
     if url is None:
-        raise BadRequest(Code.INVALID_REQUEST, "The request line's target must be a path, without a fragment (#).")
+        raise BadRequest(Code.INVALID_REQUEST, "The target in the request line must be a path without a fragment (#).")
     return url.path or b"/", url.query or b""
 
 
 def _parse_fields(head: bytes) -> Headers:
     fields = _Fields()
     parser = httptools.HttpRequestParser(fields)
-    parser.set_dangerous_leniencies(lenient_transfer_encoding=True)  # any coding is read, and most are refused below
+    parser.set_dangerous_leniencies(lenient_transfer_encoding=True)  # `_is_chunked` checks the coding
     try:
         parser.feed_data(head)
     except httptools.HttpParserUpgrade:
-        pass  # ignored, as the module says
+        pass  # an offered upgrade is ignored
     except httptools.HttpParserError as error:
         raise BadRequest(Code.INVALID_REQUEST, f"The request's header fields are malformed: {error}.") from None
     return fields.headers
 
 
 def _is_chunked(headers: Headers, version: str) -> bool:
-    """Whether the body is chunked: the one transfer coding that is decoded (RFC 9112 §6.1)."""
+    """Whether the body is chunked. Raises `BadRequest` for other transfer codings (RFC 9112 §6.1)."""
     codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
     if codings and version == "1.0":
-        raise BadRequest(Code.INVALID_REQUEST, "HTTP/1.0 has no transfer codings: send Content-Length or use HTTP/1.1.")
+        raise BadRequest(
+            Code.INVALID_REQUEST, "HTTP/1.0 has no transfer codings: send Content-Length, or use HTTP/1.1."
+        )
     if codings not in ([], [b"chunked"]):
-        raise BadRequest(Code.NOT_IMPLEMENTED, "Send the body with Content-Length, or with Transfer-Encoding: chunked.")
+        raise BadRequest(
+            Code.NOT_IMPLEMENTED,
+            "The transfer coding is not supported: send Content-Length, or Transfer-Encoding: chunked.",
+        )
     return bool(codings)
 
 
 def _has_token(headers: Headers, field: bytes, token: bytes) -> bool:
-    """Whether a field that is a list (RFC 9110 §5.6.1) has `token` in it."""
+    """Whether a list field (RFC 9110 §5.6.1) contains `token`."""
     lists = (value.lower().split(b",") for name, value in headers if name == field)
     return any(token == one.strip(b" \t") for tokens in lists for one in tokens)
 
 
 def _check_host(headers: Headers, version: str) -> None:
-    """RFC 9112 §3.2: one `Host` that is well-formed. HTTP/1.0, which load balancers' checks speak, may leave it out."""
+    """One well-formed `Host` (RFC 9112 §3.2). HTTP/1.0, which some load balancers use for checks, may leave it out."""
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) > 1 or (not hosts and version == "1.1"):
-        raise BadRequest(Code.INVALID_REQUEST, "Send one Host header.")
+        raise BadRequest(Code.INVALID_REQUEST, "The request must have exactly one Host header.")
     if hosts and not _HOST.fullmatch(hosts[0].strip(b" \t")):
-        raise BadRequest(Code.INVALID_REQUEST, "The Host header is malformed.")
+        raise BadRequest(Code.INVALID_REQUEST, "The Host header is malformed: it must be a host, and a port if needed.")

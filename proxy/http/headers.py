@@ -1,7 +1,7 @@
-"""What the head of a request says to this gateway: its header fields, read once.
+"""The request header fields that this gateway uses.
 
-Fields that are lists are joined as RFC 9110 §5.3 allows; one that is no list and was sent twice is refused where it
-counts.
+Repeated fields are joined into a list, as RFC 9110 §5.3 allows. A repeated field that is not a list is refused when it
+is used.
 """
 
 import re
@@ -12,7 +12,7 @@ from proxy.http.framing import Headers
 from proxy.problems import BadRequest, Code
 
 Lines = list[bytes]
-"""Header fields as they are sent: `name: value`."""
+"""Header fields as complete lines: `name: value`."""
 
 JSON = "application/json"
 _JSON = JSON.encode()
@@ -34,9 +34,11 @@ _NO_DIRECTIVES = Directives()
 
 
 class RequestHeaders:
-    """The fields that count, of header names in lower case. What is malformed raises `BadRequest` when it is read.
+    """The used fields of a request. Reading a malformed one raises `BadRequest`.
 
-    Each is worked out once: the server gives requests with the same head the same `RequestHeaders`.
+    Each is parsed once: requests with the same head share one `RequestHeaders`, see `proxy.http.connection`.
+
+    headers: with names in lower case.
     """
 
     def __init__(self, headers: Headers) -> None:
@@ -48,12 +50,12 @@ class RequestHeaders:
                 continue
             if name in fields:
                 self._counts[name] = self._counts.get(name, 1) + 1
-                value = fields[name] + b", " + value  # noqa: PLW2901 -- one list, in pieces
+                value = fields[name] + b", " + value  # noqa: PLW2901 -- the parts of one list
             fields[name] = value
 
     @cached_property
     def token(self) -> str | None:
-        """The asker's token: `X-API-KEY`, or else `Authorization: Bearer`."""
+        """The client's token: `X-API-KEY`, or else `Authorization: Bearer`."""
         key = self._single(b"x-api-key")
         if b"authorization" not in self._fields:
             return key
@@ -62,7 +64,7 @@ class RequestHeaders:
 
     @cached_property
     def request_id(self) -> str | None:
-        """The client's own, if it is one that can be used."""
+        """The client's request id, if it is usable."""
         value = self._fields.get(b"x-request-id")
         return value.decode("ascii") if value is not None and _REQUEST_ID.fullmatch(value) else None
 
@@ -78,11 +80,11 @@ class RequestHeaders:
 
     @cached_property
     def content_length(self) -> int:
-        """The server has seen to it that it is one number, or absent."""
+        """0 if absent. `proxy.http.framing` has checked that it is one number."""
         return int(self._single(b"content-length") or 0)
 
     def check_media_type(self) -> None:
-        """The body must be declared as plain JSON, or not at all."""
+        """Raises `BadRequest` unless the body is declared as plain JSON, or not declared at all."""
         if not self._is_plain_json:
             self._check_content_fields()
 
@@ -94,10 +96,10 @@ class RequestHeaders:
     def _check_content_fields(self) -> None:
         content_type, coding = self._single(b"content-type"), self._single(b"content-encoding")
         if content_type is not None and content_type.partition(";")[0].strip().lower() != JSON:
-            detail = f"Send the body with Content-Type: {JSON}."
+            detail = f"The body's content type is not supported: send it with Content-Type: {JSON}."
             raise BadRequest(Code.UNSUPPORTED_MEDIA_TYPE, detail, (b"accept", _JSON))
         if coding is not None and coding.lower() != "identity":
-            detail = "Send the body without a content coding."
+            detail = "The body's content coding is not supported: send it uncompressed, without Content-Encoding."
             raise BadRequest(Code.UNSUPPORTED_MEDIA_TYPE, detail, (b"accept-encoding", b"identity"))
 
     def _single(self, name: bytes) -> str | None:
@@ -105,5 +107,7 @@ class RequestHeaders:
         if value is None:
             return None
         if name in self._counts:
-            raise BadRequest(Code.INVALID_REQUEST, f"The header {name.decode()} was sent {self._counts[name]} times.")
+            raise BadRequest(
+                Code.INVALID_REQUEST, f"The header {name.decode()} was sent {self._counts[name]} times: send it once."
+            )
         return value.decode("latin-1").strip()

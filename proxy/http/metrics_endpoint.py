@@ -1,8 +1,8 @@
-"""`GET /metrics`: the instruments of all workers, and what the stores know.
+"""`GET /metrics`: the instruments of all workers, and gauges that are read from the stores.
 
-Windows, quotas and balances are read from the stores when somebody scrapes, at most every `SNAPSHOT_S`: they are exact,
-there for idle teams too, and the same at every gateway. While a store is out of reach its gauges are missing, rather
-than old.
+* Windows, quotas and balances are read from the stores on a scrape, at most once per `SNAPSHOT_S`. So they are exact,
+  the same on every gateway, and present for idle teams too.
+* While a store is out of reach, its gauges are missing rather than stale.
 """
 
 import asyncio
@@ -28,11 +28,12 @@ from proxy.quota.windows import Period, Window
 from proxy.telemetry.metrics import Metrics
 
 SNAPSHOT_S = 3.0
+"""How long a snapshot of the stores is reused: several scrapers cost no more than one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What the stores knew a moment ago; None and nothing where one was out of reach."""
+    """Numbers read from the stores. `totals` is None, or the others empty, if their store was out of reach."""
 
     totals: WindowTotals | None
     quota_states: Sequence[QuotaState]
@@ -41,7 +42,7 @@ class Snapshot:
 
 
 class MetricsEndpoint:
-    """Answers Prometheus."""
+    """The handler of `GET /metrics`."""
 
     def __init__(
         self, live: ConfigHolder, metrics: Metrics, batcher: LedgerBatcher, ledger_reader: LedgerReader, book: PriceBook
@@ -55,7 +56,7 @@ class MetricsEndpoint:
         self._snapshot_lock = asyncio.Lock()
 
     async def metrics(self, request: ClientRequest, trace: Trace) -> Document | Problem:
-        """Everything, in the format that the scraper prefers."""
+        """All metrics, in the format that the scraper prefers."""
         denial = self._denial(request, trace)
         if denial is not None:
             return denial
@@ -73,10 +74,11 @@ class MetricsEndpoint:
         team = access.team(request.token)
         if isinstance(team, Problem):
             return Problem(
-                Code.UNKNOWN_TOKEN, "Send a metrics token or an admin token as Authorization: Bearer <token>."
+                Code.UNKNOWN_TOKEN,
+                "This needs a metrics token or an admin token: send it as Authorization: Bearer <token>.",
             )
         trace.team = team.id
-        return Problem(Code.FORBIDDEN, "This needs a metrics token or an admin token; yours is a team's.")
+        return Problem(Code.FORBIDDEN, "This needs a metrics token or an admin token; you sent a team's token.")
 
     async def _current_snapshot(self) -> Snapshot:
         async with self._snapshot_lock:
@@ -92,7 +94,7 @@ class MetricsEndpoint:
     async def _read_ledger(self) -> tuple[WindowTotals | None, Sequence[QuotaState]]:
         team_limits = self._live.config.team_limits
         try:
-            await self._batcher.open()  # an idle gateway notices a lost ledger, too
+            await self._batcher.open()  # so that an idle gateway notices a lost ledger, too
             return await asyncio.gather(
                 self._ledger_reader.window_totals(list(team_limits)),
                 self._ledger_reader.quota_states(list(team_limits.values())),
@@ -108,7 +110,7 @@ class MetricsEndpoint:
 
 
 class _AllMetrics:
-    """As prometheus_client wants a collector to be."""
+    """A collector for prometheus_client: the instruments, and the gauges of a snapshot."""
 
     def __init__(self, instruments: Collector, snapshot: Snapshot) -> None:
         self._instruments = instruments
@@ -122,16 +124,16 @@ class _AllMetrics:
 
 
 def _media_types(accept: str) -> str:
-    """What a scraper takes, without parameters: prometheus_client falls over a version that is no number."""
+    """An `Accept` header without parameters: prometheus_client fails on a version that is not a number."""
     return ",".join(part.partition(";")[0].strip().lower() for part in accept.split(","))
 
 
 def _windows(snapshot: Snapshot) -> Iterator[Metric]:
-    """The running calendar windows: what is booked in them, and where they begin and end."""
+    """The current calendar windows: the usage booked in them, their starts and ends."""
     if snapshot.totals is None:
         return
-    used_credits = _gauge("window_estimated_credits", "Credits estimated in the running window.", "team", "per")
-    requests = _gauge("window_requests", "Requests that count, in the running window.", "team", "per")
+    used_credits = _gauge("window_estimated_credits", "Credits estimated in the current window.", "team", "per")
+    requests = _gauge("window_requests", "Requests counted in the current window.", "team", "per")
     for team, counts in snapshot.totals.teams.items():
         for per, count in counts.items():
             used_credits.add_metric([team, per], count.credits_micro / MICRO)
@@ -139,8 +141,8 @@ def _windows(snapshot: Snapshot) -> Iterator[Metric]:
     windows: dict[Period, Window] = dict(snapshot.totals.windows)
     for quota_state in snapshot.quota_states:
         windows |= quota_state.windows
-    starts = _gauge("window_start_timestamp_seconds", "When the running window began.", "per")
-    ends = _gauge("window_end_timestamp_seconds", "When the running window ends.", "per")
+    starts = _gauge("window_start_timestamp_seconds", "Start of the current window.", "per")
+    ends = _gauge("window_end_timestamp_seconds", "End of the current window.", "per")
     for per, window in windows.items():
         starts.add_metric([per], window.start_s)
         ends.add_metric([per], window.end_s)
@@ -148,8 +150,8 @@ def _windows(snapshot: Snapshot) -> Iterator[Metric]:
 
 
 def _quotas(quota_states: Sequence[QuotaState]) -> Iterator[Metric]:
-    limits = _gauge("quota_limit", "What a quota allows in its window.", "scope", "team", "measure", "per")
-    used = _gauge("quota_used", "What is used of a quota in its running window.", "scope", "team", "measure", "per")
+    limits = _gauge("quota_limit", "Limit of a quota in its window.", "scope", "team", "measure", "per")
+    used = _gauge("quota_used", "Used part of a quota in its current window.", "scope", "team", "measure", "per")
     seen: set[Quota] = set()
     for quota_state in quota_states:
         for quota, amount in zip(quota_state.terms.quotas, quota_state.used, strict=True):
@@ -165,8 +167,8 @@ def _quotas(quota_states: Sequence[QuotaState]) -> Iterator[Metric]:
 
 
 def _balances(snapshot: Snapshot) -> Iterator[Metric]:
-    amounts = _gauge("balance_credits", "The newest balance that upstream has shown.", "account")
-    ages = _gauge("balance_age_seconds", "How long ago upstream has shown it.", "account")
+    amounts = _gauge("balance_credits", "Newest balance in a response of upstream.", "account")
+    ages = _gauge("balance_age_seconds", "Age of the newest balance.", "account")
     for account, balance in snapshot.balances.items():
         amounts.add_metric([account], float(balance.amount))
         ages.add_metric([account], balance.age_s + monotonic() - snapshot.taken_at)

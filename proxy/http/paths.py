@@ -1,4 +1,4 @@
-"""The gateway's own paths. RenderNet's is in `proxy.upstream.address`."""
+"""The paths of the gateway's own endpoints. RenderNet's path is in `proxy.upstream.address`."""
 
 EXPLAIN_PATH = "/v1/explain"
 PURGE_PATH = "/v1/cache/purge"

@@ -1,6 +1,7 @@
-"""A request and its response as ASGI messages: uvicorn's, with a way to send an answer that is there as a whole.
+"""The ASGI messages of one request: uvicorn's request cycle, with a fast path for complete responses.
 
-What few requests need is made when it is needed.
+`Cycle.reply` writes a complete response in one call, without ASGI messages. Objects that few requests need, such as the
+event for arriving bodies, are created when they are first used.
 """
 
 import asyncio
@@ -17,25 +18,25 @@ from proxy.http.framing import RequestHead
 from proxy.http.headers import Lines
 
 SCOPE_REPLY = "estimate_proxy.reply"
-"""Where a request's scope has a way to send an answer at once: see `Cycle.reply`. `send` is there too."""
+"""The scope's key for `Cycle.reply`, which sends a complete response at once. `send` works too."""
 
 _NUL, _LF, _CR = 0, 10, 13
-"""As numbers they are found in a quarter of the time."""
+"""As integers: searching bytes for an integer takes a quarter of the time."""
 
 log = logging.getLogger(__name__)
 
 
 class Delivery(Enum):
-    """What became of an answer."""
+    """What happened to a response."""
 
     SENT = auto()
     BY_MESSAGES = auto()
-    """It is still to be sent, by ASGI messages: the client is slow, or wants no body."""
+    """It was not sent: the caller must send it by ASGI messages, because the client is slow or the method is HEAD."""
     CLIENT_GONE = auto()
 
 
 class ClientConnection(Protocol):
-    """The connection that a cycle answers on."""
+    """The connection that a cycle writes its response to."""
 
     transport: asyncio.Transport
     flow: FlowControl
@@ -46,7 +47,7 @@ class ClientConnection(Protocol):
     def write(self, data: bytes) -> None: ...
 
     def close(self) -> None:
-        """Closes the connection, once the client can have read its answer."""
+        """Closes the connection, but not before the client could read its response."""
 
     def is_closing(self) -> bool: ...
 
@@ -64,9 +65,9 @@ class Cycle(RequestResponseCycle):
     task: asyncio.Task[None]
 
     def __init__(self, scope: Any, connection: ClientConnection, head: RequestHead, body: bytes | None) -> None:
-        """body: None if it is still to come."""
+        """body: None if it has not arrived completely."""
         self.scope = scope
-        self.transport = connection  # type: ignore[assignment] # which closes in its own way
+        self.transport = connection  # type: ignore[assignment] # its `close` waits for the client
         self._write = connection.transport.write
         self.flow = connection.flow
         self.default_headers = connection.server_state.default_headers
@@ -74,41 +75,41 @@ class Cycle(RequestResponseCycle):
         self.tasks = connection.server_state.tasks
         self.keep_alive = head.keep_alive
         self.waiting_for_100_continue = head.expects_continue and body is None
-        self.body = bytearray() if body is None else body  # type: ignore[assignment] # it is read, and grows if None
+        self.body = bytearray() if body is None else body  # type: ignore[assignment] # only a bytearray is appended to
         self.more_body = body is None
         scope[SCOPE_REPLY] = self.reply
 
     @cached_property
-    def message_event(self) -> asyncio.Event:  # type: ignore[override] # it can be written
+    def message_event(self) -> asyncio.Event:  # type: ignore[override] # uvicorn has a plain attribute
         event = asyncio.Event()
         if not self.more_body:
             event.set()
         return event
 
     async def run_asgi(self, app: Any) -> None:
-        """As uvicorn does it, less what is checked of applications that anybody wrote."""
+        """As in uvicorn, without its checks for applications that break the ASGI protocol."""
         try:
             await app(self.scope, self.receive, self.send)
-        except BaseException as error:  # noqa: BLE001 -- as uvicorn: a client hears of anything
+        except BaseException as error:  # noqa: BLE001 -- as in uvicorn: each failure is answered
             await self._fail(error)
         else:
             if not self.response_complete and not self.disconnected:
                 await self._fail(None)
         finally:
             self.on_response = _nothing
-            self.scope.pop(SCOPE_REPLY, None)  # type: ignore[misc] # else the two hold each other
+            self.scope.pop(SCOPE_REPLY, None)  # type: ignore[misc] # breaks a reference cycle
             self.tasks.discard(self.task)
 
     async def _fail(self, error: BaseException | None) -> None:
-        """The application has not answered, which is a defect of it."""
-        log.error("a request ended without an answer", exc_info=error)
+        """The application failed, or ended without a response: sends a 500, or closes a response that has begun."""
+        log.error("a request ended without a response", exc_info=error)
         if self.response_started:
             self.transport.close()
         else:
             await self.send_500_response()
 
     async def receive(self) -> Any:
-        """As uvicorn's, and `http.disconnect` once the client has closed its side: it can still be answered."""
+        """As in uvicorn, but also returns `http.disconnect` when the client has only closed its side."""
         if not self.has_given_body:
             message = await super().receive()
             self.has_given_body = message["type"] == "http.request" and not message["more_body"]
@@ -118,9 +119,10 @@ class Cycle(RequestResponseCycle):
         return {"type": "http.disconnect"}
 
     def reply(self, status: int, lines: Lines, body: bytes, *, close: bool) -> Delivery:
-        """Sends an answer, whose header `lines` say nothing of its length and wire.
+        """Sends a complete response.
 
-        Raises `ValueError` for a line that would break the head.
+        lines: header lines without `Content-Length` and `Connection`. Raises `ValueError` for a line that contains a
+        line break or NUL.
         """
         if self.disconnected:
             return Delivery.CLIENT_GONE
@@ -132,7 +134,7 @@ class Cycle(RequestResponseCycle):
             sent.append(b"connection: close")
         text = b"".join(sent)
         if _NUL in text or _LF in text or _CR in text:
-            raise ValueError("a header field has a line break or NUL in it")
+            raise ValueError("a response header contains a line break or NUL")
         self._write(b"%b%b\r\n\r\n%b" % (STATUS_LINE[status], b"\r\n".join(sent), body))
         self.response_started = self.response_complete = True
         if "message_event" in self.__dict__:
@@ -143,16 +145,16 @@ class Cycle(RequestResponseCycle):
         return Delivery.SENT
 
     def half_close(self) -> None:
-        """The client has closed its side, and may still read."""
+        """The client has closed its side, but may still read the response."""
         self.is_half_closed = True
         self.message_event.set()
 
     def abandon(self) -> None:
-        """The client is gone, or has been answered already: the application hears of a disconnect."""
+        """The client is gone, or was answered without the application: makes `receive` return a disconnect."""
         if not self.response_complete:
             self.disconnected = True
         self.message_event.set()
 
 
 def _nothing() -> None:
-    """Replaces the callback of a response that is complete."""
+    """Replaces `on_response` once the request has ended."""

@@ -1,4 +1,7 @@
-"""uvicorn's server on a socket that is already open, without signals, logs or headers of its own."""
+"""uvicorn's server, with our connection class, on a socket that is already open.
+
+uvicorn's own signal handling, logs and headers are off: the supervisor handles signals.
+"""
 
 import contextlib
 import math
@@ -13,13 +16,13 @@ from proxy.http.connection import Connection
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server; `announce` is called when it serves, and setting `should_exit` ends it."""
+    """Calls `announce` once it serves. Setting `should_exit` stops it."""
 
     def __init__(self, app: ASGIApp, *, head_timeout_s: float, drain_s: float, announce: Callable[[], None]) -> None:
         config = uvicorn.Config(
             app,
             loop="uvloop",
-            http=partial(Connection, head_cache={}, head_timeout_s=head_timeout_s),  # type: ignore[arg-type] # only called
+            http=partial(Connection, head_cache={}, head_timeout_s=head_timeout_s),  # type: ignore[arg-type] # uvicorn only calls it
             ws="none",
             interface="asgi3",
             lifespan="on",
@@ -34,7 +37,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """The supervisor has the signals."""
+        """Leaves the signal handlers alone: the supervisor handles signals."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

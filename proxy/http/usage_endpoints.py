@@ -1,7 +1,7 @@
-"""A team's own view, and the operator's of all teams: what was used, and how quotas stand.
+"""`GET /v1/usage` and `GET /v1/quota`: usage, and the state of quotas.
 
-Told in the same shape as the gateway's stories. A team's token shows that team, be it disabled; an admin token shows
-all. Nothing is booked.
+* A team's token shows that team, even if it is disabled. An admin token shows all teams.
+* Both only read: they debit neither quotas nor the rate.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ CSV = "text/csv; charset=utf-8; header=present"  # RFC 4180 §3
 
 
 class UsageEndpoints:
-    """What the ledger says to those who may know it."""
+    """The handlers of both endpoints."""
 
     def __init__(self, live: ConfigHolder, ledger_reader: LedgerReader, zone: ZoneInfo) -> None:
         self._live = live
@@ -35,7 +35,7 @@ class UsageEndpoints:
         self._zone = zone
 
     async def usage(self, request: ClientRequest, trace: Trace) -> Document | Problem:
-        """The sums that the query asks for. Raises `BadRequest`."""
+        """The usage that the query string asks for, as JSON or CSV. Raises `BadRequest`."""
         own = self._team_of(request.token, trace)
         if isinstance(own, Problem):
             return own
@@ -47,7 +47,7 @@ class UsageEndpoints:
         return await _within(request.deadline, self._usage(query))
 
     async def quota(self, request: ClientRequest, trace: Trace) -> Document | Problem:
-        """How rate and quotas stand, of one team or, for the operator, of each. Raises `BadRequest`."""
+        """The rate and quotas of one team or, for an admin, of all teams. Raises `BadRequest`."""
         own = self._team_of(request.token, trace)
         if isinstance(own, Problem):
             return own
@@ -60,7 +60,7 @@ class UsageEndpoints:
 
     async def _usage(self, query: UsageQuery) -> Document | Problem:
         if query.team not in (None, *self._live.config.team_limits, *await self._ledger_reader.teams()):
-            return _unknown("team names none that is configured or ever had usage.")
+            return _unknown("team names a team that is not configured and never had usage: check its id.")
         usage = await self._ledger_reader.usage(query)
         if query.csv:
             return Document(csv_of(usage, query.by), CSV)
@@ -68,7 +68,7 @@ class UsageEndpoints:
 
     async def _quota(self, team: str | None) -> Document | Problem:
         if team not in (None, *self._live.config.team_limits):
-            return _unknown("team names none that is configured.")
+            return _unknown("team names a team that is not configured: check its id.")
         wanted = [limits for limits in self._live.config.team_limits.values() if team in (None, limits.team)]
         documents = [
             quota_document(quota_state, self._zone) for quota_state in await self._ledger_reader.quota_states(wanted)
@@ -76,7 +76,7 @@ class UsageEndpoints:
         return Document(orjson.dumps({"teams": documents} if team is None else documents[0]), JSON)
 
     def _team_of(self, token: str | None, trace: Trace) -> Team | Problem | None:
-        """Whose token it is; None: the operator's."""
+        """The token's team; None for an admin token."""
         if self._live.config.access.is_admin(token):
             return None
         team = self._live.config.access.team(token)
@@ -86,7 +86,7 @@ class UsageEndpoints:
 
 
 def quota_document(quota_state: QuotaState, zone: ZoneInfo) -> dict[str, Any]:
-    """How a team stands, as JSON; amounts are exact decimal numbers."""
+    """A team's rate and quotas as JSON values; amounts are exact decimal numbers."""
     rate, quotas = quota_state.terms.rate, quota_state.terms.quotas
     per_s = int(rate.per_s) if float(rate.per_s).is_integer() else rate.per_s
     return {
@@ -114,19 +114,20 @@ def _quota_members(quota: Quota, used: int, window: Window, zone: ZoneInfo) -> d
 
 
 async def _within(deadline: float, report: Coroutine[Any, Any, Document | Problem]) -> Document | Problem:
-    """The report, unless the ledger keeps it from being there in time."""
+    """The report, or a problem if the ledger is unavailable or too slow."""
     try:
         async with asyncio.timeout_at(deadline):
             return await report
     except StoreUnavailable:
-        return Problem(Code.STORE_UNAVAILABLE, "The ledger is out of reach: try again.", retry_after_s=1)
+        return Problem(Code.STORE_UNAVAILABLE, "The ledger is unavailable: send the request again.", retry_after_s=1)
     except TimeoutError:
-        return Problem(Code.STORE_UNAVAILABLE, "The ledger took too long to read: ask for fewer days.")
+        return Problem(Code.STORE_UNAVAILABLE, "Reading the ledger took too long: ask for fewer days.")
 
 
 def _forbidden(team: Team) -> Problem:
     return Problem(
-        Code.FORBIDDEN, f"Your token shows the team {team.id!r} alone: others, and by=team, need an admin token."
+        Code.FORBIDDEN,
+        f"Your token only shows the team {team.id!r}: leave team and by=team out, or use an admin token.",
     )
 
 

@@ -28,7 +28,9 @@ Content-Length: %d
 Content-Type: application/json
 
 """
-TOO_LARGE = "The request's head, trailers and chunk extensions have more than 65536 bytes."
+TOO_LARGE = (
+    "The request line, headers, trailers and chunk extensions are larger than 65536 bytes together: shorten them."
+)
 FETCH_HEAD = b"""POST /pub/v1/generations/estimate HTTP/1.1
 host: gateway.internal:8080
 connection: keep-alive

@@ -219,7 +219,7 @@ def test_a_line_that_would_break_the_head_is_a_failure(line: bytes, caplog: pyte
     said, _ = asyncio.run(answers({}, [(post(), TURNS)], app))
     assert said.startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
     assert line not in said
-    assert "a header field has a line break or NUL in it" in caplog.text
+    assert "a response header contains a line break or NUL" in caplog.text
 
 
 def test_an_application_that_says_nothing_has_failed(caplog: pytest.LogCaptureFixture) -> None:
@@ -229,7 +229,7 @@ def test_an_application_that_says_nothing_has_failed(caplog: pytest.LogCaptureFi
     said, closed = asyncio.run(answers({}, [(post(), TURNS)], app))
     assert said.startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
     assert closed
-    assert "a request ended without an answer" in caplog.text
+    assert "a request ended without a response" in caplog.text
 
 
 def test_an_answer_that_breaks_off_is_cut_off() -> None:

@@ -353,8 +353,8 @@ def test_a_ledger_that_may_evict_is_warned_of_and_a_price_book_is_not(
         server.config_set("maxmemory-policy", wanted)
         caplog.clear()
         assert asyncio.run(startup_errors(configured, {})) is None
-        said = [record.getMessage().split(":")[0] for record in caplog.records if "evict" in record.getMessage()]
-        assert said == [f"the ledger's server may evict (maxmemory-policy {wanted})"] * warnings
+        said = [record.getMessage().split(",")[0] for record in caplog.records if "evict" in record.getMessage()]
+        assert said == [f"the ledger's server may evict keys (maxmemory-policy {wanted})"] * warnings
     server.config_set("maxmemory-policy", str(policy))
 
 

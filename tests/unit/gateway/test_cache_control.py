@@ -138,7 +138,7 @@ def test_a_max_age_that_is_no_number_is_refused(value: str) -> None:
     with pytest.raises(BadRequest) as caught:
         parse_directives(value)
     assert caught.value.problem.code is Code.INVALID_REQUEST
-    assert "max-age is a whole number" in caught.value.problem.detail
+    assert "max-age must be a whole number" in caught.value.problem.detail
 
 
 @pytest.mark.parametrize(

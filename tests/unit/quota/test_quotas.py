@@ -237,7 +237,7 @@ def test_a_team_that_asks_too_often() -> None:
     detail = "The team may ask 0.5 times a second, with bursts of 1: slow down."
     assert document == {
         "type": "urn:estimate-proxy:problem:rate-limited",
-        "title": "The team asks too often",
+        "title": "The team sends requests too fast",
         "status": 429,
         "detail": detail,
         "request_id": "req-1",
@@ -275,7 +275,7 @@ def test_a_quota_on_credits_that_would_be_passed() -> None:
     )
     assert document == {
         "type": "https://iana.org/assignments/http-problem-types#quota-exceeded",
-        "title": "A quota is used up, or would be passed",
+        "title": "A quota is used up or would be exceeded",
         "status": 402,
         "detail": detail,
         "request_id": "req-1",
