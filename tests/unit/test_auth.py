@@ -1,4 +1,4 @@
-"""Tokens: their form, the typing errors that it shows, and whom a token belongs to on which day."""
+"""Tokens: their form, the typing errors it detects, and finding a token's team."""
 
 from datetime import date, timedelta
 from hashlib import sha256
@@ -20,8 +20,8 @@ LAST_DAY = date(2027, 6, 30)
 randoms = st.text(BASE62, min_size=32, max_size=32)
 
 
-def test_a_token_is_what_it_was() -> None:
-    """Tokens are out there: neither their form nor their digest may ever change."""
+def test_the_form_of_tokens_has_not_changed() -> None:
+    """Tokens are in use: neither their form nor their digest may change."""
     assert token_of(RANDOM) == TOKEN
     assert is_well_formed(TOKEN)
     assert digest_of(TOKEN) == "sha256:fccd6cef201bd4b47ebf3125e9e5be5c877bcb2a0126d576b93754834c5f7500"
@@ -85,14 +85,14 @@ MISSHAPEN = {
 
 
 @pytest.mark.parametrize("token", MISSHAPEN.values(), ids=MISSHAPEN)
-def test_what_has_another_form_is_refused(token: str) -> None:
+def test_a_token_of_another_form_is_refused(token: str) -> None:
     assert not is_well_formed(token)
     digest = sha256(token.encode(errors="surrogatepass")).hexdigest()
     teams = Teams({name: Credential(DESIGN, None) for name in (f"sha256:{digest}", digest, token)})
     assert teams.find(token) is None
 
 
-def test_a_team_is_found_by_each_of_its_tokens_and_by_no_other() -> None:
+def test_each_token_finds_its_team_and_no_other() -> None:
     other = Team("other", "second", disabled=True, limits=LIMITS)
     first, second, third, stranger = (token_of(letter * 32) for letter in "abcd")
     teams = Teams(
@@ -108,12 +108,12 @@ def test_a_team_is_found_by_each_of_its_tokens_and_by_no_other() -> None:
 
 
 @given(st.dates())
-def test_a_token_without_an_end_works_on_any_day(today: date) -> None:
+def test_a_token_without_expiry_works_on_any_day(today: date) -> None:
     assert Credential(DESIGN, None).works_on(today)
 
 
 @given(st.dates(), st.integers(-3, 3))
-def test_a_token_works_on_its_last_day_and_on_none_after_it(today: date, days: int) -> None:
+def test_a_token_works_on_its_last_day_and_not_after_it(today: date, days: int) -> None:
     assume(date.min + timedelta(3) <= today <= date.max - timedelta(3))
     last_day = today + timedelta(days)
     assert Credential(DESIGN, last_day).works_on(today) == (days >= 0)

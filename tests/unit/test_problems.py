@@ -1,4 +1,4 @@
-"""Every problem's document and headers, against the table that clients were promised."""
+"""The documents and headers of all problems, compared with the documented table."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from proxy import problems
 from proxy.problems import BadRequest, Code, Outcome, Problem, ProxyError
 
-PROMISED = {
+DOCUMENTED = {
     "invalid-body": (400, "invalid"),
     "invalid-request": (400, "invalid"),
     "invalid-query": (400, "invalid"),
@@ -49,14 +49,14 @@ def headers(problem: Problem) -> dict[bytes, bytes]:
     return dict(pairs)
 
 
-def test_the_codes_are_those_promised() -> None:
-    assert {str(code) for code in Code} == set(PROMISED)
+def test_the_codes_are_those_documented() -> None:
+    assert {str(code) for code in Code} == set(DOCUMENTED)
 
 
 @every_code
 def test_status_and_outcome_of_a_problem(code: Code) -> None:
     problem = Problem(code, "Do something else.")
-    assert (problem.status, problem.outcome) == PROMISED[code]
+    assert (problem.status, problem.outcome) == DOCUMENTED[code]
 
 
 @every_code
@@ -65,7 +65,7 @@ def test_a_document_is_both_a_problem_and_an_error_envelope(code: Code) -> None:
     title = document.pop("title")
     assert document == {
         "type": TYPES.get(code.value, f"urn:estimate-proxy:problem:{code.value}"),
-        "status": PROMISED[code][0],
+        "status": DOCUMENTED[code][0],
         "detail": "Do something else.",
         "request_id": "req-1",
         "data": None,
@@ -75,44 +75,44 @@ def test_a_document_is_both_a_problem_and_an_error_envelope(code: Code) -> None:
     assert 10 < len(title) < 60
 
 
-def test_a_problem_may_say_more_and_have_another_status() -> None:
+def test_a_problem_may_have_more_members_and_another_status() -> None:
     problem = Problem(Code.QUOTA_EXCEEDED, "Wait.", members={"quota": {"limit": 5}}, other_status=429)
     document = json.loads(problem.document("req-1"))
     assert (problem.status, document["status"], document["quota"]) == (429, 429, {"limit": 5})
 
 
-def test_titles_tell_problems_apart() -> None:
+def test_each_code_has_its_own_title() -> None:
     titles = {json.loads(Problem(code, "").document(""))["title"] for code in Code}
     assert len(titles) == len(Code)
 
 
 @given(st.text(), st.from_regex(r"[A-Za-z0-9._-]{1,128}", fullmatch=True))
-def test_any_text_survives_in_a_document(detail: str, request_id: str) -> None:
+def test_any_text_is_encoded_correctly(detail: str, request_id: str) -> None:
     document = json.loads(Problem(Code.INTERNAL_ERROR, detail).document(request_id))
     assert (document["detail"], document["error"]["message"], document["request_id"]) == (detail, detail, request_id)
 
 
 @every_code
-def test_no_problem_is_kept_by_caches(code: Code) -> None:
+def test_problems_are_never_cached(code: Code) -> None:
     expected = {b"content-type": b"application/problem+json", b"cache-control": b"no-store"}
     if code == "unknown-token":
         expected[b"www-authenticate"] = b"Bearer"
-    if PROMISED[code][0] == 503:
+    if DOCUMENTED[code][0] == 503:
         expected[b"retry-after"] = b"1"
     assert headers(Problem(code, "")) == expected
 
 
-def test_methods_that_are_allowed_are_named() -> None:
+def test_additional_fields_are_sent() -> None:
     problem = Problem(Code.METHOD_NOT_ALLOWED, "", fields=((b"allow", b"GET, HEAD"),))
     assert headers(problem)[b"allow"] == b"GET, HEAD"
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(None, b"1"), (0, b"0"), (1, b"1"), (3600, b"3600"), (3601, None), (10**64, None)]
+    ("seconds", "expected"), [(None, b"1"), (0, b"0"), (1, b"1"), (3600, b"3600"), (3601, None), (10**64, None)]
 )
-def test_a_wait_of_an_hour_at_the_most_is_told(seconds: int | None, told: bytes | None) -> None:
+def test_only_waits_of_up_to_an_hour_are_sent(seconds: int | None, expected: bytes | None) -> None:
     problem = Problem(Code.UPSTREAM_BUSY, "", retry_after_s=seconds)
-    assert headers(problem).get(b"retry-after") == told
+    assert headers(problem).get(b"retry-after") == expected
 
 
 def test_a_bad_request_carries_its_problem() -> None:
@@ -127,7 +127,7 @@ def subclasses(tree: type[Exception], level: int) -> Iterator[str]:
         yield from subclasses(kind, level + 1)
 
 
-def test_the_tree_of_exceptions_is_as_it_is_drawn() -> None:
+def test_the_docstring_draws_the_tree_of_exceptions() -> None:
     drawn = [line.split("── ")[1].split()[0] for line in (problems.__doc__ or "").splitlines() if "── " in line]
     assert (
         drawn
@@ -142,5 +142,5 @@ def test_the_tree_of_exceptions_is_as_it_is_drawn() -> None:
     )
 
 
-def test_every_problem_has_an_outcome_of_those_that_are_logged() -> None:
+def test_each_problem_has_an_outcome() -> None:
     assert {Problem(code, "").outcome for code in Code} <= set(Outcome)

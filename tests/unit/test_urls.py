@@ -1,4 +1,4 @@
-"""URLs of upstream, proxy and stores, and the certificates for them: which can be, and why others cannot."""
+"""URLs of upstream, proxy and stores, and the certificates for them: which are accepted, and why others are not."""
 
 import os
 from pathlib import Path
@@ -54,7 +54,7 @@ NO_HOST = "must name a host"
         (f"https://h/{'a' * 2048}", NO_URL),
     ],
 )
-def test_a_base_url_that_cannot_be(problems_of: Problems, url: str, message: str) -> None:
+def test_an_invalid_base_url_is_refused(problems_of: Problems, url: str, message: str) -> None:
     found = problems_of(MINIMAL + f'[upstream]\nbase_url = "{url}"')
     assert list(found) == ["upstream.base_url"]
     assert found["upstream.base_url"].startswith(message)
@@ -71,11 +71,11 @@ def test_a_base_url_that_cannot_be(problems_of: Problems, url: str, message: str
         "https://h/a/",
     ],
 )
-def test_a_base_url_that_can_be(read: Read, url: str) -> None:
+def test_a_valid_base_url_is_accepted(read: Read, url: str) -> None:
     assert read(MINIMAL + f'[upstream]\nbase_url = "{url}"').upstream.base_url == url
 
 
-def test_clear_text_takes_a_decision(read: Read, problems_of: Problems) -> None:
+def test_clear_text_needs_insecure(read: Read, problems_of: Problems) -> None:
     clear = MINIMAL + '[upstream]\nbase_url = "http://mock.example"\n'
     assert read(clear + "insecure = true").upstream.insecure
     assert read(clear, {f"{ENV}UPSTREAM__INSECURE": "true"}).upstream.insecure
@@ -94,18 +94,18 @@ HOSTS = (
 @example(host="a[b]", path="")
 @example(host="[::1]a:1", path="")
 @example(host="[::1]:", path="%zz/../é")
-def test_what_is_accepted_is_the_address_that_is_asked(host: str, path: str) -> None:
-    """Checked by one parser and used by another, a URL must not be read in two ways."""
+def test_the_checked_address_is_the_one_that_is_used(host: str, path: str) -> None:
+    """One parser checks a URL and another one uses it: they must agree."""
     url = f"https://{host}/{path}"
     try:
         base_url = load_keying(Path(os.devnull), {f"{ENV}UPSTREAM__BASE_URL": url}).upstream.base_url
     except SettingsError:
         return
-    asked = UpstreamAddress.of(base_url)
-    connected = URL(asked.origin, encoded=True)  # as `proxy.upstream.http_client` has it
+    address = UpstreamAddress.of(base_url)
+    connected = URL(address.origin, encoded=True)  # as in `proxy.upstream.http_client`
     assert connected.host == urlsplit(url).hostname
     assert connected.port == (urlsplit(url).port or 443)
-    assert asked.path.endswith("/pub/v1/generations/estimate")
+    assert address.path.endswith("/pub/v1/generations/estimate")
 
 
 BASE_URLS = st.builds(
@@ -124,8 +124,8 @@ BASE_URLS = st.builds(
 @given(BASE_URLS)
 @example("https://h/../../a")
 @example("HTTPS://h:443/%41/../é/./b//..//")
-def test_an_address_in_keys_is_spelled_as_it_always_was(base_url: str) -> None:
-    """Prices that an older gateway has stored were asked at what httpx2 made of the URL."""
+def test_the_spelling_of_addresses_in_keys_has_not_changed(base_url: str) -> None:
+    """Older gateways stored prices under the spelling that httpx2 produced."""
     was = httpx2.URL(base_url.rstrip("/") + ESTIMATE_PATH)
     address = UpstreamAddress.of(base_url)
     assert (address.origin, address.path) == (f"{was.scheme}://{was.netloc.decode()}", was.raw_path.decode())
@@ -133,7 +133,7 @@ def test_an_address_in_keys_is_spelled_as_it_always_was(base_url: str) -> None:
 
 @given(st.binary(max_size=20))
 @example(b"a=%2F&b=%zz&c='\xff\"")
-def test_a_query_goes_upstream_as_it_always_did(query: bytes) -> None:
+def test_the_spelling_of_queries_has_not_changed(query: bytes) -> None:
     sent = UpstreamAddress.of("https://h").query_as_sent(query)
     assert sent.isascii()
     assert sent.isprintable()
@@ -150,13 +150,13 @@ def test_a_query_goes_upstream_as_it_always_did(query: bytes) -> None:
         ("https://h:8443/a//pub/v1/generations/estimate//", "https://h:8443/a"),
     ],
 )
-def test_a_base_url_that_has_the_path_already(problems_of: Problems, url: str, right: str) -> None:
+def test_a_base_url_that_includes_rendernets_path_is_refused(problems_of: Problems, url: str, right: str) -> None:
     message = f"ends in a path of RenderNet's, which the gateway adds itself: use {right}"
     assert problems_of(MINIMAL + f'[upstream]\nbase_url = "{url}"') == {"upstream.base_url": message}
 
 
 @pytest.mark.parametrize("url", ["https://pub/v1", "https://pub", "https://h/pub/v1/other", "https://h/xpub/v1"])
-def test_a_base_url_with_a_path_that_is_not_rendernets(read: Read, url: str) -> None:
+def test_a_base_url_with_another_path_is_accepted(read: Read, url: str) -> None:
     assert read(MINIMAL + f'[upstream]\nbase_url = "{url}"').upstream.base_url == url
 
 
@@ -190,7 +190,7 @@ def test_a_base_url_with_a_path_that_is_not_rendernets(read: Read, url: str) -> 
         ("unix://run/valkey.sock", "must name a socket by its full path"),
     ],
 )
-def test_a_store_url_that_cannot_be(problems_of: Problems, url: str, message: str) -> None:
+def test_an_invalid_store_url_is_refused(problems_of: Problems, url: str, message: str) -> None:
     for section in ("store", "cache"):
         variable = {f"{ENV}{section.upper()}__URL": url}
         for found in (problems_of(MINIMAL + f'[{section}]\nurl = "{url}"'), problems_of(environ=variable)):
@@ -207,24 +207,24 @@ def test_a_store_url_that_cannot_be(problems_of: Problems, url: str, message: st
         *("redis+cluster://h", "rediss+cluster://u:p@h:1,[::1]:2,127.0.0.1", "redis+cluster://h/0"),
     ],
 )
-def test_a_store_url_that_can_be(read: Read, url: str) -> None:
+def test_a_valid_store_url_is_accepted(read: Read, url: str) -> None:
     settings = read(environ={"REDIS_URL": url, f"{ENV}CACHE__URL": url})
     assert settings.store.url == settings.cache.url == SecretUrl(url)
 
 
-def test_redis_url_is_the_stores_alone(read: Read) -> None:
+def test_redis_url_only_sets_the_ledgers_store(read: Read) -> None:
     settings = read(environ={"REDIS_URL": "redis://h"})
     assert settings.store.url == SecretUrl("redis://h")
     assert settings.cache.url is None
 
 
 @pytest.mark.parametrize("url", ["socks5://h", f"u:{CANARY}@h", "http://", f"http://u:{CANARY}@h:0", ""])
-def test_a_proxy_that_cannot_be(problems_of: Problems, url: str) -> None:
+def test_an_invalid_proxy_is_refused(problems_of: Problems, url: str) -> None:
     assert list(problems_of(MINIMAL + f'[upstream]\nproxy = "{url}"')) == ["upstream.proxy"]
 
 
 @pytest.mark.parametrize("section", ["upstream", "store"])
-def test_a_ca_file(read: Read, problems_of: Problems, tmp_path: Path, section: str) -> None:
+def test_a_ca_file_must_contain_certificates(read: Read, problems_of: Problems, tmp_path: Path, section: str) -> None:
     text = MINIMAL + f'[{section}]\nca_file = "ca.pem"'
     path = f"{section}.ca_file"
     assert problems_of(text) == {path: "names a file that cannot be read: No such file or directory"}
@@ -239,7 +239,7 @@ def test_a_ca_file(read: Read, problems_of: Problems, tmp_path: Path, section: s
         assert (found.upstream if section == "upstream" else found.store).ca_file == certificates
 
 
-def test_certificates_that_nothing_uses_are_warned_of(read: Read, tmp_path: Path) -> None:
+def test_unused_certificates_are_warned_of(read: Read, tmp_path: Path) -> None:
     made = papers(tmp_path)
     text = f'{MINIMAL}[metrics]\npublic = true\n[store]\nca_file = "{made.ca}"\n'
     assert list(warnings(read(text))) == [
@@ -249,7 +249,7 @@ def test_certificates_that_nothing_uses_are_warned_of(read: Read, tmp_path: Path
     assert not list(warnings(read(text + '[cache]\nurl = "rediss://h"')))
 
 
-def test_a_client_certificate_of_the_store(read: Read, problems_of: Problems, tmp_path: Path) -> None:
+def test_a_client_certificate_needs_its_key(read: Read, problems_of: Problems, tmp_path: Path) -> None:
     text = MINIMAL + '[store]\ncert_file = "client.pem"\nkey_file = "client.key"\n'
     missing = "names a file that cannot be read: No such file or directory"
     assert problems_of(text) == {"store.cert_file": missing, "store.key_file": missing}

@@ -1,4 +1,4 @@
-"""`Cache-Control` of requests: the examples of RFC 9111, every way to spell them, and what is none of them."""
+"""`Cache-Control` of requests: the examples of RFC 9111, all spellings, and what is not a directive."""
 
 from time import perf_counter
 
@@ -39,7 +39,7 @@ READ = {
     "\tno-cache\t,\tno-store ": Directives(no_cache=True, no_store=True),
     " max-age=5 ": Directives(max_age_s=5),
     "max-age = 5": Directives(max_age_s=5),
-    # quoted strings: both forms are read, and a comma in one parts nothing
+    # quoted strings: both forms are accepted, and a comma in a string separates nothing
     'max-age="5"': Directives(max_age_s=5),
     'max-age="5", no-store': Directives(no_store=True, max_age_s=5),
     'no-cache="x, y"': NO_CACHE,
@@ -56,12 +56,12 @@ READ = {
     'x="no end, no-cache': NOTHING,
     'no-store, x="no end, no-cache': NO_STORE,
     'x="no end\\': NOTHING,
-    # arguments that mean nothing
+    # arguments that are ignored
     "no-cache=": NO_CACHE,
     "no-cache=0": NO_CACHE,
     "no-store=false": NO_STORE,
     "only-if-cached=x=y": SILENT,
-    # others, and what only looks like these
+    # other directives, and what only looks like a directive
     "no-cachet": NOTHING,
     "xno-cache": NOTHING,
     "no-cache-please": NOTHING,
@@ -74,9 +74,9 @@ READ = {
     "=": NOTHING,
     "=no-cache": NOTHING,
     "x=no-cache": NOTHING,
-    "\xa0no-cache": NOTHING,  # no white space of HTTP's
+    "\xa0no-cache": NOTHING,  # not white space in HTTP
     "n\xf6-cache": NOTHING,
-    # of one that is repeated the first counts (RFC 9111 §4.2.1)
+    # the first of repeated directives counts (RFC 9111 §4.2.1)
     "max-age=5, max-age=9": Directives(max_age_s=5),
     "max-age=9, max-age=5": Directives(max_age_s=9),
     "max-age=9, Max-Age=x": Directives(max_age_s=9),
@@ -129,12 +129,12 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize(("value", "directives"), READ.items(), ids=[value[:40] for value in READ])
-def test_read(value: str, directives: Directives) -> None:
+def test_a_header_is_parsed(value: str, directives: Directives) -> None:
     assert parse_directives(value) == directives
 
 
 @pytest.mark.parametrize("value", MALFORMED, ids=[value[:40] for value in MALFORMED])
-def test_a_max_age_that_is_no_number_is_refused(value: str) -> None:
+def test_a_max_age_that_is_not_a_number_is_refused(value: str) -> None:
     with pytest.raises(BadRequest) as caught:
         parse_directives(value)
     assert caught.value.problem.code is Code.INVALID_REQUEST
@@ -142,7 +142,7 @@ def test_a_max_age_that_is_no_number_is_refused(value: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wants", "age_s", "accepted"),
+    ("directives", "age_s", "accepted"),
     [
         (NOTHING, 1e9, True),
         (Directives(max_age_s=0), 0.0, True),
@@ -151,12 +151,17 @@ def test_a_max_age_that_is_no_number_is_refused(value: str) -> None:
         (Directives(max_age_s=5), 5.001, False),
     ],
 )
-def test_ages_that_are_accepted(wants: Directives, age_s: float, accepted: bool) -> None:  # noqa: FBT001 -- a row of a table
-    assert wants.accepts(age_s) is accepted
+def test_ages_up_to_max_age_are_accepted(directives: Directives, age_s: float, accepted: bool) -> None:  # noqa: FBT001 -- a row of a table
+    assert directives.accepts(age_s) is accepted
 
 
-def test_a_new_answer_is_asked_for_by_either() -> None:
-    assert [wants.bypasses_cache for wants in (NOTHING, SILENT, NO_CACHE, NO_STORE)] == [False, False, True, True]
+def test_no_cache_and_no_store_bypass_the_cache() -> None:
+    assert [directives.bypasses_cache for directives in (NOTHING, SILENT, NO_CACHE, NO_STORE)] == [
+        False,
+        False,
+        True,
+        True,
+    ]
     assert not Directives(max_age_s=0).bypasses_cache
 
 
@@ -181,7 +186,7 @@ spaces = st.text(" \t", max_size=2)
     st.lists(others | st.just("") | st.just("no-transform"), max_size=4),
     st.data(),
 )
-def test_any_spelling_of_what_is_wanted(
+def test_any_spelling_is_parsed(
     no_cache: bool,  # noqa: FBT001 -- hypothesis passes them by position
     no_store: bool,  # noqa: FBT001
     silent: bool,  # noqa: FBT001
@@ -200,17 +205,17 @@ def test_any_spelling_of_what_is_wanted(
 
 
 @given(st.lists(st.sampled_from(list(READ) + MALFORMED), max_size=3), st.text(max_size=20))
-def test_anything_is_read_or_refused(values: list[str], more: str) -> None:
-    """Several headers come as one, joined by commas (RFC 9110 §5.3)."""
+def test_any_text_is_parsed_or_refused(values: list[str], more: str) -> None:
+    """Repeated headers are joined by commas (RFC 9110 §5.3)."""
     try:
-        wants = parse_directives(", ".join([*values, more]))
+        directives = parse_directives(", ".join([*values, more]))
     except BadRequest:
-        wants = NOTHING
-    assert wants.max_age_s is None or 0 <= wants.max_age_s <= MAX_SECONDS
+        directives = NOTHING
+    assert directives.max_age_s is None or 0 <= directives.max_age_s <= MAX_SECONDS
 
 
 @pytest.mark.parametrize("piece", ['"', '\\"', '="\\', ",", "a=", '"",', " ", "0"])
-def test_a_long_header_does_not_take_long(piece: str) -> None:
+def test_a_long_header_is_parsed_quickly(piece: str) -> None:
     started = perf_counter()
     parse_directives(f"x{piece * 60_000}")
     assert perf_counter() - started < 1

@@ -1,4 +1,4 @@
-"""`Cache-Status` in every shape that was promised, each a structured field as RFC 9211 wants it."""
+"""`Cache-Status` in all documented forms, each a valid structured field of RFC 9211."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ from proxy.problems import Code, Problem
 from proxy.upstream.replies import Failed, Priced, Rejected, Reply, Unpriced
 
 PRICED = Priced(Price(b"5", b""), b"20")
-TOLD = FetchResult(PRICED, stored=True)
+FETCHED = FetchResult(PRICED, stored=True)
 UPSTREAM_ERROR = Failed(Problem(Code.UPSTREAM_ERROR, "Later."), 502)
 TIMEOUT = Failed(Problem(Code.UPSTREAM_TIMEOUT, "Later."))
 OPEN = Failed(Problem(Code.UPSTREAM_BUSY, "Later.", 5), asked=False)
 
-# RFC 9211 §2: what each parameter is.
+# RFC 9211 §2: the type of each parameter.
 KINDS = {"hit": bool, "fwd": http_sf.Token, "fwd-status": int, "ttl": int, "stored": bool, "collapsed": bool}
 KINDS |= {"detail": http_sf.Token}
 REASONS = {"bypass", "method", "uri-miss", "vary-miss", "miss", "request", "stale", "partial"}
@@ -30,7 +30,7 @@ def stored(ttl_s: float) -> StoredPrice:
 
 
 def parameters(status: str) -> dict[str, Any]:
-    """The parameters behind the cache's name, seen to be such as RFC 9211 describes."""
+    """The parameters after the cache's name, checked to be valid under RFC 9211."""
     parsed: Any = http_sf.parse(f"estimate-proxy; {status}".encode(), tltype="list")
     [(name, found)] = parsed
     assert name == http_sf.Token("estimate-proxy")
@@ -87,9 +87,9 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize(("status", "promised"), SHAPES.values(), ids=SHAPES)
-def test_a_shape_is_as_it_was_promised(status: str, promised: str) -> None:
-    assert status == promised
+@pytest.mark.parametrize(("status", "documented"), SHAPES.values(), ids=SHAPES)
+def test_each_form_is_as_documented(status: str, documented: str) -> None:
+    assert status == documented
     parameters(status)
 
 
@@ -110,10 +110,10 @@ def test_a_shape_is_as_it_was_promised(status: str, promised: str) -> None:
         (31_536_000.5, 31_536_000),
     ],
 )
-def test_a_ttl_is_never_too_long(ttl_s: float, shown: int) -> None:
+def test_a_ttl_is_rounded_down(ttl_s: float, shown: int) -> None:
     for status in (
         hit(stored(ttl_s)),
-        forwarded("miss", TOLD, ttl_s=ttl_s, collapsed=False),
+        forwarded("miss", FETCHED, ttl_s=ttl_s, collapsed=False),
         after_failure(UPSTREAM_ERROR, stored(ttl_s)),
         after_failure(OPEN, stored(ttl_s)),
     ):
@@ -128,22 +128,22 @@ ttls = st.floats(-1e6, 1e6)
 
 
 @given(st.sampled_from(["miss", "stale", "request", "bypass"]), replies, st.booleans(), st.booleans(), ttls)
-def test_whatever_was_asked_upstream_is_said_soundly(
+def test_each_forwarded_request_has_a_valid_status(
     reason: str,
     reply: Reply,
     kept: bool,  # noqa: FBT001 -- hypothesis passes them by position
     collapsed: bool,  # noqa: FBT001
     ttl_s: float,
 ) -> None:
-    told = FetchResult(reply, stored=kept and isinstance(reply, Priced))
-    found = parameters(forwarded(reason, told, ttl_s=ttl_s, collapsed=collapsed))
+    fetched = FetchResult(reply, stored=kept and isinstance(reply, Priced))
+    found = parameters(forwarded(reason, fetched, ttl_s=ttl_s, collapsed=collapsed))
     assert str(found["fwd"]) == reason
-    assert ("stored" in found) == ("ttl" in found) == (told.stored and reason != "bypass")
+    assert ("stored" in found) == ("ttl" in found) == (fetched.stored and reason != "bypass")
     assert ("collapsed" in found) == collapsed
 
 
 @given(replies, ttls, st.none() | st.just("stale-while-revalidate"))
-def test_whatever_was_stored_is_said_soundly(reply: Reply, ttl_s: float, detail: str | None) -> None:
+def test_each_stored_price_has_a_valid_status(reply: Reply, ttl_s: float, detail: str | None) -> None:
     found = parameters(hit(stored(ttl_s), detail=detail))
     assert found["hit"] is True
     assert ("detail" in found) == (detail is not None)

@@ -1,4 +1,4 @@
-"""Every combination of what is known and what a client wants, as a table; and its numbers against a small model."""
+"""Freshness decisions: a table of all stored prices and directives, and generated cases against a small model."""
 
 from itertools import product
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from proxy.cache.prices import Balance, Lookup, Price, StoredPrice
 from proxy.gateway.freshness import Choice, Directives, Forward, NotCached, Serve, StaleLimits, choose
 
-WINDOWS = StaleLimits(stale_while_revalidate_s=30, stale_if_error_s=600)
+STALE_LIMITS = StaleLimits(stale_while_revalidate_s=30, stale_if_error_s=600)
 BALANCE = Balance(b"20", 3.5)
 TTL_S = 300.0
 
@@ -18,8 +18,8 @@ def stored(ttl_s: float, age_s: float | None = None) -> StoredPrice:
     return StoredPrice(Price(b"5", b""), TTL_S - ttl_s if age_s is None else age_s, ttl_s, b"d1")
 
 
-def said(choice: Choice, kept: StoredPrice | None) -> str:
-    """A choice in words, seen to be about what is known and nothing else."""
+def described(choice: Choice, kept: StoredPrice | None) -> str:
+    """A choice in words, checked to use the stored price and balance."""
     match choice:
         case Serve(price, balance, stale):
             assert price is kept
@@ -48,7 +48,7 @@ PRICES = {
     "gone from now on": stored(-600.001),
     "gone": stored(-601),
 }
-KNOWN: dict[str, Lookup | None] = {
+LOOKUPS: dict[str, Lookup | None] = {
     "out of reach": None,
     "nothing": Lookup(None, BALANCE, None),
     "nothing at all": Lookup(None, None, None),
@@ -57,7 +57,7 @@ KNOWN: dict[str, Lookup | None] = {
     "stale, no balance": Lookup(PRICES["stale"], None, 17),
     **{name: Lookup(price, BALANCE, 17) for name, price in PRICES.items()},
 }
-WANTED = {
+DIRECTIVES = {
     "anything": Directives(),
     "no older than now": Directives(max_age_s=0),
     "young": Directives(max_age_s=250),
@@ -67,7 +67,7 @@ WANTED = {
     "both": Directives(no_cache=True, no_store=True),
     "new, or young": Directives(no_cache=True, max_age_s=250),
 }
-# What each of them gets: in order `anything` and `of any age`, `young`, `no older than now`.
+# The choice for each look-up: for `anything` and `of any age`, for `young`, and for `no older than now`.
 TABLE = {
     "out of reach": ("bypass", "bypass", "bypass"),
     "nothing": ("miss", "miss", "miss"),
@@ -88,51 +88,55 @@ TABLE = {
 }
 
 
-def promised(known: str, wanted: str) -> str:
-    wants = WANTED[wanted]
-    if wants.no_cache or wants.no_store:
-        return "bypass" if known == "out of reach" else "request"
-    return TABLE[known][["of any age", "young", "no older than now"].index(wanted.replace("anything", "of any age"))]
+def expected_choice(lookup: str, wanted: str) -> str:
+    directives = DIRECTIVES[wanted]
+    if directives.no_cache or directives.no_store:
+        return "bypass" if lookup == "out of reach" else "request"
+    return TABLE[lookup][["of any age", "young", "no older than now"].index(wanted.replace("anything", "of any age"))]
 
 
-def test_the_table_is_whole() -> None:
-    assert list(TABLE) == list(KNOWN)
+def test_the_table_is_complete() -> None:
+    assert list(TABLE) == list(LOOKUPS)
 
 
-@pytest.mark.parametrize(("known", "wanted"), list(product(KNOWN, WANTED)))
-def test_a_row_of_the_table(known: str, wanted: str) -> None:
-    price = PRICES.get(known)
-    assert said(choose(KNOWN[known], WANTED[wanted], WINDOWS), price) == promised(known, wanted)
+@pytest.mark.parametrize(("lookup", "wanted"), list(product(LOOKUPS, DIRECTIVES)))
+def test_a_row_of_the_table(lookup: str, wanted: str) -> None:
+    price = PRICES.get(lookup)
+    assert described(choose(LOOKUPS[lookup], DIRECTIVES[wanted], STALE_LIMITS), price) == expected_choice(
+        lookup, wanted
+    )
 
 
-@pytest.mark.parametrize(("known", "wanted"), list(product(KNOWN, WANTED)))
-def test_who_wants_no_request_to_be_made_gets_what_is_stored_or_nothing(known: str, wanted: str) -> None:
-    wants = WANTED[wanted]
-    silent = Directives(wants.no_cache, wants.no_store, only_if_cached=True, max_age_s=wants.max_age_s)
-    expected = promised(known, wanted)
-    given_ = said(choose(KNOWN[known], silent, WINDOWS), PRICES.get(known))
+@pytest.mark.parametrize(("lookup", "wanted"), list(product(LOOKUPS, DIRECTIVES)))
+def test_only_if_cached_gets_a_stored_price_or_not_cached(lookup: str, wanted: str) -> None:
+    directives = DIRECTIVES[wanted]
+    silent = Directives(directives.no_cache, directives.no_store, only_if_cached=True, max_age_s=directives.max_age_s)
+    expected = expected_choice(lookup, wanted)
+    given_ = described(choose(LOOKUPS[lookup], silent, STALE_LIMITS), PRICES.get(lookup))
     assert given_ == (expected if expected.startswith("serve") else "not cached")
 
 
 @pytest.mark.parametrize(("age_s", "expected"), [(249.999, "serve"), (250.0, "serve"), (250.001, "request")])
-def test_an_age_may_be_just_what_is_wanted(age_s: float, expected: str) -> None:
+def test_max_age_includes_its_own_value(age_s: float, expected: str) -> None:
     price = stored(5, age_s)
-    assert said(choose(Lookup(price, BALANCE, 17), Directives(max_age_s=250), WINDOWS), price) == expected
+    assert described(choose(Lookup(price, BALANCE, 17), Directives(max_age_s=250), STALE_LIMITS), price) == expected
 
 
-def test_a_price_of_this_very_moment_is_no_older_than_now() -> None:
+def test_max_age_0_accepts_a_price_of_age_0() -> None:
     price = stored(TTL_S, 0)
-    assert said(choose(Lookup(price, BALANCE, 17), Directives(max_age_s=0), WINDOWS), price) == "serve"
+    assert described(choose(Lookup(price, BALANCE, 17), Directives(max_age_s=0), STALE_LIMITS), price) == "serve"
 
 
 def test_a_young_price_may_still_be_stale() -> None:
-    """After a repricing it is. `max-age` is about its age alone."""
+    """After a repricing, for example. `max-age` only limits the age."""
     price = stored(-10, age_s=20)
-    assert said(choose(Lookup(price, BALANCE, 17), Directives(max_age_s=250), WINDOWS), price) == "serve stale"
+    assert (
+        described(choose(Lookup(price, BALANCE, 17), Directives(max_age_s=250), STALE_LIMITS), price) == "serve stale"
+    )
 
 
 @pytest.mark.parametrize(
-    ("windows", "expected"),
+    ("stale_limits", "expected"),
     [
         (StaleLimits(0, 0), "stale"),
         (StaleLimits(0, 600), "stale or fall back"),
@@ -140,34 +144,34 @@ def test_a_young_price_may_still_be_stale() -> None:
         (StaleLimits(30, 10), "serve stale"),
     ],
 )
-def test_windows_of_no_length(windows: StaleLimits, expected: str) -> None:
+def test_stale_limits_of_zero(stale_limits: StaleLimits, expected: str) -> None:
     price = stored(-0.001)
-    assert said(choose(Lookup(price, BALANCE, 17), Directives(), windows), price) == expected
+    assert described(choose(Lookup(price, BALANCE, 17), Directives(), stale_limits), price) == expected
 
 
-def test_a_window_for_errors_may_be_the_shorter_one() -> None:
+def test_the_limit_for_errors_may_be_the_shorter_one() -> None:
     for ttl_s, expected in [(-29.0, "serve stale"), (-30.0, "serve stale"), (-31.0, "stale")]:
         price = stored(ttl_s)
-        assert said(choose(Lookup(price, BALANCE, 17), Directives(), StaleLimits(30, 10)), price) == expected
+        assert described(choose(Lookup(price, BALANCE, 17), Directives(), StaleLimits(30, 10)), price) == expected
 
 
 # --- the model --------------------------------------------------------------------------------------------------
 
 
-def model(known: Lookup | None, wants: Directives, windows: StaleLimits) -> str:
-    """All that would do is listed first; the best of it is taken."""
-    price = known.stored if known is not None and known.balance is not None else None
-    limit = float("inf") if wants.max_age_s is None else float(wants.max_age_s)
-    will_do = price is not None and not (wants.no_cache or wants.no_store) and not price.age_s > limit
+def model(lookup: Lookup | None, directives: Directives, stale_limits: StaleLimits) -> str:
+    """Lists which choices are allowed, best first, and takes the first."""
+    price = lookup.stored if lookup is not None and lookup.balance is not None else None
+    limit = float("inf") if directives.max_age_s is None else float(directives.max_age_s)
+    is_usable = price is not None and not (directives.no_cache or directives.no_store) and not price.age_s > limit
     late_s = 0.0 if price is None else -price.ttl_s
     usable = {
-        "serve": will_do and late_s < 0,
-        "serve stale": will_do and 0 <= late_s <= windows.stale_while_revalidate_s,
-        "not cached": wants.only_if_cached,
-        "bypass": known is None,
-        "request": wants.no_cache or wants.no_store or (price is not None and not will_do),
+        "serve": is_usable and late_s < 0,
+        "serve stale": is_usable and 0 <= late_s <= stale_limits.stale_while_revalidate_s,
+        "not cached": directives.only_if_cached,
+        "bypass": lookup is None,
+        "request": directives.no_cache or directives.no_store or (price is not None and not is_usable),
         "miss": price is None,
-        "stale or fall back": 0 <= late_s <= windows.stale_if_error_s,
+        "stale or fall back": 0 <= late_s <= stale_limits.stale_if_error_s,
         "stale": True,
     }
     return next(choice for choice, applies in usable.items() if applies)
@@ -175,13 +179,17 @@ def model(known: Lookup | None, wants: Directives, windows: StaleLimits) -> str:
 
 seconds = st.integers(0, 6).map(float) | st.floats(0, 6)
 stored_prices = st.builds(stored, st.integers(-6, 6).map(float) | st.floats(-6, 6), seconds)
-knowns = st.none() | st.builds(Lookup, st.none() | stored_prices, st.none() | st.just(BALANCE), st.none() | st.just(17))
-wishes = st.builds(Directives, st.booleans(), st.booleans(), st.booleans(), st.none() | st.integers(0, 6))
+lookups = st.none() | st.builds(
+    Lookup, st.none() | stored_prices, st.none() | st.just(BALANCE), st.none() | st.just(17)
+)
+directive_sets = st.builds(Directives, st.booleans(), st.booleans(), st.booleans(), st.none() | st.integers(0, 6))
 
 
-@given(knowns, wishes, st.builds(StaleLimits, seconds, seconds))
+@given(lookups, directive_sets, st.builds(StaleLimits, seconds, seconds))
 @example(Lookup(stored(0, 0), BALANCE, 17), Directives(max_age_s=0), StaleLimits(0, 0))
 @example(Lookup(stored(-1, 5), BALANCE, 17), Directives(), StaleLimits(1, 1))
-def test_a_choice_is_the_models(known: Lookup | None, wants: Directives, windows: StaleLimits) -> None:
-    choice = choose(known, wants, windows)
-    assert said(choice, None if known is None else known.stored) == model(known, wants, windows)
+def test_choices_equal_those_of_the_model(
+    lookup: Lookup | None, directives: Directives, stale_limits: StaleLimits
+) -> None:
+    choice = choose(lookup, directives, stale_limits)
+    assert described(choice, None if lookup is None else lookup.stored) == model(lookup, directives, stale_limits)

@@ -1,4 +1,4 @@
-"""What a purge may ask for: two forms, a body read exactly as it would be asked, and nothing else."""
+"""The body of a purge: two forms, in which a body is parsed exactly as in an estimate."""
 
 import json
 import re
@@ -92,12 +92,12 @@ def refusal(raw: bytes) -> str:
 
 
 @pytest.mark.parametrize(("raw", "wanted"), READ.values(), ids=READ)
-def test_read(raw: bytes, wanted: PurgeRequest) -> None:
+def test_a_purge_is_parsed(raw: bytes, wanted: PurgeRequest) -> None:
     assert parse_purge(raw) == wanted
 
 
 @pytest.mark.parametrize("raw", REFUSED.values(), ids=REFUSED)
-def test_refused(raw: bytes) -> None:
+def test_any_other_document_is_refused(raw: bytes) -> None:
     refusal(raw)
 
 
@@ -109,7 +109,7 @@ def test_a_refusal_says_what_to_send(raw: bytes) -> None:
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.name)
-def test_a_body_is_read_as_if_it_were_asked(body: Body) -> None:
+def test_a_body_is_parsed_as_in_an_estimate(body: Body) -> None:
     random = Random(body.name)
     for _ in range(3):
         raw = respell({"body": body.items, "account": "studio"}, random)
@@ -142,13 +142,13 @@ INEXACT = {
 
 
 @pytest.mark.parametrize("number", EXACT.values(), ids=EXACT)
-def test_what_can_be_asked_can_be_purged(number: bytes) -> None:
+def test_a_body_that_can_be_estimated_can_be_purged(number: bytes) -> None:
     body = b'[{"a":%s}]' % number
     assert parse_purge(b'{"body":%s}' % body).canonical == canonicalise(body)
 
 
 @pytest.mark.parametrize("number", INEXACT.values(), ids=INEXACT)
-def test_what_cannot_be_asked_cannot_be_purged(number: bytes) -> None:
+def test_a_body_that_cannot_be_estimated_cannot_be_purged(number: bytes) -> None:
     body = b'[{"a":%s}]' % number
     with pytest.raises(BadRequest) as caught:
         canonicalise(body)
@@ -177,8 +177,8 @@ forms = st.fixed_dictionaries(
 )
 
 
-def is_sound(form: dict[str, Any]) -> bool:
-    """Whether the document is of one of the two forms, said anew."""
+def has_valid_form(form: dict[str, Any]) -> bool:
+    """Whether the document has one of the two forms, written independently of the code."""
     is_text = all(isinstance(form.get(name, ""), str) for name in ("account", "query"))
     body = form.get("body")
     is_body = isinstance(body, list) and body != [] and all(isinstance(item, dict) for item in body)
@@ -188,9 +188,9 @@ def is_sound(form: dict[str, Any]) -> bool:
 
 
 @given(forms)
-def test_a_document_of_these_members_is_read_if_it_is_sound(form: dict[str, Any]) -> None:
+def test_a_document_is_parsed_if_it_has_one_of_the_two_forms(form: dict[str, Any]) -> None:
     raw = json.dumps(form).encode()
-    if not is_sound(form):
+    if not has_valid_form(form):
         refusal(raw)
         return
     canonical = canonicalise(json.dumps(form["body"]).encode()) if "body" in form else None

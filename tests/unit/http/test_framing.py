@@ -1,4 +1,4 @@
-"""Request heads and chunked bodies: what is read, and what is refused because two servers could read it in two ways."""
+"""Request heads and chunked bodies: what is parsed, and what is refused because it is malformed or ambiguous."""
 
 from itertools import pairwise
 from typing import Any
@@ -28,7 +28,7 @@ def status_of(text: bytes) -> int:
     return 200
 
 
-def test_a_head_is_read() -> None:
+def test_a_head_is_parsed() -> None:
     read = parse_head(head("POST /p%20a?q=1 HTTP/1.1", "Content-Length: 12", "X-Thing:  b ", "Expect: 100-Continue"))
     assert read._asdict() == {
         "method": "POST",
@@ -53,7 +53,7 @@ def test_a_head_is_read() -> None:
         ("GET /?a?b HTTP/1.1", b"/", b"a?b"),
     ],
 )
-def test_targets(line: str, path: bytes, query: bytes) -> None:
+def test_targets_are_split_into_path_and_query(line: str, path: bytes, query: bytes) -> None:
     read = parse_head(head(line))
     assert (read.path, read.query) == (path, query)
 
@@ -68,7 +68,7 @@ def test_hosts(host: str | None, status: int) -> None:
     assert status_of(head(host=host)) == status
 
 
-def test_http_1_0_may_leave_out_its_host_but_not_send_two() -> None:
+def test_http_1_0_may_leave_out_the_host_but_not_send_two() -> None:
     assert status_of(head("GET / HTTP/1.0", host=None)) == 200
     assert status_of(head("GET / HTTP/1.0", "Host: h")) == 400
     assert status_of(head("GET / HTTP/1.1", "Host: h")) == 400
@@ -81,13 +81,13 @@ def test_header_fields(fields: list[str], status: int, offer: list[str]) -> None
     assert status_of(head("POST / HTTP/1.1", *offer, *fields)) == status
 
 
-def test_transfer_codings_are_younger_than_http_1_0() -> None:
+def test_http_1_0_has_no_transfer_codings() -> None:
     assert status_of(head("POST / HTTP/1.0", "Transfer-Encoding: chunked")) == 400
     assert status_of(head("POST / HTTP/1.0", "Transfer-Encoding: gzip")) == 400
 
 
 @pytest.mark.parametrize("text", [head().replace(b"Host: h\r\n", b"Host: h\n"), b"GET / HTTP/1.1\nHost: h\r\n\r\n"])
-def test_lines_end_with_crlf(text: bytes) -> None:
+def test_lines_must_end_with_crlf(text: bytes) -> None:
     assert status_of(text) == 400
     assert status_of(text.replace(b"\n", b"\r", 1)) == 400
 
@@ -109,7 +109,7 @@ def test_which_connections_are_kept(line: str, fields: list[str], *, kept: bool)
 
 
 @pytest.mark.parametrize("upgrade", ["h2c", "websocket", "TLS/1.2"])
-def test_an_offered_upgrade_changes_nothing(upgrade: str) -> None:
+def test_an_offered_upgrade_is_ignored(upgrade: str) -> None:
     offer = ["Connection: Upgrade, HTTP2-Settings", f"Upgrade: {upgrade}", "HTTP2-Settings: AAMAAABkAAQAAP__"]
     for framing, length in (("Content-Length: 7", 7), ("Transfer-Encoding: chunked", None)):
         read = parse_head(head("POST / HTTP/1.1", *offer, framing))
@@ -128,15 +128,15 @@ def test_empty_lines_before_a_request_are_skipped() -> None:
 
 
 @given(st.lists(st.integers(1, 40), min_size=1))
-def test_the_end_of_a_head_is_found_in_whatever_pieces_it_comes(sizes: list[int]) -> None:
-    text, received, looked_at, position = head() + b"[\n]", b"", 0, 0
+def test_the_end_of_a_head_is_found_however_it_is_split(sizes: list[int]) -> None:
+    text, received, searched, position = head() + b"[\n]", b"", 0, 0
     for size in [*sizes, len(text)]:
         received, position = received + text[position : position + size], position + size
-        end = find_end_of_head(received, looked_at)
+        end = find_end_of_head(received, searched)
         assert end == (len(head()) if len(received) >= len(head()) else None)
         if end is not None:
             return
-        looked_at = len(received)
+        searched = len(received)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_the_end_of_a_head_is_found_in_whatever_pieces_it_comes(sizes: list[int]
         (b"GET / HTTP/1.1\r\nA: " + b"a" * MAX_HEAD_BYTES + b"\r\n\r\n", 431),
     ],
 )
-def test_what_cannot_become_a_head_is_refused_at_once(beginning: bytes, status: int) -> None:
+def test_bytes_that_cannot_become_a_head_are_refused_at_once(beginning: bytes, status: int) -> None:
     try:
         assert find_end_of_head(beginning, 0) is None
         found = 200
@@ -172,7 +172,7 @@ def chunk(data: bytes, extension: bytes = b"") -> bytes:
 
 
 def fed(body: ChunkedBody, pieces: list[bytes]) -> tuple[bytes, bytes]:
-    """What was decoded, and what was left after the end."""
+    """The decoded bytes, and the bytes after the end."""
     decoded, left = b"", b""
     for piece in pieces:
         if body.complete:
@@ -192,7 +192,7 @@ parts = st.lists(st.one_of(st.binary(min_size=1, max_size=9), st.just(b"\r\n\r\n
     st.sampled_from([b"", b"GET / HTTP/1.1\r\n\r\n", b"\r\n\r\n"]),
     st.data(),
 )
-def test_a_chunked_body_is_decoded_in_whatever_pieces_it_comes(
+def test_a_chunked_body_is_decoded_however_it_is_split(
     chunks: list[bytes], trailers: bytes, after: bytes, data: st.DataObject
 ) -> None:
     text = b"".join(map(chunk, chunks)) + b"0\r\n" + trailers + b"\r\n" + after
@@ -204,7 +204,7 @@ def test_a_chunked_body_is_decoded_in_whatever_pieces_it_comes(
 
 
 @pytest.mark.parametrize("text", NOT_CHUNKED)
-def test_what_is_not_correctly_chunked_is_refused(text: bytes) -> None:
+def test_malformed_chunks_are_refused(text: bytes) -> None:
     with pytest.raises(BadRequest) as refused:
         fed(ChunkedBody(budget=1000), [text])
     assert refused.value.problem.status == 400
@@ -220,22 +220,20 @@ def test_what_is_not_correctly_chunked_is_refused(text: bytes) -> None:
         b"0\r\n" + b"A: b\r\n" * 50,
     ],
 )
-def test_what_is_not_the_body_has_a_budget(flood: bytes) -> None:
+def test_trailers_and_extensions_are_limited(flood: bytes) -> None:
     with pytest.raises(BadRequest) as refused:
         fed(ChunkedBody(budget=100), [flood])
     assert refused.value.problem.status == 431
     fed(ChunkedBody(budget=1000), [flood])
 
 
-def test_a_body_in_small_chunks_needs_no_budget() -> None:
+def test_small_chunks_do_not_count_against_the_limit() -> None:
     pieces = [chunk(b"x")] * 10_000
     assert fed(ChunkedBody(budget=CHUNK_FRAMING_BYTES), [*pieces, b"0\r\n\r\n"]) == (b"x" * 10_000, b"")
 
 
 @given(st.binary(max_size=200), st.lists(st.integers(0, 200), max_size=4))
-def test_anything_is_either_decoded_or_refused(text: bytes, places: list[int]) -> None:
-    """Never read in another way because it comes in pieces."""
-
+def test_splitting_never_changes_the_result(text: bytes, places: list[int]) -> None:
     def outcome(pieces: list[bytes]) -> Any:
         try:
             return fed(ChunkedBody(budget=50), pieces)

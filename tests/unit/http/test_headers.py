@@ -1,4 +1,4 @@
-"""The fields of a request's head, as far as they count."""
+"""The request header fields that the gateway uses."""
 
 import pytest
 
@@ -30,32 +30,32 @@ def head(**fields: str | list[str]) -> RequestHeaders:
         ({"x_api_key": "ep_1", "authorization": "Basic ep_2"}, "ep_1"),
     ],
 )
-def test_the_token(fields: dict[str, str], token: str | None) -> None:
+def test_the_token_is_found(fields: dict[str, str], token: str | None) -> None:
     assert head(**fields).token == token
 
 
 @pytest.mark.parametrize("name", ["x_api_key", "authorization"])
-def test_a_credential_that_was_sent_twice_is_refused(name: str) -> None:
+def test_a_repeated_credential_is_refused(name: str) -> None:
     with pytest.raises(BadRequest, match="was sent 3 times") as refused:
         _ = head(**{name: ["Bearer a", "Bearer a", "Bearer b"]}).token
     assert refused.value.problem.code is Code.INVALID_REQUEST
 
 
-def test_fields_that_are_lists_are_joined() -> None:
-    told = head(cache_control=["no-cache", "max-age=5"], accept=["text/csv", "*/*"])
-    assert told.directives == Directives(no_cache=True, max_age_s=5)
-    assert told.accept == "text/csv, */*"
+def test_list_fields_are_joined() -> None:
+    headers = head(cache_control=["no-cache", "max-age=5"], accept=["text/csv", "*/*"])
+    assert headers.directives == Directives(no_cache=True, max_age_s=5)
+    assert headers.accept == "text/csv, */*"
     assert head().directives == Directives()
     assert head().accept is None
     assert head(accept="").accept is None
 
 
 @pytest.mark.parametrize(
-    ("given", "known"),
+    ("given", "usable"),
     [("r-1.a_B", True), ("a" * 128, True), ("a" * 129, False), ("", False), ("a b", False), ("é", False)],
 )
-def test_the_request_id(given: str, known: bool) -> None:  # noqa: FBT001 -- a row of a table
-    assert head(x_request_id=given).request_id == (given if known else None)
+def test_a_usable_request_id_is_kept(given: str, usable: bool) -> None:  # noqa: FBT001 -- a row of a table
+    assert head(x_request_id=given).request_id == (given if usable else None)
     assert head(x_request_id=[given, given]).request_id is None
     assert head().request_id is None
 
@@ -69,7 +69,7 @@ def test_the_request_id(given: str, known: bool) -> None:  # noqa: FBT001 -- a r
         {"content_encoding": "Identity"},
     ],
 )
-def test_plain_json(fields: dict[str, str]) -> None:
+def test_plain_json_is_accepted(fields: dict[str, str]) -> None:
     head(**fields).check_media_type()
 
 
@@ -83,11 +83,11 @@ def test_plain_json(fields: dict[str, str]) -> None:
         ({"content_encoding": ["identity", "gzip"]}, Code.INVALID_REQUEST),
     ],
 )
-def test_other_bodies(fields: dict[str, str], code: Code) -> None:
+def test_other_media_types_and_codings_are_refused(fields: dict[str, str], code: Code) -> None:
     with pytest.raises(BadRequest) as refused:
         head(**fields).check_media_type()
     assert refused.value.problem.code is code
 
 
-def test_the_length() -> None:
+def test_the_content_length_is_0_if_absent() -> None:
     assert (head(content_length="12").content_length, head().content_length) == (12, 0)

@@ -1,4 +1,4 @@
-"""Of what is no question, nothing but a refusal: what is refused, what is read, and then anything at all."""
+"""Canonical bodies: invalid bodies, valid ones at the limits, and generated ones compared with a strict parser."""
 
 import re
 from random import Random
@@ -23,8 +23,8 @@ def check_refusal(problem: Problem) -> None:
     assert problem.detail.isprintable()
 
 
-def reading(raw: bytes) -> bytes | None:
-    """What the gateway makes of `raw`. Anything but canonical bytes or a sound refusal fails the test."""
+def canonical_of(raw: bytes) -> bytes | None:
+    """The canonical bytes of `raw`; None if it is refused with a correct problem. Anything else fails the test."""
     try:
         canonical = canonicalise(raw)
     except BadRequest as refusal:
@@ -34,11 +34,11 @@ def reading(raw: bytes) -> bytes | None:
     return canonical
 
 
-# --- what is no question, and what is one only just -------------------------------------------------------------
+# --- invalid bodies, and valid ones at the limits --------------------------------------------------------------
 
 
 def nested_arrays(depth: int) -> bytes:
-    """A body of `depth` levels, of which two are its own array and the item in it."""
+    """A body with `depth` levels, including its own array and the item in it."""
     return b'[{"a":' + b"[" * (depth - 2) + b"]" * (depth - 2) + b"}]"
 
 
@@ -191,36 +191,36 @@ READ = {
 
 
 @pytest.mark.parametrize("raw", REFUSED.values(), ids=REFUSED)
-def test_refused(raw: bytes) -> None:
-    assert reading(raw) is None
+def test_an_invalid_body_is_refused(raw: bytes) -> None:
+    assert canonical_of(raw) is None
     assert strict_reading(raw) is None
 
 
 @pytest.mark.parametrize(("raw", "canonical"), READ.values(), ids=READ)
-def test_read(raw: bytes, canonical: bytes) -> None:
-    assert reading(raw) == canonical
+def test_a_valid_body_is_canonicalised(raw: bytes, canonical: bytes) -> None:
+    assert canonical_of(raw) == canonical
     assert strict_reading(raw) == canonical
 
 
-def test_a_body_cut_short_is_refused_wherever_the_cut_is() -> None:
-    assert reading(SAMPLE) == strict_reading(SAMPLE) is not None
-    assert [end for end in range(len(SAMPLE)) if reading(SAMPLE[:end]) is not None] == []
+def test_a_truncated_body_is_refused_wherever_it_ends() -> None:
+    assert canonical_of(SAMPLE) == strict_reading(SAMPLE) is not None
+    assert [end for end in range(len(SAMPLE)) if canonical_of(SAMPLE[:end]) is not None] == []
 
 
 @pytest.mark.parametrize("depth", [33, 900, 1000, 1015])
-def test_the_depth_of_a_hidden_member_does_not_count(depth: int) -> None:
-    """Not even where a body is looked at twice, for an integer that could be too small."""
+def test_the_depth_of_a_repeated_member_that_is_dropped_does_not_count(depth: int) -> None:
+    """Not even where a body is parsed twice because an integer may be too small."""
     hidden = nested_arrays(depth)[2:-2]
-    assert reading(b'[{%s,"a":-9223372036854775808}]' % hidden) == with_number(str(MIN))
-    assert reading(b'[{%s,"a":-9223372036854775809}]' % hidden) is None
+    assert canonical_of(b'[{%s,"a":-9223372036854775808}]' % hidden) == with_number(str(MIN))
+    assert canonical_of(b'[{%s,"a":-9223372036854775809}]' % hidden) is None
 
 
-def test_an_unfinished_string_does_not_take_long() -> None:
-    """A scan that begins anew at each of its quotes would: this much would take it hours."""
-    assert reading(b'[{"a":-92233720368547,"b":"' + b'\\"' * 130_000) is None
+def test_an_unfinished_string_is_refused_quickly() -> None:
+    """A scan that starts again at each of its quotes would take hours for this body."""
+    assert canonical_of(b'[{"a":-92233720368547,"b":"' + b'\\"' * 130_000) is None
 
 
-def test_refusals_say_what_is_wrong() -> None:
+def test_refusals_name_the_error() -> None:
     def detail(raw: bytes) -> str:
         with pytest.raises(BadRequest) as caught:
             canonicalise(raw)
@@ -234,16 +234,16 @@ def test_refusals_say_what_is_wrong() -> None:
     assert "deeper than 32" in detail(nested_objects(33))
 
 
-# --- anything at all ----------------------------------------------------------------------------------------------
+# --- generated bodies ---------------------------------------------------------------------------------------------
 
 
-def judge(raw: bytes) -> None:
-    assert reading(raw) == strict_reading(raw)
+def check_against_strict_parser(raw: bytes) -> None:
+    assert canonical_of(raw) == strict_reading(raw)
 
 
 @given(st.binary(max_size=40) | st.binary(max_size=20).map(lambda inside: b'[{"a":"' + inside + b'"}]'))
-def test_bytes_have_one_reading_or_none(raw: bytes) -> None:
-    judge(raw)
+def test_bytes_are_parsed_like_the_strict_parser_does(raw: bytes) -> None:
+    check_against_strict_parser(raw)
 
 
 tokens = (
@@ -255,9 +255,9 @@ tokens = (
 
 @settings(max_examples=300)
 @given(st.lists(tokens, max_size=12).map("".join))
-def test_tokens_have_one_reading_or_none(text: str) -> None:
-    judge(text.encode())
-    judge(b'[{"a":' + text.encode() + b"}]")
+def test_tokens_are_parsed_like_the_strict_parser_does(text: str) -> None:
+    check_against_strict_parser(text.encode())
+    check_against_strict_parser(b'[{"a":' + text.encode() + b"}]")
 
 
 number_texts = st.from_regex(
@@ -269,13 +269,13 @@ number_texts = st.from_regex(
 @settings(max_examples=500)
 @given(number_texts)
 @example("-9223372036854776832")
-def test_numbers_have_one_reading_or_none(number: str) -> None:
-    judge(with_number(number))
+def test_numbers_are_parsed_like_the_strict_parser_does(number: str) -> None:
+    check_against_strict_parser(with_number(number))
 
 
 @settings(max_examples=1000)
 @given(st.sampled_from(BODIES), chances, st.integers(1, 3))
-def test_damaged_bodies_have_one_reading_or_none(body: Body, random: Random, times: int) -> None:
+def test_damaged_bodies_are_parsed_like_the_strict_parser_does(body: Body, random: Random, times: int) -> None:
     raw = bytearray(respell(body.items, random))
     for _ in range(times):
         start = random.randrange(len(raw) + 1)
@@ -288,4 +288,4 @@ def test_damaged_bodies_have_one_reading_or_none(body: Body, random: Random, tim
                 random.choices(b'[]{},:"\\0123456789.eE-+ \n' + hexdigits.encode()),
             ]
         )
-    judge(bytes(raw))
+    check_against_strict_parser(bytes(raw))

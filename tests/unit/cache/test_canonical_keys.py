@@ -1,4 +1,4 @@
-"""One question, one key: what it is made of, and the members that do not count."""
+"""Cache keys: the fields they are made from, and ignored members."""
 
 from random import Random
 from typing import Any
@@ -15,8 +15,8 @@ from proxy.cache.canonical import canonicalise, key_of, present
 # --- the key ----------------------------------------------------------------------------------------------------
 
 
-def test_the_key_of_a_question_is_what_it_was() -> None:
-    """Prices are stored under it: if this value has to change, `KEY_FORMAT` has to change with it."""
+def test_the_key_of_a_request_has_not_changed() -> None:
+    """Prices are stored under it: if this value must change, change `KEY_FORMAT` too."""
     raw = b'[{"steps": 20.0, "prompt": {"positive": "caf\\u00e9"}}]'
     fields = {
         "origin": "https://api.rendernet.ai",
@@ -35,7 +35,7 @@ def test_each_field_alone_changes_the_key(name: str) -> None:
 
 
 @given(st.text(st.sampled_from('ab",\n[]{}\\'), max_size=12), st.data())
-def test_a_character_cannot_slip_from_one_field_into_the_next(text: str, data: st.DataObject) -> None:
+def test_moving_a_character_to_the_next_field_changes_the_key(text: str, data: st.DataObject) -> None:
     def key_when_cut(cuts: list[int]) -> str:
         origin, account, path, query = (text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True))
         return key_of(b"[{}]", origin=origin, account=account, path=path, query=query)
@@ -45,25 +45,25 @@ def test_a_character_cannot_slip_from_one_field_into_the_next(text: str, data: s
     assert (key_when_cut(one) == key_when_cut(other)) == (one == other)
 
 
-def test_the_body_and_the_query_are_told_apart() -> None:
+def test_body_and_query_are_not_interchangeable() -> None:
     assert key_of(b'[{"a":1}]', **FIELDS) != key_of(b"[{}]", **FIELDS | {"query": '[{"a":1}]'})
 
 
-# --- members that do not count ------------------------------------------------------------------------------------
+# --- ignored members ----------------------------------------------------------------------------------------------
 
 Paths = tuple[str, ...]
 
 
-def key_less(question: Any, *ignored: str) -> str:
+def key_without(question: Any, *ignored: str) -> str:
     return key_of(canonicalise(plain(question)), **FIELDS, ignored=ignored)
 
 
-def less(value: Any, paths: set[Paths]) -> Any:
-    """`value` without what stands at the paths, made anew."""
+def without_paths(value: Any, paths: set[Paths]) -> Any:
+    """A copy of `value` without the members at the paths."""
     if not isinstance(value, dict):
         return value
     return {
-        name: less(member, {path[1:] for path in paths if path[0] == name and len(path) > 1})
+        name: without_paths(member, {path[1:] for path in paths if path[0] == name and len(path) > 1})
         for name, member in value.items()
         if (name,) not in paths
     }
@@ -84,45 +84,51 @@ ignored_paths = st.lists(st.lists(names, min_size=1, max_size=3).map(".".join), 
 @example([{"a": {"b": 1}}], [{"a": {}}], ["a.b"])
 @example([{"a": {}}], [{}], ["a.b"])
 @example([{"a": {"b": 1}, "c": 1}], [{"c": 1}], ["a.b", "a"])
-def test_two_questions_share_a_key_if_what_counts_is_one(one: Any, other: Any, ignored: list[str]) -> None:
+def test_two_bodies_share_a_key_if_they_are_equal_without_ignored_members(
+    one: Any, other: Any, ignored: list[str]
+) -> None:
     paths: set[Paths] = {tuple(path.split(".")) for path in ignored}
-    counted = [meaning([less(item, paths) for item in question]) for question in (one, other)]
-    assert (key_less(one, *ignored) == key_less(other, *ignored)) == (counted[0] == counted[1])
+    counted = [meaning([without_paths(item, paths) for item in question]) for question in (one, other)]
+    assert (key_without(one, *ignored) == key_without(other, *ignored)) == (counted[0] == counted[1])
 
 
 @given(small_questions, ignored_paths, st.randoms(use_true_random=False))
-def test_order_and_repetition_of_the_ignored_do_not_matter(question: Any, ignored: list[str], random: Random) -> None:
+def test_order_and_repetition_of_ignored_members_do_not_matter(
+    question: Any, ignored: list[str], random: Random
+) -> None:
     otherwise = random.sample(ignored, len(ignored)) + ignored[:2]
-    assert key_less(question, *otherwise) == key_less(question, *ignored)
+    assert key_without(question, *otherwise) == key_without(question, *ignored)
 
 
 @given(questions, ignored_paths, ignored_paths)
-def test_another_list_of_ignored_members_is_another_key(question: Any, ignored: list[str], others: list[str]) -> None:
-    """Even where the body has none of them: prices that other rules have stored are not found."""
-    assert (key_less(question, *ignored) == key_less(question, *others)) == (set(ignored) == set(others))
+def test_another_list_of_ignored_members_gives_another_key(
+    question: Any, ignored: list[str], others: list[str]
+) -> None:
+    """Even if the body has none of them: prices stored under another list must not be found."""
+    assert (key_without(question, *ignored) == key_without(question, *others)) == (set(ignored) == set(others))
 
 
 @given(questions, texts.filter(lambda name: "." not in name), values)
-def test_an_ignored_member_counts_neither_by_its_value_nor_by_its_absence(question: Any, name: str, new: Any) -> None:
+def test_neither_value_nor_absence_of_an_ignored_member_changes_the_key(question: Any, name: str, new: Any) -> None:
     without = [{n: m for n, m in item.items() if n != name} for item in question]
     changed = [{**item, name: new} for item in question]
-    assert key_less(question, name) == key_less(without, name) == key_less(changed, name)
-    assert key_less(without) != key_less(changed)
+    assert key_without(question, name) == key_without(without, name) == key_without(changed, name)
+    assert key_without(without) != key_without(changed)
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.name)
-def test_a_seed_that_is_ignored_never_counts(body: Body) -> None:
+def test_an_ignored_seed_never_changes_the_key(body: Body) -> None:
     ignored = ("seed", "prompt.positive")
-    one = key_less(body.items, *ignored)
-    assert key_less([{**item, "seed": [0.5, {"x": None}]} for item in body.items], *ignored) == one
-    assert key_less([{n: m for n, m in item.items() if n != "seed"} for item in body.items], *ignored) == one
-    assert key_less([{**item, "steps": 99} for item in body.items], *ignored) != one
-    assert key_less([{**item, "seed2": 1} for item in body.items], *ignored) != one
-    assert key_less([*body.items, {}], *ignored) != one
+    one = key_without(body.items, *ignored)
+    assert key_without([{**item, "seed": [0.5, {"x": None}]} for item in body.items], *ignored) == one
+    assert key_without([{n: m for n, m in item.items() if n != "seed"} for item in body.items], *ignored) == one
+    assert key_without([{**item, "steps": 99} for item in body.items], *ignored) != one
+    assert key_without([{**item, "seed2": 1} for item in body.items], *ignored) != one
+    assert key_without([*body.items, {}], *ignored) != one
     assert one != key(body.raw)
 
 
-SAME_LESS_SEED_AND_PROMPT = {
+SAME_WITHOUT_SEED_AND_PROMPT = {
     "another seed": ([{"seed": 1}], [{"seed": 2}]),
     "no seed": ([{"seed": 1}], [{}]),
     "a seed of null": ([{"seed": None}], [{}]),
@@ -131,7 +137,7 @@ SAME_LESS_SEED_AND_PROMPT = {
     "another prompt": ([{"prompt": {"positive": "x", "n": 1}}], [{"prompt": {"positive": "y", "n": 1}}]),
     "no positive": ([{"prompt": {"positive": "x"}}], [{"prompt": {}}]),
 }
-APART_LESS_SEED_AND_PROMPT = {
+DIFFERENT_WITHOUT_SEED_AND_PROMPT = {
     "an empty prompt and none": ([{"prompt": {"positive": "x"}}], [{}]),
     "an empty prompt and null": ([{"prompt": {"positive": "x"}}], [{"prompt": None}]),
     "an empty prompt and an empty list": ([{"prompt": {"positive": "x"}}], [{"prompt": []}]),
@@ -151,41 +157,43 @@ APART_LESS_SEED_AND_PROMPT = {
 }
 
 
-@pytest.mark.parametrize(("one", "other"), SAME_LESS_SEED_AND_PROMPT.values(), ids=SAME_LESS_SEED_AND_PROMPT)
-def test_one_question_less_seed_and_prompt(one: Any, other: Any) -> None:
-    assert key_less(one, "seed", "prompt.positive") == key_less(other, "seed", "prompt.positive")
-    assert key_less(one) != key_less(other)
+@pytest.mark.parametrize(("one", "other"), SAME_WITHOUT_SEED_AND_PROMPT.values(), ids=SAME_WITHOUT_SEED_AND_PROMPT)
+def test_bodies_that_differ_in_seed_or_prompt_share_a_key(one: Any, other: Any) -> None:
+    assert key_without(one, "seed", "prompt.positive") == key_without(other, "seed", "prompt.positive")
+    assert key_without(one) != key_without(other)
 
 
-@pytest.mark.parametrize(("one", "other"), APART_LESS_SEED_AND_PROMPT.values(), ids=APART_LESS_SEED_AND_PROMPT)
-def test_two_questions_less_seed_and_prompt(one: Any, other: Any) -> None:
-    assert key_less(one, "seed", "prompt.positive") != key_less(other, "seed", "prompt.positive")
+@pytest.mark.parametrize(
+    ("one", "other"), DIFFERENT_WITHOUT_SEED_AND_PROMPT.values(), ids=DIFFERENT_WITHOUT_SEED_AND_PROMPT
+)
+def test_bodies_that_differ_elsewhere_have_different_keys(one: Any, other: Any) -> None:
+    assert key_without(one, "seed", "prompt.positive") != key_without(other, "seed", "prompt.positive")
 
 
-def test_a_path_may_be_long() -> None:
+def test_a_path_may_have_several_parts() -> None:
     bodies: list[Any] = [[{"a": {"b": {"c": {"d": value}, "c.d": 1}}}] for value in (1, [2])]
-    assert len({key_less(body, "a.b.c.d") for body in bodies}) == 1
-    assert len({key_less(body, "a.b.c.x", "b.c.d", "a.c.d") for body in bodies}) == 2
+    assert len({key_without(body, "a.b.c.d") for body in bodies}) == 1
+    assert len({key_without(body, "a.b.c.x", "b.c.d", "a.c.d") for body in bodies}) == 2
     assert present(canonicalise(plain(bodies[0])), ["a.b.c", "a.b.c.d", "a.b.c.d.e", "b.c.d"]) == ["a.b.c", "a.b.c.d"]
 
 
 def test_numbers_beside_an_ignored_member_stay_exact() -> None:
     exact = [MIN, MIN + 1, MAX, MAX - 1, 2**53 + 1, 0.1, 5e-324, 1.5e300 / 1e300]
-    keys = {key_less([{"seed": 1, "n": number}], "seed") for number in exact}
+    keys = {key_without([{"seed": 1, "n": number}], "seed") for number in exact}
     assert len(keys) == len(exact)
-    assert keys == {key_less([{"n": number}], "seed") for number in exact}
+    assert keys == {key_without([{"n": number}], "seed") for number in exact}
 
 
-def test_no_ignored_member_is_none() -> None:
-    assert key_less([{"seed": 1}]) == key(b'[{"seed":1}]')
+def test_an_empty_list_of_ignored_members_equals_none() -> None:
+    assert key_without([{"seed": 1}]) == key(b'[{"seed":1}]')
     assert key_of(b'[{"seed":1}]', **FIELDS, ignored=[]) == key(b'[{"seed":1}]')
 
 
-def test_the_key_of_a_question_less_some_members_is_what_it_was() -> None:
-    """As its like for no ignored members."""
+def test_the_key_with_ignored_members_has_not_changed() -> None:
+    """Like `test_the_key_of_a_request_has_not_changed`."""
     question = [{"seed": 1, "steps": 20, "prompt": {"positive": "x", "negative": "y"}}]
     assert (
-        key_less(question, "seed", "prompt.positive")
+        key_without(question, "seed", "prompt.positive")
         == "df572e677ce57136e39f64fa5af8c372200fa031968ce50c532f0f8c805520dc"
     )
 
@@ -206,13 +214,13 @@ def test_the_key_of_a_question_less_some_members_is_what_it_was() -> None:
         ([{"seed": 1}, {"prompt": {"positive": []}}, {}], ["prompt.positive", "seed"]),
     ],
 )
-def test_ignored_members_that_a_body_has(body: Any, found: list[str]) -> None:
+def test_the_ignored_members_of_a_body_are_found(body: Any, found: list[str]) -> None:
     assert present(canonicalise(plain(body)), ["prompt.positive", "seed"]) == found
     assert present(canonicalise(plain(body)), []) == []
 
 
 @given(small_questions, st.lists(names, min_size=1, max_size=3).map(tuple))
-def test_a_member_is_present_if_leaving_it_out_leaves_something_out(question: Any, path: Paths) -> None:
-    shorter = [less(item, {path}) for item in question]
+def test_a_member_is_present_if_removing_it_changes_the_body(question: Any, path: Paths) -> None:
+    shorter = [without_paths(item, {path}) for item in question]
     member = ".".join(path)
     assert present(canonicalise(plain(question)), [member]) == ([member] if shorter != question else [])
