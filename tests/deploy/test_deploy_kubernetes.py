@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy_files import CONFIG, DEPLOY, drain_of, image_environment, of_image, said_by, settings_of, tool
+from deploy_files import CONFIG, DEPLOY, drain_of, image_environment, of_image, said_by, settings_of
+from programs import program
 from proxy import __version__
 from proxy.settings.schema import Settings
 from proxy.urls import parse_store_url
@@ -68,7 +69,7 @@ def test_kustomize_has_every_manifest_in_the_folder() -> None:
 
 def test_kustomize_builds_them() -> None:
     """A ConfigMap comes in addition; kubectl is in no Debian package."""
-    kubectl = tool("kubectl", "the manifests were read, not built", from_debian=False)
+    kubectl = program("kubectl", "the manifests were read, not built", on_ci=False)
     built = {made["kind"]: made for made in yaml.safe_load_all(said_by(kubectl, "kustomize", KUBERNETES))}
     assert built.keys() == {"ConfigMap", *MANIFESTS}
     assert built["ConfigMap"]["metadata"]["name"] == volume("config")["configMap"]["name"]

@@ -6,7 +6,8 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from deploy_files import CONFIG, DEPLOY, STORES_GRACE_S, drain_of, said_by, settings_of, tool
+from deploy_files import CONFIG, DEPLOY, STORES_GRACE_S, drain_of, said_by, settings_of
+from programs import program
 from proxy.settings.schema import Settings
 
 UNIT = DEPLOY / "systemd" / "estimate-proxy.service"
@@ -65,7 +66,7 @@ def test_the_unit_is_hardened_as_far_as_the_gateway_allows() -> None:
 
 
 def test_systemd_understands_the_unit_and_finds_little_to_take_away(tmp_path: Path) -> None:
-    analyze = tool("systemd-analyze", "the unit was not tried", from_debian=True)
+    analyze = program("systemd-analyze", "the unit was not tried")
     copy = tmp_path / UNIT.name
     copy.write_text(UNIT.read_text().replace("/opt/estimate-proxy/bin/estimate-proxy", sys.executable))
     assert UNIT.name not in said_by(analyze, "verify", "--man=no", copy)

@@ -19,12 +19,11 @@ from typing import Any
 import httpx2
 import pytest
 import redis
-from conftest import Stage
-from test_alert_rules import ALERTS, RECORDED
-from test_dashboards import EVERYTHING, Query, dashboards, queries
 
+from alert_rules import ALERTS, RECORDED
+from dashboard_queries import EVERYTHING, Query, dashboards, queries
 from fleet import OwnLedger, own_ledger, priced
-from gateway_fixture import API_KEY, DESIGN, MARKETING, PATH, RETIRED
+from gateway_fixture import API_KEY, DESIGN, MARKETING, PATH, RETIRED, UpstreamFixture
 from processes import START_S, Tree, address_of, house
 from prometheus import MORNING, PERS, SCRAPER, Point, Prometheus, prometheus, text_of, usage
 from proxy.auth import digest_of, token_of
@@ -82,7 +81,7 @@ class Stand:
 
     config: Path
     client: httpx2.Client
-    upstream: Stage
+    upstream: UpstreamFixture
     ledger: OwnLedger
     book: OwnLedger
     seen_by: Prometheus
@@ -132,11 +131,10 @@ class Performance:
 
 
 @pytest.fixture(scope="module")
-def performance(tmp_path_factory: pytest.TempPathFactory, upstream: tuple[Stage, str]) -> Iterator[Performance]:
-    stage, url = upstream
-    stage.simulator = renders()
+def performance(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture) -> Iterator[Performance]:
+    upstream.simulator = renders()
     with ExitStack() as opened:
-        home = opened.enter_context(house(tmp_path_factory.mktemp("house"), url))
+        home = opened.enter_context(house(tmp_path_factory.mktemp("house"), upstream.url))
         ledger, book = opened.enter_context(own_ledger()), opened.enter_context(own_ledger())
         ledger.start()
         book.start()
@@ -144,7 +142,7 @@ def performance(tmp_path_factory: pytest.TempPathFactory, upstream: tuple[Stage,
         client = opened.enter_context(served.client())
         targets = ("{}:{}".format(*address_of(served.url)), f"127.0.0.1:{free_port()}")
         seen_by = opened.enter_context(prometheus(*targets))
-        yield _perform(Stand(home.folder / "estimate-proxy.toml", client, stage, ledger, book, seen_by))
+        yield _perform(Stand(home.folder / "estimate-proxy.toml", client, upstream, ledger, book, seen_by))
 
 
 def _perform(stand: Stand) -> Performance:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy_files import PROJECT, said_by, tool
+from deploy_files import PROJECT, said_by
+from programs import program
 
 STRAY = (
     ".env",
@@ -28,7 +29,7 @@ STRAY = (
 @pytest.fixture(scope="module")
 def tracked() -> frozenset[str]:
     """The files that git knows."""
-    git = tool("git", "the source distribution was not compared with what is tracked", from_debian=True)
+    git = program("git", "the source distribution was not compared with what is tracked")
     if not (PROJECT / ".git").exists():
         pytest.skip("this is no checkout: the source distribution was not compared with what is tracked")
     names = said_by(git, "-C", PROJECT, "ls-files", "-z").rstrip("\0").split("\0")
@@ -46,7 +47,7 @@ def sdist(tracked: frozenset[str], tmp_path_factory: pytest.TempPathFactory) -> 
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text("stray")
     (archive,) = built("sdist", source, target)
-    said_by(tool("tar", "the source distribution was not unpacked", from_debian=True), "xzf", archive, "-C", target)
+    said_by(program("tar", "the source distribution was not unpacked"), "xzf", archive, "-C", target)
     return target / archive.name.removesuffix(".tar.gz")
 
 

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from conftest import Stage as UpstreamStage
 from redis.crc import key_slot
 
 from deploy_files import PROJECT
-from gateway_fixture import API_KEY, DESIGN, MARKETING, Scene, cache_status, gateway, settings
+from gateway_fixture import API_KEY, DESIGN, MARKETING, Scene, UpstreamFixture, cache_status, gateway, settings
 from proxy.auth import digest_of
 from proxy.demo.simulator import Simulator
 from proxy.open_stores import startup_errors
@@ -62,20 +61,19 @@ def access(url: str) -> str:
 
 
 @contextmanager
-def opened(upstream: tuple[UpstreamStage, str], *, cache: str | None = None, **store: str) -> Iterator[Scene]:
+def opened(upstream: UpstreamFixture, *, cache: str | None = None, **store: str) -> Iterator[Scene]:
     """A gateway that has passed the checks of its start. `store`: that section; `cache`: where the price book is."""
-    stage, upstream_url = upstream
-    stage.simulator = Simulator(api_key=API_KEY, spend_every=0, latency_s=(0.1, 0.1))
+    upstream.simulator = Simulator(api_key=API_KEY, spend_every=0, latency_s=(0.1, 0.1))
     configured = settings(
         store.pop("url"),
-        upstream_url,
+        upstream.url,
         store=store,
         cache={"url": cache},
         admin={"tokens": [digest_of(ADMIN)]},
         teams={"design": team(DESIGN, requests(6)), "marketing": team(MARKETING)},
     )
     assert asyncio.run(startup_errors(configured, {})) is None
-    with gateway(configured, NOWHERE, stage.simulator) as scene:
+    with gateway(configured, NOWHERE, upstream.simulator) as scene:
         yield scene
 
 
@@ -144,7 +142,7 @@ def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("brand", BRANDS)
 def test_a_server_with_both_roles_needs_what_the_line_says_and_nothing_else(
-    brand: str, upstream: tuple[UpstreamStage, str], caplog: pytest.LogCaptureFixture
+    brand: str, upstream: UpstreamFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     line = acl_line(GATEWAY)
     with stage_of(brand) as stage:
@@ -157,7 +155,7 @@ def test_a_server_with_both_roles_needs_what_the_line_says_and_nothing_else(
 
 
 @pytest.mark.parametrize("brand", BRANDS)
-def test_each_role_alone_needs_less(brand: str, upstream: tuple[UpstreamStage, str]) -> None:
+def test_each_role_alone_needs_less(brand: str, upstream: UpstreamFixture) -> None:
     of_ledger, of_book = (acl_line(GATEWAY, *CHANGES[where]) for where in (LEDGER_ALONE, BOOK_ALONE))
     with stage_of(brand) as stage:
         ledger, book = ready(stage, of_ledger), ready(stage, of_book)
@@ -190,7 +188,7 @@ def test_without_one_of_the_rights_it_does_not_work(brand: str) -> None:
 
 
 @pytest.mark.parametrize("brand", BRANDS)
-def test_another_database_needs_select(brand: str, upstream: tuple[UpstreamStage, str]) -> None:
+def test_another_database_needs_select(brand: str, upstream: UpstreamFixture) -> None:
     with stage_of(brand) as stage:
         member = ready(stage, acl_line(GATEWAY, *CHANGES[DATABASE]))
         url = f"{place(member)}/1"
@@ -215,7 +213,7 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[Cluster]:
         yield opened
 
 
-def test_a_cluster_needs_its_slots_and_asking(fleet: Cluster, upstream: tuple[UpstreamStage, str]) -> None:
+def test_a_cluster_needs_its_slots_and_asking(fleet: Cluster, upstream: UpstreamFixture) -> None:
     added, url = CHANGES[CLUSTER], access(fleet.url)
     give(acl_line(GATEWAY, *added), *fleet.members)
     with opened(upstream, url=url) as scene:
@@ -232,7 +230,7 @@ def test_a_cluster_needs_its_slots_and_asking(fleet: Cluster, upstream: tuple[Up
 
 
 @pytest.mark.parametrize("brand", BRANDS)
-def test_a_sentinel_needs_one_command(brand: str, upstream: tuple[UpstreamStage, str]) -> None:
+def test_a_sentinel_needs_one_command(brand: str, upstream: UpstreamFixture) -> None:
     """The Sentinels, and who looks after them, are another user there."""
     keeper = {"username": "keeper", "password": "keeper"}
     lines = (

@@ -9,9 +9,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from conftest import Stage
 
-from gateway_fixture import DESIGN, PATH, Scene
+from gateway_fixture import DESIGN, PATH, Scene, UpstreamFixture
 from malformed_http import NOT_CHUNKED, refused_heads
 from processes import address_of, house
 from proxy.http.connection import MAX_DISCARDED_BYTES
@@ -239,9 +238,9 @@ class TestBodiesThatAreTooLarge:
 
 
 @pytest.fixture(scope="module")
-def impatient(tmp_path_factory: pytest.TempPathFactory, upstream: tuple[Stage, str]) -> Iterator[tuple[str, int]]:
+def impatient(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture) -> Iterator[tuple[str, int]]:
     """A gateway that waits for a head for a moment only."""
-    with house(tmp_path_factory.mktemp("impatient"), upstream[1]) as home:
+    with house(tmp_path_factory.mktemp("impatient"), upstream.url) as home:
         yield address_of(home.start(server={"head_timeout_s": PATIENCE_S}).url)
 
 

@@ -1,9 +1,8 @@
 """`POST /v1/explain`: what the gateway makes of a body."""
 
 import pytest
-from conftest import Opened
 
-from gateway_fixture import RETIRED, Scene, cache_status, code_of
+from gateway_fixture import RETIRED, Opened, Scene, cache_status, code_of
 from proxy.cache.canonical import canonicalise, key_of
 from serving import free_port
 

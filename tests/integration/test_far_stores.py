@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from certificates import Certificates, make_certificates
 from faulty_proxy import Relay, Way, relay
-from gateway_fixture import gateway, settings
+from gateway_fixture import UpstreamFixture, gateway, settings
 from lateness import LateError
 from proxy.cli.direct import read_quota_states
 from proxy.demo.simulator import Simulator
@@ -18,7 +19,7 @@ from proxy.settings.schema import Settings
 from proxy.store.client import Script, Store
 from proxy.store.connection_pool import HEALTH_CHECK_S, MIN_CONNECTIONS
 from serving import wait_until
-from topologies import LOCAL, Member, Papers, papers, stage_of
+from topologies import LOCAL, Member, stage_of
 
 PUT = Script("proxy.cache", "price_purge")
 PASSWORD = "pa:ss"
@@ -26,12 +27,12 @@ ROUND_TRIP_S = 0.1
 
 
 @pytest.fixture(scope="module")
-def certified(tmp_path_factory: pytest.TempPathFactory) -> Papers:
-    return papers(tmp_path_factory.mktemp("papers"))
+def certified(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture(scope="module")
-def guarded(certified: Papers) -> Iterator[Member]:
+def guarded(certified: Certificates) -> Iterator[Member]:
     """Redis that speaks TLS alone, and wants a password."""
     with stage_of("redis") as stage:
         lines = (
@@ -55,9 +56,9 @@ def far(guarded: Member) -> Iterator[Relay]:
 
 
 @pytest.fixture
-def configured(far: Relay, certified: Papers, upstream: tuple[object, str]) -> Settings:
+def configured(far: Relay, certified: Certificates, upstream: UpstreamFixture) -> Settings:
     store = {"url": far.url, "password": PASSWORD, "ca_file": str(certified.ca)}
-    return settings(far.url, upstream[1], store=store)
+    return settings(far.url, upstream.url, store=store)
 
 
 def test_a_store_that_is_100_ms_away_behind_tls_and_a_password(

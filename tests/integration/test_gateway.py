@@ -5,10 +5,21 @@ import random
 
 import httpx2
 import pytest
-from conftest import Opened
 
 from bodies import BODIES, respell
-from gateway_fixture import API_KEY, DESIGN, EXPIRED, MARKETING, PATH, RETIRED, Scene, answers, cache_status, code_of
+from gateway_fixture import (
+    API_KEY,
+    DESIGN,
+    EXPIRED,
+    MARKETING,
+    PATH,
+    RETIRED,
+    Opened,
+    Scene,
+    answers,
+    cache_status,
+    code_of,
+)
 from proxy.auth import digest_of
 from proxy.cache.canonical import canonicalise
 

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import Opened
 
-from gateway_fixture import API_KEY, PATH, Scene, cache_status, code_of
+from certificates import Certificates, make_certificates
+from gateway_fixture import API_KEY, PATH, Opened, Scene, cache_status, code_of
 from proxy import __version__
 from raw_upstream import RawUpstream, Turn, answer, raw_proxy, raw_upstream
 from serving import wait_until
-from topologies import Papers, papers
 
 OTHER = answer(99)
 """An answer that nobody has asked for."""
@@ -229,12 +228,12 @@ def test_what_is_sent_is_the_question_and_our_own_headers(open_gateway: Opened, 
 
 
 @pytest.fixture(scope="module")
-def certified(tmp_path_factory: pytest.TempPathFactory) -> Papers:
-    return papers(tmp_path_factory.mktemp("tls"))
+def certified(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return make_certificates(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture
-def served(certified: Papers) -> ssl.SSLContext:
+def served(certified: Certificates) -> ssl.SSLContext:
     """For servers of that authority."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certified.cert("server"), certified.key("server"))
@@ -244,7 +243,7 @@ def served(certified: Papers) -> ssl.SSLContext:
 @pytest.mark.parametrize("trusted", [True, False])
 def test_a_ca_file_is_trusted_instead_of_the_systems_and_of_the_environments(
     open_gateway: Opened,
-    certified: Papers,
+    certified: Certificates,
     served: ssl.SSLContext,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -269,7 +268,7 @@ WAYS = [(proxy, upstream) for proxy in ("http", "https") for upstream in ("http"
 
 @pytest.mark.parametrize(("proxy_scheme", "upstream_scheme"), WAYS)
 def test_a_proxy_on_the_way(
-    open_gateway: Opened, certified: Papers, served: ssl.SSLContext, proxy_scheme: str, upstream_scheme: str
+    open_gateway: Opened, certified: Certificates, served: ssl.SSLContext, proxy_scheme: str, upstream_scheme: str
 ) -> None:
     credentials = b"Basic dTpww6TDn3c6QC9vcmQ="
     with (
@@ -300,7 +299,7 @@ def test_a_proxy_without_credentials_gets_none(open_gateway: Opened, raw: RawUps
 
 
 def test_a_proxy_that_refuses_is_an_error_and_no_word_of_it_is_logged(
-    open_gateway: Opened, certified: Papers, served: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+    open_gateway: Opened, certified: Certificates, served: ssl.SSLContext, caplog: pytest.LogCaptureFixture
 ) -> None:
     refusal = b"HTTP/1.1 407 Who is pass-word?\r\ncontent-length: 0\r\nproxy-authenticate: Basic\r\n\r\n"
     with raw_upstream(served) as raw, raw_proxy(refuses=refusal) as proxy:

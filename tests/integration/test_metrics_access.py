@@ -2,9 +2,8 @@
 
 import httpx2
 import pytest
-from conftest import Opened
 
-from gateway_fixture import DESIGN, EXPIRED, RETIRED, code_of
+from gateway_fixture import DESIGN, EXPIRED, RETIRED, Opened, code_of
 from prometheus import OPENMETRICS, SCRAPER
 from proxy.http.paths import METRICS_PATH
 from watching import ADMIN

@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 import httpx2
 import pytest
-from conftest import Opened
 
-from gateway_fixture import PATH, Scene
+from gateway_fixture import PATH, Opened, Scene
 from lua_scripts import LUA_SCRIPTS
 from metric_names import families
 from processes import START_S, Tree

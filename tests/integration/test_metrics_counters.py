@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 
 import httpx2
 import pytest
-from conftest import Opened
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from gateway_fixture import DESIGN, MARKETING, PATH, RETIRED, Scene, break_off, code_of
+from gateway_fixture import DESIGN, MARKETING, PATH, RETIRED, Opened, Scene, break_off, code_of
 from lua_scripts import LUA_SCRIPTS
 from processes import Tree
 from prometheus import MORNING, SCRAPER, scrape

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 import pytest
-from conftest import Opened
 
 from fleet import OwnLedger, own_ledger
-from gateway_fixture import DESIGN, MARKETING, Scene, code_of
+from gateway_fixture import DESIGN, MARKETING, Opened, Scene, code_of
 from metric_names import families
 from processes import START_S, Tree
 from prometheus import MORNING, PERS, Scraped, booked, scrape, usage

@@ -8,9 +8,8 @@ from typing import Any
 
 import httpx2
 import pytest
-from conftest import Opened
 
-from gateway_fixture import DESIGN, MARKETING, Scene, answers, cache_status, code_of
+from gateway_fixture import DESIGN, MARKETING, Opened, Scene, answers, cache_status, code_of
 from proxy.auth import digest_of, token_of
 from proxy.demo.simulator import Fault, Responder
 from proxy.problems import StoreUnavailable

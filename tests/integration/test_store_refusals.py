@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 import redis
 
-from gateway_fixture import Scene, code_of, gateway, settings
+from gateway_fixture import Scene, UpstreamFixture, code_of, gateway, settings
 from proxy.demo.simulator import Simulator
 from serving import free_port, wait_until
 from topologies import LOCAL, Member, stage_of
@@ -109,10 +109,10 @@ REFUSALS: dict[str, tuple[Refusal, str, str]] = {
 
 
 @pytest.fixture
-def scene(member: Member, upstream: tuple[object, str], simulator: Simulator) -> Iterator[Scene]:
+def scene(member: Member, upstream: UpstreamFixture, simulator: Simulator) -> Iterator[Scene]:
     member.client.flushall()
     url = f"redis://{LOCAL}:{member.port}"
-    with gateway(settings(url, upstream[1]), url, simulator) as opened:
+    with gateway(settings(url, upstream.url), url, simulator) as opened:
         assert opened.ask().status_code == 200
         assert (degraded(opened), is_up(opened)) == ([], True)
         yield opened
@@ -164,12 +164,12 @@ def test_what_a_script_may_not_do_is_found_out_by_the_script_alone(
 
 
 def test_a_price_book_that_refuses_writes_serves_what_it_has(
-    member: Member, valkey_url: str, upstream: tuple[object, str], simulator: Simulator
+    member: Member, valkey_url: str, upstream: UpstreamFixture, simulator: Simulator
 ) -> None:
     member.client.flushall()
     redis.Redis.from_url(valkey_url).flushall()
     book = {"url": f"redis://{LOCAL}:{member.port}"}
-    with gateway(settings(valkey_url, upstream[1], cache=book), valkey_url, simulator) as scene:
+    with gateway(settings(valkey_url, upstream.url, cache=book), valkey_url, simulator) as scene:
         assert scene.ask().status_code == 200
         with full(member):
             assert scene.ask(b'[{"model":"new"}]').headers["cache-status"] == "estimate-proxy; fwd=miss; fwd-status=200"

@@ -15,7 +15,6 @@ from zoneinfo import ZoneInfo
 
 import pytest
 import redis
-from conftest import Stage as UpstreamStage
 from redis.crc import key_slot
 from redis.exceptions import (
     AskError,
@@ -32,10 +31,13 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as NotConnectedError
 
+from certificates import Certificates, make_certificates
 from faulty_proxy import relay
+from gateway_fixture import UpstreamFixture
 from lateness import assert_in_time
 from lua_scripts import LUA_SCRIPTS
 from processes import house
+from programs import program
 from proxy.cache.leases import Lease
 from proxy.cache.price_book import PriceBook
 from proxy.cache.prices import Price
@@ -52,7 +54,7 @@ from proxy.store.redirects import SLOTS, Ask, Done, Moved, NotSent, NotServing, 
 from proxy.telemetry.metrics import Metrics
 from proxy.urls import Address
 from serving import free_port, wait_until
-from topologies import LOCAL, NAME, Cluster, Member, Papers, cluster, needed, papers, stage_of, watched
+from topologies import LOCAL, NAME, Cluster, Member, cluster, stage_of, watched
 
 ZONE = ZoneInfo("UTC")
 KEYS = LedgerKeys("acme")
@@ -493,9 +495,9 @@ async def _is_refused(desk: Desk) -> None:
     assert not isinstance(caught.value, StoreOutcomeUnknown)
 
 
-def test_a_gateway_rides_a_failover_out(tmp_path: Path, upstream: tuple[UpstreamStage, str], simulator: object) -> None:
+def test_a_gateway_rides_a_failover_out(tmp_path: Path, upstream: UpstreamFixture, simulator: object) -> None:
     assert simulator
-    with watched("valkey") as watch, house(tmp_path, upstream[1]) as home:
+    with watched("valkey") as watch, house(tmp_path, upstream.url) as home:
         served = home.start(store={"url": watch.url})
         with served.client() as client:
             answers = [client.post("/pub/v1/generations/estimate", content=b'[{"model":"A"}]') for _ in range(3)]
@@ -552,14 +554,14 @@ def test_a_failover_behind_one_name_costs_no_answer(brand: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def certified(tmp_path_factory: pytest.TempPathFactory) -> Papers:
-    return papers(tmp_path_factory.mktemp("papers"))
+def certified(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture(scope="module")
-def guarded(certified: Papers) -> Iterator[Member]:
+def guarded(certified: Certificates) -> Iterator[Member]:
     """Redis that speaks TLS alone, and with those alone whom it knows."""
-    needed("redis-server")
+    program("redis-server")
     with stage_of("redis") as stage:
         lines = (*tls_lines(certified), "tls-auth-clients yes", "user gateway on >pa:ss ~* +@all")
         own = {"ssl_certfile": str(certified.cert("client")), "ssl_keyfile": str(certified.key("client"))}
@@ -568,7 +570,7 @@ def guarded(certified: Papers) -> Iterator[Member]:
         yield server
 
 
-def tls_lines(certified: Papers) -> tuple[str, ...]:
+def tls_lines(certified: Certificates) -> tuple[str, ...]:
     return (
         f"tls-cert-file {certified.cert('server')}",
         f"tls-key-file {certified.key('server')}",
@@ -576,18 +578,18 @@ def tls_lines(certified: Papers) -> tuple[str, ...]:
     )
 
 
-def access_with(certified: Papers) -> StoreAccess:
+def access_with(certified: Certificates) -> StoreAccess:
     return StoreAccess(ca_file=certified.ca, cert_file=certified.cert("client"), key_file=certified.key("client"))
 
 
-def test_tls_with_a_certificate_of_ones_own(guarded: Member, certified: Papers) -> None:
+def test_tls_with_a_certificate_of_ones_own(guarded: Member, certified: Certificates) -> None:
     own = access_with(certified)
     play(f"rediss://localhost:{guarded.port}", _charges, replace(own, username="gateway", password="pa:ss"))
     guarded.client.flushall()
     play(f"rediss://gateway:pa%3Ass@{LOCAL}:{guarded.port}/3", _charges, own)
 
 
-def test_sentinels_and_a_cluster_behind_tls(certified: Papers) -> None:
+def test_sentinels_and_a_cluster_behind_tls(certified: Certificates) -> None:
     lines = (*tls_lines(certified), "tls-auth-clients no", "tls-replication yes", "tls-cluster yes")
     asked: dict[str, Any] = {"ssl": True, "ssl_ca_certs": str(certified.ca)}
     with stage_of("redis") as stage:
@@ -613,7 +615,7 @@ def test_sentinels_and_a_cluster_behind_tls(certified: Papers) -> None:
     ],
 )
 def test_tls_that_is_not_trusted(
-    guarded: Member, certified: Papers, without: tuple[str, ...], reason: str, caplog: pytest.LogCaptureFixture
+    guarded: Member, certified: Certificates, without: tuple[str, ...], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     nothing: dict[str, Any] = dict.fromkeys(without)
     access = replace(access_with(certified), **nothing)

@@ -10,9 +10,8 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from conftest import Opened
 
-from gateway_fixture import API_KEY, MARKETING, Scene, answers, break_off, cache_status, code_of
+from gateway_fixture import API_KEY, MARKETING, Opened, Scene, answers, break_off, cache_status, code_of
 from proxy.demo.simulator import Fault
 from serving import free_port, wait_until
 

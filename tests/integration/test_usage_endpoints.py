@@ -9,9 +9,8 @@ from zoneinfo import ZoneInfo
 
 import httpx2
 import pytest
-from conftest import Opened
 
-from gateway_fixture import DESIGN, EXPIRED, MARKETING, RETIRED, Scene, code_of
+from gateway_fixture import DESIGN, EXPIRED, MARKETING, RETIRED, Opened, Scene, code_of
 from proxy.auth import digest_of, token_of
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.windows import window_of

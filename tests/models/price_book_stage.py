@@ -12,11 +12,10 @@ from typing import Any
 import httpx2
 import pytest
 import redis
-from conftest import Stage
 from starlette.applications import Starlette
 
 import proxy.app
-from gateway_fixture import API_KEY, DESIGN, settings
+from gateway_fixture import API_KEY, DESIGN, UpstreamFixture, settings
 from lua_scripts import LUA_SCRIPTS
 from price_book_fleet import BALANCE_MAX_AGE_MS, IF_ERROR_MS, REVALIDATE_MS, TTL_MS
 from price_book_requests import KEYS, content
@@ -99,9 +98,14 @@ class World:
     """What all examples use: the servers, and the clock."""
 
     def __init__(
-        self, stage: Stage, store: redis.Redis, clock: Clock, replicas: list[Replica], pool: ThreadPoolExecutor
+        self,
+        upstream: UpstreamFixture,
+        store: redis.Redis,
+        clock: Clock,
+        replicas: list[Replica],
+        pool: ThreadPoolExecutor,
     ) -> None:
-        self.stage = stage
+        self.upstream = upstream
         self.store = store
         self.replicas = replicas
         self.pool = pool
@@ -116,7 +120,7 @@ class World:
         self.set_clock(START_MS)
         for replica in self.replicas:
             replica.restart()
-        self.stage.simulator = Simulator(api_key=API_KEY)
+        self.upstream.simulator = Simulator(api_key=API_KEY)
 
     def set_clock(self, ms: int) -> None:
         self._clock.ms = ms
@@ -202,9 +206,8 @@ def set_clocks(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @contextmanager
 def opened_world(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch, valkey_url: str, upstream: tuple[Stage, str]
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, valkey_url: str, upstream: UpstreamFixture
 ) -> Iterator[World]:
-    stage, upstream_url = upstream
     context = ssl.create_default_context()
     monkeypatch.setattr(
         "proxy.upstream.http_client._tls_context", lambda _: context
@@ -216,7 +219,7 @@ def opened_world(
         return askers[-1]
 
     def make() -> tuple[Starlette, WatchedAsker]:
-        app = proxy.app.build(_configured(valkey_url, upstream_url), {}, InFlightTracker(), Metrics())
+        app = proxy.app.build(_configured(valkey_url, upstream.url), {}, InFlightTracker(), Metrics())
         return app, askers.pop()
 
     monkeypatch.setattr("proxy.app.Fetcher", watched)
@@ -227,6 +230,6 @@ def opened_world(
             opened.callback(replica.close)
         store = opened.enter_context(redis.Redis.from_url(valkey_url))
         pool = opened.enter_context(ThreadPoolExecutor(8))
-        world = World(stage, store, clock, replicas, pool)
+        world = World(upstream, store, clock, replicas, pool)
         world.learn_keys()
         yield world

@@ -16,12 +16,11 @@ import httpx2
 import hypothesis
 import orjson
 import pytest
-from conftest import Stage
 from hypothesis import strategies as st
 from hypothesis.errors import Flaky
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from gateway_fixture import PATH
+from gateway_fixture import PATH, UpstreamFixture
 from price_book_fleet import BALANCE_MAX_AGE_MS, LIFETIME_MS, Answer, Book, Fleet, Flight, Pending, Wants
 from price_book_model import Process
 from price_book_requests import (
@@ -68,7 +67,7 @@ class PriceBookMachine(RuleBasedStateMachine):
         world.begin()
         self._upstream = Upstream(KEYS, SEEDS)
         self._answers = Numbered(self._upstream)
-        world.stage.simulator.script(*[self._answers] * 1000)
+        world.upstream.simulator.script(*[self._answers] * 1000)
         self._fleet = Fleet(self._upstream, hot_ms, book_ms, START_MS)
         self._processes = [Process(self._fleet) for _ in world.replicas]
         self._forgotten: dict[int, tuple[int, int]] = {}
@@ -98,7 +97,7 @@ class PriceBookMachine(RuleBasedStateMachine):
     ) -> None:
         """Something happens between a question and upstream's answer; then somebody else may ask the same."""
         self._tick()
-        simulator, calls = self._world.stage.simulator, self._fleet.calls
+        simulator, calls = self._world.upstream.simulator, self._fleet.calls
         with simulator.hold():
             asked = self._begin(where, body, wants)
             held = self._flights() if self._fleet.calls > calls else []
@@ -116,7 +115,7 @@ class PriceBookMachine(RuleBasedStateMachine):
     def crowd(self, body: Body, where: int, others: list[int]) -> None:
         """Equal questions at once, in one process and in two."""
         self._tick()
-        with self._world.stage.simulator.hold():
+        with self._world.upstream.simulator.hold():
             asked = [waiting for at in (where, *others) for waiting in self._begin(at, body, PLAIN)]
         self._conclude(asked)
 
@@ -215,7 +214,7 @@ class PriceBookMachine(RuleBasedStateMachine):
         self._see_the_audits()
 
     def _see_the_calls(self) -> None:
-        assert self._world.stage.simulator.calls == self._fleet.calls
+        assert self._world.upstream.simulator.calls == self._fleet.calls
         assert self._answers.serial == self._fleet.serial
 
     def _see_the_store(self) -> None:
@@ -267,7 +266,7 @@ class PriceBookMachine(RuleBasedStateMachine):
             soon(lambda: (fetcher.joined, fetcher.followed) == (process.joined, process.followed))
         else:
             self._check(where, response.result(), expected)
-        assert self._world.stage.simulator.arrived(self._fleet.calls)
+        assert self._world.upstream.simulator.arrived(self._fleet.calls)
         return [Asked(where, expected, response)] if waits else []
 
     def _ask_unheld(self, where: int, body: Body, wants: Wants) -> list[Asked]:
@@ -354,9 +353,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def world(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch, valkey_url: str, upstream: tuple[Stage, str]
-) -> Iterator[World]:
+def world(clock: Clock, monkeypatch: pytest.MonkeyPatch, valkey_url: str, upstream: UpstreamFixture) -> Iterator[World]:
     with opened_world(clock, monkeypatch, valkey_url, upstream) as world:
         yield world
 

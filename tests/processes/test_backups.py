@@ -5,20 +5,20 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Stage as UpstreamStage
 
 from deploy_files import PROJECT
 from embedded_stores import client, running
-from processes import House, Served, house
+from processes import House, Served
+from programs import program
 from proxy.auth import digest_of
 from quota_scenes import ADMIN
 from serving import free_port, wait_until
-from topologies import LOCAL, Member, needed, program_of, stage_of
+from topologies import LOCAL, Member, program_of, stage_of
 
 OPERATIONS = (PROJECT / "docs" / "operations.md").read_text()
 DATA_DIR = re.compile("^data_dir=/var/lib/estimate-proxy ", re.MULTILINE)
@@ -48,12 +48,6 @@ def back_up(data_dir: Path, folder: Path, *programs: Path) -> Path:
     shell(script, folder, *programs)
     (made,) = folder.glob("ledger-*")
     return made
-
-
-@pytest.fixture
-def home(tmp_path: Path, upstream: tuple[UpstreamStage, str]) -> Iterator[House]:
-    with house(tmp_path, upstream[1]) as opened:
-        yield opened
 
 
 def usage(served: Served) -> Any:
@@ -143,7 +137,7 @@ def test_a_dump_of_a_server_becomes_an_append_only_file(tmp_path: Path) -> None:
     """With the programs that such a server comes with."""
     programs = tmp_path / "programs"
     programs.mkdir()
-    (programs / "redis-cli").symlink_to(needed("redis-cli"))
+    (programs / "redis-cli").symlink_to(program("redis-cli"))
     (programs / "valkey-server").symlink_to(program_of("valkey"))
     with stage_of("valkey") as stage:
         ledger = stage.member()
@@ -175,7 +169,7 @@ def test_an_embedded_ledger_moves_to_a_server(home: House, tmp_path: Path, brand
     if brand == "redis":
         programs = tmp_path / "programs"
         programs.mkdir()
-        (programs / "redis-cli").symlink_to(needed("redis-cli"))
+        (programs / "redis-cli").symlink_to(program("redis-cli"))
         shell(PLAIN_COMMANDS, tmp_path, programs, data_dir=home.data_dir)
     assert first.stop() == 0
     with stage_of(brand) as stage:

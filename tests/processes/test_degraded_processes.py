@@ -8,14 +8,12 @@ import signal
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from conftest import Stage
 
 from faulty_proxy import Way, relay
 from fleet import limiting, own_ledger
-from gateway_fixture import DESIGN, PATH, break_off, cache_status
+from gateway_fixture import DESIGN, PATH, UpstreamFixture, break_off, cache_status
 from ledger_snapshot import Books
 from load_generator import CREDITS, PRICE, REQUESTS, new_body
 from processes import SOON_S, House, Served, address_of, house
@@ -28,18 +26,12 @@ DRAIN_S = 1.0
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, upstream: tuple[Stage, str]) -> Iterator[Served]:
-    with house(tmp_path_factory.mktemp("processes"), upstream[1]) as home:
+def served(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture) -> Iterator[Served]:
+    with house(tmp_path_factory.mktemp("processes"), upstream.url) as home:
         found = home.begin("--workers", str(WORKERS), env=LIMITS)
         found.wait_until_serving(times=WORKERS)
         yield found
         assert found.stop() == 0
-
-
-@pytest.fixture
-def home(tmp_path: Path, upstream: tuple[Stage, str]) -> Iterator[House]:
-    with house(tmp_path, upstream[1]) as opened:
-        yield opened
 
 
 def used(served: Served) -> tuple[int, int]:

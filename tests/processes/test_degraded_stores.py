@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from conftest import Stage
 
 from faulty_proxy import Relay, Way, relay
 from fleet import BODY, Crew, Fleet, OwnLedger, fleet_of, kinds, limiting, own_ledger, results
+from gateway_fixture import UpstreamFixture
 from lateness import assert_in_time
 from load_generator import (
     CREDITS,
@@ -114,14 +114,14 @@ def place() -> Iterator[Place]:
 
 
 @pytest.fixture(scope="module")
-def premises(tmp_path_factory: pytest.TempPathFactory, upstream: tuple[Stage, str]) -> Iterator[WorkerContext]:
+def premises(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture) -> Iterator[WorkerContext]:
     with ExitStack() as opened:
         ledger, book = opened.enter_context(place()), opened.enter_context(place())
         limits = limiting(team_defaults=[CREDITS, REQUESTS])
         refuses, admits = {f"{PREFIX}CACHE__URL": book.way.url}, {f"{PREFIX}STORE__ON_OUTAGE": "admit"}
         how: dict[str, Any] = {
             "store_url": ledger.way.url,
-            "upstream_url": upstream[1],
+            "upstream_url": upstream.url,
             "env": [limits | refuses, limits | admits],
             "metrics": {"public": True},
         }

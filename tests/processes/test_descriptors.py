@@ -19,12 +19,11 @@ import psutil
 import pytest
 import redis
 import uvloop
-from conftest import Stage
 
 from deploy_files import DEPLOY
-from gateway_fixture import PATH, code_of, settings
+from gateway_fixture import PATH, UpstreamFixture, code_of, settings
 from load_generator import new_body
-from processes import House, Served, address_of, house, kill
+from processes import House, Served, address_of, kill
 from prometheus import SCRAPER, scrape
 from proxy.auth import digest_of
 from proxy.demo.simulator import Simulator
@@ -155,9 +154,9 @@ class TestConnections:
     """New ones, from this process, which has no descriptor left for a moment."""
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-    def test_to_upstream(self, host: str, upstream: tuple[Stage, str], simulator: Simulator) -> None:
+    def test_to_upstream(self, host: str, upstream: UpstreamFixture, simulator: Simulator) -> None:
         """By its address, and by a name, which takes descriptors to be resolved."""
-        url = upstream[1].replace("127.0.0.1", host)
+        url = upstream.url.replace("127.0.0.1", host)
         configured = settings("redis://unused", url)
         keys = {name: account.api_key for name, account in configured.accounts.items()}
 
@@ -218,12 +217,6 @@ class TestMonitor:
         first, second = [record.getMessage() for record in caplog.records]
         assert first.startswith(f"{SAID} (this process may have {limit}): ")
         assert second == "there are file descriptors again"
-
-
-@pytest.fixture
-def home(tmp_path: Path, upstream: tuple[Stage, str]) -> Iterator[House]:
-    with house(tmp_path, upstream[1]) as opened:
-        yield opened
 
 
 @contextmanager

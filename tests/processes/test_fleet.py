@@ -10,26 +10,26 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import Stage, debian_redis
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fleet import BODY, PURGES, Crew, Fleet, after, fleet_of, kinds, priced, results, seconds_until, unread
-from gateway_fixture import PATH, answers, cache_status
+from gateway_fixture import PATH, UpstreamFixture, answers, cache_status
 from lateness import assert_in_time
 from processes import Served, address_of, kill
 from proxy.cache.leases import LEASE_S
 from proxy.demo.simulator import Exchange, Fault, Responder, Simulator
 from proxy.gateway.fetcher import MAX_REFRESHES
 from serving import wait_until
+from shared_fixtures import debian_redis
 
 MISS = "fwd=miss; fwd-status=200; stored; ttl=3600"
 CALLERS = 1000
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstream: tuple[Stage, str]) -> Iterator[Fleet]:
+def fleet(tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstream: UpstreamFixture) -> Iterator[Fleet]:
     folder = tmp_path_factory.mktemp("fleet")
-    with fleet_of(4, folder, store_url=valkey_url, upstream_url=upstream[1]) as opened:
+    with fleet_of(4, folder, store_url=valkey_url, upstream_url=upstream.url) as opened:
         yield opened
 
 
@@ -40,13 +40,11 @@ def crew(fleet: Fleet, simulator: Simulator) -> Crew:
 
 
 @pytest.fixture(scope="module")
-def suspicious(
-    tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstream: tuple[Stage, str]
-) -> Iterator[Fleet]:
+def suspicious(tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstream: UpstreamFixture) -> Iterator[Fleet]:
     """Balances are old after a moment."""
     cache = {"balance_max_age_s": 0.1}
     folder = tmp_path_factory.mktemp("suspicious")
-    with fleet_of(4, folder, store_url=valkey_url, upstream_url=upstream[1], cache=cache) as opened:
+    with fleet_of(4, folder, store_url=valkey_url, upstream_url=upstream.url, cache=cache) as opened:
         yield opened
 
 
@@ -55,13 +53,13 @@ def suspicious(
 
 @pytest.fixture(scope="module", params=["valkey", "redis"])
 def any_fleet(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, upstream: tuple[Stage, str]
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture
 ) -> Iterator[Fleet]:
     if request.param == "valkey":
         yield request.getfixturevalue("fleet")
         return
     folder = tmp_path_factory.mktemp("on-redis")
-    with debian_redis() as url, fleet_of(4, folder, store_url=url, upstream_url=upstream[1]) as opened:
+    with debian_redis() as url, fleet_of(4, folder, store_url=url, upstream_url=upstream.url) as opened:
         yield opened
 
 
@@ -358,12 +356,12 @@ def _estimated(crew: Crew, at: int, body: bytes) -> object:
 
 
 def test_a_clock_that_jumps_changes_nothing(
-    tmp_path: Path, valkey_url: str, upstream: tuple[Stage, str], simulator: Simulator
+    tmp_path: Path, valkey_url: str, upstream: UpstreamFixture, simulator: Simulator
 ) -> None:
     jumped = tmp_path / "jumped"
     (tmp_path / "sitecustomize.py").write_text(JUMPING_CLOCK)
     env = {"PYTHONPATH": str(tmp_path), "JUMPED": str(jumped)}
-    with fleet_of(2, tmp_path, store_url=valkey_url, upstream_url=upstream[1], env=[env]) as opened:
+    with fleet_of(2, tmp_path, store_url=valkey_url, upstream_url=upstream.url, env=[env]) as opened:
         crew = opened.crew()
         other = b'[{"model":"Flux","seed":2}]'
         assert crew.ask(0).status_code == 200

@@ -14,10 +14,9 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
-from conftest import Stage
 
 from gateway_fixture import DESIGN, PATH
-from processes import SOON_S, START_S, House, Served, address_of, house, kill
+from processes import SOON_S, START_S, House, Served, address_of, kill
 from prometheus import Scraped, scrape
 from proxy.demo.simulator import Simulator
 from proxy.telemetry.log_writer import MAX_LINES
@@ -83,12 +82,6 @@ class Reader:
                         break
                     stream.write(text)
         os.close(self._pipe)
-
-
-@pytest.fixture
-def home(tmp_path: Path, upstream: tuple[Stage, str]) -> Iterator[House]:
-    with house(tmp_path, upstream[1]) as opened:
-        yield opened
 
 
 @pytest.fixture

@@ -19,11 +19,10 @@ import prometheus_client.metrics
 import psutil
 import pytest
 import redis
-from conftest import Stage
 from prometheus_client import values
 
 from gateway_fixture import DESIGN, MARKETING
-from processes import House, Served, Tree, house, kill, wait_until_gone
+from processes import House, Served, Tree, kill, wait_until_gone
 from prometheus import (
     MORNING,
     SCRAPER,
@@ -56,12 +55,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     found.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(found))
     return found
-
-
-@pytest.fixture
-def home(tmp_path: Path, upstream: tuple[Stage, str]) -> Iterator[House]:
-    with house(tmp_path, upstream[1]) as opened:
-        yield opened
 
 
 class TestFiles:

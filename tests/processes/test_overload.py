@@ -9,15 +9,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import median
 from time import monotonic
 
 import pytest
-from conftest import Opened, Stage
 
-from gateway_fixture import DESIGN, MARKETING, PATH, Scene, cache_status, code_of
-from processes import House, Served, address_of, house
+from gateway_fixture import DESIGN, MARKETING, PATH, Opened, Scene, cache_status, code_of
+from processes import House, Served, address_of
 from proxy.gateway.in_flight import ARRIVING_REQUEST_BYTES, MAX_ACTIVE
 from proxy.upstream.client import QUEUED_PER_CONNECTION
 from serving import wait_until
@@ -30,12 +28,6 @@ BODY = b'[{"model":"Flux"}]'
 REQUEST = (
     f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-API-KEY: {DESIGN}\r\nContent-Length: {len(BODY)}\r\n\r\n".encode() + BODY
 )
-
-
-@pytest.fixture
-def home(tmp_path: Path, upstream: tuple[Stage, str]) -> Iterator[House]:
-    with house(tmp_path, upstream[1]) as opened:
-        yield opened
 
 
 @contextmanager

@@ -18,13 +18,12 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Stage
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fleet import BODY, Crew, Fleet, fleet_of, limiting
-from gateway_fixture import DESIGN, PATH, answers
+from gateway_fixture import DESIGN, PATH, UpstreamFixture, answers
 from ledger_snapshot import Books, books_of
-from processes import House, Served, Tree, address_of, house, kill
+from processes import House, Served, Tree, address_of, kill
 from proxy.demo.simulator import Exchange, Simulator
 from serving import wait_until
 
@@ -98,11 +97,11 @@ def callers(crews: Sequence[Crew], body: Bodies) -> list[Caller]:
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstream: tuple[Stage, str]) -> Iterator[Fleet]:
+def fleet(tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstream: UpstreamFixture) -> Iterator[Fleet]:
     """Each crew has its own hundred credits."""
     env = [limiting(team_defaults=[QUOTA, COUNTED])] * 4
     folder = tmp_path_factory.mktemp("quotas")
-    with fleet_of(4, folder, store_url=valkey_url, upstream_url=upstream[1], env=env, **PATIENT) as opened:
+    with fleet_of(4, folder, store_url=valkey_url, upstream_url=upstream.url, env=env, **PATIENT) as opened:
         yield opened
 
 
@@ -163,11 +162,11 @@ def _under_way(crews: Sequence[Crew]) -> int:
 
 
 def test_the_organisations_over_three_teams(
-    tmp_path: Path, valkey_url: str, upstream: tuple[Stage, str], simulator: Simulator
+    tmp_path: Path, valkey_url: str, upstream: UpstreamFixture, simulator: Simulator
 ) -> None:
     env = [limiting(org=[QUOTA])] * 4
     how = {**PATIENT, "org": {"id": f"org-{secrets.token_hex(4)}"}}
-    with fleet_of(4, tmp_path, store_url=valkey_url, upstream_url=upstream[1], env=env, **how) as opened:
+    with fleet_of(4, tmp_path, store_url=valkey_url, upstream_url=upstream.url, env=env, **how) as opened:
         crews = [opened.crew() for _ in range(3)]
         statuses = asyncio.run(_held(callers(crews, SAME[1]), crews, simulator))
         assert statuses == {200: LIMIT, 402: CALLERS - LIMIT}
@@ -306,12 +305,6 @@ async def _kill_three_workers(traffic: Traffic) -> list[Death]:
             await asyncio.to_thread(served.wait_until_serving, times=2)
         await traffic.answered(200)
         return deaths
-
-
-@pytest.fixture
-def home(tmp_path: Path, upstream: tuple[Stage, str]) -> Iterator[House]:
-    with house(tmp_path, upstream[1]) as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("victim", ["ledger", "gateway"])

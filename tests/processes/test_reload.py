@@ -9,9 +9,8 @@ from typing import Any
 
 import httpx2
 import pytest
-from conftest import Stage
 
-from gateway_fixture import API_KEY, DESIGN, MARKETING, PATH
+from gateway_fixture import API_KEY, DESIGN, MARKETING, PATH, UpstreamFixture
 from lateness import assert_in_time
 from processes import House, Served, house, kill
 from proxy.auth import digest_of, token_of
@@ -23,8 +22,8 @@ NEWCOMER = token_of("n" * 32)
 
 
 @pytest.fixture
-def home(tmp_path: Path, upstream: tuple[Stage, str], simulator: Simulator) -> Iterator[House]:  # noqa: ARG001 -- on stage
-    with house(tmp_path, upstream[1]) as opened:
+def home(tmp_path: Path, upstream: UpstreamFixture, simulator: Simulator) -> Iterator[House]:  # noqa: ARG001 -- on stage
+    with house(tmp_path, upstream.url) as opened:
         yield opened
 
 

@@ -1,20 +1,17 @@
 """Replicas are replaced one after the other under load, and no request is lost."""
 
-import os
 import re
-import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
-from conftest import Stage
 
 from balancer import Balancer, balancing
 from gateway_fixture import DESIGN, PATH
-from processes import SOON_S, House, Served, house
+from processes import SOON_S, House, Served
+from programs import program
 from proxy.demo.simulator import Simulator
 from serving import wait_until
 
@@ -34,17 +31,7 @@ wrk.body = '[{{"model":"Flux"}}]'
 
 @pytest.fixture(scope="module")
 def wrk() -> str:
-    program = shutil.which("wrk")
-    if program is None:
-        assert os.environ.get("CI") != "true", "wrk is missing, and on CI nothing is skipped"
-        pytest.skip("wrk is not installed: the rolling restart was not tried under load")
-    return program
-
-
-@pytest.fixture
-def home(tmp_path: Path, upstream: tuple[Stage, str]) -> Iterator[House]:
-    with house(tmp_path, upstream[1]) as opened:
-        yield opened
+    return program("wrk", "the rolling restart was not tested under load")
 
 
 def replica(home: House, store_url: str) -> Served:

@@ -20,10 +20,9 @@ import httpx2
 import psutil
 import pytest
 import redis
-from conftest import Stage
 
 from gateway_fixture import DESIGN, PATH, cache_status, code_of
-from processes import SOON_S, START_S, House, Served, address_of, house, kill, wait_until_gone
+from processes import SOON_S, START_S, House, Served, address_of, kill, wait_until_gone
 from proxy.demo.simulator import Simulator
 from proxy.embedded.stores import running_url
 from proxy.store.access import Role
@@ -35,12 +34,6 @@ ROLES: tuple[Role, Role] = ("ledger", "price-book")
 BYPASS = "fwd=bypass; detail=store-unavailable"
 LONG_S = 60
 """A delay that no test waits for."""
-
-
-@pytest.fixture
-def home(tmp_path: Path, upstream: tuple[Stage, str]) -> Iterator[House]:
-    with house(tmp_path, upstream[1]) as opened:
-        yield opened
 
 
 @pytest.fixture

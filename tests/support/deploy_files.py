@@ -4,15 +4,11 @@ No container engine is needed: what the files say is checked, and what can be ru
 hand, and what was not tried at all, stands in docs/deployment.md.
 """
 
-import os
 import re
 import shlex
-import shutil
 import subprocess
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
-
-import pytest
 
 from proxy.settings.loader import load
 from proxy.settings.schema import Settings
@@ -24,15 +20,6 @@ WORKER_GRACE_S = STORES_GRACE_S = 5
 
 CONFIG = PurePosixPath("/etc/estimate-proxy/config.toml")
 """Where the command looks for it by itself."""
-
-
-def tool(name: str, untried: str, *, from_debian: bool) -> str:
-    """A program that some tests ask. Skips where it is missing; never on CI if a Debian package has it."""
-    found = shutil.which(name)
-    if found is None:
-        assert os.environ.get("CI") != "true" or not from_debian, f"{name} is missing, and on CI nothing is skipped"
-        pytest.skip(f"{name} is not installed: {untried}")
-    return found
 
 
 def said_by(*command: str | Path) -> str:

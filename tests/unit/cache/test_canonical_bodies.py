@@ -5,11 +5,12 @@ from random import Random
 from string import hexdigits
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from bodies import BODIES, Body, respell
 from canonical_model import MAX, MIN, strict_reading
+from examples import examples
 from json_values import chances
 from proxy.cache.canonical import canonicalise
 from proxy.problems import BadRequest, Code, Problem
@@ -253,7 +254,7 @@ tokens = (
 )
 
 
-@settings(max_examples=300)
+@examples(3)
 @given(st.lists(tokens, max_size=12).map("".join))
 def test_tokens_are_parsed_like_the_strict_parser_does(text: str) -> None:
     check_against_strict_parser(text.encode())
@@ -266,14 +267,14 @@ number_texts = st.from_regex(
 )
 
 
-@settings(max_examples=500)
+@examples(5)
 @given(number_texts)
 @example("-9223372036854776832")
 def test_numbers_are_parsed_like_the_strict_parser_does(number: str) -> None:
     check_against_strict_parser(with_number(number))
 
 
-@settings(max_examples=1000)
+@examples(10)
 @given(st.sampled_from(BODIES), chances, st.integers(1, 3))
 def test_damaged_bodies_are_parsed_like_the_strict_parser_does(body: Body, random: Random, times: int) -> None:
     raw = bytearray(respell(body.items, random))

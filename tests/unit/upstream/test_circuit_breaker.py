@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from examples import examples
 from proxy.upstream.circuit_breaker import (
     MAX_ANSWERS,
     MAX_PAUSE_S,
@@ -421,4 +422,4 @@ class CircuitMachine(RuleBasedStateMachine):
 
 
 TestCircuit = CircuitMachine.TestCase
-TestCircuit.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestCircuit.settings = settings(examples(2), stateful_step_count=50)

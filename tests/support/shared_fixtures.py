@@ -1,0 +1,127 @@
+"""Fixtures for tests that need servers: a store, an upstream, a gateway on both.
+
+The conftest.py of a folder imports those that its tests use. Each test finds an empty store and its own simulator.
+"""
+
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from faulty_proxy import Relay, relay
+from gateway_fixture import API_KEY, Opened, Scene, UpstreamFixture, gateway, settings
+from programs import program
+from proxy.demo.simulator import Simulator
+from proxy.embedded.stores import EmbeddedStores
+from serving import HOSTS, serving, wait_until
+
+
+@pytest.fixture(scope="session", autouse=True)
+def close_servers() -> Iterator[None]:
+    """Stops the servers in threads of this process after the last test."""
+    yield
+    HOSTS.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def immediate_metrics() -> Iterator[None]:
+    """Gateways in this process count an event in the next turn of their loop."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("proxy.telemetry.metrics.FLUSH_AFTER_S", 0)
+        yield
+
+
+@pytest.fixture(scope="session")
+def valkey_url() -> Iterator[str]:
+    """One Valkey for prices and ledger, as in a small installation; it does not evict, because of the ledger."""
+    with tempfile.TemporaryDirectory() as directory:
+        stores = EmbeddedStores(Path(directory), ["ledger"])
+        stores.start()
+        yield stores.urls["ledger"]
+        stores.stop()
+
+
+@contextmanager
+def debian_redis() -> Iterator[str]:
+    """The URL of a running redis-server from the machine's packages."""
+    redis_server = program("redis-server", "nothing was tested on Redis 7.0")
+    with tempfile.TemporaryDirectory(prefix="ep-redis-") as directory:
+        path = Path(directory) / "redis.sock"
+        command = [redis_server, "--port", "0", "--unixsocket", str(path), "--dir", directory, "--save", ""]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            try:
+                with redis.Redis(unix_socket_path=str(path)) as client:
+                    wait_until(lambda: _answers(client))
+                yield f"unix://{path}"
+            finally:
+                process.terminate()
+
+
+def _answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.ConnectionError:
+        return False
+
+
+@pytest.fixture(scope="session", params=["valkey", "redis"])
+def any_store_url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on the embedded Valkey and on Debian's Redis."""
+    if request.param == "valkey":
+        yield request.getfixturevalue("valkey_url")
+        return
+    with debian_redis() as url:
+        yield url
+
+
+@pytest.fixture
+def server(any_store_url: str) -> Iterator[redis.Redis]:
+    """A client of the store, which is empty."""
+    with redis.Redis.from_url(any_store_url) as client:
+        client.flushall()
+        client.config_resetstat()
+        yield client
+
+
+@pytest.fixture
+def way(any_store_url: str) -> Iterator[Relay]:
+    with relay(any_store_url) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def upstream() -> Iterator[UpstreamFixture]:
+    fixture = UpstreamFixture()
+    with serving(fixture) as fixture.url:
+        yield fixture
+
+
+@pytest.fixture
+def simulator(upstream: UpstreamFixture) -> Simulator:
+    upstream.simulator = Simulator(api_key=API_KEY, spend_every=0)
+    return upstream.simulator
+
+
+@pytest.fixture
+def open_gateway(valkey_url: str, upstream: UpstreamFixture, simulator: Simulator) -> Iterator[Opened]:
+    """Opens gateways with the given sections of settings, and closes them after the test."""
+    with redis.Redis.from_url(valkey_url) as client:
+        client.flushall()
+    with ExitStack() as opened:
+
+        def enter(**sections: dict[str, Any]) -> Scene:
+            configured = settings(valkey_url, upstream.url, **sections)
+            scene: AbstractContextManager[Scene] = gateway(configured, valkey_url, simulator)
+            return opened.enter_context(scene)
+
+        yield enter
+
+
+@pytest.fixture
+def scene(open_gateway: Opened) -> Scene:
+    return open_gateway()
