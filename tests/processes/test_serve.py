@@ -479,7 +479,9 @@ def test_nothing_outlives_the_supervisor_and_the_next_one_takes_over(
 
 def test_a_worker_whose_supervisor_dies_goes_by_itself_too(home: House, tmp_path: Path) -> None:
     """Where the kernel does not end it: nowhere but on Linux does it."""
-    elsewhere = "import sys\nfrom proxy.embedded import child\nchild.sys = type('Elsewhere', (), {'platform': 'darwin'})\n"
+    elsewhere = (
+        "import sys\nfrom proxy.embedded import child\nchild.sys = type('Elsewhere', (), {'platform': 'darwin'})\n"
+    )
     (tmp_path / "sitecustomize.py").write_text(elsewhere)
     served = home.start(env={"PYTHONPATH": str(tmp_path)})
     worker, stores = served.worker(), [served.store(role) for role in ROLES]
