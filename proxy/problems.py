@@ -6,7 +6,7 @@ A *denial* is a `Problem`, returned like any other value. A *failure* is an exce
     ├── BadRequest              the request is malformed; carries its `Problem`
     ├── ClientGone              the client closed the connection before it was answered
     ├── Overloaded              the process has more requests than it can serve
-    └── StoreUnavailable        the price book or ledger is out of reach, or did not answer in time
+    └── StoreUnavailable        the price book or ledger is unavailable, or did not answer in time
         └── StoreOutcomeUnknown the call may have been executed: it was sent, but its reply was lost
 
 `proxy.http.endpoint` turns those that reach it into responses.

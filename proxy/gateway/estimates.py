@@ -1,6 +1,4 @@
-"""The way of an estimate request through the gateway.
-
-`Gateway.estimate` has all of its steps and branches, in order:
+"""Answers estimate requests. `Gateway.estimate` has all steps and branches of a request, in order:
 
 1. Authenticate the team by its token, then read and parse the body.
 2. Look the price up: in this process's memory, then in the price book.
@@ -106,7 +104,7 @@ class Gateway:
         return self._parser.parse(body, account=team.account, query=query, ignored=config.ignored)
 
     async def _look_up(self, canonical_request: CanonicalRequest, trace: Trace) -> Lookup | None:
-        """What the price book has for a request; None if it is out of reach."""
+        """What the price book has for a request; None if it is unavailable."""
         with trace.timing_store():
             try:
                 return await self._book.look_up(canonical_request.key, canonical_request.account)
@@ -159,7 +157,8 @@ class Gateway:
                 else:
                     fetched, collapsed = await self._fetcher.fetch(canonical_request, lookup)
         except TimeoutError:
-            late = Problem(Code.UPSTREAM_TIMEOUT, f"There was no answer within {self._policy.timeout_s:g} s.")
+            detail = f"RenderNet did not answer within {self._policy.timeout_s:g} s: send the request again."
+            late = Problem(Code.UPSTREAM_TIMEOUT, detail)
             return FetchResult(Failed(late)), False
         trace.upstream_s = fetched.upstream_s
         return fetched, collapsed
@@ -233,7 +232,7 @@ class Gateway:
         return Explanation(outcome, canonical_request, ignored, stored, admission)
 
     async def _peek(self, team: Team, stored: StoredPrice | None, trace: Trace) -> Admitted | Denied | None:
-        """Whether an estimate would be admitted now; None if the ledger is out of reach."""
+        """Whether an estimate would be admitted now; None if the ledger is unavailable."""
         with trace.timing_store():
             try:
                 admission = await self._ledger.peek(team.limits, micro_of(stored.price.estimated) if stored else None)

@@ -166,7 +166,8 @@ class Fetcher:
                     return FetchResult(decode_failure(text), collapsed=True) if text else None
                 case None:
                     return None
-        return FetchResult(Failed(Problem(Code.UPSTREAM_TIMEOUT, f"There was no answer within {self._timeout_s:g} s.")))
+        detail = f"RenderNet did not answer within {self._timeout_s:g} s: send the request again."
+        return FetchResult(Failed(Problem(Code.UPSTREAM_TIMEOUT, detail)))
 
     async def _from_leader(self, request: CanonicalRequest, price: Price) -> FetchResult:
         """The result for a price that another process stored. Reads the account's book: it has the reply's balance."""

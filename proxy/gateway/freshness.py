@@ -98,7 +98,7 @@ Choice = Serve | Forward | NotCached
 
 
 def choose(lookup: Lookup | None, directives: Directives, stale_limits: StaleLimits) -> Choice:
-    """What to do with a request. `lookup` is None if the price book is out of reach."""
+    """What to do with a request. `lookup` is None if the price book is unavailable."""
     choice = _choose(lookup, directives, stale_limits)
     return NotCached() if directives.only_if_cached and isinstance(choice, Forward) else choice
 

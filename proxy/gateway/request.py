@@ -54,9 +54,9 @@ class Answer:
 class Explanation:
     """How the gateway reads a body, what is stored for it, and whether an estimate would be admitted.
 
-    outcome: `hit`, `miss`, or `bypass` if the price book is out of reach.
+    outcome: `hit`, `miss`, or `bypass` if the price book is unavailable.
     ignored: the members of `cache.ignore` that the body has.
-    admission: the ledger's decision on an estimate now; None if the ledger is out of reach.
+    admission: the ledger's decision on an estimate now; None if the ledger is unavailable.
     """
 
     outcome: Outcome

@@ -2,7 +2,7 @@
 
 * Windows, quotas and balances are read from the stores on a scrape, at most once per `SNAPSHOT_S`. So they are exact,
   the same on every gateway, and present for idle teams too.
-* While a store is out of reach, its gauges are missing rather than stale.
+* While a store is unavailable, its gauges are missing rather than stale.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ SNAPSHOT_S = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Numbers read from the stores. `totals` is None, or the others empty, if their store was out of reach."""
+    """Numbers read from the stores. `totals` is None, or the others empty, if their store was unavailable."""
 
     totals: WindowTotals | None
     quota_states: Sequence[QuotaState]

@@ -36,26 +36,26 @@ class UsageEndpoints:
 
     async def usage(self, request: ClientRequest, trace: Trace) -> Document | Problem:
         """The usage that the query string asks for, as JSON or CSV. Raises `BadRequest`."""
-        own = self._team_of(request.token, trace)
-        if isinstance(own, Problem):
-            return own
+        own_team = self._team_of(request.token, trace)
+        if isinstance(own_team, Problem):
+            return own_team
         query = read_usage_query(request.query, request.accept, today=day_of(int(time()), self._zone))
-        if own is not None:
-            if query.team not in (None, own.id) or "team" in query.by:
-                return _forbidden(own)
-            query = replace(query, team=own.id)
+        if own_team is not None:
+            if query.team not in (None, own_team.id) or "team" in query.by:
+                return _forbidden(own_team)
+            query = replace(query, team=own_team.id)
         return await _within(request.deadline, self._usage(query))
 
     async def quota(self, request: ClientRequest, trace: Trace) -> Document | Problem:
         """The rate and quotas of one team or, for an admin, of all teams. Raises `BadRequest`."""
-        own = self._team_of(request.token, trace)
-        if isinstance(own, Problem):
-            return own
+        own_team = self._team_of(request.token, trace)
+        if isinstance(own_team, Problem):
+            return own_team
         team = read_parameters(request.query, ("team",)).get("team")
-        if own is not None:
-            if team not in (None, own.id):
-                return _forbidden(own)
-            team = own.id
+        if own_team is not None:
+            if team not in (None, own_team.id):
+                return _forbidden(own_team)
+            team = own_team.id
         return await _within(request.deadline, self._quota(team))
 
     async def _usage(self, query: UsageQuery) -> Document | Problem:
