@@ -22,7 +22,7 @@ LEASE_S = 2.0
 of that."""
 
 FAILURE_TTL_S = 2.0
-"""Lifetime of a leader's failure in the store. Followers poll at least every `MAX_WATCH_PAUSE_S` of the fetcher."""
+"""Lifetime of a leader's failure in the store: many times what followers wait between two polls."""
 
 _LEASE_TAKE, _LEASE_WATCH = Script("proxy.cache", "lease_take"), Script("proxy.cache", "lease_watch", repeatable=True)
 _LEASE_KEEP, _LEASE_END = Script("proxy.cache", "lease_keep"), Script("proxy.cache", "lease_end")

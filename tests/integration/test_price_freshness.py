@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +347,28 @@ class TestPurge:
         assert (refused.status_code, code_of(refused)) == (503, "store-unavailable")
         assert "the purge may not have happened" in refused.json()["detail"]
         assert self.purge(scene, '{"body":[{"model":"Flux"}]}').status_code == 200
+
+    def test_a_request_that_joins_a_purged_fetch_asks_again_even_without_the_store(
+        self, scene: Scene, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        scene.simulator.script(priced("1"), priced("2"))
+        call = Store.call
+
+        async def no_reads(store: Store, script: Script, *keys: str, args: tuple[bytes | int | str, ...] = ()) -> Any:
+            if script.name == "price_get":
+                raise StoreUnavailable("no reads")
+            return await call(store, script, *keys, args=args)
+
+        with ThreadPoolExecutor(2) as pool, scene.simulator.hold() as hold:
+            before = pool.submit(scene.ask)
+            assert scene.simulator.arrived(1)
+            assert self.purge(scene, '{"body":[{"model":"Flux"}]}').status_code == 200
+            monkeypatch.setattr(Store, "call", no_reads)
+            after = pool.submit(scene.ask)
+            wait_until(lambda: scene.tracker.waiting == 2)
+            hold.release()
+            assert [amount(before.result()), amount(after.result())] == [1, 2]
+        assert scene.simulator.calls == 2
 
     def test_a_question_with_its_query(self, scene: Scene) -> None:
         path = "/pub/v1/generations/estimate?type=image"
