@@ -277,7 +277,7 @@ def quota_command(team: str | None, config: Path | None) -> None:
     if team not in (None, *settings.teams):
         _fail("TEAM names no team of the settings")
     quota_states = _from_store(read_quota_states(settings, team))
-    if not any(quota_state.terms.quotas for quota_state in quota_states):
+    if not any(quota_state.limits.quotas for quota_state in quota_states):
         click.echo("estimate-proxy: no quota is set", err=True)
     if sys.stdout.isatty():
         Console().print(quota_table(quota_states, settings.org.zone))

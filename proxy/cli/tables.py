@@ -99,9 +99,9 @@ def _table(title: str, *, with_footer: bool = False) -> Table:
 def _quotas(quota_states: Sequence[QuotaState]) -> list[_Used]:
     """The organisation's quotas, which all teams have in common, and then the teams'."""
     found = [
-        _Used(quota.owner(quota_state.terms.team), quota, used, quota_state.windows[quota.per].end_s)
+        _Used(quota.owner(quota_state.limits.team), quota, used, quota_state.windows[quota.per].end_s)
         for quota_state in quota_states
-        for quota, used in zip(quota_state.terms.quotas, quota_state.used, strict=True)
+        for quota, used in zip(quota_state.limits.quotas, quota_state.used, strict=True)
     ]
     return sorted(dict.fromkeys(found), key=lambda used: used.team != NO_NAME)
 

@@ -154,11 +154,11 @@ def _quotas(quota_states: Sequence[QuotaState]) -> Iterator[Metric]:
     used = _gauge("quota_used", "Used part of a quota in its current window.", "scope", "team", "measure", "per")
     seen: set[Quota] = set()
     for quota_state in quota_states:
-        for quota, amount in zip(quota_state.terms.quotas, quota_state.used, strict=True):
+        for quota, amount in zip(quota_state.limits.quotas, quota_state.used, strict=True):
             if quota.scope == "org" and quota in seen:
                 continue
             seen.add(quota)
-            team = quota.owner(quota_state.terms.team)
+            team = quota.owner(quota_state.limits.team)
             labels = [quota.scope, team, quota.measure, quota.per]
             unit = 1 if quota.measure == "requests" else MICRO
             limits.add_metric(labels, quota.limit / unit)

@@ -82,7 +82,7 @@ def common_lines(context: RequestContext) -> Lines:
     if context.cache_status is not None:
         lines.append(b"cache-status: estimate-proxy; " + context.cache_status.encode())
     if context.quota_state is not None:
-        lines += context.quota_state.lines
+        lines += context.quota_state.header_lines
     if context.warnings:
         names = ", ".join(f'"{quota.policy}"' for quota in context.warnings)
         lines.append(b"estimate-proxy-warning: " + names.encode())

@@ -87,10 +87,10 @@ class UsageEndpoints:
 
 def quota_document(quota_state: QuotaState, zone: ZoneInfo) -> dict[str, Any]:
     """A team's rate and quotas as JSON values; amounts are exact decimal numbers."""
-    rate, quotas = quota_state.terms.rate, quota_state.terms.quotas
+    rate, quotas = quota_state.limits.rate, quota_state.limits.quotas
     per_s = int(rate.per_s) if float(rate.per_s).is_integer() else rate.per_s
     return {
-        "team": quota_state.terms.team,
+        "team": quota_state.limits.team,
         "rate": {"per_s": per_s, "burst": rate.burst, "remaining": quota_state.rate_remaining()},
         "quotas": [
             _quota_members(quota, used, quota_state.windows[quota.per], zone)

@@ -1,6 +1,8 @@
-"""Debits of a time without the ledger: summed up, bounded, and handed over in piles that have names.
+"""Buffers debits of requests that were admitted while the ledger was out of reach.
 
-A pile keeps its name and its rows until it is booked, so that booking it a second time can be recognised.
+* Debits of the same kind are added up, so memory depends on the number of kinds, which is limited.
+* The ledger books them in batches. A batch keeps its name and its rows until it is dropped, so a repeated flush is
+  recognised and books nothing: flushing is idempotent.
 """
 
 import secrets
@@ -8,20 +10,21 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from proxy.quota.counters import MAX_ENTRY_MICRO, CounterSet
+from proxy.quota.counters import CounterSet
+from proxy.quota.ledger_script import MAX_ENTRY_MICRO
 from proxy.quota.quotas import Charge
 
 
 @dataclass(frozen=True, slots=True)
 class BufferedDebit:
-    """A sum of debits: so many requests, and their credits together."""
+    """A sum of debits: so many requests and all their credits. Below 0, `requests` takes back earlier admissions."""
 
     counters: CounterSet
     charge: Charge
     requests: int
 
     def plus(self, charge: Charge, requests: int) -> "BufferedDebit":
-        """With one more debit of its kind."""
+        """The sum with one more debit of the same kind."""
         micro = self.charge.credits_micro
         total = replace(charge, credits_micro=None if micro is None else micro + (charge.credits_micro or 0))
         return BufferedDebit(self.counters, total, self.requests + requests)
@@ -34,47 +37,48 @@ class FlushBatch:
 
 
 class Backlog:
-    """At most `max_rows` sums; a debit that would begin one more is not taken. A sum ends at `MAX_ENTRY_MICRO`."""
+    """At most `max_rows` sums, each of at most `MAX_ENTRY_MICRO`. Refuses a debit that would start one sum too many."""
 
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
         self._sums: dict[Hashable, BufferedDebit] = {}
-        self._pile: FlushBatch | None = None
+        self._batch: FlushBatch | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._sums) or self._pile is not None
+        return bool(self._sums) or self._batch is not None
 
     @property
     def requests(self) -> int:
-        """How many requests are owed for."""
-        rows = [*self._sums.values(), *(self._pile.rows if self._pile else ())]
-        return sum(owed.requests for owed in rows if owed.requests > 0)
+        """The number of requests whose debits are buffered."""
+        rows = [*self._sums.values(), *(self._batch.rows if self._batch else ())]
+        return sum(debit.requests for debit in rows if debit.requests > 0)
 
-    def has_room(self) -> bool:
+    def has_capacity(self) -> bool:
+        """Whether a new sum can start."""
         return len(self._sums) < self._max_rows
 
     def add(self, counters: CounterSet, charge: Charge, requests: int) -> bool:
-        """Adds a debit to its sum; False if there is no room for it."""
-        key = counters, charge.outcome, charge.model, charge.credits_micro is None
-        known = self._sums.get(key)
+        """Returns False, and buffers nothing, if that would start one sum too many."""
+        kind = counters, charge.outcome, charge.model, charge.credits_micro is None
+        known = self._sums.get(kind)
         total = known.plus(charge, requests) if known else BufferedDebit(counters, charge, requests)
-        is_too_much = (total.charge.credits_micro or 0) > MAX_ENTRY_MICRO
-        if (known is None or is_too_much) and not self.has_room():
+        is_over_limit = (total.charge.credits_micro or 0) > MAX_ENTRY_MICRO
+        if (known is None or is_over_limit) and not self.has_capacity():
             return False
-        if known is not None and is_too_much:
-            self._sums[object()] = known  # under a key that no debit has: nothing is added to it any more
+        if known is not None and is_over_limit:
+            self._sums[object()] = known  # the key is unique, so this sum is complete
             total = BufferedDebit(counters, charge, requests)
-        self._sums[key] = total
+        self._sums[kind] = total
         return True
 
     def batch(self, max_rows: int) -> FlushBatch | None:
-        """What is to be booked next, the same until it is dropped; None if nothing is owed."""
-        if self._pile is None and self._sums:
-            keys = list(islice(self._sums, max_rows))
-            self._pile = FlushBatch(secrets.token_hex(16), tuple(self._sums.pop(key) for key in keys))
-        return self._pile
+        """The batch to book next, the same one until it is dropped; None if nothing is buffered."""
+        if self._batch is None and self._sums:
+            kinds = list(islice(self._sums, max_rows))
+            self._batch = FlushBatch(secrets.token_hex(16), tuple(self._sums.pop(kind) for kind in kinds))
+        return self._batch
 
     def drop(self, batch: FlushBatch) -> None:
-        """It is booked."""
-        if self._pile is batch:
-            self._pile = None
+        """Forgets a batch that was booked."""
+        if self._batch is batch:
+            self._batch = None

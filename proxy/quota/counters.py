@@ -1,37 +1,33 @@
-"""Where the ledger of an organisation keeps what: its keys, and the sheets on which a team's requests are booked.
+"""Where an organisation's ledger is stored: key names, hash fields, and the counters that requests are booked on.
 
-All keys of a ledger lie in one slot of a cluster, so that one script debits team and organisation, all or none. A new
-window is a new key, never a reset.
+* All keys of a ledger are in one cluster slot, so one script can debit the team and the organisation, or neither.
+* A new window is a new key: counters are never reset.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
+from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
-from proxy.quota.quotas import Quota, TeamLimits, policies_of
+from proxy.quota.quotas import Quota, Rate, TeamLimits, policy_field
 from proxy.quota.windows import Period, Window, day_of, start_of, window_of
 
 USAGE_KEPT_DAYS = 400
+
 COUNTER_KEPT_S = 2 * 86400
-"""Behind the end of its window: longer than any request takes to be settled."""
+"""How long a counter is kept after its window: longer than any request takes to be settled."""
 
 BASE_PERIODS: tuple[Period, ...] = ("day", "week", "month")
-"""A scope is counted in these windows, quota or not: one that is set today knows what was used before."""
-
-MAX_ENTRIES = 200
-"""Entries in one script call: some milliseconds of the store's time."""
-
-MAX_ENTRY_MICRO = 45 * 10**12
-"""Micro-credits of one entry, at least one estimate of the highest price (10**12). All entries of a call together have
-at most 9 * 10**15, which is below 2**53: numbers of Lua are exact up to there."""
+"""Each scope is counted in these periods even without a quota, so that a new quota knows what was used before it."""
 
 _FIELDS = {"requests": "requests", "estimated_credits": "credits"}
+"""The fields of a counter, by measure."""
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerKeys:
-    """The names of an organisation's keys."""
+    """The store keys of an organisation's ledger."""
 
     org: str
 
@@ -47,81 +43,116 @@ class LedgerKeys:
     def teams(self) -> str:
         return f"ep1:{{{self.org}}}:teams"
 
-    def flush(self, number: str) -> str:
-        return f"ep1:{{{self.org}}}:flush:{number}"
+    def flush(self, name: str) -> str:
+        return f"ep1:{{{self.org}}}:flush:{name}"
 
     def rate(self, team: str) -> str:
         return f"ep1:{{{self.org}}}:rate:t:{team}"
 
     def counter(self, team: str | None, per: Period, window: Window) -> str:
-        """Of a team, or with None of the organisation."""
+        """A hash with the fields `requests` and `credits`, in micro-credits. `team`: None for the organisation."""
         scope = "o" if team is None else f"t:{team}"
         return f"ep1:{{{self.org}}}:q:{scope}:{per}:{window.start_s}"
 
     def usage(self, team: str, day: date) -> str:
+        """A hash; `split_usage_field` explains its fields."""
         return f"ep1:{{{self.org}}}:u:{day.isoformat()}:{team}"
+
+
+def split_usage_field(field: bytes) -> tuple[str, str, str]:
+    """Model, outcome and measure of a field of a usage hash, which `lua/ledger_decide.lua` names `usage_field`.
+
+    The measure is `requests` for what counts against quotas, `refused` for what does not, or `credits`, in
+    micro-credits. A model is `NO_NAME` where nothing was priced. None of the three contains a colon.
+    """
+    model, outcome, measure = field.decode().split(":")
+    return model, outcome, measure
+
+
+class TeamKeys(NamedTuple):
+    """Where a team's usage of a day and its rate are stored."""
+
+    id: str
+    usage_key: str
+    usage_expires_ms: int
+    rate_key: str
+    rate: Rate
+
+
+class QuotaRow(NamedTuple):
+    """A quota as the script checks it: on the `field` of a counter, which is numbered from 1 in its counter set."""
+
+    counter: int
+    field: str
+    limit: int
+    refuse: int
 
 
 @dataclass(frozen=True, eq=False)
 class CounterSet:
-    """What requests of a team, or of the organisation, are booked on while none of its windows ends.
+    """What a team's requests are booked on, or the organisation's, until the first of its windows ends.
 
-    holds: the time during which it is the sheet to book on.
-    keys, args: as `proxy/quota/lua/ledger_decide.lua` reads them.
-    org: the organisation's sheet of the same time; None if this is it.
-    policy_field: `RateLimit-Policy` of a team whose sheet it is.
+    Two counter sets are never equal, even with equal contents.
+
+    valid: the time that lies in all windows.
+    expires_ms: when each counter expires, by its store key.
+    quotas: of this scope alone.
+    team: None for the organisation.
+    org: the organisation's counters of the same time; None if these are the organisation's.
+    policy_field: `RateLimit-Policy` of the team.
     """
 
     windows: Mapping[Period, Window]
-    holds: Window
-    keys: tuple[str, ...]
-    args: tuple[str | int, ...]
+    valid: Window
+    expires_ms: Mapping[str, int]
+    quotas: Sequence[QuotaRow] = ()
+    team: TeamKeys | None = None
     org: "CounterSet | None" = None
     policy_field: bytes = b""
 
 
 def org_counters(keys: LedgerKeys, quotas: Sequence[Quota], at_s: int, zone: ZoneInfo) -> CounterSet:
-    """The organisation's, at an instant; `quotas` are its own."""
+    """The organisation's counters at an instant; `quotas` are its own."""
     windows = {per: window_of(per, at_s, zone) for per in periods(quotas)}
-    counters = tuple(keys.counter(None, per, window) for per, window in windows.items())
-    return CounterSet(windows, _common(windows.values()), counters, (0, "", 0, 0, *_counter_args(windows, quotas)))
+    valid = _intersection(windows.values())
+    return CounterSet(windows, valid, _expiries(keys, None, windows), _quota_rows(windows, quotas))
 
 
-def team_counters(keys: LedgerKeys, terms: TeamLimits, org: CounterSet, at_s: int, zone: ZoneInfo) -> CounterSet:
-    """A team's, on top of the organisation's of the same instant."""
-    own = [quota for quota in terms.quotas if quota.scope == "team"]
+def team_counters(keys: LedgerKeys, limits: TeamLimits, org: CounterSet, at_s: int, zone: ZoneInfo) -> CounterSet:
+    """A team's counters at an instant. `org`: the organisation's of the same instant."""
+    own = [quota for quota in limits.quotas if quota.scope == "team"]
     windows = {per: window_of(per, at_s, zone) for per in periods(own)}
     day = day_of(at_s, zone)
-    usage_ends_s = start_of(day + timedelta(days=1 + USAGE_KEPT_DAYS), zone)
-    counters = (keys.counter(terms.team, per, window) for per, window in windows.items())
-    interval_us, burst_tolerance_us = terms.rate.interval_us, terms.rate.burst_tolerance_us
+    usage_expires_ms = 1000 * start_of(day + timedelta(days=1 + USAGE_KEPT_DAYS), zone)
     all_windows = {**org.windows, **windows}
     return CounterSet(
         all_windows,
-        _common((org.holds, *windows.values())),
-        (keys.usage(terms.team, day), keys.rate(terms.team), *counters),
-        (1000 * usage_ends_s, terms.team, interval_us, burst_tolerance_us, *_counter_args(windows, own)),
+        _intersection((org.valid, *windows.values())),
+        _expiries(keys, limits.team, windows),
+        _quota_rows(windows, own),
+        TeamKeys(limits.team, keys.usage(limits.team, day), usage_expires_ms, keys.rate(limits.team), limits.rate),
         org,
-        policies_of(terms, all_windows),
+        policy_field(limits, all_windows),
     )
 
 
 def periods(quotas: Sequence[Quota]) -> tuple[Period, ...]:
-    """The windows in which their scope is counted."""
+    """The periods in which the scope of these quotas is counted, the months last."""
     short = {quota.per for quota in quotas} - set(BASE_PERIODS)
     return (*sorted(short, reverse=True), *BASE_PERIODS)
 
 
-def _common(windows: Iterable[Window]) -> Window:
-    """The time that lies in all of them."""
+def _intersection(windows: Iterable[Window]) -> Window:
     starts, ends = zip(*((window.start_s, window.end_s) for window in windows), strict=True)
     return Window(max(starts), min(ends))
 
 
-def _counter_args(windows: Mapping[Period, Window], quotas: Sequence[Quota]) -> tuple[str | int, ...]:
-    ends_ms = (1000 * (window.end_s + COUNTER_KEPT_S) for window in windows.values())
+def _expiries(keys: LedgerKeys, team: str | None, windows: Mapping[Period, Window]) -> dict[str, int]:
+    return {keys.counter(team, per, window): 1000 * (window.end_s + COUNTER_KEPT_S) for per, window in windows.items()}
+
+
+def _quota_rows(windows: Mapping[Period, Window], quotas: Sequence[Quota]) -> tuple[QuotaRow, ...]:
     numbers = {per: number for number, per in enumerate(windows, 1)}
-    limits: list[str | int] = []
-    for quota in quotas:
-        limits += (numbers[quota.per], _FIELDS[quota.measure], quota.limit, int(quota.refuse))
-    return (len(windows), *ends_ms, len(quotas), *limits)
+    return tuple(
+        QuotaRow(numbers[quota.per], _FIELDS[quota.measure], quota.limit, int(quota.refuse)) for quota in quotas
+    )

@@ -1,4 +1,4 @@
-"""Amounts of credits, in whole micro-credits: exact, whatever a number of RenderNet's looks like."""
+"""Converts amounts of credits between RenderNet's JSON numbers, whole micro-credits and decimal text, exactly."""
 
 from decimal import ROUND_CEILING, Context, Decimal
 from functools import lru_cache
@@ -7,20 +7,20 @@ MICRO = 1_000_000
 """Micro-credits in a credit."""
 
 _UP = Context(rounding=ROUND_CEILING)
-"""Rounded up to its digits or its least exponent, and then to an integer, is rounded up to that integer: no number has
-too many digits, and none is so small that it becomes 0."""
+"""Limits digits and exponents. Rounding up to these limits, and then to an integer, equals rounding up to the integer
+at once, so numbers of many digits are right, too, and a tiny number does not become 0."""
 
 
 @lru_cache(maxsize=1000)
 def micro_of(number: bytes) -> int:
-    """A JSON number of credits in micro-credits, rounded up. `proxy.upstream.replies` must have called it usable."""
+    """A JSON number of credits in micro-credits, rounded up. `proxy.upstream.replies` must have accepted it before."""
     if number.isdigit():
         return int(number) * MICRO
     return int(Decimal(number.decode()).scaleb(6, _UP).to_integral_value(context=_UP))
 
 
 def text_of(micro: int) -> str:
-    """Micro-credits as a decimal number of credits, no digit more than it takes."""
+    """Micro-credits as a decimal number of credits, without needless zeros."""
     whole, part = divmod(abs(micro), MICRO)
     sign = "-" if micro < 0 else ""
     return f"{sign}{whole}.{part:06}".rstrip("0").rstrip(".") if part else f"{sign}{whole}"

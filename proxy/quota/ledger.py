@@ -1,10 +1,11 @@
-"""The ledger: what teams may still ask for, and what they have used.
+"""An organisation's ledger: admits requests by rate and quotas, and counts what teams have used.
 
-* Decisions are the store's: one script checks rate and quotas of both scopes and books all of a request or none of it.
-* What is admitted stays on the books until it is settled. Settling is a task of its own: a request that is cancelled
-  cannot take its accounting along.
-* Out of reach, the ledger refuses, or admits and keeps the debits in a backlog, as the settings want. A debit whose
-  reply was lost is neither repeated nor kept: it may have been booked.
+* The store decides: one script checks the rate and the quotas of team and organisation, and books all of a request or
+  nothing.
+* An admitted request is booked at once and settled later. Settling runs in a task of its own, so cancelling the request
+  does not cancel its accounting.
+* While the store is out of reach, the ledger refuses requests or, with `admits_on_outage`, admits them and buffers
+  their debits. A debit whose reply was lost is neither repeated nor buffered, because it may have been booked.
 """
 
 import asyncio
@@ -16,7 +17,8 @@ from typing import Any, TypeVar
 from proxy.problems import NO_NAME, Code, Outcome, Problem, StoreOutcomeUnknown, StoreUnavailable
 from proxy.quota.backlog import Backlog
 from proxy.quota.batches import Admitted, Denied, LedgerBatcher
-from proxy.quota.counters import MAX_ENTRIES, CounterSet
+from proxy.quota.counters import CounterSet
+from proxy.quota.ledger_script import MAX_BATCH_ENTRIES, Operation
 from proxy.quota.model_names import OTHER
 from proxy.quota.quotas import Charge, QuotaState, TeamLimits
 from proxy.telemetry.metrics import Metrics
@@ -25,6 +27,7 @@ MAX_BACKLOG_ROWS = 10_000
 FLUSH_EVERY_S = 0.5
 
 _PENDING = Charge(Outcome.CANCELLED)
+"""What an admitted request counts as until it is settled."""
 
 __all__ = ["Admitted", "Denied", "Ledger"]
 
@@ -35,8 +38,8 @@ Admission = Coroutine[Any, Any, Admitted | Denied]
 log = logging.getLogger(__name__)
 
 
-_OUT_OF_REACH = Denied(
-    Problem(Code.STORE_UNAVAILABLE, "The ledger of quotas is out of reach: ask again in a moment.", retry_after_s=1)
+_UNAVAILABLE = Denied(
+    Problem(Code.STORE_UNAVAILABLE, "The ledger of quotas is out of reach: try again in a moment.", retry_after_s=1)
 )
 
 
@@ -52,41 +55,41 @@ class Ledger:
         self._settling: set[asyncio.Future[Any]] = set()
 
     async def open(self) -> None:
-        """Looks whether there is a ledger, and begins one if there is none."""
+        """Checks whether the ledger exists, and creates it if not. Logs a warning if it is out of reach."""
         try:
             await self._batcher.open()
         except StoreUnavailable:
-            log.warning("the ledger is out of reach: nobody knows what was used until it is back")
+            log.warning("the ledger is out of reach: usage and quotas are unknown until it is back")
 
-    def charge(self, terms: TeamLimits, charge: Charge) -> Admission:
+    def charge(self, limits: TeamLimits, charge: Charge) -> Admission:
         """Admits and books an answer whose price is known."""
-        return self._begin("charge", terms, charge)
+        return self._decide("charge", limits, charge)
 
-    def admit(self, terms: TeamLimits) -> Admission:
-        """Admits a question on its way upstream: it must be settled, or refunded if it never gets there."""
-        return self._begin("admit", terms, _PENDING)
+    def admit(self, limits: TeamLimits) -> Admission:
+        """Admits and books a request to upstream. It must be settled, or refunded if it is never sent."""
+        return self._decide("admit", limits, _PENDING)
 
-    def record_uncached(self, terms: TeamLimits, outcome: Outcome) -> Admission:
-        """Notes an estimate for which nobody is asked and nothing is answered: it takes from the rate."""
-        return self._begin("pass", terms, Charge(outcome))
+    def record_uncached(self, limits: TeamLimits, outcome: Outcome) -> Admission:
+        """Records an estimate that is neither answered nor sent upstream. It takes from the rate."""
+        return self._decide("record_uncached", limits, Charge(outcome))
 
-    async def peek(self, terms: TeamLimits, credits_micro: int | None) -> Admitted | Denied:
-        """What would be said to an estimate of this price. Takes from the rate, and debits nothing.
+    async def peek(self, limits: TeamLimits, credits_micro: int | None) -> Admitted | Denied:
+        """The decision that an estimate of this price would get. Takes from the rate, and debits nothing.
 
         Raises `StoreUnavailable`.
         """
-        return await self._batcher.decide("peek", terms, Charge(Outcome.HIT, credits_micro))
+        return await self._batcher.decide("peek", limits, Charge(Outcome.HIT, credits_micro))
 
     async def settle(self, admitted: Admitted, charge: Charge) -> Admitted | Denied:
-        """Books what became of an admitted question; denied if its price passes a quota."""
-        return await self._to_the_end(self._settle(admitted, charge))
+        """Books the result of an admitted request. Denied if its price exceeds a quota."""
+        return await self._shielded(self._settle(admitted, charge))
 
     async def refund(self, admitted: Admitted, outcome: Outcome) -> QuotaState | None:
-        """Takes back an admission that came to nothing before upstream was asked. How the team stands, if known."""
-        return await self._to_the_end(self._refund(admitted, Charge(outcome)))
+        """Takes back an admission whose request was not sent upstream. Returns the team's state, if known."""
+        return await self._shielded(self._refund(admitted, Charge(outcome)))
 
     async def close(self, timeout_s: float) -> None:
-        """Lets settlements and the backlog come to their end, within `timeout_s`."""
+        """Waits for settlements and flushes the backlog, within `timeout_s`."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         if self._settling:
@@ -98,47 +101,46 @@ class Ledger:
         if self._backlog:
             log.error("the debits of %d requests are lost: the ledger stayed out of reach", self._backlog.requests)
 
-    async def _begin(self, operation: str, terms: TeamLimits, charge: Charge) -> Admitted | Denied:
+    async def _decide(self, operation: Operation, limits: TeamLimits, charge: Charge) -> Admitted | Denied:
         try:
-            return await self._batcher.decide(operation, terms, charge)
+            return await self._batcher.decide(operation, limits, charge)
         except StoreOutcomeUnknown:
-            return _OUT_OF_REACH
+            return _UNAVAILABLE
         except StoreUnavailable:
-            counters = self._batcher.counters(terms)
+            counters = self._batcher.counters(limits)
             if operation == "charge":
-                return self._admit_buffered(terms, counters, charge)
-            return _on_credit(terms, counters, charge) if self._may_buffer() else _OUT_OF_REACH
+                return self._admit_buffered(limits, counters, charge)
+            return _unbooked(limits, counters, charge) if self._may_buffer() else _UNAVAILABLE
 
     async def _settle(self, admitted: Admitted, charge: Charge) -> Admitted | Denied:
-        terms, counters = admitted.terms, admitted.counters
+        limits, counters = admitted.limits, admitted.counters
         if not admitted.booked:
-            return self._admit_buffered(terms, counters, charge)
+            return self._admit_buffered(limits, counters, charge)
         try:
-            return await self._batcher.decide("settle", terms, charge, admitted_on=counters)
+            return await self._batcher.decide("settle", limits, charge, admitted_on=counters)
         except StoreOutcomeUnknown:
-            return _OUT_OF_REACH
+            return _UNAVAILABLE
         except StoreUnavailable:
             if not self._buffer(counters, _PENDING, requests=-1):
-                return _OUT_OF_REACH
-            settled = self._admit_buffered(terms, counters, charge)
-            if isinstance(settled, Denied):  # no room: it stands as it stood
+                return _UNAVAILABLE
+            settled = self._admit_buffered(limits, counters, charge)
+            if isinstance(settled, Denied):  # the backlog is full: the request stays booked as it was
                 self._buffer(counters, _PENDING)
             return settled
 
-    def _admit_buffered(self, terms: TeamLimits, counters: CounterSet, charge: Charge) -> Admitted | Denied:
-        """Admits an answer without the ledger, and keeps its debit, if that is wanted and there is room."""
+    def _admit_buffered(self, limits: TeamLimits, counters: CounterSet, charge: Charge) -> Admitted | Denied:
+        """Admits an answer without the ledger, if its debit can be buffered."""
         if not self._buffer(counters, charge):
-            return _OUT_OF_REACH
-        admitted = _on_credit(terms, counters, charge)
-        if charge.credits_micro is not None:
-            self._metrics.record_credits(terms.team, admitted.model, charge.credits_micro)
+            return _UNAVAILABLE
+        admitted = _unbooked(limits, counters, charge)
+        self._batcher.record_booked(charge, admitted)
         return admitted
 
     async def _refund(self, admitted: Admitted, charge: Charge) -> QuotaState | None:
         if not admitted.booked:
             return None
         try:
-            refunded = await self._batcher.decide("refund", admitted.terms, charge, admitted_on=admitted.counters)
+            refunded = await self._batcher.decide("refund", admitted.limits, charge, admitted_on=admitted.counters)
         except StoreOutcomeUnknown:
             return None
         except StoreUnavailable:
@@ -146,17 +148,18 @@ class Ledger:
             return None
         return refunded.quota_state
 
-    async def _to_the_end(self, work: Coroutine[Any, Any, _T]) -> _T:
+    async def _shielded(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Runs `work` to its end even if the caller is cancelled."""
         task = asyncio.ensure_future(work)
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
         return await asyncio.shield(task)
 
     def _may_buffer(self) -> bool:
-        return self._admits_on_outage and self._backlog.has_room()
+        return self._admits_on_outage and self._backlog.has_capacity()
 
     def _buffer(self, counters: CounterSet, charge: Charge, *, requests: int = 1) -> bool:
-        """Keeps a debit until the ledger is back; False if that is not wanted, or there is no room."""
+        """Buffers a debit until the ledger is back. False if the settings forbid it or the backlog is full."""
         if not self._admits_on_outage or not self._backlog.add(counters, charge, requests):
             return False
         self._metrics.buffered_debits.set(self._backlog.requests)
@@ -169,10 +172,10 @@ class Ledger:
             await asyncio.sleep(FLUSH_EVERY_S)
             with suppress(StoreUnavailable):
                 await self._flush()
-                log.warning("the ledger is back: what was admitted without it is on the books")
+                log.warning("the ledger is back: all buffered debits are booked")
 
     async def _flush_until(self, deadline: float) -> None:
-        """Tries at least once; a pile that was booked already stays so."""
+        """Tries at least once."""
         loop = asyncio.get_running_loop()
         while self._backlog:
             with suppress(StoreUnavailable):
@@ -183,13 +186,14 @@ class Ledger:
             await asyncio.sleep(min(FLUSH_EVERY_S, left_s))
 
     async def _flush(self) -> None:
-        while (batch := self._backlog.batch(MAX_ENTRIES)) is not None:
+        """Batches that were booked stay so if a later one fails."""
+        while (batch := self._backlog.batch(MAX_BATCH_ENTRIES)) is not None:
             await self._batcher.book(batch)
             self._backlog.drop(batch)
             self._metrics.buffered_debits.set(self._backlog.requests)
 
 
-def _on_credit(terms: TeamLimits, counters: CounterSet, charge: Charge) -> Admitted:
-    """Without the ledger nobody knows which models have a name of their own."""
+def _unbooked(limits: TeamLimits, counters: CounterSet, charge: Charge) -> Admitted:
+    """Only the ledger knows which models have a name of their own, so credits count under `OTHER`."""
     model = NO_NAME if charge.credits_micro is None else OTHER
-    return Admitted(terms, counters, booked=False, model=model)
+    return Admitted(limits, counters, booked=False, model=model)

@@ -1,7 +1,7 @@
-"""What was priced: the name under which usage and metrics count a body's credits.
+"""Model names: the name under which usage and metrics count the credits of a body.
 
-RenderNet prices an item by the first of its modes that is present. Names are bounded in length and alphabet here; how
-many there are is bounded by the ledger.
+* RenderNet prices an item by its mode: the first member of `_MODES` that is present.
+* This module limits length and alphabet of a name; the ledger limits the number of distinct names.
 """
 
 import re
@@ -15,7 +15,7 @@ MIXED = "mixed"
 OTHER = "other"
 
 MAX_MODELS = 50
-"""Distinct names in an organisation; later ones count as `OTHER`."""
+"""Distinct names in an organisation, so that clients cannot create metric series without limit; more are `OTHER`."""
 
 _MODES = ("segment", "style", "model", "true_touch", "narrator", "video_anyone")
 _NAMED = frozenset(("style", "model"))
@@ -23,13 +23,13 @@ _NAME = re.compile(r"[A-Za-z0-9 ._-]{1,64}", re.ASCII)
 
 
 def model_of(canonical: bytes) -> str:
-    """The name of what a canonical body asks for: `MIXED` where its items differ, `NO_NAME` where they name nothing."""
+    """The name for a canonical body: `MIXED` if its items have different names, `NO_NAME` if no mode is present."""
     names = {_model(item) for item in orjson.loads(canonical)}
     return names.pop() if len(names) == 1 else MIXED
 
 
 def _model(item: dict[str, Any]) -> str:
-    """A mode of `null` is absent: some clients write every member they know."""
+    """A mode that is `null` counts as absent, because some clients send every member they know."""
     for mode in _MODES:
         value = item.get(mode)
         if value is not None:

@@ -1,10 +1,11 @@
-"""Rates and quotas: what a team may ask for, how it stands, and how that is told.
+"""Rates and quotas: what a team may ask for, its state, and the header fields and problems that show it.
 
-A *rate* is a generic cell rate algorithm (GCRA) on whole microseconds: each request moves the team's theoretical
-arrival time one interval on, which may lie `burst` intervals ahead of the clock. A *quota* limits a measure, of a team
-or of the whole organisation, in a calendar window. The ledger decides; see `proxy/quota/lua/ledger_decide.lua`.
-
-Header fields are those of draft-ietf-httpapi-ratelimit-headers-11.
+* A *rate* is limited by the generic cell rate algorithm (GCRA), in whole microseconds: each request moves the team's
+  theoretical arrival time (TAT) on by one interval. It may be ahead of the clock by the burst tolerance, which is
+  `burst` intervals.
+* A *quota* limits a measure in a calendar window, for a team or for the whole organisation.
+* The decisions are made in the store, by `lua/ledger_decide.lua`.
+* Header fields follow draft-ietf-httpapi-ratelimit-headers-11.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,25 +29,25 @@ _US = 1_000_000
 
 @dataclass(frozen=True)
 class Rate:
-    """`per_s` requests a second, after a pause `burst` at once."""
+    """`per_s` requests a second on average, at most `burst` at once."""
 
     per_s: float
     burst: int
 
     @cached_property
     def interval_us(self) -> int:
-        """Between two requests, rounded down: nobody gets less than was said."""
-        return int(1_000_000 / self.per_s)
+        """The time between two requests, rounded down, so that no team gets less than its rate."""
+        return int(_US / self.per_s)
 
     @cached_property
     def burst_tolerance_us(self) -> int:
-        """How far ahead of the clock the theoretical arrival time may lie."""
+        """How far ahead of the clock the TAT may be."""
         return self.interval_us * self.burst
 
 
 @dataclass(frozen=True)
 class Quota:
-    """`limit` is in requests or in micro-credits; one that does not `refuse` only warns."""
+    """`limit` is in requests or micro-credits. A quota that does not `refuse` only warns."""
 
     scope: Scope
     measure: Measure
@@ -56,30 +57,30 @@ class Quota:
 
     @cached_property
     def policy(self) -> str:
-        """Its name in header fields."""
+        """The quota's name in header fields."""
         kind = "requests" if self.measure == "requests" else "credits"
         return f"{'org-' * (self.scope == 'org')}{kind}-{self.per}"
 
     def owner(self, team: str) -> str:
-        """Whose quota it is: `team`, or `NO_NAME` for the organisation."""
+        """`team` for a quota of a team, `NO_NAME` for one of the organisation."""
         return team if self.scope == "team" else NO_NAME
 
-    def told(self, amount: int) -> int:
-        """An amount in whole units of the header fields, rounded down."""
+    def header_amount(self, amount: int) -> int:
+        """An amount in requests or whole credits, rounded down, as header fields show it."""
         return amount if self.measure == "requests" else amount // MICRO
 
     def text(self, amount: int) -> str:
-        """An amount as a decimal number, exactly."""
+        """An amount in requests or credits as an exact decimal number."""
         return str(amount) if self.measure == "requests" else text_of(amount)
 
     def number(self, amount: int) -> orjson.Fragment:
-        """An amount as a JSON number, exactly."""
+        """An amount in requests or credits as an exact JSON number."""
         return orjson.Fragment(self.text(amount))
 
 
 @dataclass(frozen=True)
 class TeamLimits:
-    """What holds for a team: its rate, its own quotas, and then the organisation's."""
+    """The limits of a team: its rate, and first its own quotas, then the organisation's."""
 
     team: str
     rate: Rate
@@ -91,13 +92,13 @@ class TeamLimits:
 
     @cached_property
     def warns(self) -> bool:
-        """Whether some quota only warns."""
+        """Whether a quota only warns."""
         return not all(quota.refuse for quota in self.quotas)
 
 
 @dataclass(slots=True)
 class Charge:
-    """What a request has come to. `credits_micro` is None where nothing was priced."""
+    """The result of a request to be booked. `credits_micro` is None where nothing was priced."""
 
     outcome: Outcome
     credits_micro: int | None = None
@@ -106,66 +107,86 @@ class Charge:
 
 @dataclass(slots=True, eq=False)
 class QuotaState:
-    """How a team stands after the ledger has decided, at `now_us` of the store's clock.
+    """A team's state at `now_us` of the store's clock.
 
-    lead_us: how far the theoretical arrival time lies ahead.
-    used: of each quota, in the order of the terms.
-    policy_field: as `policies_of` has it, from whom keeps it for many standings.
+    tat_offset_us: how far the TAT is ahead of the clock, from 0 to the burst tolerance.
+    used: the use of each quota in requests or micro-credits, in the order of `limits.quotas`.
+    policy_field: the value of `RateLimit-Policy`, if the caller keeps it; it is the same for many states.
     """
 
-    terms: TeamLimits
+    limits: TeamLimits
     windows: Mapping[Period, Window]
     now_us: int
     tat_offset_us: int
     used: Sequence[int]
     policy_field: bytes = b""
-    _lines: tuple[bytes, ...] = ()
+    _header_lines: tuple[bytes, ...] = ()
+
+    @classmethod
+    def at(
+        cls,
+        now_us: int,
+        limits: TeamLimits,
+        windows: Mapping[Period, Window],
+        tat_us: int,
+        used: Sequence[int],
+        policy_field: bytes = b"",
+    ) -> "QuotaState":
+        """The state by what the store holds: `tat_us` is 0 if it holds no TAT.
+
+        The TAT is bounded as `lua/ledger_decide.lua` does it: after a change of the rate, or
+        of the clock, a team waits at most one interval.
+        """
+        tat_offset_us = min(max(tat_us - now_us, 0), limits.rate.burst_tolerance_us)
+        return cls(limits, windows, now_us, tat_offset_us, used, policy_field)
 
     @property
-    def lines(self) -> tuple[bytes, ...]:
-        """As header fields: many requests may be told of one standing."""
-        if not self._lines:
-            policies = self.policy_field or policies_of(self.terms, self.windows)
-            self._lines = b"ratelimit-policy: " + policies, b"ratelimit: " + self.limits().encode()
-        return self._lines
+    def header_lines(self) -> tuple[bytes, ...]:
+        """The lines of `RateLimit-Policy` and `RateLimit`. Cached: requests of one batch share their state."""
+        if not self._header_lines:
+            policies = self.policy_field or policy_field(self.limits, self.windows)
+            self._header_lines = b"ratelimit-policy: " + policies, b"ratelimit: " + self.limit_field().encode()
+        return self._header_lines
 
-    def limits(self) -> str:
-        """`RateLimit`: a list of what is left (§4)."""
+    def limit_field(self) -> str:
+        """The value of `RateLimit`: a list of what is left (§4)."""
         items = [f'"rate";r={self.rate_remaining()};t={-(-self.tat_offset_us // _US)}']
-        for quota, used in zip(self.terms.quotas, self.used, strict=True):
-            left = quota.told(quota.limit - used) if used < quota.limit else 0
+        for quota, used in zip(self.limits.quotas, self.used, strict=True):
+            left = quota.header_amount(quota.limit - used) if used < quota.limit else 0
             items.append(f'"{quota.policy}";r={left};t={self.seconds_left(quota)}')
         return ", ".join(items)
 
     def warnings(self) -> tuple[Quota, ...]:
-        """The quotas that only warn, and are passed."""
-        if not self.terms.warns:
+        """The quotas that only warn and are exceeded."""
+        if not self.limits.warns:
             return ()
-        pairs = zip(self.terms.quotas, self.used, strict=True)
+        pairs = zip(self.limits.quotas, self.used, strict=True)
         return tuple(quota for quota, used in pairs if used > quota.limit and not quota.refuse)
 
     def rate_remaining(self) -> int:
-        rate = self.terms.rate
+        """How many requests the rate admits at once."""
+        rate = self.limits.rate
         return max(0, (rate.burst_tolerance_us - self.tat_offset_us) // rate.interval_us)
 
     def seconds_left(self, quota: Quota) -> int:
-        """Until the quota's window ends."""
+        """Seconds until the quota's window ends."""
         return max(0, -((self.now_us - self.windows[quota.per].end_s * _US) // _US))
 
     def rate_limited(self) -> Problem:
-        rate = self.terms.rate
+        """The refusal by the rate."""
+        rate = self.limits.rate
         wait_us = self.tat_offset_us + rate.interval_us - rate.burst_tolerance_us
         return Problem(
             Code.RATE_LIMITED,
-            f"The team may ask {rate.per_s:.10g} times a second, with bursts of {rate.burst}: slow down.",
-            retry_after_s=max(1, ceil(wait_us / 1_000_000)),
+            f"The team may send {rate.per_s:.10g} requests a second, in bursts of up to {rate.burst}: slow down.",
+            retry_after_s=max(1, ceil(wait_us / _US)),
         )
 
     def quota_exceeded(self, violated: Sequence[Quota], requested_micro: int | None, zone: ZoneInfo) -> Problem:
-        """The denial by quotas: the first is explained, all are named. `requested_micro` is None if nobody knows."""
+        """The refusal by quotas: explains the first and names all. `requested_micro`: None if the price is unknown."""
         quota = violated[0]
         counts_requests = quota.measure == "requests"
-        used = self.used[self.terms.quotas.index(quota)]
+        used = self.used[self.limits.quotas.index(quota)]
         requested = 1 if counts_requests else requested_micro
         resets_at = rfc3339(self.windows[quota.per].end_s, zone)
         members = {
@@ -182,19 +203,20 @@ class QuotaState:
         }
         return Problem(
             Code.QUOTA_EXCEEDED,
-            self._explained(quota, used, requested, resets_at),
+            self._detail(quota, used, requested, resets_at),
             retry_after_s=self.seconds_left(quota) if counts_requests else None,
             members=members,
             other_status=429 if counts_requests else None,
         )
 
-    def _explained(self, quota: Quota, used: int, requested: int | None, resets_at: str) -> str:
-        """What is left of a quota, and until when. No price: `explain` shows this to a team that may not have it."""
+    def _detail(self, quota: Quota, used: int, requested: int | None, resets_at: str) -> str:
+        """What is left of a quota, and until when. No price: a refused team must not see it in `explain`."""
         what = "requests" if quota.measure == "requests" else "estimated credits"
         whose = "the team's" if quota.scope == "team" else "the organisation's"
-        left = f"{quota.text(max(0, quota.limit - used))} of {whose} {quota.text(quota.limit)} {what} a {quota.per}"
         if quota.limit == 0:
-            return f"Nothing passes: {left} are left, and never will be more. Ask the gateway's operator."
+            quota_name = f"{whose} quota of {what} per {quota.per}"
+            return f"{quota_name.capitalize()} is 0, so every request is refused. Ask the gateway's operator."
+        left = f"{quota.text(max(0, quota.limit - used))} of {whose} {quota.text(quota.limit)} {what} per {quota.per}"
         if used >= quota.limit or requested is None:
             return f"{left} are left until {resets_at}."
         if requested > quota.limit:
@@ -202,12 +224,12 @@ class QuotaState:
         return f"This estimate needs more than is left: {left}, until {resets_at}."
 
 
-def policies_of(terms: TeamLimits, windows: Mapping[Period, Window]) -> bytes:
-    """`RateLimit-Policy`: a list of quota policies (§3)."""
-    rate = terms.rate
+def policy_field(limits: TeamLimits, windows: Mapping[Period, Window]) -> bytes:
+    """The value of `RateLimit-Policy`: a list of quota policies (§3)."""
+    rate = limits.rate
     items = [f'"rate";q={rate.burst};w={ceil(rate.burst / rate.per_s)}']
-    for quota in terms.quotas:
+    for quota in limits.quotas:
         window = windows[quota.per]
         unit = "" if quota.measure == "requests" else ';qu="credits"'
-        items.append(f'"{quota.policy}";q={quota.told(quota.limit)}{unit};w={window.end_s - window.start_s}')
+        items.append(f'"{quota.policy}";q={quota.header_amount(quota.limit)}{unit};w={window.end_s - window.start_s}')
     return ", ".join(items).encode()

@@ -1,8 +1,8 @@
-"""Usage: the question for it, its sums, and how they are written.
+"""Usage reports: reads the query, adds up the rows, writes them as JSON or CSV.
 
-The ledger keeps a hash of each team and day, with fields `<model>:<outcome>:<measure>`. The measure `requests` is what
-counts against quotas, `refused` what does not, `credits` is micro-credits. Sums are whole numbers of any size, and
-each request has one outcome: those of a row add up to its `requests` and `refused`.
+* The ledger has a hash for each team and day; `proxy.quota.counters.split_usage_field` explains its fields.
+* Sums are integers of any size. Each request has one outcome, so the outcomes of a row add up to its `requests` and
+  `refused`.
 """
 
 import csv
@@ -18,27 +18,26 @@ from urllib.parse import parse_qsl
 import orjson
 
 from proxy.problems import NO_NAME, BadRequest, Code, Outcome
-from proxy.quota.counters import USAGE_KEPT_DAYS
+from proxy.quota.counters import USAGE_KEPT_DAYS, split_usage_field
 from proxy.quota.credits import text_of
 
 Group = Literal["day", "team", "model"]
 GROUPS: tuple[Group, ...] = ("day", "team", "model")
 
-_BEFORE_THE_LEDGER = {
+_NOT_IN_LEDGER = {
     Outcome.UNAUTHENTICATED,
     Outcome.TEAM_DISABLED,
     Outcome.INVALID,
     Outcome.STORE_UNAVAILABLE,
     Outcome.OVERLOADED,
 }
-OUTCOMES = tuple(outcome.value for outcome in Outcome if outcome not in _BEFORE_THE_LEDGER)
-"""What can become of a request that the ledger hears of, in the order of columns."""
+OUTCOMES = tuple(outcome.value for outcome in Outcome if outcome not in _NOT_IN_LEDGER)
+"""The outcomes that the ledger books, in the order of columns."""
 
 FORMULA_CHARACTERS = "=+-@\t\r\n"
-"""A cell that begins with one of them, spreadsheets may run (OWASP, CSV Injection)."""
+"""Spreadsheets may run a cell that begins with one of these (OWASP, CSV Injection)."""
 
-
-_PLACES = {outcome: place for place, outcome in enumerate(OUTCOMES)}
+_POSITIONS = {outcome: position for position, outcome in enumerate(OUTCOMES)}
 _DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")  # RFC 9110 §12.4.2
 _CSV_RANGES = ("*/*", "text/*", "text/csv")
@@ -47,7 +46,7 @@ _JSON_RANGES = ("*/*", "application/*", "application/json")
 
 @dataclass(frozen=True, slots=True)
 class UsageQuery:
-    """The days from `first` to `last`, both included; `team` is None where all are meant."""
+    """The days from `first` to `last`, both included. `team`: None for all teams."""
 
     first: date
     last: date
@@ -58,7 +57,7 @@ class UsageQuery:
 
 @dataclass(frozen=True, slots=True)
 class TeamDay:
-    """What the ledger keeps of a team's day."""
+    """The usage hash of a team on a day."""
 
     day: date
     team: str
@@ -67,7 +66,7 @@ class TeamDay:
 
 @dataclass(frozen=True, slots=True)
 class UsageRow:
-    """The sums of a group, which is named in the order of the query's `by`."""
+    """The sums of one group. `group`: its names, in the order of the query's `by`."""
 
     group: tuple[str, ...]
     requests: int
@@ -83,17 +82,17 @@ class Usage:
 
 
 class UsageTotals:
-    """Sums that grow by one team's day after the other, so that nobody needs to hold them all."""
+    """Adds up days of teams one by one, so that a report never holds all of them in memory."""
 
     def __init__(self, by: Sequence[Group]) -> None:
         self._by = by
         self._sums: defaultdict[tuple[str, ...], Counter[tuple[str, str]]] = defaultdict(Counter)
 
-    def add(self, kept: TeamDay) -> None:
-        names = {"day": kept.day.isoformat(), "team": kept.team}
-        for field, amount in kept.fields.items():
+    def add(self, team_day: TeamDay) -> None:
+        names = {"day": team_day.day.isoformat(), "team": team_day.team}
+        for field, amount in team_day.fields.items():
             if amount != b"0":
-                names["model"], outcome, measure = field.decode().split(":")
+                names["model"], outcome, measure = split_usage_field(field)
                 self._sums[tuple(names[group] for group in self._by)][outcome, measure] += int(amount)
 
     def usage(self) -> Usage:
@@ -104,33 +103,33 @@ class UsageTotals:
 
 
 def read_usage_query(raw_query: bytes, accept: str | None, *, today: date) -> UsageQuery:
-    """The question in a query string. Left out: the month of the last day so far, by day. Raises `BadRequest`."""
+    """Reads a query string. The default is the month of the last day so far, by day. Raises `BadRequest`."""
     given = read_parameters(raw_query, ("from", "to", "by", "team", "format"))
     last = _day("to", given["to"]) if "to" in given else today
     first = _day("from", given["from"]) if "from" in given else min(last, today).replace(day=1)
     if first > last:
         raise _bad(f"from must not be after to, which is {last}.")
     if (last - first).days >= USAGE_KEPT_DAYS:
-        raise _bad(f"from must not be more than {USAGE_KEPT_DAYS} days before the end of to: longer nothing is kept.")
+        raise _bad(f"from must not be more than {USAGE_KEPT_DAYS} days before the end of to: usage is kept no longer.")
     return UsageQuery(first, last, _groups(given.get("by", "day")), given.get("team"), _wants_csv(given, accept))
 
 
 def read_parameters(raw_query: bytes, names: Sequence[str]) -> dict[str, str]:
-    """The parameters of a query string, each given once at the most. Raises `BadRequest`."""
-    given: dict[str, str] = {}
+    """The parameters of a query string, each at most once. Raises `BadRequest`."""
+    found: dict[str, str] = {}
     for name, value in parse_qsl(raw_query.decode("utf-8", "replace"), keep_blank_values=True):
         if name not in names:
-            raise _bad(f"There is no parameter {name[:40]!r}, only {', '.join(names)}.")
-        if name in given:
+            raise _bad(f"The parameter {name[:40]!r} is unknown. Known parameters: {', '.join(names)}.")
+        if name in found:
             raise _bad(f"{name} is given twice.")
         if not value:
             raise _bad(f"{name} is empty: give it a value, or leave it out.")
-        given[name] = value
-    return given
+        found[name] = value
+    return found
 
 
 def json_of(usage: Usage, query: UsageQuery, timezone: str) -> bytes:
-    """Usage as a JSON document; amounts of credits are exact decimal numbers."""
+    """Usage as a JSON document. Credits are exact decimal numbers."""
     rows = [dict(zip(query.by, row.group, strict=True)) | _members(row) for row in usage.rows]
     document = {
         "from": query.first,
@@ -144,7 +143,7 @@ def json_of(usage: Usage, query: UsageQuery, timezone: str) -> bytes:
 
 
 def csv_of(usage: Usage, by: Sequence[Group]) -> bytes:
-    """Usage as CSV (RFC 4180), without the total, which whoever adds up a column would count twice."""
+    """Usage as CSV (RFC 4180). Without the total, which a sum over a column would count twice."""
     text = StringIO(newline="")
     writer = csv.writer(text)
     header, *rows = cells_of(usage, by)
@@ -154,16 +153,15 @@ def csv_of(usage: Usage, by: Sequence[Group]) -> bytes:
 
 
 def cells_of(usage: Usage, by: Sequence[Group]) -> list[list[str]]:
-    """Usage as cells of text, the header first. The columns are the same whatever there is."""
+    """Usage as rows of text, the header first. The columns do not depend on the content."""
     header = [*by, "requests", "refused", "estimated_credits", *OUTCOMES]
     return [header, *([*row.group, *amounts_of(row, OUTCOMES)] for row in usage.rows)]
 
 
 def amounts_of(row: UsageRow, outcomes: Sequence[str]) -> list[str]:
-    """A row's numbers, and how often these outcomes occurred."""
-    counts = (row.requests, row.refused), (row.outcomes.get(outcome, 0) for outcome in outcomes)
-    before, behind = (list(map(str, numbers)) for numbers in counts)
-    return [*before, text_of(row.credits_micro), *behind]
+    """A row's requests, refused requests and credits, and the count of each of these outcomes."""
+    counts = (str(row.outcomes.get(outcome, 0)) for outcome in outcomes)
+    return [str(row.requests), str(row.refused), text_of(row.credits_micro), *counts]
 
 
 def _row(group: tuple[str, ...], sums: Mapping[tuple[str, str], int]) -> UsageRow:
@@ -173,14 +171,14 @@ def _row(group: tuple[str, ...], sums: Mapping[tuple[str, str], int]) -> UsageRo
         measures[measure] += amount
         if measure != "credits":
             outcomes[outcome] += amount
-    ordered = dict(sorted(outcomes.items(), key=_place))
+    ordered = dict(sorted(outcomes.items(), key=_position))
     return UsageRow(group, measures["requests"], measures["refused"], ordered, measures["credits"])
 
 
-def _place(counted: tuple[str, int]) -> tuple[int, str]:
-    """Outcomes that a newer gateway has counted go last."""
+def _position(counted: tuple[str, int]) -> tuple[int, str]:
+    """Outcomes that only a newer version of the gateway knows come last."""
     outcome, _ = counted
-    return _PLACES.get(outcome, len(_PLACES)), outcome
+    return _POSITIONS.get(outcome, len(_POSITIONS)), outcome
 
 
 def _members(row: UsageRow) -> dict[str, object]:
@@ -193,7 +191,7 @@ def _members(row: UsageRow) -> dict[str, object]:
 
 
 def _escape_formula(cell: str) -> str:
-    """A cell that no spreadsheet runs, as OWASP advises. A sign that stands alone is no formula, and read as text."""
+    """A cell that no spreadsheet runs, as OWASP advises. A single `-` is not a formula, and stays as it is."""
     return f"'{cell}" if cell[:1] in FORMULA_CHARACTERS and cell != NO_NAME else cell
 
 
@@ -215,7 +213,7 @@ def _groups(text: str) -> tuple[Group, ...]:
 
 
 def _wants_csv(given: Mapping[str, str], accept: str | None) -> bool:
-    """The parameter wins over `Accept`, where CSV must be wanted more than JSON, or named more precisely."""
+    """`format` wins over `Accept`, where CSV needs a higher weight than JSON, or a more specific range."""
     if "format" in given:
         if given["format"] not in ("csv", "json"):
             raise _bad("format must be csv or json.")
@@ -225,17 +223,17 @@ def _wants_csv(given: Mapping[str, str], accept: str | None) -> bool:
     return wanted[0] > 0 and wanted > _quality(ranges, _JSON_RANGES)
 
 
-def _quality(ranges: Mapping[str, float], fitting: Sequence[str]) -> tuple[float, int]:
-    """How much a type is wanted, and how precisely that is said: the most precise range counts (RFC 9110 §12.5.1)."""
-    found = [(ranges[name], precision) for precision, name in enumerate(fitting) if name in ranges]
+def _quality(ranges: Mapping[str, float], matching: Sequence[str]) -> tuple[float, int]:
+    """Weight and specificity of the most specific of the `matching` ranges (RFC 9110 §12.5.1)."""
+    found = [(ranges[name], specificity) for specificity, name in enumerate(matching) if name in ranges]
     return found[-1] if found else (0.0, 0)
 
 
 def _media_ranges(accept: str) -> dict[str, float]:
-    """The ranges of an `Accept` header with their weights; what is malformed counts for nothing."""
+    """The ranges of an `Accept` header with their weights. Malformed ones are ignored."""
     ranges: dict[str, float] = {}
     for part in accept.lower().split(","):
-        name, *parameters = (piece.strip() for piece in part.split(";"))
+        name, *parameters = (text.strip() for text in part.split(";"))
         weights = [text.removeprefix("q=") for text in parameters if text.startswith("q=")] or ["1"]
         if _QUALITY.fullmatch(weights[0]):
             ranges[name] = max(float(weights[0]), ranges.get(name, 0.0))

@@ -1,11 +1,11 @@
-"""Calendar windows: the minutes, hours, days, weeks and months of one time zone.
+"""Calendar windows: the minutes, hours, days, weeks and months of a time zone.
 
-Windows of a kind cover time without gap or overlap, and each lies in exactly one of the next larger kind (but weeks and
-months cross). Days, Monday's weeks and months are those of the zone's calendar, so a day may have 23 or 25 hours. Hours
-and minutes are counted from the day's begin in elapsed time: that is the clock's own hour wherever clocks are shifted
-by whole ones, and never one that happens twice.
-
-Instants are whole seconds since 1970 UTC.
+* The windows of one period cover time without gaps or overlaps. Each lies in exactly one window of the next longer
+  period, except that a week can lie in two months.
+* Days, weeks (from Monday) and months are those of the zone's calendar, so a day can have 23 or 25 hours.
+* Hours and minutes are elapsed time since the start of the day. Where clocks change by whole hours, they are the hours
+  that the clock shows; the hour that the clock shows twice is two windows.
+* Instants are whole seconds since 1970 UTC.
 """
 
 from dataclasses import dataclass
@@ -17,14 +17,17 @@ Period = Literal["minute", "hour", "day", "week", "month"]
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """From `start_s` up to, and without, `end_s`."""
+    """The time from `start_s` up to, but not including, `end_s`."""
 
     start_s: int
     end_s: int
 
+    def __contains__(self, at_s: int) -> bool:
+        return self.start_s <= at_s < self.end_s
+
 
 def window_of(per: Period, at_s: int, zone: tzinfo) -> Window:
-    """The window that `at_s` lies in."""
+    """The window that contains `at_s`."""
     day = day_of(at_s, zone)
     match per:
         case "minute":
@@ -44,28 +47,28 @@ def window_of(per: Period, at_s: int, zone: tzinfo) -> Window:
 
 
 def days(first: date, end: date, zone: tzinfo) -> Window:
-    """The days from `first` up to, and without, `end`."""
+    """The days from `first` up to, but not including, `end`."""
     return Window(start_of(first, zone), start_of(end, zone))
 
 
 def day_of(at_s: int, zone: tzinfo) -> date:
-    """The day that `at_s` lies in. Where clocks were set back over midnight, the new day goes on."""
+    """The day that contains `at_s`. If clocks are set back across midnight, the new day continues."""
     day = datetime.fromtimestamp(at_s, zone).date()
     tomorrow = day + timedelta(days=1)
     return tomorrow if at_s >= start_of(tomorrow, zone) else day
 
 
 def start_of(day: date, zone: tzinfo) -> int:
-    """The first instant of a day: the first midnight of two, or the end of the gap it fell into."""
+    """The first instant of a day: the first of two midnights, or the end of the gap if clocks skip midnight."""
     return int(datetime(day.year, day.month, day.day, tzinfo=zone).timestamp())
 
 
 def rfc3339(at_s: int, zone: tzinfo) -> str:
-    """An instant as the zone's clocks show it."""
+    """An instant in the zone's time, with its UTC offset."""
     return datetime.fromtimestamp(at_s, UTC).astimezone(zone).isoformat()
 
 
 def _part_of_day(day: date, at_s: int, zone: tzinfo, length_s: int) -> Window:
-    start = start_of(day, zone)
-    start_s = start + (at_s - start) // length_s * length_s
+    day_start_s = start_of(day, zone)
+    start_s = day_start_s + (at_s - day_start_s) // length_s * length_s
     return Window(start_s, min(start_s + length_s, start_of(day + timedelta(days=1), zone)))

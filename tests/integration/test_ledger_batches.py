@@ -9,7 +9,7 @@ import redis
 from ledger_fixture import CREDIT, FAILED, HIT, PLAIN, Desk, calls, play, quota, rows, terms, used, word
 from proxy.problems import Outcome
 from proxy.quota.batches import LedgerBatcher
-from proxy.quota.counters import MAX_ENTRIES
+from proxy.quota.ledger_script import MAX_BATCH_ENTRIES
 from proxy.quota.quotas import Charge, Quota
 
 
@@ -65,7 +65,7 @@ def test_a_defect_of_ours_costs_its_batch_alone(
 ) -> None:
     async def story(desk: Desk) -> None:
         with monkeypatch.context() as broken:
-            broken.setattr(LedgerBatcher, "_run", _break)
+            broken.setattr(LedgerBatcher, "_call", _break)
             ends = await asyncio.gather(*(desk.ledger.charge(PLAIN, HIT) for _ in range(3)))
         assert list(map(word, ends)) == ["store-unavailable"] * 3
         assert desk.metric("unanswered_debits_total") == 3
@@ -82,14 +82,14 @@ async def _break(*_: object) -> None:
 
 def test_a_batch_has_a_limit(any_store_url: str, server: redis.Redis) -> None:
     async def story(desk: Desk) -> None:
-        before, limited = calls(server), terms(quota(2 * MAX_ENTRIES + 1))
-        asked = (desk.ledger.charge(limited, Charge(Outcome.HIT, micro)) for micro in range(2 * MAX_ENTRIES + 2))
+        before, limited = calls(server), terms(quota(2 * MAX_BATCH_ENTRIES + 1))
+        asked = (desk.ledger.charge(limited, Charge(Outcome.HIT, micro)) for micro in range(2 * MAX_BATCH_ENTRIES + 2))
         words = list(map(word, await asyncio.gather(*asked)))
-        assert Counter(words) == {"admitted": 2 * MAX_ENTRIES + 1, "quota-exceeded": 1}
+        assert Counter(words) == {"admitted": 2 * MAX_BATCH_ENTRIES + 1, "quota-exceeded": 1}
         assert calls(server) - before == 3
 
     play(any_store_url, story)
-    assert used(server)[0] == 2 * MAX_ENTRIES + 1
+    assert used(server)[0] == 2 * MAX_BATCH_ENTRIES + 1
 
 
 def test_each_in_a_batch_has_its_own_fate(any_store_url: str, server: redis.Redis) -> None:

@@ -25,8 +25,8 @@ from ledger_fixture import (
     word,
 )
 from proxy.problems import Code, Outcome
-from proxy.quota.counters import MAX_ENTRIES, MAX_ENTRY_MICRO
 from proxy.quota.ledger import Admitted, Denied
+from proxy.quota.ledger_script import MAX_BATCH_ENTRIES, MAX_ENTRY_MICRO
 from proxy.quota.model_names import MAX_MODELS
 from proxy.quota.quotas import Charge, Quota, Rate
 
@@ -210,7 +210,7 @@ def test_amounts_stay_exact_from_the_lowest_to_the_highest(any_store_url: str, s
         assert isinstance(await desk.ledger.charge(PLAIN, Charge(Outcome.HIT, 1, "Flux")), Admitted)
 
     play(any_store_url, story)
-    total = 2 * MAX_ENTRIES * MAX_ENTRY_MICRO + 40 * DEAREST + 1
+    total = 2 * MAX_BATCH_ENTRIES * MAX_ENTRY_MICRO + 40 * DEAREST + 1
     assert used(server) == (83, total)
     assert int(float(total)) != total, "the total has no exact Lua number"
     assert used(server, None) == (85, total + DEAREST + 1)

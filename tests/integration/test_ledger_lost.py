@@ -68,7 +68,7 @@ def test_a_ledger_that_is_out_of_reach_at_first_is_no_lost_one(way: Relay, caplo
     way.cut()
 
     async def story(desk: Desk) -> None:
-        assert any("nobody knows what was used" in message for _, message in told(caplog))
+        assert any("usage and quotas are unknown" in message for _, message in told(caplog))
         way.become(GOOD)
         await desk.until_back()
         assert desk.metric("ledger_lost_total") == 0

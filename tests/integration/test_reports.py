@@ -16,7 +16,7 @@ from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import BASE_PERIODS, LedgerKeys
 from proxy.quota.ledger import Admitted, Denied, Ledger
 from proxy.quota.quotas import Charge, Measure, Quota, Rate, Scope, TeamLimits
-from proxy.quota.reports import CHUNK, Count, LedgerReader
+from proxy.quota.reports import CHUNK, CounterValue, LedgerReader
 from proxy.quota.usage import UsageQuery
 from proxy.quota.windows import Period, window_of
 from proxy.store.client import Store
@@ -153,7 +153,7 @@ def test_how_teams_stand(server: redis.Redis, tell: Tell) -> None:
 
     async def story(reports: LedgerReader) -> None:
         first, second = await reports.quota_states([design, other])
-        assert (first.terms, second.terms) == (design, other)
+        assert (first.limits, second.limits) == (design, other)
         assert list(first.used) == [HUGE, 7, 9]
         assert list(second.used) == [9]
         assert first.now_us == second.now_us >= before_us
@@ -192,7 +192,7 @@ def test_nothing_was_counted_yet(server: redis.Redis, tell: Tell) -> None:
         (quota_state,) = await reports.quota_states([terms])
         assert list(quota_state.used) == [0, 0, 0]
         assert quota_state.rate_remaining() == 3
-        assert (await reports.window_totals(["design"])).teams["design"]["month"] == Count(0, 0)
+        assert (await reports.window_totals(["design"])).teams["design"]["month"] == CounterValue(0, 0)
 
     tell(story)
     assert server.dbsize() == 0, "to look leaves nothing behind"
@@ -202,7 +202,7 @@ def test_half_a_counter(server: redis.Redis, tell: Tell) -> None:
     count(server, "design", "day", requests=3)
 
     async def story(reports: LedgerReader) -> None:
-        assert (await reports.window_totals(["design"])).teams["design"]["day"] == Count(3, 0)
+        assert (await reports.window_totals(["design"])).teams["design"]["day"] == CounterValue(3, 0)
 
     tell(story)
 
@@ -220,7 +220,7 @@ def test_a_clock_that_is_wrong_is_told_by_the_stores(
         assert list(quota_state.used) == [3]
         assert quota_state.windows["day"] == window_of("day", now_s(server), ZONE)
         totals = await reports.window_totals(["design"])
-        assert totals.teams["design"]["day"] == Count(3, 0)
+        assert totals.teams["design"]["day"] == CounterValue(3, 0)
         assert totals.windows["month"] == window_of("month", now_s(server), ZONE)
 
     tell(story)
@@ -247,8 +247,10 @@ def test_window_totals(server: redis.Redis, tell: Tell) -> None:
 
     async def story(reports: LedgerReader) -> None:
         totals = await reports.window_totals(["design", "other"])
-        assert totals.teams["design"] == {per: Count(number, HUGE + number) for number, per in enumerate(BASE_PERIODS)}
-        assert totals.teams["other"] == dict.fromkeys(BASE_PERIODS, Count(0, 0))
+        assert totals.teams["design"] == {
+            per: CounterValue(number, HUGE + number) for number, per in enumerate(BASE_PERIODS)
+        }
+        assert totals.teams["other"] == dict.fromkeys(BASE_PERIODS, CounterValue(0, 0))
         assert totals.windows == {per: window_of(per, now_s(server), ZONE) for per in BASE_PERIODS}
         assert (await reports.window_totals([])).teams == {}
 
@@ -304,7 +306,7 @@ def test_reports_say_what_the_ledger_has_booked(any_store_url: str, server: redi
         assert list(told.quota_state.used) == [13_500_001, 5, 5], "the question under way still counted"
         assert quota_state.rate_remaining() == 2, "of 8, less three hits, two questions and one more hit"
         totals = await reports.window_totals(["design"])
-        assert set(totals.teams["design"].values()) == {Count(5, 13_500_002)}, "usage and counters agree"
+        assert set(totals.teams["design"].values()) == {CounterValue(5, 13_500_002)}, "usage and counters agree"
         await ledger.close(1.0)
 
     async def with_store() -> None:

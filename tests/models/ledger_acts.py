@@ -56,7 +56,7 @@ def shown_by(quota_state: QuotaState) -> Said:
         quota_state.tat_offset_us,
         quota_state.rate_remaining(),
         tuple(quota_state.used),
-        tuple(quota_state.windows[quota.per].end_s for quota in quota_state.terms.quotas),
+        tuple(quota_state.windows[quota.per].end_s for quota in quota_state.limits.quotas),
     )
 
 
@@ -122,7 +122,19 @@ _PRICED = st.builds(Bill, st.sampled_from(["hit", "miss"]), _AMOUNTS, st.sampled
 _FAILED = st.builds(Bill, st.sampled_from(["upstream-error", "unpriced", "cancelled"]), st.none(), st.just("Flux"))
 BILLS = st.one_of(_PRICED, _PRICED, _PRICED, _FAILED)
 MANY_BILLS = st.lists(BILLS, min_size=4, max_size=8)
-_KINDS = ("charge", "charge", "admit", "admit", "settle", "settle", "settle", "refund", "refund", "pass", "peek")
+_KINDS = (
+    "charge",
+    "charge",
+    "admit",
+    "admit",
+    "settle",
+    "settle",
+    "settle",
+    "refund",
+    "refund",
+    "record_uncached",
+    "peek",
+)
 PICKS = st.integers(0, 99)
 ACTS = st.lists(
     st.one_of(

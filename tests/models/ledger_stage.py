@@ -174,7 +174,7 @@ def _amounts(held: Any) -> dict[str, int]:
 def open_world(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(Script, "text", property(lambda script: _clocked_script(script.name)[0]), raising=False)
     monkeypatch.setattr(Script, "digest", property(lambda script: _clocked_script(script.name)[1]), raising=False)
-    monkeypatch.setattr("proxy.quota.batches.MAX_MODELS", MOST_NAMES)
+    monkeypatch.setattr("proxy.quota.ledger_script.MAX_MODELS", MOST_NAMES)
     monkeypatch.setattr("proxy.quota.ledger.FLUSH_EVERY_S", 0)
     with ExitStack() as opened:
         store = opened.enter_context(redis.Redis.from_url(url))

@@ -42,8 +42,8 @@ from ledger_acts import (
 from ledger_model import MILLION, PERS, Bill, Books, Deal, Entry, Limit, Process, Said, Ticket, span
 from ledger_stage import KEYS, MOST_NAMES, START_US, Answer, World, later
 from proxy.problems import Outcome
-from proxy.quota.counters import MAX_ENTRIES, MAX_ENTRY_MICRO
 from proxy.quota.ledger import Admitted
+from proxy.quota.ledger_script import MAX_BATCH_ENTRIES, MAX_ENTRY_MICRO
 from proxy.quota.quotas import TeamLimits
 
 _RATES = st.sampled_from([(20, 10**6), (10, 1), (333_333, 3), (20_000, 100), (10**9, 2), (MILLION, 8)])
@@ -164,7 +164,7 @@ class LedgerMachine(RuleBasedStateMachine):
         process, (deal, terms) = self._processes[where], self._deals[team]
         if process.out:
             return
-        bill = Bill("stale", MAX_ENTRIES * MAX_ENTRY_MICRO, "Flux")
+        bill = Bill("stale", MAX_BATCH_ENTRIES * MAX_ENTRY_MICRO, "Flux")
         for name in ("first", "second"):
             ticket = process.ticket(deal)
             self._world.gateways[where].flush(process, f"{name} {self._flushes}", terms, charge_of(bill))
@@ -273,7 +273,7 @@ class LedgerMachine(RuleBasedStateMachine):
         groups: list[list[int]] = []
         known: dict[object, list[int]] = {}
         for number, act in enumerate(acts):
-            alike = ended[number] is None and act.kind not in ("peek", "pass")
+            alike = ended[number] is None and act.kind not in ("peek", "record_uncached")
             alike = alike and all(one.refuses for one in self._deals[act.team][0].limits)
             bill = act.bill if act.kind == "charge" else None  # all others are admitted
             kind = (act.team, bill) if alike else number
@@ -300,7 +300,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 )
             case "peek":
                 return Expected(later(ledger.peek(terms, bill.micro)), self._books.peek(deal, bill.micro), check, deal)
-            case "pass":
+            case "record_uncached":
                 said = self._books.record_uncached(deal, "not-cached")
                 return Expected(later(ledger.record_uncached(terms, Outcome.NOT_CACHED)), said, check, deal)
             case _:
@@ -321,7 +321,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 process.owe(ticket, act.bill)
                 asked = ledger.charge(terms, charge_of(act.bill))
                 return Expected(later(asked), None, partial(self._on_credit, act.bill))
-            case "pass":
+            case "record_uncached":
                 asked = ledger.record_uncached(terms, Outcome.NOT_CACHED)
                 return Expected(later(asked), None, partial(self._on_credit, Bill("not-cached")))
             case _:

@@ -34,7 +34,7 @@ def test_a_rate_admits_all_that_conforms_and_nothing_else(world: World) -> None:
         "charge": lambda terms: ledger.charge(terms, Charge(Outcome.HIT, 1)),
         "admit": ledger.admit,
         "peek": lambda terms: ledger.peek(terms, None),
-        "pass": lambda terms: ledger.record_uncached(terms, Outcome.NOT_CACHED),
+        "record_uncached": lambda terms: ledger.record_uncached(terms, Outcome.NOT_CACHED),
     }
     asks = st.lists(
         st.tuples(st.sampled_from(sorted(ask)), st.integers(0, 6), st.integers(-1, 1)), min_size=3, max_size=40

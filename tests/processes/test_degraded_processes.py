@@ -87,7 +87,7 @@ def test_it_begins_and_ends_in_order_without_its_ledger_and_says_what_is_lost(ho
             with way.being(Way(carries=False)):
                 served = home.start(env=LIMITS, store=store, server=server, cache={"url": valkey_url})
                 assert [served.ask(new_body()).status_code for _ in range(3)] == [200] * 3
-            served.wait_until_told("the ledger is back: what was admitted without it is on the books")
+            served.wait_until_told("the ledger is back: all buffered debits are booked")
             assert Books.of(served, DESIGN).used == [3 * PRICE, 3]
             with way.being(Way(accepts=False)):
                 assert [served.ask(new_body()).status_code for _ in range(2)] == [200] * 2

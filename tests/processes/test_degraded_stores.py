@@ -213,7 +213,7 @@ def test_without_its_ledger_it_admits_if_that_is_wanted(
     assert simulator.calls == 1 + len(told)
     wait_until(lambda: metric(client, "buffered_debits") == 0, within_s=BACK_S)
     recovered = _asked_until_all_is_well(crew, ADMITS)
-    back = "the ledger is back: what was admitted without it is on the books"
+    back = "the ledger is back: all buffered debits are booked"
     wait_until(lambda: log.told(back))  # lines are written a moment later
     assert len(log.told(back)) == 1
     assert len(log.said()) <= MOST_LINES

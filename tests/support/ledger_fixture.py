@@ -16,8 +16,9 @@ from faulty_proxy import Relay
 from proxy.problems import Outcome, StoreUnavailable
 from proxy.quota.backlog import BufferedDebit, FlushBatch
 from proxy.quota.batches import LedgerBatcher
-from proxy.quota.counters import BASE_PERIODS, MAX_ENTRIES, MAX_ENTRY_MICRO, CounterSet, LedgerKeys
+from proxy.quota.counters import BASE_PERIODS, CounterSet, LedgerKeys
 from proxy.quota.ledger import Admitted, Denied, Ledger
+from proxy.quota.ledger_script import MAX_BATCH_ENTRIES, MAX_ENTRY_MICRO
 from proxy.quota.quotas import Charge, Measure, Quota, Rate, Scope, TeamLimits
 from proxy.quota.windows import Period
 from proxy.store.client import Store
@@ -53,7 +54,7 @@ SLOW = terms(rate=Rate(0.01, 9))
 def largest_flush(name: str, counters: CounterSet, charge: Charge) -> FlushBatch:
     """As many credits as one call can book. One request: only the first row has it."""
     charge = replace(charge, credits_micro=MAX_ENTRY_MICRO)
-    return FlushBatch(name, tuple(BufferedDebit(counters, charge, int(row == 0)) for row in range(MAX_ENTRIES)))
+    return FlushBatch(name, tuple(BufferedDebit(counters, charge, int(row == 0)) for row in range(MAX_BATCH_ENTRIES)))
 
 
 @dataclass

@@ -1,36 +1,41 @@
 #!lua
--- Decides about requests in order, each with its own verdict, and books what it admits: all of a request or none of it.
--- A *sheet* is what is booked for a team, or for the organisation, while none of its windows ends.
---   KEYS  1 ledger's id, 2 models, 3 teams, 4 what makes a second run a no-op (or 1 again: nothing does)
---         then of each sheet: the team's usage and rate (not of the organisation's), and one counter a window
---   ARGV  1 from and 2 until which time in µs the sheets hold, 3 an id for a new ledger, 4 most models,
---         5 lifetime in ms of KEYS[4], 6 number of sheets, 7 number of entries
---         of each sheet: number of the organisation's sheet (0: this is it), end of its usage in ms, team,
---           µs between two requests and how far ahead they may run, number of counters, of each its end in ms,
---           number of quotas, of each: its counter, its field, its limit, 1 if it refuses
---         of each entry: operation, sheet, number of requests, micro-credits ('' unknown), model, outcome,
---           the sheet on which it was admitted
---   reply { now in µs } if the sheets do not hold now, or { now in µs, '' } after a second run; nothing is written
---         { now in µs, id, created at in ms, 1 if the ledger is new, verdicts of the entries, standings of the sheets }
---         A verdict is { ok | rate | violated quotas by number, with commas; requests that were admitted; model; how
---         the team stood then, if somebody is refused or a quota only warns }. A standing is { µs the rate runs ahead;
---         used of each quota, the team's and then the organisation's }, behind all entries; of the organisation's
---         sheet it is {}.
+-- Decides requests in order, and books what it admits: all of a request or nothing.
+-- A *counter set* is what a team's requests, or the organisation's, are booked on while none of its windows ends.
+-- `proxy/quota/ledger_script.py` writes the arguments and reads the reply.
+--   KEYS  1 ledger's id, 2 models, 3 teams, 4 marker that makes a second run a no-op (or KEYS[1]: no marker)
+--         of each counter set: the team's usage and rate (not for the organisation's), and its counters
+--   ARGV  1 start and 2 end in µs of the time in which the counter sets are valid, 3 id for a new ledger,
+--         4 limit on models, 5 lifetime in ms of KEYS[4], 6 number of counter sets, 7 number of entries
+--         of each counter set: number of the organisation's counter set (0: this is it), expiry of the usage in ms,
+--           team, interval between two requests and burst tolerance in µs, number of counters, expiry of each in ms,
+--           number of quotas, of each: number of its counter, its field, its limit, 1 if it refuses
+--         of each entry: operation, counter set, number of requests, micro-credits ('' unknown), model, outcome,
+--           counter set on which the request was admitted
+--   reply { now in µs } if the counter sets are not valid now: nothing was written
+--         { now in µs, '' } if the marker exists: nothing was written
+--         { now in µs, id, creation time in ms, 1 if it is new, verdict of each entry, state of each counter set }
+--         A verdict is { 'ok' | 'rate' | numbers of the exceeded quotas, with commas; number of admitted requests;
+--         model; state at the decision, if a request is refused or a quota only warns }. A state is { TAT in µs; use of
+--         each quota, the team's and then the organisation's }, after all entries; the organisation's state is {}.
 -- Operations:
---   charge  stored answers of one price: rate, requests and credits
---   admit   questions on their way upstream: rate and requests; no credits may be left over the limit
---   settle  what became of one, in the windows of now: request and credits, or a refusal that gives the request back
---   refund  one never reached upstream: gives the request back
---   peek    rate alone; says how quotas stand
---   pass    rate alone, for an estimate that the client did not want from upstream
---   apply   what was admitted without the ledger, credits in all: no checks
--- `charge` and `admit` take several requests alike: the first ones are admitted, as many as there is room for, and all
--- others refused by the verdict's word.
--- An admitted request stands in the usage as 'cancelled' until it is settled, so usage and counters always agree.
--- An entry has at most 45e12 micro-credits and a call 200 entries (`proxy/quota/counters.py`), so what a call adds is
--- below 2^53 and exact; a quota's limit is lower than that, too. A counter may be higher: only 'HINCRBY' adds to it.
-local PENDING = '-:cancelled:requests'
-local FULL = 4e18
+--   charge           stored answers of one price: rate, requests and credits
+--   admit            requests to upstream: rate and requests; refused if no credits are left
+--   settle           the result of an admitted request, in the windows of now: books request and credits, or refuses it
+--                    and gives the request back
+--   refund           an admitted request that was not sent upstream: gives it back
+--   peek             takes from the rate and checks the quotas
+--   record_uncached  takes from the rate, for an estimate that the client did not want from upstream
+--   apply            books requests that were admitted without the ledger, and the sum of their credits, unchecked
+-- `charge` and `admit` take several equal requests: the first ones are admitted, as many as rate and quotas allow, and
+-- the rest is refused with the entry's verdict.
+-- Invariants:
+--   Usage and counters always agree: an admitted request is in the usage as 'cancelled' until it is settled.
+--   All decisions come before the first write, so an error leaves nothing half written.
+--   The sums that a call adds are below 2^53, where Lua's numbers are exact: `ledger_script.py` limits the amounts. The
+--   limits of quotas are, too. A counter may be above: then it is read inexactly, but as above its limit, and HINCRBY
+--   still adds to it exactly.
+-- The limit for the organisation's month. Its week can be twice as high, and the store's integers end at 9.2e18.
+local MAX_COUNTER = 4e18
 local call = redis.call
 
 local time = redis.call('TIME')
@@ -38,120 +43,125 @@ local now = time[1] * 1000000 + time[2]
 if now < tonumber(ARGV[1]) or now >= tonumber(ARGV[2]) then
   return { now }
 end
-local once = KEYS[4] ~= KEYS[1]
-if once and call('EXISTS', KEYS[4]) == 1 then
+local has_marker = KEYS[4] ~= KEYS[1]
+if has_marker and call('EXISTS', KEYS[4]) == 1 then
   return { now, '' }
 end
 
 -- What this call adds to counters and usage, by key.
 local counters, usages = {}, {}
 
-local function counter_at(key, ends)
+local function counter_at(key, expires)
   local counter = counters[key]
   if not counter then
-    counter = { key = key, ends = ends, requests = 0, credits = 0 }
+    counter = { key = key, expires = expires, requests = 0, credits = 0 }
     counters[key] = counter
   end
   return counter
 end
 
-local function usage_at(key, ends)
+local function usage_at(key, expires)
   local usage = usages[key]
   if not usage then
-    usage = { key = key, ends = ends, sums = {} }
+    usage = { key = key, expires = expires, sums = {} }
     usages[key] = usage
   end
   return usage
 end
 
-local function count_in(owner, requests, credits)
-  for i = 1, #owner.counters do
-    local counter = owner.counters[i]
+local function count_in(set, requests, credits)
+  for i = 1, #set.counters do
+    local counter = set.counters[i]
     counter.requests = counter.requests + requests
     counter.credits = counter.credits + credits
   end
 end
 
-local function count(sheet, requests, credits)
-  count_in(sheet, requests, credits)
-  count_in(sheet.org, requests, credits)
+local function count(set, requests, credits)
+  count_in(set, requests, credits)
+  count_in(set.org, requests, credits)
 end
 
-local function add(usage, field, amount)
-  usage.sums[field] = (usage.sums[field] or 0) + amount
+-- Adds to a field of the usage. `split_usage_field` in `proxy/quota/counters.py` reads its name.
+local function add_usage(set, model, outcome, measure, amount)
+  local field = model .. ':' .. outcome .. ':' .. measure
+  set.usage.sums[field] = (set.usage.sums[field] or 0) + amount
 end
 
--- What a counter holds with what this call adds. What it held before is read once.
+-- The value of a counter with what this call adds. The stored value is read once.
 local function used(counter, field)
-  if not counter.held then
-    local held = call('HMGET', counter.key, 'requests', 'credits')
-    counter.held = { requests = tonumber(held[1] or 0), credits = tonumber(held[2] or 0) }
+  if not counter.stored then
+    local stored = call('HMGET', counter.key, 'requests', 'credits')
+    counter.stored = { requests = tonumber(stored[1] or 0), credits = tonumber(stored[2] or 0) }
   end
-  return counter.held[field] + counter[field]
+  return counter.stored[field] + counter[field]
 end
 
 local key_at, arg_at = 4, 7
 
-local function read_sheet(sheets)
-  local sheet = { org = sheets[tonumber(ARGV[arg_at + 1])], counters = {}, quotas = {}, team = ARGV[arg_at + 3] }
-  if sheet.org then
-    sheet.usage, sheet.rate = usage_at(KEYS[key_at + 1], ARGV[arg_at + 2]), KEYS[key_at + 2]
-    sheet.interval, sheet.ahead = tonumber(ARGV[arg_at + 4]), tonumber(ARGV[arg_at + 5])
+local function read_set(sets)
+  local set = { org = sets[tonumber(ARGV[arg_at + 1])], counters = {}, quotas = {}, team = ARGV[arg_at + 3] }
+  if set.org then
+    set.usage, set.rate = usage_at(KEYS[key_at + 1], ARGV[arg_at + 2]), KEYS[key_at + 2]
+    set.interval, set.burst_tolerance = tonumber(ARGV[arg_at + 4]), tonumber(ARGV[arg_at + 5])
     key_at = key_at + 2
   end
   local counter_count = tonumber(ARGV[arg_at + 6])
   arg_at = arg_at + 6
   for i = 1, counter_count do
-    sheet.counters[i] = counter_at(KEYS[key_at + i], ARGV[arg_at + i])
+    set.counters[i] = counter_at(KEYS[key_at + i], ARGV[arg_at + i])
   end
   key_at, arg_at = key_at + counter_count, arg_at + counter_count + 1
   for i = 1, tonumber(ARGV[arg_at]) do
-    local counter, field = sheet.counters[tonumber(ARGV[arg_at + 1])], ARGV[arg_at + 2]
+    local counter, field = set.counters[tonumber(ARGV[arg_at + 1])], ARGV[arg_at + 2]
     local limit, refuses = tonumber(ARGV[arg_at + 3]), ARGV[arg_at + 4] == '1'
-    sheet.warns = sheet.warns or not refuses
-    sheet.quotas[i] = { counter = counter, field = field, limit = limit, refuses = refuses }
+    set.warns = set.warns or not refuses
+    set.quotas[i] = { counter = counter, field = field, limit = limit, refuses = refuses }
     arg_at = arg_at + 4
   end
-  if sheet.org then
-    sheet.warns = sheet.warns or sheet.org.warns
-    for i = 1, #sheet.org.quotas do
-      sheet.quotas[#sheet.quotas + 1] = sheet.org.quotas[i]
+  if set.org then
+    set.warns = set.warns or set.org.warns
+    for i = 1, #set.org.quotas do
+      set.quotas[#set.quotas + 1] = set.org.quotas[i]
     end
   end
-  return sheet
+  return set
 end
 
-local sheets = {}
+local sets = {}
 for i = 1, tonumber(ARGV[6]) do
-  sheets[i] = read_sheet(sheets)
+  sets[i] = read_set(sets)
 end
 
-local leads, new_leads = {}, {}
+-- Theoretical arrival times (TAT) in µs by rate: all that were read, and those that this call changes.
+local tats, new_tats = {}, {}
 
--- How far ahead of now a team's theoretical arrival time lies. A clock that went back holds nobody up.
-local function lead(sheet)
-  local found = leads[sheet.rate]
-  if not found then
-    found = tonumber(call('GET', sheet.rate) or 0) - now
-    leads[sheet.rate] = found
+local function tat_of(set)
+  if not tats[set.rate] then
+    tats[set.rate] = tonumber(call('GET', set.rate) or 0)
   end
-  return math.min(math.max(found, 0), sheet.ahead)
+  return tats[set.rate]
 end
 
-local function run_ahead(sheet, requests)
-  local ahead = lead(sheet) + requests * sheet.interval
-  leads[sheet.rate], new_leads[sheet.rate] = ahead, ahead
+-- How far the TAT is ahead of now. Bounded, so that a clock that was set back makes no team wait long.
+local function tat_offset(set)
+  return math.min(math.max(tat_of(set) - now, 0), set.burst_tolerance)
 end
 
--- The numbers of the quotas that this would pass. To begin something, of credits some must be left.
-local function violated(sheet, requests, credits, begins)
+local function advance_tat(set, requests)
+  local tat = now + tat_offset(set) + requests * set.interval
+  tats[set.rate], new_tats[set.rate] = tat, tat
+end
+
+-- The numbers of the quotas that this would exceed, or 'ok'. A request that `starts` also needs some credits left.
+local function violated(set, requests, credits, starts)
   local found
-  for i = 1, #sheet.quotas do
-    local quota = sheet.quotas[i]
+  for i = 1, #set.quotas do
+    local quota = set.quotas[i]
     if quota.refuses then
       local total = used(quota.counter, quota.field)
       local wanted = quota.field == 'requests' and requests or credits
-      if total + wanted > quota.limit or (begins and total >= quota.limit) then
+      if total + wanted > quota.limit or (starts and total >= quota.limit) then
         found = found and found .. ',' .. i or tostring(i)
       end
     end
@@ -159,33 +169,33 @@ local function violated(sheet, requests, credits, begins)
   return found or 'ok'
 end
 
--- How often `each` goes into `room`, and no rounding makes it more.
-local function times(room, each)
-  local found = math.floor(room / each)
-  return found * each > room and found - 1 or found
+-- The integer quotient, corrected where the division was rounded up.
+local function quotient(amount, divisor)
+  local found = math.floor(amount / divisor)
+  return found * divisor > amount and found - 1 or found
 end
 
--- How many of so many requests alike may begin: for each of them in turn, nothing would be violated.
-local function room_for(sheet, requests, credits)
-  local room = math.min(requests, times(sheet.ahead - lead(sheet), sheet.interval))
-  for i = 1, #sheet.quotas do
-    local quota = sheet.quotas[i]
-    if quota.refuses and room > 0 then
+-- How many of several equal requests can be admitted: as many as if each was decided alone, one after the other.
+local function admissible(set, requests, credits)
+  local admitted = math.min(requests, quotient(set.burst_tolerance - tat_offset(set), set.interval))
+  for i = 1, #set.quotas do
+    local quota = set.quotas[i]
+    if quota.refuses and admitted > 0 then
       local left = quota.limit - used(quota.counter, quota.field)
       local each = quota.field == 'requests' and 1 or credits
       if left <= 0 then
-        room = 0
+        admitted = 0
       elseif each > 0 then
-        room = math.min(room, times(left, each))
+        admitted = math.min(admitted, quotient(left, each))
       end
     end
   end
-  return room
+  return admitted
 end
 
 local models, model_count, new_models = {}, nil, {}
 
--- A model's own name if it is one of the first ones, else 'other'.
+-- The name that a model counts under: its own if it is one of the first ones, else 'other'.
 local function named(model)
   if model == '-' or model == 'mixed' or model == 'other' then
     return model
@@ -203,124 +213,123 @@ local function named(model)
   return models[model] and model or 'other'
 end
 
-local function book(sheet, entry, requests, credits)
+local function book(set, entry, requests, credits)
   entry.named = credits and named(entry.model) or '-'
-  local row = entry.named .. ':' .. entry.outcome
-  count(sheet, requests, credits or 0)
-  add(sheet.usage, row .. ':requests', requests)
-  add(sheet.usage, row .. ':credits', credits or 0)
+  count(set, requests, credits or 0)
+  add_usage(set, entry.named, entry.outcome, 'requests', requests)
+  add_usage(set, entry.named, entry.outcome, 'credits', credits or 0)
 end
 
-local function refuse(sheet, outcome, requests)
-  add(sheet.usage, '-:' .. outcome .. ':refused', requests)
+local function book_pending(set, requests)
+  count(set, requests, 0)
+  add_usage(set, '-', 'cancelled', 'requests', requests)
 end
 
-local function take_back(sheet)
-  add(sheet.usage, PENDING, -1)
-  count(sheet, -1, 0)
+local function record_refused(set, outcome, requests)
+  add_usage(set, '-', outcome, 'refused', requests)
 end
 
-local function by_rate(sheet)
-  return lead(sheet) + sheet.interval > sheet.ahead
+local function is_rate_limited(set)
+  return tat_offset(set) + set.interval > set.burst_tolerance
 end
 
--- What is left of requests alike is refused, each by the same verdict: nothing has changed between them.
-local function verdict_of(sheet, entry, admitted, credits)
+-- The verdict of equal requests, of which `admitted` are booked. The rest shares one verdict, because refusals change
+-- neither rate nor counters.
+local function verdict_of(set, entry, admitted, credits)
   if admitted == entry.requests then
     return 'ok', admitted
   end
-  local verdict = by_rate(sheet) and 'rate' or violated(sheet, 1, credits, true)
-  refuse(sheet, verdict == 'rate' and 'rate-limited' or 'quota-exceeded', entry.requests - admitted)
+  local verdict = is_rate_limited(set) and 'rate' or violated(set, 1, credits, true)
+  record_refused(set, verdict == 'rate' and 'rate-limited' or 'quota-exceeded', entry.requests - admitted)
   return verdict, admitted
 end
 
 local operations = {}
 
-function operations.charge(sheet, entry)
+function operations.charge(set, entry)
   local credits = entry.credits or 0
-  local admitted = room_for(sheet, entry.requests, credits)
+  local admitted = admissible(set, entry.requests, credits)
   if admitted > 0 then
-    run_ahead(sheet, admitted)
-    book(sheet, entry, admitted, entry.credits and admitted * credits)
+    advance_tat(set, admitted)
+    book(set, entry, admitted, entry.credits and admitted * credits)
   end
-  return verdict_of(sheet, entry, admitted, credits)
+  return verdict_of(set, entry, admitted, credits)
 end
 
-function operations.admit(sheet, entry)
-  local admitted = room_for(sheet, entry.requests, 0)
+function operations.admit(set, entry)
+  local admitted = admissible(set, entry.requests, 0)
   if admitted > 0 then
-    run_ahead(sheet, admitted)
-    count(sheet, admitted, 0)
-    add(sheet.usage, PENDING, admitted)
+    advance_tat(set, admitted)
+    book_pending(set, admitted)
   end
-  return verdict_of(sheet, entry, admitted, 0)
+  return verdict_of(set, entry, admitted, 0)
 end
 
-function operations.settle(sheet, entry)
-  take_back(entry.admitted_on)
-  local verdict = entry.credits and violated(sheet, 1, entry.credits, false) or 'ok'
+function operations.settle(set, entry)
+  book_pending(entry.admitted_on, -1)
+  local verdict = entry.credits and violated(set, 1, entry.credits, false) or 'ok'
   if verdict ~= 'ok' then
-    refuse(sheet, 'quota-exceeded', 1)
+    record_refused(set, 'quota-exceeded', 1)
     return verdict, 0
   end
-  book(sheet, entry, 1, entry.credits)
+  book(set, entry, 1, entry.credits)
   return verdict, 1
 end
 
-function operations.refund(sheet, entry)
-  take_back(entry.admitted_on)
-  refuse(sheet, entry.outcome, 1)
+function operations.refund(set, entry)
+  book_pending(entry.admitted_on, -1)
+  record_refused(set, entry.outcome, 1)
   return 'ok', 1
 end
 
-function operations.peek(sheet, entry)
-  if by_rate(sheet) then
+function operations.peek(set, entry)
+  if is_rate_limited(set) then
     return 'rate', 0
   end
-  run_ahead(sheet, 1)
-  local verdict = violated(sheet, 1, entry.credits or 0, true)
+  advance_tat(set, 1)
+  local verdict = violated(set, 1, entry.credits or 0, true)
   return verdict, verdict == 'ok' and 1 or 0
 end
 
-function operations.pass(sheet, entry)
-  if by_rate(sheet) then
-    refuse(sheet, 'rate-limited', 1)
+function operations.record_uncached(set, entry)
+  if is_rate_limited(set) then
+    record_refused(set, 'rate-limited', 1)
     return 'rate', 0
   end
-  run_ahead(sheet, 1)
-  refuse(sheet, entry.outcome, 1)
+  advance_tat(set, 1)
+  record_refused(set, entry.outcome, 1)
   return 'ok', 1
 end
 
-function operations.apply(sheet, entry)
-  book(sheet, entry, entry.requests, entry.credits)
+function operations.apply(set, entry)
+  book(set, entry, entry.requests, entry.credits)
   return 'ok', entry.requests
 end
 
-local function standing(sheet)
-  local told = { lead(sheet) }
-  for i = 1, #sheet.quotas do
-    told[1 + i] = used(sheet.quotas[i].counter, sheet.quotas[i].field)
+local function state_of(set)
+  local state = { tat_of(set) }
+  for i = 1, #set.quotas do
+    state[1 + i] = used(set.quotas[i].counter, set.quotas[i].field)
   end
-  return told
+  return state
 end
 
-local verdicts, standings = {}, {}
+local verdicts, states = {}, {}
 for i = 1, tonumber(ARGV[7]) do
-  local sheet = sheets[tonumber(ARGV[arg_at + 2])]
+  local set = sets[tonumber(ARGV[arg_at + 2])]
   local entry = { requests = tonumber(ARGV[arg_at + 3]), credits = tonumber(ARGV[arg_at + 4]) }
   entry.model, entry.outcome = ARGV[arg_at + 5], ARGV[arg_at + 6]
-  entry.admitted_on = sheets[tonumber(ARGV[arg_at + 7])]
-  local verdict, admitted = operations[ARGV[arg_at + 1]](sheet, entry)
-  local stood = (sheet.warns or verdict ~= 'ok') and standing(sheet)
-  verdicts[i] = { verdict, admitted, entry.named or '-', stood or nil }
+  entry.admitted_on = sets[tonumber(ARGV[arg_at + 7])]
+  local verdict, admitted = operations[ARGV[arg_at + 1]](set, entry)
+  local state = (set.warns or verdict ~= 'ok') and state_of(set)
+  verdicts[i] = { verdict, admitted, entry.named or '-', state or nil }
   arg_at = arg_at + 7
 end
-for i = 1, #sheets do
-  standings[i] = sheets[i].org and standing(sheets[i]) or {}
-  if not sheets[i].org then -- no counter is larger than the organisation's; a week is in two months, which come last
-    local month = sheets[i].counters[#sheets[i].counters]
-    if used(month, 'requests') > FULL or used(month, 'credits') > FULL then
+for i = 1, #sets do
+  states[i] = sets[i].org and state_of(sets[i]) or {}
+  if not sets[i].org then -- the month is the last counter, and the highest, except that a week can lie in two months
+    local month = sets[i].counters[#sets[i].counters]
+    if used(month, 'requests') > MAX_COUNTER or used(month, 'credits') > MAX_COUNTER then
       return redis.error_reply('FULL a counter of the ledger is about to overflow')
     end
   end
@@ -332,26 +341,26 @@ if is_new then
   id = { ARGV[3], string.format('%.0f', math.floor(now / 1000)) }
   call('HSET', KEYS[1], 'id', id[1], 'created_ms', id[2])
 end
-if once then
+if has_marker then
   call('SET', KEYS[4], '1', 'PX', ARGV[5])
 end
-for key, ahead in pairs(new_leads) do
-  call('SET', key, string.format('%.0f', now + ahead), 'PX', math.ceil(ahead / 1000))
+for key, tat in pairs(new_tats) do
+  call('SET', key, string.format('%.0f', tat), 'PX', math.ceil((tat - now) / 1000))
 end
 for _, model in ipairs(new_models) do
   call('SADD', KEYS[2], model)
 end
 
--- Notes whether a field begins with this: only then can its hash, or its team, be new.
+-- Notes in `starts` whether a field starts with this amount: only then its hash, or its team, can be new.
 local function increase(hash, field, amount)
   if amount ~= 0 and call('HINCRBY', hash.key, field, string.format('%.0f', amount)) == amount then
-    hash.begins = true
+    hash.starts = true
   end
 end
 
 local function expire(hash)
-  if hash.begins and call('PTTL', hash.key) == -1 then
-    call('PEXPIREAT', hash.key, hash.ends)
+  if hash.starts and call('PTTL', hash.key) == -1 then
+    call('PEXPIREAT', hash.key, hash.expires)
   end
 end
 
@@ -366,9 +375,9 @@ for _, usage in pairs(usages) do
   end
   expire(usage)
 end
-for i = 1, #sheets do
-  if sheets[i].org and sheets[i].usage.begins then
-    call('SADD', KEYS[3], sheets[i].team)
+for i = 1, #sets do
+  if sets[i].org and sets[i].usage.starts then
+    call('SADD', KEYS[3], sets[i].team)
   end
 end
-return { now, id[1], id[2], is_new and 1 or 0, verdicts, standings }
+return { now, id[1], id[2], is_new and 1 or 0, verdicts, states }

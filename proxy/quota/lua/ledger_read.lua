@@ -1,8 +1,8 @@
 #!lua flags=no-writes
--- How rates and counters stand, and the server's clock. Amounts are the texts that the server keeps: exact.
+-- Reads rates and counters at one moment of the server's clock. Amounts are returned as stored text, which is exact.
 --   KEYS  rates, then counters
 --   ARGV  1 number of rates
---   reply { now in µs, what each rate holds | nil, { requests | nil, credits | nil } a counter }
+--   reply { now in µs, the TAT in µs of each rate | nil, { requests | nil, credits | nil } of each counter }
 local time = redis.call('TIME')
 local reply = { string.format('%.0f', time[1] * 1000000 + time[2]) }
 for i = 1, #KEYS do

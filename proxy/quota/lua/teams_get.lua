@@ -1,5 +1,6 @@
 #!lua flags=no-writes
--- The teams that have ever had usage.
---   KEYS  1 teams
---   reply a list of their ids
+-- Reads the teams that ever had usage.
+--   KEYS  1 set of teams
+--   ARGV  none
+--   reply a list of team ids
 return redis.call('SMEMBERS', KEYS[1])

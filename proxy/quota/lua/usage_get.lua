@@ -1,7 +1,8 @@
 #!lua flags=no-writes
--- Usage as it stands.
---   KEYS  usage of a team on a day, any number of them
---   reply a list a key: its fields and their amounts, in turn
+-- Reads usage.
+--   KEYS  usage hashes, one for each team and day
+--   ARGV  none
+--   reply for each key a list of fields and amounts, alternating
 local usage = {}
 for i = 1, #KEYS do
   usage[i] = redis.call('HGETALL', KEYS[i])

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 from proxy.problems import Outcome
 from proxy.quota.backlog import Backlog, BufferedDebit, FlushBatch
-from proxy.quota.counters import MAX_ENTRY_MICRO, CounterSet
+from proxy.quota.counters import CounterSet
+from proxy.quota.ledger_script import MAX_ENTRY_MICRO
 from proxy.quota.quotas import Charge
 from proxy.quota.windows import Window
 
-SHEETS = [CounterSet({}, Window(0, 60), (), ()) for _ in range(3)]
-TODAY, TOMORROW, _ = SHEETS
+COUNTER_SETS = [CounterSet({}, Window(0, 60), {}) for _ in range(3)]
+TODAY, TOMORROW, _ = COUNTER_SETS
 HIT = Charge(Outcome.HIT, 5, "Flux")
 FAILED = Charge(Outcome.UPSTREAM_ERROR)
 
@@ -55,16 +56,16 @@ def test_what_is_taken_back_is_no_debit() -> None:
     assert backlog.requests == 0
     backlog.add(TODAY, HIT, 1)
     assert backlog.requests == 1
-    assert [owed.requests for owed in taken(backlog)] == [-1, 1]
+    assert [debit.requests for debit in taken(backlog)] == [-1, 1]
 
 
-def test_a_sum_that_is_there_has_room_where_a_new_one_has_none() -> None:
+def test_a_sum_that_is_there_has_capacity_where_a_new_one_has_none() -> None:
     backlog = Backlog(2)
-    assert backlog.has_room()
+    assert backlog.has_capacity()
     assert backlog.add(TODAY, HIT, 1)
-    assert backlog.has_room()
+    assert backlog.has_capacity()
     assert backlog.add(TOMORROW, HIT, 1)
-    assert not backlog.has_room()
+    assert not backlog.has_capacity()
     assert not backlog.add(TODAY, FAILED, 1)
     assert backlog.add(TODAY, HIT, 1)
     assert backlog.requests == 3
@@ -109,7 +110,7 @@ _CHARGES = st.builds(
     st.none() | st.integers(0, 10**12) | st.just(10**12),
     st.sampled_from(["Flux", "-"]),
 )
-_DEBITS = st.tuples(st.sampled_from(SHEETS), _CHARGES, st.sampled_from([1, 1, -1]))
+_DEBITS = st.tuples(st.sampled_from(COUNTER_SETS), _CHARGES, st.sampled_from([1, 1, -1]))
 
 
 def amounts(counters: CounterSet, charge: Charge, requests: int) -> dict[Any, int]:
@@ -118,24 +119,24 @@ def amounts(counters: CounterSet, charge: Charge, requests: int) -> dict[Any, in
 
 
 @given(st.lists(_DEBITS | st.just("book") | st.just("fail")), st.integers(1, 6), st.integers(1, 4))
-def test_what_is_taken_in_comes_out_once(steps: list[Any], max_rows: int, pile_rows: int) -> None:
+def test_what_is_taken_in_comes_out_once(steps: list[Any], max_rows: int, batch_rows: int) -> None:
     backlog = Backlog(max_rows)
-    owed: Counter[Any] = Counter()
+    buffered: Counter[Any] = Counter()
     booked: dict[str, FlushBatch] = {}
     for step in [*steps, *["book"] * (max_rows + 1)]:
         if step == "fail":
-            backlog.batch(pile_rows)
+            backlog.batch(batch_rows)
         elif step == "book":
-            if (batch := backlog.batch(pile_rows)) is not None:
-                assert len(batch.rows) <= pile_rows
+            if (batch := backlog.batch(batch_rows)) is not None:
+                assert len(batch.rows) <= batch_rows
                 assert batch.name not in booked
                 booked[batch.name] = batch
                 backlog.drop(batch)
         elif backlog.add(*step):
-            owed.update(amounts(*step))
+            buffered.update(amounts(*step))
         assert len(backlog._sums) <= max_rows
     assert not backlog
     found: Counter[Any] = Counter()
     for row in (row for batch in booked.values() for row in batch.rows):
         found.update(amounts(row.counters, row.charge, row.requests))
-    assert found == owed
+    assert found == buffered

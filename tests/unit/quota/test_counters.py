@@ -1,4 +1,4 @@
-"""Sheets: for how long each holds, what stands on it, and that no two windows share a key."""
+"""Counter sets: how long each is valid, what it contains, and that no two windows share a key."""
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -32,9 +32,9 @@ def quota(scope: Scope = "team", measure: Measure = "requests", per: Period = "d
     return Quota(scope, measure, per, limit, refuse=True)
 
 
-def sheet_of(quotas: Sequence[Quota], at_s: int, zone: ZoneInfo = BERLIN, team: str = "design") -> CounterSet:
-    terms = TeamLimits(team, Rate(50, 100), tuple(quotas))
-    return team_counters(KEYS, terms, org_counters(KEYS, terms.org_quotas, at_s, zone), at_s, zone)
+def counters_of(quotas: Sequence[Quota], at_s: int, zone: ZoneInfo = BERLIN, team: str = "design") -> CounterSet:
+    limits = TeamLimits(team, Rate(50, 100), tuple(quotas))
+    return team_counters(KEYS, limits, org_counters(KEYS, limits.org_quotas, at_s, zone), at_s, zone)
 
 
 def midnight(year: int, month: int, day: int) -> int:
@@ -42,18 +42,19 @@ def midnight(year: int, month: int, day: int) -> int:
 
 
 def test_the_keys() -> None:
-    """They are what a newer version must still find."""
-    counters = sheet_of([quota(per="minute"), quota("org", per="hour")], NOON)
-    assert counters.keys == (
-        "ep1:{acme}:u:2026-11-22:design",
-        "ep1:{acme}:rate:t:design",
+    """A newer version must still find them."""
+    counters = counters_of([quota(per="minute"), quota("org", per="hour")], NOON)
+    assert counters.team is not None
+    assert counters.team.usage_key == "ep1:{acme}:u:2026-11-22:design"
+    assert counters.team.rate_key == "ep1:{acme}:rate:t:design"
+    assert tuple(counters.expires_ms) == (
         f"ep1:{{acme}}:q:t:design:minute:{NOON - 56}",
         f"ep1:{{acme}}:q:t:design:day:{midnight(2026, 11, 22)}",
         f"ep1:{{acme}}:q:t:design:week:{midnight(2026, 11, 16)}",
         f"ep1:{{acme}}:q:t:design:month:{midnight(2026, 11, 1)}",
     )
     assert counters.org is not None
-    assert counters.org.keys == (
+    assert tuple(counters.org.expires_ms) == (
         f"ep1:{{acme}}:q:o:hour:{NOON - 34 * 60 - 56}",
         f"ep1:{{acme}}:q:o:day:{midnight(2026, 11, 22)}",
         f"ep1:{{acme}}:q:o:week:{midnight(2026, 11, 16)}",
@@ -63,40 +64,31 @@ def test_the_keys() -> None:
     assert KEYS.flush("7f") == "ep1:{acme}:flush:7f"
 
 
-def test_no_team_gets_at_the_organisations_keys() -> None:
+def test_no_team_shares_a_key_with_the_organisation_or_another_team() -> None:
     for name in ("o", "t", "a", "acme"):
-        keys = set(sheet_of([], NOON, team=name).keys)
-        assert not keys & set(org_counters(KEYS, (), NOON, BERLIN).keys)
-        assert not keys & set(sheet_of([], NOON).keys)
+        keys = set(_keys(counters_of([], NOON, team=name)))
+        assert not keys & set(_keys(org_counters(KEYS, (), NOON, BERLIN)))
+        assert not keys & set(_keys(counters_of([], NOON)))
 
 
-def test_what_the_script_reads() -> None:
+def test_a_counter_set_has_the_expiries_and_quotas_of_its_scope() -> None:
     quotas = [
         quota(per="hour", limit=5),
         Quota("team", "estimated_credits", "month", 7_000_000, refuse=False),
         quota("org", "estimated_credits", "day", 8),
     ]
-    counters = sheet_of(quotas, NOON)
-    ends = [window_of(per, NOON, BERLIN).end_s + COUNTER_KEPT_S for per in ("hour", *BASE_PERIODS)]
-    usage_end = midnight(2026, 11, 22) + DAY_S * (USAGE_KEPT_DAYS + 1)
-    head = (1000 * usage_end, "design", 20_000, 2_000_000)
-    assert counters.args == (
-        *head,
-        4,
-        *(1000 * end for end in ends),
-        2,
-        1,
-        "requests",
-        5,
-        1,
-        4,
-        "credits",
-        7_000_000,
-        0,
-    )
+    counters = counters_of(quotas, NOON)
+    expires_ms = [1000 * (window_of(per, NOON, BERLIN).end_s + COUNTER_KEPT_S) for per in ("hour", *BASE_PERIODS)]
+    assert list(counters.expires_ms.values()) == expires_ms
+    assert counters.quotas == ((1, "requests", 5, 1), (4, "credits", 7_000_000, 0))
+    assert counters.team is not None
+    assert counters.team.id == "design"
+    assert counters.team.usage_expires_ms == 1000 * (midnight(2026, 11, 22) + DAY_S * (USAGE_KEPT_DAYS + 1))
+    assert counters.team.rate == Rate(50, 100)
     assert counters.org is not None
-    assert counters.org.args == (0, "", 0, 0, 3, *(1000 * end for end in ends[1:]), 1, 1, "credits", 8, 1)
-    assert len(counters.keys) == 2 + 4
+    assert list(counters.org.expires_ms.values()) == expires_ms[1:]
+    assert counters.org.quotas == ((1, "credits", 8, 1),)
+    assert counters.org.team is None
 
 
 @pytest.mark.parametrize(
@@ -108,21 +100,23 @@ def test_what_the_script_reads() -> None:
         (("hour", "day", "minute"), ("minute", "hour", *BASE_PERIODS)),
     ],
 )
-def test_what_a_scope_is_counted_in(quotas: Sequence[Period], counted: tuple[Period, ...]) -> None:
+def test_a_scope_is_counted_in_its_quotas_periods_and_the_base_periods(
+    quotas: Sequence[Period], counted: tuple[Period, ...]
+) -> None:
     assert periods([quota(per=per) for per in quotas]) == counted
     assert periods([quota(measure=measure, per="hour") for measure in ("requests", "estimated_credits")])[0] == "hour"
 
 
-def test_a_sheet_holds_until_the_first_of_its_windows_ends() -> None:
-    assert sheet_of([], NOON).holds == Window(midnight(2026, 11, 22), midnight(2026, 11, 23))
-    assert sheet_of([quota(per="hour")], NOON).holds == window_of("hour", NOON, BERLIN)
-    assert sheet_of([quota("org", per="minute"), quota(per="hour")], NOON).holds == window_of("minute", NOON, BERLIN)
+def test_a_counter_set_is_valid_until_the_first_of_its_windows_ends() -> None:
+    assert counters_of([], NOON).valid == Window(midnight(2026, 11, 22), midnight(2026, 11, 23))
+    assert counters_of([quota(per="hour")], NOON).valid == window_of("hour", NOON, BERLIN)
+    assert counters_of([quota("org", per="minute"), quota(per="hour")], NOON).valid == window_of("minute", NOON, BERLIN)
 
 
-def test_a_sheet_is_one_of_a_kind() -> None:
-    """Two that say the same are of different moments, such as before and after a reload."""
-    assert sheet_of([], NOON) != sheet_of([], NOON)
-    assert len({sheet_of([], NOON), sheet_of([], NOON)}) == 2
+def test_counter_sets_with_equal_contents_are_not_equal() -> None:
+    """They are of different times, such as before and after a reload."""
+    assert counters_of([], NOON) != counters_of([], NOON)
+    assert len({counters_of([], NOON), counters_of([], NOON)}) == 2
 
 
 _ZONES = st.sampled_from(["UTC", "Europe/Berlin", "America/Sao_Paulo", "Australia/Lord_Howe", "Asia/Kathmandu"])
@@ -131,43 +125,42 @@ _QUOTAS = st.lists(st.builds(quota, st.sampled_from(["team", "org"]), per=st.sam
 
 
 @given(_QUOTAS, _INSTANTS, _ZONES.map(ZoneInfo), st.data())
-def test_a_sheet_is_the_same_while_it_holds_and_another_before_and_behind(
+def test_a_counter_set_is_the_same_while_it_is_valid_and_another_before_and_after(
     quotas: list[Quota], at_s: int, zone: ZoneInfo, data: st.DataObject
 ) -> None:
     quotas.sort(key=lambda one: one.scope == "org")
-    counters = sheet_of(quotas, at_s, zone)
-    holds = counters.holds
-    assert holds.start_s <= at_s < holds.end_s
-    for moment in (holds.start_s, holds.end_s - 1, data.draw(st.integers(holds.start_s, holds.end_s - 1))):
-        assert _written(sheet_of(quotas, moment, zone)) == _written(counters)
-    for moment in (holds.start_s - 1, holds.end_s):
-        assert _all_keys(counters) != _all_keys(sheet_of(quotas, moment, zone))
+    counters = counters_of(quotas, at_s, zone)
+    valid = counters.valid
+    assert valid.start_s <= at_s < valid.end_s
+    for moment in (valid.start_s, valid.end_s - 1, data.draw(st.integers(valid.start_s, valid.end_s - 1))):
+        assert _contents(counters_of(quotas, moment, zone)) == _contents(counters)
+    for moment in (valid.start_s - 1, valid.end_s):
+        assert _all_keys(counters) != _all_keys(counters_of(quotas, moment, zone))
+
+
+def _keys(counters: CounterSet) -> tuple[str, ...]:
+    team = (counters.team.usage_key, counters.team.rate_key) if counters.team else ()
+    return (*team, *counters.expires_ms)
 
 
 def _all_keys(counters: CounterSet) -> tuple[str, ...]:
     assert counters.org is not None
-    return counters.keys + counters.org.keys
+    return _keys(counters) + _keys(counters.org)
 
 
-def _written(counters: CounterSet) -> object:
-    assert counters.org is not None
-    return (
-        counters.windows,
-        counters.holds,
-        counters.keys,
-        counters.args,
-        counters.org.windows,
-        counters.org.keys,
-        counters.org.args,
-    )
+def _contents(counters: CounterSet) -> object:
+    org = counters.org and _contents(counters.org)
+    return counters.windows, counters.valid, counters.expires_ms, counters.quotas, counters.team, org
 
 
 @given(_QUOTAS, _INSTANTS, _ZONES.map(ZoneInfo))
-def test_windows_and_ends_are_those_of_the_moment(quotas: list[Quota], at_s: int, zone: ZoneInfo) -> None:
-    counters = sheet_of(quotas, at_s, zone)
+def test_windows_and_expiries_are_those_of_the_instant(quotas: list[Quota], at_s: int, zone: ZoneInfo) -> None:
+    counters = counters_of(quotas, at_s, zone)
     for per, window in counters.windows.items():
         assert window == window_of(per, at_s, zone)
     assert set(counters.windows) == {*BASE_PERIODS, *(quota.per for quota in quotas)}
-    kept_until = datetime.fromtimestamp(int(counters.args[0]) // 1000, zone).date()
+    assert counters.team is not None
+    usage_expires_s = counters.team.usage_expires_ms // 1000
+    kept_until = datetime.fromtimestamp(usage_expires_s, zone).date()
     assert kept_until - day_of(at_s, zone) in (timedelta(days=USAGE_KEPT_DAYS), timedelta(days=USAGE_KEPT_DAYS + 1))
-    assert int(counters.args[0]) // 1000 - window_of("day", at_s, zone).end_s >= USAGE_KEPT_DAYS * DAY_S - 2 * 3600
+    assert usage_expires_s - window_of("day", at_s, zone).end_s >= USAGE_KEPT_DAYS * DAY_S - 2 * 3600

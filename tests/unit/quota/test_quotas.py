@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.problems import Problem
-from proxy.quota.quotas import Measure, Quota, QuotaState, Rate, Scope, TeamLimits, policies_of
+from proxy.quota.quotas import Measure, Quota, QuotaState, Rate, Scope, TeamLimits, policy_field
 from proxy.quota.windows import Period, Window, window_of
 
 UTC = ZoneInfo("UTC")
@@ -37,7 +37,7 @@ def quota_state(
 
 
 def policies(told: QuotaState) -> str:
-    return policies_of(told.terms, told.windows).decode()
+    return policy_field(told.limits, told.windows).decode()
 
 
 def items(field: str) -> dict[str, dict[str, Any]]:
@@ -114,7 +114,7 @@ def test_policies() -> None:
 
 
 def test_limits() -> None:
-    assert quota_state(ALL, tat_offset_us=860_000).limits() == (
+    assert quota_state(ALL, tat_offset_us=860_000).limit_field() == (
         '"rate";r=57;t=1, "requests-day";r=9120;t=36000, "credits-month";r=3800;t=1677600, '
         '"requests-minute";r=0;t=60, "org-credits-month";r=0;t=1677600, '
         '"org-requests-hour";r=0;t=3600, "org-credits-week";r=0;t=381600'
@@ -122,7 +122,7 @@ def test_limits() -> None:
 
 
 def test_fields_are_lists_of_strings_with_whole_numbers() -> None:
-    promised, limits = items(policies(quota_state(ALL))), items(quota_state(ALL).limits())
+    promised, limits = items(policies(quota_state(ALL))), items(quota_state(ALL).limit_field())
     assert list(promised) == list(limits)
     assert {name for name, parameters in promised.items() if "qu" in parameters} == {
         "credits-month",
@@ -136,7 +136,7 @@ def test_fields_are_lists_of_strings_with_whole_numbers() -> None:
 
 def test_without_quotas_there_is_the_rate() -> None:
     assert items(policies(quota_state())) == {"rate": {"q": 100, "w": 2}}
-    assert items(quota_state().limits()) == {"rate": {"r": 100, "t": 0}}
+    assert items(quota_state().limit_field()) == {"rate": {"r": 100, "t": 0}}
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_window_is_as_long_as_it_is() -> None:
     windows: dict[Period, Window] = {"day": window_of("day", 1_792_929_600, ZoneInfo("Europe/Berlin"))}
     told = QuotaState(TeamLimits("design", RATE, (day,)), windows, 1_792_929_600_000_000, 0, (0,))
     assert items(policies(told))["requests-day"] == {"q": 100, "w": 90_000}
-    assert items(told.limits())["requests-day"] == {"r": 100, "t": 39_600}
+    assert items(told.limit_field())["requests-day"] == {"r": 100, "t": 39_600}
 
 
 measures: st.SearchStrategy[Measure] = st.sampled_from(["requests", "estimated_credits"])
@@ -172,11 +172,11 @@ many = st.lists(distinct, unique_by=lambda quota: quota.policy, max_size=20)
 @given(many, rates, st.data())
 def test_any_standing_can_be_told(quotas: list[Quota], rate: Rate, data: st.DataObject) -> None:
     """Structured fields allow integers of 15 digits (RFC 9651 §3.3.1), so no quota on requests may be larger."""
-    quotas = [quota for quota in quotas if quota.told(quota.limit) <= 10**12]
+    quotas = [quota for quota in quotas if quota.header_amount(quota.limit) <= 10**12]
     used = {quota: data.draw(st.integers(0, 2 * 10**16)) for quota in quotas}
     tat_offset_us = data.draw(st.integers(0, rate.burst_tolerance_us))
     told = quota_state(used, rate, tat_offset_us=tat_offset_us, now_us=NOW_US + data.draw(st.integers(0, 59_999_999)))
-    promised, limits = items(policies(told)), items(told.limits())
+    promised, limits = items(policies(told)), items(told.limit_field())
     assert list(promised) == list(limits) == ["rate", *(quota.policy for quota in quotas)]
     assert limits["rate"]["r"] <= promised["rate"]["q"]
     for quota in quotas:
@@ -193,16 +193,16 @@ def test_any_standing_can_be_told(quotas: list[Quota], rate: Rate, data: st.Data
 def test_time_left_is_rounded_up_and_never_negative(after_us: int, left_s: int) -> None:
     """A window's end may have passed when the answer is told."""
     told = quota_state({quota(): 0}, now_us=WINDOWS["day"].end_s * 1_000_000 + after_us)
-    assert items(told.limits())["requests-day"]["t"] == left_s
+    assert items(told.limit_field())["requests-day"]["t"] == left_s
 
 
 def test_the_organisations_quotas_among_a_teams_terms() -> None:
-    assert [quota.policy for quota in quota_state(ALL).terms.org_quotas] == [
+    assert [quota.policy for quota in quota_state(ALL).limits.org_quotas] == [
         "org-credits-month",
         "org-requests-hour",
         "org-credits-week",
     ]
-    assert quota_state().terms.org_quotas == ()
+    assert quota_state().limits.org_quotas == ()
 
 
 # --- Warnings ---------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def told(problem: Problem) -> tuple[dict[str, Any], str | None]:
 
 def test_a_team_that_asks_too_often() -> None:
     document, retry_after = told(quota_state(rate=Rate(0.5, 1), tat_offset_us=1_500_000).rate_limited())
-    detail = "The team may ask 0.5 times a second, with bursts of 1: slow down."
+    detail = "The team may send 0.5 requests a second, in bursts of up to 1: slow down."
     assert document == {
         "type": "urn:estimate-proxy:problem:rate-limited",
         "title": "The team sends requests too fast",
@@ -270,7 +270,7 @@ def exceeded(
 def test_a_quota_on_credits_that_would_be_passed() -> None:
     document, retry_after = exceeded({CREDITS: 4_999_000_000}, [CREDITS], 2_750_001)
     detail = (
-        "This estimate needs more than is left: 1.1 of the team's 5000.1 estimated credits a month, "
+        "This estimate needs more than is left: 1.1 of the team's 5000.1 estimated credits per month, "
         "until 2026-12-01T00:00:00+00:00."
     )
     assert document == {
@@ -299,8 +299,12 @@ def test_a_quota_on_credits_that_would_be_passed() -> None:
     ("limit_micro", "requested_micro", "told"),
     [
         (10_000_000, 12_000_000, "This estimate needs more than the whole quota, however long you wait: 10 of "),
-        (10_000_000, 10_000_000, "10 of the team's 10 estimated credits a month are left until "),
-        (0, None, "Nothing passes: 0 of the team's 0 estimated credits a month are left, and never will be more."),
+        (10_000_000, 10_000_000, "10 of the team's 10 estimated credits per month are left until "),
+        (
+            0,
+            None,
+            "The team's quota of estimated credits per month is 0, so every request is refused. Ask ",
+        ),
     ],
 )
 def test_what_no_waiting_helps_against_is_told(limit_micro: int, requested_micro: int | None, told: str) -> None:
@@ -314,7 +318,7 @@ def test_a_quota_on_requests_that_is_used_up() -> None:
     document, retry_after = exceeded({CREDITS: 0, ORG_REQUESTS: 60}, [ORG_REQUESTS], None, ZoneInfo("Asia/Kolkata"))
     assert document["status"] == 429
     assert document["detail"] == (
-        "0 of the organisation's 60 requests a hour are left until 2026-11-11T20:30:00+05:30."
+        "0 of the organisation's 60 requests per hour are left until 2026-11-11T20:30:00+05:30."
     )
     assert document["quota"] == {
         "scope": "org",
@@ -335,7 +339,7 @@ def test_the_first_quota_is_explained_and_all_are_named() -> None:
     document, retry_after = exceeded(used, [CREDITS, ORG_REQUESTS], 1)
     assert (document["status"], retry_after) == (402, None)
     assert document["quota"]["used"] == document["quota"]["limit"] == Decimal("5000.1")
-    assert document["detail"].startswith("0 of the team's 5000.1 estimated credits a month are left until ")
+    assert document["detail"].startswith("0 of the team's 5000.1 estimated credits per month are left until ")
     assert document["violated-policies"] == ["credits-month", "org-requests-hour"]
     document, retry_after = exceeded(used, [ORG_REQUESTS, CREDITS], 1)
     assert (document["status"], retry_after) == (429, "3600")

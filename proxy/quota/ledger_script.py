@@ -1,0 +1,164 @@
+"""The interface of `lua/ledger_decide.lua`: its operations, its arguments and its reply.
+
+Only this module and the script know the order of keys, arguments and replies; the script's header documents it.
+
+All sums of one call are exact. Lua's numbers are doubles, exact up to 2**53, and a call has at most `MAX_BATCH_ENTRIES`
+entries of at most `MAX_ENTRY_MICRO`: 9 * 10**15 micro-credits together, which is below 2**53.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from proxy.quota.counters import CounterSet, LedgerKeys
+from proxy.quota.model_names import MAX_MODELS
+from proxy.quota.quotas import Charge, Quota
+from proxy.quota.windows import Window
+
+MAX_BATCH_ENTRIES = 200
+"""In one call, which then takes some milliseconds of the store's time."""
+
+MAX_ENTRY_MICRO = 45 * 10**12
+"""Micro-credits of one entry: 45 estimates of the highest price (`proxy.upstream.replies.MAX_ESTIMATE`)."""
+
+FLUSH_MARKER_TTL_S = 86_400
+"""How long the ledger remembers a flush, so that a repetition books nothing."""
+
+Operation = Literal["charge", "admit", "settle", "refund", "peek", "record_uncached", "apply"]
+
+_US = 1_000_000
+_MAX_TIME_S = 2**53 // _US
+_ADMITTED = b"ok"
+_RATE_LIMITED = b"rate"
+
+
+class Verdict(NamedTuple):
+    """The script's decision about the requests of one entry: it admits the first `admitted` and refuses the rest.
+
+    result: why the rest is refused.
+    model: the name under which credits were counted.
+    state: the team's TAT (µs) and the use of each quota at the time of the decision; None if that does not matter.
+    """
+
+    result: bytes
+    admitted: int
+    model: bytes
+    state: Sequence[int] | None = None
+
+    @property
+    def is_rate_limited(self) -> bool:
+        return self.result == _RATE_LIMITED
+
+    def violated(self, quotas: Sequence[Quota]) -> tuple[Quota, ...]:
+        """The exceeded ones of a team's `quotas`."""
+        if self.result in (_ADMITTED, _RATE_LIMITED):
+            return ()
+        return tuple(quotas[int(number) - 1] for number in self.result.split(b","))
+
+
+class LedgerReply(NamedTuple):
+    """What a call returned. After `now_us`, everything is empty if nothing was written.
+
+    in_windows: False if nothing was done because the store's clock is outside of the windows of the arguments.
+    ledger_id: None if this flush was booked before.
+    states: for each counter set the team's TAT in µs and the use of each quota, after all entries.
+    """
+
+    now_us: int
+    in_windows: bool = True
+    ledger_id: bytes | None = None
+    created_ms: int = 0
+    is_new: bool = False
+    verdicts: Sequence[Verdict] = ()
+    states: Sequence[Sequence[int]] = ()
+
+
+class ScriptArgs:
+    """Collects the entries of one call. `flush` names the flush, if it is one.
+
+    The script does nothing unless the store's clock is within `valid`.
+    """
+
+    def __init__(self, keys: LedgerKeys, flush: str | None = None) -> None:
+        self._valid = Window(0, _MAX_TIME_S)
+        self._keys = [keys.id, keys.models, keys.teams, keys.id if flush is None else keys.flush(flush)]
+        self._counter_sets: list[str | int] = []
+        self._entries: list[str | int] = []
+        self._numbers: dict[CounterSet, int] = {}
+        self._entry_count = 0
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return self._keys
+
+    def args(self, new_id: str) -> tuple[str | int, ...]:
+        """`new_id`: the id of the ledger if this call creates it."""
+        valid_us = (self._valid.start_s * _US, self._valid.end_s * _US)
+        counts = (len(self._numbers), self._entry_count)
+        limits = (MAX_MODELS, FLUSH_MARKER_TTL_S * 1000)
+        return (*valid_us, new_id, *limits, *counts, *self._counter_sets, *self._entries)
+
+    def add(
+        self,
+        operation: Operation,
+        charge: Charge,
+        counters: CounterSet,
+        *,
+        requests: int = 1,
+        admitted_on: CounterSet | None = None,
+    ) -> None:
+        """Adds requests of now. `admitted_on`: the counters that hold the request, if it was admitted before."""
+        valid = counters.valid
+        self._valid = Window(max(self._valid.start_s, valid.start_s), min(self._valid.end_s, valid.end_s))
+        self._add(operation, charge, counters, requests, admitted_on or counters)
+
+    def add_debit(self, charge: Charge, counters: CounterSet, requests: int) -> None:
+        """Adds a debit of requests that were admitted without the ledger, at any time."""
+        self._add("apply", charge, counters, requests, counters)
+
+    def state_of(self, counters: CounterSet, reply: LedgerReply) -> Sequence[int]:
+        """The row of the reply's `states` for these counters."""
+        return reply.states[self._numbers[counters] - 1]
+
+    def _add(
+        self, operation: Operation, charge: Charge, counters: CounterSet, requests: int, admitted_on: CounterSet
+    ) -> None:
+        credits_micro = "" if charge.credits_micro is None else charge.credits_micro
+        number, admitted_number = self._number_of(counters), self._number_of(admitted_on)
+        self._entries += (operation, number, requests, credits_micro, charge.model, charge.outcome, admitted_number)
+        self._entry_count += 1
+
+    def _number_of(self, counters: CounterSet) -> int:
+        """The number of a counter set, which is added on first use, the organisation's before the team's."""
+        if counters not in self._numbers:
+            org_number = self._number_of(counters.org) if counters.org else 0
+            team = counters.team
+            if team is None:
+                self._counter_sets += (org_number, 0, "", 0, 0)
+            else:
+                self._keys += (team.usage_key, team.rate_key)
+                rate = team.rate
+                args = (org_number, team.usage_expires_ms, team.id, rate.interval_us, rate.burst_tolerance_us)
+                self._counter_sets += args
+            self._keys += counters.expires_ms
+            self._counter_sets += (len(counters.expires_ms), *counters.expires_ms.values(), len(counters.quotas))
+            for quota in counters.quotas:
+                self._counter_sets += (quota.counter, quota.field, quota.limit, quota.refuse)
+            self._numbers[counters] = len(self._numbers) + 1
+        return self._numbers[counters]
+
+
+def read_reply(reply: Sequence[Any]) -> LedgerReply:
+    match reply:
+        case [now_us]:
+            return LedgerReply(now_us, in_windows=False)
+        case [now_us, _]:
+            return LedgerReply(now_us)
+    now_us, ledger_id, created_ms, is_new, verdicts, states = reply
+    return LedgerReply(
+        now_us,
+        ledger_id=ledger_id,
+        created_ms=int(created_ms),
+        is_new=bool(is_new),
+        verdicts=[Verdict(*verdict) for verdict in verdicts],
+        states=states,
+    )
