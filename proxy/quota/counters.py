@@ -60,17 +60,17 @@ class LedgerKeys:
 
 
 def split_usage_field(field: bytes) -> tuple[str, str, str]:
-    """Model, outcome and measure of a field of a usage hash, which `lua/ledger_decide.lua` names `usage_field`.
+    """Model, outcome and measure: the parts of a field name that `add_usage` in `lua/ledger_decide.lua` writes.
 
     The measure is `requests` for what counts against quotas, `refused` for what does not, or `credits`, in
-    micro-credits. A model is `NO_NAME` where nothing was priced. None of the three contains a colon.
+    micro-credits. The model is `NO_NAME` where nothing was priced. None of the three contains a colon.
     """
     model, outcome, measure = field.decode().split(":")
     return model, outcome, measure
 
 
 class TeamKeys(NamedTuple):
-    """Where a team's usage of a day and its rate are stored."""
+    """The keys of a team's usage on a day and of its rate."""
 
     id: str
     usage_key: str
@@ -80,7 +80,7 @@ class TeamKeys(NamedTuple):
 
 
 class QuotaRow(NamedTuple):
-    """A quota as the script checks it: on the `field` of a counter, which is numbered from 1 in its counter set."""
+    """A quota as the script checks it. `counter`: the number, from 1, of the counter in its counter set."""
 
     counter: int
     field: str

@@ -27,14 +27,13 @@ Operation = Literal["charge", "admit", "settle", "refund", "peek", "record_uncac
 
 _US = 1_000_000
 _MAX_TIME_S = 2**53 // _US
-_ADMITTED = b"ok"
 _RATE_LIMITED = b"rate"
 
 
 class Verdict(NamedTuple):
     """The script's decision about the requests of one entry: it admits the first `admitted` and refuses the rest.
 
-    result: why the rest is refused.
+    result: `ok`, `rate` or the numbers of the exceeded quotas.
     model: the name under which credits were counted.
     state: the team's TAT (µs) and the use of each quota at the time of the decision; None if that does not matter.
     """
@@ -49,9 +48,7 @@ class Verdict(NamedTuple):
         return self.result == _RATE_LIMITED
 
     def violated(self, quotas: Sequence[Quota]) -> tuple[Quota, ...]:
-        """The exceeded ones of a team's `quotas`."""
-        if self.result in (_ADMITTED, _RATE_LIMITED):
-            return ()
+        """Those of the team's `quotas` that are exceeded, if the refusal is not by the rate."""
         return tuple(quotas[int(number) - 1] for number in self.result.split(b","))
 
 
@@ -73,10 +70,7 @@ class LedgerReply(NamedTuple):
 
 
 class ScriptArgs:
-    """Collects the entries of one call. `flush` names the flush, if it is one.
-
-    The script does nothing unless the store's clock is within `valid`.
-    """
+    """The keys and arguments of one call, collected entry by entry. `flush`: the name of the flush, if it is one."""
 
     def __init__(self, keys: LedgerKeys, flush: str | None = None) -> None:
         self._valid = Window(0, _MAX_TIME_S)
@@ -106,13 +100,16 @@ class ScriptArgs:
         requests: int = 1,
         admitted_on: CounterSet | None = None,
     ) -> None:
-        """Adds requests of now. `admitted_on`: the counters that hold the request, if it was admitted before."""
+        """Adds an entry that is valid while the store's clock is in the windows of `counters`.
+
+        admitted_on: the counters on which the request is booked, if it was admitted before.
+        """
         valid = counters.valid
         self._valid = Window(max(self._valid.start_s, valid.start_s), min(self._valid.end_s, valid.end_s))
         self._add(operation, charge, counters, requests, admitted_on or counters)
 
     def add_debit(self, charge: Charge, counters: CounterSet, requests: int) -> None:
-        """Adds a debit of requests that were admitted without the ledger, at any time."""
+        """Adds requests that were admitted without the ledger. Valid at any time."""
         self._add("apply", charge, counters, requests, counters)
 
     def state_of(self, counters: CounterSet, reply: LedgerReply) -> Sequence[int]:

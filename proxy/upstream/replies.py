@@ -21,7 +21,7 @@ from proxy.cache.prices import Price
 from proxy.problems import Code, Problem
 
 MAX_ESTIMATE = 10**6
-"""Credits; a larger estimate counts as an upstream error. `proxy.quota.counters.MAX_ENTRY_MICRO` builds on it."""
+"""Credits; a larger estimate counts as an upstream error. `proxy.quota.ledger_script.MAX_ENTRY_MICRO` builds on it."""
 
 MAX_NUMBER_CHARACTERS = 64
 MAX_RETRY_AFTER_S = 2**31

@@ -1,4 +1,4 @@
-"""The backlog: nothing that it has taken is lost or booked under two names, and it does not grow without end."""
+"""The backlog: each debit is flushed exactly once, in batches that keep their name, and memory is limited."""
 
 from collections import Counter
 from typing import Any
@@ -20,14 +20,14 @@ FAILED = Charge(Outcome.UPSTREAM_ERROR)
 
 
 def taken(backlog: Backlog, max_rows: int = 100) -> tuple[BufferedDebit, ...]:
-    """What is to be booked next, which is booked then."""
+    """Takes the next batch and drops it."""
     batch = backlog.batch(max_rows)
     assert batch is not None
     backlog.drop(batch)
     return batch.rows
 
 
-def test_debits_of_one_kind_are_one_sum() -> None:
+def test_debits_of_the_same_kind_are_added_up() -> None:
     backlog = Backlog(100)
     for counters, charge in [(TODAY, HIT), (TODAY, FAILED), (TODAY, HIT), (TOMORROW, HIT), (TODAY, FAILED)]:
         assert backlog.add(counters, charge, 1)
@@ -41,7 +41,7 @@ def test_debits_of_one_kind_are_one_sum() -> None:
     assert backlog.batch(100) is None
 
 
-def test_free_is_not_unpriced() -> None:
+def test_a_free_answer_and_an_unpriced_one_are_separate_sums() -> None:
     backlog = Backlog(100)
     free, unpriced = Charge(Outcome.MISS, 0, "Flux"), Charge(Outcome.MISS, None, "Flux")
     for charge in (free, unpriced, free):
@@ -49,17 +49,17 @@ def test_free_is_not_unpriced() -> None:
     assert taken(backlog) == (BufferedDebit(TODAY, free, 2), BufferedDebit(TODAY, unpriced, 1))
 
 
-def test_what_is_taken_back_is_no_debit() -> None:
+def test_a_request_that_is_taken_back_does_not_count_as_buffered() -> None:
     backlog = Backlog(100)
     backlog.add(TODAY, Charge(Outcome.CANCELLED), -1)
-    assert backlog, "it is to be booked all the same"
+    assert backlog, "it still has to be booked"
     assert backlog.requests == 0
     backlog.add(TODAY, HIT, 1)
     assert backlog.requests == 1
     assert [debit.requests for debit in taken(backlog)] == [-1, 1]
 
 
-def test_a_sum_that_is_there_has_capacity_where_a_new_one_has_none() -> None:
+def test_a_full_backlog_still_adds_to_existing_sums() -> None:
     backlog = Backlog(2)
     assert backlog.has_capacity()
     assert backlog.add(TODAY, HIT, 1)
@@ -71,14 +71,14 @@ def test_a_sum_that_is_there_has_capacity_where_a_new_one_has_none() -> None:
     assert backlog.requests == 3
 
 
-def test_a_pile_stays_what_it_is_until_it_is_dropped() -> None:
+def test_a_batch_keeps_its_name_and_rows_until_it_is_dropped() -> None:
     backlog = Backlog(2)
     backlog.add(TODAY, HIT, 1)
     backlog.add(TOMORROW, HIT, 1)
     first = backlog.batch(1)
     assert first is not None
     backlog.add(TODAY, HIT, 1)
-    assert backlog.batch(100) is first, "what came later is not in it: it may be booked already"
+    assert backlog.batch(100) is first, "later debits are not added: the batch may be booked already"
     assert first.rows == (BufferedDebit(TODAY, HIT, 1),)
     assert backlog.requests == 3
     backlog.drop(first)
@@ -88,10 +88,10 @@ def test_a_pile_stays_what_it_is_until_it_is_dropped() -> None:
     assert second.rows == (BufferedDebit(TOMORROW, HIT, 1), BufferedDebit(TODAY, HIT, 1))
     assert second.name != first.name
     backlog.drop(first)
-    assert backlog.batch(1) is second, "it is not this one that is booked"
+    assert backlog.batch(1) is second, "another batch was dropped"
 
 
-def test_a_sum_ends_where_lua_could_not_add_it_exactly() -> None:
+def test_a_sum_that_would_be_inexact_in_lua_is_split() -> None:
     backlog, highest = Backlog(3), Charge(Outcome.HIT, 10**12, "Flux")
     for _ in range(45):
         assert backlog.add(TODAY, highest, 1)
@@ -119,7 +119,7 @@ def amounts(counters: CounterSet, charge: Charge, requests: int) -> dict[Any, in
 
 
 @given(st.lists(_DEBITS | st.just("book") | st.just("fail")), st.integers(1, 6), st.integers(1, 4))
-def test_what_is_taken_in_comes_out_once(steps: list[Any], max_rows: int, batch_rows: int) -> None:
+def test_each_debit_is_flushed_exactly_once(steps: list[Any], max_rows: int, batch_rows: int) -> None:
     backlog = Backlog(max_rows)
     buffered: Counter[Any] = Counter()
     booked: dict[str, FlushBatch] = {}

@@ -41,7 +41,7 @@ def midnight(year: int, month: int, day: int) -> int:
     return int(datetime(year, month, day, tzinfo=BERLIN).timestamp())
 
 
-def test_the_keys() -> None:
+def test_keys_stay_the_same_across_versions() -> None:
     """A newer version must still find them."""
     counters = counters_of([quota(per="minute"), quota("org", per="hour")], NOON)
     assert counters.team is not None

@@ -1,4 +1,4 @@
-"""Amounts of credits: exact whole micro-credits of any number that upstream can write, and the way back to text."""
+"""Amounts of credits: any JSON number becomes exact micro-credits, and these become exact text."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from proxy.upstream.replies import MAX_ESTIMATE, MAX_NUMBER_CHARACTERS, Priced, 
 
 
 def usable(number: bytes) -> bool:
-    """Whether an answer of upstream's with this estimate has a price."""
+    """Whether an upstream answer with this estimate is priced."""
     body = b'{"data":{"estimated":' + number + b'},"error":{}}'
     return isinstance(read_reply(200, body, secret="none of it", now=datetime.now(UTC)), Priced)
 
@@ -75,7 +75,7 @@ def test_an_amount_is_exact_or_the_next_micro_credit(number: tuple[bytes, Fracti
         (b"1e-1999999999999999990", 1),
     ],
 )
-def test_amounts(number: bytes, micro: int) -> None:
+def test_amounts_in_micro_credits(number: bytes, micro: int) -> None:
     assert usable(number)
     assert micro_of(number) == micro
 
@@ -120,5 +120,5 @@ def test_text_is_a_json_number_that_means_the_same_amount(micro: int) -> None:
         (9 * 10**15, "9000000000"),
     ],
 )
-def test_texts(micro: int, text: str) -> None:
+def test_amounts_as_text(micro: int, text: str) -> None:
     assert text_of(micro) == text

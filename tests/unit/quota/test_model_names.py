@@ -1,4 +1,4 @@
-"""Under which name a body's credits are counted: bounded names, whatever clients write."""
+"""The name that a body's credits count under: limited in length and alphabet, for any body."""
 
 import json
 from random import Random
@@ -18,7 +18,7 @@ ALPHABET = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012345
 
 
 def named(*items: dict[str, Any]) -> str:
-    """The name of a body, asked as a client would."""
+    """The name of a body, as a client sends it."""
     return model_of(canonicalise(json.dumps(items).encode()))
 
 
@@ -78,7 +78,7 @@ def named(*items: dict[str, Any]) -> str:
         ({"model": "--"}, "--"),
     ],
 )
-def test_a_name(item: dict[str, Any], name: str) -> None:
+def test_the_name_of_an_item(item: dict[str, Any], name: str) -> None:
     assert named(item) == name
     assert named(item, item) == name
 
@@ -107,7 +107,7 @@ def test_the_first_mode_present_decides(at: int) -> None:
         ([{"model": "a"}, {"model": "b"}, {"model": "a"}], MIXED),
     ],
 )
-def test_a_name_for_all_items(items: list[dict[str, Any]], name: str) -> None:
+def test_the_name_of_a_body(items: list[dict[str, Any]], name: str) -> None:
     assert named(*items) == name
     assert named(*reversed(items)) == name
 
@@ -135,7 +135,7 @@ BY_NAME = {
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.name)
-def test_names_of_what_clients_send(body: Body) -> None:
+def test_the_names_of_bodies_that_clients_send(body: Body) -> None:
     expected = BY_NAME.get(body.name) or BY_FIRST_WORDS[body.name.partition(",")[0]]
     assert model_of(canonicalise(body.raw)) == expected
     for seed in range(5):
@@ -167,10 +167,10 @@ def test_a_body_is_mixed_exactly_if_its_items_differ(items: list[dict[str, Any]]
 @given(
     st.text(st.sampled_from(sorted(ALPHABET)), min_size=1, max_size=64).filter(lambda name: name not in ("-", "mixed"))
 )
-def test_a_good_name_stays_as_it_is(name: str) -> None:
+def test_an_allowed_name_is_kept(name: str) -> None:
     assert named({"model": name}) == named({"style": name, "model": "x"}) == name
 
 
 @given(st.text(min_size=1, max_size=66).filter(lambda name: len(name) > 64 or not set(name) <= ALPHABET))
-def test_any_other_name_is_other(name: str) -> None:
+def test_any_other_name_counts_as_other(name: str) -> None:
     assert named({"model": name}) == OTHER

@@ -1,4 +1,4 @@
-"""Rates and quotas as teams are told of them: header fields, warnings, and the two denials."""
+"""Rates and quotas as teams see them: header fields, warnings and the two kinds of refusal."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -32,18 +32,18 @@ def quota(
 def quota_state(
     quotas: Mapping[Quota, int] = {}, rate: Rate = RATE, *, tat_offset_us: int = 0, now_us: int = NOW_US
 ) -> QuotaState:
-    """How a team stands; `quotas` by what is used of each."""
+    """A team's state. `quotas`: the use of each quota."""
     return QuotaState(TeamLimits("design", rate, tuple(quotas)), WINDOWS, now_us, tat_offset_us, tuple(quotas.values()))
 
 
-def policies(told: QuotaState) -> str:
-    return policy_field(told.limits, told.windows).decode()
+def policies(state: QuotaState) -> str:
+    return policy_field(state.limits, state.windows).decode()
 
 
 def items(field: str) -> dict[str, dict[str, Any]]:
     """The items of a structured field that is a list of strings, with their parameters."""
     parsed: Any = http_sf.parse(field.encode(), tltype="list")
-    assert all(type(name) is str for name, _ in parsed), "a token is no string"
+    assert all(type(name) is str for name, _ in parsed), "a token is not a string"
     assert len(dict(parsed)) == len(parsed)
     return dict(parsed)
 
@@ -68,14 +68,14 @@ def test_a_rate_in_microseconds(rate: Rate, interval_us: int, burst_tolerance_us
 
 
 @given(rates)
-def test_nobody_gets_less_than_was_said(rate: Rate) -> None:
+def test_the_interval_of_a_rate_is_rounded_down(rate: Rate) -> None:
     assert 1 <= rate.interval_us <= 1_000_000 / rate.per_s < rate.interval_us + 1
     assert rate.burst_tolerance_us == rate.burst * rate.interval_us
-    assert NOW_US + rate.burst_tolerance_us < 2**53, "numbers of the store's scripts are exact to there"
+    assert NOW_US + rate.burst_tolerance_us < 2**53, "Lua's numbers are exact below"
 
 
 @given(rates, st.data())
-def test_what_is_left_of_a_rate_can_be_asked_at_once(rate: Rate, data: st.DataObject) -> None:
+def test_the_remaining_requests_of_a_rate_fit_into_its_burst_tolerance(rate: Rate, data: st.DataObject) -> None:
     tat_offset_us = data.draw(st.integers(0, rate.burst_tolerance_us))
     left = quota_state(rate=rate, tat_offset_us=tat_offset_us).rate_remaining()
     assert 0 <= left <= rate.burst
@@ -86,11 +86,20 @@ def test_what_is_left_of_a_rate_can_be_asked_at_once(rate: Rate, data: st.DataOb
     )
 
 
-def test_a_team_that_paused_has_all_its_burst() -> None:
+def test_a_team_that_paused_has_its_whole_burst() -> None:
     assert quota_state().rate_remaining() == 100
     assert quota_state(tat_offset_us=20_000).rate_remaining() == 99
     assert quota_state(tat_offset_us=1_980_001).rate_remaining() == 0
     assert quota_state(tat_offset_us=9_000_000).rate_remaining() == 0, "the rate was lowered meanwhile"
+
+
+@pytest.mark.parametrize(
+    ("tat_us", "tat_offset_us"),
+    [(0, 0), (NOW_US - 1, 0), (NOW_US, 0), (NOW_US + 20_000, 20_000), (NOW_US + 9_000_000, 2_000_000)],
+)
+def test_a_stored_tat_counts_from_now_to_the_burst_tolerance(tat_us: int, tat_offset_us: int) -> None:
+    state = QuotaState.at(NOW_US, TeamLimits("design", RATE, ()), {}, tat_us, ())
+    assert state.tat_offset_us == tat_offset_us
 
 
 # --- Header fields ----------------------------------------------------------------------------------------------
@@ -105,7 +114,7 @@ ALL = {
 }
 
 
-def test_policies() -> None:
+def test_the_ratelimit_policy_field() -> None:
     assert policies(quota_state(ALL)) == (
         '"rate";q=100;w=2, "requests-day";q=10000;w=86400, "credits-month";q=5000;qu="credits";w=2592000, '
         '"requests-minute";q=60;w=60, "org-credits-month";q=50000;qu="credits";w=2592000, '
@@ -113,7 +122,7 @@ def test_policies() -> None:
     )
 
 
-def test_limits() -> None:
+def test_the_ratelimit_field() -> None:
     assert quota_state(ALL, tat_offset_us=860_000).limit_field() == (
         '"rate";r=57;t=1, "requests-day";r=9120;t=36000, "credits-month";r=3800;t=1677600, '
         '"requests-minute";r=0;t=60, "org-credits-month";r=0;t=1677600, '
@@ -134,7 +143,7 @@ def test_fields_are_lists_of_strings_with_whole_numbers() -> None:
     assert all(type(parameters[name]) is int for parameters in limits.values() for name in "rt")
 
 
-def test_without_quotas_there_is_the_rate() -> None:
+def test_without_quotas_the_fields_show_the_rate() -> None:
     assert items(policies(quota_state())) == {"rate": {"q": 100, "w": 2}}
     assert items(quota_state().limit_field()) == {"rate": {"r": 100, "t": 0}}
 
@@ -143,17 +152,17 @@ def test_without_quotas_there_is_the_rate() -> None:
     ("rate", "window_s"),
     [(Rate(50, 100), 2), (Rate(50, 1), 1), (Rate(3, 10), 4), (Rate(0.5, 1), 2), (Rate(0.001, 1_000_000), 10**9)],
 )
-def test_the_window_of_a_rate_is_the_time_in_which_a_burst_is_earned(rate: Rate, window_s: int) -> None:
+def test_the_window_of_a_rate_is_the_time_that_a_burst_takes_to_refill(rate: Rate, window_s: int) -> None:
     assert items(policies(quota_state(rate=rate)))["rate"] == {"q": rate.burst, "w": window_s}
 
 
-def test_a_window_is_as_long_as_it_is() -> None:
-    """On the day on which clocks go back it has 25 hours."""
+def test_a_day_with_a_clock_change_has_its_real_length() -> None:
+    """The day on which clocks go back has 25 hours."""
     day = quota()
     windows: dict[Period, Window] = {"day": window_of("day", 1_792_929_600, ZoneInfo("Europe/Berlin"))}
-    told = QuotaState(TeamLimits("design", RATE, (day,)), windows, 1_792_929_600_000_000, 0, (0,))
-    assert items(policies(told))["requests-day"] == {"q": 100, "w": 90_000}
-    assert items(told.limit_field())["requests-day"] == {"r": 100, "t": 39_600}
+    state = QuotaState(TeamLimits("design", RATE, (day,)), windows, 1_792_929_600_000_000, 0, (0,))
+    assert items(policies(state))["requests-day"] == {"q": 100, "w": 90_000}
+    assert items(state.limit_field())["requests-day"] == {"r": 100, "t": 39_600}
 
 
 measures: st.SearchStrategy[Measure] = st.sampled_from(["requests", "estimated_credits"])
@@ -170,13 +179,13 @@ many = st.lists(distinct, unique_by=lambda quota: quota.policy, max_size=20)
 
 
 @given(many, rates, st.data())
-def test_any_standing_can_be_told(quotas: list[Quota], rate: Rate, data: st.DataObject) -> None:
+def test_any_state_makes_valid_fields(quotas: list[Quota], rate: Rate, data: st.DataObject) -> None:
     """Structured fields allow integers of 15 digits (RFC 9651 §3.3.1), so no quota on requests may be larger."""
     quotas = [quota for quota in quotas if quota.header_amount(quota.limit) <= 10**12]
     used = {quota: data.draw(st.integers(0, 2 * 10**16)) for quota in quotas}
     tat_offset_us = data.draw(st.integers(0, rate.burst_tolerance_us))
-    told = quota_state(used, rate, tat_offset_us=tat_offset_us, now_us=NOW_US + data.draw(st.integers(0, 59_999_999)))
-    promised, limits = items(policies(told)), items(told.limit_field())
+    state = quota_state(used, rate, tat_offset_us=tat_offset_us, now_us=NOW_US + data.draw(st.integers(0, 59_999_999)))
+    promised, limits = items(policies(state)), items(state.limit_field())
     assert list(promised) == list(limits) == ["rate", *(quota.policy for quota in quotas)]
     assert limits["rate"]["r"] <= promised["rate"]["q"]
     for quota in quotas:
@@ -191,12 +200,12 @@ def test_any_standing_can_be_told(quotas: list[Quota], rate: Rate, data: st.Data
     ("after_us", "left_s"), [(-1, 1), (-1_000_000, 1), (-1_000_001, 2), (0, 0), (1, 0), (10**12, 0)]
 )
 def test_time_left_is_rounded_up_and_never_negative(after_us: int, left_s: int) -> None:
-    """A window's end may have passed when the answer is told."""
-    told = quota_state({quota(): 0}, now_us=WINDOWS["day"].end_s * 1_000_000 + after_us)
-    assert items(told.limit_field())["requests-day"]["t"] == left_s
+    """A window may end before the answer is sent."""
+    state = quota_state({quota(): 0}, now_us=WINDOWS["day"].end_s * 1_000_000 + after_us)
+    assert items(state.limit_field())["requests-day"]["t"] == left_s
 
 
-def test_the_organisations_quotas_among_a_teams_terms() -> None:
+def test_org_quotas_are_the_organisations_among_a_teams_limits() -> None:
     assert [quota.policy for quota in quota_state(ALL).limits.org_quotas] == [
         "org-credits-month",
         "org-requests-hour",
@@ -208,7 +217,7 @@ def test_the_organisations_quotas_among_a_teams_terms() -> None:
 # --- Warnings ---------------------------------------------------------------------------------------------------
 
 
-def test_a_warning_is_a_quota_that_is_passed_and_only_warns() -> None:
+def test_warnings_are_the_exceeded_quotas_that_only_warn() -> None:
     passed = quota("estimated_credits", 5_000_000, refuse=False)
     used: dict[Quota, int] = {
         quota("requests", 10, "hour"): 11,
@@ -225,15 +234,15 @@ def test_a_warning_is_a_quota_that_is_passed_and_only_warns() -> None:
 # --- Denials ----------------------------------------------------------------------------------------------------
 
 
-def told(problem: Problem) -> tuple[dict[str, Any], str | None]:
+def document_of(problem: Problem) -> tuple[dict[str, Any], str | None]:
     """The document of a problem, its numbers as written, and its `Retry-After`."""
     retry_after = dict(problem.headers).get(b"retry-after")
     document = json.loads(problem.document("req-1"), parse_int=Decimal, parse_float=Decimal)
     return document, None if retry_after is None else retry_after.decode()
 
 
-def test_a_team_that_asks_too_often() -> None:
-    document, retry_after = told(quota_state(rate=Rate(0.5, 1), tat_offset_us=1_500_000).rate_limited())
+def test_the_refusal_by_the_rate() -> None:
+    document, retry_after = document_of(quota_state(rate=Rate(0.5, 1), tat_offset_us=1_500_000).rate_limited())
     detail = "The team may send 0.5 requests a second, in bursts of up to 1: slow down."
     assert document == {
         "type": "urn:estimate-proxy:problem:rate-limited",
@@ -248,7 +257,7 @@ def test_a_team_that_asks_too_often() -> None:
 
 
 @given(rates, st.data())
-def test_after_the_time_told_a_team_may_ask_again_and_not_much_before(rate: Rate, data: st.DataObject) -> None:
+def test_retry_after_is_the_shortest_sufficient_wait_in_seconds(rate: Rate, data: st.DataObject) -> None:
     tat_offset_us = data.draw(st.integers(rate.burst_tolerance_us - rate.interval_us + 1, rate.burst_tolerance_us))
     wait_s = quota_state(rate=rate, tat_offset_us=tat_offset_us).rate_limited().retry_after_s
     assert wait_s is not None
@@ -264,10 +273,10 @@ ORG_REQUESTS = quota("requests", 60, "hour", "org")
 def exceeded(
     used: Mapping[Quota, int], violated: Sequence[Quota], requested_micro: int | None = None, zone: ZoneInfo = UTC
 ) -> tuple[dict[str, Any], str | None]:
-    return told(quota_state(used).quota_exceeded(violated, requested_micro, zone))
+    return document_of(quota_state(used).quota_exceeded(violated, requested_micro, zone))
 
 
-def test_a_quota_on_credits_that_would_be_passed() -> None:
+def test_the_refusal_by_a_quota_on_credits() -> None:
     document, retry_after = exceeded({CREDITS: 4_999_000_000}, [CREDITS], 2_750_001)
     detail = (
         "This estimate needs more than is left: 1.1 of the team's 5000.1 estimated credits per month, "
@@ -296,7 +305,7 @@ def test_a_quota_on_credits_that_would_be_passed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit_micro", "requested_micro", "told"),
+    ("limit_micro", "requested_micro", "expected"),
     [
         (10_000_000, 12_000_000, "This estimate needs more than the whole quota, however long you wait: 10 of "),
         (10_000_000, 10_000_000, "10 of the team's 10 estimated credits per month are left until "),
@@ -307,14 +316,14 @@ def test_a_quota_on_credits_that_would_be_passed() -> None:
         ),
     ],
 )
-def test_what_no_waiting_helps_against_is_told(limit_micro: int, requested_micro: int | None, told: str) -> None:
+def test_the_detail_says_if_waiting_does_not_help(limit_micro: int, requested_micro: int | None, expected: str) -> None:
     limit = quota("estimated_credits", limit_micro, "month")
     requested = None if requested_micro == limit_micro else requested_micro
     document, _ = exceeded({limit: 0}, [limit], requested)
-    assert document["detail"].startswith(told)
+    assert document["detail"].startswith(expected)
 
 
-def test_a_quota_on_requests_that_is_used_up() -> None:
+def test_the_refusal_by_a_quota_on_requests() -> None:
     document, retry_after = exceeded({CREDITS: 0, ORG_REQUESTS: 60}, [ORG_REQUESTS], None, ZoneInfo("Asia/Kolkata"))
     assert document["status"] == 429
     assert document["detail"] == (
@@ -347,23 +356,25 @@ def test_the_first_quota_is_explained_and_all_are_named() -> None:
     assert document["violated-policies"] == ["org-requests-hour", "credits-month"]
 
 
-@pytest.mark.parametrize(("requested", "told"), [(None, None), (0, 0), (1, Decimal("0.000001")), (5_000_000, 5)])
-def test_what_was_requested_may_be_unknown(requested: int | None, told: Decimal | int | None) -> None:
+@pytest.mark.parametrize(("requested", "expected"), [(None, None), (0, 0), (1, Decimal("0.000001")), (5_000_000, 5)])
+def test_requested_is_null_if_the_price_is_unknown(requested: int | None, expected: Decimal | int | None) -> None:
     document, _ = exceeded({CREDITS: 5_000_100_000}, [CREDITS], requested)
-    assert document["quota"]["requested"] == told
+    assert document["quota"]["requested"] == expected
 
 
 @pytest.mark.parametrize(
     ("per", "retry_after"), [("minute", "60"), ("hour", "3600"), ("day", None), ("week", None), ("month", None)]
 )
-def test_a_wait_of_an_hour_at_the_most_is_told_and_none_for_credits(per: Period, retry_after: str | None) -> None:
+def test_retry_after_is_sent_for_requests_up_to_an_hour_and_never_for_credits(
+    per: Period, retry_after: str | None
+) -> None:
     on_requests, on_credits = quota("requests", 1, per), quota("estimated_credits", 1, per)
     assert exceeded({on_requests: 1}, [on_requests])[1] == retry_after
     assert exceeded({on_credits: 1}, [on_credits], 1)[1] is None
 
 
 @given(many.filter(bool), st.data())
-def test_any_denial_says_exact_numbers(quotas: list[Quota], data: st.DataObject) -> None:
+def test_any_refusal_has_exact_numbers(quotas: list[Quota], data: st.DataObject) -> None:
     used = {quota: data.draw(st.integers(0, 2 * 10**16)) for quota in quotas}
     violated = data.draw(st.permutations(quotas))
     requested = data.draw(st.none() | st.integers(0, 10**15))

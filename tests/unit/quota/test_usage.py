@@ -1,4 +1,4 @@
-"""Usage: questions are read strictly, sums are exact and agree however they are grouped, CSV is harmless."""
+"""Usage: queries are read strictly, sums are exact for every grouping, and CSV contains no formulas."""
 
 import csv
 import json
@@ -50,7 +50,7 @@ TEAM_DAYS = st.builds(
     st.sampled_from(["design", "marketing", "a-b"]),
     st.dictionaries(FIELDS.map(lambda parts: ":".join(parts).encode()), AMOUNTS.map(lambda n: str(n).encode())),
 )
-KEPT = st.lists(TEAM_DAYS, max_size=6, unique_by=lambda kept: (kept.day, kept.team))
+SOME_TEAM_DAYS = st.lists(TEAM_DAYS, max_size=6, unique_by=lambda team_day: (team_day.day, team_day.team))
 
 
 def read(query: str = "", accept: str | None = None) -> UsageQuery:
@@ -65,21 +65,21 @@ def refusal(query: str | bytes) -> str:
     return str(caught.value)
 
 
-def aggregate(kept: list[TeamDay], by: tuple[Group, ...]) -> Usage:
-    tally = UsageTotals(by)
-    for team_day in kept:
-        tally.add(team_day)
-    return tally.usage()
+def aggregate(team_days: list[TeamDay], by: tuple[Group, ...]) -> Usage:
+    totals = UsageTotals(by)
+    for team_day in team_days:
+        totals.add(team_day)
+    return totals.usage()
 
 
 # --- The question ----------------------------------------------------------------------------------------------------
 
 
-def test_left_out_is_this_month_by_day() -> None:
+def test_the_default_is_this_month_by_day() -> None:
     assert read() == UsageQuery(*NOVEMBER, ("day",), None, csv=False)
 
 
-def test_all_that_can_be_asked() -> None:
+def test_all_parameters_together() -> None:
     asked = read("from=2026-10-05&to=2026-10-07&by=model,team,day&team=design&format=csv")
     assert asked == UsageQuery(date(2026, 10, 5), date(2026, 10, 7), ("model", "team", "day"), "design", csv=True)
 
@@ -89,7 +89,7 @@ def test_all_that_can_be_asked() -> None:
     [
         ("from=2026-11-22", TODAY, TODAY),
         ("from=2026-02-01", date(2026, 2, 1), TODAY),
-        ("to=2026-10-15", date(2026, 10, 1), date(2026, 10, 15)),  # the first of November would lie behind it
+        ("to=2026-10-15", date(2026, 10, 1), date(2026, 10, 15)),  # 1 November would be after it
         ("to=2026-12-24", date(2026, 11, 1), date(2026, 12, 24)),
         ("from=2026-11-22&to=2026-11-22", TODAY, TODAY),
         ("from=2024-02-29&to=2024-02-29", date(2024, 2, 29), date(2024, 2, 29)),
@@ -97,7 +97,7 @@ def test_all_that_can_be_asked() -> None:
         ("from=2026%2D11%2d22", TODAY, TODAY),
     ],
 )
-def test_days(query: str, first: date, last: date) -> None:
+def test_the_days_of_a_query(query: str, first: date, last: date) -> None:
     asked = read(query)
     assert (asked.first, asked.last) == (first, last)
 
@@ -106,11 +106,11 @@ def test_days(query: str, first: date, last: date) -> None:
     "text", ["today", "2026-11", "20261101", "2026-W45-1", "2026-11-31", "2026-1-1", "²026-11-01", "2026-11-01 ", "0"]
 )
 @pytest.mark.parametrize("name", ["from", "to"])
-def test_what_is_no_date(name: str, text: str) -> None:
+def test_a_malformed_date_is_refused(name: str, text: str) -> None:
     assert refusal(urlencode({name: text})) == f"{name} must be a date, such as 2026-11-01."
 
 
-def test_days_in_the_wrong_order_or_too_many() -> None:
+def test_a_reversed_or_too_long_range_is_refused() -> None:
     assert refusal("from=2026-11-02&to=2026-11-01") == "from must not be after to, which is 2026-11-01."
     assert "after to, which is 2026-11-22" in refusal("from=2026-11-23")
     assert "400 days" in refusal("from=2025-10-18")
@@ -118,12 +118,12 @@ def test_days_in_the_wrong_order_or_too_many() -> None:
 
 
 @pytest.mark.parametrize("by", ["hour", "day,day", "day,", ",", "day, team", "Day", "day,team,model,day", "outcome"])
-def test_groups_that_are_none(by: str) -> None:
+def test_unknown_or_repeated_groups_are_refused(by: str) -> None:
     assert refusal(urlencode({"by": by})).startswith("by must be some of day, team and model")
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_every_order_of_groups(order: tuple[Group, ...]) -> None:
+def test_groups_keep_their_order(order: tuple[Group, ...]) -> None:
     assert read(f"by={','.join(order)}").by == order
 
 
@@ -146,14 +146,14 @@ def test_every_order_of_groups(order: tuple[Group, ...]) -> None:
         ("format=CSV", "format must be csv or json."),
     ],
 )
-def test_parameters_that_are_refused(query: str | bytes, reason: str) -> None:
+def test_bad_parameters_are_refused(query: str | bytes, reason: str) -> None:
     found = refusal(query)
     assert found.startswith(reason)
     assert "secret" not in found
     assert found.isprintable()
 
 
-def test_parameters_of_another_question() -> None:
+def test_parameters_are_decoded() -> None:
     assert read_parameters(b"team=a%20b+c", ("team",)) == {"team": "a b c"}
     assert read_parameters(b"", ("team",)) == {}
     assert read_parameters(b"&&", ("team",)) == {}
@@ -191,7 +191,7 @@ def test_parameters_of_another_question() -> None:
         ("text/csvx, text", False),
     ],
 )
-def test_what_accept_wants(accept: str | None, *, wants_csv: bool) -> None:
+def test_accept_chooses_csv_and_format_wins_over_it(accept: str | None, *, wants_csv: bool) -> None:
     assert read("", accept).csv is wants_csv
     assert read("format=csv", accept).csv is True
     assert read("format=json", accept).csv is False
@@ -234,7 +234,7 @@ def some_days() -> list[TeamDay]:
     ]
 
 
-def test_by_day_and_model() -> None:
+def test_sums_by_day_and_model() -> None:
     usage = aggregate(some_days(), ("day", "model"))
     assert usage.rows == (
         UsageRow(("2026-11-01", "-"), 0, 1, {"rate-limited": 1}, 0),
@@ -244,26 +244,26 @@ def test_by_day_and_model() -> None:
     assert usage.total == UsageRow((), 12, 5, {"hit": 9, "miss": 2, "rate-limited": 1, "upstream-error": 5}, 40_500_001)
 
 
-def test_by_team() -> None:
+def test_sums_by_team() -> None:
     design, marketing = aggregate(some_days(), ("team",)).rows
     assert (design.group, design.requests, design.refused, design.credits_micro) == (("design",), 10, 5, 40_500_000)
     assert (marketing.group, marketing.requests, marketing.credits_micro) == (("marketing",), 2, 1)
 
 
-def test_nothing_was_used() -> None:
+def test_usage_of_zero_has_no_rows() -> None:
     assert aggregate([], ("day",)) == Usage((), UsageRow((), 0, 0, {}, 0))
     assert aggregate([TeamDay(TODAY, "design", {b"Flux:hit:credits": b"0"})], ("day",)).rows == ()
 
 
-def test_an_outcome_of_a_newer_gateway_goes_last() -> None:
-    kept = TeamDay(TODAY, "design", {b"-:a-new-one:refused": b"1", b"-:not-cached:refused": b"2"})
-    assert list(aggregate([kept], ("day",)).total.outcomes) == ["not-cached", "a-new-one"]
+def test_an_outcome_of_a_newer_version_comes_last() -> None:
+    team_day = TeamDay(TODAY, "design", {b"-:a-new-one:refused": b"1", b"-:not-cached:refused": b"2"})
+    assert list(aggregate([team_day], ("day",)).total.outcomes) == ["not-cached", "a-new-one"]
 
 
-def facts(kept: list[TeamDay]) -> list[tuple[dict[str, str], str, str, int]]:
-    """What the ledger keeps, one amount after the other, read in another way than the code does."""
+def facts(team_days: list[TeamDay]) -> list[tuple[dict[str, str], str, str, int]]:
+    """The amounts in the ledger, read in another way than the code does."""
     found = []
-    for team_day in kept:
+    for team_day in team_days:
         for field, amount in team_day.fields.items():
             model, outcome, measure = field.decode().rsplit(":", 2)
             names = {"day": str(team_day.day), "team": team_day.team, "model": model}
@@ -281,23 +281,25 @@ def the_sum(rows: tuple[UsageRow, ...]) -> UsageRow:
     return UsageRow((), requests, refused, dict(outcomes), credits_micro)
 
 
-@given(KEPT, st.sampled_from(ORDERS))
-def test_rows_add_up_to_the_total_which_no_grouping_changes(kept: list[TeamDay], by: tuple[Group, ...]) -> None:
-    usage = aggregate(kept, by)
-    assert the_sum(usage.rows) == usage.total == aggregate(kept, ("day",)).total
+@given(SOME_TEAM_DAYS, st.sampled_from(ORDERS))
+def test_rows_add_up_to_a_total_that_is_the_same_for_every_grouping(
+    team_days: list[TeamDay], by: tuple[Group, ...]
+) -> None:
+    usage = aggregate(team_days, by)
+    assert the_sum(usage.rows) == usage.total == aggregate(team_days, ("day",)).total
     assert [row.group for row in usage.rows] == sorted({row.group for row in usage.rows})
     for row in (*usage.rows, usage.total):
         assert sum(row.outcomes.values()) == row.requests + row.refused, "each request has one outcome"
-    assert usage.total.requests == sum(n for _, _, measure, n in facts(kept) if measure == "requests")
+    assert usage.total.requests == sum(n for _, _, measure, n in facts(team_days) if measure == "requests")
 
 
-@given(KEPT, st.sampled_from(ORDERS))
-def test_each_row_is_the_sum_of_its_group(kept: list[TeamDay], by: tuple[Group, ...]) -> None:
-    groups = {tuple(names[group] for group in by) for names, _, _, amount in facts(kept) if amount}
-    usage = aggregate(kept, by)
-    assert {row.group for row in usage.rows} == groups, "no row has nothing but zeros"
+@given(SOME_TEAM_DAYS, st.sampled_from(ORDERS))
+def test_each_row_is_the_sum_of_its_group(team_days: list[TeamDay], by: tuple[Group, ...]) -> None:
+    groups = {tuple(names[group] for group in by) for names, _, _, amount in facts(team_days) if amount}
+    usage = aggregate(team_days, by)
+    assert {row.group for row in usage.rows} == groups, "no row has only zeros"
     for row in usage.rows:
-        own = [fact for fact in facts(kept) if tuple(fact[0][group] for group in by) == row.group]
+        own = [fact for fact in facts(team_days) if tuple(fact[0][group] for group in by) == row.group]
         measured = {name: sum(n for *_, measure, n in own if measure == name) for name in ("requests", "refused")}
         assert (row.requests, row.refused) == (measured["requests"], measured["refused"])
         assert row.credits_micro == sum(n for *_, measure, n in own if measure == "credits")
@@ -308,7 +310,7 @@ def test_each_row_is_the_sum_of_its_group(kept: list[TeamDay], by: tuple[Group, 
 # --- Documents -------------------------------------------------------------------------------------------------------
 
 
-def test_json() -> None:
+def test_the_json_document() -> None:
     query = read("by=day,model")
     document = orjson.loads(json_of(aggregate(some_days(), query.by), query, "Europe/Berlin"))
     assert document == {
@@ -353,14 +355,14 @@ def test_json() -> None:
 
 def test_json_of_amounts_beyond_doubles_and_64_bits() -> None:
     query = read()
-    kept = TeamDay(TODAY, "design", {b"Flux:hit:credits": b"123456789012345678901234567"})
-    text = json_of(aggregate([kept, kept], query.by), query, "UTC").decode()
+    team_day = TeamDay(TODAY, "design", {b"Flux:hit:credits": b"123456789012345678901234567"})
+    text = json_of(aggregate([team_day, team_day], query.by), query, "UTC").decode()
     assert '"estimated_credits":246913578024691357802.469134,' in text
 
 
-@given(KEPT, st.sampled_from(ORDERS))
-def test_json_has_the_exact_numbers(kept: list[TeamDay], by: tuple[Group, ...]) -> None:
-    usage = aggregate(kept, by)
+@given(SOME_TEAM_DAYS, st.sampled_from(ORDERS))
+def test_json_has_the_exact_numbers(team_days: list[TeamDay], by: tuple[Group, ...]) -> None:
+    usage = aggregate(team_days, by)
     document = json_of(usage, UsageQuery(*NOVEMBER, by, None, csv=False), "UTC")
     read_back = _exact(document)
     for row, written in zip((*usage.rows, usage.total), (*read_back["rows"], read_back["total"]), strict=True):
@@ -371,11 +373,11 @@ def test_json_has_the_exact_numbers(kept: list[TeamDay], by: tuple[Group, ...]) 
 
 
 def _exact(document: bytes) -> Any:
-    """With numbers as they are spelled."""
+    """Reads numbers as they are written."""
     return json.loads(document, parse_float=Decimal, parse_int=Decimal)
 
 
-def test_csv() -> None:
+def test_the_csv_document() -> None:
     text = csv_of(aggregate(some_days(), ("day", "model")), ("day", "model")).decode()
     header, first, second, third, end = text.split("\r\n")
     assert header == f"day,model,requests,refused,estimated_credits,{','.join(OUTCOMES)}"
@@ -385,7 +387,7 @@ def test_csv() -> None:
     assert end == "", "each line ends, and no total would be added up with the rest"
 
 
-def test_the_columns_are_the_same_whatever_there_is() -> None:
+def test_the_columns_do_not_depend_on_the_content() -> None:
     assert csv_of(aggregate([], ("team",)), ("team",)).decode().count("\r\n") == 1
     assert cells_of(aggregate([], ("team",)), ("team",)) == [
         ["team", "requests", "refused", "estimated_credits", *OUTCOMES]
@@ -394,7 +396,7 @@ def test_the_columns_are_the_same_whatever_there_is() -> None:
         *("hit", "stale", "miss", "collapsed", "bypass", "unpriced", "upstream-rejected"),
         *("rate-limited", "quota-exceeded", "upstream-error", "upstream-refused", "upstream-busy", "upstream-timeout"),
         *("not-cached", "cancelled", "internal-error"),
-    ], "scripts of our users know these columns"
+    ], "users' scripts depend on these columns"
 
 
 def test_every_outcome_is_a_column_or_never_reaches_the_ledger() -> None:
@@ -407,9 +409,9 @@ def cells(text: bytes) -> list[list[str]]:
     return list(csv.reader(StringIO(text.decode(), newline=""), strict=True))
 
 
-@given(KEPT, st.sampled_from(ORDERS))
-def test_csv_reads_back_as_the_same_numbers(kept: list[TeamDay], by: tuple[Group, ...]) -> None:
-    usage = aggregate(kept, by)
+@given(SOME_TEAM_DAYS, st.sampled_from(ORDERS))
+def test_csv_reads_back_as_the_same_numbers(team_days: list[TeamDay], by: tuple[Group, ...]) -> None:
+    usage = aggregate(team_days, by)
     header, *rows = cells(csv_of(usage, by))
     assert len({len(row) for row in (header, *rows)}) == 1
     for row, written in zip(usage.rows, rows, strict=True):
@@ -424,7 +426,7 @@ def test_csv_reads_back_as_the_same_numbers(kept: list[TeamDay], by: tuple[Group
 
 @given(st.text(max_size=30).filter(lambda model: ":" not in model))
 def test_no_cell_of_csv_is_a_formula(model: str) -> None:
-    """Whatever a model could be called: names with a comma, a quote or a line break in them do not break out either."""
+    """For any name. A comma, a quote or a line break does not split the cell, either."""
     row = UsageRow(("design", model), 1, 0, {"hit": 1}, 1)
     header, written = cells(csv_of(Usage((row,), row), ("team", "model")))
     for cell in (*header, *written):
@@ -433,12 +435,12 @@ def test_no_cell_of_csv_is_a_formula(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["=1+1", "+1", "-1-1", "- x", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "--"])
-def test_formulas_are_defused(model: str) -> None:
+def test_formulas_are_escaped(model: str) -> None:
     row = UsageRow((model,), 1, 0, {}, 0)
     assert cells(csv_of(Usage((row,), row), ("model",)))[1][0] == f"'{model}"
 
 
-def test_ordinary_names_and_the_sign_for_none_stay_as_they_are() -> None:
+def test_ordinary_names_and_a_single_dash_are_not_escaped() -> None:
     for model in ("-", "Flux", "Stable Diffusion 1.5", "a-b", "_x"):
         row = UsageRow((model,), 1, 0, {}, 0)
         assert cells(csv_of(Usage((row,), row), ("model",)))[1][0] == model
