@@ -54,13 +54,13 @@ class _Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Snapshot:
+class _LedgerValues:
     """The values at `now_us`, by key. `tats_us` are theoretical arrival times, 0 for a team without."""
 
     plan: _Plan
     now_us: int
     tats_us: Mapping[str, int]
-    values: Mapping[str, CounterValue]
+    counters: Mapping[str, CounterValue]
 
 
 class LedgerReader:
@@ -95,8 +95,8 @@ class LedgerReader:
             windows = {per: window_of(per, at_s, self._zone) for _, per in quotas}
             return _Plan(windows, rates, [self._keys.counter(team, per, windows[per]) for team, per in quotas])
 
-        snapshot = await self._read(plan_at)
-        return [self._quota_state(one, snapshot) for one in limits]
+        values = await self._read(plan_at)
+        return [self._quota_state(one, values) for one in limits]
 
     async def window_totals(self, teams: Sequence[str]) -> WindowTotals:
         """What these teams have used in the running windows, all at one moment."""
@@ -105,9 +105,9 @@ class LedgerReader:
             windows = {per: window_of(per, at_s, self._zone) for per in BASE_PERIODS}
             return _Plan(windows, [], [key for team in teams for key in self._counters(team, windows).values()])
 
-        snapshot = await self._read(plan_at)
-        windows, values = snapshot.plan.windows, snapshot.values
-        totals = {team: {per: values[key] for per, key in self._counters(team, windows).items()} for team in teams}
+        values = await self._read(plan_at)
+        windows, counters = values.plan.windows, values.counters
+        totals = {team: {per: counters[key] for per, key in self._counters(team, windows).items()} for team in teams}
         return WindowTotals(windows, totals)
 
     async def _team_days(self, team_days: Sequence[tuple[date, str]]) -> list[TeamDay]:
@@ -118,18 +118,18 @@ class LedgerReader:
             for (day, team), reply in zip(team_days, replies, strict=True)
         ]
 
-    async def _read(self, plan_at: Callable[[int], _Plan]) -> _Snapshot:
+    async def _read(self, plan_at: Callable[[int], _Plan]) -> _LedgerValues:
         """Plans by this machine's clock, and again by the store's if that is in other windows."""
-        snapshot = await self._read_plan(plan_at(int(time())))
-        if snapshot.plan.is_valid_at(snapshot.now_us):
-            return snapshot
-        return await self._read_plan(plan_at(snapshot.now_us // 1_000_000))
+        values = await self._read_plan(plan_at(int(time())))
+        if values.plan.is_valid_at(values.now_us):
+            return values
+        return await self._read_plan(plan_at(values.now_us // 1_000_000))
 
-    async def _read_plan(self, plan: _Plan) -> _Snapshot:
+    async def _read_plan(self, plan: _Plan) -> _LedgerValues:
         args = (len(plan.rates),)
-        now_us, *found = await self._store.call(_LEDGER_READ, *plan.rates, *plan.counters, args=args)
-        tats, pairs = found[: len(plan.rates)], found[len(plan.rates) :]
-        return _Snapshot(
+        now_us, *rows = await self._store.call(_LEDGER_READ, *plan.rates, *plan.counters, args=args)
+        tats, pairs = rows[: len(plan.rates)], rows[len(plan.rates) :]
+        return _LedgerValues(
             plan,
             int(now_us),
             {key: int(tat or 0) for key, tat in zip(plan.rates, tats, strict=True)},
@@ -139,14 +139,14 @@ class LedgerReader:
             },
         )
 
-    def _quota_state(self, limits: TeamLimits, snapshot: _Snapshot) -> QuotaState:
-        tat_us = snapshot.tats_us[self._keys.rate(limits.team)]
-        used = [self._used(limits, quota, snapshot) for quota in limits.quotas]
-        return QuotaState.at(snapshot.now_us, limits, snapshot.plan.windows, tat_us, used)
+    def _quota_state(self, limits: TeamLimits, values: _LedgerValues) -> QuotaState:
+        tat_us = values.tats_us[self._keys.rate(limits.team)]
+        used = [self._used(limits, quota, values) for quota in limits.quotas]
+        return QuotaState.at(values.now_us, limits, values.plan.windows, tat_us, used)
 
-    def _used(self, limits: TeamLimits, quota: Quota, snapshot: _Snapshot) -> int:
-        window = snapshot.plan.windows[quota.per]
-        value = snapshot.values[self._keys.counter(_counted_team(limits, quota), quota.per, window)]
+    def _used(self, limits: TeamLimits, quota: Quota, values: _LedgerValues) -> int:
+        window = values.plan.windows[quota.per]
+        value = values.counters[self._keys.counter(_counted_team(limits, quota), quota.per, window)]
         return value.requests if quota.measure == "requests" else value.credits_micro
 
     def _counters(self, team: str, windows: Mapping[Period, Window]) -> dict[Period, str]:
