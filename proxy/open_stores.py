@@ -8,6 +8,7 @@ from proxy.settings.schema import Settings
 from proxy.store.access import EmbeddedUrls, StoreAccess
 from proxy.store.client import Store
 from proxy.store.persistence import data_loss_warning
+from proxy.store.scripts import scripts_in
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.address import UpstreamAddress
 
@@ -19,8 +20,10 @@ log = logging.getLogger(__name__)
 def open_ledger_store(settings: Settings, embedded_urls: EmbeddedUrls, metrics: Metrics | None = None) -> Store:
     """The ledger's store: `store.url`, or else the embedded one."""
     if settings.store.url is None:
-        return Store(embedded_urls["ledger"], "ledger", metrics, access=_access_without_credentials(settings))
-    return Store(settings.store.url.get_secret_value(), "ledger", metrics, access=_ledger_access(settings))
+        url, access = embedded_urls["ledger"], _access_without_credentials(settings)
+    else:
+        url, access = settings.store.url.get_secret_value(), _ledger_access(settings)
+    return Store(url, "ledger", metrics, access=access, preload=scripts_in("proxy.quota"))
 
 
 def open_book_store(
@@ -30,14 +33,16 @@ def open_book_store(
 
     ledger: the ledger's store, if it is open. If both use one server, they share its cool-downs.
     """
+    cooldowns = None
     if settings.cache.url is not None:
-        return Store(
-            settings.cache.url.get_secret_value(), "price-book", metrics, access=_access_without_credentials(settings)
-        )
-    if settings.store.url is not None:
+        url, access = settings.cache.url.get_secret_value(), _access_without_credentials(settings)
+    elif settings.store.url is not None:
         url, access = settings.store.url.get_secret_value(), _ledger_access(settings)
-        return Store(url, "price-book", metrics, access=access, cooldowns=None if ledger is None else ledger.cooldowns)
-    return Store(embedded_urls["price-book"], "price-book", metrics, access=_access_without_credentials(settings))
+        cooldowns = None if ledger is None else ledger.cooldowns
+    else:
+        url, access = embedded_urls["price-book"], _access_without_credentials(settings)
+    preload = scripts_in("proxy.cache")
+    return Store(url, "price-book", metrics, access=access, cooldowns=cooldowns, preload=preload)
 
 
 def book_of(settings: Settings, store: Store, address: UpstreamAddress) -> PriceBook:

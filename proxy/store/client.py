@@ -25,7 +25,7 @@ from proxy.store.connection_pool import HEALTH_CHECK_S
 from proxy.store.health import COOLDOWN_S, Cooldowns, StoreHealth, failure_of, kind_of_call
 from proxy.store.persistence import Persistence
 from proxy.store.redirects import Ask, Done, Moved, NotSent, NotServing, TryAgain
-from proxy.store.scripts import UNSAID, Call, Node, Script, ask_node, exchange
+from proxy.store.scripts import UNSAID, Call, Node, Script, ask_node, exchange, load
 from proxy.store.topology import CONNECTION, servers_of
 from proxy.telemetry.metrics import Metrics
 
@@ -52,7 +52,8 @@ _NOBODY = NotConnectedError("no server has these keys")
 class Store:
     """Redis or Valkey in one role, such as `ledger`: what `url` names. `close` must be called.
 
-    `cooldowns` is shared with the other role, where that is on the same servers.
+    cooldowns: shared with the other role, where that is on the same servers.
+    preload: scripts to load into each server before they are called.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class Store:
         *,
         access: StoreAccess = NO_ACCESS,
         cooldowns: Cooldowns | None = None,
+        preload: Sequence[Script] = (),
     ) -> None:
         self.role = role
+        self._preload = (WRITE_CHECK, *preload)
         self._metrics = metrics
         self._access = access
         self._servers = servers_of(url, access)
@@ -79,9 +82,8 @@ class Store:
 
     async def open(self) -> None:
         """Connects, for as long as setting up a connection may take, and keeps connections warm until `close`."""
-        for node in await self._known(self._patience_s):
-            await node.pool.keep_warm(self._access.timeout_s)
-        await self.ping(self._patience_s)
+        nodes = await self._known(self._patience_s)
+        await asyncio.gather(self.ping(self._patience_s), *(self._prepare(node) for node in nodes))
         self._tending = asyncio.get_running_loop().create_task(self._tend())
 
     async def call(self, script: Script, *keys: str, args: tuple[bytes | int | str, ...] = ()) -> Any:
@@ -149,10 +151,18 @@ class Store:
     async def _tend(self) -> None:
         """Keeps connections warm, and finds out whether what is down works again though nobody calls."""
         while True:
-            primaries = self._servers.primaries()
-            await asyncio.gather(*(node.pool.keep_warm(self._access.timeout_s) for node in primaries))
-            await self._check_down()
+            await asyncio.gather(self._check_down(), *(self._prepare(node) for node in self._servers.primaries()))
             await asyncio.sleep(HEALTH_CHECK_S)
+
+    async def _prepare(self, node: Node) -> None:
+        """Keeps connections to a server warm, and loads the scripts into one that has just been found.
+
+        The first call of a script then takes one round trip instead of two.
+        """
+        await node.pool.keep_warm(self._access.timeout_s)
+        with suppress(RedisError, OSError):  # TimeoutError is an OSError; the next round tries again
+            async with asyncio.timeout(self._patience_s):
+                await load(node, self._preload)
 
     async def _check_down(self) -> None:
         loop = asyncio.get_running_loop()

@@ -55,6 +55,12 @@ class Script:
         return self.text.partition(b"\n")[0]
 
 
+def scripts_in(package: str) -> list[Script]:
+    """All Lua scripts of a package, to be loaded into a server ahead of their first call."""
+    folder = files(package) / "lua"
+    return [Script(package, path.name.removesuffix(".lua")) for path in folder.iterdir() if path.name.endswith(".lua")]
+
+
 class Unsaid:
     """No word of a server."""
 
@@ -75,6 +81,7 @@ class Node:
     pool: ConnectionPool
     answered: float = 0.0
     answered_at: float = 0.0
+    has_scripts: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -132,6 +139,27 @@ async def exchange(node: Node, calls: Sequence[Call]) -> None:
                 call.word = error
 
 
+async def load(node: Node, scripts: Sequence[Script]) -> None:
+    """Loads scripts into a server, once. Raises `RedisError`, `OSError` if it cannot be reached.
+
+    A refusal, such as by an ACL, is not an error here: the calls will meet it, and say so.
+    """
+    if node.has_scripts:
+        return
+    connection = await node.pool.acquire()
+    try:
+        commands = b"".join(_pack(("SCRIPT", "LOAD", script.text)) for script in scripts)
+        await connection.send_packed_command(commands, check_health=False)
+        for _ in scripts:
+            await _reply_on(connection)
+        node.has_scripts = True
+    except BaseException:  # replies may still come, and would be taken for those of another call
+        await connection.disconnect(nowait=True)
+        raise
+    finally:
+        await node.pool.release(connection)
+
+
 async def ask(connection: AbstractConnection, *command: str) -> Any:
     """The reply to a command that is no script. Raises `RedisError`, `OSError`."""
     await connection.send_packed_command(_pack(command), check_health=False)
@@ -171,7 +199,8 @@ async def _converse(connection: AbstractConnection, calls: Sequence[Call], *, te
     for taker in takers:
         word = await _reply_on(connection)
         if taker is not None:  # of a script that could not be loaded, why is the word
-            taker.word = loaded[taker.script.name] if texts and isinstance(word, NoScriptError) else word
+            failure = loaded.get(taker.script.name) if isinstance(word, NoScriptError) else None
+            taker.word = failure if isinstance(failure, Exception) else word
 
 
 async def _reply_on(connection: AbstractConnection) -> Any:

@@ -104,6 +104,20 @@ def test_scripts_that_the_server_forgot_are_loaded_and_run_once(any_store_url: s
     assert calls(server, "hset") == 4
 
 
+def test_scripts_are_loaded_before_the_first_call(any_store_url: str, server: redis.Redis) -> None:
+    async def story() -> None:
+        store = Store(any_store_url, "price-book", preload=(GET,))
+        await store.open()
+        try:
+            assert server.script_exists(GET.digest) == [True]
+            await store.call(GET, "k")
+        finally:
+            await store.close()
+
+    asyncio.run(story())
+    assert "errorstat_NOSCRIPT" not in server.info("errorstats")
+
+
 def test_calls_of_one_turn_go_out_together(any_store_url: str, server: redis.Redis) -> None:
     async def story(store: Store) -> None:
         await store.call(GET, "warm")
