@@ -38,6 +38,14 @@ _REMEDIES = {
 }
 """By the error's code, what an operator can do."""
 
+_KEY_EXPIRED = "access a non local key in a cluster node"
+"""Part of the error of a script whose slot is moving (Valkey and Redis word its beginning differently).
+
+The server checks before it starts a script that all keys are there, but with the time of the command before. A key that
+expires in between is missing for the script, which then fails at the first command that uses the key. Our scripts read
+a key that can expire before their first write, or may be run twice: the call can be repeated.
+"""
+
 _ACL_FAILURES = ("ACL failure in script", "The user executing the script can't run")
 """How Valkey and Redis begin the error where a script runs a command that its user must not."""
 
@@ -86,7 +94,7 @@ def kind_of(word: object, *, sent: bool, host: str) -> ReplyKind:
             return Moved(Address(word.host or host, word.port))
         case AskError():
             return Ask(Address(word.host or host, word.port))
-        case TryAgainError():
+        case ResponseError() if isinstance(word, TryAgainError) or _KEY_EXPIRED in str(word):
             return TryAgain()
         case _ if is_not_serving(word):
             return NotServing()

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
+from hashlib import sha1
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -62,6 +63,9 @@ LEDGER_SLOT = key_slot(KEYS.id.encode())
 HIT = Charge(Outcome.HIT, 4, "Flux")
 TERMS = TeamLimits("design", Rate(100_000, 1_000_000), ())
 GET, PUT = Script("proxy.cache", "price_get", repeatable=True), Script("proxy.cache", "balance_put")
+EXPIRE_AND_SPIN = "redis.call('PEXPIRE', KEYS[2], 3) for _ = 1, 5e6 do end return 1"
+"""Some 30 ms of a server's time, in which the key expires."""
+
 BRANDS = ("valkey", "redis")
 LATE_S = 0.3
 """By how much a busy machine may be late."""
@@ -120,6 +124,14 @@ class Desk:
     async def booked(self) -> int:
         totals = await LedgerReader(self.store, KEYS, ZONE).window_totals(["design"])
         return totals.teams["design"]["month"].requests
+
+
+def script_of(text: str) -> Script:
+    """A script that is not in a package."""
+    script = Script("proxy.store", "write_check")
+    script.text = f"#!lua\n{text}".encode()
+    script.digest = sha1(script.text, usedforsecurity=False).hexdigest()
+    return script
 
 
 Scenario = Callable[[Desk], Coroutine[Any, Any, None]]
@@ -181,6 +193,8 @@ def assert_counted_once(desk: Desk, booked: int, *, lost: int = 0) -> None:
         (MovedError("12 :7001"), True, Moved(Address("asked", 7001))),
         (AskError("12 h:1"), True, Ask(Address("h", 1))),
         (TryAgainError(""), True, TryAgain()),
+        (ResponseError("Script attempted to access a non local key in a cluster node script: ab"), True, TryAgain()),
+        (ResponseError("Attempted to access a non local key in a cluster node script: ab"), True, TryAgain()),
         (ReadOnlyError("", status_code="READONLY"), True, NotServing()),
         (ClusterDownError("", status_code="CLUSTERDOWN"), True, NotServing()),
         (MasterDownError("", status_code="MASTERDOWN"), True, NotServing()),
@@ -328,6 +342,37 @@ def test_a_slot_that_moves_in_mid_traffic(fleet: Cluster, caplog: pytest.LogCapt
     assert {"errorstat_MOVED", "errorstat_ASK"} <= errors.keys()
     assert fleet.home(LEDGER_SLOT) is target
     assert min(answered.values()) > 50
+
+
+def test_a_call_whose_key_expires_as_it_starts_in_a_moving_slot_is_repeated(fleet: Cluster) -> None:
+    """The server checks the keys of the second call with the time at which the first one began."""
+    source = fleet.home(LEDGER_SLOT)
+    target = fleet.home(0 if fleet.home(0) is not source else SLOTS - 1)
+    lives, expires = "ep1:{acme}:lives", "ep1:{acme}:expires"
+    assert key_slot(lives.encode()) == LEDGER_SLOT
+
+    def end_move() -> None:
+        for member in (source, target):
+            member.ask("CLUSTER", "SETSLOT", LEDGER_SLOT, "STABLE")
+
+    async def story() -> None:
+        spin, read = script_of(EXPIRE_AND_SPIN), script_of("return redis.call('GET', KEYS[2])")
+        store = Store(fleet.url, "ledger", preload=(spin, read))
+        await store.open()
+        source.ask("SET", lives, "1")
+        source.ask("SET", expires, "1")
+        target.ask("CLUSTER", "SETSLOT", LEDGER_SLOT, "IMPORTING", fleet.names[source.port])
+        source.ask("CLUSTER", "SETSLOT", LEDGER_SLOT, "MIGRATING", fleet.names[target.port])
+        asyncio.get_running_loop().call_later(0.1, end_move)
+        try:
+            replies = await asyncio.gather(*(store.call(script, lives, expires) for script in (spin, read)))
+        finally:
+            end_move()
+            source.ask("DEL", lives, expires)
+            await store.close()
+        assert replies == [1, None]
+
+    asyncio.run(story())
 
 
 def test_a_planned_failover_in_mid_traffic(fleet: Cluster) -> None:
