@@ -24,7 +24,8 @@ from proxy.telemetry.metrics import Metrics
 COOLDOWN_S = 0.5
 
 Cooldowns = dict[str, float]
-"""Until when a server is not called, by its label, on the event loop's clock; `CONNECTION` stands for all servers."""
+"""Until when a server is not called, by its label, on the event loop's clock; `CONNECTION` is the label
+of the only server there is, and of calls whose server is not known."""
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class StoreHealth:
         return [(part, call) for part, call in self._down.items() if call.began < moment]
 
     def is_cooling_down(self, label: str, now: float) -> bool:
-        return now < self._cooldowns.get(label, now) or now < self._cooldowns.get(CONNECTION, now)
+        return now < self._cooldowns.get(label, now)
 
     def skipped(self, call: Call, label: str) -> None:
         """A call was not sent because of a cool-down. Mostly the reason is known; else it is the other role's."""

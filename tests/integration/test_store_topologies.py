@@ -651,6 +651,28 @@ def test_sentinels_and_a_cluster_behind_tls(certified: Certificates) -> None:
         play(f"rediss+cluster://{LOCAL}:{clustered.port}", _is_refused)
 
 
+def test_a_slot_without_a_server_keeps_nobody_from_the_others() -> None:
+    with stage_of("valkey") as stage:
+        server = stage.member("cluster-enabled yes", f"cluster-port {free_port()}", "cluster-require-full-coverage no")
+        wait_until(server.answers)
+        missing, served = "missing", "served"
+        server.ask("CLUSTER", "ADDSLOTS", key_slot(served.encode()))
+        wait_until(lambda: server.client.cluster("INFO")["cluster_state"] == "ok")
+
+        async def story() -> None:
+            store = Store(f"redis+cluster://{LOCAL}:{server.port}", "price-book")
+            await store.open()
+            try:
+                with pytest.raises(StoreUnavailable, match="no server has these keys"):
+                    await store.call(GET, missing)
+                reply = await store.call(GET, served)
+                assert reply[0] is None
+            finally:
+                await store.close()
+
+        asyncio.run(story())
+
+
 @pytest.mark.parametrize(
     ("without", "reason"),
     [
