@@ -47,7 +47,8 @@ class ConnectionPool:
 
     @property
     def is_in_use(self) -> bool:
-        return bool(self._in_use)
+        """Whether a call has a connection of the pool, or one is being opened."""
+        return bool(self._in_use or self._opening)
 
     async def acquire(self) -> AbstractConnection:
         """A connection that is open, as far as is known; it must be released. Raises `RedisError`: nothing was sent."""
@@ -175,12 +176,11 @@ class ConnectionPool:
         self._idle.append(connection)
 
     def _opening_failed(self, error: BaseException) -> None:
-        """Tells one who waits, unless a connection that is in use may still come back for them."""
-        while self._waiting and not self._in_use:
+        """Fails the calls that no connection can serve: none is in use, and fewer are being opened than calls wait."""
+        while len(self._waiting) > len(self._opening) and not self._in_use:
             waiter = self._waiting.popleft()
             if not waiter.done():
                 waiter.set_exception(_as_not_connected(error))
-                return
 
 
 async def _is_usable(connection: AbstractConnection) -> bool:

@@ -7,7 +7,7 @@ from itertools import chain, repeat
 from typing import Any
 
 import pytest
-from redis.exceptions import BusyLoadingError, InvalidResponse, ResponseError
+from redis.exceptions import BusyLoadingError, InvalidResponse, NoScriptError, ResponseError
 from redis.exceptions import ConnectionError as NotConnectedError
 
 from proxy.store.access import MAX_CONNECTIONS, StoreAccess
@@ -168,6 +168,16 @@ def test_a_script_that_cannot_be_loaded_says_why() -> None:
     play(scene())
 
 
+def test_a_script_that_is_flushed_again_at_once_has_an_error_and_not_its_digest_as_the_reply() -> None:
+    async def scene() -> None:
+        server = Server(b"-NOSCRIPT none\r\n", b"$2\r\nab\r\n-NOSCRIPT none\r\n")
+        async with pool_of(server) as pool:
+            (call,) = await called(pool, 1)
+            assert isinstance(call.word, NoScriptError)
+
+    play(scene())
+
+
 # Opening
 
 
@@ -305,6 +315,24 @@ def test_a_refused_connection_fails_nobody_while_another_may_come_back() -> None
             await pool.release(only)
             with pytest.raises(NotConnectedError, match="max number of clients"):
                 await waiting
+
+    play(scene())
+
+
+def test_a_refused_connection_fails_every_call_that_no_connection_can_serve() -> None:
+    """The connection that is in use ends, and one is opened for the two calls that wait for it."""
+
+    async def scene() -> None:
+        server = Server(PONG)
+        async with pool_of(server) as pool:
+            only = await pool.acquire()
+            server.greeting = b"-ERR max number of clients reached\r\n"
+            waiting = [asyncio.create_task(pool.acquire()) for _ in range(2)]
+            await until(lambda: len(server.clients) == 3 and not pool._opening)
+            await only.disconnect(nowait=True)
+            await pool.release(only)
+            failures = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 1)
+            assert [type(failure) for failure in failures] == [NotConnectedError] * 2
 
     play(scene())
 
