@@ -32,8 +32,11 @@ _UPSTREAM_BUCKETS_S = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0,
 _STORE_BUCKETS_S = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5)
 
 
-class _Durations(Histogram):
-    """A histogram that takes many observations at once: each of its numbers is written once for all of them."""
+class BatchHistogram(Histogram):
+    """A histogram that takes many observations at once, and writes each of its numbers once for all of them.
+
+    Uses private attributes: `observe` would write two numbers for each observation. See test_private_apis.py.
+    """
 
     def observe_all(self, durations_s: Sequence[float]) -> None:
         found = Counts(map(partial(bisect_left, self._upper_bounds), durations_s))
@@ -84,7 +87,7 @@ class Metrics:
             ["team", "operation", "outcome"],
             registry=self.registry,
         )
-        self.request_duration = _Durations(
+        self.request_duration = BatchHistogram(
             "estimate_proxy_request_duration_seconds",
             "From a request's head to the end of its answer.",
             ["operation", "outcome"],
@@ -117,7 +120,7 @@ class Metrics:
         )
 
     def _declare_upstream(self) -> None:
-        self.upstream_duration = _Durations(
+        self.upstream_duration = BatchHistogram(
             "estimate_proxy_upstream_request_duration_seconds",
             "From asking upstream to the last byte of its answer.",
             ["account", "status"],
@@ -139,7 +142,7 @@ class Metrics:
         )
 
     def _declare_stores(self) -> None:
-        self.store_duration = _Durations(
+        self.store_duration = BatchHistogram(
             "estimate_proxy_store_duration_seconds",
             "From calling a script of the store to its reply.",
             ["call"],
