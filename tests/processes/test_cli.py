@@ -91,7 +91,10 @@ def process(*command: str, stdin: bytes = b"", **environ: str) -> subprocess.Com
         ("quota", ["[TEAM]", "--config FILE", "tab-separated"]),
         ("token", ["new"]),
         ("token new", ["TEAM", "once"]),
-        ("explain", ["FILE", "--account ID", "[default: default]", "--query TEXT", "standard input", "Asks nobody"]),
+        (
+            "explain",
+            ["FILE", "--account ID", "[default: default]", "--query TEXT", "standard input", "Sends no request"],
+        ),
     ],
 )
 def test_help(run: Run, command: str, mentions: list[str]) -> None:
@@ -417,7 +420,7 @@ def test_quota_when_piped(run: Run) -> None:
     assert own[:8] == ["team", "design", "estimated_credits", "month", "9000000000", "9007199254.740993", "0", "warn"]
     assert datetime.fromisoformat(own[8]).timestamp() == window_of("month", int(time.time()), UTC).end_s
     assert fields(told(run("quota", "design"))) == [header, org, own]
-    assert refusal(run("quota", "gone")) == "TEAM names no team of the settings"
+    assert refusal(run("quota", "gone")) == "TEAM is not a team in the settings"
 
 
 @pytest.mark.usefixtures("ledger")
@@ -441,7 +444,7 @@ def test_no_quota_is_said_and_no_failure(run: Run, valkey_url: str) -> None:
 @pytest.mark.parametrize("command", [["usage"], ["usage", "--team", "nobody"], ["quota"], ["quota", "design"]])
 def test_a_store_that_nobody_finds(run: Run, command: list[str]) -> None:
     Path("estimate-proxy.toml").write_text(f'{CONFIG}[store]\nurl = "redis://127.0.0.1:{free_port()}"\n')
-    assert refusal(run(*command)) == "the store is out of reach"
+    assert refusal(run(*command)) == "the store is unreachable"
     Path("estimate-proxy.toml").write_text(f'{CONFIG}[store]\ndata_dir = "data"\n')
     assert "data" in refusal(run(*command))
 

@@ -291,7 +291,7 @@ def test_a_full_disk_is_not_taken_for_damage(data_dir: Path, intact: Path, monke
         "#!/bin/sh\necho 'Write error writing append only file on disk: No space left on device'\nexit 1\n"
     )
     program.chmod(0o700)
-    monkeypatch.setattr(valkey, "get_binary_path", lambda: program)
+    monkeypatch.setattr(valkey, "find_server", lambda: program)
     assert refusal(data_dir).endswith(": No space left on device: free some space there, then start again")
 
 
@@ -344,7 +344,7 @@ def test_files_that_are_not_to_blame_are_put_back(
     program.write_text("#!/bin/sh\nexit 1\n")
     program.chmod(0o700)
     with monkeypatch.context() as patched:
-        patched.setattr(valkey, "get_binary_path", lambda: program)
+        patched.setattr(valkey, "find_server", lambda: program)
         for _ in range(2):
             with pytest.raises(EmbeddedStoreError, match="it does not start without its files either"):
                 EmbeddedStores(data_dir, BOOK).start()
@@ -360,7 +360,7 @@ def test_files_are_not_suspected_when_somebody_kills_the_server(
     before, program = files.content(), data_dir / "program"
     program.write_text("#!/bin/sh\nkill -9 $$\n")
     program.chmod(0o700)
-    monkeypatch.setattr(valkey, "get_binary_path", lambda: program)
+    monkeypatch.setattr(valkey, "find_server", lambda: program)
     with pytest.raises(EmbeddedStoreError, match=r"killed by signal 9 \(Killed\): start again, with more memory if"):
         EmbeddedStores(data_dir, BOOK).start()
     assert files.content() == before

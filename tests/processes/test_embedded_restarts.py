@@ -92,7 +92,7 @@ def test_a_long_life_forgives_earlier_deaths(tmp_path: Path) -> None:
 def test_poll_survives_a_server_that_cannot_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(tmp_path) as stores:
         with monkeypatch.context() as patched:
-            patched.setattr(valkey, "get_binary_path", lambda: tmp_path / "missing")
+            patched.setattr(valkey, "find_server", lambda: tmp_path / "missing")
             os.kill(pid_of(stores), signal.SIGKILL)
             assert "No such file or directory" in (message := next_message(stores))
             assert message.endswith("next start in 0.5 s")

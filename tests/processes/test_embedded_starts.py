@@ -170,7 +170,7 @@ def test_the_child_gets_no_environment(tmp_path: Path, monkeypatch: pytest.Monke
     program = tmp_path / "program"
     program.write_text("#!/bin/sh\nexport -p\nexit 1\n")
     program.chmod(0o700)
-    monkeypatch.setattr(valkey, "get_binary_path", lambda: program)
+    monkeypatch.setattr(valkey, "find_server", lambda: program)
     monkeypatch.setenv("UPSTREAM_KEY", "canary-5b1e")
     with pytest.raises(EmbeddedStoreError):
         EmbeddedStores(tmp_path, LEDGER).start()
@@ -329,7 +329,7 @@ def test_a_server_that_cannot_be_run(
 ) -> None:
     programs = [get_binary_path(), get_binary_path()]
     programs[nth] = tmp_path / "missing"
-    monkeypatch.setattr(valkey, "get_binary_path", lambda: programs.pop(0))
+    monkeypatch.setattr(valkey, "find_server", lambda: programs.pop(0))
     with nothing_left(tmp_path, runtime_dir), pytest.raises(EmbeddedStoreError, match="reinstall the package"):
         EmbeddedStores(tmp_path, BOTH).start()
 

@@ -1,0 +1,46 @@
+"""What the commands share: the option `--config`, the settings, and errors about bad input."""
+
+import os
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from proxy.settings.errors import SettingsError
+from proxy.settings.loader import DEFAULT_PATHS, find_config, load
+from proxy.settings.schema import Settings
+
+BAD_INPUT = 2
+"""The exit status."""
+
+ID_RULE = "must be an id: 1 to 64 of a-z, 0-9 and -, beginning and ending with a letter or digit"
+
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The TOML file with the settings. Default: the first of $ESTIMATE_PROXY_CONFIG, ./estimate-proxy.toml and "
+    "/etc/estimate-proxy/config.toml that exists.",
+)
+
+
+def load_settings(config: Path | None, overrides: dict[str, Any] | None = None) -> Settings:
+    """The settings. If they have problems, prints each and exits."""
+    try:
+        return load(config, os.environ, overrides=overrides)
+    except SettingsError as error:
+        if find_config(config, os.environ) is None:
+            places = ", ".join(map(str, DEFAULT_PATHS))
+            click.echo(f"estimate-proxy: there is no config file: looked for {places}", err=True)
+        fail_settings(error)
+
+
+def fail_settings(error: SettingsError) -> NoReturn:
+    for problem in error.problems:
+        click.echo(f"estimate-proxy: {problem.path} {problem.message}", err=True)
+    raise SystemExit(BAD_INPUT)
+
+
+def fail(message: str) -> NoReturn:
+    click.echo(f"estimate-proxy: {message}", err=True)
+    raise SystemExit(BAD_INPUT)
