@@ -46,7 +46,7 @@ from proxy.demo.setup import (
 from proxy.demo.simulator import Fault, Simulator
 from proxy.demo.traffic import QUERY, Tally, Traffic
 from proxy.embedded.child import die_with_parent
-from proxy.embedded.socket_dir import lock_dir
+from proxy.embedded.locks import locked_dir
 from proxy.telemetry.descriptors import raise_limit
 
 LATENCY_S: Final = (0.06, 0.25)
@@ -105,7 +105,10 @@ async def _until_told_to_stop(console: Console, tally: Tally, *, port: int, traf
 
 async def _play(console: Console, tally: Tally, *, port: int, traffic: bool, prometheus: bool) -> None:
     """The whole demo: sets the stage, lets gateway and teams act; it never returns by itself. Raises `DemoError`."""
-    with TemporaryDirectory(prefix="estimate-proxy-demo-", ignore_cleanup_errors=True) as folder, _locked(folder):
+    with (
+        TemporaryDirectory(prefix="estimate-proxy-demo-", ignore_cleanup_errors=True) as folder,
+        locked_dir(Path(folder)),
+    ):
         async with _simulated_rendernet() as upstream_url:
             stage = DemoEnvironment(Path(folder), upstream_url, {team: new_token() for team in TEAMS})
             stage.config.write_text(config_text(stage, port=port), encoding="utf-8")
@@ -120,15 +123,6 @@ async def _play(console: Console, tally: Tally, *, port: int, traffic: bool, pro
                 status = await _ended(gateway)
                 errors = _errors_in(stage.log) or "it does not say why"
                 raise DemoError(f"the gateway ended by itself, with status {status}: {errors}", GATEWAY_DIED)
-
-
-@contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    fd = lock_dir(Path(folder))
-    try:
-        yield
-    finally:
-        os.close(fd)
 
 
 def _introduce(console: Console, stage: DemoEnvironment, url: str, *, traffic: bool) -> None:

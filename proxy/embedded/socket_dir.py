@@ -1,24 +1,25 @@
 """A private directory for unix sockets, with a path that is short enough for them.
 
-* It is made in the first folder that will do: `$XDG_RUNTIME_DIR`, `$RUNTIME_DIRECTORY` (systemd sets it for a unit with
-  `RuntimeDirectory=`), the data directory, the folder for temporary files. In the last one cleaners are at work.
-* It is locked while it is used: systemd-tmpfiles leaves alone what is in a locked directory.
-* If it is removed nevertheless, `restore` makes it again, at the same path.
-* Its name can be told from others, so that it can be removed after a gateway that was killed.
+* It is created in the first of these folders in which a socket can be made: `$XDG_RUNTIME_DIR`, `$RUNTIME_DIRECTORY`
+  (systemd sets it for a unit with `RuntimeDirectory=`), the data directory, the folder for temporary files.
+* It is locked while it is used, because systemd-tmpfiles cleans the folder for temporary files and skips locked
+  directories.
+* If it is removed nevertheless, `restore` creates it again at the same path.
+* Its name has a prefix of its own, so that the next start can recognise and remove what a killed gateway has left.
 """
 
-import fcntl
 import os
 import socket
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
+from proxy.embedded.locks import is_own_dir, lock_dir
+
 _PREFIX = "estimate-proxy-"
 _MAX_PATH_BYTES = 103
-"""`sun_path` holds 108 bytes on Linux, 104 on macOS and the BSDs, the closing NUL among them."""
+"""`sun_path` holds 108 bytes on Linux and 104 on macOS and the BSDs, including the terminating NUL."""
 
 
 class SocketDir:
@@ -30,7 +31,7 @@ class SocketDir:
 
     @classmethod
     def make(cls, data_dir: Path, longest_name: str) -> "SocketDir | None":
-        """A new one, in which a socket of that name can be made; None if no folder will do."""
+        """A new directory in which a socket of that name can be made; None if that works in no folder."""
         for parent in _parents(data_dir):
             longest = parent / f"{_PREFIX}{'x' * 8}" / longest_name  # mkdtemp appends 8 characters
             if len(os.fsencode(longest)) <= _MAX_PATH_BYTES:
@@ -51,7 +52,7 @@ class SocketDir:
             raise
 
     def restore(self) -> None:
-        """Makes the directory again if it was removed. Raises `OSError`."""
+        """Creates the directory again if it was removed. Raises `OSError`."""
         with suppress(FileNotFoundError):
             if os.path.samestat(os.lstat(self.path), os.fstat(self._fd)):
                 return
@@ -65,59 +66,37 @@ class SocketDir:
         _remove(self.path)
 
 
-def lock_dir(path: Path) -> int:
-    """Locks a private directory of ours, so that systemd-tmpfiles leaves alone what is in it.
-
-    Returns its descriptor, which holds the lock until it is closed. Raises `OSError`, also where the directory is
-    somebody else's, open to others, or a link.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        found = os.fstat(fd)
-        if not _is_ours(found) or found.st_mode & 0o077:
-            raise PermissionError(f"{path} is open to others")
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
-
-
 def make_private(directory: Path) -> None:
-    """Makes the directory and its missing parents, each with mode 0700. Raises `OSError`."""
+    """Creates the directory and its missing parents, each with mode 0700. Raises `OSError`."""
     for level in (*reversed(directory.parents), directory):
         if not level.exists():
             level.mkdir(mode=0o700, exist_ok=True)
 
 
-def remove_abandoned(named: object) -> None:
-    """Removes what a killed gateway has left, if what its lock file names is a directory of ours."""
-    if not isinstance(named, str) or not Path(named).name.startswith(_PREFIX):
+def remove_abandoned(path: object) -> None:
+    """Removes the socket directory of a gateway that was killed, if `path` (from its lock file) is one."""
+    if not isinstance(path, str) or not Path(path).name.startswith(_PREFIX):
         return
     with suppress(OSError, ValueError):
-        if _is_ours(os.lstat(named)):
-            _remove(Path(named))
+        if is_own_dir(os.lstat(path)):
+            _remove(Path(path))
 
 
 def _parents(data_dir: Path) -> Iterator[Path]:
-    of_login = os.environ.get("XDG_RUNTIME_DIR", "")
-    of_unit = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]  # systemd joins several by colons
-    for folder in map(Path, (of_login, of_unit)):
+    login_dir = os.environ.get("XDG_RUNTIME_DIR", "")
+    unit_dir = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]  # systemd separates several by colons
+    for folder in map(Path, (login_dir, unit_dir)):
         with suppress(OSError):
-            if folder.is_absolute() and _is_ours(folder.stat()):
+            if folder.is_absolute() and is_own_dir(folder.stat()):
                 yield folder
     yield data_dir
     with suppress(FileNotFoundError):
         yield Path(tempfile.gettempdir())
-    yield Path("/tmp")  # noqa: S108 -- only the parent of what mkdtemp makes, with mode 0700
-
-
-def _is_ours(found: os.stat_result) -> bool:
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    yield Path("/tmp")  # noqa: S108 -- mkdtemp makes a folder in it, with mode 0700
 
 
 def _remove(directory: Path) -> None:
-    """Removes sockets, then the directory if nothing else is in it: a wrong name costs no data."""
+    """Removes sockets, then the directory if it is empty: a wrong path in the lock file cannot cost data."""
     with suppress(OSError):
         for entry in directory.glob("*.sock"):
             entry.unlink()

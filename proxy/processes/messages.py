@@ -1,16 +1,16 @@
-"""Messages between the supervisor and a worker, beside settings and the addresses of the embedded stores."""
+"""Messages between the supervisor and a worker, besides settings and the URLs of the embedded stores."""
 
 READY = "ready"
-"""From the worker: it serves."""
+"""From the worker: it accepts requests."""
 
 DRAIN = "drain"
-"""Go on serving, and say that you are about to stop."""
+"""To the worker: keep serving, and report "not ready"."""
 
 STOP = "stop"
-"""Finish what is in flight, and exit."""
+"""To the worker: finish the running requests, and exit."""
 
 RELOAD_FAILED = "reload failed"
-"""There are newer settings, and they are invalid."""
+"""To the worker: there are newer settings, but they are invalid."""
 
 CANNOT_SERVE = 3
-"""A worker's exit status where another attempt would fail in the same way."""
+"""A worker's exit status if another attempt would fail in the same way."""

@@ -1,14 +1,16 @@
-"""The process in front: it owns the listening socket, the signals, the embedded stores and the workers.
+"""The supervisor: the process that owns the listening socket, the signals, the embedded stores and the workers.
 
-It has no event loop, and one thread beside that which writes log lines. It wakes for signals (through a pipe), for
-words of a worker, and ten times a second to look after its children. What it promises:
+It has no event loop; its only other thread writes log lines. It wakes up for signals (through a pipe), for messages
+from workers, and ten times per second to check its child processes. It guarantees:
 
-* SIGTERM: workers say that they are not ready and go on serving for `drain_delay_s`; then nothing new is accepted,
-  what runs has `drain_s` to finish, and the exit status is 0. SIGINT leaves out the delay, and so does a second
-  signal during it; the next one ends everything at once.
+* SIGTERM: workers report "not ready" and keep serving for `drain_delay_s`. Then no new connection is accepted, running
+  requests have `drain_s` to finish, and the exit status is 0. SIGINT skips the delay, and so does a second signal
+  during the delay. The next signal ends everything at once.
 * SIGHUP, and a change of the config or of a secret's file, reload what can be reloaded; see `proxy.settings.reload`.
 * Workers that die are replaced; see `proxy.processes.workers`.
-* The stores outlive the workers, and nobody outlives the supervisor, `kill -9` included.
+* The stores outlive the workers, and no child outlives the supervisor, not even after `kill -9`.
+
+It stays in memory as long as the gateway, so it does not import the application.
 """
 
 import contextlib
@@ -35,20 +37,19 @@ from proxy.telemetry.metrics_files import metrics_files
 TICK_S = 0.1
 BACKLOG = 2048
 KILL_GRACE_S = 5.0
-"""After `drain_s`, for the last words."""
+"""After `drain_s`, for workers to close what they have open."""
 
 OTHER_DESCRIPTORS = 100
-"""For the worker's own files, look-ups of names, and clients that are connected and do not ask."""
-
+"""For the worker's own files, DNS look-ups and idle client connections."""
 
 log = logging.getLogger(__name__)
 
 
 class ListenError(Exception):
-    """The address cannot be listened on; the message says why and what to do."""
+    """The gateway cannot listen on the address; the message says why and what to do."""
 
 
-def listen(server: ServerSettings) -> socket.socket:
+def bind(server: ServerSettings) -> socket.socket:
     """The listening socket, bound. Raises `ListenError`."""
     with contextlib.ExitStack() as undo:
         try:
@@ -59,127 +60,124 @@ def listen(server: ServerSettings) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
         except OSError as error:
-            raise ListenError(_why_not(error, server)) from None
+            raise ListenError(_listen_error(error, server)) from None
         undo.pop_all()
         return listener
 
 
-def _why_not(error: OSError, server: ServerSettings) -> str:
+def _listen_error(error: OSError, server: ServerSettings) -> str:
     taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
     choose = "another port with --port" if taken else "another address with --host"
-    return f"cannot listen on {_joined(server.host, server.port)}: {error.strerror}; choose {choose}"
+    return f"cannot listen on {_host_and_port(server.host, server.port)}: {error.strerror}; choose {choose}"
 
 
 def _embedded_roles(settings: Settings) -> list[Role]:
-    """The stores that no setting names. A price book without a URL of its own is kept where the ledger is named."""
+    """The stores that have no URL in the settings. Without `cache.url`, the price book uses the ledger's store."""
     if settings.store.url is not None:
         return []
     return ["ledger", "price-book"] if settings.cache.url is None else ["ledger"]
 
 
 class Supervisor:
-    """Runs one gateway until it is told to stop."""
+    """Runs one gateway until a signal stops it."""
 
     def __init__(self, settings: Settings, source: Source) -> None:
         self._settings = settings
         self._reloader = Reloader(source, settings)
-        self._listener = listen(settings.server)
+        self._listener = bind(settings.server)
         self._stores = EmbeddedStores(settings.store.data_dir, _embedded_roles(settings))
-        self._workforce: WorkerPool
+        self._workers: WorkerPool
         self._drain_until: float | None = None
-        self._stop_by: float | None = None
+        self._stop_deadline: float | None = None
 
     def run(self) -> int:
-        """The exit status. Raises `EmbeddedStoreError`, `NoMetricsFileError` if it cannot begin."""
+        """Returns the exit status. Raises `ListenError`, `EmbeddedStoreError` or `NoMetricsFileError`."""
         if (warning := descriptor_warning(raise_limit(), self._settings)) is not None:
             log.warning("%s", warning)
-        workers = self._settings.server.workers
-        with self._listener, _signals() as signals, metrics_files(workers) as metrics_fds, self._stores_running():
-            self._begin_to_listen()  # only now: until here nobody could be answered
-            context = WorkerContext(self._listener, _url_of(self._listener), self._stores.urls, metrics_fds)
-            self._workforce = WorkerPool(self._settings, context)
-            try:
-                return self._watch(signals)
-            finally:
-                self._workforce.end()
+        with (
+            self._listener,
+            _signals() as signals,
+            metrics_files(self._settings.server.workers) as metrics_fds,
+            contextlib.ExitStack() as undo,
+        ):
+            undo.callback(self._stores.stop)
+            context = WorkerContext(self._listener, _url_of(self._listener), metrics_fds)
+            self._workers = WorkerPool(self._settings, context)  # they import while the stores start
+            undo.callback(self._workers.end)
+            self._stores.start()
+            self._listen()  # not earlier, so that clients do not wait for a gateway that fails to start
+            self._workers.serve(self._stores.urls)
+            return self._watch(signals)
 
-    def _begin_to_listen(self) -> None:
+    def _listen(self) -> None:
         try:
             self._listener.listen(BACKLOG)
-        except OSError as error:  # somebody else was faster
-            raise ListenError(_why_not(error, self._settings.server)) from None
-
-    @contextlib.contextmanager
-    def _stores_running(self) -> Iterator[None]:
-        self._stores.start()
-        try:
-            yield
-        finally:
-            self._stores.stop()
+        except OSError as error:  # another process has bound the address, and listens first
+            raise ListenError(_listen_error(error, self._settings.server)) from None
 
     def _watch(self, signals: "_Signals") -> int:
         while True:
-            select.select([signals.wakeup, *self._workforce.channels()], [], [], TICK_S)
+            select.select([signals.wakeup, *self._workers.channels()], [], [], TICK_S)
             for number in signals.received():
-                self._obey(number)
+                self._handle(number)
             self._advance_drain()
             if self._reloader.is_due():
                 self._reload()
-            for news in self._stores.poll():
-                log.error("%s", news)
-            if (status := self._workforce.look_after()) is not None:
+            for line in self._stores.poll():
+                log.error("%s", line)
+            if (status := self._workers.check()) is not None:
                 return status
-            if self._stop_by is not None and monotonic() >= self._stop_by:
-                log.error("not all workers finished in time: ended")
+            if self._stop_deadline is not None and monotonic() >= self._stop_deadline:
+                log.error("not all workers finished in time: killing them")
                 return 1
 
-    def _obey(self, number: int) -> None:
-        """A first signal drains, a second one stops, a third one ends; SIGHUP reloads."""
+    def _handle(self, number: int) -> None:
+        """The first SIGTERM drains, the second stops, the third kills; SIGINT stops; SIGHUP reloads."""
         if number == signal.SIGHUP:
             self._reload()
             return
         now = monotonic()
-        if self._stop_by is not None:
-            self._stop_by = now
+        if self._stop_deadline is not None:
+            self._stop_deadline = now
         elif self._drain_until is not None or number == signal.SIGINT:
             self._drain_until = now
         else:
             self._drain_until = now + self._settings.server.drain_delay_s
         log.info("%s: shutting down", signal.Signals(number).name)
-        self._workforce.leave()
-        self._workforce.say(DRAIN)
+        self._workers.stop_restarting()
+        self._workers.send(DRAIN)
 
     def _reload(self) -> None:
         settings = self._reloader.reload()
         if settings is None:
-            self._workforce.reload_failed()
+            self._workers.reload_failed()
         else:
-            self._workforce.reload(settings)
+            self._workers.reload(settings)
 
     def _advance_drain(self) -> None:
         now = monotonic()
-        if self._drain_until is not None and self._stop_by is None and now >= self._drain_until:
-            self._stop_by = now + self._settings.server.drain_s + KILL_GRACE_S
+        if self._drain_until is not None and self._stop_deadline is None and now >= self._drain_until:
+            self._stop_deadline = now + self._settings.server.drain_s + KILL_GRACE_S
             self._listener.close()
-            self._workforce.say(STOP)
+            self._workers.send(STOP)
 
 
 def descriptor_warning(limit: int, settings: Settings) -> str | None:
-    """What is to be said if a process may have fewer file descriptors than a busy worker needs."""
+    """A line for the log if a process may have fewer file descriptors than a busy worker needs."""
     clients = MAX_IN_FLIGHT + MAX_ARRIVING_BYTES // ARRIVING_REQUEST_BYTES
     upstream, stores = settings.upstream.max_connections, 2 * MAX_CONNECTIONS
     needed = clients + upstream + stores + OTHER_DESCRIPTORS
     if limit >= needed:
         return None
     return (
-        f"a process may have only {limit} file descriptors here, and a busy worker needs {needed}: "
+        f"a process may have only {limit} file descriptors here, but a busy worker needs {needed}: "
         f"{clients} for clients, {upstream} for RenderNet, {stores} for the stores, {OTHER_DESCRIPTORS} for the "
         f"rest. Raise the limit: ulimit -n {needed}, or LimitNOFILE={needed} in the systemd unit"
     )
 
 
 class _Signals:
-    """SIGTERM and SIGINT as something to wait for; SIGCHLD only wakes."""
+    """Signals as bytes on a descriptor that `select` can wait for. SIGCHLD only wakes the supervisor up."""
 
     def __init__(self, wakeup: int) -> None:
         self.wakeup = wakeup
@@ -209,8 +207,8 @@ def _signals() -> Iterator[_Signals]:
 
 def _url_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://{_joined(host, port)}"
+    return f"http://{_host_and_port(host, port)}"
 
 
-def _joined(host: str, port: int) -> str:
+def _host_and_port(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

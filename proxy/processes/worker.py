@@ -1,8 +1,10 @@
-"""A worker: one process, one event loop, one application, on a socket that the supervisor owns.
+"""A worker process: one event loop and one application, on a socket that the supervisor owns.
 
 Run as `python -m proxy.processes.worker <listener fd> <channel fd> <metrics fd> [<metrics fd of another worker>...]`.
-The supervisor sends the settings and the addresses of the embedded stores first, then new settings and
-`proxy.processes.messages`. When the channel closes, the supervisor is dead, and the worker exits as well.
+
+* The supervisor first sends the settings and the URLs of the embedded stores. At the gateway's start, the worker waits
+  for them while the stores start. Later messages are new settings and `proxy.processes.messages`.
+* When the channel closes, the supervisor is dead, and the worker exits.
 """
 
 import asyncio
@@ -32,9 +34,11 @@ from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.multiprocess import SharedValues
 
 ORPHAN_GRACE_S = 2.0
+"""For an orderly exit after the supervisor's death; then the worker ends itself."""
 
-YOUNG_OBJECTS = 10_000
-"""So many more before the collector of cycles looks at the youngest: hardly anything here is in a cycle."""
+GC_THRESHOLD = 10_000
+"""New objects before a collection of the youngest generation; Python's default is 700. Few objects here are in cycles,
+and a collection stops the event loop."""
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +51,11 @@ class Worker:
         self._tracker = InFlightTracker()
 
     def run(self) -> int:
-        """Serves until told to stop; the process's exit status."""
-        settings, embedded_urls = self._channel.recv()
+        """Serves until it is told to stop. Returns the process's exit status."""
+        try:
+            settings, embedded_urls = self._channel.recv()
+        except EOFError:  # the supervisor ended before it could start the stores
+            return 1
         log_writer = logs.configure(settings.log.level, settings.log.format)
         self._shared.install()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -66,36 +73,36 @@ class Worker:
         stop = partial(self._stop, server, drain_s)
         reload = partial(self._reload, app, metrics)
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._channel.fileno(), self._listen, server, stop, reload)
+        loop.add_reader(self._channel.fileno(), self._receive, server, stop, reload)
         loop.add_signal_handler(signal.SIGTERM, stop)
         await server.serve([self._listener])
         loop.remove_reader(self._channel.fileno())
         return 0
 
     def _announce(self) -> None:
-        """What is here by now stays: the collector of cycles, which would stop the loop for it, need not look again."""
+        """Reports that this worker accepts requests. Excludes all objects created so far from garbage collection."""
         gc.collect()
         gc.freeze()
-        gc.set_threshold(YOUNG_OBJECTS)
+        gc.set_threshold(GC_THRESHOLD)
         self._channel.send(READY)
 
-    def _listen(self, server: Server, stop: Callable[[], None], reload: Callable[[Settings | None], None]) -> None:
+    def _receive(self, server: Server, stop: Callable[[], None], reload: Callable[[Settings | None], None]) -> None:
         try:
-            word = self._channel.recv()
+            message = self._channel.recv()
         except (EOFError, OSError):
-            self._leave_with_supervisor(server)
+            self._stop_as_orphan(server)
             return
-        if word == RELOAD_FAILED:
+        if message == RELOAD_FAILED:
             reload(None)
-        elif isinstance(word, Settings):
-            reload(word)
+        elif isinstance(message, Settings):
+            reload(message)
         else:
             self._tracker.draining = True
-            if word == STOP:
+            if message == STOP:
                 stop()
 
     def _reload(self, app: Starlette, metrics: Metrics, settings: Settings | None) -> None:
-        """Takes new settings; None: there are some that cannot be used."""
+        """Applies new settings; None: the new settings are invalid."""
         if settings is not None:
             app.state.reload(settings)
         metrics.config_last_reload_successful.set(settings is not None)
@@ -105,10 +112,10 @@ class Worker:
         self._tracker.stop_deadline = monotonic() + drain_s
         server.should_exit = True
 
-    def _leave_with_supervisor(self, server: Server) -> None:
+    def _stop_as_orphan(self, server: Server) -> None:
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._channel.fileno())
-        log.error("the supervisor is gone: stopping")
+        log.error("the supervisor has died: stopping")
         server.should_exit = server.force_exit = True
         loop.call_later(ORPHAN_GRACE_S, os._exit, 1)
 

@@ -1,9 +1,10 @@
-"""The workers of one gateway: N processes on one socket, each replaced when it dies.
+"""The worker processes of one gateway: N on one socket, each replaced when it dies.
 
-* A worker is started again after a delay that grows with each quick death in a row: at once, 0.5 s, 1 s, … 10 s. A
-  start that the system refuses (no process, no file descriptor) is repeated after the same delays.
-* One that dies again and again before it ever served is given up, loudly; with the last one ends the gateway.
-* Called by one thread, and never blocks.
+* A worker is restarted after a delay that grows with each quick death in a row; see `RestartBackoff`. A start that the
+  system refuses (no process, no file descriptor) is repeated after the same delays.
+* A worker that dies `MAX_FAILED_STARTS` times in a row before it served is not restarted, and the log says so. When
+  the last one is given up, the gateway ends.
+* All methods are called by one thread, and do not block.
 """
 
 import logging
@@ -15,10 +16,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
-from time import monotonic
 
-from proxy.embedded.child import die_with_parent
-from proxy.embedded.valkey import restart_delay_s
+from proxy.embedded.child import RestartBackoff, die_with_parent
 from proxy.processes.messages import CANNOT_SERVE, READY, RELOAD_FAILED
 from proxy.settings.loader import PREFIX, WELL_KNOWN_ENV
 from proxy.settings.schema import Settings
@@ -26,29 +25,25 @@ from proxy.store.access import EmbeddedUrls
 from proxy.telemetry.metrics_files import vacate
 
 MAX_FAILED_STARTS = 3
-SETTLED_S = 30.0
-"""A worker that lived this long did not die quickly."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
-    """What all workers have in common. `metrics_fds`: for each of them the file in which it counts."""
+    """What all workers share. `metrics_fds`: one file per worker, to which it writes its metrics."""
 
     listener: socket.socket
     url: str
-    embedded_urls: EmbeddedUrls
     metrics_fds: Sequence[int]
 
 
 class _Worker:
-    """A worker as its supervisor sees it. It counts in the file at `metrics_fd`."""
+    """A worker process as its supervisor sees it."""
 
-    def __init__(self, context: WorkerContext, settings: Settings, metrics_fd: int) -> None:
+    def __init__(self, context: WorkerContext, metrics_fd: int) -> None:
         self.channel, theirs = Pipe()
         self.ready = False
-        self.began_at = monotonic()
         with theirs:
             others = (fd for fd in context.metrics_fds if fd != metrics_fd)
             fds = (context.listener.fileno(), theirs.fileno(), metrics_fd, *others)
@@ -57,17 +52,16 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 env=_environment_without_settings(),
                 pass_fds=fds,
-                start_new_session=True,  # Ctrl-C in a terminal is the supervisor's to handle
+                start_new_session=True,  # Ctrl-C in a terminal is for the supervisor
                 preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 -- needs no lock
             )
-        self.say((settings, context.embedded_urls))
 
-    def say(self, word: object) -> None:
-        with suppress(OSError):  # it is dead, and about to be noticed
-            self.channel.send(word)
+    def send(self, message: object) -> None:
+        with suppress(OSError):  # it has died; the next check notices it
+            self.channel.send(message)
 
     def has_become_ready(self) -> bool:
-        """Whether it has just said that it serves."""
+        """Whether it has reported, since the last call, that it accepts requests."""
         with suppress(EOFError, OSError):
             if not self.ready and self.channel.poll() and self.channel.recv() == READY:
                 self.ready = True
@@ -75,16 +69,16 @@ class _Worker:
         return False
 
     def end(self) -> None:
-        """By force if it still runs. Idempotent."""
+        """Kills it if it still runs. Idempotent."""
         self.process.kill()
         self.process.wait()
         self.channel.close()
 
 
 class _Slot:
-    """A place for one worker, and how its workers have fared.
+    """A place for one worker, with the history of its workers.
 
-    worker: None before the first start, while the next one's time has not come, and when there is to be none.
+    worker: None before the first start, between a death and the next start, and after the last death.
     """
 
     def __init__(self, name: str, metrics_fd: int) -> None:
@@ -92,131 +86,146 @@ class _Slot:
         self.metrics_fd = metrics_fd
         self.worker: _Worker | None = None
         self.status: int | None = None
-        self.next_at: float | None = monotonic()
+        self.given_up = False
+        self._backoff = RestartBackoff()
         self._failed_starts = 0
-        self._quick_deaths = 0
 
-    def start(self, context: WorkerContext, settings: Settings) -> str | None:
-        """Starts a worker. If the system refuses, returns what is to be said of it, and there is a next start."""
+    def is_start_due(self) -> bool:
+        return self.worker is None and not self.given_up and self._backoff.is_due()
+
+    def start(self, context: WorkerContext) -> str | None:
+        """Starts a worker. If the system refuses, returns a line for the log; the start is tried again later."""
+        self._backoff.record_start()
         try:
-            self.worker, self.next_at = _Worker(context, settings, self.metrics_fd), None
+            self.worker = _Worker(context, self.metrics_fd)
         except OSError as error:
-            return f"{self.name} cannot be started ({error.strerror}): trying again{self._back_off()}"
+            return f"{self.name} cannot be started ({error.strerror}): trying again{self._delay()}"
         return None
 
-    def serves(self) -> None:
+    def record_ready(self) -> None:
         self._failed_starts = 0
 
-    def lose(self, worker: _Worker, status: int) -> str | None:
-        """Notes a death, and whether and when there is a next start. Returns what is to be said of it."""
-        now = monotonic()
+    def record_death(self, worker: _Worker, status: int) -> str | None:
+        """Decides whether there is another start, and when. Returns a line for the log."""
         self.worker, self.status = None, status
         self._failed_starts += not worker.ready
         if status == CANNOT_SERVE:
-            return None  # it has said so itself
+            self.given_up = True
+            return None  # the worker has logged the reason
         if self._failed_starts >= MAX_FAILED_STARTS:
+            self.given_up = True
             return f"{self.name} died {self._failed_starts} times before it served (status {status}): giving up"
-        if now - worker.began_at >= SETTLED_S:
-            self._quick_deaths = 0
-        return f"{self.name} died (status {status}): starting another{self._back_off()}"
+        return f"{self.name} died (status {status}): starting another{self._delay()}"
 
-    def _back_off(self) -> str:
-        """Sets the time of the next start; the words for it."""
-        delay_s = restart_delay_s(self._quick_deaths)
-        self._quick_deaths += 1
-        self.next_at = monotonic() + delay_s
+    def _delay(self) -> str:
+        delay_s = self._backoff.record_death()
         return f" in {delay_s:g} s" if delay_s else ""
 
 
 class WorkerPool:
-    """All workers of a gateway. `end` must be called."""
+    """All workers of a gateway. `end` must be called.
+
+    Their processes start at once and import the application. They serve once `serve` has been called.
+    """
 
     def __init__(self, settings: Settings, context: WorkerContext) -> None:
         self._settings = settings
         self._context = context
+        self._embedded_urls: EmbeddedUrls | None = None
+        """None before `serve`."""
         self._reload_failed = False
         count = settings.server.workers
         names = ["the worker"] if count == 1 else [f"worker {number} of {count}" for number in range(1, count + 1)]
         self._slots = [_Slot(name, fd) for name, fd in zip(names, context.metrics_fds, strict=True)]
-        self._leaving = False
-        self.look_after()
+        self._stopping = False
+        self.check()
+
+    def serve(self, embedded_urls: EmbeddedUrls) -> None:
+        """Sends the settings to the workers, those that are started later included."""
+        self._embedded_urls = embedded_urls
+        self.send((self._settings, embedded_urls))
 
     def channels(self) -> list[int]:
-        """Those on which a worker is about to say that it serves."""
+        """The descriptors on which workers will report that they are ready."""
         return [worker.channel.fileno() for worker in self._workers() if not worker.ready]
 
-    def say(self, word: object) -> None:
+    def send(self, message: object) -> None:
         for worker in self._workers():
-            worker.say(word)
+            worker.send(message)
 
     def reload(self, settings: Settings) -> None:
-        """Those who work take these settings, and those who begin later too."""
+        """Applies new settings to all workers, those that are started later included."""
         self._settings, self._reload_failed = settings, False
-        self.say(settings)
+        self.send(settings)
 
     def reload_failed(self) -> None:
-        """There are newer settings that cannot be used; those who begin later hear of it too."""
+        """Reports invalid new settings to all workers, those that are started later included."""
         self._reload_failed = True
-        self.say(RELOAD_FAILED)
+        self.send(RELOAD_FAILED)
 
-    def leave(self) -> None:
-        """From now on nobody is replaced. Who is missing just now has finished."""
-        self._leaving = True
-        for post in self._slots:
-            post.status = 0 if post.worker is None else None
+    def stop_restarting(self) -> None:
+        """From now on no worker is replaced. A slot that is empty now counts as stopped in order."""
+        self._stopping = True
+        for slot in self._slots:
+            slot.status = 0 if slot.worker is None else None
 
-    def look_after(self) -> int | None:
-        """Hears who serves, buries the dead and starts the next; the exit status once there is nobody left."""
-        for post in self._slots:
-            self._look_after(post)
-        if any(post.worker is not None or (post.next_at is not None and not self._leaving) for post in self._slots):
+    def check(self) -> int | None:
+        """Reads readiness messages, reaps dead workers and starts those that are due.
+
+        Returns the gateway's exit status once no worker is left, else None.
+        """
+        for slot in self._slots:
+            self._check(slot)
+        if any(slot.worker is not None or not (slot.given_up or self._stopping) for slot in self._slots):
             return None
-        return 0 if self._leaving and all(post.status == 0 for post in self._slots) else 1
+        return 0 if self._stopping and all(slot.status == 0 for slot in self._slots) else 1
 
     def end(self) -> None:
-        """By force, whoever still runs."""
+        """Kills the workers that still run. Idempotent."""
         for worker in self._workers():
             worker.end()
 
-    def _look_after(self, post: _Slot) -> None:
-        worker = post.worker
+    def _check(self, slot: _Slot) -> None:
+        worker = slot.worker
         if worker is None:
-            if post.next_at is not None and monotonic() >= post.next_at and not self._leaving:
-                self._start(post)
+            if slot.is_start_due() and not self._stopping:
+                self._start(slot)
             return
         if worker.has_become_ready():
-            post.serves()
-            which = "" if len(self._slots) == 1 else f" ({post.name})"
+            slot.record_ready()
+            which = "" if len(self._slots) == 1 else f" ({slot.name})"
             log.info("serving on %s%s", self._context.url, which)
         status = worker.process.poll()
         if status is not None:
-            self._reap(post, worker, status)
+            self._reap(slot, worker, status)
 
-    def _reap(self, post: _Slot, worker: _Worker, status: int) -> None:
+    def _reap(self, slot: _Slot, worker: _Worker, status: int) -> None:
         worker.end()
-        vacate(post.metrics_fd)
-        if self._leaving:
-            post.worker, post.status = None, status
+        vacate(slot.metrics_fd)
+        if self._stopping:
+            slot.worker, slot.status = None, status
             return
-        if (news := post.lose(worker, status)) is not None:
-            log.error("%s", news)
-        self._look_after(post)
+        if (line := slot.record_death(worker, status)) is not None:
+            log.error("%s", line)
+        self._check(slot)
 
     def _workers(self) -> Iterator[_Worker]:
-        return (post.worker for post in self._slots if post.worker is not None)
+        return (slot.worker for slot in self._slots if slot.worker is not None)
 
-    def _start(self, post: _Slot) -> None:
-        if (refusal := post.start(self._context, self._settings)) is not None:
-            log.error("%s", refusal)
-        elif post.worker is not None and self._reload_failed:
-            post.worker.say(RELOAD_FAILED)
+    def _start(self, slot: _Slot) -> None:
+        if (line := slot.start(self._context)) is not None:
+            log.error("%s", line)
+        elif slot.worker is not None and self._embedded_urls is not None:
+            slot.worker.send((self._settings, self._embedded_urls))
+            if self._reload_failed:
+                slot.worker.send(RELOAD_FAILED)
 
 
 def _path_options() -> list[str]:
-    """`-m` looks into the current folder first. A worker does so only where this process did: see `python -P`."""
-    return [] if sys.path[0] == os.getcwd() else ["-P"]  # noqa: PTH109 -- compared as Python itself made it
+    """`-P`, unless this process itself looks for modules in the current folder first, as `python -m` does."""
+    return [] if sys.path[0] == os.getcwd() else ["-P"]  # noqa: PTH109 -- compared with what Python itself put there
 
 
 def _environment_without_settings() -> dict[str, str]:
-    """The settings go through the channel; a secret among them has no business in an environment."""
+    """The settings go through the channel: secrets should not stay in an environment."""
     return {k: v for k, v in os.environ.items() if not k.startswith(PREFIX) and k not in WELL_KNOWN_ENV}

@@ -113,7 +113,7 @@ class TestWarning:
     def test_it_says_what_is_there_what_is_needed_and_what_to_do(self, valkey_url: str) -> None:
         configured = settings(valkey_url, "http://127.0.0.1:1", upstream={"max_connections": 300})
         assert descriptor_warning(1024, configured) == (
-            "a process may have only 1024 file descriptors here, and a busy worker needs 10624: "
+            "a process may have only 1024 file descriptors here, but a busy worker needs 10624: "
             "10192 for clients, 300 for RenderNet, 32 for the stores, 100 for the rest. "
             "Raise the limit: ulimit -n 10624, or LimitNOFILE=10624 in the systemd unit"
         )
@@ -239,7 +239,7 @@ class TestServe:
     def test_it_says_at_the_start_that_the_limit_is_too_low(self, home: House, valkey_url: str) -> None:
         served = home.start(command=WITH_FEW, store={"url": valkey_url})
         (told,) = served.told("file descriptors")
-        assert told.startswith(f"a process may have only {FEW} file descriptors here, and a busy worker needs 10424: ")
+        assert told.startswith(f"a process may have only {FEW} file descriptors here, but a busy worker needs 10424: ")
         (level,) = [line["level"] for line in served.lines() if line["message"] == told]
         assert level == "warning"
 

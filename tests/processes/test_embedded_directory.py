@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from embedded_stores import BOTH, LEDGER, answers, gone, running, socket_dir_of, until
-from proxy.embedded import stores as embedded
+from proxy.embedded import locks
 from proxy.embedded.child import die_with_parent
 from proxy.embedded.socket_dir import remove_abandoned
 from proxy.embedded.stores import EmbeddedStoreError, EmbeddedStores
@@ -87,7 +87,7 @@ def test_a_second_gateway_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_second_gateway_is_refused_whatever_it_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "_LOCK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(locks, "_TIMEOUT_S", 0.2)
     with running(tmp_path, LEDGER), pytest.raises(EmbeddedStoreError, match=f"pid {os.getpid()}"):
         EmbeddedStores(tmp_path, ["price-book"]).start()
     assert not (tmp_path / "price-book").exists()
@@ -111,7 +111,7 @@ def test_no_orphan_without_a_successor(tmp_path: Path) -> None:
 
 
 def test_each_store_that_outlives_its_gateway_keeps_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "_LOCK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(locks, "_TIMEOUT_S", 0.2)
     with gateway(tmp_path, "--orphans") as first:
         first.kill()
         for server in first.servers:

@@ -26,7 +26,7 @@ from embedded_stores import (
 )
 from programs import program
 from proxy.embedded import valkey
-from proxy.embedded.valkey import restart_delay_s
+from proxy.embedded.child import STABLE_S, restart_delay_s
 
 
 def test_the_delays() -> None:
@@ -55,7 +55,7 @@ def test_a_child_that_keeps_dying_is_restarted_ever_more_slowly(tmp_path: Path) 
 
 def test_one_that_keeps_dying_does_not_hold_up_the_other(tmp_path: Path) -> None:
     with running(tmp_path, BOTH) as stores:
-        stores._servers["ledger"]._deaths = 1_000
+        stores._servers["ledger"]._backoff._quick_deaths = 1_000
         os.kill(pid_of(stores, "ledger"), signal.SIGKILL)
         assert next_message(stores) == "embedded store ledger was killed by signal 9 (Killed); next start in 10 s"
         os.kill(pid_of(stores, "price-book"), signal.SIGKILL)
@@ -83,8 +83,8 @@ def test_two_deaths_at_once_are_two_lines(tmp_path: Path) -> None:
 
 def test_a_long_life_forgives_earlier_deaths(tmp_path: Path) -> None:
     with running(tmp_path) as stores:
-        stores._servers["ledger"]._deaths = 5
-        stores._servers["ledger"]._spawned_at -= valkey._SETTLED_S
+        stores._servers["ledger"]._backoff._quick_deaths = 5
+        stores._servers["ledger"]._backoff._started_at -= STABLE_S
         os.kill(pid_of(stores), signal.SIGKILL)
         assert next_message(stores).endswith("restarted")
 
@@ -101,10 +101,10 @@ def test_poll_survives_a_server_that_cannot_be_run(tmp_path: Path, monkeypatch: 
 
 def test_stop_ends_a_wait_for_the_next_start(tmp_path: Path) -> None:
     with running(tmp_path) as stores:
-        stores._servers["ledger"]._deaths = 1
+        stores._servers["ledger"]._backoff._quick_deaths = 1
         os.kill(pid_of(stores), signal.SIGKILL)
         assert next_message(stores) == "embedded store ledger was killed by signal 9 (Killed); next start in 0.5 s"
-        stores._servers["ledger"]._restart_at = 0.0
+        stores._servers["ledger"]._backoff._next_start_at = 0.0
         stores.stop()
         assert stores.poll() == []
         stores.start()
@@ -159,7 +159,7 @@ def test_in_the_place_of_another_nothing_is_made(tmp_path: Path) -> None:
         shutil.rmtree(socket_dir)
         socket_dir.symlink_to(elsewhere)
         message = next_message(stores)
-        assert message.startswith("embedded store ledger lost its socket, and there can be no other (")
+        assert message.startswith("embedded store ledger lost its socket, and another cannot be made (")
         assert message.endswith("): restart the gateway")
         assert stores.poll() == []
         assert connected.ping()

@@ -89,7 +89,7 @@ def test_stop_before_start_and_without_an_address(tmp_path: Path) -> None:
     stores.stop()
     assert stores.poll() == []
     assert not (tmp_path / "never").exists()
-    with pytest.raises(EmbeddedStoreError, match="start it first"):
+    with pytest.raises(EmbeddedStoreError, match="no address before it is started"):
         _ = stores.urls
 
 
@@ -318,7 +318,7 @@ def test_a_server_that_does_not_answer(
     ping = valkey._answers_ping
     monkeypatch.setattr(valkey, "_answers_ping", lambda path: path.name != f"{silent}.sock" and ping(path))
     monkeypatch.setattr(embedded, "_READY_TIMEOUT_S", 1.0)
-    expected = f"embedded store {silent} did not answer within 1 s: look into "
+    expected = f"embedded store {silent} did not answer within 1 s: see "
     with nothing_left(tmp_path, runtime_dir), pytest.raises(EmbeddedStoreError, match=expected):
         EmbeddedStores(tmp_path, BOTH).start()
 

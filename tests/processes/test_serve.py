@@ -7,12 +7,14 @@ import socket
 import socketserver
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -220,7 +222,7 @@ def test_a_second_signal_ends_the_delay_and_a_third_one_everything(
         with pytest.raises(httpx2.TransportError):
             running.asked.result()
     assert served.told("SIGTERM: shutting down") == ["SIGTERM: shutting down"] * 3
-    assert served.told("not all workers finished in time: ended")
+    assert served.told("not all workers finished in time: killing them")
     assert_nothing_left(home)
 
 
@@ -487,9 +489,22 @@ def test_a_worker_whose_supervisor_dies_goes_by_itself_too(home: House, tmp_path
     worker, stores = served.worker(), [served.store(role) for role in ROLES]
     served.process.kill()
     wait_until_gone(worker)
-    assert served.told("the supervisor is gone: stopping")
+    assert served.told("the supervisor has died: stopping")
     for store in stores:
         kill(store)
+
+
+def test_a_worker_whose_supervisor_dies_before_the_stores_have_started_ends() -> None:
+    """Without a traceback: it was still waiting for its settings."""
+    with socket.socket() as listener:
+        ours, theirs = Pipe()
+        with theirs, tempfile.TemporaryFile() as metrics_file:
+            fds = (listener.fileno(), theirs.fileno(), metrics_file.fileno())
+            command = [sys.executable, "-m", "proxy.processes.worker", *map(str, fds)]
+            worker = subprocess.Popen(command, pass_fds=fds, stderr=subprocess.PIPE)
+        ours.close()
+        assert worker.communicate(timeout=START_S)[1] == b""
+        assert worker.returncode == 1
 
 
 # Where it cannot be
