@@ -1,4 +1,4 @@
-"""What the two dashboards have in common: variables, links to each other, rows of panels in places."""
+"""What the two dashboards share: variables, links to each other, rows of panels and their positions."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ GATEWAY = "estimate-proxy-gateway"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A question, and the panels that answer it, from left to right."""
+    """A row: its title is a question, its panels answer it, from left to right."""
 
     question: str
     panels: Sequence[dashboard.Panel]
@@ -23,7 +23,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Board:
-    """A dashboard before its panels have places."""
+    """A dashboard before its panels have positions."""
 
     uid: str
     title: str
@@ -66,7 +66,7 @@ def placed(rows: Sequence[Row]) -> list[dashboard.Panel | dashboard.RowPanel]:
 
 
 def _fill(panels: Sequence[dashboard.Panel], top: int) -> int:
-    """Gives each panel its place, and returns the first line below all of them."""
+    """Sets each panel's position, and returns the first line below all of them."""
     left = height = 0
     for panel in panels:
         place = panel.grid_pos
@@ -79,7 +79,7 @@ def _fill(panels: Sequence[dashboard.Panel], top: int) -> int:
 
 
 def variables() -> list[dashboard.VariableModel]:
-    """What a reader can choose by; both dashboards have the same, so that a link keeps the choice."""
+    """The variables. Both dashboards have the same ones, so that a link keeps the selection."""
     return [
         dashboard.VariableModel(
             type_val=dashboard.VariableType.DATASOURCE,
@@ -92,16 +92,16 @@ def variables() -> list[dashboard.VariableModel]:
             auto_min=None,
             auto_count=None,
         ),
-        _labels("job", "Job", "estimate_proxy_build_info", "Choose one where jobs have ledgers of their own."),
+        _labels("job", "Job", "estimate_proxy_build_info", "Select one if jobs have separate ledgers."),
         _labels(
             "instance", "Instance", 'estimate_proxy_build_info{job=~"$job"}', "A process or replica of the gateway."
         ),
-        _labels("team", "Team", select("estimate_proxy_window_requests"), "As the gateway's config names it."),
+        _labels("team", "Team", select("estimate_proxy_window_requests"), "The team's id in the gateway's config."),
     ]
 
 
 def _labels(name: str, label: str, series: str, reads: str) -> dashboard.VariableModel:
-    """A choice of the values of one label: several, or all of them."""
+    """A variable with the values of one label: several can be selected, or all."""
     query = f"label_values({series}, {name})"
     everything = dashboard.VariableOption(selected=True, text=["All"], value=["$__all"])
     return dashboard.VariableModel(
@@ -125,7 +125,7 @@ def _labels(name: str, label: str, series: str, reads: str) -> dashboard.Variabl
 
 
 def link_to(uid: str, title: str, tooltip: str) -> dashboard.DashboardLink:
-    """To the other dashboard, with the same choice and time."""
+    """A link to the other dashboard, with the same selection and time range."""
     return dashboard.DashboardLink(
         title=title,
         type_val=dashboard.DashboardLinkType.LINK,
@@ -138,6 +138,6 @@ def link_to(uid: str, title: str, tooltip: str) -> dashboard.DashboardLink:
 
 
 def only_this_team(uid: str) -> str:
-    """The address of a dashboard for the team in the clicked cell; the rest of the choice stays."""
+    """The URL of a dashboard for the team in the clicked cell; other variables keep their selection."""
     kept = "${__url_time_range}&${datasource:queryparam}&${job:queryparam}&${instance:queryparam}"
     return f"/d/{uid}?{kept}&var-team=${{__value.raw}}"

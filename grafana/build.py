@@ -1,4 +1,4 @@
-"""Makes the JSON of the dashboards: `python grafana/build.py`. A test fails when it differs from what is committed."""
+"""Generates the JSON of the dashboards: `python grafana/build.py`. A test fails if the committed files differ."""
 
 import json
 from pathlib import Path

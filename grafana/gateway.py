@@ -1,4 +1,4 @@
-"""Gateway: how requests end, what the price book saves, how long everything takes, and what is broken."""
+"""The dashboard *Gateway*: outcomes, savings of the price book, latencies, and failures."""
 
 from grafana_foundation_sdk.models import dashboard
 
@@ -54,20 +54,20 @@ OUTCOME_COLOURS = {
 
 
 def board() -> Board:
-    """The dashboard for whoever runs the gateway."""
+    """The dashboard for operators."""
     return Board(
         uid=GATEWAY,
         title="Gateway",
-        reads="How requests end, what the price book saves, how long everything takes, and what is broken.",
+        reads="Outcomes of requests, savings of the price book, latencies, and failures.",
         since="now-6h",
         refresh="30s",
-        link=link_to(SPEND, "Estimated spend", "What the teams had estimated, and their quotas"),
+        link=link_to(SPEND, "Estimated spend", "What teams estimated, and their quotas"),
         rows=rows(),
     )
 
 
 def rows() -> tuple[Row, ...]:
-    """The questions, in the order in which they are asked."""
+    """The rows, from top to bottom."""
     return (
         Row("How many requests, and how do they end?", (requests_by_outcome(), outcomes_in_range())),
         Row(
@@ -89,8 +89,9 @@ def rows() -> tuple[Row, ...]:
 def requests_by_outcome() -> dashboard.Panel:
     about = About(
         "Requests, by outcome",
-        "Requests a second of the chosen teams, and how they ended; outcomes that did not occur in the time range are"
-        " left out. Green needed no upstream request of its own, blue did, orange was refused, red failed upstream.",
+        "Requests a second of the selected teams, by outcome; outcomes that did not occur in the time range are left"
+        " out. Green: no upstream request of its own. Blue: an upstream request. Orange: refused. Red: failed"
+        " upstream.",
         PER_SECOND,
         16,
         10,
@@ -105,7 +106,7 @@ def outcomes_in_range() -> dashboard.Panel:
     return grid(
         About(
             "Outcomes in the time range",
-            "How many requests of the chosen teams ended in which way, and their share, the most first.",
+            "The number of requests of the selected teams by outcome, and their share, the largest first.",
             AMOUNT,
             8,
             10,
@@ -122,8 +123,8 @@ def outcomes_in_range() -> dashboard.Panel:
 def hit_ratio() -> dashboard.Panel:
     about = About(
         "Hit ratio",
-        "Of all estimates answered with a price in the time range (hit, stale, miss, collapsed, bypass), the share"
-        " served from the price book: hit and stale.",
+        "The share of estimates served from the price book (hit, stale) among all that were answered with a price in"
+        " the time range (hit, stale, miss, collapsed, bypass).",
         SHARE,
         4,
     )
@@ -135,7 +136,7 @@ def avoided_in_range() -> dashboard.Panel:
     about = About(
         "Upstream requests avoided",
         "Estimates in the time range that needed no upstream request of their own: hit, stale, or collapsed into"
-        " another's.",
+        " another request.",
         AMOUNT,
         4,
     )
@@ -145,8 +146,9 @@ def avoided_in_range() -> dashboard.Panel:
 def hit_ratio_over_time() -> dashboard.Panel:
     about = About(
         "Hit ratio over time",
-        "Hit and stale among estimates answered with a price. It falls when prices run out together, after a purge,"
-        " when the price list changes, or when a team begins to ask new questions. A gap: nothing was answered.",
+        "The share of hit and stale among estimates answered with a price. It falls when many prices expire together,"
+        " after a purge, when the price list changes, or when a team starts to send new bodies. A gap: nothing was"
+        " answered.",
         SHARE,
         8,
     )
@@ -157,9 +159,9 @@ def hit_ratio_over_time() -> dashboard.Panel:
 def avoided_over_time() -> dashboard.Panel:
     about = About(
         "Upstream requests, made and avoided",
-        "Avoided: estimates of the chosen teams that needed no upstream request of their own. Made: every upstream"
-        " request of all teams, with the refreshes and audits behind answers. What the price book saves is the one"
-        " beside the other.",
+        "Avoided: estimates of the selected teams that needed no upstream request of their own. Made: every upstream"
+        " request of all teams, background refreshes and audits included. Together they show what the price book"
+        " saves.",
         PER_SECOND,
         8,
     )
@@ -176,9 +178,9 @@ def hit_ratio_by_team() -> dashboard.Panel:
     return grid(
         About(
             "Hit ratio, by team",
-            "What each chosen team was answered with a price in the time range, and how much of it came from the"
-            " price book; the busiest first. A busy team with a low ratio asks questions that differ each time: see"
-            " what it could leave out.",
+            "Estimates of each selected team that were answered with a price in the time range, and the share from"
+            " the price book; the busiest team first. A busy team with a low ratio sends a different body each time:"
+            " find out which members it could leave out.",
             AMOUNT,
             24,
         ),
@@ -198,8 +200,8 @@ def hit_ratio_by_team() -> dashboard.Panel:
 def latency_by_outcome(q: float, name: str) -> dashboard.Panel:
     about = About(
         f"Latency {name}, by outcome",
-        f"{q:.0%} of the estimates with that outcome were answered faster than this: from the request's head to the"
-        " end of the answer, all teams. A hit takes milliseconds; a miss takes as long as RenderNet.",
+        " of the estimates with that outcome were answered faster than this: from the request's head to the end of"
+        " the answer, all teams. A hit takes milliseconds; a miss takes as long as RenderNet.",
         SECONDS,
         8,
         9,
@@ -212,8 +214,8 @@ def latency_by_outcome(q: float, name: str) -> dashboard.Panel:
 def latency_density() -> dashboard.Panel:
     about = About(
         "Latency of all estimates",
-        "How many estimates a second took how long, all teams: the darker, the more. Two bands are normal: what the"
-        " price book answers, and what RenderNet is asked.",
+        "The distribution of latencies of all teams, in estimates a second: the darker, the more. Two bands are"
+        " normal: answers from the price book, and answers from RenderNet.",
         SECONDS,
         24,
     )

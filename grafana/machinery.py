@@ -1,4 +1,4 @@
-"""What the gateway stands on: RenderNet, the stores, the circuit, the price list, and its own processes."""
+"""The rest of *Gateway*: RenderNet, the stores, the circuit breaker, the price list, and the gateway's processes."""
 
 from grafana_foundation_sdk.models import dashboard
 
@@ -49,7 +49,7 @@ def stores() -> Row:
 
 
 def circuits() -> Row:
-    return Row("Is RenderNet being asked at all?", (circuit_state(),))
+    return Row("Is the circuit breaker closed?", (circuit_state(),))
 
 
 def prices() -> Row:
@@ -57,13 +57,13 @@ def prices() -> Row:
 
 
 def processes() -> Row:
-    return Row("How busy is it, what runs, and since when?", (in_flight(), instances(), restarts(), replicas()))
+    return Row("How busy is the gateway, and which instances run?", (in_flight(), instances(), restarts(), replicas()))
 
 
 def upstream_latency() -> dashboard.Panel:
     about = About(
         "Upstream latency",
-        "How long RenderNet took to answer, all accounts; what timed out or failed is in it.",
+        "RenderNet's response time, all accounts; timeouts and failures are included.",
         SECONDS,
         8,
     )
@@ -73,7 +73,7 @@ def upstream_latency() -> dashboard.Panel:
 def upstream_by_status() -> dashboard.Panel:
     about = About(
         "Upstream requests, by status",
-        "What RenderNet answered, by class of status; `timeout` and `error` are requests without an answer.",
+        "RenderNet's responses by status class; `timeout` and `error` are requests without a response.",
         PER_SECOND,
         8,
     )
@@ -103,7 +103,7 @@ def upstream_by_account() -> dashboard.Panel:
 def store_latency() -> dashboard.Panel:
     about = About(
         "Store latency",
-        "How long the stores took to reply, all calls. Every answer waits for at least one call.",
+        "The stores' response time, all calls. Every estimate waits for at least one call.",
         SECONDS,
         8,
     )
@@ -112,17 +112,17 @@ def store_latency() -> dashboard.Panel:
 
 def store_latency_by_call() -> dashboard.Panel:
     about = About(
-        "Store latency p95, by call", "Which call is slow: 95% of its replies came faster than this.", SECONDS, 8
+        "Store latency p95, by call", "Shows which call is slow: 95% of its replies were faster than this.", SECONDS, 8
     )
     return chart(about, Line(quantile(0.95, "call", STORE), "{{call}}"))
 
 
 def store_state() -> dashboard.Panel:
     about = About(
-        "Stores that serve",
-        "Red while at least one process cannot reach the store of that role, or the store refuses its writes: without"
-        " its ledger the gateway refuses or buffers, as `store.on_outage` says; without its price book estimates go"
-        " upstream.",
+        "State of the stores",
+        "Red while at least one process cannot reach the store of that role, or the store refuses its writes. Without"
+        " the ledger the gateway refuses estimates or buffers debits, as `store.on_outage` says; without the price"
+        " book estimates go upstream.",
         STATE,
         8,
     )
@@ -133,8 +133,8 @@ def store_state() -> dashboard.Panel:
 def debits_unanswered() -> dashboard.Panel:
     about = About(
         "Debits without a reply",
-        "Debits in the time range whose reply was lost: they may count or not, and were not sent again. Any but 0 is"
-        " worth a look at the store.",
+        "Debits in the time range whose reply was lost: they may or may not count, and were not sent again. If this"
+        " is not 0, check the store.",
         AMOUNT,
         6,
         4,
@@ -146,8 +146,8 @@ def debits_unanswered() -> dashboard.Panel:
 def debits_buffered() -> dashboard.Panel:
     about = About(
         "Debits waiting in memory",
-        'Debits kept by the processes until the ledger is back (`on_outage = "admit"`). They are lost with a killed'
-        " process.",
+        'Debits that the processes keep until the ledger is back (`on_outage = "admit"`). A killed process loses its'
+        " debits.",
         AMOUNT,
         6,
         4,
@@ -160,7 +160,7 @@ def debits_buffered() -> dashboard.Panel:
 def ledgers_lost() -> dashboard.Panel:
     about = About(
         "Ledgers lost",
-        "How often in the time range the ledger was found empty or replaced: what had been used is forgotten.",
+        "How often the ledger was found empty or replaced in the time range: usage before that is lost.",
         AMOUNT,
         6,
         4,
@@ -172,7 +172,7 @@ def ledgers_lost() -> dashboard.Panel:
 def ledger_created() -> dashboard.Panel:
     about = About(
         "Ledger created",
-        "Since when the ledger counts. A recent date that nobody knows of means that a store was emptied or replaced.",
+        "When the current ledger was created. An unexpected recent date means that a store was emptied or replaced.",
         DATE,
         6,
         4,
@@ -182,9 +182,9 @@ def ledger_created() -> dashboard.Panel:
 
 def circuit_state() -> dashboard.Panel:
     about = About(
-        "Circuit, by account",
-        "Red while at least one process does not ask RenderNet for that account because it failed too often. The ten"
-        " accounts that were worst in the time range.",
+        "Circuit breaker, by account",
+        "Red while at least one process sends RenderNet no requests for that account, because too many failed. Shows"
+        " the ten accounts that were worst in the time range.",
         STATE,
         24,
         6,
@@ -197,9 +197,9 @@ def circuit_state() -> dashboard.Panel:
 def price_audits() -> dashboard.Panel:
     about = About(
         "Prices checked, by result",
-        "Stored prices that were asked for again behind answers, an hour. `changed`: RenderNet now says another"
-        " price; three such bodies within an hour make the account's older prices stale. `ignored-member`: a member"
-        " in `cache.ignore` did decide the price.",
+        "Stored prices that were checked in the background, an hour. `changed`: RenderNet's price is different now;"
+        " three such bodies within an hour make the account's older prices stale. `ignored-member`: a member in"
+        " `cache.ignore` did affect the price.",
         SHORT,
         14,
     )
@@ -215,7 +215,8 @@ def audits_by_account() -> dashboard.Panel:
     return grid(
         About(
             "Price changes, by account",
-            "How often in the time range a checked price was the same, was another one, or hung on an ignored member.",
+            "How often a checked price was the same, was different, or depended on an ignored member, in the time"
+            " range.",
             AMOUNT,
             10,
         ),
@@ -236,8 +237,8 @@ def in_flight() -> dashboard.Panel:
     size = f"sum by (instance) (sum_over_time({select(IN_FLIGHT)}[$__range] @ end()))"
     about = About(
         "Requests in flight, by instance",
-        "Requests being served at each moment: the ten busiest instances, and all others together. It grows when"
-        " RenderNet or the store grows slow.",
+        "Requests being served: the ten busiest instances, and all others together. It grows when RenderNet or the"
+        " store becomes slow.",
         SHORT,
         12,
     )
@@ -252,7 +253,8 @@ def in_flight() -> dashboard.Panel:
 def instances() -> dashboard.Panel:
     about = About(
         "Instances, by version",
-        "How many instances Prometheus can scrape. A dip is a restart or a lost one; two versions are a roll-out.",
+        "The number of instances that Prometheus can scrape. A dip is a restart or a lost instance; two versions are"
+        " a rollout.",
         SHORT,
         12,
     )
@@ -263,9 +265,9 @@ def instances() -> dashboard.Panel:
 def restarts() -> dashboard.Panel:
     about = About(
         "Restarts, by instance",
-        "When an instance's counters began anew, which they do when the whole gateway restarts, and not when it"
-        " replaces one of its workers. A replica that comes back under another name shows as a new instance instead."
-        " The ten with the most.",
+        "When an instance's counters were reset: that happens when the whole gateway restarts, not when it replaces a"
+        " worker. A replica that comes back under another name is a new instance instead. Shows the ten with the most"
+        " restarts.",
         SHORT,
         12,
     )
@@ -274,7 +276,7 @@ def restarts() -> dashboard.Panel:
 
 
 def began(window: str) -> str:
-    """How often each instance began anew. Several workers together have no start time of a process to compare."""
+    """How often each instance restarted. Several workers together have no common start time to compare."""
     return f"max by (instance) (resets({select(REQUESTS)}{window}))"
 
 
@@ -282,8 +284,8 @@ def replicas() -> dashboard.Panel:
     return grid(
         About(
             "Instances and restarts",
-            "What runs at the end of the time range, how often each began anew in it, and whether its last reload of"
-            " the config was accepted. After a refused one the old config stays in force.",
+            "Instances at the end of the time range, how often each restarted in it, and whether its last reload of"
+            " the config was accepted. After a refused reload the old config stays in force.",
             AMOUNT,
             12,
         ),

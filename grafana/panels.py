@@ -1,7 +1,6 @@
-"""Panels: what a panel is about, and the few kinds that the dashboards use.
+"""Panels: the few kinds that the dashboards use.
 
-Everything a panel must have is asked for by `About`, so that none can be without a title, a unit, or a text that says
-what to read from it.
+`About` requires a title, a description and a unit, so that no panel can be without them.
 """
 
 import dataclasses
@@ -28,11 +27,11 @@ SECONDS = "s"
 PER_SECOND = "reqps"
 PER_MINUTE = "reqpm"
 DATE = "dateTimeAsIso"  # of milliseconds
-STATE = "none"  # each value has a word
+STATE = "none"  # each value has a text
 
 GREEN, ORANGE, RED, BLUE, PURPLE, YELLOW, GREY = "green", "orange", "red", "blue", "purple", "yellow", "#808080"
 
-Step = tuple[float | None, str]  # from this value on, this colour; the first one has no value
+Step = tuple[float | None, str]  # this colour from this value on; the first one has no value
 PLAIN: Sequence[Step] = ((None, BLUE),)
 
 BY_STEP = dashboard.FieldColorModeId.THRESHOLDS
@@ -49,7 +48,7 @@ TOOLTIP = common.VizTooltipOptions(
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What a panel answers, how to read it, in which unit, and its size on a grid of 24 columns."""
+    """Title, description, unit, and size on a grid of 24 columns."""
 
     title: str
     reads: str
@@ -60,7 +59,7 @@ class About:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A query, and what its lines are called."""
+    """A query, and the names of its lines."""
 
     expr: str
     name: str
@@ -115,7 +114,7 @@ def chart(about: About, *lines: Line, look: Look = LINES) -> dashboard.Panel:
 
 
 def number(about: About, expr: str, *, steps: Sequence[Step] = PLAIN, decimals: int | None = None) -> dashboard.Panel:
-    """One number, as it is at the end of the time range."""
+    """One number, at the end of the time range."""
     options = stat.Options(
         graph_mode=common.BigValueGraphMode.NONE,
         color_mode=common.BigValueColorMode.VALUE,
@@ -132,7 +131,7 @@ def number(about: About, expr: str, *, steps: Sequence[Step] = PLAIN, decimals: 
 
 
 def pie(about: About, *parts: Line) -> dashboard.Panel:
-    """Shares of a whole, as they are at the end of the time range."""
+    """Shares of a whole, at the end of the time range."""
     options = piechart.Options(
         pie_type=piechart.PieChartType.DONUT,
         display_labels=[],
@@ -156,7 +155,7 @@ def pie(about: About, *parts: Line) -> dashboard.Panel:
 
 
 def states(about: About, line: Line, words: Mapping[str, tuple[str, str]]) -> dashboard.Panel:
-    """Which state something was in, and when it changed. `words` gives the text and colour of each value."""
+    """States over time. `words` gives the text and colour of each value."""
     options = statetimeline.Options(
         show_value=common.VisibilityMode.NEVER,
         row_height=0.8,
@@ -203,7 +202,7 @@ def panel(  # noqa: PLR0913  # the parts of a panel
     overrides: Sequence[dashboard.DashboardFieldConfigSourceOverrides] = (),
     transformations: Sequence[dashboard.DataTransformerConfig] = (),
 ) -> dashboard.Panel:
-    """A panel without its place, which the board decides. Its queries get their letters here."""
+    """A panel without a position, which the board sets. Its queries get their letters here."""
     for letter, target in zip("ABCDEFGH", targets, strict=False):
         target.ref_id = letter
     return dashboard.Panel(
@@ -247,7 +246,7 @@ def field_defaults(
     decimals: int | None = None,
     min_val: float | None = None,
 ) -> dashboard.FieldConfig:
-    """What holds for each field of a panel: unit, colours, numbers."""
+    """Defaults for each field of a panel: unit, colours, numbers."""
     return dashboard.FieldConfig(
         unit=about.unit,
         decimals=decimals,
@@ -259,12 +258,12 @@ def field_defaults(
 
 
 def stepped(steps: Sequence[Step]) -> list[dashboard.Threshold]:
-    """Thresholds as Grafana has them."""
+    """Thresholds in Grafana's form."""
     return [dashboard.Threshold(value=value, color=colour) for value, colour in steps]
 
 
 def coloured(colours: Mapping[str, str]) -> list[dashboard.DashboardFieldConfigSourceOverrides]:
-    """Lines with a colour of their own, whatever their value."""
+    """Fixed colours of lines, whatever their value."""
     fixed = dashboard.FieldColorModeId.FIXED
     return [
         override(name, color=dashboard.FieldColor(mode=fixed, fixed_color=colour)) for name, colour in colours.items()
@@ -280,7 +279,7 @@ def override(name: str, **properties: object) -> dashboard.DashboardFieldConfigS
 
 
 def worded(words: Mapping[str, tuple[str, str | None]]) -> dashboard.ValueMap:
-    """Texts that stand for values, some with a colour."""
+    """Texts for values, some with a colour."""
     return dashboard.ValueMap(
         {
             value: dashboard.ValueMappingResult(text=text, color=colour, index=index)
@@ -290,7 +289,7 @@ def worded(words: Mapping[str, tuple[str, str | None]]) -> dashboard.ValueMap:
 
 
 def unworded(text: str) -> dashboard.SpecialValueMap:
-    """A text that stands for what is no number."""
+    """A text for values that are not numbers."""
     result = dashboard.ValueMappingResult(text=text, index=0)
     match = dashboard.SpecialValueMatch.NULL_AND_NAN
     return dashboard.SpecialValueMap(dashboard.DashboardSpecialValueMapOptions(match=match, result=result))

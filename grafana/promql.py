@@ -1,18 +1,18 @@
-"""The expressions of the dashboards, in pieces that have a name each.
+"""The building blocks of the dashboards' PromQL expressions.
 
-What holds for every one of them:
+Rules for all of them:
 
-* A gauge from the ledger is equal on every replica: `ledger` takes the greatest one and never adds them up.
-* A counter belongs to its process: rates and increases are added up.
-* A rate is over `$__rate_interval`. An increase over the whole time range is asked once, at its end (an instant query,
-  or a selection with `@ end()`), because only there does `$__range` cover what the reader has chosen.
-* Charts draw a bounded number of lines: `leading` keeps the biggest ones, `others` adds up what is left.
+* A gauge from the ledger is equal on every replica: `ledger` takes the maximum and never the sum.
+* A counter belongs to its process: rates and increases are summed.
+* A rate is over `$__rate_interval`. An increase over the whole time range is queried once, at its end (an instant query,
+  or a selection with `@ end()`), because only there does `$__range` cover the selected range.
+* Charts draw a bounded number of lines: `leading` keeps the largest ones, `others` adds up the rest.
 * No expression relies on a recording rule.
 """
 
 HERE = ('job=~"$job"', 'instance=~"$instance"')
 TEAM = 'team=~"$team"'
-TEAM_OR_ORG = 'team=~"$team|-"'  # quotas of the organisation bear the team `-`
+TEAM_OR_ORG = 'team=~"$team|-"'  # quotas of the organisation have the team `-`
 ESTIMATE = 'operation="estimate"'
 
 QUANTILES = ((0.5, "p50"), (0.95, "p95"), (0.99, "p99"))
@@ -20,12 +20,12 @@ LEADING = 10  # more lines than this cannot be told apart
 
 
 def select(metric: str, *matchers: str) -> str:
-    """The series of a metric on the chosen jobs and instances."""
+    """The series of a metric on the selected jobs and instances."""
     return metric + "{" + ", ".join((*HERE, *matchers)) + "}"
 
 
 def ledger(by: str, metric: str, *matchers: str) -> str:
-    """A gauge that every replica reads from the same place."""
+    """A gauge from the ledger, which is equal on every replica."""
     return f"max by ({by}) ({select(metric, *matchers)})"
 
 
@@ -40,7 +40,7 @@ def increase(by: str, metric: str, *matchers: str) -> str:
 
 
 def increase_at_end(by: str, metric: str, *matchers: str) -> str:
-    """The same number at every step of a chart, to select its lines by."""
+    """The same number at every step of a chart, to select lines by."""
     return _summed(by, f"increase({select(metric, *matchers)}[$__range] @ end())")
 
 
@@ -49,7 +49,7 @@ def _summed(by: str, expression: str) -> str:
 
 
 def quantile(q: float, by: str, histogram: str, *matchers: str) -> str:
-    """A quantile in seconds; no line where nothing happened, rather than one of NaN."""
+    """A quantile in seconds; no line, instead of NaN, where nothing happened."""
     keys = f"le, {by}" if by else "le"
     happened = rate(by, f"{histogram}_count", *matchers)
     matching = f"on ({by})" if by else "on ()"
@@ -57,15 +57,15 @@ def quantile(q: float, by: str, histogram: str, *matchers: str) -> str:
 
 
 def share(part: str, whole: str, by: str = "") -> str:
-    """A part of a whole; nothing where the whole is nothing."""
+    """A part of a whole; no value where the whole is 0."""
     return f"{part} / ignoring ({by}) group_left () ({whole} > 0)" if by else f"{part} / ({whole} > 0)"
 
 
 def leading(by: str, expression: str, size: str, limit: int = LEADING) -> str:
-    """The lines of `expression` that have the greatest `size`."""
+    """The lines of `expression` with the largest `size`."""
     return f"{expression} and on ({by}) topk({limit}, {size})"
 
 
 def others(by: str, expression: str, size: str, limit: int = LEADING) -> str:
-    """All lines that `leading` leaves out, as one: 0 where there are none."""
+    """The sum of all lines that `leading` leaves out: 0 if there are none."""
     return f"clamp_min(sum({expression}) - sum({leading(by, expression, size, limit)}), 0)"

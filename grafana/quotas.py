@@ -1,4 +1,4 @@
-"""Quotas: who is near one, when it will be reached, and what is used of what is allowed."""
+"""Panels about quotas: who is near one, when it will be reached, and what is used of each limit."""
 
 from grafana_foundation_sdk.models import dashboard
 
@@ -7,7 +7,7 @@ from panels import AMOUNT, GREEN, ORANGE, RED, SHARE, About, Line, Look, Step, c
 from promql import TEAM_OR_ORG, leading, ledger, select
 from tables import Column, grid
 
-QUOTA = "team, measure, per"  # the organisation's quotas bear the team `-`
+QUOTA = "team, measure, per"  # the organisation's quotas have the team `-`
 USED = ledger(QUOTA, "estimate_proxy_quota_used", TEAM_OR_ORG)
 LIMIT = ledger(QUOTA, "estimate_proxy_quota_limit", TEAM_OR_ORG)
 USED_SHARE = f"{USED} / {LIMIT}"
@@ -26,7 +26,7 @@ USED_COLUMN = Column(
     unit=SHARE,
     steps=QUOTA_STEPS,
     gauge=True,
-    without="nothing allowed",  # a limit of 0 has no shares
+    without="limit is 0",  # a limit of 0 has no ratio
 )
 
 
@@ -36,19 +36,24 @@ def near() -> Row:
         (
             nearest_to_a_quota(),
             quotas_from(
-                "Quotas used up", "Quotas with nothing left in their window, the organisation's included.", 1, RED
+                "Quotas used up",
+                "Quotas with nothing left in their window, including those of the organisation.",
+                1,
+                RED,
             ),
-            quotas_from("Quotas from 80 %", "Quotas used to 80 % or more; those used up are among them.", NEAR, ORANGE),
+            quotas_from(
+                "Quotas from 80 %", "Quotas used to 80 % or more, including those that are used up.", NEAR, ORANGE
+            ),
         ),
     )
 
 
 def limits() -> Row:
-    return Row("What is used of what is allowed?", (used_against_limit(), used_over_time()))
+    return Row("How much of each limit is used?", (used_against_limit(), used_over_time()))
 
 
 def seconds_until_reached() -> str:
-    """When each quota is used up if its window goes on as it did so far; 0 where it is, -1 where not in this window.
+    """Seconds until each quota is used up at the pace so far; 0 if it is used up, -1 if not in this window.
 
     At an even pace a limit is reached after limit/used of the time that has passed since the window began, which is
     limit/used - 1 of that time from now.
@@ -67,9 +72,9 @@ def nearest_to_a_quota() -> dashboard.Panel:
     return grid(
         About(
             "Nearest to a quota",
-            "Each quota of the chosen teams and of the organisation, the fullest first: orange from 80 % of it, red"
-            " when it is used up. 'Reached in' assumes that the window goes on as it did since it began: it is worked"
-            " out of what is used, the limit, and how much of the window has passed.",
+            "Each quota of the selected teams and of the organisation, the fullest first: orange from 80 %, red when"
+            " it is used up. 'Reached in' assumes the pace since the window began: it is computed from what is used,"
+            " the limit, and how much of the window has passed.",
             AMOUNT,
             16,
         ),
@@ -92,8 +97,8 @@ def used_against_limit() -> dashboard.Panel:
     return grid(
         About(
             "Used against limit, by team",
-            "What each quota allows in its running window, what is used and what is left; the largest limit first. A"
-            " negative rest was admitted: by a quota that only warns, or by one whose limit was lowered.",
+            "The limit of each quota in its current window, what is used and what is left; the largest limit first. A"
+            " negative amount left means that a quota only warns, or that its limit was lowered.",
             AMOUNT,
             12,
             10,
@@ -116,7 +121,7 @@ def used_over_time() -> dashboard.Panel:
     about = About(
         "The fullest quotas over time",
         "The ten quotas that are fullest at the end of the time range, as shares of their limits: orange line at 80"
-        " %, red line at the limit. A line falls to nothing where a new window begins. The team `-` is the whole"
+        " %, red line at the limit. A line falls to 0 when a new window begins. The team `-` is the whole"
         " organisation.",
         SHARE,
         12,

@@ -1,7 +1,7 @@
-"""Estimated spend: what the teams had priced, in calendar windows, and how near they are to their quotas.
+"""The dashboard *Estimated spend*: what teams estimated, in calendar windows, and how close they are to their quotas.
 
-Amounts come from the ledger's gauges, which are exact. Only what the gauges do not know (credits by model, what
-happened in the chosen time range) comes from counters, and the panel says so.
+Amounts come from the ledger's gauges, which are exact. Only what the gauges do not have (credits by model, events in
+the time range) comes from counters, and the panel says so.
 """
 
 from grafana_foundation_sdk.models import dashboard
@@ -60,20 +60,20 @@ REFUSED = 'outcome=~"' + "|".join(REASONS) + '"'
 
 
 def board() -> Board:
-    """The dashboard for finance and for whoever sets the quotas."""
+    """The dashboard for finance and for those who set quotas."""
     return Board(
         uid=SPEND,
         title="Estimated spend",
-        reads="What the teams had estimated, by team and model, and how near that is to their quotas.",
+        reads="What teams estimated, by team and model, and how close they are to their quotas.",
         since="now-7d",
         refresh="1m",
-        link=link_to(GATEWAY, "Gateway", "How the gateway itself is doing"),
+        link=link_to(GATEWAY, "Gateway", "The state of the gateway itself"),
         rows=rows(),
     )
 
 
 def rows() -> tuple[Row, ...]:
-    """The questions, in the order in which they are asked."""
+    """The rows, from top to bottom."""
     return (
         Row(
             "How much has been estimated?",
@@ -92,7 +92,7 @@ def rows() -> tuple[Row, ...]:
         quotas.limits(),
         Row("When was it estimated?", (credits_an_hour(),)),
         Row(
-            "What was refused, and what passed uncounted?",
+            "What was refused, admitted with a warning, or unpriced?",
             (refused_over_time(), refused_by_team(), warned(), unpriced()),
         ),
         Row("What is left on the account?", (balance_over_time(), balance_and_age())),
@@ -100,12 +100,12 @@ def rows() -> tuple[Row, ...]:
 
 
 def window_credits(per: str) -> str:
-    """Estimated credits of each team in the running day, week or month."""
+    """Estimated credits of each team in the current day, week or month."""
     return ledger("team", "estimate_proxy_window_estimated_credits", TEAM, f'per="{per}"')
 
 
 def month_at_this_pace() -> str:
-    """What the month will come to if it goes on as it did since it began."""
+    """The month's total at its pace so far."""
     start, end = (select(f"estimate_proxy_window_{edge}_timestamp_seconds", 'per="month"') for edge in ("start", "end"))
     return f"sum({window_credits('month')}) * (max({end}) - max({start})) / (time() - max({start}))"
 
@@ -113,8 +113,8 @@ def month_at_this_pace() -> str:
 def estimated_in(title: str, per: str) -> dashboard.Panel:
     about = About(
         f"Estimated {title}",
-        f"Credits estimated for the chosen teams in the running calendar {per}, in the organisation's time zone."
-        " Exact, out of the ledger. Every answered estimate counts, hit or miss, each time it is asked: this is what"
+        f"Credits estimated for the selected teams in the current calendar {per}, in the organisation's time zone."
+        " Exact, from the ledger. Every answered estimate counts, hit or miss, each time it is requested: this is what"
         " teams plan, not what the account was charged.",
         AMOUNT,
         6,
@@ -126,8 +126,7 @@ def estimated_in(title: str, per: str) -> dashboard.Panel:
 def estimated_at_this_pace() -> dashboard.Panel:
     about = About(
         "This month, at this pace",
-        "What the running month will come to if it goes on as it did since it began. On its first day this says"
-        " little.",
+        "The total of the current month at its pace so far. On its first day this says little.",
         AMOUNT,
         6,
         4,
@@ -142,8 +141,8 @@ def estimated_by_team() -> dashboard.Panel:
     return grid(
         About(
             "Estimated credits, by team",
-            "The running day, week and month of each chosen team, the most in this month first. Exact, out of the"
-            " ledger. The share is of all teams, chosen or not. Click a team to see it alone.",
+            "The current day, week and month of each selected team, the largest month first. Exact, from the ledger."
+            " The share is of all teams, selected or not. Click a team to see only that team.",
             AMOUNT,
             16,
             9,
@@ -161,7 +160,7 @@ def estimated_by_team() -> dashboard.Panel:
 def shares_of_teams() -> dashboard.Panel:
     about = About(
         "Shares of this month, by team",
-        "The ten teams with the most estimated credits in the running month, and all other chosen ones together.",
+        "The ten teams with the most estimated credits in the current month, and all other selected teams together.",
         AMOUNT,
         8,
         9,
@@ -174,9 +173,9 @@ def estimated_by_model() -> dashboard.Panel:
     return grid(
         About(
             "Estimated credits, by model",
-            "What the chosen teams had priced in the chosen time range, the most first. Prometheus works this out of"
-            " counters and extrapolates to the edges of the range; the exact numbers, in calendar days, come from"
-            " `/v1/usage` and `estimate-proxy usage`, by model.",
+            "Estimated credits of the selected teams in the time range, the largest first. Prometheus computes this"
+            " from counters and extrapolates to the edges of the range; for exact numbers in calendar days use"
+            " `/v1/usage` or `estimate-proxy usage`, by model.",
             AMOUNT,
             16,
             9,
@@ -191,8 +190,8 @@ def estimated_by_model() -> dashboard.Panel:
 def shares_of_models() -> dashboard.Panel:
     about = About(
         "Shares of the time range, by model",
-        "The ten models with the most estimated credits in the chosen time range, and all others together."
-        " Extrapolated by Prometheus.",
+        "The ten models with the most estimated credits in the time range, and all others together. Extrapolated by"
+        " Prometheus.",
         AMOUNT,
         8,
         9,
@@ -201,7 +200,7 @@ def shares_of_models() -> dashboard.Panel:
 
 
 def _largest(label: str, amounts: str) -> tuple[Line, Line]:
-    """The largest amounts, and the sum of those left out: 0 where none is."""
+    """The largest amounts, and the sum of the others: 0 if there are none."""
     largest = f"topk({LEADING}, {amounts})"
     return Line(largest, f"{{{{{label}}}}}"), Line(f"clamp_min(sum({amounts}) - sum({largest}), 0)", REST)
 
@@ -210,8 +209,8 @@ def credits_an_hour() -> dashboard.Panel:
     pace, size = f"{rate('team', CREDITS, TEAM)} * 3600", increase_at_end("team", CREDITS, TEAM)
     about = About(
         "Estimated credits an hour, by team",
-        "The pace at each moment, as credits an hour: the ten teams with the most in the time range, and all other"
-        " chosen ones together. From counters, so good for the shape and not for amounts.",
+        "The pace in credits an hour: the ten teams with the most in the time range, and all other selected teams"
+        " together. From counters, so use it for the shape and not for amounts.",
         SHORT,
         24,
         10,
@@ -227,8 +226,8 @@ def credits_an_hour() -> dashboard.Panel:
 def refused_over_time() -> dashboard.Panel:
     about = About(
         "Estimates refused, by reason",
-        "What the gateway itself turned away, a minute: over a quota, over the rate, without a good token, and so on."
-        " What RenderNet turned away or failed at is on the other dashboard.",
+        "Estimates that the gateway itself refused, a minute: over a quota, over the rate, without a valid token, and"
+        " so on. RenderNet's refusals and failures are on the other dashboard.",
         PER_MINUTE,
         14,
     )
@@ -240,9 +239,9 @@ def refused_over_time() -> dashboard.Panel:
 def refused_by_team() -> dashboard.Panel:
     return grid(
         About(
-            "Who was refused",
-            "Estimates that the gateway turned away in the time range, by team and reason, the most first. The team"
-            " `-` is whoever came without a good token.",
+            "Estimates refused, by team",
+            "Estimates that the gateway refused in the time range, by team and reason, the largest first. The team"
+            " `-` stands for requests without a valid token.",
             AMOUNT,
             10,
         ),
@@ -258,8 +257,8 @@ def refused_by_team() -> dashboard.Panel:
 def warned() -> dashboard.Panel:
     return grid(
         About(
-            "Admitted past a quota that warns",
-            'Estimates that passed a quota with `on_exceed = "warn"` in the time range: answered, counted, and'
+            "Admitted over a quota that warns",
+            'Estimates that exceeded a quota with `on_exceed = "warn"` in the time range: answered, counted, and'
             " flagged.",
             AMOUNT,
             14,
@@ -278,8 +277,8 @@ def unpriced() -> dashboard.Panel:
     return grid(
         About(
             "Answered without a price",
-            "Answers of RenderNet in the time range that named no usable price, by team: passed on or refused, and"
-            " missing from every amount above. An unknown price is never 0.",
+            "RenderNet's answers without a usable price in the time range, by team: passed on or refused, and missing"
+            " from every amount above. An unknown price is never 0.",
             AMOUNT,
             10,
         ),
@@ -293,8 +292,8 @@ def balance_over_time() -> dashboard.Panel:
     lowest = f"bottomk({LEADING}, max by (account) ({select(BALANCE)} @ end()))"
     about = About(
         "Balance of the account",
-        "Credits left at RenderNet, as its newest answer said; the ten accounts with the least. It falls by"
-        " generations, which do not pass through this gateway: an estimate takes nothing from it.",
+        "Credits left at RenderNet, from its newest answer; the ten accounts with the least. Generations reduce it,"
+        " and they do not pass through this gateway; estimates do not.",
         AMOUNT,
         14,
     )
@@ -305,8 +304,8 @@ def balance_and_age() -> dashboard.Panel:
     return grid(
         About(
             "Balance and its age",
-            "The newest balance known of each account, and how long ago RenderNet said it. It grows old where nobody"
-            " asks.",
+            "The newest known balance of each account, and how long ago RenderNet reported it. Without requests it"
+            " grows old.",
             AMOUNT,
             10,
         ),

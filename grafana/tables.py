@@ -1,7 +1,7 @@
 """Tables: a row for each group of labels, a column for each label and each query, sorted, in pages.
 
-Every query is asked once, at the end of the time range. Grafana merges the answers by the labels they share, so that a
-row without an answer to one of the queries has an empty cell there and not a wrong one.
+Every query runs once, at the end of the time range. Grafana merges the results by their common labels, so a row without
+a result for one of the queries has an empty cell there and not a wrong one.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ Words = Mapping[str, tuple[str, str | None]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Column:
-    """A column: of the label `label`, or of the answers to `expr`."""
+    """A column: the label `label`, or the results of `expr`."""
 
     title: str
     label: str = ""
@@ -26,13 +26,13 @@ class Column:
     steps: Sequence[Step] = ()
     gauge: bool = False
     words: Words = dataclasses.field(default_factory=dict)
-    without: str = ""  # what stands where there is no number
+    without: str = ""  # the text where there is no number
     link: str = ""
     width: int | None = None
 
 
 def grid(about: About, *columns: Column, most: str) -> dashboard.Panel:
-    """A table that begins with the greatest value of the column `most`."""
+    """A table that is sorted by the column `most`, the largest value first."""
     sources = _sources(columns)
     queries = [at_the_end(Line(column.expr, "")) for column in columns if column.expr]
     for query in queries:
@@ -63,21 +63,21 @@ def grid(about: About, *columns: Column, most: str) -> dashboard.Panel:
 
 
 class _Paged(table.Options):
-    """Grafana 12.2 has moved the switch for pages out of the footer. This sets it in both places."""
+    """Grafana 12.2 moved the switch for pages out of the footer. This sets it in both places."""
 
     def to_json(self) -> dict[str, object]:
         return super().to_json() | {"enablePagination": True}
 
 
 def _sources(columns: Sequence[Column]) -> list[str]:
-    """What Grafana calls the columns before they are renamed."""
+    """Grafana's names of the columns before they are renamed."""
     letters = iter("ABCDEFGH")
     single = sum(bool(column.expr) for column in columns) == 1
     return [column.label or ("Value" if single else f"Value #{next(letters)}") for column in columns]
 
 
 def column_override(column: Column) -> dashboard.DashboardFieldConfigSourceOverrides:
-    """What one column has of its own."""
+    """The settings of one column."""
     properties: dict[str, object] = {}
     if column.unit:
         properties["unit"] = column.unit
