@@ -4,8 +4,8 @@ Rules for all of them:
 
 * A gauge from the ledger is equal on every replica: `ledger` takes the maximum and never the sum.
 * A counter belongs to its process: rates and increases are summed.
-* A rate is over `$__rate_interval`. An increase over the whole time range is queried once, at its end (an instant query,
-  or a selection with `@ end()`), because only there does `$__range` cover the selected range.
+* A rate is over `$__rate_interval`. An increase over the whole time range is queried once, at its end (an instant
+  query, or a selection with `@ end()`), because only there does `$__range` cover the selected range.
 * Charts draw a bounded number of lines: `leading` keeps the largest ones, `others` adds up the rest.
 * No expression relies on a recording rule.
 """
