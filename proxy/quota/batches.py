@@ -114,7 +114,7 @@ class LedgerBatcher:
         """Books buffered debits, unless this batch was booked before."""
         script_args = ScriptArgs(self._keys, flush=batch.name)
         for debit in batch.rows:
-            script_args.add_debit(debit.charge, debit.counters, debit.requests)
+            script_args.add("apply", debit.charge, debit.counters, requests=debit.requests)
         await self._call(script_args)
 
     def decide(
@@ -277,4 +277,4 @@ class LedgerBatcher:
 
 def _quota_state(limits: TeamLimits, counters: CounterSet, now_us: int, state: Sequence[int]) -> QuotaState:
     tat_us, *used = state
-    return QuotaState.at(now_us, limits, counters.windows, tat_us, tuple(used), counters.policy_field)
+    return QuotaState(limits, counters.windows, now_us, tat_us, tuple(used), counters.policy_field)

@@ -53,20 +53,20 @@ class Verdict(NamedTuple):
 
 
 class LedgerReply(NamedTuple):
-    """What a call returned. After `now_us`, everything is empty if nothing was written.
+    """What a call returned: only the time if it wrote nothing.
 
-    in_windows: False if nothing was done because the store's clock is outside of the windows of the arguments.
-    ledger_id: None if this flush was booked before.
+    ledger_id: None if nothing was written.
     states: for each counter set the team's TAT in µs and the use of each quota, after all entries.
+    in_windows: False if nothing was written because the store's clock is outside of the windows.
     """
 
     now_us: int
-    in_windows: bool = True
     ledger_id: bytes | None = None
     created_ms: int = 0
     is_new: bool = False
     verdicts: Sequence[Verdict] = ()
     states: Sequence[Sequence[int]] = ()
+    in_windows: bool = True
 
 
 class ScriptArgs:
@@ -100,42 +100,33 @@ class ScriptArgs:
         requests: int = 1,
         admitted_on: CounterSet | None = None,
     ) -> None:
-        """Adds an entry that is valid while the store's clock is in the windows of `counters`.
+        """Adds requests of now or, with the operation `apply`, of any time.
 
         admitted_on: the counters on which the request is booked, if it was admitted before.
         """
-        valid = counters.valid
-        self._valid = Window(max(self._valid.start_s, valid.start_s), min(self._valid.end_s, valid.end_s))
-        self._add(operation, charge, counters, requests, admitted_on or counters)
-
-    def add_debit(self, charge: Charge, counters: CounterSet, requests: int) -> None:
-        """Adds requests that were admitted without the ledger. Valid at any time."""
-        self._add("apply", charge, counters, requests, counters)
+        if operation != "apply":
+            start_s, end_s = counters.valid.start_s, counters.valid.end_s
+            self._valid = Window(max(self._valid.start_s, start_s), min(self._valid.end_s, end_s))
+        credits_micro = "" if charge.credits_micro is None else charge.credits_micro
+        number, admitted_number = self._number_of(counters), self._number_of(admitted_on or counters)
+        self._entries += (operation, number, requests, credits_micro, charge.model, charge.outcome, admitted_number)
+        self._entry_count += 1
 
     def state_of(self, counters: CounterSet, reply: LedgerReply) -> Sequence[int]:
         """The row of the reply's `states` for these counters."""
         return reply.states[self._numbers[counters] - 1]
 
-    def _add(
-        self, operation: Operation, charge: Charge, counters: CounterSet, requests: int, admitted_on: CounterSet
-    ) -> None:
-        credits_micro = "" if charge.credits_micro is None else charge.credits_micro
-        number, admitted_number = self._number_of(counters), self._number_of(admitted_on)
-        self._entries += (operation, number, requests, credits_micro, charge.model, charge.outcome, admitted_number)
-        self._entry_count += 1
-
     def _number_of(self, counters: CounterSet) -> int:
         """The number of a counter set, which is added on first use, the organisation's before the team's."""
         if counters not in self._numbers:
             org_number = self._number_of(counters.org) if counters.org else 0
-            team = counters.team
-            if team is None:
-                self._counter_sets += (org_number, 0, "", 0, 0)
-            else:
-                self._keys += (team.usage_key, team.rate_key)
+            if team := counters.team:
                 rate = team.rate
-                args = (org_number, team.usage_expires_ms, team.id, rate.interval_us, rate.burst_tolerance_us)
-                self._counter_sets += args
+                self._keys += (team.usage_key, team.rate_key)
+                self._counter_sets += (org_number, team.usage_expires_ms, team.id)
+                self._counter_sets += (rate.interval_us, rate.burst_tolerance_us)
+            else:
+                self._counter_sets += (org_number, 0, "", 0, 0)
             self._keys += counters.expires_ms
             self._counter_sets += (len(counters.expires_ms), *counters.expires_ms.values(), len(counters.quotas))
             for quota in counters.quotas:
@@ -150,12 +141,5 @@ def read_reply(reply: Sequence[Any]) -> LedgerReply:
             return LedgerReply(now_us, in_windows=False)
         case [now_us, _]:
             return LedgerReply(now_us)
-    now_us, ledger_id, created_ms, is_new, verdicts, states = reply
-    return LedgerReply(
-        now_us,
-        ledger_id=ledger_id,
-        created_ms=int(created_ms),
-        is_new=bool(is_new),
-        verdicts=[Verdict(*verdict) for verdict in verdicts],
-        states=states,
-    )
+    now_us, ledger_id, created_ms, is_new, rows, states = reply
+    return LedgerReply(now_us, ledger_id, int(created_ms), bool(is_new), [Verdict(*row) for row in rows], states)

@@ -109,7 +109,7 @@ class Charge:
 class QuotaState:
     """A team's state at `now_us` of the store's clock.
 
-    tat_offset_us: how far the TAT is ahead of the clock, from 0 to the burst tolerance.
+    tat_us: the TAT as it is stored, 0 if there is none.
     used: the use of each quota in requests or micro-credits, in the order of `limits.quotas`.
     policy_field: the value of `RateLimit-Policy`, if the caller keeps it; it is the same for many states.
     """
@@ -117,28 +117,19 @@ class QuotaState:
     limits: TeamLimits
     windows: Mapping[Period, Window]
     now_us: int
-    tat_offset_us: int
+    tat_us: int
     used: Sequence[int]
     policy_field: bytes = b""
     _header_lines: tuple[bytes, ...] = ()
 
-    @classmethod
-    def at(
-        cls,
-        now_us: int,
-        limits: TeamLimits,
-        windows: Mapping[Period, Window],
-        tat_us: int,
-        used: Sequence[int],
-        policy_field: bytes = b"",
-    ) -> "QuotaState":
-        """The state by what the store holds: `tat_us` is 0 if it holds no TAT.
+    @property
+    def tat_offset_us(self) -> int:
+        """How far the TAT is ahead of the clock.
 
-        The TAT is bounded as `lua/ledger_decide.lua` does it: after a change of the rate, or
-        of the clock, a team waits at most one interval.
+        Bounded as in `lua/ledger_decide.lua`: after a change of the rate, or of the clock, a team waits at most one
+        interval.
         """
-        tat_offset_us = min(max(tat_us - now_us, 0), limits.rate.burst_tolerance_us)
-        return cls(limits, windows, now_us, tat_offset_us, used, policy_field)
+        return min(max(self.tat_us - self.now_us, 0), self.limits.rate.burst_tolerance_us)
 
     @property
     def header_lines(self) -> tuple[bytes, ...]:

@@ -142,7 +142,7 @@ class LedgerReader:
     def _quota_state(self, limits: TeamLimits, values: _LedgerValues) -> QuotaState:
         tat_us = values.tats_us[self._keys.rate(limits.team)]
         used = [self._used(limits, quota, values) for quota in limits.quotas]
-        return QuotaState.at(values.now_us, limits, values.plan.windows, tat_us, used)
+        return QuotaState(limits, values.plan.windows, values.now_us, tat_us, used)
 
     def _used(self, limits: TeamLimits, quota: Quota, values: _LedgerValues) -> int:
         window = values.plan.windows[quota.per]

@@ -14,6 +14,7 @@
 --   reply { now in µs } if the counter sets are not valid now: nothing was written
 --         { now in µs, '' } if the marker exists: nothing was written
 --         { now in µs, id, creation time in ms, 1 if it is new, verdict of each entry, state of each counter set }
+--         error 'FULL' if a counter would come near the end of the store's integers: nothing was written
 --         A verdict is { 'ok' | 'rate' | numbers of the exceeded quotas, with commas; number of admitted requests;
 --         model; state at the decision, if a request is refused or a quota only warns }. A state is { TAT in µs; use of
 --         each quota, the team's and then the organisation's }, after all entries; the organisation's state is {}.
@@ -34,6 +35,7 @@
 --   The sums that a call adds are below 2^53, where Lua's numbers are exact: `ledger_script.py` limits the amounts. The
 --   limits of quotas are, too. A counter may be above: then it is read inexactly, but as above its limit, and HINCRBY
 --   still adds to it exactly.
+
 -- The limit for the organisation's month. Its week can be twice as high, and the store's integers end at 9.2e18.
 local MAX_COUNTER = 4e18
 local call = redis.call

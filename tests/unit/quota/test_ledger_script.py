@@ -69,7 +69,7 @@ def test_keys_and_arguments_are_in_the_order_that_the_script_documents() -> None
 
 def test_a_flush_has_a_marker_and_no_windows() -> None:
     script_args = ScriptArgs(KEYS, flush="9a")
-    script_args.add_debit(HIT, TEAM, 2)
+    script_args.add("apply", HIT, TEAM, requests=2)
     assert script_args.keys[3] == KEYS.flush("9a")
     assert script_args.args("7f")[:2] == (0, 2**53 // 10**6 * 10**6)
     assert script_args.args("7f")[-7:] == ("apply", 2, 2, 4_000_000, "Flux", "hit", 2)

@@ -33,7 +33,8 @@ def quota_state(
     quotas: Mapping[Quota, int] = {}, rate: Rate = RATE, *, tat_offset_us: int = 0, now_us: int = NOW_US
 ) -> QuotaState:
     """A team's state. `quotas`: the use of each quota."""
-    return QuotaState(TeamLimits("design", rate, tuple(quotas)), WINDOWS, now_us, tat_offset_us, tuple(quotas.values()))
+    limits, tat_us = TeamLimits("design", rate, tuple(quotas)), now_us + tat_offset_us
+    return QuotaState(limits, WINDOWS, now_us, tat_us, tuple(quotas.values()))
 
 
 def policies(state: QuotaState) -> str:
@@ -98,7 +99,7 @@ def test_a_team_that_paused_has_its_whole_burst() -> None:
     [(0, 0), (NOW_US - 1, 0), (NOW_US, 0), (NOW_US + 20_000, 20_000), (NOW_US + 9_000_000, 2_000_000)],
 )
 def test_a_stored_tat_counts_from_now_to_the_burst_tolerance(tat_us: int, tat_offset_us: int) -> None:
-    state = QuotaState.at(NOW_US, TeamLimits("design", RATE, ()), {}, tat_us, ())
+    state = QuotaState(TeamLimits("design", RATE, ()), {}, NOW_US, tat_us, ())
     assert state.tat_offset_us == tat_offset_us
 
 
