@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from random import Random
@@ -43,7 +43,7 @@ from proxy.demo.setup import (
     new_token,
     scrape_config_text,
 )
-from proxy.demo.simulator import Fault, Simulator
+from proxy.demo.simulator import Responder, Simulator, busy, chunked, error_in_200, html_page, server_error
 from proxy.demo.traffic import QUERY, Tally, Traffic
 from proxy.embedded.child import die_with_parent
 from proxy.embedded.locks import locked_dir
@@ -52,14 +52,14 @@ from proxy.telemetry.descriptors import raise_limit
 LATENCY_S: Final = (0.06, 0.25)
 BALANCE: Final = 10_000
 SPEND_EVERY: Final = 3
-FAULTS: Final = {
-    Fault.SERVER_ERROR: 0.04,
-    Fault.BUSY_FOR_NO_TIME: 0.03,  # one that names a time would keep the gateway from asking for pasted commands too
-    Fault.ERROR_IN_200: 0.04,
-    Fault.CHUNKED: 0.06,
-    Fault.HTML_PAGE: 0.03,
+FAULTS: Final[Mapping[Responder, float]] = {
+    server_error: 0.04,
+    busy: 0.03,  # without Retry-After, because a pause would hold for pasted commands too
+    error_in_200: 0.04,
+    chunked: 0.06,
+    html_page: 0.03,
 }
-"""Probabilities, for requests of the live traffic alone."""
+"""Probabilities, for requests of the live traffic only."""
 
 READY_TIMEOUT_S: Final = 15.0
 STOP_TIMEOUT_S: Final = 5.0

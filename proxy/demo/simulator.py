@@ -1,17 +1,14 @@
-"""A look-alike of RenderNet's estimate API, for the demo and as the upstream of the tests.
+"""A simulator of RenderNet's estimate API, for the demo and as the upstream of the tests.
 
-Rules of this file:
-
-* Paths, header names and the shapes of answers follow RenderNet's documentation. **Prices and error codes
-  are invented**: nothing here says what a generation costs.
-* A price is a pure function of the body. Seed, prompt and sampler do not matter, unknown members neither;
-  a value that cannot be used counts as its default, so any array of objects has a price.
-* A fault wins over every check. It either takes the place of the ordinary answer or deforms it.
-* Chance comes from the seed alone. The app lives on one event loop; a test drives it from any thread.
+* Paths, header names and the shapes of answers follow RenderNet's documentation. **Prices and error codes are
+  invented**: nothing here says what a generation costs.
+* A price is a pure function of the body. Seed, prompt, sampler and unknown members do not change it. A value that
+  cannot be used counts as its default, so any array of objects has a price.
+* A fault is a `Responder`. It is applied after all checks, and replaces or changes the ordinary answer.
+* All randomness comes from the seed. The app runs on one event loop; tests control it from any thread.
 """
 
 import asyncio
-import re
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -19,16 +16,15 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
-from enum import StrEnum, auto
 from random import Random
 from typing import Any, Final, Self, TypeAlias
 
 import orjson
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 Item: TypeAlias = Mapping[str, Any]
 
@@ -45,9 +41,7 @@ _MODEL_CREDITS: Final[Mapping[str, Decimal]] = {
 
 _SPENT_AT_ONCE: Final = 3
 _MAX_RECEIVED: Final = 10_000
-_MAX_HANG_S: Final = 60.0
 _CHUNK_BYTES: Final = 7
-_PADDING_BYTES: Final = 2 * 1024 * 1024 + 1
 
 
 def estimate(items: Sequence[Item]) -> Decimal:
@@ -56,7 +50,7 @@ def estimate(items: Sequence[Item]) -> Decimal:
 
 
 def price_of(item: Item) -> Decimal:
-    """Credits for one generation object. The first mode present decides; null is absent."""
+    """Credits for one generation object. The first mode that is present decides; null counts as absent."""
     credits_of = next((price for name, price in _MODES if item.get(name) is not None), _image_credits)
     batch_size = int(_number(item.get("batch_size"), default=1, most=100))
     return _up_to_quarter(credits_of(item)) * batch_size
@@ -110,11 +104,11 @@ def _member(item: Item, outer: str, inner: str) -> Any:
 
 
 def _number(value: Any, *, default: int, most: int) -> Decimal:
-    """What the value means if that is a number from 1 to `most`, be it written as text; else the default."""
+    """The value if it is a number from 1 to `most`, or text that spells one; else the default."""
     if not isinstance(value, int | float | str):
         return Decimal(default)
     try:
-        number = Decimal(str(value))  # a boolean's text is no number
+        number = Decimal(str(value))  # a boolean's text is not a number
     except (ArithmeticError, ValueError):
         return Decimal(default)
     return number if number.is_finite() and 1 <= number <= most else Decimal(default)
@@ -122,30 +116,6 @@ def _number(value: Any, *, default: int, most: int) -> Decimal:
 
 def _up_to_quarter(amount: Decimal) -> Decimal:
     return (amount / _QUARTER).to_integral_value(ROUND_CEILING) * _QUARTER
-
-
-class Fault(StrEnum):
-    SERVER_ERROR = auto()
-    BUSY = auto()
-    BUSY_FOR_NO_TIME = auto()
-    ERROR_IN_200 = auto()
-    CHUNKED = auto()
-    HTML_PAGE = auto()
-    HTML_IN_200 = auto()
-    REFUSED_KEY = auto()
-    FORBIDDEN = auto()
-    ECHOES_KEY = auto()
-    ECHOES_KEY_ESCAPED = auto()
-    UNPRICED_TEXT = auto()
-    UNPRICED_NULL = auto()
-    UNPRICED_NEGATIVE = auto()
-    UNPRICED_BOOL = auto()
-    UNPRICED_HUGE = auto()
-    TRUNCATED_JSON = auto()
-    OVERSIZED = auto()
-    EXTRA_DATA = auto()
-    REDIRECT = auto()
-    HANG = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +134,7 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A request with its ordinary answer: what a handler makes the real answer of."""
+    """A request with its ordinary answer, which a responder may replace or change."""
 
     received: Received
     status: int
@@ -172,41 +142,32 @@ class Exchange:
 
 
 Responder: TypeAlias = Callable[[Exchange], ASGIApp]
-"""Takes an exchange, returns a Starlette response or any other ASGI app that answers."""
+"""Returns a Starlette response, or any other ASGI app that answers."""
 
 
-def _refusing(status: int, code: str, message: str, **headers: str) -> Responder:
-    return lambda _: _json(status, _envelope(code, message), **headers)
+def refuse(status: int, code: str, message: str, **headers: str) -> Responder:
+    return lambda _: json_response(status, envelope(code, message), **headers)
 
 
-def _estimating(spelling: bytes) -> Responder:
-    return lambda exchange: _json(exchange.status, re.sub(rb'(?<="estimated":)[^,]+', spelling, exchange.body))
-
-
-def _adding(members: bytes) -> Responder:
-    more = b'"data":{' + members + b","
-    return lambda exchange: _json(exchange.status, exchange.body.replace(b'"data":{', more, 1))
-
-
-def _ordinary(exchange: Exchange) -> ASGIApp:
-    return _json(exchange.status, exchange.body)
-
-
-def _truncated(exchange: Exchange) -> ASGIApp:
-    return _json(exchange.status, exchange.body[: len(exchange.body) // 2])
-
-
-def _oversized(exchange: Exchange) -> ASGIApp:
-    return _adding(b'"padding":"%b"' % (b"0" * _PADDING_BYTES))(exchange)
-
-
-def _html(status: int) -> Responder:
+def html(status: int) -> Responder:
+    """A page, as a CDN sends one."""
     page = f"<!DOCTYPE html>\n<html><head><title>{status}</title></head><body><h1>Edge</h1></body></html>\n"
     return lambda _: HTMLResponse(page, status)
 
 
-def _chunked(exchange: Exchange) -> ASGIApp:
+def chunked(exchange: Exchange) -> ASGIApp:
+    """The ordinary answer, in chunks of a few bytes."""
     return StreamingResponse(_chunks(exchange.body), exchange.status, media_type="application/json")
+
+
+server_error = refuse(500, "internal_error", "Something went wrong")
+busy = refuse(429, "too_many_requests", "Slow down")
+error_in_200 = refuse(200, "estimate_failed", "No price for this generation")
+html_page = html(502)
+
+
+def _ordinary(exchange: Exchange) -> ASGIApp:
+    return json_response(exchange.status, exchange.body)
 
 
 async def _chunks(body: bytes) -> AsyncIterator[bytes]:
@@ -214,59 +175,16 @@ async def _chunks(body: bytes) -> AsyncIterator[bytes]:
         yield body[start : start + _CHUNK_BYTES]
 
 
-def _echo_key(exchange: Exchange) -> ASGIApp:
-    key = b"".join(exchange.received.api_keys).decode("latin-1")
-    return _json(400, _envelope("invalid_request", f"Unexpected value near {key}"))
-
-
-def _echo_key_escaped(exchange: Exchange) -> ASGIApp:
-    key = "".join(f"\\u{byte:04x}" for byte in b"".join(exchange.received.api_keys))
-    envelope = _envelope("invalid_request", "Unexpected value near <key>")
-    return _json(400, envelope.replace(b"<key>", key.encode()))
-
-
-async def _hang(scope: Scope, receive: Receive, send: Send) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_MAX_HANG_S):
-            await receive()  # the body is in, so this can only be the client leaving
-    await _json(504, _envelope("timeout", "Gave up"))(scope, receive, send)
-
-
-_HANDLERS: Final[Mapping[Fault, Responder]] = {
-    Fault.SERVER_ERROR: _refusing(500, "internal_error", "Something went wrong"),
-    Fault.BUSY: _refusing(429, "too_many_requests", "Slow down", **{"retry-after": "1"}),
-    Fault.BUSY_FOR_NO_TIME: _refusing(429, "too_many_requests", "Slow down"),
-    Fault.ERROR_IN_200: _refusing(200, "estimate_failed", "No price for this generation"),
-    Fault.CHUNKED: _chunked,
-    Fault.HTML_PAGE: _html(502),
-    Fault.HTML_IN_200: _html(200),
-    Fault.REFUSED_KEY: _refusing(401, "unauthorized", "Invalid API key"),
-    Fault.FORBIDDEN: _refusing(403, "forbidden", "The API is not part of your plan"),
-    Fault.ECHOES_KEY: _echo_key,
-    Fault.ECHOES_KEY_ESCAPED: _echo_key_escaped,
-    Fault.UNPRICED_TEXT: _estimating(b'"5"'),
-    Fault.UNPRICED_NULL: _estimating(b"null"),
-    Fault.UNPRICED_NEGATIVE: _estimating(b"-5"),
-    Fault.UNPRICED_BOOL: _estimating(b"true"),
-    Fault.UNPRICED_HUGE: _estimating(b"2000000000"),
-    Fault.TRUNCATED_JSON: _truncated,
-    Fault.OVERSIZED: _oversized,
-    Fault.EXTRA_DATA: _adding(b'"currency":"credits","breakdown":[{"item":0,"credits":1.50}]'),
-    Fault.REDIRECT: lambda _: RedirectResponse("/pub/v1/elsewhere", 302),
-    Fault.HANG: lambda _: _hang,
-}
-
-
-def _json(status: int, body: bytes, **headers: str) -> Response:
+def json_response(status: int, body: bytes, **headers: str) -> Response:
     return Response(body, status, headers, media_type="application/json")
 
 
-def _envelope(code: str, message: str) -> bytes:
+def envelope(code: str, message: str) -> bytes:
     return orjson.dumps({"data": None, "error": {"code": code, "message": message}})
 
 
 class Hold:
-    """Keeps answers back from `Simulator.hold()` until `release()`, or the end of its `with` block."""
+    """Delays answers from `Simulator.hold()` until `release()`, or the end of its `with` block."""
 
     def __init__(self) -> None:
         self._released: Future[None] = Future()
@@ -276,7 +194,7 @@ class Hold:
             self._released.set_result(None)
 
     async def passed(self) -> None:
-        # Shielded, because a cancelled request would otherwise cancel the hold of all the others.
+        # Shielded: otherwise a cancelled request would cancel the hold for all others.
         await asyncio.shield(asyncio.wrap_future(self._released))
 
     def __enter__(self) -> Self:
@@ -289,10 +207,9 @@ class Hold:
 class Simulator:
     """One RenderNet account behind an ASGI app.
 
-    `calls` counts the estimates asked for, each as soon as its body is in; `received` keeps the newest
-    requests, those for other paths too. Every `spend_every` calls somebody in the organisation spends from
-    `balance` (0: nobody does). `faults` gives each fault's probability per request, `latency_s` the least
-    and the greatest delay.
+    calls: the number of estimate requests whose body has arrived. received: the newest requests, to any path.
+    spend_every: after so many calls, the organisation spends some of `balance`; 0: never. faults: the probability of
+    each, per request. latency_s: the shortest and the longest delay.
     """
 
     def __init__(
@@ -302,7 +219,7 @@ class Simulator:
         balance: int = 10_000,
         spend_every: int = 10,
         latency_s: tuple[float, float] = (0.0, 0.0),
-        faults: Mapping[Fault, float] = {},
+        faults: Mapping[Responder, float] = {},
         seed: int = 0,
     ) -> None:
         self.calls = 0
@@ -313,27 +230,27 @@ class Simulator:
         self._latency_s = latency_s
         self._faults = dict(faults)
         self._random = Random(seed)  # noqa: S311 - repeatable chance is the point
-        self._spared: Callable[[Received], bool] = lambda _: False
-        self._script: deque[Fault | Responder | None] = deque()
+        self._is_spared: Callable[[Received], bool] = lambda _: False
+        self._script: deque[Responder | None] = deque()
         self._hold: Hold | None = None
         self._arrival = threading.Condition()
         self.app = self._application()
 
-    def script(self, *answers: Fault | Responder | None) -> None:
-        """The next requests get these in the order they arrive, None being the ordinary answer."""
+    def script(self, *answers: Responder | None) -> None:
+        """Sets the answers to the next requests, in the order in which these arrive. None: the ordinary answer."""
         self._script.extend(answers)
 
-    def spare(self, spared: Callable[[Received], bool]) -> None:
-        """No fault by chance for requests of which `spared` is true; scripted ones they get all the same."""
-        self._spared = spared
+    def spare(self, is_spared: Callable[[Received], bool]) -> None:
+        """Excludes requests from random faults. They still get scripted ones."""
+        self._is_spared = is_spared
 
     def hold(self) -> Hold:
-        """Requests that arrive from now on are received, and answered only after a release."""
+        """Requests that arrive from now on are answered only after a release."""
         self._hold = Hold()
         return self._hold
 
     def arrived(self, calls: int, *, within_s: float = 5.0) -> bool:
-        """Wait, in a thread other than the app's, until so many calls have come in all."""
+        """Waits until that many calls have arrived in total. Not for the app's own thread."""
         with self._arrival:
             return self._arrival.wait_for(lambda: self.calls >= calls, within_s)
 
@@ -347,17 +264,17 @@ class Simulator:
 
     async def _unknown(self, request: Request, _: Exception) -> Response:
         self.received.append(await _read(request))
-        return _json(404, _envelope("not_found", "No such endpoint"))
+        return json_response(404, envelope("not_found", "No such endpoint"))
 
     async def _estimate(self, request: Request) -> ASGIApp:
         received = await _read(request)
-        hold = self._hold  # taken first: one made after this request has arrived is for later ones
-        handler = self._arrive(received)
+        hold = self._hold  # read first: a hold made after this request has arrived is for later ones
+        respond = self._arrive(received)
         if hold is not None:
             await hold.passed()
         await asyncio.sleep(self._random.uniform(*self._latency_s))
-        status, body = self._judge(received)
-        return handler(Exchange(received, status, body))
+        status, body = self._ordinary_answer(received)
+        return respond(Exchange(received, status, body))
 
     def _arrive(self, received: Received) -> Responder:
         with self._arrival:
@@ -365,18 +282,16 @@ class Simulator:
             self.calls += 1
             if self._spend_every and self.calls % self._spend_every == 0:
                 self.balance = max(0, self.balance - _SPENT_AT_ONCE)
-            handler = self._next_handler(received)
+            responder = self._next_responder(received)
             self._arrival.notify_all()
-        return handler
+        return responder
 
-    def _next_handler(self, received: Received) -> Responder:
-        answer = self._script.popleft() if self._script else self._drawn(received)
-        if answer is None:
-            return _ordinary
-        return _HANDLERS[answer] if isinstance(answer, Fault) else answer
+    def _next_responder(self, received: Received) -> Responder:
+        responder = self._script.popleft() if self._script else self._random_fault(received)
+        return responder or _ordinary
 
-    def _drawn(self, received: Received) -> Fault | None:
-        if self._spared(received):
+    def _random_fault(self, received: Received) -> Responder | None:
+        if self._is_spared(received):
             return None
         chance = self._random.random()
         for fault, probability in self._faults.items():
@@ -385,22 +300,22 @@ class Simulator:
                 return fault
         return None
 
-    def _judge(self, received: Received) -> tuple[int, bytes]:
+    def _ordinary_answer(self, received: Received) -> tuple[int, bytes]:
         if received.api_keys != [self._api_key]:
-            return 401, _envelope("unauthorized", "Invalid API key")
+            return 401, envelope("unauthorized", "Invalid API key")
         items = _items(received.body)
         if items is None:
-            return 400, _envelope("invalid_request", "Expected an array of generation objects")
+            return 400, envelope("invalid_request", "Expected an array of generation objects")
         missing = next((text for text in _texts(items) if text.startswith("ast_missing")), None)
         if missing is not None:
-            return 404, _envelope("not_found", f"Asset {missing} not found")
+            return 404, envelope("not_found", f"Asset {missing} not found")
         estimated = json_number(estimate(items))
         return 200, b'{"data":{"estimated":%b,"balance":%d},"error":{}}' % (estimated, self.balance)
 
 
 async def _read(request: Request) -> Received:
     scope = request.scope
-    # The server adds a chunked body's trailers to its list: the headers are those from before the body.
+    # Copied before the body is read: the server appends the trailers of a chunked body to its list.
     headers = list(scope["headers"])
     return Received(scope["path"], scope["query_string"], headers, await request.body())
 
@@ -416,7 +331,7 @@ def _items(body: bytes) -> list[dict[str, Any]] | None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in a JSON value, member names aside. A stack, because a body may nest beyond Python's."""
+    """All strings in a JSON value, without member names. Not recursive: a body may nest deeper than Python's stack."""
     rest = [value]
     while rest:
         match rest.pop():

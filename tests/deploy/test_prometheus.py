@@ -22,12 +22,13 @@ import redis
 
 from alert_rules import ALERTS, RECORDED
 from dashboard_queries import EVERYTHING, Query, dashboards, queries
+from faulty_rendernet import Fault
 from fleet import OwnLedger, own_ledger, priced
 from gateway_fixture import API_KEY, DESIGN, MARKETING, PATH, RETIRED, UpstreamFixture
 from processes import START_S, Tree, address_of, house
 from prometheus import MORNING, PERS, SCRAPER, Point, Prometheus, prometheus, text_of, usage
 from proxy.auth import digest_of, token_of
-from proxy.demo.simulator import Fault, Simulator
+from proxy.demo.simulator import Simulator
 from proxy.gateway.fetcher import AUDIT_PAUSE_S
 from proxy.http.metrics_endpoint import SNAPSHOT_S
 from serving import free_port, wait_until

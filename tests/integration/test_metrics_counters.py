@@ -10,11 +10,11 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from faulty_rendernet import Fault
 from gateway_fixture import DESIGN, MARKETING, PATH, RETIRED, Opened, Scene, break_off, code_of
 from lua_scripts import LUA_SCRIPTS
 from processes import Tree
 from prometheus import MORNING, SCRAPER, scrape
-from proxy.demo.simulator import Fault
 from proxy.gateway.in_flight import MAX_IN_FLIGHT, InFlightTracker
 from proxy.gateway.request import ClientRequest, Result, Trace
 from proxy.http.endpoint import Endpoint

@@ -10,12 +10,12 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
+from faulty_rendernet import Fault
 from fleet import OwnLedger, own_ledger
 from gateway_fixture import DESIGN, MARKETING, Opened, Scene, code_of
 from metric_names import families
 from processes import START_S, Tree
 from prometheus import MORNING, PERS, Scraped, booked, scrape, usage
-from proxy.demo.simulator import Fault
 from proxy.http.metrics_endpoint import SNAPSHOT_S
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.windows import window_of

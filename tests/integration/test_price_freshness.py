@@ -10,9 +10,10 @@ from typing import Any
 import httpx2
 import pytest
 
+from faulty_rendernet import Fault
 from gateway_fixture import DESIGN, MARKETING, Opened, Scene, answers, cache_status, code_of
 from proxy.auth import digest_of, token_of
-from proxy.demo.simulator import Fault, Responder
+from proxy.demo.simulator import Responder
 from proxy.problems import StoreUnavailable
 from proxy.store.client import Script, Store
 from serving import wait_until

@@ -8,10 +8,10 @@ from decimal import Decimal
 import httpx2
 import pytest
 
+from faulty_rendernet import Fault
 from fleet import OwnLedger, own_ledger
 from gateway_fixture import Scene, cache_status, code_of
 from lateness import assert_in_time
-from proxy.demo.simulator import Fault
 from proxy.store.client import COOLDOWN_S
 from quota_scenes import FLUX, ONE, Limited, exceeded, explained, get, quota, requests, row, usage, used
 from serving import free_port, wait_until

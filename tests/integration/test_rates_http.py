@@ -8,8 +8,8 @@ from decimal import Decimal
 import httpx2
 import pytest
 
+from faulty_rendernet import Fault
 from gateway_fixture import MARKETING, Scene, code_of
-from proxy.demo.simulator import Fault
 from proxy.quota.counters import LedgerKeys
 from quota_scenes import FLUX, ONE, SEGMENT, Limited, get, limits, quota, rate, requests, row, shown, usage, used
 

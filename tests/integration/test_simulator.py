@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from proxy.demo.simulator import ESTIMATE_PATH, Exchange, Fault, Simulator, estimate, json_number, price_of
+from faulty_rendernet import Fault
+from proxy.demo.simulator import ESTIMATE_PATH, Exchange, Responder, Simulator, estimate, json_number, price_of
 
 KEY = "rn-canary/+key"
 LEAVING = httpx2.Timeout(5, read=0.2)
@@ -419,7 +420,7 @@ class TestFaults:
         assert {(answer.status_code, answer.content) for answer in answers} == {(400, answers[-1].content)}
 
     def test_chance_repeats_with_its_seed(self, stage: Stage) -> None:
-        faults = {Fault.BUSY: 0.25, Fault.SERVER_ERROR: 0.25}
+        faults: dict[Responder, float] = {Fault.BUSY: 0.25, Fault.SERVER_ERROR: 0.25}
 
         def statuses(seed: int) -> list[int]:
             with stage.serving(Simulator(api_key=KEY, faults=faults, latency_s=(0, 0.001), seed=seed)) as client:

@@ -11,8 +11,8 @@ from email.utils import format_datetime
 
 import pytest
 
+from faulty_rendernet import Fault
 from gateway_fixture import API_KEY, MARKETING, Opened, Scene, answers, break_off, cache_status, code_of
-from proxy.demo.simulator import Fault
 from serving import free_port, wait_until
 
 PRICED = b'{"data":{"estimated":5,"balance":20},"error":{}}'

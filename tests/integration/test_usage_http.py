@@ -5,8 +5,9 @@ from decimal import Decimal
 
 import pytest
 
+from faulty_rendernet import Fault
 from gateway_fixture import DESIGN, EXPIRED, MARKETING, PATH, Scene, answers, cache_status, code_of
-from proxy.demo.simulator import Fault, Responder
+from proxy.demo.simulator import Responder
 from proxy.quota.model_names import MAX_MODELS
 from proxy.upstream.circuit_breaker import MIN_ANSWERS
 from quota_scenes import (

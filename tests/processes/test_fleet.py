@@ -12,12 +12,13 @@ from urllib.parse import urlsplit
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from faulty_rendernet import Fault
 from fleet import BODY, PURGES, Crew, Fleet, after, fleet_of, kinds, priced, results, seconds_until, unread
 from gateway_fixture import PATH, UpstreamFixture, answers, cache_status
 from lateness import assert_in_time
 from processes import Served, address_of, kill
 from proxy.cache.leases import LEASE_S
-from proxy.demo.simulator import Exchange, Fault, Responder, Simulator
+from proxy.demo.simulator import Exchange, Responder, Simulator
 from proxy.gateway.fetcher import MAX_REFRESHES
 from serving import wait_until
 from shared_fixtures import debian_redis

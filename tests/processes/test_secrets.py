@@ -23,11 +23,12 @@ import redis
 from click.testing import CliRunner
 
 import proxy
+from faulty_rendernet import Fault
 from gateway_fixture import PATH, answers, break_off
 from processes import House, Served, address_of, house
 from proxy.auth import digest_of, token_of
 from proxy.cli.commands import main
-from proxy.demo.simulator import Fault, Simulator
+from proxy.demo.simulator import Simulator
 from proxy.embedded.stores import EmbeddedStores
 from proxy.problems import Outcome
 from serving import serving, wait_until
