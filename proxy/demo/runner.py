@@ -1,12 +1,12 @@
-"""The demo: the real gateway, a simulated RenderNet and three teams, all on this machine and in one temporary folder.
+"""Runs the demo: the real gateway, a simulated RenderNet and three teams, on this machine, in one temporary folder.
 
-* The gateway is `serve` as a child process, with a config file that a user may read as an example. Of the environment
-  it gets nothing that could change it.
-* One asyncio task does everything else. SIGINT, SIGTERM and a closed terminal cancel it, once, and what was opened is
-  closed on the way out: traffic, gateway, simulated RenderNet, folder.
-* Killed with -9, the demo takes the gateway along; its folder stays behind.
-* The folder is locked, so that systemd-tmpfiles does not clean it however long the demo runs.
-* Commands are printed unwrapped and uncoloured: they are there to be pasted.
+* The gateway is `serve` as a child process, with a config file that users may read as an example. Environment variables
+  that could change its settings are removed.
+* One asyncio task does everything else. SIGINT, SIGTERM and a closed terminal cancel it once. It then closes what it
+  has opened: traffic, gateway, simulated RenderNet, folder.
+* If the demo is killed with -9, the gateway ends too; the folder is not removed.
+* The folder is locked, so that systemd-tmpfiles does not clean it during a long demo.
+* Commands are printed without line breaks or colours, so that they can be pasted.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ from proxy.demo.setup import (
     scrape_config_text,
 )
 from proxy.demo.simulator import Responder, Simulator, busy, chunked, error_in_200, html_page, server_error
-from proxy.demo.traffic import QUERY, Tally, Traffic
+from proxy.demo.traffic import QUERY, Traffic, TrafficTotals
 from proxy.embedded.child import die_with_parent
 from proxy.embedded.locks import locked_dir
 from proxy.telemetry.descriptors import raise_limit
@@ -72,7 +72,7 @@ _ANNOUNCEMENT: Final = re.compile(r"\bserving on (http://[^\s\"]+)")
 
 
 class DemoError(Exception):
-    """The demo cannot run, or not go on; the message is one line that says why."""
+    """The demo cannot start or go on; the message is one line that says why."""
 
     def __init__(self, message: str, exit_status: int) -> None:
         super().__init__(message)
@@ -80,85 +80,90 @@ class DemoError(Exception):
 
 
 def run(*, port: int, traffic: bool, prometheus: bool) -> int:
-    """Runs until Ctrl-C or SIGTERM; the exit status. `port` is the gateway's, 0 takes a free one.
+    """Runs until Ctrl-C or SIGTERM. Returns the exit status.
 
-    prometheus: whether to write a configuration for it.
+    port: the gateway's; 0: any free one. prometheus: whether to write a Prometheus configuration.
     """
     raise_limit()
     console = Console()
-    tally = Tally()
+    totals = TrafficTotals()
     try:
-        asyncio.run(_until_told_to_stop(console, tally, port=port, traffic=traffic, prometheus=prometheus))
+        asyncio.run(_run_until_signal(console, totals, port=port, traffic=traffic, prometheus=prometheus))
     except DemoError as error:
         click.echo(f"estimate-proxy: {error}", err=True)
         return error.exit_status
-    with suppress(OSError):  # a closed terminal ends the demo too, and hears nothing any more
-        _say(console, f"The demo has ended; its files are gone. {tally if traffic else ''}".rstrip())
+    with suppress(OSError):  # the demo also ends when its terminal is closed
+        _print(console, f"The demo has ended; its files are gone. {totals if traffic else ''}".rstrip())
     return 0
 
 
-async def _until_told_to_stop(console: Console, tally: Tally, *, port: int, traffic: bool, prometheus: bool) -> None:
+async def _run_until_signal(
+    console: Console, totals: TrafficTotals, *, port: int, traffic: bool, prometheus: bool
+) -> None:
     _let_signals_cancel()
     with suppress(asyncio.CancelledError):
-        await _play(console, tally, port=port, traffic=traffic, prometheus=prometheus)
+        await _run(console, totals, port=port, traffic=traffic, prometheus=prometheus)
 
 
-async def _play(console: Console, tally: Tally, *, port: int, traffic: bool, prometheus: bool) -> None:
-    """The whole demo: sets the stage, lets gateway and teams act; it never returns by itself. Raises `DemoError`."""
+async def _run(console: Console, totals: TrafficTotals, *, port: int, traffic: bool, prometheus: bool) -> None:
+    """Starts everything, then waits. Returns only when cancelled. Raises `DemoError`."""
     with (
         TemporaryDirectory(prefix="estimate-proxy-demo-", ignore_cleanup_errors=True) as folder,
         locked_dir(Path(folder)),
     ):
         async with _simulated_rendernet() as upstream_url:
-            stage = DemoEnvironment(Path(folder), upstream_url, {team: new_token() for team in TEAMS})
-            stage.config.write_text(config_text(stage, port=port), encoding="utf-8")
-            async with _gateway(stage) as gateway:
-                url = await _ready(gateway, stage.log)
+            demo = DemoEnvironment(Path(folder), upstream_url, {team: new_token() for team in TEAMS})
+            demo.config.write_text(config_text(demo, port=port), encoding="utf-8")
+            async with _gateway(demo) as gateway:
+                url = await _wait_until_ready(gateway, demo.log)
                 if prometheus:
-                    stage.scrape_config.write_text(scrape_config_text(url), encoding="utf-8")
-                _introduce(console, stage, url, traffic=traffic)
+                    demo.scrape_config.write_text(scrape_config_text(url), encoding="utf-8")
+                _introduce(console, demo, url, traffic=traffic)
                 if traffic:
-                    teams = Traffic(url, list(stage.tokens.values()), tally, Random())  # noqa: S311 -- no secret
-                    await _perform(gateway, teams, console, tally)
-                status = await _ended(gateway)
-                errors = _errors_in(stage.log) or "it does not say why"
-                raise DemoError(f"the gateway ended by itself, with status {status}: {errors}", GATEWAY_DIED)
+                    teams = Traffic(url, list(demo.tokens.values()), totals, Random())  # noqa: S311 -- no secret
+                    await _run_traffic(gateway, teams, console, totals)
+                status = await _wait_for_end(gateway)
+                errors = _errors_in(demo.log) or "its log does not say why"
+                raise DemoError(f"the gateway ended unexpectedly, with status {status}: {errors}", GATEWAY_DIED)
 
 
-def _introduce(console: Console, stage: DemoEnvironment, url: str, *, traffic: bool) -> None:
-    for heading, text in introduction(stage, url):
-        _say(console, heading, "bold")
-        _say(console, text + "\n")
-    _say(console, "The three teams are asking now. Ctrl-C ends it all." if traffic else "Ctrl-C ends it all.", "bold")
+def _introduce(console: Console, demo: DemoEnvironment, url: str, *, traffic: bool) -> None:
+    for heading, text in introduction(demo, url):
+        _print(console, heading, "bold")
+        _print(console, text + "\n")
+    sending = "Three teams are sending requests now. " if traffic else ""
+    _print(console, f"{sending}Press Ctrl-C to end the demo.", "bold")
 
 
-async def _perform(gateway: subprocess.Popen[bytes], teams: Traffic, console: Console, tally: Tally) -> None:
-    """Traffic, and a live line about it, for as long as the gateway lives."""
+async def _run_traffic(
+    gateway: subprocess.Popen[bytes], teams: Traffic, console: Console, totals: TrafficTotals
+) -> None:
+    """Sends traffic and shows a live line about it until the gateway ends."""
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(teams.run()), group.create_task(_show(console, tally))]
-        await _ended(gateway)
+        tasks = [group.create_task(teams.run()), group.create_task(_show(console, totals))]
+        await _wait_for_end(gateway)
         for task in tasks:
             task.cancel()
 
 
-async def _show(console: Console, tally: Tally) -> None:
-    """The live line, on a terminal; for as long as there is one."""
+async def _show(console: Console, totals: TrafficTotals) -> None:
+    """Shows the totals in one live line, if the output is a terminal."""
     if not console.is_terminal:
         return
-    line = Live(console=console, get_renderable=lambda: Text(str(tally)), auto_refresh=False, transient=True)
+    line = Live(console=console, get_renderable=lambda: Text(str(totals)), auto_refresh=False, transient=True)
     with suppress(OSError), line:
         while True:
             line.refresh()
             await asyncio.sleep(REFRESH_S)
 
 
-def _say(console: Console, line: str, style: str | None = None) -> None:
-    """Prints a line as it is, however narrow the terminal."""
+def _print(console: Console, line: str, style: str | None = None) -> None:
+    """Prints a line without breaking it, even on a narrow terminal."""
     console.out(line, style=style, highlight=False)
 
 
 def _let_signals_cancel() -> None:
-    """Cancels the current task at the first signal; a second one would only cut short the cleaning up."""
+    """Cancels the current task at the first signal. Later signals are ignored, so that the clean-up can finish."""
     task, loop = asyncio.current_task(), asyncio.get_running_loop()
 
     def cancel_once() -> None:
@@ -181,7 +186,7 @@ class _Server(uvicorn.Server):
 
 @asynccontextmanager
 async def _simulated_rendernet() -> AsyncIterator[str]:
-    """A simulated RenderNet on a free port of this machine; yields its URL."""
+    """Runs a simulated RenderNet on a free port of this machine. Yields its URL."""
     simulator = Simulator(
         api_key=API_KEY,
         balance=BALANCE,
@@ -206,49 +211,49 @@ async def _simulated_rendernet() -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def _gateway(stage: DemoEnvironment) -> AsyncIterator[subprocess.Popen[bytes]]:
-    """The gateway as a child process, ended on the way out."""
-    process = _start(stage)
+async def _gateway(demo: DemoEnvironment) -> AsyncIterator[subprocess.Popen[bytes]]:
+    """Runs the gateway as a child process; ends it on exit."""
+    process = _start(demo)
     try:
         yield process
     finally:
         process.terminate()
         try:
-            await asyncio.wait_for(_ended(process), STOP_TIMEOUT_S)
+            await asyncio.wait_for(_wait_for_end(process), STOP_TIMEOUT_S)
         except TimeoutError:
             process.kill()
             process.wait()
 
 
-def _start(stage: DemoEnvironment) -> subprocess.Popen[bytes]:
-    with stage.log.open("wb") as log:
+def _start(demo: DemoEnvironment) -> subprocess.Popen[bytes]:
+    with demo.log.open("wb") as log:
         return subprocess.Popen(  # noqa: S603 -- our own module, no shell
-            [sys.executable, "-m", "proxy", "serve", "--config", str(stage.config)],
-            cwd=Path(__file__).parents[2],  # -m looks here first, and no user's folder has another `proxy`
+            [sys.executable, "-m", "proxy", "serve", "--config", str(demo.config)],
+            cwd=Path(__file__).parents[2],  # `-m` looks here first, so a `proxy` in the user's folder is not run
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=environment(os.environ, stage.folder),
-            start_new_session=True,  # Ctrl-C in a terminal is for the demo, which then ends the gateway
+            env=environment(os.environ, demo.folder),
+            start_new_session=True,  # Ctrl-C in a terminal reaches only the demo, which then ends the gateway
             preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 -- no threads here
         )
 
 
-async def _ended(process: subprocess.Popen[bytes]) -> int:
-    while (status := process.poll()) is None:  # noqa: ASYNC110 -- a process sets no event
+async def _wait_for_end(process: subprocess.Popen[bytes]) -> int:
+    while (status := process.poll()) is None:  # noqa: ASYNC110 -- there is no event for the end of a process
         await asyncio.sleep(POLL_S)
     return status
 
 
-async def _ready(gateway: subprocess.Popen[bytes], log: Path) -> str:
-    """The gateway's URL, once it serves there. Raises `DemoError` if it ends instead, or takes too long.
+async def _wait_until_ready(gateway: subprocess.Popen[bytes], log: Path) -> str:
+    """Waits until the gateway is ready and returns its URL. Raises `DemoError` if it ends or takes too long.
 
-    It is the gateway itself that says where it serves: on a port that is taken, somebody else could say to be ready.
+    The URL is read from the gateway's log: if the port is taken, another program could answer on it.
     """
     try:
         async with asyncio.timeout(READY_TIMEOUT_S), httpx2.AsyncClient(trust_env=False) as client:
             while gateway.poll() is None:
-                url = _announced(log)
+                url = _announced_url(log)
                 if url is not None and await _is_ready(client, url):
                     return url
                 await asyncio.sleep(POLL_S)
@@ -257,7 +262,7 @@ async def _ready(gateway: subprocess.Popen[bytes], log: Path) -> str:
     raise DemoError(_errors_in(log) or f"the gateway ended with status {gateway.returncode}", CANNOT_START)
 
 
-def _announced(log: Path) -> str | None:
+def _announced_url(log: Path) -> str | None:
     announcement = _ANNOUNCEMENT.search(log.read_text("utf-8"))
     return None if announcement is None else announcement[1]
 

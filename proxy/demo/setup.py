@@ -1,6 +1,6 @@
-"""The demo's stage: its folder, the gateway's environment and config file, and what a user reads about it.
+"""The demo's folder, config files and environment, and the introduction that it prints.
 
-Each command is complete, and in ASCII, so that it can be pasted anywhere.
+Each printed command is complete and in ASCII, so that it can be pasted anywhere.
 """
 
 import json
@@ -28,16 +28,16 @@ QUOTAS: Final = {
     "marketing": 'quotas = [{ measure = "requests", limit = 60, per = "hour", on_exceed = "warn" }]\n',
     "video": 'quotas = [{ measure = "estimated_credits", limit = 250, per = "minute" }]\n',
 }
-"""One that lasts, one that is passed with a warning, and one that is used up every minute by the live traffic."""
+"""One that is not reached, one that warns when it is passed, and one that the live traffic uses up every minute."""
 
 API_KEY: Final = "rn-demo-key-of-no-account"
-LAST_WORDS: Final = 3
+MAX_ERRORS: Final = 3
 
-QUESTION: Final = (
+SAMPLE_BODY: Final = (
     '[{"model": "JuggernautXL", "quality": "Plus", "steps": 20, "cfg_scale": 7, "batch_size": 2, '
     '"prompt": {"positive": "a lighthouse at dusk", "negative": "blurry"}}]'
 )
-RESPELLED: Final = (
+RESPELLED_BODY: Final = (
     '[{"prompt":{"negative":"blurry","positive":"a \\u006cighthouse at dusk"},'
     '"batch_size":2.0,"cfg_scale":7.0,"steps":20,"quality":"Plus","model":"JuggernautXL"}]'
 )
@@ -45,7 +45,7 @@ RESPELLED: Final = (
 
 @dataclass(frozen=True, slots=True)
 class DemoEnvironment:
-    """What the demo stands on: its folder, what is in it, and the teams' tokens."""
+    """The demo's folder and the files in it, the simulated RenderNet's URL, and the teams' tokens."""
 
     folder: Path
     upstream_url: str
@@ -73,50 +73,50 @@ def new_token() -> str:
 
 
 def environment(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """`environ` less what would change the gateway's settings; what is temporary goes into `folder`."""
-    foreign = {*WELL_KNOWN_ENV, "XDG_RUNTIME_DIR", "RUNTIME_DIRECTORY"}
-    kept = {name: value for name, value in environ.items() if name not in foreign and not name.startswith(PREFIX)}
+    """`environ` without what would change the gateway's settings; temporary files go into `folder`."""
+    removed = {*WELL_KNOWN_ENV, "XDG_RUNTIME_DIR", "RUNTIME_DIRECTORY"}
+    kept = {name: value for name, value in environ.items() if name not in removed and not name.startswith(PREFIX)}
     return {**kept, "TMPDIR": str(folder)}
 
 
-def config_text(stage: DemoEnvironment, *, port: int) -> str:
-    """The gateway's config file, as a user could have written it."""
+def config_text(demo: DemoEnvironment, *, port: int) -> str:
+    """The gateway's config file, written as a user would write it."""
     teams = "\n".join(
         f"[teams.{team}]\nname = {_toml(team.title())}\ntokens = [{_toml(digest_of(token))}]\n{QUOTAS[team]}"
-        for team, token in stage.tokens.items()
+        for team, token in demo.tokens.items()
     )
     return f"""\
-# The demo's gateway. Yours has no [upstream] section and a key of RenderNet's.
+# The demo's gateway. Yours needs no [upstream] section, and needs a RenderNet API key.
 
 [server]
 host = {_toml(HOST)}
 port = {port}
-drain_delay_s = 0  # no load balancer needs time to notice
+drain_delay_s = 0  # there is no load balancer that needs time to notice
 
 [upstream]
-base_url = {_toml(stage.upstream_url)}
+base_url = {_toml(demo.upstream_url)}
 
 [accounts.default]
 api_key = {_toml(API_KEY)}
 
 [store]
-data_dir = {_toml(str(stage.data_dir))}
+data_dir = {_toml(str(demo.data_dir))}
 
 [metrics]
 public = true  # Prometheus needs no token
 
-# Over all teams together. Quotas are on what teams plan to spend: every estimate counts, hit or miss.
+# For all teams together. Quotas limit what teams plan to spend: every estimate counts, whether hit or miss.
 [[org.quotas]]
 measure = "estimated_credits"
 limit = 1000000
 per = "month"
 
-# `estimate-proxy token new TEAM` makes a token and the line for it.
+# `estimate-proxy token new TEAM` prints a new token, and the line for it.
 {teams}"""
 
 
 def scrape_config_text(url: str) -> str:
-    """A configuration for Prometheus, with this project's rules where they are at hand."""
+    """A configuration for Prometheus, with this project's rules if they can be found."""
     rules = Path(__file__).parents[2] / "deploy" / "prometheus" / "rules"
     rule_files = f"rule_files: [{json.dumps(str(rules / '*.yml'))}]\n" if rules.is_dir() else ""
     return f"""\
@@ -131,47 +131,47 @@ def _toml(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def introduction(stage: DemoEnvironment, url: str) -> Iterator[tuple[str, str]]:
-    """What runs where, and commands to paste, each under its heading."""
-    fetcher, other, *_ = stage.tokens.values()
-    yield "The gateway and a simulated RenderNet, all on this machine. Prices are invented.", _places(stage, url)
+def introduction(demo: DemoEnvironment, url: str) -> Iterator[tuple[str, str]]:
+    """What runs where, and commands to paste: pairs of a heading and a text."""
+    first, second, *_ = demo.tokens.values()
+    yield "The gateway and a simulated RenderNet run on this machine. Prices are invented.", _places(demo, url)
     yield (
-        "Paste into another terminal. A question that nobody has asked before goes upstream (fwd=miss):",
-        _curl("-si", url + ESTIMATE_PATH, fetcher, QUESTION),
+        "Paste these commands into another terminal. A body that was not sent before goes upstream (fwd=miss):",
+        _curl("-si", url + ESTIMATE_PATH, first, SAMPLE_BODY),
     )
     yield (
-        "Another team asks the same in another spelling, and is answered from the price book (hit):",
-        _curl("-si", url + ESTIMATE_PATH, other, RESPELLED),
+        "Another team sends the same body in another spelling. The gateway answers from its cache (hit):",
+        _curl("-si", url + ESTIMATE_PATH, second, RESPELLED_BODY),
     )
     yield (
-        "How the gateway reads a body, and what it knows of it; RenderNet is not asked:",
-        _curl("-s", url + EXPLAIN_PATH, fetcher, QUESTION),
+        "How the gateway reads a body, and what it knows about its price; no request goes to RenderNet:",
+        _curl("-s", url + EXPLAIN_PATH, first, SAMPLE_BODY),
     )
-    yield "What a team has used this month:", f"curl -s {url}{USAGE_PATH} -H 'X-API-KEY: {fetcher}'"
-    yield "How its rate and quotas stand:", f"curl -s {url}{QUOTA_PATH} -H 'X-API-KEY: {fetcher}'"
-    config = shlex.quote(str(stage.config))
-    yield "What all teams have used, for their operator:", f"{_program()} usage --config {config}"
+    yield "What a team has used this month:", f"curl -s {url}{USAGE_PATH} -H 'X-API-KEY: {first}'"
+    yield "What is left of its rate and quotas:", f"curl -s {url}{QUOTA_PATH} -H 'X-API-KEY: {first}'"
+    config = shlex.quote(str(demo.config))
+    yield "For the operator, what all teams have used:", f"{_program()} usage --config {config}"
     yield (
-        "The same body and its key, without the gateway:",
-        f"echo {shlex.quote(QUESTION)} | {_program()} explain --config {config} -",
+        "The same body and its key, without a running gateway:",
+        f"echo {shlex.quote(SAMPLE_BODY)} | {_program()} explain --config {config} -",
     )
-    if stage.scrape_config.exists():
-        scrape_config = shlex.quote(str(stage.scrape_config))
+    if demo.scrape_config.exists():
+        scrape_config = shlex.quote(str(demo.scrape_config))
         yield (
-            "A Prometheus that scrapes the gateway (its own page is on port 9090):",
+            "Start a Prometheus that scrapes the gateway (open it on port 9090):",
             f'prometheus --config.file={scrape_config} --storage.tsdb.path="$(mktemp -d)"',
         )
 
 
-def _places(stage: DemoEnvironment, url: str) -> str:
+def _places(demo: DemoEnvironment, url: str) -> str:
     places = {
         "gateway": url,
         "metrics": url + METRICS_PATH,
-        "simulated RenderNet": stage.upstream_url,
-        "store": f"embedded Valkey, data in {stage.data_dir}",
-        "config file": stage.config,
-        "log": stage.log,
-        **{f"token of {team}": token for team, token in stage.tokens.items()},
+        "simulated RenderNet": demo.upstream_url,
+        "store": f"embedded Valkey, data in {demo.data_dir}",
+        "config file": demo.config,
+        "log": demo.log,
+        **{f"token of {team}": token for team, token in demo.tokens.items()},
     }
     return "\n".join(f"  {name:21}{place}" for name, place in places.items())
 
@@ -186,7 +186,7 @@ def _curl(options: str, url: str, token: str, body: str) -> str:
 
 
 def _program() -> str:
-    """How a shell finds this program."""
+    """How a shell finds `estimate-proxy`."""
     ours = Path(sys.executable).with_name("estimate-proxy")
     if shutil.which("estimate-proxy") == str(ours):
         return "estimate-proxy"
@@ -194,9 +194,9 @@ def _program() -> str:
 
 
 def last_errors(log: str) -> str:
-    """The newest errors in a gateway's log, on one line; empty if it has none."""
-    words = [word for word in map(_error_in, log.splitlines()) if word]
-    return " | ".join(words[-LAST_WORDS:])
+    """The newest errors in a gateway's log, on one line; empty if there are none."""
+    errors = [error for error in map(_error_in, log.splitlines()) if error]
+    return " | ".join(errors[-MAX_ERRORS:])
 
 
 def _error_in(line: str) -> str:

@@ -1,8 +1,9 @@
-"""The demo's live traffic: what the three teams ask, in how many spellings, and a tally of what came of it.
+"""The demo's live traffic: generates the requests of three teams, and counts the answers.
 
-* Popularity falls as Zipf's law has it: few questions are asked often, most seldom, some never before.
-* Nothing is asked twice in the same bytes: clients differ in member order, white space, numbers and escapes.
-* Its requests carry `QUERY`, which travels upstream: the simulated RenderNet fails now and then, but for them alone.
+* The popularity of bodies follows Zipf's law: few are sent often, most seldom; some are sent for the first time.
+* A body is seldom sent twice in the same bytes: clients differ in member order, white space, numbers and escapes.
+* The requests carry the query string `QUERY`, which goes upstream: only for them does the simulated RenderNet fail now
+  and then.
 """
 
 import asyncio
@@ -24,8 +25,8 @@ Body: TypeAlias = list[dict[str, Any]]
 
 QUERY: Final = "client=demo-traffic"
 
-MOMENTS_PER_S: Final = 5.0
-"""How often somebody asks; a moment is one question, or a burst of equal ones."""
+ARRIVALS_PER_S: Final = 5.0
+"""Mean rate; an arrival is one request, or a burst of equal ones."""
 
 FRESH_SHARE: Final = 0.15
 BURST_SHARE: Final = 0.06
@@ -111,7 +112,7 @@ _POPULARITY: Final = tuple(accumulate(1 / rank for rank in range(1, len(POOL) + 
 
 
 def next_burst(random: Random) -> tuple[Body, int]:
-    """The next question, and how many times it is asked at once. A burst is for a question never asked before."""
+    """The next body, and how often it is sent at once. A burst has a body that was not sent before."""
     [body] = random.choices(POOL, cum_weights=_POPULARITY)
     chance = random.random()
     if chance < BURST_SHARE:
@@ -125,7 +126,7 @@ def _with_seed(body: Body, random: Random) -> Body:
 
 
 def respell(value: Any, random: Random) -> str:
-    """The same JSON value in other characters."""
+    """The same JSON value in another spelling."""
     match value:
         case dict():
             members = random.sample(list(value.items()), len(value))
@@ -165,8 +166,8 @@ def _space(random: Random) -> str:
 
 
 @dataclass(slots=True)
-class Tally:
-    """What became of the questions so far. `balance` is the newest that an answer has shown."""
+class TrafficTotals:
+    """Counts answers by kind. `balance` is the newest that an answer has shown."""
 
     hits: int = 0
     misses: int = 0
@@ -176,22 +177,22 @@ class Tally:
     balance: float | None = None
 
     @property
-    def questions(self) -> int:
+    def requests(self) -> int:
         return self.hits + self.misses + self.collapsed + self.failed.total()
 
-    def note(self, status: int, cache_status: str, answer: object) -> None:
+    def record(self, status: int, cache_status: str, answer: object) -> None:
         """Counts one response by its status, its `Cache-Status` header (RFC 9211) and its body's JSON value."""
         match answer:
             case {"data": {"estimated": int() | float() as estimated, "balance": int() | float() as balance}}:
                 self.estimated += Decimal(str(estimated))
                 self.balance = balance
-                self._note_way(cache_status)
+                self._record_success(cache_status)
             case {"error": {"code": str(code)}}:
                 self.failed["unpriced" if status == httpx2.codes.OK else code] += 1
             case _:
                 self.failed[f"status {status}"] += 1
 
-    def _note_way(self, cache_status: str) -> None:
+    def _record_success(self, cache_status: str) -> None:
         parameters = {parameter.strip() for parameter in cache_status.split(";")}
         if "hit" in parameters:
             self.hits += 1
@@ -206,38 +207,38 @@ class Tally:
         saved = self.hits + self.collapsed
         balance = "unknown" if self.balance is None else f"{self.balance:,}"
         return (
-            f"questions {self.questions}: hits {self.hits}, misses {self.misses}, collapsed {self.collapsed}, "
+            f"requests {self.requests}: hits {self.hits}, misses {self.misses}, collapsed {self.collapsed}, "
             f"{failed}; upstream calls saved {saved}; estimated credits {self.estimated:,.2f}; balance {balance}"
         )
 
 
 class Traffic:
-    """Asks the gateway at `url` until cancelled, with one of `tokens` each time."""
+    """Sends requests to the gateway at `url` until cancelled, each with a random one of `tokens`."""
 
-    def __init__(self, url: str, tokens: Sequence[str], tally: Tally, random: Random) -> None:
+    def __init__(self, url: str, tokens: Sequence[str], totals: TrafficTotals, random: Random) -> None:
         self._url = f"{url}{ESTIMATE_PATH}?{QUERY}"
         self._tokens = tokens
-        self._tally = tally
+        self._totals = totals
         self._random = random
 
     async def run(self) -> None:
         async with (
             httpx2.AsyncClient(trust_env=False, timeout=TIMEOUT_S) as client,
-            asyncio.TaskGroup() as questions,
+            asyncio.TaskGroup() as requests,
         ):
             while True:
-                await asyncio.sleep(self._random.expovariate(MOMENTS_PER_S))
+                await asyncio.sleep(self._random.expovariate(ARRIVALS_PER_S))
                 body, times = next_burst(self._random)
                 for _ in range(times):
-                    questions.create_task(self._ask(client, body))
+                    requests.create_task(self._send(client, body))
 
-    async def _ask(self, client: httpx2.AsyncClient, body: Body) -> None:
+    async def _send(self, client: httpx2.AsyncClient, body: Body) -> None:
         headers = {"x-api-key": self._random.choice(self._tokens), "content-type": "application/json"}
         try:
             response = await client.post(self._url, content=respell(body, self._random).encode(), headers=headers)
-            self._tally.note(response.status_code, response.headers.get("cache-status", ""), _json(response.content))
+            self._totals.record(response.status_code, response.headers.get("cache-status", ""), _json(response.content))
         except httpx2.TransportError:
-            self._tally.failed["no answer"] += 1
+            self._totals.failed["no answer"] += 1
 
 
 def _json(content: bytes) -> object:

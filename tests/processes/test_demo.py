@@ -28,8 +28,8 @@ from hypothesis import strategies as st
 from proxy.cache.canonical import canonicalise
 from proxy.demo.runner import FAULTS
 from proxy.demo.setup import (
-    QUESTION,
-    RESPELLED,
+    RESPELLED_BODY,
+    SAMPLE_BODY,
     TEAMS,
     DemoEnvironment,
     config_text,
@@ -39,13 +39,13 @@ from proxy.demo.setup import (
 )
 from proxy.demo.setup import new_token as token
 from proxy.demo.simulator import ESTIMATE_PATH, Simulator
-from proxy.demo.traffic import BURST_LEAST, BURST_MOST, POOL, QUERY, Body, Tally, next_burst, respell
+from proxy.demo.traffic import BURST_LEAST, BURST_MOST, POOL, QUERY, Body, TrafficTotals, next_burst, respell
 from proxy.gateway.live_config import limits_of, teams_of
 from proxy.settings.loader import load
 from serving import free_port, serving, wait_until
 
 FOREIGN = ("ESTIMATE_PROXY_", "REDIS_URL", "RENDERNET_API_KEY", "FORCE_COLOR", "NO_COLOR", "TTY_", "TERM")
-INVITATION = "Ctrl-C ends it all."
+INVITATION = "Press Ctrl-C to end the demo."
 ENDED = "The demo has ended; its files are gone."
 STOP_S = 10.0
 GONE_S = 5.0
@@ -194,7 +194,7 @@ def test_ctrl_c_ends_the_traffic_with_totals() -> None:
 
         totals = show.printed().splitlines()[-1]
         assert f"http://127.0.0.1:{port}\n" in show.printed()
-        assert re.match(re.escape(ENDED) + r" questions \d\d+: hits \d+, misses \d+, collapsed \d+, failed \d+", totals)
+        assert re.match(re.escape(ENDED) + r" requests \d\d+: hits \d+, misses \d+, collapsed \d+, failed \d+", totals)
         assert re.search(r"upstream calls saved \d+; estimated credits [\d,]+\.\d\d; balance [\d,]+$", totals)
         assert "\x1b" not in show.printed()
         assert show.errors.read_text() == ""
@@ -233,15 +233,15 @@ def test_a_gateway_that_dies_ends_the_demo() -> None:
         gateway.kill()
 
         assert show.process.wait(STOP_S) == 1
-        assert show.errors.read_text().startswith("estimate-proxy: the gateway ended by itself, with status -9")
+        assert show.errors.read_text().startswith("estimate-proxy: the gateway ended unexpectedly, with status -9")
         assert list(show.folder.iterdir()) == []
 
 
 def test_a_terminal_shows_a_live_line() -> None:
     with demo("--port", "0", terminal=True) as show:
-        show.wait_for("questions 3")
+        show.wait_for("requests 3")
 
-        assert show.commands()[0].endswith(f"\n  -d '{QUESTION}'"), "neither wrapped nor coloured"
+        assert show.commands()[0].endswith(f"\n  -d '{SAMPLE_BODY}'"), "neither wrapped nor coloured"
 
         assert show.end(signal.SIGINT) == 0
         assert "\x1b[?25h" in show.printed(), "the cursor is back"
@@ -259,7 +259,7 @@ def sighup_not_ignored() -> Iterator[None]:
 @pytest.mark.usefixtures("sighup_not_ignored")
 def test_a_closed_terminal_ends_it() -> None:
     with demo("--port", "0", terminal=True) as show:
-        show.wait_for("questions 1")
+        show.wait_for("requests 1")
 
         show.leave()
 
@@ -317,8 +317,8 @@ def test_popular_questions_are_asked_again_and_bursts_are_new() -> None:
 
 
 def test_both_spellings_are_one_question() -> None:
-    assert canonicalise(QUESTION.encode()) == canonicalise(RESPELLED.encode())
-    assert QUESTION not in RESPELLED
+    assert canonicalise(SAMPLE_BODY.encode()) == canonicalise(RESPELLED_BODY.encode())
+    assert SAMPLE_BODY not in RESPELLED_BODY
 
 
 PRICED = {"data": {"estimated": 2.75, "balance": 9000}, "error": {}}
@@ -346,21 +346,21 @@ PRICED = {"data": {"estimated": 2.75, "balance": 9000}, "error": {}}
     ],
 )
 def test_a_response_is_counted_as_what_it_is(status: int, header: str, answer: Any, told: str) -> None:
-    tally = Tally()
+    traffic_totals = TrafficTotals()
 
-    tally.note(status, header, answer)
+    traffic_totals.record(status, header, answer)
 
-    assert told in str(tally)
-    assert str(tally).startswith("questions 1: ")
+    assert told in str(traffic_totals)
+    assert str(traffic_totals).startswith("requests 1: ")
 
 
 def test_credits_add_up_exactly() -> None:
-    tally = Tally()
+    traffic_totals = TrafficTotals()
     for balance in range(10_000, 9_000, -1):
-        tally.note(200, "estimate-proxy; hit", {"data": {"estimated": 1.1, "balance": balance}, "error": {}})
+        traffic_totals.record(200, "estimate-proxy; hit", {"data": {"estimated": 1.1, "balance": balance}, "error": {}})
 
-    assert tally.estimated == Decimal(1100)
-    assert str(tally).endswith("estimated credits 1,100.00; balance 9,001")
+    assert traffic_totals.estimated == Decimal(1100)
+    assert str(traffic_totals).endswith("estimated credits 1,100.00; balance 9,001")
 
 
 def stage(folder: Path) -> DemoEnvironment:
@@ -409,5 +409,5 @@ def test_chance_never_fails_what_a_user_pastes() -> None:
     with serving(simulator.app) as url, httpx2.Client(trust_env=False, headers={"x-api-key": "k"}) as client:
         asked = url + ESTIMATE_PATH
 
-        assert client.post(asked, content=QUESTION).status_code == 200
-        assert client.post(f"{asked}?{QUERY}", content=QUESTION).status_code == 500
+        assert client.post(asked, content=SAMPLE_BODY).status_code == 200
+        assert client.post(f"{asked}?{QUERY}", content=SAMPLE_BODY).status_code == 500
