@@ -117,8 +117,8 @@ def _reload(live: ConfigHolder, metrics: Metrics, upstream: Upstream, changed: S
     """Puts changed settings into force. Requests that have already begun keep the previous ones."""
     live.config = runtime_config_of(changed)
     _preregister_warnings(metrics, live.config)
-    upstream.take_keys(_api_keys(changed))
-    metrics.begin(changed.teams, changed.accounts)
+    upstream.update_keys(_api_keys(changed))
+    metrics.preregister(changed.teams, changed.accounts)
 
 
 def _api_keys(settings: Settings) -> dict[str, SecretText]:
@@ -157,6 +157,6 @@ async def _readyz(stores: Sequence[Store], upstream: Upstream, tracker: InFlight
         return probe_answer(request, {"status": "draining"}, draining=True)
     are_up = await asyncio.gather(*(store.is_up() for store in stores))
     degraded: list[str] = [store.role for store, is_up in zip(stores, are_up, strict=True) if not is_up]
-    if upstream.in_trouble:
+    if upstream.is_failing:
         degraded.append("upstream")
     return probe_answer(request, {"status": "ready", "degraded": degraded})

@@ -1,4 +1,4 @@
-"""How to reach a store: its role, credentials, certificates and time limits. Plain values."""
+"""How to reach a store: role, credentials, certificates and time limits. Plain values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,14 +14,18 @@ TIMEOUT_S, CONNECT_TIMEOUT_S = 0.25, 2.0
 """Defaults of `store.timeout_s` and `store.connect_timeout_s`."""
 
 MAX_CONNECTIONS = 16
-"""To one server, of one process. It is here because the supervisor reads it, and does not import the client."""
+"""Limits the connections of one process to one server.
+
+It is in this module because the supervisor reads it, and must not import the client.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreAccess:
-    """What servers are told, which are trusted, and how long they may take. What stands in a URL comes before it.
+    """Credentials, certificates and time limits. Credentials in a URL take precedence.
 
-    timeout_s: for a call. connect_timeout_s: for a connection to be set up, credentials included.
+    timeout_s: limits a call.
+    connect_timeout_s: limits the set-up of a connection, authentication included.
     """
 
     username: str | None = None

@@ -1,11 +1,11 @@
-"""The client of Redis or Valkey: scripts, batched.
+"""The Redis and Valkey client of one role: calls Lua scripts, in batches.
 
-* Calls made in the same turn of the event loop go out together, in one round trip to each server that they need.
-* Nothing is sent twice unless that is known to be harmless. A script whose reply is lost fails, but for scripts that
-  only look. What a server has refused without running it is sent again, to where the server says, or to where the
-  topology or the server's name leads by then.
-* A call that fails says whether a server may have run it: `StoreOutcomeUnknown` if it was sent.
-* A try takes `access.timeout_s` and two ticks at the most, waiting for connections and looking for servers included.
+* Calls made in the same turn of the event loop are sent together: one round trip to each server that they need.
+* A call is sent again only if that is harmless. A call whose reply was lost fails, unless its script only reads. A call
+  that a server refused without running it is sent again: to where the redirect points, or to the server that the
+  topology or the host name leads to by then.
+* A failed call says whether a server may have run it: `StoreOutcomeUnknown` if it was sent.
+* A try takes at most `access.timeout_s` and two ticks, including the wait for a connection and topology refreshes.
 """
 
 import asyncio
@@ -25,34 +25,36 @@ from proxy.store.connection_pool import HEALTH_CHECK_S
 from proxy.store.health import COOLDOWN_S, Cooldowns, StoreHealth, failure_of, kind_of_call
 from proxy.store.persistence import Persistence
 from proxy.store.redirects import Ask, Done, Moved, NotSent, NotServing, TryAgain
-from proxy.store.scripts import UNSAID, Call, Node, Script, ask_node, exchange, load
-from proxy.store.topology import CONNECTION, servers_of
+from proxy.store.scripts import NO_REPLY, Call, Node, Script, execute, load, query_node
+from proxy.store.topology import CONNECTION, topology_of
 from proxy.telemetry.metrics import Metrics
 
 __all__ = ["COOLDOWN_S", "TIMEOUT_S", "Script", "Store"]
 
 TICK_S = 0.025
-PAUSE_S = 0.01
-"""Before a server that could not run a call is asked again; each time it is longer."""
+"""Resolution of a call's timeout. Shorter ticks cost processor time and make timeouts hardly more precise."""
 
-ROUNDS_AT_ONCE = 2
-"""Servers that disagree could send a call from one to the other for ever."""
+RETRY_PAUSE_S = 0.01
+"""Pause before a server that could not run a call gets it again. It grows by this with each round."""
 
-LEARN_SHARE = 0.8
-"""Of a call's time, for which it waits to learn where the servers are. Then what was known is tried."""
+ROUNDS_WITHOUT_PAUSE = 2
+"""Limits redirects without a pause: servers that disagree could redirect a call to each other for ever."""
 
-CHECK_AFTER_S = 2.0
-"""So long after the last call that failed, a check finds out whether it would work. Where there are calls, they do."""
+REFRESH_SHARE = 0.8
+"""Share of a call's time that it may wait for a topology refresh. The rest is for a try with the topology as it was."""
+
+WRITE_CHECK_AFTER_S = 2.0
+"""Time after the last failed call until a write check tests for recovery. Calls show it earlier, if there are any."""
 
 WRITE_CHECK = Script("proxy.store", "write_check")
 
-_NOBODY = NotConnectedError("no server has these keys")
+_NO_SERVER = NotConnectedError("no server has these keys")
 
 
 class Store:
-    """Redis or Valkey in one role, such as `ledger`: what `url` names. `close` must be called.
+    """Redis or Valkey at `url`, in one role. `close` must be called.
 
-    cooldowns: shared with the other role, where that is on the same servers.
+    cooldowns: shared with the other role, if that is on the same servers.
     preload: scripts to load into each server before they are called.
     """
 
@@ -70,136 +72,136 @@ class Store:
         self._preload = (WRITE_CHECK, *preload)
         self._metrics = metrics
         self._access = access
-        self._servers = servers_of(url, access)
+        self._topology = topology_of(url, access)
         self._waiting: list[Call] = []
         self._running: set[asyncio.Task[None]] = set()
-        self._tending: asyncio.Task[None] | None = None
+        self._maintenance: asyncio.Task[None] | None = None
         self.cooldowns: Cooldowns = {} if cooldowns is None else cooldowns
-        self._health = StoreHealth(role, metrics, self._servers, cooldowns=self.cooldowns)
-        self._doubted: set[str] = set()
-        """Servers that may be the wrong ones, by their names."""
-        self._limit = CoarseTimeout(access.timeout_s, tick_s=TICK_S)
+        self._health = StoreHealth(role, metrics, self._topology, cooldowns=self.cooldowns)
+        self._suspects: set[str] = set()
+        """Names of servers that may no longer own their keys: the topology is refreshed before they are called."""
+        self._timeout = CoarseTimeout(access.timeout_s, tick_s=TICK_S)
 
     async def open(self) -> None:
-        """Connects, for as long as setting up a connection may take, and keeps connections warm until `close`."""
-        nodes = await self._known(self._patience_s)
-        await asyncio.gather(self.ping(self._patience_s), *(self._prepare(node) for node in nodes))
-        self._tending = asyncio.get_running_loop().create_task(self._tend())
+        """Connects, and maintains connections until `close`. A server that cannot be reached is not an error here."""
+        nodes = await self._known_primaries(self._setup_timeout_s)
+        await asyncio.gather(self.ping(self._setup_timeout_s), *(self._prepare(node) for node in nodes))
+        self._maintenance = asyncio.get_running_loop().create_task(self._maintain())
 
     async def call(self, script: Script, *keys: str, args: tuple[bytes | int | str, ...] = ()) -> Any:
-        """The reply of `script`, whose keys are in one slot. Raises `StoreUnavailable`."""
+        """The reply of `script`. All keys must be in one slot. Raises `StoreUnavailable`."""
         call = self._new_call(script, keys, args)
         self._waiting.append(call)
         if len(self._waiting) == 1:
             asyncio.get_running_loop().call_soon(self._send)
-        return await call.reply
+        return await call.future
 
     async def call_at_once(self, script: Script, *keys: str, args: tuple[bytes | int | str, ...] = ()) -> Any:
-        """As `call`, for what is a batch by itself: it waits for nothing that others want. It must not be cancelled."""
+        """As `call`, but without waiting for other calls, for callers that batch themselves. Must not be cancelled."""
         call = self._new_call(script, keys, args)
         await self._run([call])
-        return call.reply.result()
+        return call.future.result()
 
     def _new_call(self, script: Script, keys: tuple[str, ...], args: tuple[bytes | int | str, ...]) -> Call:
         loop = asyncio.get_running_loop()
         call = Call(script, keys, args, loop.create_future(), loop.time())
         label = self._label_of(call)
-        if self._health.is_cooling_down(label, call.began):
-            call.node = self._servers.home(call.key)
-            self._health.skipped(call, label)
-            raise StoreUnavailable("left alone for a moment after a failure")
+        if self._health.is_cooling_down(label, call.started_at):
+            call.node = self._topology.node_of(call.key)
+            self._health.record_skipped(call, label)
+            raise StoreUnavailable("not called: the server is in a cool-down after a failure")
         return call
 
     async def is_up(self) -> bool:
-        """Whether the last write was served, and every server answers now."""
+        """Whether the last write was served, and every server replies now."""
         return self._health.is_up and await self.ping()
 
     async def ping(self, within_s: float | None = None) -> bool:
-        """Whether every server answers, within the time of a call or another one."""
-        return None not in await self._of_all("PING", within_s=within_s or self._access.timeout_s)
+        """Whether every server replies within `within_s`, or else within the timeout of a call."""
+        return None not in await self._query_all("PING", within_s=within_s or self._access.timeout_s)
 
     async def version(self) -> tuple[int, ...] | None:
-        """The oldest Redis version that a server is or is compatible with; None if none of them says."""
-        found = await self._facts("server", "redis_version")
-        known = [tuple(map(int, text.split("."))) for text in found if re.fullmatch(r"[0-9]+(\.[0-9]+)*", text)]
-        return min(known, default=None)
+        """The lowest Redis version of the servers, for Valkey the compatible one; None if unknown."""
+        texts = await self._info_values("server", "redis_version")
+        versions = [tuple(map(int, text.split("."))) for text in texts if re.fullmatch(r"[0-9]+(\.[0-9]+)*", text)]
+        return min(versions, default=None)
 
     async def eviction_policy(self) -> str | None:
-        """`maxmemory-policy`, of several the first that evicts; None if no server says."""
-        found = await self._facts("memory", "maxmemory_policy")
-        return next((policy for policy in found if policy != "noeviction"), found[0] if found else None)
+        """`maxmemory-policy`: that of a server that evicts, if there is one; None if unknown."""
+        policies = await self._info_values("memory", "maxmemory_policy")
+        return next((policy for policy in policies if policy != "noeviction"), policies[0] if policies else None)
 
     async def persistence(self) -> list[Persistence]:
-        """What each server says about writing its data to disk."""
-        infos = await self._of_all("INFO", "persistence", within_s=self._patience_s)
-        configs = await self._of_all("CONFIG", "GET", "save", "appendfsync", within_s=self._patience_s)
+        """The persistence settings of each server."""
+        infos = await self._query_all("INFO", "persistence", within_s=self._setup_timeout_s)
+        configs = await self._query_all("CONFIG", "GET", "save", "appendfsync", within_s=self._setup_timeout_s)
         return [_persistence_of(info, config) for info, config in zip(infos, configs, strict=False)]
 
     async def close(self) -> None:
-        if self._tending is not None:
-            self._tending.cancel()
-            await asyncio.wait({self._tending})
+        if self._maintenance is not None:
+            self._maintenance.cancel()
+            await asyncio.wait({self._maintenance})
         while self._running:
             await asyncio.wait(self._running)
-        await self._servers.close()
+        await self._topology.close()
 
     @property
-    def _patience_s(self) -> float:
-        """For what may need a new connection, and is not on the way of a request."""
+    def _setup_timeout_s(self) -> float:
+        """Limits what may need a new connection and is not part of a request."""
         return self._access.connect_timeout_s + self._access.timeout_s
 
-    async def _tend(self) -> None:
-        """Keeps connections warm, and finds out whether what is down works again though nobody calls."""
+    async def _maintain(self) -> None:
+        """Keeps connections warm, and tests for recovery when there are no calls."""
         while True:
-            await asyncio.gather(self._check_down(), *(self._prepare(node) for node in self._servers.primaries()))
+            await asyncio.gather(self._check_down(), *(self._prepare(node) for node in self._topology.primaries()))
             await asyncio.sleep(HEALTH_CHECK_S)
 
     async def _prepare(self, node: Node) -> None:
-        """Keeps connections to a server warm, and loads the scripts into one that has just been found.
+        """Keeps connections to a server warm, and loads the scripts into a server that is new in the topology.
 
         The first call of a script then takes one round trip instead of two.
         """
         await node.pool.keep_warm(self._access.timeout_s)
         with suppress(RedisError, OSError):  # TimeoutError is an OSError; the next round tries again
-            async with asyncio.timeout(self._patience_s):
+            async with asyncio.timeout(self._setup_timeout_s):
                 await load(node, self._preload)
 
     async def _check_down(self) -> None:
         loop = asyncio.get_running_loop()
-        for part, failed in self._health.down_before(loop.time() - CHECK_AFTER_S):
+        for part, failed in self._health.down_before(loop.time() - WRITE_CHECK_AFTER_S):
             check = Call(WRITE_CHECK, failed.keys, (), loop.create_future(), loop.time())
             with suppress(TimeoutError):
-                await self._converse_in_time([check])
-            self._health.checked(part, check, loop.time())
+                await self._execute_in_time([check])
+            self._health.record_write_check(part, check, loop.time())
 
-    async def _facts(self, section: str, name: str) -> list[str]:
-        """What the servers say of one thing in a section of INFO."""
-        said = await self._of_all("INFO", section, within_s=self._patience_s)
-        told = [text.decode() for text in said if text is not None]
-        return [fact for text in told for fact in re.findall(rf"^{name}:(.*?)\r?$", text, re.MULTILINE)]
+    async def _info_values(self, section: str, name: str) -> list[str]:
+        """The value of one field of INFO, of each server that replies."""
+        replies = await self._query_all("INFO", section, within_s=self._setup_timeout_s)
+        texts = [reply.decode() for reply in replies if reply is not None]
+        return [value for text in texts for value in re.findall(rf"^{name}:(.*?)\r?$", text, re.MULTILINE)]
 
-    async def _of_all(self, *command: str, within_s: float) -> list[Any]:
-        """What each server says to a command; None of one that does not answer, or for all if none is known."""
-        nodes = await self._known(within_s)
-        said = await asyncio.gather(*(_of_one(node, *command, within_s=within_s) for node in nodes))
-        if None in said:
-            with suppress(RedisError, OSError):  # else nothing finds out that they have changed where nothing is called
-                await self._servers.learn(within_s)
-        return said or [None]
+    async def _query_all(self, *command: str, within_s: float) -> list[Any]:
+        """Each server's reply to a command; None for one that does not reply. [None] if no server is known."""
+        nodes = await self._known_primaries(within_s)
+        replies = await asyncio.gather(*(_query_one(node, *command, within_s=within_s) for node in nodes))
+        if None in replies:
+            with suppress(RedisError, OSError):  # if there are no calls, nothing else notices a new topology
+                await self._topology.refresh(within_s)
+        return replies or [None]
 
-    async def _known(self, within_s: float) -> list[Node]:
-        """The servers, which are asked for if none is known."""
-        if not self._servers.primaries():
+    async def _known_primaries(self, within_s: float) -> list[Node]:
+        """The primaries, after a topology refresh if none is known."""
+        if not self._topology.primaries():
             with suppress(RedisError, OSError):  # TimeoutError is an OSError
-                await self._servers.learn(within_s)
-        return self._servers.primaries()
+                await self._topology.refresh(within_s)
+        return self._topology.primaries()
 
     def _label_of(self, call: Call) -> str:
-        home = self._servers.home(call.key)
-        return CONNECTION if home is None else home.label
+        node = self._topology.node_of(call.key)
+        return CONNECTION if node is None else node.label
 
     def _send(self) -> None:
-        """One batch for each server: one that hangs keeps nobody waiting who needs another."""
+        """Sends one batch to each server, so that a server that hangs does not delay calls to the others."""
         waiting, self._waiting = self._waiting, []
         batches: dict[str, list[Call]] = {}
         for call in waiting:
@@ -210,89 +212,94 @@ class Store:
             task.add_done_callback(partial(self._finish, calls))
 
     def _finish(self, calls: Sequence[Call], task: asyncio.Task[None]) -> None:
-        """Nobody waits for a reply that a defect has lost."""
+        """Fails the calls that a defect in this client has left without a result."""
         self._running.discard(task)
         for call in calls:
-            if not call.reply.done():
-                call.reply.set_exception(StoreOutcomeUnknown("the store's client failed"))
+            if not call.future.done():
+                call.future.set_exception(StoreOutcomeUnknown("the store's client failed"))
 
     async def _run(self, calls: Sequence[Call]) -> None:
-        with suppress(TimeoutError):  # each call knows how far it came
-            await self._converse_in_time(calls)
+        with suppress(TimeoutError):  # each call has its state
+            await self._execute_in_time(calls)
         now = asyncio.get_running_loop().time()
-        self._health.ended(calls, now)
+        self._health.record_ended(calls, now)
         for call in calls:
             _deliver(call)
             if self._metrics is not None:
-                self._metrics.record_store_call(call.script.name, now - call.began)
+                self._metrics.record_store_call(call.script.name, now - call.started_at)
 
-    async def _converse_in_time(self, calls: Sequence[Call]) -> None:
-        """What may be repeated has a second try, so that one hiccup costs no upstream call."""
+    async def _execute_in_time(self, calls: Sequence[Call]) -> None:
+        """Executes the calls within the timeout. A batch that may be repeated has a second try.
+
+        Raises `TimeoutError`; the calls that had no reply in time have none as their result.
+        """
         try:
-            await self._limit.run(self._converse(calls))
+            await self._timeout.run(self._execute(calls))
         except TimeoutError:
-            late = [call for call in calls if call.word is UNSAID]
-            self._doubted |= {call.node.name for call in late if call.node}
+            late = [call for call in calls if call.result is NO_REPLY]
+            self._suspects |= {call.node.name for call in late if call.node}
             if not late or not all(call.script.repeatable for call in calls):
                 raise
-            await self._limit.run(self._converse(late))
+            await self._timeout.run(self._execute(late))
 
-    async def _converse(self, calls: Sequence[Call]) -> None:
-        """Until each call has its last word: what was not run is sent again, while there is time."""
+    async def _execute(self, calls: Sequence[Call]) -> None:
+        """Sends the calls, round by round, until all results are final."""
         rounds, loop = 0, asyncio.get_running_loop()
-        while groups := await self._placed(calls):
-            began = loop.time()
-            await _together([exchange(node, group) for node, group in groups.items()])
-            calls = [call for group in groups.values() for call in group if self._goes_on(call, began)]
+        while groups := await self._group_by_node(calls):
+            round_started_at = loop.time()
+            await _together([execute(node, group) for node, group in groups.items()])
+            calls = [call for group in groups.values() for call in group if self._is_retried(call, round_started_at)]
             rounds += 1
-            if calls and (rounds > ROUNDS_AT_ONCE or any(map(_is_to_wait, calls))):
-                await asyncio.sleep(rounds * PAUSE_S)
+            if calls and (rounds > ROUNDS_WITHOUT_PAUSE or any(map(_needs_pause, calls))):
+                await asyncio.sleep(rounds * RETRY_PAUSE_S)
 
-    async def _placed(self, calls: Sequence[Call]) -> dict[Node, list[Call]]:
-        """The calls by where they go now, but for those that have nowhere to go, or nowhere else."""
-        nobody = await self._look_again(calls)
+    async def _group_by_node(self, calls: Sequence[Call]) -> dict[Node, list[Call]]:
+        """The calls by their next server. Calls without one, or that could not reach this same one, are left out."""
+        no_node_error = await self._refresh_if_needed(calls)
         groups: dict[Node, list[Call]] = {}
         for call in calls:
-            place = self._place_of(call)
-            if place is None:
-                call.word, call.sent = nobody, False
-            elif place is not call.node or kind_of_call(call) != NotSent():
-                groups.setdefault(place, []).append(call)
+            node = self._next_node(call)
+            if node is None:
+                call.result, call.sent = no_node_error, False
+            elif node is not call.node or kind_of_call(call) != NotSent():
+                groups.setdefault(node, []).append(call)
         return groups
 
-    async def _look_again(self, calls: Sequence[Call]) -> Exception:
-        """Learns where the servers are, if one is not known or in doubt. Why one may not be known then."""
-        nobody: Exception = _NOBODY
-        places = [self._place_of(call) for call in calls]
-        if any(place is None or place.name in self._doubted for place in places):
+    async def _refresh_if_needed(self, calls: Sequence[Call]) -> Exception:
+        """Refreshes the topology if a call's server is unknown or suspect. Returns the error for calls without one."""
+        no_node_error: Exception = _NO_SERVER
+        nodes = [self._next_node(call) for call in calls]
+        if any(node is None or node.name in self._suspects for node in nodes):
             try:
-                await self._servers.learn(LEARN_SHARE * self._access.timeout_s)
-            except (RedisError, OSError) as error:  # TimeoutError is an OSError: what was known is tried
-                nobody = error
-            self._doubted.clear()
-        return nobody
+                await self._topology.refresh(REFRESH_SHARE * self._access.timeout_s)
+            except (RedisError, OSError) as error:  # TimeoutError is an OSError; the old topology is used
+                no_node_error = error
+            self._suspects.clear()
+        return no_node_error
 
-    def _place_of(self, call: Call) -> Node | None:
-        return self._servers.at(call.asks) if call.asks else self._servers.home(call.key)
+    def _next_node(self, call: Call) -> Node | None:
+        if call.ask_address:
+            return self._topology.node_at(call.ask_address)
+        return self._topology.node_of(call.key)
 
-    def _goes_on(self, call: Call, began: float) -> bool:
-        """Whether the call was not run and may be, after what its word has taught about the servers.
+    def _is_retried(self, call: Call, round_started_at: float) -> bool:
+        """Whether to send the call again; notes what its result says about the topology.
 
-        began: its last round. A single server that still refuses on a connection made since has said its last word.
+        A single server that refuses a call on a connection made in this round has refused it for good.
         """
-        call.asks = None
-        if not isinstance(call.word, Exception) or call.node is None:
+        call.ask_address = None
+        if not isinstance(call.result, Exception) or call.node is None:
             return False
         kind = kind_of_call(call)
-        if not self._servers.learns:
-            return kind == NotServing() and call.node.pool.replaced_at >= began
+        if not self._topology.can_refresh:
+            return kind == NotServing() and call.node.pool.replaced_at >= round_started_at
         match kind:
             case Moved(to):
-                self._servers.move(call.key, to)
+                self._topology.record_move(call.key, to)
             case Ask(to):
-                call.asks = to
+                call.ask_address = to
             case NotServing() | NotSent():
-                self._doubted.add(call.node.name)
+                self._suspects.add(call.node.name)
             case TryAgain():
                 pass
             case Done():
@@ -300,39 +307,39 @@ class Store:
         return True
 
 
-def _is_to_wait(call: Call) -> bool:
+def _needs_pause(call: Call) -> bool:
     return isinstance(kind_of_call(call), TryAgain | NotServing)
 
 
 def _deliver(call: Call) -> None:
-    if call.reply.done():  # its request has gone
+    if call.future.done():  # its caller was cancelled
         return
     failure = failure_of(call)
     if failure is None:
-        call.reply.set_result(call.word)
+        call.future.set_result(call.result)
     else:
-        call.reply.set_exception(failure)
+        call.future.set_exception(failure)
 
 
 def _persistence_of(info: bytes | None, config: Any) -> Persistence:
     enabled = re.search(rb"^aof_enabled:([01])", info or b"", re.MULTILINE)
-    words = [word.decode() for word in config] if isinstance(config, list) else []
-    settings = dict(zip(words[::2], words[1::2], strict=True))
+    texts = [text.decode() for text in config] if isinstance(config, list) else []
+    settings = dict(zip(texts[::2], texts[1::2], strict=True))
     append_only = None if enabled is None else enabled[1] == b"1"
     return Persistence(append_only, settings.get("save"), settings.get("appendfsync"))
 
 
-async def _of_one(node: Node, *command: str, within_s: float) -> Any:
+async def _query_one(node: Node, *command: str, within_s: float) -> Any:
     try:
         async with asyncio.timeout(within_s):
-            return await ask_node(node, *command)
+            return await query_node(node, *command)
     except (RedisError, OSError):  # TimeoutError is an OSError
         return None
 
 
-async def _together(exchanges: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Mostly it is one, which needs no task of its own."""
-    if len(exchanges) == 1:
-        await exchanges[0]
+async def _together(executions: Sequence[Coroutine[Any, Any, None]]) -> None:
+    """Runs the executions concurrently. A single one, the usual case, needs no task of its own."""
+    if len(executions) == 1:
+        await executions[0]
     else:
-        await asyncio.gather(*exchanges)
+        await asyncio.gather(*executions)

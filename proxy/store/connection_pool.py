@@ -1,13 +1,13 @@
 """A pool of redis-py connections to one Redis server.
 
-* A connection is opened by a task of its own, beside the calls that wait for one: a call that gives up does not cancel
-  the set-up, and the next call uses the connection.
-* A connection that was closed, or received something, while it lay idle is not handed out. redis-py would reconnect in
-  silence when something is sent on it.
-* A connection that was idle for `HEALTH_CHECK_S` is pinged, if `keep_warm` is called now and then. Middleboxes forget a
-  connection on which nothing passes, and tell nobody; one that leads nowhere is replaced before a call needs it.
-* redis-py's own pools are not used: a caller of theirs waits for the connection that it opens, though another one is
-  released meanwhile, and takes its set-up along when it is cancelled.
+* Connections are opened in background tasks: a call that times out does not cancel the set-up, and the next call uses
+  the connection.
+* A connection that was closed, or received bytes, while it was idle is not handed out. redis-py would reconnect
+  silently when something is sent on it.
+* Health check: `keep_warm`, if called regularly, pings connections that were idle for `HEALTH_CHECK_S`. Firewalls and
+  NAT gateways drop idle connections silently; a dead connection is replaced before a call needs it.
+* redis-py's own pools are not used: their callers wait for the connection that they open even if another one is
+  released meanwhile, and cancel its set-up when they are cancelled.
 """
 
 import asyncio
@@ -23,17 +23,20 @@ from redis.exceptions import RedisError, ResponseError
 from proxy.store.access import MAX_CONNECTIONS
 
 MIN_CONNECTIONS = 4
-"""These are kept open: more calls at a time than usual do not wait for a set-up."""
+"""Kept open, so that a burst of concurrent calls does not wait for connections to be set up."""
 
 HEALTH_CHECK_S = 1.0
-"""Less than any middlebox's patience, and as long as a connection that leads nowhere can lie in wait for a call. A ping
-costs some 50 µs."""
+"""Idle time after which a connection is pinged, and the longest that a dead connection stays in the pool.
+
+It is far below the idle timeouts of firewalls and NAT gateways. A ping costs about 50 µs.
+"""
 
 REPLACE_EVERY_S = 0.5
+"""Limits how often `replace_all` closes connections: a server that does not serve says so in each reply."""
 
 
 class ConnectionPool:
-    """At most `MAX_CONNECTIONS`, made by `make`. `close` must be called."""
+    """At most `MAX_CONNECTIONS` connections to one server, made by `make`. `close` must be called."""
 
     def __init__(self, make: Callable[[], AbstractConnection], *, connect_timeout_s: float) -> None:
         self._make = make
@@ -43,7 +46,7 @@ class ConnectionPool:
         self._opening: set[asyncio.Task[AbstractConnection]] = set()
         self._waiting: deque[asyncio.Future[AbstractConnection]] = deque()
         self.replaced_at = -inf
-        """When `replace_all` last did so, on the event loop's clock."""
+        """When `replace_all` last closed connections, on the event loop's clock."""
 
     @property
     def is_in_use(self) -> bool:
@@ -51,7 +54,7 @@ class ConnectionPool:
         return bool(self._in_use or self._opening)
 
     async def acquire(self) -> AbstractConnection:
-        """A connection that is open, as far as is known; it must be released. Raises `RedisError`: nothing was sent."""
+        """A connection that seems open. It must be released. Raises `RedisError` if none can be opened."""
         while self._idle:
             connection = self._idle.pop()
             if await _is_usable(connection):
@@ -62,9 +65,9 @@ class ConnectionPool:
         return await self._next_connection()
 
     async def release(self, connection: AbstractConnection) -> None:
-        """Takes a connection back; one that was disconnected is forgotten."""
+        """Takes a connection back; one that was disconnected is dropped."""
         self._in_use.remove(connection)
-        if connection.should_reconnect():  # type: ignore[no-untyped-call] # redis-py's
+        if connection.should_reconnect():  # type: ignore[no-untyped-call] # redis-py has no types here
             await connection.disconnect(nowait=True)
         if connection.is_connected:
             self._offer(connection)
@@ -72,13 +75,13 @@ class ConnectionPool:
             self._open_another()
 
     async def close_idle(self) -> None:
-        """For when one connection has failed: the same may have happened to those that lie idle."""
+        """Closes idle connections. Called when one connection has failed: the others may be dead too."""
         idle, self._idle = self._idle, []
         for connection in idle:
             await connection.disconnect(nowait=True)
 
     async def replace_all(self) -> None:
-        """For when the server's name may lead to another one by now; at most once in `REPLACE_EVERY_S`.
+        """Replaces all connections, at most once in `REPLACE_EVERY_S`: the host name may lead to another server now.
 
         Connections in use are closed when they are released.
         """
@@ -87,14 +90,14 @@ class ConnectionPool:
             return
         self.replaced_at = now
         for connection in self._in_use:
-            connection.mark_for_reconnect()  # type: ignore[no-untyped-call] # redis-py's
+            connection.mark_for_reconnect()  # type: ignore[no-untyped-call] # redis-py has no types here
         await self.close_idle()
 
     async def keep_warm(self, ping_timeout_s: float) -> None:
-        """Pings what was idle, and opens connections until there are `MIN_CONNECTIONS`."""
+        """Pings connections that were idle for long, and opens new ones until there are `MIN_CONNECTIONS`."""
         now = asyncio.get_running_loop().time()
         for connection in [idle for idle in self._idle if idle.next_health_check < now]:
-            if connection in self._idle:  # else a call has taken it meanwhile
+            if connection in self._idle:  # a call may have taken it meanwhile
                 self._idle.remove(connection)
                 self._in_use.add(connection)
                 await self._check(connection, ping_timeout_s)
@@ -109,13 +112,13 @@ class ConnectionPool:
         await asyncio.gather(*(connection.disconnect() for connection in connections), return_exceptions=True)
 
     async def _next_connection(self) -> AbstractConnection:
-        """The next connection that is opened or released, first come, first served."""
+        """The next connection that is opened or released; waiting calls are served in FIFO order."""
         waiter: asyncio.Future[AbstractConnection] = asyncio.get_running_loop().create_future()
         self._waiting.append(waiter)
         try:
             return await waiter
         except asyncio.CancelledError:
-            with suppress(ValueError):  # it has had its turn
+            with suppress(ValueError):  # it was served already
                 self._waiting.remove(waiter)
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
                 await self.release(waiter.result())
@@ -125,11 +128,11 @@ class ConnectionPool:
         try:
             async with asyncio.timeout(timeout_s):
                 if await _is_usable(connection):
-                    await connection.check_health()  # type: ignore[no-untyped-call] # redis-py's
+                    await connection.check_health()  # type: ignore[no-untyped-call] # redis-py has no types here
                 else:
                     await connection.disconnect(nowait=True)
         except ResponseError:
-            pass  # the server is there, and does not let this user use PING
+            pass  # the server replied: this user may not use PING
         except (RedisError, OSError):
             await connection.disconnect(nowait=True)
             await self.close_idle()
@@ -166,7 +169,7 @@ class ConnectionPool:
             self._opening_failed(error)
 
     def _offer(self, connection: AbstractConnection) -> None:
-        """Gives an open connection to who waits for one, or puts it with the idle ones."""
+        """Gives an open connection to the first waiting call, or makes it idle."""
         while self._waiting:
             waiter = self._waiting.popleft()
             if not waiter.done():
@@ -176,7 +179,7 @@ class ConnectionPool:
         self._idle.append(connection)
 
     def _opening_failed(self, error: BaseException) -> None:
-        """Fails the calls that no connection can serve: none is in use, and fewer are being opened than calls wait."""
+        """Fails waiting calls that no connection can serve: none is in use, and too few are being opened."""
         while len(self._waiting) > len(self._opening) and not self._in_use:
             waiter = self._waiting.popleft()
             if not waiter.done():
@@ -184,15 +187,18 @@ class ConnectionPool:
 
 
 async def _is_usable(connection: AbstractConnection) -> bool:
-    """Whether a connection that lay idle is open and silent. `can_read` sees an end and bytes, but not a reset."""
-    writer = connection._writer  # noqa: SLF001 -- redis-py has no public way to ask
+    """Whether an idle connection is open and has received nothing.
+
+    `can_read` detects EOF and unread bytes, but not a reset; for that the transport is checked.
+    """
+    writer = connection._writer  # noqa: SLF001 -- redis-py has no public way: tests/integration/test_private_apis.py
     return writer is not None and not writer.is_closing() and not await connection.can_read()
 
 
 def _as_not_connected(error: BaseException) -> BaseException:
-    """A refused command of the set-up, such as SELECT, is a connection that failed; so is one without an answer."""
+    """Converts a failed set-up (a refused SELECT, a timeout) into a connection error."""
     if not isinstance(error, ResponseError | OSError):  # TimeoutError is an OSError
         return error
-    failure = NotConnectedError(str(error) or "no connection in time")
+    failure = NotConnectedError(str(error) or "connection set-up timed out")
     failure.__cause__ = error
     return failure

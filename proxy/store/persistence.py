@@ -1,7 +1,6 @@
-"""Whether the ledger's servers write their data to disk, by what they say about it.
+"""Tells from the settings of the ledger's servers whether they persist their data.
 
-A server may say nothing: managed services and narrow ACLs forbid `CONFIG`. Then only what `INFO` says counts, and where
-nothing is known nothing is claimed.
+Managed services and narrow ACLs forbid `CONFIG`. Then only `INFO` counts, and an unknown setting causes no warning.
 """
 
 from collections.abc import Iterable
@@ -11,14 +10,14 @@ _NOTHING_WRITTEN = (
     'writes nothing to disk (appendonly no, save ""): a restart loses all quotas and usage. Set appendonly yes'
 )
 _WRITTEN_LATE = (
-    "leaves it to the kernel when its append-only file reaches the disk (appendfsync no): a power loss takes the last "
+    "lets the kernel decide when its append-only file is written to disk (appendfsync no): a power loss takes the last "
     "half minute of quotas and usage, or more. Set appendfsync everysec"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Persistence:
-    """What one server says; None is unknown.
+    """The settings of one server; None is unknown.
 
     append_only: `aof_enabled` of `INFO persistence`.
     save, appendfsync: as `CONFIG GET` shows them.
@@ -30,7 +29,7 @@ class Persistence:
 
 
 def data_loss_warning(servers: Iterable[Persistence]) -> str | None:
-    """The worst that a server's settings allow, as the predicate of a sentence, and what to set; None if nothing."""
+    """The worst risk among the servers and what to set, as the predicate of a sentence; None if there is no risk."""
     found = {_warning_of(server) for server in servers}
     return next((warning for warning in (_NOTHING_WRITTEN, _WRITTEN_LATE) if warning in found), None)
 

@@ -1,8 +1,8 @@
-"""Scripts, and calls of them on one connection.
+"""Lua scripts, and calls of them over one connection.
 
-A call knows at each moment whether the server may have run it: it was sent, and no word of the server says otherwise.
-So nothing is sent where it is known to be lost, or likely: on a connection that has ended while it lay idle, or on one
-that lay idle while another one to the same server broke or fell silent.
+A call always knows whether the server may have run it: it was sent, and no reply says that it was refused. So a call is
+not sent where it is likely to be lost: on a connection that was closed while it was idle, or on one that was idle while
+another connection to the same server broke or timed out.
 """
 
 import asyncio
@@ -23,16 +23,18 @@ from proxy.urls import Address
 
 Command = tuple[bytes | int | str, ...]
 
-_pack: Callable[[Command], bytes] = pack_command  # type: ignore[assignment] # its stub knows tuples of one member
+_pack: Callable[[Command], bytes] = pack_command  # type: ignore[assignment] # its stub allows tuples of one member only
 
 
 class Script:
     """A Lua script: the file `lua/<name>.lua` of a package. Its header lists its keys, arguments and reply.
 
-    It is read at once: when it is first called there may be no file descriptor left.
+    It reads each key that can expire before its first write, or may run twice: see `proxy.store.redirects`.
 
-    repeatable: to run it twice is the same as to run it once.
-    digest: Redis' own name for the script.
+    The file is read at once: at the first call there may be no file descriptor left.
+
+    repeatable: to run it twice has the same effect as to run it once.
+    digest: its SHA-1, by which Redis calls it.
     """
 
     def __init__(self, package: str, name: str, *, repeatable: bool = False) -> None:
@@ -46,8 +48,8 @@ class Script:
         return b"no-writes" not in self._first_line
 
     @cached_property
-    def tells_of_writes(self) -> bool:
-        """Whether it is refused whenever the server refuses writes; flags such as `allow-oom` make exceptions."""
+    def proves_writes(self) -> bool:
+        """Whether a reply shows that the server accepts writes. Flags such as `allow-oom` make exceptions."""
         return self._first_line == b"#!lua"
 
     @property
@@ -56,78 +58,81 @@ class Script:
 
 
 def scripts_in(package: str) -> list[Script]:
-    """All Lua scripts of a package, to be loaded into a server ahead of their first call."""
+    """All Lua scripts of a package."""
     folder = files(package) / "lua"
     return [Script(package, path.name.removesuffix(".lua")) for path in folder.iterdir() if path.name.endswith(".lua")]
 
 
-class Unsaid:
-    """No word of a server."""
+class NoReply:
+    """The result of a call that has none yet."""
 
 
-UNSAID: Final = Unsaid()
+NO_REPLY: Final = NoReply()
 
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A server. `label` is what the log calls the way there.
+    """A server. `label` names its connection in the log, and its cool-down.
 
-    answered: when the latest call began that it has answered, on the loop's clock. answered_at: when it last answered.
+    served_call_started_at: start of the latest call that it replied to, on the event loop's clock.
+    replied_at: time of its last reply.
+    has_scripts: whether the scripts have been loaded into it.
     """
 
     name: str
     label: str
     host: str
     pool: ConnectionPool
-    answered: float = 0.0
-    answered_at: float = 0.0
+    served_call_started_at: float = 0.0
+    replied_at: float = 0.0
     has_scripts: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """A script with its arguments, on its way.
+    """A script with its arguments, and what has become of it.
 
-    sent: the server may have it, and may have run it unless its word says otherwise.
-    word: the reply, an error that the server said, or why there is none.
-    node: the server that was tried last.
-    asks: where one try is to go with ASKING, instead of the home of its keys.
+    started_at: on the event loop's clock.
+    sent: whether a server may have received it, and may have run it unless `result` is a refusal.
+    result: the reply, the server's error, or the reason why there is no reply.
+    node: the server of the last try.
+    ask_address: the server of the next try, with ASKING; None for the owner of the keys' slot.
     """
 
     script: Script
     keys: tuple[str, ...]
     args: tuple[bytes | int | str, ...]
-    reply: asyncio.Future[Any]
-    began: float
+    future: asyncio.Future[Any]
+    started_at: float
     sent: bool = False
-    word: Any = UNSAID
+    result: Any = NO_REPLY
     node: Node | None = None
-    asks: Address | None = None
+    ask_address: Address | None = None
 
     @property
     def key(self) -> str:
-        """Which stands for them all: they are in one slot."""
+        """The first key; all keys are in one slot."""
         return self.keys[0] if self.keys else ""
 
 
-async def exchange(node: Node, calls: Sequence[Call]) -> None:
-    """Sends the calls to a server together; each has a word then, its own or why there is none.
+async def execute(node: Node, calls: Sequence[Call]) -> None:
+    """Sends the calls to a server in one batch, and sets the result of each.
 
-    One that was refused here before, and cannot be sent now, keeps that word: it says more.
+    A call that this server refused as not serving, and that cannot be sent now, keeps that error: it says more.
     """
     for call in calls:
-        if node is not call.node or not is_not_serving(call.word):
-            call.word = UNSAID
+        if node is not call.node or not is_not_serving(call.result):
+            call.result = NO_REPLY
         call.node, call.sent = node, False
     try:
         connection = await node.pool.acquire()
         try:
-            await _exchange(connection, calls)
-            node.answered = max(node.answered, calls[0].began)
-            node.answered_at = asyncio.get_running_loop().time()
-            if any(is_not_serving(call.word) for call in calls):
+            await _execute_on(connection, calls)
+            node.served_call_started_at = max(node.served_call_started_at, calls[0].started_at)
+            node.replied_at = asyncio.get_running_loop().time()
+            if any(is_not_serving(call.result) for call in calls):
                 await node.pool.replace_all()
-        except BaseException:  # replies may still come, and would be taken for another's
+        except BaseException:  # late replies would be taken for those of another call
             await connection.disconnect(nowait=True)
             await node.pool.close_idle()
             raise
@@ -135,14 +140,14 @@ async def exchange(node: Node, calls: Sequence[Call]) -> None:
             await node.pool.release(connection)
     except (RedisError, OSError) as error:
         for call in calls:
-            if call.word is UNSAID:
-                call.word = error
+            if call.result is NO_REPLY:
+                call.result = error
 
 
 async def load(node: Node, scripts: Sequence[Script]) -> None:
-    """Loads scripts into a server, once. Raises `RedisError`, `OSError` if it cannot be reached.
+    """Loads scripts into a server, once. Raises `RedisError`, `OSError` if the server cannot be reached.
 
-    A refusal, such as by an ACL, is not an error here: the calls will meet it, and say so.
+    A refusal, such as by an ACL, is not an error here: the calls get it too, and report it.
     """
     if node.has_scripts:
         return
@@ -151,60 +156,60 @@ async def load(node: Node, scripts: Sequence[Script]) -> None:
         commands = b"".join(_pack(("SCRIPT", "LOAD", script.text)) for script in scripts)
         await connection.send_packed_command(commands, check_health=False)
         for _ in scripts:
-            await _reply_on(connection)
+            await _read_reply(connection)
         node.has_scripts = True
-    except BaseException:  # replies may still come, and would be taken for those of another call
+    except BaseException:  # late replies would be taken for those of another call
         await connection.disconnect(nowait=True)
         raise
     finally:
         await node.pool.release(connection)
 
 
-async def ask(connection: AbstractConnection, *command: str) -> Any:
-    """The reply to a command that is no script. Raises `RedisError`, `OSError`."""
+async def query(connection: AbstractConnection, *command: str) -> Any:
+    """The reply to a command. Raises `RedisError`, `OSError`."""
     await connection.send_packed_command(_pack(command), check_health=False)
     return await connection.read_response()
 
 
-async def ask_node(node: Node, *command: str) -> Any:
-    """As `ask`, on one of the connections to a server."""
+async def query_node(node: Node, *command: str) -> Any:
+    """The reply to a command, over a connection of the server's pool. Raises `RedisError`, `OSError`."""
     connection = await node.pool.acquire()
     try:
-        return await ask(connection, *command)
+        return await query(connection, *command)
     finally:
         await node.pool.release(connection)
 
 
-async def _exchange(connection: AbstractConnection, calls: Sequence[Call]) -> None:
-    """A script that the server did not know has not run: it is sent again, after its text and in one round trip."""
-    await _converse(connection, calls, texts={})
-    unknown = [call for call in calls if isinstance(call.word, NoScriptError)]
+async def _execute_on(connection: AbstractConnection, calls: Sequence[Call]) -> None:
+    """Sends the calls. A script that the server does not have did not run: it is loaded and sent again, together."""
+    await _send_and_read(connection, calls, texts={})
+    unknown = [call for call in calls if isinstance(call.result, NoScriptError)]
     if unknown:
-        await _converse(connection, unknown, texts={call.script.name: call.script.text for call in unknown})
+        await _send_and_read(connection, unknown, texts={call.script.name: call.script.text for call in unknown})
 
 
-async def _converse(connection: AbstractConnection, calls: Sequence[Call], *, texts: Mapping[str, bytes]) -> None:
-    """Sends the calls, after the scripts in `texts`, and gives each its word."""
+async def _send_and_read(connection: AbstractConnection, calls: Sequence[Call], *, texts: Mapping[str, bytes]) -> None:
+    """Sends the scripts in `texts` to be loaded, then the calls, and sets the result of each call."""
     commands: list[Command] = [("SCRIPT", "LOAD", text) for text in texts.values()]
-    takers: list[Call | None] = []
+    receivers: list[Call | None] = []
     for call in calls:
-        if call.asks:
+        if call.ask_address:
             commands.append(("ASKING",))
-            takers.append(None)
+            receivers.append(None)
         commands.append(("EVALSHA", call.script.digest, len(call.keys), *call.keys, *call.args))
-        takers.append(call)
-        call.sent, call.word = True, UNSAID
+        receivers.append(call)
+        call.sent, call.result = True, NO_REPLY
     await connection.send_packed_command(b"".join(map(_pack, commands)), check_health=False)
-    loaded = {name: await _reply_on(connection) for name in texts}
-    for taker in takers:
-        word = await _reply_on(connection)
-        if taker is not None:  # of a script that could not be loaded, why is the word
-            failure = loaded.get(taker.script.name) if isinstance(word, NoScriptError) else None
-            taker.word = failure if isinstance(failure, Exception) else word
+    loaded = {name: await _read_reply(connection) for name in texts}
+    for receiver in receivers:
+        reply = await _read_reply(connection)
+        if receiver is not None:  # if the script could not be loaded, that error is the result
+            load_reply = loaded.get(receiver.script.name) if isinstance(reply, NoScriptError) else None
+            receiver.result = load_reply if isinstance(load_reply, Exception) else reply
 
 
-async def _reply_on(connection: AbstractConnection) -> Any:
-    """The next reply, or an error that the server says. `LOADING` is one, though redis-py has it end the connection."""
+async def _read_reply(connection: AbstractConnection) -> Any:
+    """The next reply, or the server's error. `LOADING` is one too, although redis-py raises it as a lost connection."""
     try:
         return await connection.read_response(disconnect_on_error=False)
     except (ResponseError, BusyLoadingError) as error:

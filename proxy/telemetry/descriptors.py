@@ -1,7 +1,7 @@
-"""File descriptors: every connection takes one, and a process may have only so many.
+"""File descriptors: raises their limit, and recognises errors that come from having none left.
 
-Running out of them is this gateway's own trouble: it says nothing about the upstream or the store whose connection
-could not be made.
+Each connection takes a descriptor. Running out of them is a failure of this process, and says nothing about the
+upstream or the store whose connection could not be opened.
 """
 
 import os
@@ -14,18 +14,18 @@ from errno import EMFILE, ENFILE
 
 
 def raise_limit() -> int:
-    """Lets this process and its children have as many descriptors as the system allows. Returns how many."""
+    """Raises the limit of this process and its children as far as the system allows. Returns the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # macOS says that there is no limit, and has one
+    with suppress(ValueError, OSError):  # macOS reports no limit, but has one
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
     return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether `error` comes from there being no descriptor left, however many libraries it has passed.
+    """Whether `error` was caused by a lack of descriptors, however often libraries have wrapped it.
 
-    Resolving a name takes descriptors too, but its error does not say that they were missing: so another one is tried.
+    Resolving a name takes descriptors too, but its error does not say so. Then this opens one to find out.
     """
     for origin in _origins(error):
         if isinstance(origin, socket.gaierror):
@@ -44,7 +44,7 @@ def is_one_left() -> bool:
 
 
 def _origins(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from or during, and what its groups hold."""
+    """The error, its causes and contexts, and the members of its groups."""
     waiting, seen = [error], set[int]()
     while waiting:
         origin = waiting.pop()

@@ -1,17 +1,22 @@
-"""What is out of order, and what of it is to be said: a trouble is a few lines in the log, not one a request. Pure.
+"""Decides which failures to log: an incident is a few log lines, not one per request. Pure.
 
-* It is said when it begins and when it is over. In between each other reason is said once, though they take turns.
-* What is over may be back at once, and go again: so soon it is said only if it stays. Otherwise an upstream that fails
-  one time in five would be two lines for every five requests.
+* The beginning and the end of an incident are logged. In between, each further reason is logged once, even if reasons
+  alternate.
+* For `quiet_s` after its end, an incident that comes back is not logged, unless it lasts longer. Otherwise an upstream
+  that fails one request in five would cause two lines for every five requests.
 
 Times are seconds on one monotonic clock, passed in.
 """
 
 MAX_REASONS = 8
+"""Limits the reasons that are logged for one incident: a text with a number in it could differ each time."""
 
 
 class IncidentLog:
-    """Of the parts of something. `quiet_s`: for so long after its end a trouble does not begin anew."""
+    """The open incidents of one component, by part.
+
+    quiet_s: time after the end of an incident in which a new one of the same part is not opened.
+    """
 
     def __init__(self, *, quiet_s: float = 0.0) -> None:
         self._quiet_s = quiet_s
@@ -19,11 +24,11 @@ class IncidentLog:
         self._quiet_until: dict[str, float] = {}
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """Whether an incident is open."""
         return bool(self._reasons)
 
-    def begins(self, part: str, reason: str, now: float) -> bool:
-        """Whether it is to be said that `part` fails for that reason."""
+    def opened(self, part: str, reason: str, now: float) -> bool:
+        """Records a failure of `part`. Returns whether to log it."""
         if part not in self._reasons and now < self._quiet_until.get(part, now):
             return False
         reasons = self._reasons.setdefault(part, set())
@@ -32,8 +37,8 @@ class IncidentLog:
         reasons.add(reason)
         return True
 
-    def ends(self, part: str, now: float) -> bool:
-        """Whether it is to be said that `part` works again."""
+    def closed(self, part: str, now: float) -> bool:
+        """Records that `part` works. Returns whether to log its recovery."""
         if self._reasons.pop(part, None) is None:
             return False
         self._quiet_until[part] = now + self._quiet_s

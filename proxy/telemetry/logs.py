@@ -1,10 +1,9 @@
-"""Log lines: JSON for machines, text on a terminal, the same facts in both.
+"""Configures logging: JSON lines for machines, or text on a terminal, with the same content.
 
-* Only this project's loggers follow the configured level. Libraries are heard from `warning` on: at debug level some
-  of them would print headers, and a header may be a secret.
-* Every line goes through the queue of `proxy.telemetry.log_writer`, as does all else that goes to stderr: warnings,
-  tracebacks, errors of the command line. Nothing in this process waits for the reader of standard error, but for
-  `FLUSH_S` at its exit.
+* Only this project's loggers follow the configured level. Libraries log from `warning` on: at debug level some of them
+  log headers, which may contain secrets.
+* All lines go through the queue of `proxy.telemetry.log_writer`, and so does everything else on stderr: warnings,
+  tracebacks, errors of the command line. The process waits for the reader of stderr only at exit, for `FLUSH_S`.
 """
 
 import atexit
@@ -29,18 +28,18 @@ OURS = "proxy"
 STDERR = 2
 
 FLUSH_S = 1.0
-"""For the last lines, at exit."""
+"""Limits the wait for the last lines at exit."""
 
 _Line = tuple[float, int, str, Mapping[str, Any], str | None]
-"""Time, level, message, facts and traceback."""
+"""Unix time, level, message, facts and traceback."""
 
 Writer = LogWriter[_Line]
 
 
 def configure(level: str, style: str, fd: int = STDERR) -> Writer:
-    """Sends this process's log lines, and what it prints to `sys.stderr`, to `fd`.
+    """Sends the log lines of this process, and its output to `sys.stderr`, to `fd`.
 
-    `style` is `json`, `text`, or `auto`: text on a terminal.
+    style: `json`, `text`, or `auto`, which is text on a terminal and else JSON.
     """
     _open_standard_error()
     text = style == "text" or (style == "auto" and os.isatty(fd))
@@ -56,9 +55,9 @@ def configure(level: str, style: str, fd: int = STDERR) -> Writer:
 
 
 def event(logger: logging.Logger, level: int, message: str, facts: Mapping[str, Any]) -> None:
-    """One line with named facts beside its message. They must not change any more.
+    """Logs a message with named facts. The facts must not be changed afterwards.
 
-    Where lines go to the queue alone, there is no LogRecord: it would take longer than the line.
+    If lines go only to the queue, no LogRecord is made: it would cost more than the line.
     """
     if not logger.isEnabledFor(level):
         return
@@ -72,25 +71,25 @@ def event(logger: logging.Logger, level: int, message: str, facts: Mapping[str, 
 class _Handler(logging.Handler):
     def __init__(self, fd: int, encode: Callable[[_Line], bytes]) -> None:
         super().__init__()
-        self.writer: Writer = LogWriter(fd, encode, _missing)
+        self.writer: Writer = LogWriter(fd, encode, _report)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             message = record.getMessage()
             exception = "".join(traceback.format_exception(*record.exc_info)) if record.exc_info else None
-        except Exception:  # noqa: BLE001 -- as in every handler: a record that cannot be formatted fails nobody
+        except Exception:  # noqa: BLE001 -- as in each handler of logging: a bad record must not fail its caller
             self.handleError(record)
         else:
             self.writer.write((record.created, record.levelno, message, getattr(record, "facts", {}), exception))
 
 
-def _missing(count: int) -> _Line:
+def _report(count: int) -> _Line:
     message = "log lines are missing here: standard error did not take them"
     return time.time(), logging.ERROR, message, {"lines": count}, None
 
 
 class _Printed(io.RawIOBase):
-    """What is printed goes into the queue."""
+    """A stream whose data goes into the queue."""
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
@@ -104,7 +103,7 @@ class _Printed(io.RawIOBase):
 
 
 def _open_standard_error() -> None:
-    """If it is closed, opens it on nothing: else the next file would get its number, and the lines."""
+    """Opens /dev/null as stderr if that is closed. Otherwise the next file would get its number, and the log lines."""
     if sys.stderr is None:
         while os.open(os.devnull, os.O_RDWR) < STDERR:
             pass
@@ -117,7 +116,7 @@ def _json_of(line: _Line) -> bytes:
         tree["exception"] = exception
     try:
         return orjson.dumps(tree, default=str, option=orjson.OPT_APPEND_NEWLINE)
-    except TypeError:  # orjson writes no lone surrogates and no integers beyond 64 bits
+    except TypeError:  # orjson refuses lone surrogates and integers beyond 64 bits
         return json.dumps(tree, default=str).encode() + b"\n"
 
 
@@ -143,5 +142,5 @@ def _name_of(level: int) -> str:
 
 
 def _on_one_line(text: str) -> str:
-    """A text from elsewhere must not look like a line of ours, nor steer the terminal."""
+    """Escapes line breaks and control characters, so that a value cannot fake a log line or control the terminal."""
     return text if text.isprintable() else repr(text)[1:-1]

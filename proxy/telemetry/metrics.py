@@ -1,11 +1,11 @@
-"""Every instrument, declared once. What they are called and labelled is an interface; so is what they count.
+"""Prometheus metrics of the gateway, all declared here. Names, labels and meanings are a public interface.
 
-* No label comes from a request, but `model`, which the ledger bounds.
-* What happens with every request is noted in memory and written twenty times a second, and for every scrape: files
-  are slower. A worker that is killed takes that much along.
-* Children are resolved once; those whose labels are known are there before their first event.
-* Workers share their numbers through `proxy.telemetry.multiprocess`; each gauge says how several workers' become one.
-* What the stores know is not counted here: see `proxy.http.metrics_endpoint`.
+* No label value comes from a request, except `model`, whose number the ledger limits.
+* Per-request numbers are buffered in memory and written to the metrics files twenty times a second, and before each
+  scrape: file writes are slow. A worker that is killed loses the buffered ones.
+* Series whose labels are known start at 0 before their first event.
+* Workers share their numbers through `proxy.telemetry.multiprocess`. Each gauge declares how they are merged.
+* Values that are read from the stores are in `proxy.http.metrics_endpoint`.
 """
 
 import asyncio
@@ -26,6 +26,7 @@ UPSTREAM_STATUSES = ("2xx", "4xx", "5xx", "timeout", "error")
 AUDIT_RESULTS = ("same", "changed", "ignored-member")
 
 FLUSH_AFTER_S = 0.05
+"""Limits how long numbers stay buffered."""
 
 _REQUEST_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 _UPSTREAM_BUCKETS_S = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0)
@@ -46,10 +47,10 @@ class BatchHistogram(Histogram):
 
 
 class Metrics:
-    """The instruments of one process, in a registry of their own.
+    """The metrics of one process, in its own registry.
 
-    teams, accounts: those that are configured.
-    shared: where the instruments of several workers meet; it must be installed. None: this process is the only one.
+    teams, accounts: the configured ones.
+    shared: connects the workers' metrics; it must be installed. None: this process is the only one.
     """
 
     def __init__(
@@ -61,60 +62,60 @@ class Metrics:
         self._declare_upstream()
         self._declare_stores()
         self._declare_process()
-        self._ended: dict[tuple[str, str, Outcome], list[float]] = {}
-        """Durations of requests that are to be counted, in seconds."""
-        self._called: dict[str, list[float]] = {}
-        """Durations of calls of the store that are to be counted, in seconds."""
-        self._asked: dict[tuple[str, str], list[float]] = {}
-        """Durations of exchanges with upstream that are to be counted, in seconds."""
-        self._spent_micro: dict[tuple[str, str], int] = {}
-        """Credits that are to be counted."""
+        self._request_durations_s: dict[tuple[str, str, Outcome], list[float]] = {}
+        """Buffered durations of requests, by team, operation and outcome."""
+        self._store_durations_s: dict[str, list[float]] = {}
+        """Buffered durations of store calls, by script."""
+        self._upstream_durations_s: dict[tuple[str, str], list[float]] = {}
+        """Buffered durations of upstream requests, by account and status."""
+        self._credits_micro: dict[tuple[str, str], int] = {}
+        """Buffered micro-credits, by team and model."""
         self.in_flight: Callable[[], int] = lambda: 0
-        """How many requests are being worked on; `flush` asks for it."""
+        """The number of requests in progress; `flush` calls it."""
         self.take_dropped_log_lines: Callable[[], int] = lambda: 0
-        """How many log lines were dropped since it was last called; `flush` calls it."""
+        """The number of log lines dropped since the last call; `flush` calls it."""
         self._is_due = False
         self.descriptor_failures = 0
-        """Of this process, since its start."""
+        """Failures for lack of a file descriptor, in this process since its start."""
         self.build_info.labels(__version__).set(1)
         self.config_last_reload_successful.set(1)
-        self.begin(teams, accounts)
+        self.preregister(teams, accounts)
 
     def _declare_requests(self) -> None:
         self.requests = Counter(
             "estimate_proxy_requests",
-            "Requests that have been answered, or left by their client.",
+            "Requests that were answered, or abandoned by their client.",
             ["team", "operation", "outcome"],
             registry=self.registry,
         )
         self.request_duration = BatchHistogram(
             "estimate_proxy_request_duration_seconds",
-            "From a request's head to the end of its answer.",
+            "Time from the head of a request to the end of its response.",
             ["operation", "outcome"],
             buckets=_REQUEST_BUCKETS_S,
             registry=self.registry,
         )
         self.estimated_credits = Counter(
             "estimate_proxy_estimated_credits",
-            "Credits of the estimates that have been answered, each time they were.",
+            "Credits of the estimates in responses, stored ones included.",
             ["team", "model"],
             registry=self.registry,
         )
         self.unpriced = Counter(
             "estimate_proxy_unpriced",
-            "Answers of upstream's without a usable price.",
+            "Upstream answers without a usable price.",
             ["team"],
             registry=self.registry,
         )
         self.quota_warned = Counter(
             "estimate_proxy_quota_warned",
-            "Answers that have passed a quota which only warns.",
+            "Responses that exceeded a quota which only warns.",
             ["team", "measure", "per"],
             registry=self.registry,
         )
         self.requests_in_flight = Gauge(
             "estimate_proxy_requests_in_flight",
-            "Requests that are being worked on.",
+            "Requests in progress.",
             multiprocess_mode="livesum",
             registry=self.registry,
         )
@@ -122,21 +123,21 @@ class Metrics:
     def _declare_upstream(self) -> None:
         self.upstream_duration = BatchHistogram(
             "estimate_proxy_upstream_request_duration_seconds",
-            "From asking upstream to the last byte of its answer.",
+            "Time from sending a request to upstream to the end of its response.",
             ["account", "status"],
             buckets=_UPSTREAM_BUCKETS_S,
             registry=self.registry,
         )
         self.circuit_open = Gauge(
             "estimate_proxy_upstream_circuit_open",
-            "Whether upstream is left alone because it has been failing.",
+            "1 if the circuit breaker of an account is open or half-open.",
             ["account"],
             multiprocess_mode="livemax",
             registry=self.registry,
         )
         self.price_audits = Counter(
             "estimate_proxy_price_audits",
-            "Stored prices that were asked for again, by what came of it.",
+            "Stored prices that were compared with upstream again, by result.",
             ["account", "result"],
             registry=self.registry,
         )
@@ -144,32 +145,32 @@ class Metrics:
     def _declare_stores(self) -> None:
         self.store_duration = BatchHistogram(
             "estimate_proxy_store_duration_seconds",
-            "From calling a script of the store to its reply.",
+            "Time from calling a script of the store to its reply.",
             ["call"],
             buckets=_STORE_BUCKETS_S,
             registry=self.registry,
         )
         self.store_up = Gauge(
             "estimate_proxy_store_up",
-            "Whether the store served the last write, and answers.",
+            "1 if the store served the last write, and replies.",
             ["role"],
             multiprocess_mode="livemin",
             registry=self.registry,
         )
         self.ledger_created = Gauge(
             "estimate_proxy_ledger_created_timestamp_seconds",
-            "When the ledger of quotas and usage began.",
+            "Time at which the ledger of quotas and usage was created.",
             multiprocess_mode="mostrecent",
             registry=self.registry,
         )
         self.ledger_lost = Counter(
             "estimate_proxy_ledger_lost",
-            "How often a worker found another ledger than the one it knew.",
+            "Times that a worker found a new ledger in place of the one it had used.",
             registry=self.registry,
         )
         self.unanswered_debits = Counter(
             "estimate_proxy_unanswered_debits",
-            "Debits that the store may or may not have booked: its reply was lost.",
+            "Debits whose reply was lost: the store may or may not have booked them.",
             registry=self.registry,
         )
         self.buffered_debits = Gauge(
@@ -182,30 +183,30 @@ class Metrics:
     def _declare_process(self) -> None:
         self.config_last_reload_successful = Gauge(
             "estimate_proxy_config_last_reload_successful",
-            "Whether the settings in force are those of the config file as it was last read.",
+            "1 if the last reload of the config file succeeded.",
             multiprocess_mode="livemin",
             registry=self.registry,
         )
         self.descriptors_exhausted = Counter(
             "estimate_proxy_descriptors_exhausted",
-            "Connections that failed, and looks once a second that found the same, for want of a file descriptor.",
+            "Connections, and checks once a second, that failed because no file descriptor was left.",
             registry=self.registry,
         )
         self.build_info = Gauge(
             "estimate_proxy_build_info",
-            "1, labelled with the version.",
+            "Always 1; the version is a label.",
             ["version"],
             multiprocess_mode="livemax",
             registry=self.registry,
         )
         self.log_lines_dropped = Counter(
             "estimate_proxy_log_lines_dropped",
-            "Log lines that standard error did not take in time, or at all.",
+            "Log lines that were dropped because standard error was too slow or closed.",
             registry=self.registry,
         )
 
     def collect(self) -> Iterator[Metric]:
-        """What all workers have counted together, as a collector of prometheus_client."""
+        """The metrics of all workers together, as a prometheus_client collector."""
         if self._shared is not None:
             instruments = {
                 family.name: instrument
@@ -214,13 +215,15 @@ class Metrics:
                 for family in instrument.describe()
             }
             for key in self._shared.read():
-                with suppress(KeyError, ValueError):  # a bucket has a label more; another version has other instruments
+                with suppress(
+                    KeyError, ValueError
+                ):  # a bucket has one label more; another version may have other metrics
                     family, labels = series_of(key)
-                    instruments[family].labels(*labels)  # from now on this worker has the series, too
+                    instruments[family].labels(*labels)  # creates the series in this worker too
         yield from self.registry.collect()
 
-    def begin(self, teams: Collection[str], accounts: Collection[str]) -> None:
-        """Series whose labels are known begin at 0, so that their first event is an increase."""
+    def preregister(self, teams: Collection[str], accounts: Collection[str]) -> None:
+        """Creates the series whose labels are known, at 0, so that their first event is an increase."""
         for outcome in Outcome:
             self.request_duration.labels("estimate", outcome.value)
             for team in (NO_NAME, *teams):
@@ -235,38 +238,38 @@ class Metrics:
                 self.price_audits.labels(account, result)
 
     def preregister_warning(self, team: str, measure: str, per: str) -> None:
-        """`team` is `NO_NAME` for a quota of the organisation."""
+        """Creates the series of a quota that only warns. `team` is `NO_NAME` for one of the organisation."""
         self.quota_warned.labels(team, measure, per)
 
     def record_warning(self, team: str, measure: str, per: str) -> None:
-        """An answer has passed a quota that only warns."""
+        """Counts a response that exceeded a quota which only warns."""
         self.quota_warned.labels(team, measure, per).inc()
 
     def record_request(self, team: str, operation: str, outcome: Outcome, duration_s: float) -> None:
         kind = (team, operation, outcome)
-        durations_s = self._ended.get(kind)
+        durations_s = self._request_durations_s.get(kind)
         if durations_s is None:
-            self._ended[kind] = [duration_s]
+            self._request_durations_s[kind] = [duration_s]
             self.flush_soon()
         else:
             durations_s.append(duration_s)
 
     def record_credits(self, team: str, model: str, credits_micro: int) -> None:
-        """`model` is as the ledger has bounded it."""
-        self._spent_micro[team, model] = self._spent_micro.get((team, model), 0) + credits_micro
+        """`model` is the name under which the ledger booked the credits, such as `other`."""
+        self._credits_micro[team, model] = self._credits_micro.get((team, model), 0) + credits_micro
         self.flush_soon()
 
     def record_store_call(self, call: str, duration_s: float) -> None:
-        self._called.setdefault(call, []).append(duration_s)
+        self._store_durations_s.setdefault(call, []).append(duration_s)
         self.flush_soon()
 
     def record_upstream_request(self, account: str, status: str, duration_s: float) -> None:
         """`status` is one of `UPSTREAM_STATUSES`."""
-        self._asked.setdefault((account, status), []).append(duration_s)
+        self._upstream_durations_s.setdefault((account, status), []).append(duration_s)
         self.flush_soon()
 
     def record_descriptors_exhausted(self) -> None:
-        """Something has failed because this process had no file descriptor left."""
+        """Counts a failure for lack of a file descriptor."""
         self.descriptor_failures += 1
         self.descriptors_exhausted.inc()
 
@@ -276,21 +279,21 @@ class Metrics:
             asyncio.get_running_loop().call_later(FLUSH_AFTER_S, self.flush)
 
     def flush(self) -> None:
-        """Counts what has been noted."""
+        """Writes the buffered numbers."""
         self._is_due = False
         self.requests_in_flight.set(self.in_flight())
         self.log_lines_dropped.inc(self.take_dropped_log_lines())
-        ended, self._ended = self._ended, {}
-        for kind, durations_s in ended.items():
+        requests, self._request_durations_s = self._request_durations_s, {}
+        for kind, durations_s in requests.items():
             self._count_requests(*kind, durations_s)
-        called, self._called = self._called, {}
-        for call, durations_s in called.items():
+        store_calls, self._store_durations_s = self._store_durations_s, {}
+        for call, durations_s in store_calls.items():
             self.store_duration.labels(call).observe_all(durations_s)
-        asked, self._asked = self._asked, {}
-        for (account, status), durations_s in asked.items():
+        upstream_requests, self._upstream_durations_s = self._upstream_durations_s, {}
+        for (account, status), durations_s in upstream_requests.items():
             self.upstream_duration.labels(account, status).observe_all(durations_s)
-        spent_micro, self._spent_micro = self._spent_micro, {}
-        for (team, model), credits_micro in spent_micro.items():
+        spent, self._credits_micro = self._credits_micro, {}
+        for (team, model), credits_micro in spent.items():
             self.estimated_credits.labels(team, model).inc(credits_micro / 1_000_000)
 
     def _count_requests(self, team: str, operation: str, outcome: Outcome, durations_s: Sequence[float]) -> None:

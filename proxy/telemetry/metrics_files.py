@@ -15,14 +15,14 @@ from struct import Struct
 from typing import BinaryIO
 
 HEADER = Struct("=QQ")
-"""How many bytes are in use; whether a worker is alive (0 or 1)."""
+"""Number of bytes in use; whether a worker is alive (0 or 1)."""
 
 _ALIVE = Struct("=Q")
 _ALIVE_AT = _ALIVE.size
 
 
 class NoMetricsFileError(Exception):
-    """Workers would have nowhere to count; the message says what to do."""
+    """No file can be opened. The message says what to do."""
 
 
 @contextmanager
@@ -40,11 +40,11 @@ def metrics_files(slots: int) -> Iterator[list[int]]:
 
 def _nameless_file() -> BinaryIO:
     if sys.platform == "linux":
-        with suppress(OSError):  # a sandbox may not have it
+        with suppress(OSError):  # a sandbox may forbid it
             return open(os.memfd_create("estimate-proxy-metrics"), "r+b", buffering=0)  # noqa: PTH123 -- it has no path
     return tempfile.TemporaryFile(buffering=0)
 
 
 def vacate(descriptor: int) -> None:
-    """Marks a slot whose worker has ended: its gauges count no longer, its counters do."""
+    """Marks the slot of a worker that has ended: its gauges no longer count, its counters still do."""
     os.pwrite(descriptor, _ALIVE.pack(0), _ALIVE_AT)

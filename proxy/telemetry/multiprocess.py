@@ -1,4 +1,4 @@
-"""Metrics of several workers: each worker counts in a file of its own, and any of them can add all files up.
+"""Metrics of several workers: each worker writes a file of its own, and any of them can add up all files.
 
 * There is one file for each worker slot. The supervisor opens it (`proxy.telemetry.metrics_files`) and every worker
   inherits it.
@@ -32,11 +32,11 @@ _NUMBERS = Struct("=dd")
 _GAUGE = b'["gauge",'
 
 _Reading = tuple[float, float]
-"""An amount, and when it was set in seconds since 1970; counters are never set."""
+"""An amount, and the Unix time at which it was set; 0 for counters, which are never set."""
 
 
 class SharedValues:
-    """The numbers of this worker, and those of the other workers as they were last read.
+    """The numbers of this worker, and those of the other workers as last read.
 
     own: the descriptor of this slot's file. others: those of the other slots.
     """
@@ -46,21 +46,21 @@ class SharedValues:
         self._others = others
         self._values: dict[bytes, _Value] = {}
         self._inherited: dict[bytes, tuple[int, _Reading]] = {}
-        """What earlier workers in this slot have left, and where it stands in the file."""
+        """The numbers of earlier workers in this slot, and their positions in the file."""
         self._readings: Mapping[bytes, Sequence[_Reading]] = {}
         self._appending = Lock()
         self._used = HEADER.size
         self._take_over(_content(own))
 
     def install(self) -> None:
-        """Makes this process's instruments count here, those that are declared from now on."""
+        """Connects the metrics of this process that are declared from now on."""
         values.ValueClass = self.new_value
         disable_created_metrics()  # type: ignore[no-untyped-call] # a worker's start is not when its counters began
 
     def new_value(
         self, kind: str, family: str, name: str, _: Any, labels: Sequence[str], __: str, multiprocess_mode: str = ""
     ) -> "_Value":
-        """A number as prometheus_client wants it; its own parameters are the names of the labels and a help text."""
+        """Replaces prometheus_client's `ValueClass`. The unused parameters are the label names and the help text."""
         key = _padded(orjson.dumps([kind, family, name, labels]))
         position, reading = self._inherited.get(key, (None, (0.0, 0.0)))
         value = self._values[key] = _Value(self, key, reading, position, _MERGES[multiprocess_mode])
@@ -69,16 +69,16 @@ class SharedValues:
 
     def write(self, value: "_Value") -> None:
         if value.position is None:
-            with self._appending:  # a scrape in its thread makes values, too
+            with self._appending:  # a scrape, in its own thread, creates values too
                 self._append(value)
         else:
-            with suppress(OSError):  # there is no memory: it is written with its next change
+            with suppress(OSError):  # out of memory: it is written with its next change
                 os.pwrite(self._own, _NUMBERS.pack(value.amount, value.set_at), value.position)
 
     def read(self) -> list[bytes]:
-        """Reads what the other workers have counted.
+        """Reads the numbers of the other workers.
 
-        Returns the keys that other or earlier workers have declared and this one has not; see `series_of`.
+        Returns the keys that other or earlier workers have and this one does not; see `series_of`.
         """
         readings: dict[bytes, list[_Reading]] = defaultdict(list)
         for descriptor in self._others:
@@ -89,11 +89,11 @@ class SharedValues:
         return [key for key in (*readings, *self._inherited) if key not in self._values]
 
     def readings(self, key: bytes) -> Sequence[_Reading]:
-        """What the other workers have of a number."""
+        """The other workers' values of a number."""
         return self._readings.get(key, ())
 
     def _take_over(self, content: bytes) -> None:
-        """Continues the counters of the worker before, and sets its gauges to nothing."""
+        """Continues the counters of the previous worker in this slot, and resets its gauges."""
         for key, position, reading in _entries(content):
             if key.startswith(_GAUGE):
                 reading = (0.0, 0.0)  # noqa: PLW2901
@@ -103,9 +103,9 @@ class SharedValues:
         os.pwrite(self._own, HEADER.pack(self._used, 1), 0)
 
     def _append(self, value: "_Value") -> None:
-        """The header counts an entry only once all of it is there: the file can be read at any moment."""
+        """Appends an entry. The header is updated last, because other workers can read the file at any moment."""
         entry = _ENTRY.pack(value.amount, value.set_at, len(value.key)) + value.key
-        with suppress(OSError):  # there is no memory: it is tried again with the next change
+        with suppress(OSError):  # out of memory: it is tried again with the next change
             if os.pwrite(self._own, entry, self._used) == len(entry):
                 os.pwrite(self._own, _USED.pack(self._used + len(entry)), 0)
                 value.position = self._used
@@ -113,7 +113,7 @@ class SharedValues:
 
 
 class _Value:
-    """A number of one series of this worker, with the methods that prometheus_client calls."""
+    """One number of a series of this worker, with the methods that prometheus_client calls."""
 
     __slots__ = ("_merge", "_shared", "amount", "key", "position", "set_at")
 
@@ -140,15 +140,15 @@ class _Value:
         self._shared.write(self)
 
     def get(self) -> float:
-        """That of all workers together."""
+        """The merged value of all workers."""
         return self._merge([(self.amount, self.set_at), *self._shared.readings(self.key)])
 
     def get_exemplar(self) -> None:
-        """There are none."""
+        """Exemplars are not used."""
 
 
 def series_of(key: bytes) -> tuple[str, Sequence[str]]:
-    """The name of a key's family, and its labels. Raises `ValueError` for a key that a damaged file has."""
+    """The family name and the labels of a key. Raises `ValueError` for a key from a damaged file."""
     _, family, _, labels = orjson.loads(key)
     return family, labels
 
@@ -170,7 +170,7 @@ def _newest(readings: Sequence[_Reading]) -> float:
 
 
 _MERGES = {"": _sum, "livesum": _sum, "livemax": _max, "livemin": _min, "mostrecent": _newest}
-"""How the numbers of several workers become one, by the name that prometheus_client has for it; "" is a counter's."""
+"""How the numbers of several workers are merged, by prometheus_client's `multiprocess_mode`; counters have ""."""
 
 
 def _content(descriptor: int) -> bytes:
@@ -178,13 +178,13 @@ def _content(descriptor: int) -> bytes:
 
 
 def _counting(content: bytes) -> Iterator[tuple[bytes, _Reading]]:
-    """The numbers that count: of a slot without a worker, those of counters."""
+    """The numbers to add up: of a vacant slot, only its counters."""
     _, alive = HEADER.unpack_from(content.ljust(HEADER.size, b"\0"))
     return ((key, reading) for key, _, reading in _entries(content) if alive or not key.startswith(_GAUGE))
 
 
 def _entries(content: bytes) -> Iterator[tuple[bytes, int, _Reading]]:
-    """Keys, where their numbers stand, and the numbers, as far as the content is whole."""
+    """Keys, the positions of their numbers, and the numbers, up to the first incomplete entry."""
     if len(content) < HEADER.size:
         return
     position, used = HEADER.size, min(HEADER.unpack_from(content)[0], len(content))
@@ -198,5 +198,5 @@ def _entries(content: bytes) -> Iterator[tuple[bytes, int, _Reading]]:
 
 
 def _padded(key: bytes) -> bytes:
-    """Numbers that lie on whole words are never read half written."""
+    """Pads a key so that numbers are aligned to 8 bytes: aligned numbers are never read half written."""
     return key + b" " * (-len(key) % 8)

@@ -1,6 +1,6 @@
-"""The address of RenderNet's estimates, and the keys of questions that are asked there.
+"""The address of RenderNet's estimate endpoint, and the cache keys of requests to it.
 
-Origin and path are part of every key, so their spelling never changes: a price that is stored under one spelling is
+Origin and path are part of each key, so their spelling must never change: a price that is stored under one spelling is
 not found under another.
 """
 
@@ -15,16 +15,16 @@ ESTIMATE_PATH = "/pub/v1/generations/estimate"
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
-# The URL standard's path percent-encode set (https://url.spec.whatwg.org/#path-percent-encode-set) has the others.
+# All but the URL standard's path percent-encode set (https://url.spec.whatwg.org/#path-percent-encode-set).
 _PATH_CHARACTERS = "".join(set(string.punctuation) - set('"#<>?`{}'))
 
-# RFC 3986 §3.4, the percent sign of what is encoded already, and what lenient clients leave bare.
+# RFC 3986 §3.4, the percent sign of existing escapes, and characters that lenient clients do not encode.
 _QUERY_CHARACTERS = "%!$&'()*+,;=:@/?-._~[]{}|\\^`"
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamAddress:
-    """Where estimates are asked: `netloc` is host and port as in a `Host` header, `path` is percent-encoded."""
+    """An estimate endpoint. `netloc` is host and port as in a `Host` header, `path` is percent-encoded."""
 
     scheme: str
     netloc: str
@@ -42,18 +42,18 @@ class UpstreamAddress:
         return f"{self.scheme}://{self.netloc}"
 
     def query_as_sent(self, query: bytes) -> str:
-        """A request's query string in the spelling in which it goes upstream."""
+        """A request's query string as it is sent upstream."""
         return quote(query, safe=_QUERY_CHARACTERS)
 
     def key_of(self, canonical: bytes, *, account: str, query: str, ignored: Sequence[str]) -> str:
-        """The key of a question that is asked here, its query string as sent."""
+        """The cache key of a request to this address. `query` is as sent."""
         return key_of(canonical, origin=self.origin, account=account, path=self.path, query=query, ignored=ignored)
 
 
 def _netloc(location: str, port: int | None, scheme: str) -> str:
-    """A name in lower case, an IPv6 address as it was written, and the port unless it is the scheme's default one.
+    """A host name in lower case, or an IPv6 address as written, and the port unless it is the scheme's default.
 
-    `scheme` is as it was written: stored keys have `:443` where it was in upper case.
+    scheme: as written. Keys that are stored already have `:443` if it was in upper case.
     """
     host = location[: location.index("]") + 1] if location.startswith("[") else location.partition(":")[0].lower()
     return host if port is None or port == _DEFAULT_PORTS.get(scheme) else f"{host}:{port}"

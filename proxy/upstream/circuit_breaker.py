@@ -1,10 +1,11 @@
-"""A circuit breaker, and the pause that upstream has asked for.
+"""Circuit breaker for upstream requests, and the back-off that upstream asks for. Pure.
 
-Closed: everything is asked. When at least `MIN_ANSWERS` answers came within `WINDOW_S` and half of them were failures,
-it opens for `OPEN_S`. Then it is half-open and lets one probe through: an answer closes it, a failure opens it again.
-A 429's `Retry-After` is obeyed beside all that, until it is over.
+* Closed: all requests are admitted. It opens for `OPEN_S` when at least `MIN_ANSWERS` answers arrived within `WINDOW_S`
+  and half of them were failures.
+* Half-open: after `OPEN_S` one probe is admitted. An answer closes the breaker, a failure opens it again.
+* Back-off: the `Retry-After` of a 429 is obeyed in each state.
 
-One circuit an account and process. Times are seconds on one monotonic clock, passed in.
+There is one breaker per account and process. Times are seconds on one monotonic clock, passed in.
 """
 
 from collections import deque
@@ -16,23 +17,24 @@ MIN_ANSWERS = 10
 FAILURE_RATE = 0.5
 OPEN_S = 5.0
 MAX_ANSWERS = 1000
-"""Of the window's answers so many are remembered."""
+"""Limits the answers of a window that are remembered, and with them memory."""
 
-MAX_PAUSE_S = 3600.0
+MAX_BACK_OFF_S = 3600.0
+"""Limits what a `Retry-After` can ask for."""
 
 
 class Decision(Enum):
-    """What `CircuitBreaker.admit` says."""
+    """The result of `CircuitBreaker.admit`: the first two admit the request."""
 
-    ASK = auto()
+    ADMIT = auto()
     PROBE = auto()
-    PAUSED = auto()
+    BACK_OFF = auto()
     OPEN = auto()
 
 
 @dataclass(frozen=True, slots=True)
 class Transition:
-    """The circuit opens, for so many seconds, or closes, after so many. `why` is for the log."""
+    """The breaker opens for `seconds`, or closes after having been open for `seconds`. `why` is for the log."""
 
     is_open: bool
     seconds: float
@@ -46,48 +48,48 @@ class CircuitBreaker:
         self._opened_at = 0.0
         self._open_until: float | None = None
         self._probe_until: float | None = None
-        self._paused_until = 0.0
-        self._era = 0
+        self._back_off_until = 0.0
+        self._probe_generation = 0
 
     @property
     def is_open(self) -> bool:
-        """Also while a probe is under way."""
+        """Whether the breaker is open or half-open."""
         return self._open_until is not None
 
     @property
     def probe_generation(self) -> int:
-        """Counts the probes. What was asked in an earlier era says nothing of upstream as the newest probe found it."""
-        return self._era
+        """Number of probes so far. An answer to a request of an earlier generation must not be recorded."""
+        return self._probe_generation
 
     def admit(self, now: float, *, probe_s: float) -> Decision:
-        """Whether to ask now. Through an open circuit goes one probe, and for `probe_s` no other."""
-        if now < self._paused_until:
-            return Decision.PAUSED
+        """Whether to send a request now. Half-open, it admits one probe, and no other for `probe_s`."""
+        if now < self._back_off_until:
+            return Decision.BACK_OFF
         if self._open_until is None:
-            return Decision.ASK
+            return Decision.ADMIT
         if now < self._open_until or (self._probe_until is not None and now < self._probe_until):
             return Decision.OPEN
         self._probe_until = now + probe_s
-        self._era += 1
+        self._probe_generation += 1
         return Decision.PROBE
 
     def open_s(self, now: float) -> float:
-        """Seconds since the circuit opened, failed probes included."""
+        """Seconds since the breaker opened, including failed probes."""
         return now - self._opened_at
 
     def wait_s(self, now: float) -> float:
-        """Seconds until asking may be let through again."""
-        waits = (self._paused_until, self._open_until or 0.0, self._probe_until or 0.0)
+        """Seconds until a request may be admitted again."""
+        waits = (self._back_off_until, self._open_until or 0.0, self._probe_until or 0.0)
         return max(0.0, max(waits) - now)
 
-    def pause(self, now: float, seconds: float) -> None:
-        """Nothing is asked for as long as upstream wants, an hour at the most."""
-        self._paused_until = max(self._paused_until, now + min(seconds, MAX_PAUSE_S))
+    def back_off(self, now: float, seconds: float) -> None:
+        """Admits nothing for `seconds`, at most `MAX_BACK_OFF_S`."""
+        self._back_off_until = max(self._back_off_until, now + min(seconds, MAX_BACK_OFF_S))
 
-    def note(self, now: float, *, failed: bool) -> Transition | None:
-        """Counts an answer, or its failing to come, to a question of this era, which may open or close the circuit.
+    def record(self, now: float, *, failed: bool) -> Transition | None:
+        """Records the result of a request of this probe generation, which may open or close the breaker.
 
-        While the circuit is open only the probe's answer counts: the others were asked before it opened.
+        While the breaker is open only the probe's result counts: the other requests were sent before it opened.
         """
         if self._open_until is None:
             return self._count(now, failed=failed)

@@ -1,7 +1,9 @@
-"""Asks RenderNet for estimates: the one place that adds the server-side key.
+"""The client of RenderNet's estimate API: the only module that adds the server-side API key.
 
-Nothing of a request steers where it goes: the address is `upstream.base_url` and a fixed path, and only the query
-string is the client's. Each account has a circuit breaker. Failures are replies, as prices are.
+* A client's request does not determine the address: that is `upstream.base_url` and a fixed path. Only the query string
+  is the client's.
+* Each account has a circuit breaker.
+* Failures are values, not exceptions.
 """
 
 import asyncio
@@ -21,16 +23,16 @@ from proxy.upstream.http_client import MAX_RESPONSE_BYTES, ConnectError, HttpCli
 from proxy.upstream.replies import Failed, Rejected, Reply, read_reply
 
 QUEUED_PER_CONNECTION = 1
-"""Questions that may wait for a connection. They take one answer of RenderNet's longer; more are refused at once."""
+"""Limits the requests that wait for a connection, each for about one RenderNet answer. More are refused at once."""
 
 QUIET_S = 10.0
-"""After RenderNet has answered again, a new failure is not logged for so long, unless it opens the circuit."""
+"""Time after a recovery in which a new failure is not logged, unless it opens the circuit breaker."""
 
-# What counts as an outage; a busy or refusing upstream is there.
+# Failures that the circuit breaker counts. An upstream that is busy, or refuses the key, works.
 _OUTAGES = (Code.UPSTREAM_ERROR, Code.UPSTREAM_TIMEOUT)
 
-_TOO_MANY_ASKS = Problem(
-    Code.OVERLOADED, "RenderNet is being asked as much at a time as the gateway allows: try again.", retry_after_s=1
+_TOO_MANY_REQUESTS = Problem(
+    Code.OVERLOADED, "Too many requests to RenderNet are in progress or waiting: try again.", retry_after_s=1
 )
 
 _NO_DESCRIPTOR = Problem(
@@ -43,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 class Upstream:
-    """Asks with each account's key. `close` must be called."""
+    """Requests estimates, each with its account's key. `close` must be called."""
 
     def __init__(self, configured: UpstreamSettings, keys: Mapping[str, SecretText], metrics: Metrics) -> None:
         self.address = UpstreamAddress.of(configured.base_url)
@@ -56,66 +58,66 @@ class Upstream:
         self._keys: dict[str, SecretText] = {}
         self._metrics = metrics
         self._timeout_s = configured.timeout_s
-        self._asks = 0
-        self._most_asks = (1 + QUEUED_PER_CONNECTION) * configured.max_connections
-        self._circuits: dict[str, CircuitBreaker] = {}
-        self.take_keys(keys)
+        self._requests = 0
+        self._max_requests = (1 + QUEUED_PER_CONNECTION) * configured.max_connections
+        self._breakers: dict[str, CircuitBreaker] = {}
+        self.update_keys(keys)
         self._failing: set[str] = set()
         self._incidents = IncidentLog(quiet_s=QUIET_S)
 
     async def close(self) -> None:
         await self._client.close()
 
-    def take_keys(self, keys: Mapping[str, SecretText]) -> None:
-        """New and changed keys. Accounts that are not named any more keep theirs for what is still under way."""
+    def update_keys(self, keys: Mapping[str, SecretText]) -> None:
+        """Adds new and changed keys. Removed accounts keep theirs for requests in flight."""
         self._keys |= keys
         for account in keys:
-            self._circuits.setdefault(account, CircuitBreaker())
+            self._breakers.setdefault(account, CircuitBreaker())
 
     @property
-    def in_trouble(self) -> bool:
-        """Whether some account's newest exchange failed."""
+    def is_failing(self) -> bool:
+        """Whether the latest request of any account failed."""
         return bool(self._failing)
 
     async def estimate(self, account: str, canonical: bytes, query: str, *, deadline: float) -> Reply:
-        """What upstream says to `canonical`, asked with the account's key. Failures are replies too.
+        """Upstream's reply to the JSON body `canonical`, sent with the account's key. Failures are replies too.
 
-        `deadline` stands on the event loop's clock.
+        deadline: on the event loop's clock.
         """
-        if self._asks >= self._most_asks:
-            return Failed(_TOO_MANY_ASKS, asked=False)
-        self._asks += 1
+        if self._requests >= self._max_requests:
+            return Failed(_TOO_MANY_REQUESTS, asked=False)
+        self._requests += 1
         try:
             return await self._estimate(account, canonical, query, deadline)
         finally:
-            self._asks -= 1
+            self._requests -= 1
 
     async def _estimate(self, account: str, canonical: bytes, query: str, deadline: float) -> Reply:
         loop = asyncio.get_running_loop()
-        circuit, asked_at = self._circuits[account], loop.time()
-        gate = circuit.admit(asked_at, probe_s=self._timeout_s)
-        if gate is Decision.PAUSED or gate is Decision.OPEN:
-            return Failed(_admitting_decision(gate, circuit.wait_s(asked_at)), asked=False)
-        if gate is Decision.PROBE:
-            how = (account, circuit.open_s(asked_at), self._timeout_s)
-            log.info("circuit breaker of the account %s half-opens after %.1f s: one probe, for %g s at most", *how)
-        probe_generation = circuit.probe_generation
-        reply, reason = await self._ask(account, canonical, query, min(deadline, asked_at + self._timeout_s))
-        if isinstance(reply, Failed) and not reply.asked:  # it says nothing of upstream
+        breaker, started_at = self._breakers[account], loop.time()
+        decision = breaker.admit(started_at, probe_s=self._timeout_s)
+        if decision is Decision.BACK_OFF or decision is Decision.OPEN:
+            return Failed(_refusal(decision, breaker.wait_s(started_at)), asked=False)
+        if decision is Decision.PROBE:
+            facts = (account, breaker.open_s(started_at), self._timeout_s)
+            log.info("circuit breaker of the account %s half-opens after %.1f s: one probe, for %g s at most", *facts)
+        probe_generation = breaker.probe_generation
+        reply, reason = await self._post(account, canonical, query, min(deadline, started_at + self._timeout_s))
+        if isinstance(reply, Failed) and not reply.asked:  # nothing was sent, so it says nothing about upstream
             return reply
         now = loop.time()
-        self._metrics.record_upstream_request(account, _status_class(reply), now - asked_at)
-        self._note_trouble(account, reason, now)
+        self._metrics.record_upstream_request(account, _status_class(reply), now - started_at)
+        self._log_incident(account, reason, now)
         if isinstance(reply, Failed) and reply.problem.code is Code.UPSTREAM_BUSY:
-            circuit.pause(now, reply.problem.retry_after_s or 0)
-        if circuit.probe_generation == probe_generation:  # what was asked before the newest probe tells nothing now
+            breaker.back_off(now, reply.problem.retry_after_s or 0)
+        if breaker.probe_generation == probe_generation:  # older requests say nothing about the state since the probe
             failed = isinstance(reply, Failed) and reply.problem.code in _OUTAGES
-            if (transition := circuit.note(now, failed=failed)) is not None:
-                self._note_transition(account, transition, reason)
+            if (transition := breaker.record(now, failed=failed)) is not None:
+                self._log_transition(account, transition, reason)
         return reply
 
-    async def _ask(self, account: str, canonical: bytes, query: str, deadline: float) -> tuple[Reply, str | None]:
-        """The reply, and for the log why it is a failure."""
+    async def _post(self, account: str, canonical: bytes, query: str, deadline: float) -> tuple[Reply, str | None]:
+        """The reply, and if it is a failure, the reason for the log."""
         api_key = self._keys[account].get_secret_value()
         try:
             async with asyncio.timeout_at(deadline):
@@ -133,31 +135,31 @@ class Upstream:
         )
         return reply, _reason_of(reply) if isinstance(reply, Failed) else None
 
-    def _note_trouble(self, account: str, reason: str | None, now: float) -> None:
+    def _log_incident(self, account: str, reason: str | None, now: float) -> None:
         if reason is None:
             self._failing.discard(account)
-            if self._incidents.ends(account, now):
+            if self._incidents.closed(account, now):
                 log.info("upstream answers again for the account %s", account)
         else:
             self._failing.add(account)
-            if self._incidents.begins(account, reason, now):
+            if self._incidents.opened(account, reason, now):
                 log.error("upstream fails for the account %s: %s", account, reason)
 
-    def _note_transition(self, account: str, transition: Transition, reason: str | None) -> None:
-        """Each is logged: they are at least `OPEN_S` apart."""
+    def _log_transition(self, account: str, transition: Transition, reason: str | None) -> None:
+        """Logs each transition: two that open the breaker are at least `OPEN_S` apart."""
         self._metrics.circuit_open.labels(account).set(transition.is_open)
-        about = (account, transition.seconds, transition.why)
+        facts = (account, transition.seconds, transition.why)
         if transition.is_open:
-            log.error("circuit breaker of the account %s opens for %.1f s: %s; the last error: %s", *about, reason)
+            log.error("circuit breaker of the account %s opens for %.1f s: %s; the last error: %s", *facts, reason)
         else:
-            log.info("circuit breaker of the account %s closes after %.1f s: %s", *about)
+            log.info("circuit breaker of the account %s closes after %.1f s: %s", *facts)
 
 
 def _reason_of(failed: Failed) -> str:
-    """For the log: the code, and what RenderNet itself said."""
-    words = failed.problem.members.get("upstream", {})
-    said = ": ".join(word for word in (words.get("code"), words.get("message")) if word)
-    return f"{failed.problem.code} ({failed.upstream_status}{', ' * bool(said)}{said})"
+    """The reason for the log: our code, the status, and RenderNet's own code and message."""
+    upstream = failed.problem.members.get("upstream", {})
+    message = ": ".join(text for text in (upstream.get("code"), upstream.get("message")) if text)
+    return f"{failed.problem.code} ({failed.upstream_status}{', ' * bool(message)}{message})"
 
 
 def _detail_of(error: HttpError) -> str:
@@ -175,16 +177,16 @@ def _status_class(reply: Reply) -> str:
         case Failed(upstream_status=None, problem=problem):
             return "timeout" if problem.code is Code.UPSTREAM_TIMEOUT else "error"
         case Failed(upstream_status=int(status), problem=Problem(code=Code.UPSTREAM_ERROR)) if status < 500:  # noqa: PLR2004
-            return "error"  # a page, or our own key: whatever its status, no answer
+            return "error"  # not JSON, or it has our key in it: not an answer, whatever its status
         case Failed(upstream_status=int(status)) | Rejected(status):
             return f"{status // 100}xx"
         case _:
             return "2xx"
 
 
-def _admitting_decision(gate: Decision, wait_s: float) -> Problem:
-    if gate is Decision.PAUSED:
-        detail = "RenderNet wants no requests for this account just now: try again later."
+def _refusal(decision: Decision, wait_s: float) -> Problem:
+    if decision is Decision.BACK_OFF:
+        detail = "RenderNet has asked for a pause in the requests for this account: try again later."
     else:
-        detail = "RenderNet has been failing and is left alone for a moment: try again later."
+        detail = "RenderNet has been failing, so the gateway sends it no requests for a moment: try again later."
     return Problem(Code.UPSTREAM_BUSY, detail, retry_after_s=math.ceil(wait_s))

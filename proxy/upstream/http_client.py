@@ -1,19 +1,19 @@
-"""The HTTP/1.1 client that asks RenderNet: POST requests to one address, over pooled connections.
+"""An HTTP/1.1 client for POST requests to one address, over pooled connections.
 
-aiohttp's connector opens and pools the connections (names, TLS, proxies, a limit on their number), and httptools parses
-what comes over them. There is no client session in between, so there are no cookies, redirects, decompression or
-settings from the environment.
+aiohttp's connector opens and pools the connections (name resolution, TLS, proxies, a limit on their number), and
+httptools parses the responses. There is no client session, and so no cookies, redirects, decompression or settings from
+the environment. The connector is used without documentation: tests/integration/test_private_apis.py lists its parts.
 
-* A connection is reused only if it has brought one whole response and nothing more, and whatever arrives while it is
-  idle closes it: bytes behind a response must not be taken for the response to the next request.
+* A connection is reused only after exactly one whole response, and is closed if anything arrives while it is idle:
+  bytes after a response must not be taken for the response to the next request.
 * A request whose reused connection is closed before the first byte of a response is sent again, once, on a new
   connection. Servers close idle connections without notice, and these requests change nothing.
 
-What goes wrong is one of these. Their texts hold no secret:
+Errors, whose texts contain no secret:
 
     HttpError
-    ├── ConnectError            no connection was opened
-    ├── BrokenResponseError     the connection was closed too early, or what came is not HTTP
+    ├── ConnectError            no connection could be opened
+    ├── BrokenResponseError     the connection was closed too early, or the response is not HTTP
     └── ResponseTooLargeError   the response has more than `MAX_RESPONSE_BYTES`
 """
 
@@ -35,18 +35,18 @@ from proxy import __version__
 from proxy.upstream.address import UpstreamAddress
 
 MAX_RESPONSE_BYTES = 2**20
-"""Of a response with its head."""
+"""Limits a response, including its head: an estimate has a few hundred bytes."""
 
 USER_AGENT = f"estimate-proxy/{__version__}"
 
 _NO_TIMEOUT = aiohttp.ClientTimeout()
-"""Callers set a deadline around each request."""
+"""The caller limits each request as a whole."""
 
 _LAST_CHUNK = b"0\r\n\r\n"  # RFC 9112 §7.1
 
 
 class HttpError(Exception):
-    """The root of this tree. `status` is that of a response that has begun."""
+    """The root of this tree. `status` is set if the head of a response has arrived."""
 
     status: int | None = None
 
@@ -69,7 +69,7 @@ class _StaleConnectionError(BrokenResponseError):
 
 @dataclass(frozen=True, slots=True)
 class HttpResponse:
-    """`headers` have names in lower case. Of a header that was sent more than once they have the last."""
+    """`headers` have names in lower case, and the last value of a header that was sent more than once."""
 
     status: int
     headers: Mapping[str, str]
@@ -80,7 +80,7 @@ class HttpClient:
     """POSTs JSON to `address`. `close` must be called.
 
     proxy: the URL of an HTTP proxy, credentials included.
-    ca_file: certificates to trust instead of the system's.
+    ca_file: the CA certificates to trust, instead of the system's.
     """
 
     def __init__(
@@ -101,16 +101,16 @@ class HttpClient:
 
     @cached_property
     def _connector(self) -> aiohttp.TCPConnector:
-        """It belongs to the event loop in which it is first needed."""
+        """Created when it is first needed, because it belongs to the running event loop."""
         return aiohttp.TCPConnector(limit=self._max_connections)
 
     @cached_property
     def _peer(self) -> aiohttp.ClientRequest:
-        """Tells the connector where to connect to. It is never sent."""
+        """Tells the connector where to connect. It is never sent."""
         url, proxy, proxy_headers = URL(self._address.origin, encoded=True), None, None
         if self._proxy is not None:
             proxy = URL(self._proxy.url, encoded=True)
-            # The connector would add `Host` when it connects, and not find the idle connection again without it.
+            # The connector adds `Host` when it connects; without it here, it would not find the idle connection again.
             host = str(url.host_port_subcomponent)
             proxy_headers = {"Host": host, "User-Agent": USER_AGENT, **self._proxy.credentials}
         loop = asyncio.get_running_loop()
@@ -131,7 +131,10 @@ class HttpClient:
             return await (await self._connect(new=True)).exchange(request)
 
     async def _connect(self, *, new: bool = False) -> "_Connection":
-        """A connection for one exchange. To get a new one, idle ones are closed: they are as old as the stale one."""
+        """A connection for one request.
+
+        new: closes idle connections instead of reusing them; they are as old as the one that was stale.
+        """
         try:
             while True:
                 connection = _Connection.of(await self._connector.connect(self._peer, [], _NO_TIMEOUT))
@@ -143,14 +146,14 @@ class HttpClient:
 
 
 class _Connection(asyncio.Protocol):
-    """A connection, as the protocol of its transport, where it takes the place of the pool's own protocol.
+    """A connection: the protocol of its transport, in place of aiohttp's.
 
-    That one need only hear when the connection is lost.
+    It passes `connection_lost` on to aiohttp's protocol; the pool depends on nothing else.
     """
 
     lease: Lease
     _response: asyncio.Future[HttpResponse] | None = None
-    """What the exchange under way waits for; None while the connection is idle."""
+    """The response to the request in flight; None while the connection is idle."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
@@ -161,7 +164,7 @@ class _Connection(asyncio.Protocol):
 
     @classmethod
     def of(cls, lease: Lease) -> "_Connection":
-        """The connection that the pool has handed out. Raises `ConnectError` if it is lost already."""
+        """The connection of a lease from the pool. Raises `ConnectError` if it is already lost."""
         if lease.transport is None:
             lease.close()
             raise ConnectError("the connection was closed at once")
@@ -175,7 +178,7 @@ class _Connection(asyncio.Protocol):
         return self._exchanges == 0
 
     async def exchange(self, request: bytes) -> HttpResponse:
-        """Sends a request; its connection goes back to the pool, or is closed. Raises `HttpError`."""
+        """The response to a request. Returns the connection to the pool, or closes it. Raises `HttpError`."""
         self._exchanges += 1
         self._received_bytes, self._has_head, self._is_reusable = 0, False, False
         self._response = asyncio.get_running_loop().create_future()
@@ -240,7 +243,7 @@ class _Connection(asyncio.Protocol):
 
     @property
     def _end(self) -> bytes:
-        """The last bytes of the response. A blank line behind them would escape the parser."""
+        """The last bytes of the response. The parser does not notice a blank line after them."""
         return _LAST_CHUNK if "transfer-encoding" in self._headers else self._chunks[-1]
 
     def _fail(self, error: HttpError) -> None:
@@ -251,7 +254,7 @@ class _Connection(asyncio.Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Proxy:
-    """`url` has no credentials: it stands in aiohttp's errors."""
+    """An HTTP proxy. `url` has no credentials, because aiohttp's errors contain it."""
 
     url: str
     credentials: Mapping[str, str] = field(repr=False)
@@ -268,7 +271,7 @@ class _Proxy:
 
 
 def _reason_of(error: Exception) -> str:
-    """What the log may show: the text of `ClientHttpProxyError`, for one, has the proxy's headers."""
+    """The error for the log, without secrets: the text of `ClientHttpProxyError` has the proxy's headers."""
     if isinstance(error, aiohttp.ClientResponseError):
         return f"{type(error).__name__}: {error.status}"
     cause = error.__cause__ or error
@@ -276,10 +279,10 @@ def _reason_of(error: Exception) -> str:
 
 
 def _tls_context(ca_file: Path | None) -> ssl.SSLContext:
-    """Trusts `ca_file` alone, or else the certificates of the system, where OpenSSL was built to look for them."""
+    """Trusts only `ca_file`, or else the system's certificates, in the places where OpenSSL was built to look."""
     if ca_file is not None:
         context = ssl.create_default_context(cafile=ca_file)
-    else:  # `create_default_context` would read SSL_CERT_FILE and SSL_CERT_DIR too
+    else:  # not `create_default_context`, which reads SSL_CERT_FILE and SSL_CERT_DIR
         context, paths = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.get_default_verify_paths()
         found = [path for path in (paths.openssl_cafile, paths.openssl_capath) if Path(path).exists()]
         for path in found:

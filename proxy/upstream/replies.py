@@ -1,7 +1,7 @@
-"""What upstream's answers mean: prices, and everything that is none.
+"""Parses upstream's responses into replies: a price, an unpriced answer, a rejection or a failure. Pure.
 
-Amounts stay the JSON numbers that upstream wrote: they are never turned into binary fractions, so `5`, `5.0` and
-`0.10` come out as they went in. An amount that cannot be read is *unpriced*; it is never taken for 0.
+Amounts stay the JSON numbers that upstream wrote and are never converted to floats: `5`, `5.0` and `0.10` keep their
+spelling. An estimate that cannot be read makes the answer *unpriced*; it never counts as 0.
 """
 
 import json
@@ -24,16 +24,18 @@ MAX_ESTIMATE = 10**6
 """Credits; a larger estimate counts as an upstream error. `proxy.quota.ledger_script.MAX_ENTRY_MICRO` builds on it."""
 
 MAX_NUMBER_CHARACTERS = 64
-MAX_RETRY_AFTER_S = 2**31
-"""A longer wait counts as this one, so that any can be written as JSON."""
+"""Limits numbers in responses: real amounts have a few digits, and long ones are slow to parse."""
 
-MAX_WORD_BYTES = 64 * 2**10
-"""A longer refusal of upstream's is not left for other processes: each asks for itself."""
+MAX_RETRY_AFTER_S = 2**31
+"""Limits `Retry-After`; without a limit its number could be too long for JSON."""
+
+MAX_FAILURE_BYTES = 64 * 2**10
+"""Limits the failures that are shared through the store. After a longer one, each process asks upstream itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Priced:
-    """Upstream knows the price."""
+    """An answer with a usable estimate."""
 
     price: Price
     balance: bytes | None
@@ -42,7 +44,7 @@ class Priced:
 
 @dataclass(frozen=True, slots=True)
 class Unpriced:
-    """Upstream answered without a usable estimate: its JSON body, to be passed through and never stored."""
+    """An answer without a usable estimate. Its JSON body is passed through and never stored."""
 
     body: bytes
     balance: bytes | None
@@ -51,7 +53,7 @@ class Unpriced:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """Upstream refused the caller's body (a 4xx of its own): passed through, never stored."""
+    """A 4xx about the caller's body. It is passed through and never stored."""
 
     status: int
     body: bytes
@@ -59,9 +61,10 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """No answer of upstream's can be shown. `upstream_status` is what it sent, if anything.
+    """No answer that can be passed through.
 
-    `asked` is False where the question did not reach upstream: the circuit, upstream's own wish or our load kept it.
+    upstream_status: the status that upstream sent, if any.
+    asked: False if no request was sent, because of the circuit breaker, a back-off or our own load.
     """
 
     problem: Problem
@@ -74,13 +77,13 @@ Reply = Priced | Unpriced | Rejected | Failed
 
 _IDENTITY = "identity"
 
-# RFC 9110 §16.6.1; no other name is repeated, for it may be anything.
+# RFC 9110 §16.6.1. No other name is repeated in an error: it could be any text.
 _CONTENT_CODINGS = ("br", "compress", "deflate", "gzip", "x-compress", "x-gzip", "zstd")
 
-_LONGEST_WORDS = {"code": 64, "message": 500}
-"""Characters of upstream's own words that are passed on."""
+_MAX_CHARACTERS = {"code": 64, "message": 500}
+"""Limits upstream's error code and message when they are passed on."""
 
-# What can stand for a visible ASCII character in a JSON string besides itself (RFC 8259 §7).
+# The escapes of visible ASCII characters in a JSON string (RFC 8259 §7).
 _ESCAPED_CHARACTER = re.compile(rb'\\(?:u00([2-7][0-9A-Fa-f])|(["\\/]))')
 
 
@@ -88,7 +91,7 @@ _FAILED_FIELDS = ("code", "detail", "retry_after_s", "upstream_status", "asked")
 
 
 class _RawNumber(str):
-    """A JSON number as it was spelled."""
+    """A JSON number as it was written."""
 
     __slots__ = ()
 
@@ -96,9 +99,10 @@ class _RawNumber(str):
 def read_reply(
     status: int, body: bytes, *, headers: Mapping[str, str] = MappingProxyType({}), secret: str, now: datetime
 ) -> Reply:
-    """What an upstream answer means. `headers` have names in lower case.
+    """Classifies a response.
 
-    `secret` is the account's key, in visible ASCII: its echo goes nowhere.
+    headers: names in lower case.
+    secret: the account's API key, in visible ASCII. A response that contains it is withheld.
     """
     coding = headers.get("content-encoding", _IDENTITY).lower()
     value, is_json = _parse(body) if coding == _IDENTITY else (None, False)
@@ -106,72 +110,75 @@ def read_reply(
     if status == 429:  # noqa: PLR2004 -- RFC 6585 §4
         code, detail = (
             Code.UPSTREAM_BUSY,
-            "RenderNet takes no more requests for this account just now: try again later.",
+            "RenderNet accepts no more requests for this account at the moment: try again later.",
         )
     elif not is_json:
         code, detail = Code.UPSTREAM_ERROR, f"RenderNet answered {status} {_json_error(body, coding)}: try again later."
     elif not (200 <= status < 300 or 400 <= status < 500):  # noqa: PLR2004 -- RFC 9110 §15
         code, detail = Code.UPSTREAM_ERROR, f"RenderNet answered {status}: try again later."
     elif is_withheld:
-        code, detail = Code.UPSTREAM_ERROR, "RenderNet's answer was withheld: it had the gateway's own key in it."
+        code, detail = (
+            Code.UPSTREAM_ERROR,
+            "RenderNet's answer was withheld, because it contains the gateway's API key.",
+        )
     elif _refuses_key(status, value):
-        code, detail = Code.UPSTREAM_REFUSED, "RenderNet refused the gateway's API key: tell its operator."
+        code, detail = Code.UPSTREAM_REFUSED, "RenderNet refused the gateway's API key: tell the gateway's operator."
     elif status >= 400:  # noqa: PLR2004 -- RFC 9110 §15.5
         return Rejected(status, body)
     else:
         return _read_estimate(status, value, body)
     retry_after_s = retry_after_seconds(headers.get("retry-after"), now) if code is Code.UPSTREAM_BUSY else None
-    members = _own_words(status, value) if is_json and not is_withheld else {}
+    members = _upstream_error(status, value) if is_json and not is_withheld else {}
     return Failed(Problem(code, detail, retry_after_s, members=members), status)
 
 
 def encode_failure(reply: Unpriced | Rejected | Failed) -> bytes:
-    """What a leader that got no price leaves for those who wait; empty if it is too long to leave."""
+    """Encodes a reply without a price, to be shared through the store; empty if it is too long."""
     match reply:
         case Unpriced(body, balance, status):
-            word: dict[str, Any] = {"body": body.decode(), "balance": None if balance is None else balance.decode()}
-            word |= {} if status == 200 else {"status": status}  # noqa: PLR2004 -- older gateways leave it out
+            record: dict[str, Any] = {"body": body.decode(), "balance": None if balance is None else balance.decode()}
+            record |= {} if status == 200 else {"status": status}  # noqa: PLR2004 -- older gateways leave it out
         case Rejected(status, body):
-            word = {"status": status, "body": body.decode()}
+            record = {"status": status, "body": body.decode()}
         case Failed(problem, upstream_status, asked):
             fields = (problem.code, problem.detail, problem.retry_after_s, upstream_status, asked)
-            word = {**dict(zip(_FAILED_FIELDS, fields, strict=True)), **problem.members}
+            record = {**dict(zip(_FAILED_FIELDS, fields, strict=True)), **problem.members}
         case _:
             assert_never(reply)
-    text = orjson.dumps(word)
-    return text if len(text) <= MAX_WORD_BYTES else b""
+    text = orjson.dumps(record)
+    return text if len(text) <= MAX_FAILURE_BYTES else b""
 
 
 def decode_failure(text: bytes) -> Unpriced | Rejected | Failed:
-    """What `encode_failure` was given, here or in a gateway of another version."""
+    """The reply that `encode_failure` encoded, here or in a gateway of another version."""
     match orjson.loads(text):
         case {"body": body, "balance": balance, **rest}:
             status: Any = rest.get("status", 200)
             return Unpriced(body.encode(), None if balance is None else balance.encode(), status)
         case {"body": body, "status": status}:
             return Rejected(status, body.encode())
-        case word:
-            code, detail, retry_after_s, upstream_status, asked = (word[name] for name in _FAILED_FIELDS)
-            members = {"upstream": word["upstream"]} if "upstream" in word else {}
+        case record:
+            code, detail, retry_after_s, upstream_status, asked = (record[name] for name in _FAILED_FIELDS)
+            members = {"upstream": record["upstream"]} if "upstream" in record else {}
             return Failed(Problem(Code(code), detail, retry_after_s, members=members), upstream_status, asked)
 
 
 def retry_after_seconds(value: str | None, now: datetime) -> int | None:
-    """`Retry-After` (RFC 9110 §10.2.3), seconds or a date, in whole seconds; None if it says nothing usable."""
+    """A `Retry-After` header (RFC 9110 §10.2.3), seconds or a date, as whole seconds; None if it is not usable."""
     if value is None:
         return None
     if value.isascii() and value.isdigit() and len(value) <= MAX_NUMBER_CHARACTERS:
         return min(int(value), MAX_RETRY_AFTER_S)
     try:
         at = parsedate_to_datetime(value)
-    except (ValueError, OverflowError):  # OverflowError: a year or an offset of too many digits
+    except (ValueError, OverflowError):  # OverflowError: a year or an offset with too many digits
         return None
     at = at if at.tzinfo else at.replace(tzinfo=UTC)
     return max(0, round((at - now).total_seconds()))
 
 
 def _parse(body: bytes) -> tuple[Any, bool]:
-    """The JSON value in `body`, its numbers as spelled, and whether it is one that can be written again."""
+    """The JSON value in `body`, numbers as written, and whether it is valid and can be written as JSON again."""
     try:
         value = _DECODER.decode(body.decode())
         _dump(value)
@@ -179,13 +186,13 @@ def _parse(body: bytes) -> tuple[Any, bool]:
         ValueError,
         TypeError,
         RecursionError,
-    ):  # TypeError: what JSON cannot hold, such as lone surrogates
+    ):  # TypeError: what orjson cannot write, such as lone surrogates
         return None, False
     return value, True
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 _DECODER = json.JSONDecoder(parse_int=_RawNumber, parse_float=_RawNumber, parse_constant=_refuse_constant)
@@ -200,7 +207,7 @@ def _as_spelled(number: _RawNumber) -> orjson.Fragment:
 
 
 def _leaks_secret(secret: str, body: bytes) -> bool:
-    """Whether JSON text has `secret` in it, escaped or not, and be it in a member that a later one hides."""
+    """Whether JSON text contains `secret`, escaped or not, even in a duplicate member that parsing drops."""
     return secret.encode() in body or secret.encode() in _ESCAPED_CHARACTER.sub(_unescaped, body)
 
 
@@ -209,7 +216,7 @@ def _unescaped(escape: re.Match[bytes]) -> bytes:
 
 
 def _refuses_key(status: int, value: Any) -> bool:
-    """401 or 403, as status or as the code in the envelope, whose member is `error` or `err`."""
+    """Whether upstream refused the API key: 401 or 403, as status or as the code in `error` or `err` of the body."""
     codes = {str(status)}
     if isinstance(value, dict):
         for name in ("error", "err"):
@@ -220,23 +227,23 @@ def _refuses_key(status: int, value: Any) -> bool:
 
 def _json_error(body: bytes, coding: str) -> str:
     if coding != _IDENTITY:
-        known = f"the content coding {coding}, which was not asked for"
+        known = f"the content coding {coding}, which was not requested"
         return f"in {known if coding in _CONTENT_CODINGS else 'an unknown content coding'}"
     if body.startswith((BOM_UTF8, BOM_UTF16_LE, BOM_UTF16_BE)):
         return "with a byte order mark, which JSON must not have"  # RFC 8259 §8.1
     return "without a usable JSON body"
 
 
-def _own_words(status: int, value: Any) -> Mapping[str, Any]:
-    """The problem's member for what upstream says in its envelope; none where it says nothing."""
+def _upstream_error(status: int, value: Any) -> Mapping[str, Any]:
+    """The problem member with upstream's own code and message; empty if the body has none."""
     error = (value.get("error") or value.get("err")) if isinstance(value, dict) else None
-    said = error if isinstance(error, dict) else {"message": error}
-    code, message = (_bounded(said.get(name), length) for name, length in _LONGEST_WORDS.items())
+    members = error if isinstance(error, dict) else {"message": error}
+    code, message = (_bounded(members.get(name), length) for name, length in _MAX_CHARACTERS.items())
     return {} if code is message is None else {"upstream": {"status": status, "code": code, "message": message}}
 
 
 def _bounded(text: Any, length: int) -> str | None:
-    """A text (or a number, as it was spelled) without characters that steer a terminal."""
+    """A text (or a number, as written), shortened, and without control characters."""
     if not isinstance(text, str):
         return None
     text = text if len(text) <= length else text[: length - 1] + "…"
@@ -258,7 +265,7 @@ def _read_estimate(status: int, value: Any, body: bytes) -> Priced | Unpriced:
 def _is_usable(estimated: Any) -> bool:
     try:
         return _is_number(estimated) and 0 <= Decimal(estimated) <= MAX_ESTIMATE
-    except InvalidOperation:  # an exponent beyond what even decimals can hold
+    except InvalidOperation:  # an exponent that is too large for Decimal
         return False
 
 

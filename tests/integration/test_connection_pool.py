@@ -12,7 +12,7 @@ from redis.exceptions import ConnectionError as NotConnectedError
 
 from proxy.store.access import MAX_CONNECTIONS, StoreAccess
 from proxy.store.connection_pool import ConnectionPool
-from proxy.store.scripts import Call, Node, Script, exchange
+from proxy.store.scripts import Call, Node, Script, execute
 from proxy.store.topology import ConnectionFactory
 from proxy.urls import Address, parse_store_url
 
@@ -88,7 +88,7 @@ async def called(pool: ConnectionPool, count: int) -> list[Call]:
     """Calls that went out together, with the words that they got."""
     loop = asyncio.get_running_loop()
     calls = [Call(SCRIPT, ("k",), (), loop.create_future(), loop.time()) for _ in range(count)]
-    await exchange(Node("it", "connection", "127.0.0.1", pool), calls)
+    await execute(Node("it", "connection", "127.0.0.1", pool), calls)
     return calls
 
 
@@ -100,7 +100,7 @@ def test_replies_come_in_any_pieces_and_errors_are_replies() -> None:
         server = Server(b"+PONG\r\n*2\r\n$2\r\nab\r\n:5\r\n-LOADING wait\r\n-OOM full\r\n$-1\r\n")
         server.pieces = True
         async with pool_of(server) as pool:
-            first, second, third, fourth, fifth = (call.word for call in await called(pool, 5))
+            first, second, third, fourth, fifth = (call.result for call in await called(pool, 5))
             assert (first, second, fifth) == (b"PONG", [b"ab", 5], None)
             assert isinstance(third, BusyLoadingError)
             assert isinstance(fourth, ResponseError)
@@ -115,7 +115,7 @@ def test_a_server_that_does_not_serve_now_is_connected_to_again(word: bytes, con
         async with pool_of(server) as pool:
             await called(pool, 2)
             (_, call) = await called(pool, 2)
-            assert call.word == b"PONG"
+            assert call.result == b"PONG"
             assert len(server.clients) == connections
 
     play(scene())
@@ -128,7 +128,7 @@ def test_after_something_that_nobody_asked_for_a_connection_is_not_used_again(mo
         async with pool_of(server) as pool:
             for count in (1, 2):
                 (call,) = await called(pool, 1)
-                assert call.word == b"PONG"
+                assert call.result == b"PONG"
                 assert len(server.clients) == count
 
     play(scene())
@@ -138,7 +138,7 @@ def test_what_is_not_a_reply_ends_the_connection() -> None:
     async def scene() -> None:
         async with pool_of(Server(b"!nonsense\r\n")) as pool:
             (call,) = await called(pool, 1)
-            assert isinstance(call.word, InvalidResponse)
+            assert isinstance(call.result, InvalidResponse)
             assert call.sent
             assert not pool.is_in_use
 
@@ -151,8 +151,8 @@ def test_replies_that_came_before_the_end_count() -> None:
         server.hangs_up = True
         async with pool_of(server) as pool:
             served, lost = await called(pool, 2)
-            assert served.word == b"PONG"
-            assert isinstance(lost.word, NotConnectedError)
+            assert served.result == b"PONG"
+            assert isinstance(lost.result, NotConnectedError)
             assert lost.sent
 
     play(scene())
@@ -163,7 +163,7 @@ def test_a_script_that_cannot_be_loaded_says_why() -> None:
         server = Server(b"-NOSCRIPT none\r\n", b"-NOPERM no 'script|load'\r\n-NOSCRIPT none\r\n")
         async with pool_of(server) as pool:
             (call,) = await called(pool, 1)
-            assert "script|load" in str(call.word)
+            assert "script|load" in str(call.result)
 
     play(scene())
 
@@ -173,7 +173,7 @@ def test_a_script_that_is_flushed_again_at_once_has_an_error_and_not_its_digest_
         server = Server(b"-NOSCRIPT none\r\n", b"$2\r\nab\r\n-NOSCRIPT none\r\n")
         async with pool_of(server) as pool:
             (call,) = await called(pool, 1)
-            assert isinstance(call.word, NoScriptError)
+            assert isinstance(call.result, NoScriptError)
 
     play(scene())
 
@@ -214,7 +214,7 @@ def test_a_call_that_gives_up_leaves_its_connection_to_the_next() -> None:
                 await asyncio.wait_for(called(pool, 1), 0.05)
             server.may_greet.set()
             (call,) = await called(pool, 1)
-            assert call.word == b"PONG"
+            assert call.result == b"PONG"
             await until(lambda: not pool._opening)
             assert len(pool._idle) == len(server.clients) <= 2
 
@@ -246,7 +246,7 @@ def test_a_set_up_without_an_answer_ends() -> None:
         server.may_greet.clear()
         async with pool_of(server, connect_timeout_s=0.05) as pool:
             (call,) = await called(pool, 1)
-            assert isinstance(call.word, NotConnectedError)
+            assert isinstance(call.result, NotConnectedError)
             assert not call.sent
 
     play(scene())
@@ -346,7 +346,7 @@ def test_what_ended_while_idle_is_not_used(how: Callable[[asyncio.StreamWriter],
             how(server.clients[0])
             await asyncio.sleep(0.02)  # the loop is told of it, as of anything else
             (call,) = await called(pool, 1)
-            assert call.word == b"PONG"
+            assert call.result == b"PONG"
 
     play(scene())
 
@@ -357,7 +357,7 @@ def test_calls_that_never_got_a_connection_were_not_sent() -> None:
         server.greeting = b"-NOAUTH Authentication required.\r\n"
         async with pool_of(server) as pool:
             (call,) = await called(pool, 1)
-            assert isinstance(call.word, NotConnectedError)
+            assert isinstance(call.result, NotConnectedError)
             assert not call.sent
 
     play(scene())

@@ -138,7 +138,7 @@ def test_connections_outlive_something_that_forgets_them_after_five_seconds(way:
 def test_connections_that_lead_nowhere_are_replaced_before_a_call_needs_them(way: Relay) -> None:
     async def story(stores: list[Store]) -> None:
         (store,) = stores
-        pool = store._servers.primaries()[0].pool
+        pool = store._topology.primaries()[0].pool
         before = list(pool._idle)
         way.forget()
         async with asyncio.timeout(HEALTH_CHECK_S + 5):
@@ -151,11 +151,11 @@ def test_connections_that_lead_nowhere_are_replaced_before_a_call_needs_them(way
 
 def test_the_kernel_asks_too_whether_a_connection_is_alive(way: Relay) -> None:
     async def story(stores: list[Store]) -> None:
-        connection = await stores[0]._servers.primaries()[0].pool.acquire()
+        connection = await stores[0]._topology.primaries()[0].pool.acquire()
         assert connection._writer is not None
         opened = connection._writer.get_extra_info("socket")
         assert opened.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 30
-        await stores[0]._servers.primaries()[0].pool.release(connection)
+        await stores[0]._topology.primaries()[0].pool.release(connection)
 
     play(way, 1, story)

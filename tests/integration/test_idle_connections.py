@@ -68,7 +68,7 @@ def test_of_those_that_a_firewall_has_forgotten_only_the_first_costs_a_debit(way
         way.forget()
         with pytest.raises(StoreOutcomeUnknown):
             await put(store)
-        with pytest.raises(StoreUnavailable, match="left alone"):
+        with pytest.raises(StoreUnavailable, match="cool-down"):
             await put(store)
         await asyncio.sleep(COOLDOWN_S)
         await spread(store)

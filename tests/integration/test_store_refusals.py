@@ -17,7 +17,7 @@ Refusal = Callable[[Member], AbstractContextManager[None]]
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is down is checked often."""
-    monkeypatch.setattr("proxy.store.client.CHECK_AFTER_S", 0.3)
+    monkeypatch.setattr("proxy.store.client.WRITE_CHECK_AFTER_S", 0.3)
     monkeypatch.setattr("proxy.store.client.HEALTH_CHECK_S", 0.1)
 
 
@@ -100,9 +100,9 @@ KEYS, CALLS, INSIDE = denied("resetkeys", "~other:*"), denied("-evalsha"), denie
 
 REFUSALS: dict[str, tuple[Refusal, str, str]] = {
     "full": (full, "writing fails: OOM command not allowed", ": raise maxmemory"),
-    "replica": (replica, "writing fails: READONLY You can't write", ": see that the URL leads to the primary"),
-    "without replicas": (without_replicas, "writing fails: NOREPLICAS Not enough", ": bring its replicas back"),
-    "without a disk": (without_a_disk, "writing fails: MISCONF ", "persist to disk: look into the server's log"),
+    "replica": (replica, "writing fails: READONLY You can't write", ": check that the URL leads to the primary"),
+    "without replicas": (without_replicas, "writing fails: NOREPLICAS Not enough", ": restore its replicas"),
+    "without a disk": (without_a_disk, "writing fails: MISCONF ", "persist to disk: check the server's log"),
     "keys denied": (KEYS, "ledger_decide fails: NOPERM ", ": allow this user the scripts and keys"),
     "calls denied": (CALLS, "ledger_decide fails: NOPERM ", ": allow this user the scripts and keys"),
 }

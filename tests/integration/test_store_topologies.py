@@ -51,7 +51,18 @@ from proxy.quota.reports import LedgerReader
 from proxy.quota.usage import UsageQuery
 from proxy.store.access import StoreAccess
 from proxy.store.client import TICK_S, TIMEOUT_S, Script, Store
-from proxy.store.redirects import SLOTS, Ask, Done, Moved, NotSent, NotServing, ReplyKind, TryAgain, homes_of, kind_of
+from proxy.store.redirects import (
+    SLOTS,
+    Ask,
+    Done,
+    Moved,
+    NotSent,
+    NotServing,
+    ReplyKind,
+    TryAgain,
+    kind_of,
+    slot_owners,
+)
 from proxy.telemetry.metrics import Metrics
 from proxy.urls import Address
 from serving import free_port, wait_until
@@ -214,8 +225,8 @@ def test_what_a_word_means(word: object, sent: bool, kind: ReplyKind) -> None:  
     assert kind_of(word, sent=sent, host="asked") == kind
 
 
-def test_the_homes_of_slots() -> None:
-    homes = homes_of([[0, 1, [b"h", 1, b"id"]], [3, 4, [None, 2], [b"replica", 3]], [5, 5, [b"?", 4]]], "asked")
+def test_the_slot_owners_slots() -> None:
+    homes = slot_owners([[0, 1, [b"h", 1, b"id"]], [3, 4, [None, 2], [b"replica", 3]], [5, 5, [b"?", 4]]], "asked")
     assert homes[:6] == [Address("h", 1)] * 2 + [None] + [Address("asked", 2)] * 2 + [Address("asked", 4)]
     assert homes[6:] == [None] * (SLOTS - 6)
 

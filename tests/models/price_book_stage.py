@@ -171,11 +171,11 @@ def _clocked(clock: Clock) -> type[CircuitBreaker]:
         def wait_s(self, _: float) -> float:
             return super().wait_s(clock())
 
-        def pause(self, _: float, seconds: float) -> None:
-            super().pause(clock(), seconds)
+        def back_off(self, _: float, seconds: float) -> None:
+            super().back_off(clock(), seconds)
 
-        def note(self, _: float, *, failed: bool) -> Transition | None:
-            return super().note(clock(), failed=failed)
+        def record(self, _: float, *, failed: bool) -> Transition | None:
+            return super().record(clock(), failed=failed)
 
         def open_s(self, _: float) -> float:
             return super().open_s(clock())

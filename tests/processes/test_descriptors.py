@@ -170,7 +170,7 @@ class TestConnections:
                 assert isinstance(reply, Failed)
                 assert (reply.problem.code, reply.problem.retry_after_s, reply.asked) == (Code.OVERLOADED, 1, False)
                 assert "no file descriptor left" in reply.problem.detail
-            assert not asked.in_trouble
+            assert not asked.is_failing
             assert exhausted(metrics) == MIN_ANSWERS
             name, labels = "estimate_proxy_upstream_request_duration_seconds_count", {"account": "default"}
             assert metrics.registry.get_sample_value(name, {**labels, "status": "error"}) == 0
@@ -203,15 +203,15 @@ class TestMonitor:
         caplog.set_level(logging.INFO)
         metrics = Metrics()
         monitor = DescriptorMonitor(metrics)
-        monitor.look(0)
+        monitor.check(0)
         metrics.record_descriptors_exhausted()
         metrics.record_descriptors_exhausted()
-        monitor.look(1)
+        monitor.check(1)
         with monkeypatch.context() as patched:
             patched.setattr(descriptor_monitor, "is_one_left", lambda: False)
-            monitor.look(2)
-        monitor.look(3)
-        monitor.look(4)
+            monitor.check(2)
+        monitor.check(3)
+        monitor.check(4)
         assert exhausted(metrics) == 3
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         first, second = [record.getMessage() for record in caplog.records]

@@ -1,6 +1,7 @@
 #!lua
--- Does nothing. The server refuses it whenever it refuses writes: it is full, a replica, or without its replicas or its
--- disk; or this user must not use these keys.
---   KEYS  any of one slot
--- Replies 1.
+-- Checks that the server accepts writes to these keys. It writes nothing, but has no `no-writes` flag, so the server
+-- refuses it whenever it refuses writes: out of memory, a replica, too few replicas, a failed save, or no permission.
+--   KEYS  any number, all in one slot
+--   ARGV  none
+--   reply 1
 return 1

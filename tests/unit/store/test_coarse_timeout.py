@@ -1,4 +1,4 @@
-"""How long quick things may take: no less than was said, and no more than two ticks longer."""
+"""The shared timeout: it never fires early, and at most two ticks late."""
 
 import asyncio
 import time
@@ -14,7 +14,7 @@ def limit() -> CoarseTimeout:
     return CoarseTimeout(LIMIT_S, tick_s=TICK_S)
 
 
-def test_what_takes_too_long_ends_and_nothing_else() -> None:
+def test_only_work_that_takes_too_long_is_cancelled() -> None:
     ended: list[str] = []
 
     async def take(seconds: float) -> None:
@@ -34,7 +34,7 @@ def test_what_takes_too_long_ends_and_nothing_else() -> None:
     assert ended == ["slept", "slept"]
 
 
-def test_a_loop_that_stood_still_counts_what_is_there_already() -> None:
+def test_after_a_blocked_event_loop_a_result_that_has_arrived_counts() -> None:
     async def run() -> None:
         loop = asyncio.get_running_loop()
         reply = loop.create_future()
@@ -51,7 +51,7 @@ def test_a_loop_that_stood_still_counts_what_is_there_already() -> None:
     asyncio.run(run())
 
 
-def test_who_cleans_up_slowly_is_ended_once() -> None:
+def test_work_with_a_slow_clean_up_is_cancelled_once() -> None:
     async def cling() -> None:
         try:
             await asyncio.sleep(60)
@@ -62,7 +62,7 @@ def test_who_cleans_up_slowly_is_ended_once() -> None:
         asyncio.run(limit().run(cling()))
 
 
-def test_a_cancellation_from_outside_stays_one() -> None:
+def test_a_cancellation_from_outside_is_not_turned_into_a_timeout() -> None:
     async def run() -> None:
         held = asyncio.get_running_loop().create_task(limit().run(asyncio.sleep(60)))
         await asyncio.sleep(0)
@@ -73,7 +73,7 @@ def test_a_cancellation_from_outside_stays_one() -> None:
         asyncio.run(run())
 
 
-def test_it_holds_again_after_a_pause() -> None:
+def test_the_timer_starts_again_after_it_has_stopped() -> None:
     async def run() -> None:
         limited = limit()
         await limited.run(asyncio.sleep(0))

@@ -1,4 +1,4 @@
-"""A circuit from closed to open and back, a pause beside it, and both against a naive model that forgets nothing."""
+"""The circuit breaker: closed, open, half-open and back-off, also against a naive model that forgets nothing."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from examples import examples
 from proxy.upstream.circuit_breaker import (
     MAX_ANSWERS,
-    MAX_PAUSE_S,
+    MAX_BACK_OFF_S,
     MIN_ANSWERS,
     OPEN_S,
     WINDOW_S,
@@ -32,15 +32,15 @@ def is_closed(circuit: CircuitBreaker) -> bool:
 
 
 def answer(circuit: CircuitBreaker, now: float, outcomes: str) -> None:
-    """An answer for each letter: `f` for a failure, `.` for any other."""
+    """Records a result for each letter: `f` is a failure, `.` an answer."""
     for outcome in outcomes:
-        circuit.note(now, failed=outcome == "f")
+        circuit.record(now, failed=outcome == "f")
 
 
-def tell(circuit: CircuitBreaker, now: float, *, failed: bool, probe_generation: int) -> None:
-    """An answer to a question of that era, from whoever has asked it."""
+def record(circuit: CircuitBreaker, now: float, *, failed: bool, probe_generation: int) -> None:
+    """Records the result of a request of that probe generation, as the client does."""
     if circuit.probe_generation == probe_generation:
-        circuit.note(now, failed=failed)
+        circuit.record(now, failed=failed)
 
 
 def opened(at: float = T) -> CircuitBreaker:
@@ -59,10 +59,10 @@ def probing(at: float = T + OPEN_S) -> CircuitBreaker:
 # --- closed -----------------------------------------------------------------------------------------------------
 
 
-def test_a_new_circuit_is_closed() -> None:
+def test_a_new_breaker_is_closed() -> None:
     circuit = CircuitBreaker()
     assert is_closed(circuit)
-    assert [ask(circuit, now) for now in (0.0, 0.0, T)] == [Decision.ASK] * 3
+    assert [ask(circuit, now) for now in (0.0, 0.0, T)] == [Decision.ADMIT] * 3
     assert circuit.wait_s(0.0) == circuit.wait_s(T) == 0
 
 
@@ -81,18 +81,18 @@ def test_a_new_circuit_is_closed() -> None:
         ("." * 100 + "f" * 100, True),
     ],
 )
-def test_half_of_enough_answers_open_it(outcomes: str, is_open: bool) -> None:  # noqa: FBT001 -- a row of a table
+def test_enough_results_open_it_if_half_of_them_are_failures(outcomes: str, is_open: bool) -> None:  # noqa: FBT001 -- a row of a table
     circuit = CircuitBreaker()
     answer(circuit, T, outcomes[:-1])
     assert is_closed(circuit)
-    assert ask(circuit, T) is Decision.ASK
+    assert ask(circuit, T) is Decision.ADMIT
     answer(circuit, T, outcomes[-1])
     assert circuit.is_open is is_open
     assert (ask(circuit, T) is Decision.OPEN) is is_open
 
 
 @pytest.mark.parametrize(("later_s", "is_open"), [(WINDOW_S - 0.5, True), (WINDOW_S, True), (WINDOW_S + 0.001, False)])
-def test_failures_count_as_long_as_the_window(later_s: float, is_open: bool) -> None:  # noqa: FBT001 -- a row of a table
+def test_failures_count_within_the_window_only(later_s: float, is_open: bool) -> None:  # noqa: FBT001 -- a row of a table
     circuit = CircuitBreaker()
     answer(circuit, T, "f" * (MIN_ANSWERS - 1))
     answer(circuit, T + later_s, "f")
@@ -100,7 +100,7 @@ def test_failures_count_as_long_as_the_window(later_s: float, is_open: bool) -> 
 
 
 def test_the_window_slides() -> None:
-    """Old failures leave it one by one: at this pace nine are in it, however long it goes on."""
+    """Old failures leave it one by one: at this rate it never has more than nine."""
     circuit = CircuitBreaker()
     for step in range(100):
         answer(circuit, T + 1.25 * step, "f")
@@ -118,7 +118,7 @@ def test_good_answers_leave_the_window_too() -> None:
     assert circuit.is_open
 
 
-def test_of_many_answers_the_newest_count() -> None:
+def test_only_the_latest_results_are_remembered() -> None:
     circuit = CircuitBreaker()
     answer(circuit, T, "." * 3 * MAX_ANSWERS)
     answer(circuit, T, "f" * (MAX_ANSWERS // 2 - 1))
@@ -127,7 +127,7 @@ def test_of_many_answers_the_newest_count() -> None:
     assert circuit.is_open
 
 
-def test_a_forgotten_failure_is_forgotten() -> None:
+def test_a_failure_that_is_no_longer_remembered_does_not_count() -> None:
     circuit = CircuitBreaker()
     answer(circuit, T, "." * 10 + "f" * 9 + "." * (MAX_ANSWERS - 19))
     answer(circuit, T, "f" * (MAX_ANSWERS // 2 - 1))
@@ -139,7 +139,7 @@ def test_a_forgotten_failure_is_forgotten() -> None:
 # --- open, and half-open ----------------------------------------------------------------------------------------
 
 
-def test_an_open_circuit_lets_nothing_through_for_a_while() -> None:
+def test_an_open_breaker_admits_nothing() -> None:
     circuit = opened()
     assert [ask(circuit, T + later_s) for later_s in (0, 1, OPEN_S - 0.001)] == [Decision.OPEN] * 3
     assert circuit.wait_s(T) == OPEN_S
@@ -147,7 +147,7 @@ def test_an_open_circuit_lets_nothing_through_for_a_while() -> None:
     assert circuit.wait_s(T + OPEN_S + 1) == 0
 
 
-def test_then_one_probe_goes_through() -> None:
+def test_a_half_open_breaker_admits_one_probe() -> None:
     circuit = opened()
     now = T + OPEN_S
     assert [ask(circuit, now) for _ in range(3)] == [Decision.PROBE, Decision.OPEN, Decision.OPEN]
@@ -156,16 +156,16 @@ def test_then_one_probe_goes_through() -> None:
     assert circuit.wait_s(now + 0.5) == PROBE_S - 0.5
 
 
-def test_a_probe_that_succeeds_closes_it() -> None:
+def test_a_successful_probe_closes_it() -> None:
     circuit = probing()
     now = T + OPEN_S + 0.5
-    circuit.note(now, failed=False)
+    circuit.record(now, failed=False)
     assert is_closed(circuit)
     assert circuit.wait_s(now) == 0
-    assert [ask(circuit, now) for _ in range(3)] == [Decision.ASK] * 3
+    assert [ask(circuit, now) for _ in range(3)] == [Decision.ADMIT] * 3
 
 
-def test_a_closed_circuit_starts_counting_anew() -> None:
+def test_a_breaker_that_has_closed_counts_from_zero() -> None:
     circuit = probing()
     now = T + OPEN_S
     answer(circuit, now, "." + "f" * (MIN_ANSWERS - 1))
@@ -176,145 +176,153 @@ def test_a_closed_circuit_starts_counting_anew() -> None:
     assert ask(circuit, now + OPEN_S) is Decision.PROBE
 
 
-def test_a_probe_that_fails_opens_it_again() -> None:
+def test_a_failed_probe_opens_it_again() -> None:
     circuit = probing()
     now = T + OPEN_S + 0.5
-    circuit.note(now, failed=True)
+    circuit.record(now, failed=True)
     assert circuit.is_open
     assert circuit.wait_s(now) == OPEN_S
     assert ask(circuit, now + OPEN_S - 0.001) is Decision.OPEN
     assert [ask(circuit, now + OPEN_S) for _ in range(2)] == [Decision.PROBE, Decision.OPEN]
 
 
-def test_a_probe_whose_answer_never_comes_is_followed_by_another() -> None:
+def test_a_probe_without_a_result_is_followed_by_another() -> None:
     circuit = probing()
     now = T + OPEN_S
     assert ask(circuit, now + PROBE_S - 0.001) is Decision.OPEN
     assert [ask(circuit, now + PROBE_S) for _ in range(2)] == [Decision.PROBE, Decision.OPEN]
     assert circuit.wait_s(now + PROBE_S) == PROBE_S
-    circuit.note(now + PROBE_S, failed=False)
+    circuit.record(now + PROBE_S, failed=False)
     assert is_closed(circuit)
 
 
-def test_a_probes_answer_counts_when_it_is_late() -> None:
+def test_a_late_result_of_a_probe_counts() -> None:
     circuit = probing()
-    circuit.note(T + OPEN_S + PROBE_S + 10, failed=False)
+    circuit.record(T + OPEN_S + PROBE_S + 10, failed=False)
     assert is_closed(circuit)
 
 
 @pytest.mark.parametrize("failed", [True, False])
-def test_the_answer_of_a_probe_that_was_given_up_is_not_the_next_ones(failed: bool) -> None:  # noqa: FBT001 -- parametrized
+def test_the_result_of_an_abandoned_probe_does_not_count_for_the_next_one(failed: bool) -> None:  # noqa: FBT001 -- parametrized
     circuit = probing()
     first, now = circuit.probe_generation, T + OPEN_S + PROBE_S
     assert ask(circuit, now) is Decision.PROBE
-    tell(circuit, now + 0.5, failed=failed, probe_generation=first)
+    record(circuit, now + 0.5, failed=failed, probe_generation=first)
     assert circuit.is_open
     assert ask(circuit, now + 0.5) is Decision.OPEN  # the second is still awaited
-    tell(circuit, now + 1, failed=False, probe_generation=first + 1)
+    record(circuit, now + 1, failed=False, probe_generation=first + 1)
     assert is_closed(circuit)
 
 
 @pytest.mark.parametrize("failed", [True, False])
-def test_what_was_asked_before_it_opened_changes_nothing(failed: bool) -> None:  # noqa: FBT001 -- parametrized
+def test_results_of_requests_from_before_it_opened_do_not_count(failed: bool) -> None:  # noqa: FBT001 -- parametrized
     circuit = opened()
     before = circuit.probe_generation
-    tell(circuit, T + 1, failed=failed, probe_generation=before)
+    record(circuit, T + 1, failed=failed, probe_generation=before)
     assert circuit.is_open
     assert circuit.wait_s(T + 1) == OPEN_S - 1
     assert [ask(circuit, T + OPEN_S) for _ in range(2)] == [Decision.PROBE, Decision.OPEN]
-    tell(circuit, T + OPEN_S + 0.25, failed=failed, probe_generation=before)  # nor while a probe is under way
+    record(circuit, T + OPEN_S + 0.25, failed=failed, probe_generation=before)  # nor while a probe is under way
     assert circuit.is_open
     assert circuit.wait_s(T + OPEN_S) == PROBE_S
-    tell(circuit, T + OPEN_S + 0.5, failed=False, probe_generation=circuit.probe_generation)
+    record(circuit, T + OPEN_S + 0.5, failed=False, probe_generation=circuit.probe_generation)
     assert is_closed(circuit)
     for _ in range(2 * MIN_ANSWERS):  # nor when it has closed
-        tell(circuit, T + OPEN_S + 1, failed=True, probe_generation=before)
+        record(circuit, T + OPEN_S + 1, failed=True, probe_generation=before)
     assert is_closed(circuit)
 
 
-def test_an_era_begins_with_each_probe() -> None:
+def test_each_probe_starts_a_new_generation() -> None:
     circuit = opened()
-    eras = [circuit.probe_generation]
+    generations = [circuit.probe_generation]
     for now in (T + OPEN_S, T + OPEN_S + PROBE_S):
         assert [ask(circuit, now) for _ in range(2)] == [Decision.PROBE, Decision.OPEN]
-        eras.append(circuit.probe_generation)
-    circuit.note(T + OPEN_S + PROBE_S, failed=False)
-    assert ask(circuit, T + OPEN_S + PROBE_S) is Decision.ASK
-    assert [*eras, circuit.probe_generation] == [0, 1, 2, 2]
+        generations.append(circuit.probe_generation)
+    circuit.record(T + OPEN_S + PROBE_S, failed=False)
+    assert ask(circuit, T + OPEN_S + PROBE_S) is Decision.ADMIT
+    assert [*generations, circuit.probe_generation] == [0, 1, 2, 2]
 
 
-def test_each_transition_says_why_and_how_long_it_is_or_was_open() -> None:
+def test_each_transition_has_its_reason_and_how_long_the_breaker_is_or_was_open() -> None:
     circuit = CircuitBreaker()
     answer(circuit, T, "..." + "f" * 6)
-    assert circuit.note(T, failed=True) == Transition(
+    assert circuit.record(T, failed=True) == Transition(
         is_open=True, seconds=OPEN_S, why="7 of 10 answers within 10 s were failures"
     )
-    assert circuit.note(T + 1, failed=True) is None
+    assert circuit.record(T + 1, failed=True) is None
     for probed_at in (T + OPEN_S, T + 2 * OPEN_S):
         assert ask(circuit, probed_at) is Decision.PROBE
         assert circuit.open_s(probed_at) == probed_at - T
-        assert circuit.note(probed_at, failed=True) == Transition(is_open=True, seconds=OPEN_S, why="the probe failed")
+        assert circuit.record(probed_at, failed=True) == Transition(
+            is_open=True, seconds=OPEN_S, why="the probe failed"
+        )
     assert ask(circuit, T + 20) is Decision.PROBE
-    assert circuit.note(T + 20.5, failed=False) == Transition(is_open=False, seconds=20.5, why="the probe was answered")
-    assert circuit.note(T + 21, failed=False) is None
+    assert circuit.record(T + 20.5, failed=False) == Transition(
+        is_open=False, seconds=20.5, why="the probe was answered"
+    )
+    assert circuit.record(T + 21, failed=False) is None
 
 
 # --- a pause ----------------------------------------------------------------------------------------------------
 
 
-def test_a_pause_is_kept_to_the_end() -> None:
+def test_a_back_off_lasts_to_its_end() -> None:
     circuit = CircuitBreaker()
-    circuit.pause(T, 7)
+    circuit.back_off(T, 7)
     assert is_closed(circuit)
-    assert [ask(circuit, T + later_s) for later_s in (0, 6.999, 7)] == [Decision.PAUSED, Decision.PAUSED, Decision.ASK]
+    assert [ask(circuit, T + later_s) for later_s in (0, 6.999, 7)] == [
+        Decision.BACK_OFF,
+        Decision.BACK_OFF,
+        Decision.ADMIT,
+    ]
     assert [circuit.wait_s(T + later_s) for later_s in (0, 5, 7, 8)] == [7, 2, 0, 0]
 
 
-def test_the_longest_pause_wins() -> None:
+def test_the_longest_back_off_wins() -> None:
     circuit = CircuitBreaker()
     for seconds in (3, 7, 0, 5):
-        circuit.pause(T, seconds)
-    circuit.pause(T + 1, 5)
+        circuit.back_off(T, seconds)
+    circuit.back_off(T + 1, 5)
     assert circuit.wait_s(T) == 7
 
 
-@pytest.mark.parametrize("seconds", [MAX_PAUSE_S, MAX_PAUSE_S + 1, 2**31, 10**64])
-def test_a_pause_is_an_hour_at_the_most(seconds: float) -> None:
+@pytest.mark.parametrize("seconds", [MAX_BACK_OFF_S, MAX_BACK_OFF_S + 1, 2**31, 10**64])
+def test_a_back_off_lasts_at_most_an_hour(seconds: float) -> None:
     circuit = CircuitBreaker()
-    circuit.pause(T, seconds)
-    assert circuit.wait_s(T) == MAX_PAUSE_S
-    assert ask(circuit, T + MAX_PAUSE_S) is Decision.ASK
+    circuit.back_off(T, seconds)
+    assert circuit.wait_s(T) == MAX_BACK_OFF_S
+    assert ask(circuit, T + MAX_BACK_OFF_S) is Decision.ADMIT
 
 
-def test_no_pause_is_none() -> None:
+def test_a_back_off_of_zero_seconds_does_nothing() -> None:
     circuit = CircuitBreaker()
-    circuit.pause(T, 0)
-    assert ask(circuit, T) is Decision.ASK
+    circuit.back_off(T, 0)
+    assert ask(circuit, T) is Decision.ADMIT
 
 
-@pytest.mark.parametrize(("pause_s", "gate"), [(OPEN_S - 1, Decision.OPEN), (OPEN_S + 2, Decision.PAUSED)])
-def test_a_pause_and_an_open_circuit_are_both_waited_for(pause_s: float, gate: Decision) -> None:
+@pytest.mark.parametrize(("pause_s", "gate"), [(OPEN_S - 1, Decision.OPEN), (OPEN_S + 2, Decision.BACK_OFF)])
+def test_an_open_breaker_and_a_back_off_must_both_end(pause_s: float, gate: Decision) -> None:
     circuit = opened()
-    circuit.pause(T, pause_s)
-    assert ask(circuit, T) is Decision.PAUSED
+    circuit.back_off(T, pause_s)
+    assert ask(circuit, T) is Decision.BACK_OFF
     longest = max(pause_s, OPEN_S)
     assert circuit.wait_s(T) == longest
     assert ask(circuit, T + longest - 0.5) is gate
     assert [ask(circuit, T + longest) for _ in range(2)] == [Decision.PROBE, Decision.OPEN]
 
 
-def test_nothing_probes_during_a_pause() -> None:
+def test_no_probe_is_admitted_during_a_back_off() -> None:
     circuit = probing()
     now = T + OPEN_S
-    circuit.pause(now, PROBE_S + 1)
-    assert ask(circuit, now + PROBE_S) is Decision.PAUSED
+    circuit.back_off(now, PROBE_S + 1)
+    assert ask(circuit, now + PROBE_S) is Decision.BACK_OFF
     assert circuit.wait_s(now) == PROBE_S + 1
     assert ask(circuit, now + PROBE_S + 1) is Decision.PROBE
 
 
-def test_answers_count_during_a_pause() -> None:
+def test_results_count_during_a_back_off() -> None:
     circuit = CircuitBreaker()
-    circuit.pause(T, 60)
+    circuit.back_off(T, 60)
     answer(circuit, T, "f" * MIN_ANSWERS)
     assert circuit.is_open
 
@@ -324,7 +332,7 @@ def test_answers_count_during_a_pause() -> None:
 
 @dataclass
 class Model:
-    """Looks through everything that ever happened. Questions are numbers, in the order in which they were asked."""
+    """Computes each answer from the whole history. Requests are numbered in the order in which they were made."""
 
     answers: list[tuple[float, bool]] = field(default_factory=list)
     pauses: list[float] = field(default_factory=list)
@@ -333,8 +341,8 @@ class Model:
     probe_ends: float | None = None
 
     def waits_for(self, now: float) -> dict[Decision, float]:
-        """What is in the way, and until when."""
-        ends = {Decision.PAUSED: max(self.pauses, default=0.0)}
+        """The reasons not to admit a request, and when each of them ends."""
+        ends = {Decision.BACK_OFF: max(self.pauses, default=0.0)}
         if self.opened_at is not None:
             ends[Decision.OPEN] = max(self.opened_at + OPEN_S, self.probe_ends or 0)
         return {gate: end for gate, end in ends.items() if end > now}
@@ -342,11 +350,11 @@ class Model:
     def admit(self, now: float, question: int) -> Decision:
         in_the_way = self.waits_for(now)
         if in_the_way:
-            return min(in_the_way, key=[Decision.PAUSED, Decision.OPEN].index)
+            return min(in_the_way, key=[Decision.BACK_OFF, Decision.OPEN].index)
         if self.opened_at is not None:
             self.probe, self.probe_ends = question, now + PROBE_S
             return Decision.PROBE
-        return Decision.ASK
+        return Decision.ADMIT
 
     def note(self, now: float, question: int, *, failed: bool) -> None:
         if question < self.probe:
@@ -364,14 +372,14 @@ class Model:
 
 
 class CircuitMachine(RuleBasedStateMachine):
-    """Time goes in eighths of a second, which floats add up exactly."""
+    """Time advances in eighths of a second, which floats add exactly."""
 
     def __init__(self) -> None:
         super().__init__()
         self.circuit = CircuitBreaker()
         self.model = Model()
         self.now = T
-        self.eras: list[int] = []
+        self.generations: list[int] = []
         self.out: list[int] = []
 
     @rule(eighths=st.integers(0, 12) | st.sampled_from([8 * int(s) for s in (PROBE_S, OPEN_S, WINDOW_S)]))
@@ -381,11 +389,11 @@ class CircuitMachine(RuleBasedStateMachine):
     @rule(times=st.integers(1, MIN_ANSWERS))
     def ask(self, times: int) -> None:
         for _ in range(times):
-            question = len(self.eras)
+            question = len(self.generations)
             gate = self.circuit.admit(self.now, probe_s=PROBE_S)
             assert gate is self.model.admit(self.now, question)
-            self.eras.append(self.circuit.probe_generation)
-            if gate in (Decision.ASK, Decision.PROBE):
+            self.generations.append(self.circuit.probe_generation)
+            if gate in (Decision.ADMIT, Decision.PROBE):
                 self.out.append(question)
 
     @precondition(lambda self: self.out)
@@ -393,19 +401,19 @@ class CircuitMachine(RuleBasedStateMachine):
     def answer(self, outcomes: list[bool], data: st.DataObject) -> None:
         for failed in outcomes[: len(self.out)]:
             question = self.out.pop(data.draw(st.integers(0, len(self.out) - 1)))
-            tell(self.circuit, self.now, failed=failed, probe_generation=self.eras[question])
+            record(self.circuit, self.now, failed=failed, probe_generation=self.generations[question])
             self.model.note(self.now, question, failed=failed)
 
     @precondition(lambda self: self.out)
     @rule(failed=st.booleans())
     def answer_the_newest(self, failed: bool) -> None:  # noqa: FBT001 -- hypothesis passes it by name
         question = self.out.pop()
-        tell(self.circuit, self.now, failed=failed, probe_generation=self.eras[question])
+        record(self.circuit, self.now, failed=failed, probe_generation=self.generations[question])
         self.model.note(self.now, question, failed=failed)
 
     @rule(seconds=st.integers(0, 8) | st.just(5000))
     def pause(self, seconds: int) -> None:
-        self.circuit.pause(self.now, seconds)
+        self.circuit.back_off(self.now, seconds)
         self.model.pauses.append(self.now + min(seconds, 3600))
 
     @precondition(lambda self: self.model.pauses and max(self.model.pauses) > self.now + 60)

@@ -1,6 +1,6 @@
-"""What becomes of upstream's answers: each row of the promises about errors, and every number as it was spelled.
+"""How upstream's responses are classified: each row of the error table, and numbers that keep their spelling.
 
-And what a leader leaves for those who wait: every answer without a price comes back as it was.
+Also the encoding of failures that a leader shares with waiting processes.
 """
 
 import json
@@ -15,8 +15,8 @@ from bodies import respell
 from proxy.cache.prices import Price
 from proxy.problems import Code, Problem
 from proxy.upstream.replies import (
+    MAX_FAILURE_BYTES,
     MAX_RETRY_AFTER_S,
-    MAX_WORD_BYTES,
     Failed,
     Priced,
     Rejected,
@@ -89,7 +89,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("status", "body"), BROKEN.values(), ids=BROKEN)
-def test_what_is_no_answer_is_an_upstream_error(status: int, body: bytes) -> None:
+def test_a_response_that_is_not_an_answer_is_an_upstream_error(status: int, body: bytes) -> None:
     assert failure(status, body) is Code.UPSTREAM_ERROR
 
 
@@ -115,7 +115,7 @@ def test_a_refusal_of_our_key_is_never_passed_on(status: int, body: bytes) -> No
 
 @pytest.mark.parametrize("body", [ANSWER, PAGE, b"", b'{"error":{"code":401}}', SECRET.encode()])
 @pytest.mark.parametrize(("header", "seconds"), [("7", 7), ("Sun, 22 Nov 2026 12:01:30 GMT", 90), ("soon", None)])
-def test_a_429_is_busy_whatever_is_in_it(body: bytes, header: str, seconds: int | None) -> None:
+def test_a_429_is_busy_whatever_its_body(body: bytes, header: str, seconds: int | None) -> None:
     busy = reply(429, body, retry_after=header)
     assert isinstance(busy, Failed)
     assert busy.upstream_status == 429
@@ -138,7 +138,7 @@ def test_a_429_is_busy_whatever_is_in_it(body: bytes, header: str, seconds: int 
         b'{"a":1,"a":2}',
     ],
 )
-def test_a_rejection_of_the_body_passes_as_it_is(status: int, body: bytes) -> None:
+def test_a_rejection_of_the_body_is_passed_through_unchanged(status: int, body: bytes) -> None:
     assert reply(status, body) == Rejected(status, body)
 
 
@@ -153,7 +153,7 @@ def problem_of(status: int, body: bytes, **headers: str) -> Problem:
     return failed.problem
 
 
-def words_of(status: int, body: bytes) -> object:
+def upstream_member_of(status: int, body: bytes) -> object:
     return problem_of(status, body).members.get("upstream")
 
 
@@ -178,11 +178,11 @@ WORDS = {
 @pytest.mark.parametrize("status", [302, 401, 403, 429, 500, 503])
 @pytest.mark.parametrize("member", [b"error", b"err"])
 @pytest.mark.parametrize(("said", "code", "message"), WORDS.values(), ids=WORDS)
-def test_what_upstream_says_of_its_failure_is_kept(
+def test_upstreams_own_code_and_message_are_kept(
     status: int, member: bytes, said: bytes, code: str | None, message: str | None
 ) -> None:
     words = {"status": status, "code": code, "message": message}
-    assert words_of(status, b'{"data":null,"%b":%b}' % (member, said)) == words
+    assert upstream_member_of(status, b'{"data":null,"%b":%b}' % (member, said)) == words
 
 
 @pytest.mark.parametrize(
@@ -190,8 +190,8 @@ def test_what_upstream_says_of_its_failure_is_kept(
     [PAGE, b"", b"{}", b"[]", b"null", ANSWER, b'{"error":{}}', b'{"error":{"code":[1],"message":{}}}'],
 )
 @pytest.mark.parametrize("status", [401, 429, 500])
-def test_where_it_says_nothing_there_is_no_such_member(status: int, body: bytes) -> None:
-    assert words_of(status, body) is None
+def test_without_a_code_or_message_there_is_no_upstream_member(status: int, body: bytes) -> None:
+    assert upstream_member_of(status, body) is None
 
 
 @pytest.mark.parametrize(
@@ -216,18 +216,18 @@ def test_where_it_says_nothing_there_is_no_such_member(status: int, body: bytes)
             200,
             b"x",
             {"content_encoding": "GZip"},
-            "RenderNet answered 200 in the content coding gzip, which was not asked for",
+            "RenderNet answered 200 in the content coding gzip, which was not requested",
         ),
         (
             503,
             b"x",
             {"content_encoding": "br"},
-            "RenderNet answered 503 in the content coding br, which was not asked for",
+            "RenderNet answered 503 in the content coding br, which was not requested",
         ),
         (200, ANSWER, {"content_encoding": SECRET}, "RenderNet answered 200 in an unknown content coding: try"),
     ],
 )
-def test_the_text_says_what_is_wrong(status: int, body: bytes, headers: dict[str, str], detail: str) -> None:
+def test_the_detail_says_what_is_wrong(status: int, body: bytes, headers: dict[str, str], detail: str) -> None:
     problem = problem_of(status, body, **headers)
     assert problem.code is Code.UPSTREAM_ERROR
     assert problem.detail.startswith(detail)
@@ -235,7 +235,7 @@ def test_the_text_says_what_is_wrong(status: int, body: bytes, headers: dict[str
     assert SECRET not in problem.detail
 
 
-def test_an_answer_in_the_identity_coding_is_one() -> None:
+def test_the_identity_content_coding_is_accepted() -> None:
     read = read_reply(200, ANSWER, headers={"content-encoding": "identity"}, secret=SECRET, now=NOW)
     assert read == Priced(Price(b"5", b""), b"20")
 
@@ -269,18 +269,18 @@ PLACES = {
 @pytest.mark.parametrize("status", GOOD_STATUSES)
 @pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
 @pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
-def test_an_answer_with_our_key_in_it_is_withheld(status: int, spelling: str, place: str) -> None:
+def test_a_response_with_our_key_is_withheld(status: int, spelling: str, place: str) -> None:
     assert failure(status, place.replace("%s", spelling).encode()) is Code.UPSTREAM_ERROR
 
 
-def test_our_key_is_found_where_its_bytes_mean_something_else() -> None:
+def test_our_key_is_found_even_as_part_of_an_escape() -> None:
     withheld = read_reply(422, rb'{"error":{"message":"rn\/new"}}', secret=r"rn\/new", now=NOW)
     assert isinstance(withheld, Failed)
 
 
 @pytest.mark.parametrize("status", [199, 301, 401, 403, 429, 500])
 @pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
-def test_nothing_of_a_failure_shows_our_key(status: int, spelling: str) -> None:
+def test_no_part_of_a_failure_shows_our_key(status: int, spelling: str) -> None:
     failed = reply(status, b'{"error":{"message":"%s"}}' % spelling.encode(), retry_after=SECRET)
     assert isinstance(failed, Failed)
     shown = failed.problem.document("req-1").decode() + repr(failed) + repr(failed.problem.headers)
@@ -297,7 +297,7 @@ def test_our_key_is_found_in_any_spelling(secret: str, seed: int, status: int) -
     body = respell({"data": {"estimated": 5, "note": f"é{secret}\\"}, "error": {}}, Random(seed))
     failed = read_reply(status, body, secret=secret, now=NOW)
     assert isinstance(failed, Failed)
-    assert "own key" in failed.problem.detail
+    assert "contains the gateway's API key" in failed.problem.detail
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_our_key_is_found_in_any_spelling(secret: str, seed: int, status: int) -
         escaped(SECRET),  # in JSON text its backslashes stand for themselves
     ],
 )
-def test_what_only_looks_like_our_key_may_pass(note: str) -> None:
+def test_text_that_only_resembles_our_key_is_passed_through(note: str) -> None:
     body = json.dumps({"data": None, "error": {"message": note}}).encode()
     assert reply(422, body) == Rejected(422, body)
 
@@ -337,11 +337,11 @@ def test_an_estimate_keeps_its_spelling(number: str) -> None:
 
 
 @pytest.mark.parametrize("number", [*UNUSABLE, *ABSURD, *(number.replace("1", "11", 1) for number in OF_64_CHARACTERS)])
-def test_an_estimate_that_is_none_is_unpriced(number: str) -> None:
+def test_an_unusable_estimate_is_unpriced(number: str) -> None:
     assert reply(200, with_estimate(number)) == Unpriced(with_estimate(number), b"20")
 
 
-def test_the_longest_numbers_are_the_longest() -> None:
+def test_numbers_have_a_maximum_length() -> None:
     assert {len(number) for number in OF_64_CHARACTERS} == {64}
 
 
@@ -377,7 +377,7 @@ def test_an_estimate_beside_an_error_is_unpriced(error: str) -> None:
 
 @pytest.mark.parametrize("rest", ["", ',"error":{}', ',"error":null', ',"error":""', ',"error":[]', ',"error":false'])
 @pytest.mark.parametrize("status", [200, 201, 299])
-def test_an_empty_error_is_none(rest: str, status: int) -> None:
+def test_an_empty_error_is_ignored(rest: str, status: int) -> None:
     assert reply(status, b'{"data":{"estimated":5}%s}' % rest.encode()) == Priced(Price(b"5", b""), None, status)
 
 
@@ -462,7 +462,7 @@ def test_retry_after(value: str | None, seconds: int | None) -> None:
     assert retry_after_seconds(value, NOW) == seconds
 
 
-def test_parts_of_a_second_are_rounded() -> None:
+def test_fractions_of_a_second_are_rounded() -> None:
     assert retry_after_seconds("Sun, 22 Nov 2026 12:01:30 GMT", NOW + timedelta(seconds=0.4)) == 90
 
 
@@ -470,7 +470,7 @@ date_parts = st.sampled_from(["Sun", ",", " ", "22", "Nov", "2026", "12:01:30", 
 
 
 @given(st.text(max_size=20) | st.lists(date_parts, max_size=14).map("".join))
-def test_any_retry_after_is_a_wait_or_nothing(value: str) -> None:
+def test_any_retry_after_is_a_wait_or_is_ignored(value: str) -> None:
     seconds = retry_after_seconds(value, NOW)
     assert seconds is None or seconds >= 0
 
@@ -493,7 +493,7 @@ failed = st.builds(Failed, problems, st.none() | st.integers(100, 999), st.boole
 @example(Rejected(400, b'{"body":"","balance":"1"}'))
 @example(Failed(Problem(Code.UPSTREAM_BUSY, "Later.", 0), None, asked=False))
 @example(Failed(Problem(Code.UPSTREAM_TIMEOUT, "Later."), None, asked=True))
-def test_a_word_comes_back_as_it_was(left: Unpriced | Rejected | Failed) -> None:
+def test_a_shared_failure_is_decoded_unchanged(left: Unpriced | Rejected | Failed) -> None:
     word = encode_failure(left)
     assert word
     found = decode_failure(word)
@@ -520,27 +520,27 @@ ANY_WAITS = st.sampled_from(
 
 
 @given(st.sampled_from([200, 400, 401, 422, 429, 500, 503]), ANY_ANSWERS, ANY_WAITS)
-def test_whatever_upstream_says_can_be_left_for_others(status: int, body: bytes, retry_after: str | None) -> None:
+def test_any_upstream_failure_can_be_shared(status: int, body: bytes, retry_after: str | None) -> None:
     said = reply(status, body, retry_after=retry_after)
     if not isinstance(said, Priced):
         assert decode_failure(encode_failure(said)) == said
 
 
-def test_a_word_that_is_too_long_is_not_left() -> None:
+def test_a_failure_that_is_too_long_is_not_shared() -> None:
     empty = len(encode_failure(Rejected(400, b'""')))
-    longest = b'"%s"' % (b"x" * (MAX_WORD_BYTES - empty))
-    assert len(encode_failure(Rejected(400, longest))) == MAX_WORD_BYTES
+    longest = b'"%s"' % (b"x" * (MAX_FAILURE_BYTES - empty))
+    assert len(encode_failure(Rejected(400, longest))) == MAX_FAILURE_BYTES
     assert encode_failure(Rejected(400, longest.replace(b"x", b"xx", 1))) == b""
-    assert encode_failure(Unpriced(b'"%s"' % (b"x" * MAX_WORD_BYTES), b"5")) == b""
+    assert encode_failure(Unpriced(b'"%s"' % (b"x" * MAX_FAILURE_BYTES), b"5")) == b""
 
 
-def test_a_word_counts_its_bytes_not_its_characters() -> None:
-    body = b'"%s"' % ("é" * (MAX_WORD_BYTES // 2)).encode()
+def test_the_limit_of_a_shared_failure_counts_bytes_not_characters() -> None:
+    body = b'"%s"' % ("é" * (MAX_FAILURE_BYTES // 2)).encode()
     assert encode_failure(Unpriced(body, None)) == b""
 
 
-def test_a_word_is_what_it_was() -> None:
-    """Gateways of two versions may share a store: they read each other's words."""
+def test_the_encoding_of_shared_failures_has_not_changed() -> None:
+    """Gateways of two versions may share a store, and read each other's failures."""
     assert encode_failure(Unpriced(b"{}", b"5.0")) == b'{"body":"{}","balance":"5.0"}'
     assert encode_failure(Rejected(422, b"[]")) == b'{"status":422,"body":"[]"}'
     assert encode_failure(Failed(Problem(Code.UPSTREAM_ERROR, "Later.", 3), 502)) == (
@@ -548,6 +548,6 @@ def test_a_word_is_what_it_was() -> None:
     )
 
 
-def test_a_word_of_a_later_gateway_can_be_read() -> None:
+def test_a_failure_from_a_newer_gateway_can_be_decoded() -> None:
     busy = b'{"code":"upstream-busy","detail":"Later.","retry_after_s":3,"upstream_status":429,"asked":true,"more":1}'
     assert decode_failure(busy) == Failed(Problem(Code.UPSTREAM_BUSY, "Later.", 3), 429)
