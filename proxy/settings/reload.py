@@ -1,8 +1,10 @@
-"""Settings that change while the gateway runs: noticed by their files, read whole, taken whole or not at all.
+"""Reloads settings when the config file, or the file of a secret, changes.
 
-Files are looked at by name, through symbolic links, so that Kubernetes' swap of a directory is a change like any other.
-A change is read once it has been still for a moment: who writes a file may not be done. What cannot change without a
-restart keeps its old value, and the log says so.
+* Files are compared by inode, times and size, through symbolic links: Kubernetes updates a mounted ConfigMap by
+  replacing a link to a directory. A tool that restores the modification time of a file that it rewrote (`cp -p`,
+  `rsync -t`) still changes the inode or ctime.
+* A change is read after two looks found the same: the file may not be written completely yet.
+* A reload applies completely or not at all. A setting that needs a restart keeps its value, and the log names it.
 """
 
 import logging
@@ -17,7 +19,7 @@ LOOK_EVERY_S = 1.0
 
 log = logging.getLogger(__name__)
 
-Fingerprint = tuple[tuple[str, int, int, int] | None, ...]
+Fingerprint = tuple[tuple[str, int, int, int, int] | None, ...]
 
 
 class Reloader:
@@ -78,12 +80,13 @@ def differences(one: Settings, other: Settings) -> list[str]:
 
 
 def _fingerprint(files: list[Path]) -> Fingerprint:
-    return tuple(map(_trace, files))
+    return tuple(map(_state_of, files))
 
 
-def _trace(file: Path) -> tuple[str, int, int, int] | None:
+def _state_of(file: Path) -> tuple[str, int, int, int, int] | None:
+    """Compares ctime, too: unlike mtime it cannot be set, and a change of the permissions updates it."""
     try:
         found = file.stat()
     except OSError:
         return None
-    return str(file), found.st_ino, found.st_mtime_ns, found.st_size
+    return str(file), found.st_ino, found.st_ctime_ns, found.st_mtime_ns, found.st_size

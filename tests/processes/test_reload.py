@@ -1,5 +1,6 @@
 """Settings that change under a running gateway, with real processes: by signal and by the files alone."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -78,6 +79,21 @@ def test_a_revoked_token_is_refused_soon_after_its_file_has_changed(home: House)
     wait_until(lambda: statuses(served, MARKETING) == {401})
     assert_in_time(time.monotonic() - changed_at, REVOKED_WITHIN_S)
     assert statuses(served, NEWCOMER) == statuses(served, DESIGN) == {200}
+    assert served.stop() == 0
+
+
+def test_a_file_rewritten_in_place_with_its_old_size_and_time_is_reloaded(home: House) -> None:
+    """As `cp -p` and configuration management do it, and editors that keep the time."""
+    served = started(home)
+    config = home.folder / "estimate-proxy.toml"
+    before = config.stat()
+    config.write_text(config.read_text().replace(digest_of(MARKETING), digest_of(NEWCOMER)))
+    os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = config.stat()
+    same = ("st_ino", "st_size", "st_mtime_ns")
+    assert [getattr(after, name) for name in same] == [getattr(before, name) for name in same]
+    wait_until(lambda: statuses(served, MARKETING) == {401})
+    assert statuses(served, NEWCOMER) == {200}
     assert served.stop() == 0
 
 
