@@ -10,7 +10,7 @@ from proxy.cache.canonical import canonicalise, present
 from proxy.cli.inputs import ID_RULE, config_option, fail, fail_settings
 from proxy.problems import BadRequest
 from proxy.settings.errors import SettingsError
-from proxy.settings.loader import load_keying
+from proxy.settings.loader import load_key_settings
 from proxy.settings.schema import is_identifier
 from proxy.upstream.address import UpstreamAddress
 
@@ -26,14 +26,14 @@ def explain(file: Any, config: Path | None, account: str, query: str) -> None:
         fail(f"--account {ID_RULE}")
     try:
         canonical = canonicalise(file.read())
-        keying = load_keying(config, os.environ)
+        key_settings = load_key_settings(config, os.environ)
     except BadRequest as error:
         fail(f"{file.name}: {error}")
     except SettingsError as error:
         fail_settings(error)
-    address = UpstreamAddress.of(keying.upstream.base_url)
+    address = UpstreamAddress.of(key_settings.upstream.base_url)
     sent = address.query_as_sent(os.fsencode(query))
     click.echo(b"body  " + canonical)
-    click.echo(f"key   {address.key_of(canonical, account=account, query=sent, ignored=keying.cache.ignore)}")
-    if members := present(canonical, keying.cache.ignore):
+    click.echo(f"key   {address.key_of(canonical, account=account, query=sent, ignored=key_settings.cache.ignore)}")
+    if members := present(canonical, key_settings.cache.ignore):
         click.echo(f"not in the key: {', '.join(members)}")

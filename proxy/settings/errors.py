@@ -1,4 +1,4 @@
-"""What is wrong with settings, in words for their operator: never pydantic's, and never with a value in them."""
+"""Turns pydantic's validation errors into messages for operators. They never contain a value: it could be a secret."""
 
 import difflib
 import json
@@ -14,21 +14,21 @@ from pydantic_core import ErrorDetails
 from proxy.settings.schema import Settings
 
 SECRET_KEYS = ("api_key", "password", "sentinel_password")
-"""Keys whose value may come from a file."""
+"""Keys whose value may come from a file, `<key>_file`."""
 
 KEY_HINT = "set RENDERNET_API_KEY, or api_key_file in [accounts.default]"
 
 
 @dataclass(frozen=True, slots=True)
 class SettingsProblem:
-    """One thing that is wrong, and where: `path` is a TOML path such as `teams.design.tokens[0]`."""
+    """One thing that is wrong. `path` is a TOML path, such as `teams.design.tokens[0]`."""
 
     path: str
     message: str
 
 
 class SettingsError(Exception):
-    """The settings cannot be used; `problems` has every reason."""
+    """The settings are invalid; `problems` has all reasons."""
 
     def __init__(self, problems: Sequence[SettingsProblem]) -> None:
         super().__init__("; ".join(f"{problem.path}: {problem.message}" for problem in problems))
@@ -36,7 +36,7 @@ class SettingsError(Exception):
 
 
 def path_of(*parts: str | int) -> str:
-    """A TOML path: what is not a bare key is quoted, so that it stays on one line."""
+    """A TOML path. Keys that are not bare keys are quoted, so that the path stays on one line."""
     spelled = (
         f"[{part}]"
         if isinstance(part, int)
@@ -46,7 +46,7 @@ def path_of(*parts: str | int) -> str:
     return "".join(spelled).lstrip(".")
 
 
-_WORDS = {
+_MESSAGES = {
     "model": "must be a table",
     "dict": "must be a table",
     "tuple": "must be a list (in the environment: as JSON)",
@@ -59,7 +59,7 @@ _WORDS = {
     "path": "must be a path",
     "date": "must be a date, such as 2027-06-30",
 }
-"""By the first word of pydantic's name for an error."""
+"""By the first part of pydantic's error type, such as `int` of `int_parsing`."""
 
 
 def explain(detail: ErrorDetails) -> SettingsProblem:
@@ -75,24 +75,24 @@ def explain(detail: ErrorDetails) -> SettingsProblem:
         case "literal_error":
             message = f"must be {context['expected']}"
         case _:
-            message = _WORDS.get(kind.partition("_")[0], "must be " + detail["msg"].rpartition(" be ")[2])
+            message = _MESSAGES.get(kind.partition("_")[0], "must be " + detail["msg"].rpartition(" be ")[2])
     return SettingsProblem(path_of(*loc), message)
 
 
 def _suggest(keys: list[str]) -> str:
-    """What an unknown key may have been meant to be."""
+    """The most similar known key, or else all known keys."""
     known = _known_keys(keys[:-1])
     close = difflib.get_close_matches(keys[-1], known, n=1)
-    return f": did you mean {close[0]}?" if close else f"; known here: {', '.join(known)}"
+    return f": did you mean {close[0]}?" if close else f"; expected one of: {', '.join(known)}"
 
 
 def _known_keys(parents: Sequence[str]) -> list[str]:
     annotation: Any = Settings
     for parent in parents:
         fields = _fields(annotation)
-        # What is no section is a table or list of things of one kind: the last argument, or the one before `...`.
+        # Without fields it is a table or list of one type: the last type argument, or the one before `...`.
         annotation = fields[parent] if fields else [arg for arg in get_args(annotation) if arg is not ...][-1]
-        while get_origin(annotation) in (Annotated, Union, UnionType):  # of a union: what it is unless it is None
+        while get_origin(annotation) in (Annotated, Union, UnionType):  # the part of a union that is not None
             annotation = get_args(annotation)[0]
     return [key for name in _fields(annotation) for key in (name, *([f"{name}_file"] * (name in SECRET_KEYS)))]
 

@@ -1,12 +1,12 @@
-"""Where settings come from, and everything that can be wrong with them.
+"""Loads the settings from all sources, and finds everything that is wrong with them.
 
-Sources, the later winning: defaults, the TOML file, `REDIS_URL` and `RENDERNET_API_KEY`, variables named
-`ESTIMATE_PROXY_<SECTION>__<KEY>`, options of the command line. Of the environment only names with `__` are ours:
-Kubernetes injects `ESTIMATE_PROXY_PORT` and the like for a service of this name. A value that begins with `[` or
-`{` is read as JSON, unless it is a secret. Paths are relative to the config's folder. A secret may stand in a file
-of its own, `<key>_file`; a source that has either spelling replaces both of an earlier one.
-
-All problems are reported at once, each with its path; the settings are used whole or not at all.
+* Sources, in rising priority: defaults, the TOML file, `REDIS_URL` and `RENDERNET_API_KEY`, environment variables
+  `ESTIMATE_PROXY_<SECTION>__<KEY>`, command-line options.
+* Environment variables without `__` are ignored: Kubernetes injects `ESTIMATE_PROXY_PORT` and the like for a service of
+  this name. A value that begins with `[` or `{` is read as JSON, unless it is a secret.
+* Paths are relative to the config's folder.
+* A secret may be in a file of its own, `<key>_file`. A source that sets either key replaces both of earlier sources.
+* All problems are reported at once, each with its path. If there is any, the settings are not used.
 """
 
 import json
@@ -49,7 +49,7 @@ class _UnreadableError(Exception):
 
 
 def load(config: Path | None, environ: Mapping[str, str], *, overrides: Tree | None = None) -> Settings:
-    """The settings from `config` (or the first of `DEFAULT_PATHS` there is), the environment and `overrides`.
+    """The settings from `config` (or the first of `DEFAULT_PATHS` that exists), the environment and `overrides`.
 
     Raises `SettingsError` with every problem found.
     """
@@ -67,7 +67,7 @@ def load(config: Path | None, environ: Mapping[str, str], *, overrides: Tree | N
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a gateway's settings come from, to be read again; as `load` has it."""
+    """The sources of a gateway's settings, to load them again. The fields are the parameters of `load`."""
 
     config: Path | None
     environ: Mapping[str, str]
@@ -78,7 +78,7 @@ class Source:
         return load(self.config, self.environ, overrides=self.overrides)
 
     def files(self) -> list[Path]:
-        """The config and the files of secrets that it names, there or not."""
+        """The config and the secret files that it names, whether they exist or not."""
         config = find_config(self.config, self.environ)
         try:
             tree = _gather(config, self.environ, [])
@@ -90,36 +90,36 @@ class Source:
         return [config, *secrets] if config else secrets
 
 
-class Keying(BaseModel):
-    """The sections that decide keys."""
+class KeySettings(BaseModel):
+    """The sections that cache keys depend on."""
 
     upstream: UpstreamSettings = UpstreamSettings()
     cache: CacheSettings = CacheSettings()
 
 
-def load_keying(config: Path | None, environ: Mapping[str, str]) -> Keying:
-    """What a key needs to know, without any secret or team being there. Raises as `load`."""
+def load_key_settings(config: Path | None, environ: Mapping[str, str]) -> KeySettings:
+    """The settings that cache keys depend on. Secrets and teams may be missing. Raises `SettingsError`."""
     problems: list[SettingsProblem] = []
-    sections = tuple(f"{PREFIX}{name.upper()}__" for name in Keying.model_fields)
+    sections = tuple(f"{PREFIX}{name.upper()}__" for name in KeySettings.model_fields)
     ours = {name: value for name, value in environ.items() if name.upper().startswith(sections)}
     tree = _gather(find_config(config, environ), ours, problems)
-    return _validate(Keying, tree, problems)
+    return _validate(KeySettings, tree, problems)
 
 
 def find_config(config: Path | None, environ: Mapping[str, str]) -> Path | None:
-    """The file to read: `config`, the one that the environment names, or the first of `DEFAULT_PATHS` that is there."""
-    if config is None and (named := environ.get(CONFIG_VARIABLE)):
-        config = Path(named)
-    return config or next((place for place in DEFAULT_PATHS if os.path.lexists(place)), None)
+    """The file to read: `config`, else `$ESTIMATE_PROXY_CONFIG`, else the first of `DEFAULT_PATHS` that exists."""
+    if config is None and (path := environ.get(CONFIG_VARIABLE)):
+        config = Path(path)
+    return config or next((path for path in DEFAULT_PATHS if os.path.lexists(path)), None)
 
 
 def _gather(path: Path | None, environ: Mapping[str, str], problems: list[SettingsProblem]) -> Tree:
     tree: Tree = {}
-    familiar: Tree = {}
+    well_known: Tree = {}
     for name, keys in WELL_KNOWN_ENV.items():
         if environ.get(name):
-            _put(familiar, keys, environ[name])
-    for layer in (_read_config(path), familiar, _read_environment(environ, problems)):
+            _put(well_known, keys, environ[name])
+    for layer in (_read_config(path), well_known, _read_environment(environ, problems)):
         _unset_replaced_secrets(tree, layer, problems)
         _merge(tree, layer)
     return tree
@@ -145,13 +145,13 @@ def _read_config(path: Path | None) -> Tree:
         message = str(error)
     except tomllib.TOMLDecodeError as error:
         message = f"is not valid TOML: {error}"
-    except (RecursionError, ValueError):  # tomllib lets these pass, and says no line
-        message = "is not valid TOML: it is nested too deeply, or has a number of too many digits"
+    except (RecursionError, ValueError):  # tomllib raises these without a line number
+        message = "is not valid TOML: it is nested too deeply, or has a number with too many digits"
     raise SettingsError([SettingsProblem(str(path), message)])
 
 
 def _read_text(path: Path, max_bytes: int) -> str:
-    """The text of a file, without the mark that some editors put before it. Raises `_UnreadableError`."""
+    """The text of a file, without a byte order mark. Raises `_UnreadableError`."""
     try:
         with path.open("rb") as file:
             content = file.read(max_bytes + 1)
@@ -163,7 +163,7 @@ def _read_text(path: Path, max_bytes: int) -> str:
     except UnicodeDecodeError:
         raise _UnreadableError("is not UTF-8 text") from None
     except ValueError:
-        raise _UnreadableError("cannot be read: no file can have such a name") from None
+        raise _UnreadableError("cannot be read: this is not a valid file name") from None
 
 
 def _read_environment(environ: Mapping[str, str], problems: list[SettingsProblem]) -> Tree:
@@ -177,7 +177,7 @@ def _read_environment(environ: Mapping[str, str], problems: list[SettingsProblem
         try:
             _put(tree, keys, _read_variable(keys[-1], value))
         except (ValueError, RecursionError):
-            problems.append(SettingsProblem(name, "begins like JSON, but is none"))
+            problems.append(SettingsProblem(name, "begins like JSON, but is not valid JSON"))
     return tree
 
 
@@ -192,7 +192,7 @@ def _put(tree: Tree, keys: tuple[str, ...], value: Any) -> None:
 
 
 def _merge(tree: Tree, layer: Tree) -> None:
-    """Lays `layer` over `tree`, table by table."""
+    """Overwrites `tree` with `layer`, table by table."""
     for key, value in layer.items():
         if isinstance(value, dict) and isinstance(tree.get(key), dict):
             _merge(tree[key], value)
@@ -201,7 +201,7 @@ def _merge(tree: Tree, layer: Tree) -> None:
 
 
 def _secret_tables(tree: Tree) -> Iterator[tuple[tuple[str, ...], Tree, str]]:
-    """Each table with a secret in it: its path, itself, and the secret's key."""
+    """For each secret: the path of its table, the table, and the secret's key."""
     for name, account in _tables(tree, "accounts").items():
         yield ("accounts", name), account, "api_key"
     if isinstance(store := tree.get("store"), dict):
@@ -210,20 +210,22 @@ def _secret_tables(tree: Tree) -> Iterator[tuple[tuple[str, ...], Tree, str]]:
 
 
 def _unset_replaced_secrets(tree: Tree, layer: Tree, problems: list[SettingsProblem]) -> None:
-    """Takes from `tree` the secrets that `layer` gives, in whichever spelling."""
+    """Removes from `tree` the secrets that `layer` sets, as `<key>` or `<key>_file`."""
     earlier = {path: table for path, table, _ in _secret_tables(tree)}
     for path, table, key in _secret_tables(layer):
-        spellings = {key, f"{key}_file"} & table.keys()
-        if len(spellings) > 1:
-            problems.append(SettingsProblem(path_of(*path, f"{key}_file"), f"stands beside {key}: keep one of them"))
+        given = {key, f"{key}_file"} & table.keys()
+        if len(given) > 1:
+            problems.append(
+                SettingsProblem(path_of(*path, f"{key}_file"), f"is set together with {key}: keep one of them")
+            )
             del table[f"{key}_file"]
-        if spellings:
+        if given:
             earlier.get(path, {}).pop(key, None)
             earlier.get(path, {}).pop(f"{key}_file", None)
 
 
 def _read_secret_files(tree: Tree, folder: Path, problems: list[SettingsProblem]) -> None:
-    """Replaces each `<secret>_file` in `tree` by the secret that the file holds."""
+    """Replaces each `<secret>_file` in `tree` with the content of the file."""
     for path, table, key in _secret_tables(tree):
         name = table.pop(f"{key}_file", None)
         if name is None:
@@ -232,7 +234,7 @@ def _read_secret_files(tree: Tree, folder: Path, problems: list[SettingsProblem]
             table[key] = _read_secret(folder, name)
         except _UnreadableError as error:
             problems.append(SettingsProblem(path_of(*path, f"{key}_file"), str(error)))
-            table[key] = "unread"  # so that it is not missed as well
+            table[key] = "unread"  # so that it is not reported as missing too
 
 
 def _read_secret(folder: Path, name: object) -> str:
@@ -255,7 +257,7 @@ def _resolve_paths(tree: Tree, folder: Path) -> None:
 
 
 def _default_data_dir(tree: Tree, environ: Mapping[str, str]) -> None:
-    """XDG base directories: a relative `XDG_DATA_HOME` is to be ignored."""
+    """Sets the default for `store.data_dir`. A relative `XDG_DATA_HOME` is ignored, as its specification demands."""
     home = Path(environ.get("XDG_DATA_HOME", ""))
     if not home.is_absolute():
         home = Path("/", environ["HOME"], ".local", "share") if environ.get("HOME") else Path("/var/lib")
@@ -265,10 +267,12 @@ def _default_data_dir(tree: Tree, environ: Mapping[str, str]) -> None:
 
 
 def _cross_problems(tree: Tree) -> Iterator[SettingsProblem]:
-    """What no section can see alone. `tree` is not validated yet, so that all problems come out at once."""
+    """Problems that involve several sections. Works on the unvalidated `tree`, so that all problems are found."""
     teams = _tables(tree, "teams")
     if tree.get("teams", {}) == {}:
-        yield SettingsProblem("teams", "is empty: nobody could ask; `estimate-proxy token new TEAM` makes a token")
+        yield SettingsProblem(
+            "teams", "is empty, so no client could use the gateway: `estimate-proxy token new TEAM` makes a token"
+        )
     yield from _missing_accounts(tree, teams)
     yield from _repeated_tokens(tree, teams)
     for name in ("org", "team_defaults"):
@@ -289,14 +293,16 @@ def _missing_accounts(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[Setting
         if account == "default" and account not in accounts:
             yield SettingsProblem("accounts.default.api_key", f"is missing: {KEY_HINT}")
         elif isinstance(account, str) and is_identifier(account) and account not in accounts:
-            yield SettingsProblem(path_of("teams", name, "account"), f"names no account: {_ACCOUNT_HINT}")
+            yield SettingsProblem(
+                path_of("teams", name, "account"), f"is not an account in the settings: {_ACCOUNT_HINT}"
+            )
 
 
 _ACCOUNT_HINT = "add [accounts.<its id>] with an api_key_file"
 
 
 def _repeated_tokens(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]:
-    """A token is one team's, the operator's or a scraper's: with two meanings, one would be a surprise."""
+    """A token belongs to one team, to the operator or to a scraper: only one of several meanings could apply."""
     holders: list[tuple[tuple[str, ...], object]] = [(("teams", name), team) for name, team in teams.items()]
     holders += [((name,), tree.get(name)) for name in ("metrics", "admin")]
     seen: dict[str, str] = {}
@@ -310,7 +316,7 @@ def _repeated_tokens(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[Settings
 
 
 def _repeated_quotas(scope: object, *path: str) -> Iterator[SettingsProblem]:
-    """A second limit on the same measure and window: the lower one would hold, and hide the other."""
+    """Two limits on the same measure and window: only the lower one would have an effect."""
     seen: dict[tuple[str, str], str] = {}
     quotas = scope.get("quotas") if isinstance(scope, dict) else None
     for index, quota in enumerate(quotas if isinstance(quotas, list) else ()):
@@ -328,13 +334,13 @@ def _ca_file_problems(tree: Tree, section: str) -> Iterator[SettingsProblem]:
     try:
         ssl.create_default_context(cafile=ca_file)
     except ssl.SSLError:
-        yield SettingsProblem(f"{section}.ca_file", "names a file without certificates in PEM form")
+        yield SettingsProblem(f"{section}.ca_file", "names a file without certificates in PEM format")
     except OSError as error:
         yield SettingsProblem(f"{section}.ca_file", f"names a file that cannot be read: {error.strerror}")
 
 
 def _cert_file_problems(tree: Tree) -> Iterator[SettingsProblem]:
-    """Of the store's client certificate and its key."""
+    """Problems with the store's client certificate and its key."""
     cert_file, key_file = (_path_in(tree, "store", key) for key in ("cert_file", "key_file"))
     if cert_file is None and key_file is not None:
         yield SettingsProblem("store.cert_file", "is missing: store.key_file is its key")
@@ -344,9 +350,11 @@ def _cert_file_problems(tree: Tree) -> Iterator[SettingsProblem]:
     if cert_file is None or unreadable:
         return
     try:
-        ssl.create_default_context().load_cert_chain(cert_file, key_file, password=lambda: "")  # it never asks a person
-    except (ssl.SSLError, ValueError):  # ValueError: of the empty passphrase
-        message = "and store.key_file are no certificate and its key, in PEM form and without a passphrase"
+        ssl.create_default_context().load_cert_chain(
+            cert_file, key_file, password=lambda: ""
+        )  # without it, OpenSSL would prompt
+    except (ssl.SSLError, ValueError):  # ValueError: because of the empty passphrase
+        message = "and store.key_file must be a certificate and its key, in PEM format and without a passphrase"
         yield SettingsProblem("store.cert_file", message)
 
 
@@ -361,7 +369,7 @@ def _unreadable(tree: Tree, key: str) -> _UnreadableError | None:
 
 
 def _path_in(tree: Tree, section: str, key: str) -> str | None:
-    """None if there is none, or what there is is no path: then the section says so itself."""
+    """None if it is not set or not a valid path; the section's validation reports the latter."""
     table = tree.get(section)
     path = table.get(key) if isinstance(table, dict) else None
     return path if isinstance(path, str) and path.isprintable() and path[:1] not in ("", "~") else None

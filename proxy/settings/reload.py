@@ -3,7 +3,7 @@
 * Files are compared by inode, times and size, through symbolic links: Kubernetes updates a mounted ConfigMap by
   replacing a link to a directory. A tool that restores the modification time of a file that it rewrote (`cp -p`,
   `rsync -t`) still changes the inode or ctime.
-* A change is read after two looks found the same: the file may not be written completely yet.
+* A change is applied when two checks in a row have found the same: the file may not be written completely yet.
 * A reload applies completely or not at all. A setting that needs a restart keeps its value, and the log names it.
 """
 
@@ -15,7 +15,7 @@ from proxy.settings.errors import SettingsError
 from proxy.settings.loader import Source
 from proxy.settings.schema import Settings, effective
 
-LOOK_EVERY_S = 1.0
+CHECK_EVERY_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -23,36 +23,36 @@ Fingerprint = tuple[tuple[str, int, int, int, int] | None, ...]
 
 
 class Reloader:
-    """`settings` are those that `source` gave at first."""
+    """`settings`: the settings in force, at first those that were loaded from `source`."""
 
     def __init__(self, source: Source, settings: Settings) -> None:
         self.settings = settings
         self._source = source
-        self._seen = self._pending = _fingerprint(source.files())
-        self._next_look = monotonic() + LOOK_EVERY_S
+        self._applied = self._pending = _fingerprint(source.files())
+        self._next_check_at = monotonic() + CHECK_EVERY_S
 
     def is_due(self) -> bool:
-        """Whether the files have changed and are still now. Looks at them once in `LOOK_EVERY_S`."""
+        """Whether the files have changed, and were the same at the last two checks. Checks once per `CHECK_EVERY_S`."""
         now = monotonic()
-        if now < self._next_look:
+        if now < self._next_check_at:
             return False
-        self._next_look = now + LOOK_EVERY_S
+        self._next_check_at = now + CHECK_EVERY_S
         found = _fingerprint(self._source.files())
-        is_still, self._pending = found == self._pending, found
-        return is_still and found != self._seen
+        is_stable, self._pending = found == self._pending, found
+        return is_stable and found != self._applied
 
     def reload(self) -> Settings | None:
-        """The settings that are in force from now on; None if the files cannot be used, and the old ones stay."""
-        self._seen = self._pending = _fingerprint(self._source.files())
+        """Loads the settings. Returns those now in force; None if the new ones are invalid and the old ones stay."""
+        self._applied = self._pending = _fingerprint(self._source.files())
         try:
-            found = self._source.load()
+            loaded = self._source.load()
         except SettingsError as error:
             _log_errors(error)
             return None
-        self.settings = merged(self.settings, found)
-        for path in differences(self.settings, found):
-            log.warning("%s has changed: restart the gateway for it", path)
-        log.info("the settings were read again; teams: %d", len(self.settings.teams))
+        self.settings = merged(self.settings, loaded)
+        for path in differences(self.settings, loaded):
+            log.warning("%s has changed: restart the gateway to apply it", path)
+        log.info("settings reloaded; teams: %d", len(self.settings.teams))
         return self.settings
 
 
@@ -62,7 +62,7 @@ def _log_errors(error: SettingsError) -> None:
 
 
 def merged(old: Settings, new: Settings) -> Settings:
-    """`old` with all of `new` that can change while the gateway runs."""
+    """`old`, updated with those parts of `new` that can change while the gateway runs."""
     sections = ("accounts", "teams", "team_defaults", "metrics", "admin")
     return old.model_copy(
         update={
@@ -74,7 +74,7 @@ def merged(old: Settings, new: Settings) -> Settings:
 
 
 def differences(one: Settings, other: Settings) -> list[str]:
-    """The paths of the settings in which two differ."""
+    """The paths of the settings that differ."""
     mine, others = dict(effective(one)), dict(effective(other))
     return [path for path in mine | others if mine.get(path) != others.get(path)]
 

@@ -1,6 +1,6 @@
-"""The settings: one frozen object, whose default and meaning stand beside each field.
+"""The settings: one frozen object, with a default and a description for each field.
 
-Messages never show a value: it could be a secret. `proxy.settings.loader` says where values come from.
+Error messages never contain a value, because it could be a secret. `proxy.settings.loader` has the sources of values.
 """
 
 import re
@@ -22,35 +22,34 @@ from proxy.store.access import CONNECT_TIMEOUT_S, TIMEOUT_S
 from proxy.urls import check_host, is_ip, parse_store_url, split_url
 
 MASK = "**********"
-"""The defaults of `store.timeout_s` and `store.connect_timeout_s`."""
 
 MAX_REQUESTS = 10**12
 MAX_CREDITS = 9 * 10**9
-"""Micro-credits stay below 2**53: up to there the numbers of the store's scripts are exact."""
+"""In micro-credits this stays below 2**53, up to which numbers in the store's scripts (doubles) are exact."""
 
 MAX_CREDITS_WITH_DECIMALS = 2**33
-"""From here on the doubles that TOML's decimal numbers become lie more than a micro-credit apart."""
+"""TOML's decimal numbers are doubles. Above this value, neighbouring doubles are more than a micro-credit apart."""
 
 
 _RENDERNET_PATH = re.compile("/+pub/+v1(/+generations(/+estimate)?)?/*$")
 
 
 class SecretUrl(Secret[str]):
-    """A URL that may carry a password; shown without it."""
+    """A URL that may contain a password, which is masked when it is shown."""
 
     def _display(self) -> str:
         return masked_url(self.get_secret_value())
 
 
 class SecretText(Secret[str]):
-    """A key or password; shown as a mask."""
+    """A key or password, which is masked when it is shown."""
 
     def _display(self) -> str:
         return MASK
 
 
 def masked_url(url: str) -> str:
-    """`url` without what may be secret: its password, a user name that stands alone, all of its query but `db`."""
+    """`url` with masks for what may be secret: its password, a user name without one, and its query except for `db`."""
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -68,7 +67,7 @@ def _masked_member(member: str) -> str:
     return member if name == "db" and value.isdigit() else f"{name}={MASK}" if equals else MASK
 
 
-def _no_boolean(value: object) -> object:
+def _not_boolean(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("must be a number, not true or false")  # noqa: TRY004 -- pydantic collects ValueErrors
     return value
@@ -93,23 +92,23 @@ def _password(secret: SecretText) -> SecretText:
 def _header_safe(secret: SecretText) -> SecretText:
     text = secret.get_secret_value()
     if not (text.isascii() and text.isprintable() and text and " " not in text):
-        raise ValueError("is empty, or has characters that cannot stand in an HTTP header")
+        raise ValueError("is empty, or has characters that are not allowed in an HTTP header")
     return secret
 
 
 def _path(value: object) -> object:
     if isinstance(value, str) and _filled(value).startswith("~"):
-        raise ValueError("begins with ~, which only shells expand: write the path in full")
+        raise ValueError("begins with ~, which only shells expand: write the full path")
     return value
 
 
 def _base_url(url: str, info: ValidationInfo) -> str:
     parts = split_url(url, "https", "http")
     if any(mark in url for mark in "@?#"):
-        raise ValueError("has a user, a query or a fragment: leave them out")
+        raise ValueError("has a user, a query or a fragment: remove it")
     if ends := _RENDERNET_PATH.search(parts.path):
         right = url.removesuffix(parts.path) + parts.path[: ends.start()]
-        raise ValueError(f"ends in a path of RenderNet's, which the gateway adds itself: use {right}")
+        raise ValueError(f"ends in a path of RenderNet's API, which the gateway adds itself: use {right}")
     host = parts.hostname or ""
     loopback = host == "localhost" or (is_ip(host) and ip_address(host).is_loopback)
     if parts.scheme == "http" and not loopback and info.data.get("insecure") is False:
@@ -131,7 +130,7 @@ def _exact(value: object) -> object:
     if isinstance(value, str):
         raise ValueError("must be a number")  # noqa: TRY004 -- pydantic collects ValueErrors
     if isinstance(value, float) and not value.is_integer() and MAX_CREDITS_WITH_DECIMALS < value <= MAX_CREDITS:
-        raise ValueError(f"must be a whole number above {MAX_CREDITS_WITH_DECIMALS}: its decimals would not be exact")
+        raise ValueError(f"must be a whole number above {MAX_CREDITS_WITH_DECIMALS}: its decimals would be inexact")
     return value
 
 
@@ -163,7 +162,7 @@ def _token_digest(value: str) -> str:
 
 
 def _calendar_day(value: object) -> object:
-    """A TOML date, or its text; no time of day, and no number to be read as seconds since 1970."""
+    """A TOML date, or its text. Times of day and numbers (which pydantic reads as seconds since 1970) are refused."""
     text = value if isinstance(value, str) else ""
     if type(value) is not date and not re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
         raise ValueError("must be a date, such as 2027-06-30")
@@ -177,7 +176,7 @@ def _member_path(value: str) -> str:
 
 
 def is_identifier(value: str) -> bool:
-    """Whether this can be the id of a team, an account or an organisation."""
+    """Whether `value` is allowed as the id of a team, an account or an organisation."""
     return re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?", value) is not None
 
 
@@ -190,11 +189,11 @@ def _identifier(value: str) -> str:
 Identifier = Annotated[str, AfterValidator(_identifier)]
 Line = Annotated[str, AfterValidator(_one_line)]
 PlainPath = Annotated[Path, BeforeValidator(_path)]
-Whole = Annotated[int, BeforeValidator(_no_boolean)]
-Real = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(_not_boolean)]
+Real = Annotated[float, BeforeValidator(_not_boolean), Field(allow_inf_nan=False)]
 Seconds = Real
-Exact = Annotated[Decimal, BeforeValidator(_exact), BeforeValidator(_no_boolean)]
-"""The number as it is written: of a double, the shortest decimal number that means it."""
+Exact = Annotated[Decimal, BeforeValidator(_exact), BeforeValidator(_not_boolean)]
+"""The number as written: a double becomes the shortest decimal number that stands for it."""
 
 ApiKey = Annotated[SecretText, AfterValidator(_header_safe)]
 Password = Annotated[SecretText, AfterValidator(_password)]
@@ -207,30 +206,30 @@ class _Section(BaseModel):
 class ServerSettings(_Section):
     host: Annotated[str, AfterValidator(check_host)] = "127.0.0.1"
     port: Annotated[Whole, Field(ge=0, le=65535)] = 8080
-    """0 takes a free one, and says which."""
+    """0: any free port, which the log names."""
     workers: Annotated[Whole, Field(ge=1, le=64)] = 1
-    """Processes on one socket; more than one a core is of no use."""
+    """Processes on one socket; more than one per core brings nothing."""
     max_body_bytes: Annotated[Whole, Field(ge=2, le=64 * 2**20)] = 262_144
     request_timeout_s: Annotated[Seconds, Field(gt=0, le=3600)] = 15.0
-    """From a request's head to its answer, asking upstream included."""
+    """From a request's head to its answer, including the request to upstream."""
     head_timeout_s: Annotated[Seconds, Field(gt=0, le=3600)] = 10.0
-    """For a request's head to arrive, from its first byte; on a new connection from its opening."""
+    """For a request's head to arrive: from its first byte; on a new connection, from when that was opened."""
     drain_delay_s: Annotated[Seconds, Field(ge=0, le=3600)] = 5.0
-    """After SIGTERM: not ready, still serving."""
+    """After SIGTERM: report "not ready" and keep serving for this long."""
     drain_s: Annotated[Seconds, Field(ge=0, le=3600)] = 30.0
-    """Then: at most this long for what is running."""
+    """Then: running requests have at most this long to finish."""
 
 
 class UpstreamSettings(_Section):
     insecure: bool = False
-    """Allows http to a host that is not this one."""
+    """Allows http to hosts other than this one."""
     base_url: Annotated[str, AfterValidator(_base_url)] = "https://api.rendernet.ai"
     timeout_s: Annotated[Seconds, Field(gt=0, le=3600)] = 10.0
-    """From asking to the last byte of the answer, waiting for a connection included."""
+    """From the request to the last byte of the answer, including the wait for a connection."""
     max_connections: Annotated[Whole, Field(ge=1, le=10_000)] = 100
     on_unpriced: Literal["pass", "refuse"] = "pass"
     proxy: Annotated[SecretUrl, AfterValidator(_proxy_url)] | None = None
-    """A proxy on the way to upstream. Those of the environment are ignored."""
+    """An HTTP proxy for requests to upstream. Proxy variables of the environment are ignored."""
     ca_file: PlainPath | None = None
     """Certificates to trust instead of the system's."""
 
@@ -241,79 +240,79 @@ class AccountSettings(_Section):
 
 class StoreSettings(_Section):
     url: Annotated[SecretUrl, AfterValidator(_store_url)] | None = None
-    """One server, Sentinels or a cluster. Left out: an embedded Valkey keeps its data in data_dir."""
+    """One server, Sentinels or a cluster. Not set: an embedded Valkey keeps its data in data_dir."""
     username: Annotated[str, AfterValidator(_filled)] | None = None
     password: Password | None = None
     sentinel_password: Password | None = None
-    """Of the Sentinels, which have no user names here."""
+    """For the Sentinels. A user name for them is not supported."""
     ca_file: PlainPath | None = None
-    """Certificates to trust instead of the system's; of cache.url too, as are the next two."""
+    """Certificates to trust instead of the system's. This and the next two also apply to cache.url."""
     cert_file: PlainPath | None = None
-    """What this gateway shows to servers that want to know it."""
+    """The gateway's client certificate."""
     key_file: PlainPath | None = None
-    """Of that certificate, without a passphrase. Left out: it stands in cert_file."""
+    """That certificate's private key, without a passphrase. Not set: the key is in cert_file."""
     timeout_s: Annotated[Seconds, Field(ge=0.05, le=10)] = TIMEOUT_S
-    """For a call, of cache.url too: more than a round trip."""
+    """For a call, also to cache.url. Must be longer than a round trip."""
     connect_timeout_s: Annotated[Seconds, Field(ge=0.05, le=60)] = CONNECT_TIMEOUT_S
-    """For setting up a connection, of cache.url too, TLS and password included. Calls do not wait for it."""
+    """For setting up a connection, including TLS and login, also to cache.url. Calls do not wait for it."""
     data_dir: PlainPath
     on_outage: Literal["refuse", "admit"] = "refuse"
-    """While quotas cannot be looked up: refuse estimates, or give them, and book them when the store is back."""
+    """While the ledger is unreachable: refuse estimates, or answer them and record the debits later."""
 
 
 class CacheSettings(_Section):
     url: Annotated[SecretUrl, AfterValidator(_store_url)] | None = None
-    """Of the price book, which may evict. Left out: the store's."""
+    """The price book's server, which may evict. Not set: the ledger's."""
     ttl_s: Annotated[Seconds, Field(ge=1, le=366 * 86400)] = 3600.0
-    """How long a price is believed."""
+    """How long a price is fresh."""
     stale_while_revalidate_s: Annotated[Seconds, Field(ge=0, le=366 * 86400)] = 300.0
-    """Behind that: how long it is still served at once, and asked again behind the answer."""
+    """After that: how long it is still served while a refresh runs in the background."""
     stale_if_error_s: Annotated[Seconds, Field(ge=0, le=366 * 86400)] = 86_400.0
-    """How long it is served when upstream cannot be asked."""
+    """After that: how long it is served when upstream fails."""
     balance_max_age_s: Annotated[Seconds, Field(ge=0, le=366 * 86400)] = 60.0
-    """A hit that finds an older balance has it asked again behind the answer, and its price checked."""
+    """A hit with an older balance refreshes it in the background, and checks the price."""
     ignore: tuple[Annotated[Line, AfterValidator(_member_path)], ...] = ()
-    """Members that decide no price, as dotted paths inside each item: left out of keys, never out of what is asked."""
+    """Members that do not affect the price, as dotted paths inside each item: left out of keys, but sent upstream."""
 
 
 class MetricsSettings(_Section):
     public: bool = False
-    """Whether anybody may read `/metrics`."""
+    """Whether `/metrics` needs no token."""
     tokens: tuple[Annotated[str, AfterValidator(_token_digest)], ...] = ()
-    """May read `/metrics`, and nothing else."""
+    """These may read `/metrics`, and nothing else."""
 
 
 class AdminSettings(_Section):
     tokens: tuple[Annotated[str, AfterValidator(_token_digest)], ...] = ()
-    """May purge, see what all teams have used, and read `/metrics`."""
+    """These may purge, read the usage and quotas of all teams, and read `/metrics`."""
 
 
 class RateSettings(_Section):
     per_s: Annotated[Real, Field(ge=0.001, le=100_000)]
     burst: Annotated[Whole, Field(ge=1, le=1_000_000)]
-    """At once, after a pause."""
+    """Requests at once, after a pause."""
 
 
 class QuotaSettings(_Section):
     measure: Measure
     limit: Annotated[Exact, Field(ge=0), AfterValidator(_countable)]
-    """In requests, or in credits. 0 lets nothing pass."""
+    """In requests, or in credits. 0: every request is refused."""
     per: Period
     on_exceed: Literal["refuse", "warn"] = "refuse"
 
     @property
     def counted_limit(self) -> int:
-        """The limit as the ledger counts: in requests, or in micro-credits."""
+        """The limit in the ledger's units: requests, or micro-credits."""
         return int(self.limit if self.measure == "requests" else self.limit * MICRO)
 
 
 class OrgSettings(_Section):
     id: Identifier = "default"
-    """Names this organisation's ledger in the store."""
+    """Part of the ledger's keys in the store."""
     timezone: Annotated[str, AfterValidator(_known_zone)] = "UTC"
-    """Its calendar is the one of quotas, of reports and of a token's last day."""
+    """Quota windows, report days and a token's last day follow its calendar."""
     quotas: tuple[QuotaSettings, ...] = ()
-    """Over all teams together."""
+    """For all teams together."""
 
     @property
     def zone(self) -> ZoneInfo:
@@ -328,7 +327,7 @@ class TokenSettings(_Section):
 
 
 class TeamDefaults(_Section):
-    """For every team that does not say otherwise."""
+    """For teams that do not set these."""
 
     rate: RateSettings = RateSettings(per_s=50.0, burst=100)
     quotas: tuple[QuotaSettings, ...] = ()
@@ -340,19 +339,19 @@ class TeamSettings(_Section):
     tokens: tuple[Annotated[TokenSettings, BeforeValidator(_token_table)], ...] = ()
     rate: RateSettings | None = None
     quotas: tuple[QuotaSettings, ...] | None = None
-    """Instead of the defaults, not besides them."""
+    """Replaces the default quotas; does not add to them."""
     disabled: bool = False
 
 
 class LogSettings(_Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """One line a request is info."""
+    """There is one line per request at level info."""
     format: Literal["auto", "json", "text"] = "auto"
-    """auto: text on a terminal, else JSON."""
+    """auto: text on a terminal, otherwise JSON."""
 
 
 class Settings(_Section):
-    """Everything an operator can set, by section; the sections' members are described beside them."""
+    """Everything that an operator can set, by section."""
 
     server: ServerSettings = ServerSettings()
     upstream: UpstreamSettings = UpstreamSettings()
@@ -367,28 +366,28 @@ class Settings(_Section):
     log: LogSettings = LogSettings()
 
     def rate_of(self, team: TeamSettings) -> RateSettings:
-        """What holds for a team: its own rate, or the default."""
+        """The team's own rate, or else the default."""
         return team.rate or self.team_defaults.rate
 
     def quotas_of(self, team: TeamSettings) -> tuple[QuotaSettings, ...]:
-        """What holds for a team besides the organisation's quotas: its own, or the defaults."""
+        """The team's own quotas, or else the defaults. The organisation's quotas apply in addition."""
         return self.team_defaults.quotas if team.quotas is None else team.quotas
 
 
 def warnings(settings: Settings) -> Iterator[str]:
-    """What is allowed, and hardly meant."""
+    """Settings that are valid, but probably a mistake."""
     if not (settings.metrics.public or settings.metrics.tokens or settings.admin.tokens):
-        yield "nobody can read /metrics: put a token's digest into metrics.tokens, or set metrics.public = true"
+        yield "nobody can read /metrics: add a token's digest to metrics.tokens, or set metrics.public = true"
     for name, team in settings.teams.items():
         if not team.tokens:
-            yield f"teams.{name} has no tokens: nobody can ask as this team, and its quotas hold for nobody"
+            yield f"teams.{name} has no tokens, so no client can use this team"
     urls = [url.get_secret_value() for url in (settings.store.url, settings.cache.url) if url is not None]
     if (settings.store.ca_file or settings.store.cert_file) and not any(url.startswith("rediss") for url in urls):
-        yield "store.ca_file and store.cert_file are not used: no URL of a store begins with rediss"
+        yield "store.ca_file and store.cert_file are not used: neither store.url nor cache.url begins with rediss"
 
 
 def effective(settings: Settings) -> list[tuple[str, Any]]:
-    """Every setting in force as (path, value), secrets masked by their types; None where nothing is set."""
+    """Every effective setting as (path, value). Secrets are masked by their types; None: not set."""
     return list(_flatten(settings.model_dump(), ""))
 
 

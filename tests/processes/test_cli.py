@@ -580,7 +580,7 @@ def test_explain_of_what_cannot_be_read(run: Run, tmp_path: Path) -> None:
     )
     assert refusal(run("explain", "-", "--account", "A", stdin=BODY)).startswith("--account must be an id")
     broken = run("explain", "-", stdin=BODY, ESTIMATE_PROXY_UPSTREAM__BASE_URL=f"http://u:{CANARY}@h")
-    assert refusal(broken) == "upstream.base_url has a user, a query or a fragment: leave them out"
+    assert refusal(broken) == "upstream.base_url has a user, a query or a fragment: remove it"
 
 
 def test_arguments_that_are_no_text_or_long() -> None:

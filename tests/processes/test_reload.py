@@ -55,7 +55,7 @@ def metric(served: Served, name: str) -> float:
 def reloaded(served: Served, home: House, *, times: int = 1, **sections: Any) -> None:
     home.config(metrics={"public": True}, **sections)
     served.send(signal.SIGHUP)
-    served.wait_until_told("the settings were read again", times=times)
+    served.wait_until_told("settings reloaded", times=times)
 
 
 def test_a_signal_brings_teams_and_quotas_to_all_workers(home: House) -> None:
@@ -124,7 +124,7 @@ def test_what_needs_a_restart_is_named_and_keeps_its_value(home: House) -> None:
     reloaded(served, home, **changed, teams=teams(design=NEWCOMER))
     wait_until(lambda: statuses(served, NEWCOMER) == {200})
     assert served.told("restart the gateway") == [
-        f"{path} has changed: restart the gateway for it"
+        f"{path} has changed: restart the gateway to apply it"
         for path in ("store.timeout_s", "store.connect_timeout_s", "cache.ttl_s", "org.timezone")
     ]
     assert "ttl=3" in served.ask(x_api_key=NEWCOMER).headers["cache-status"]
@@ -143,7 +143,7 @@ def test_a_key_is_rotated_by_swapping_a_symbolic_link(tmp_path: Path) -> None:
         assert served.ask(b"[{}]").status_code == 200
         (tmp_path / "next").symlink_to("v1")
         (tmp_path / "next").rename(tmp_path / "secrets")
-        served.wait_until_told("the settings were read again")
+        served.wait_until_told("settings reloaded")
         for number in range(6):
             served.ask(b'[{"seed":%d}]' % number)
         keys = [key for one in simulator.received for key in one.api_keys]

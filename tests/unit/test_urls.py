@@ -13,7 +13,7 @@ from yarl import URL
 from certificates import make_certificates
 from configs import CANARY, ENV, MINIMAL, Problems, Read
 from proxy.settings.errors import SettingsError
-from proxy.settings.loader import load_keying
+from proxy.settings.loader import load_key_settings
 from proxy.settings.schema import SecretUrl, warnings
 from proxy.upstream.address import ESTIMATE_PATH, UpstreamAddress
 
@@ -98,7 +98,7 @@ def test_the_checked_address_is_the_one_that_is_used(host: str, path: str) -> No
     """One parser checks a URL and another one uses it: they must agree."""
     url = f"https://{host}/{path}"
     try:
-        base_url = load_keying(Path(os.devnull), {f"{ENV}UPSTREAM__BASE_URL": url}).upstream.base_url
+        base_url = load_key_settings(Path(os.devnull), {f"{ENV}UPSTREAM__BASE_URL": url}).upstream.base_url
     except SettingsError:
         return
     address = UpstreamAddress.of(base_url)
@@ -151,7 +151,7 @@ def test_the_spelling_of_queries_has_not_changed(query: bytes) -> None:
     ],
 )
 def test_a_base_url_that_includes_rendernets_path_is_refused(problems_of: Problems, url: str, right: str) -> None:
-    message = f"ends in a path of RenderNet's, which the gateway adds itself: use {right}"
+    message = f"ends in a path of RenderNet's API, which the gateway adds itself: use {right}"
     assert problems_of(MINIMAL + f'[upstream]\nbase_url = "{url}"') == {"upstream.base_url": message}
 
 
@@ -229,7 +229,7 @@ def test_a_ca_file_must_contain_certificates(read: Read, problems_of: Problems, 
     path = f"{section}.ca_file"
     assert problems_of(text) == {path: "names a file that cannot be read: No such file or directory"}
     (tmp_path / "ca.pem").write_text(CANARY)
-    assert problems_of(text) == {path: "names a file without certificates in PEM form"}
+    assert problems_of(text) == {path: "names a file without certificates in PEM format"}
     (tmp_path / "ca.pem").unlink()
     (tmp_path / "ca.pem").mkdir()
     assert problems_of(text) == {path: "names a file that cannot be read: Is a directory"}
@@ -243,7 +243,7 @@ def test_unused_certificates_are_warned_of(read: Read, tmp_path: Path) -> None:
     made = make_certificates(tmp_path)
     text = f'{MINIMAL}[metrics]\npublic = true\n[store]\nca_file = "{made.ca}"\n'
     assert list(warnings(read(text))) == [
-        "store.ca_file and store.cert_file are not used: no URL of a store begins with rediss"
+        "store.ca_file and store.cert_file are not used: neither store.url nor cache.url begins with rediss"
     ]
     assert not list(warnings(read(text + 'url = "rediss+sentinel://h/m"')))
     assert not list(warnings(read(text + '[cache]\nurl = "rediss://h"')))
@@ -260,7 +260,7 @@ def test_a_client_certificate_needs_its_key(read: Read, problems_of: Problems, t
     made = make_certificates(tmp_path)
     settings = read(text)
     assert (settings.store.cert_file, settings.store.key_file) == (made.cert("client"), made.key("client"))
-    no_pair = "and store.key_file are no certificate and its key, in PEM form and without a passphrase"
+    no_pair = "and store.key_file must be a certificate and its key, in PEM format and without a passphrase"
     assert problems_of(text.replace("client.key", "server.key")) == {"store.cert_file": no_pair}
     (tmp_path / "client.pem").write_text(CANARY)
     assert problems_of(text) == {"store.cert_file": no_pair}

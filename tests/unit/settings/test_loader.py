@@ -10,7 +10,7 @@ import pytest
 from configs import ACCOUNT, CANARY, DIGEST, ENV, MINIMAL, OTHER_DIGEST, TEAM, Problems, Read
 from proxy.settings import loader as config
 from proxy.settings.errors import SettingsError
-from proxy.settings.loader import load, load_keying
+from proxy.settings.loader import load, load_key_settings
 from proxy.settings.schema import SecretText
 
 # --- The file ---------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_an_unknown_variable_of_ours_is_an_error(problems_of: Problems, name: st
 @pytest.mark.parametrize("value", [f"[{CANARY}", f"{{{CANARY}", "[" * 100_000, "[" + "1" * 5000 + "]"])
 def test_a_variable_that_begins_like_json(problems_of: Problems, value: str) -> None:
     name = f"{ENV}TEAMS__DESIGN__TOKENS"
-    assert problems_of(environ={name: value}) == {name: "begins like JSON, but is none"}
+    assert problems_of(environ={name: value}) == {name: "begins like JSON, but is not valid JSON"}
 
 
 def test_what_kubernetes_injects_is_not_ours(read: Read) -> None:
@@ -229,7 +229,7 @@ def test_a_secret_files_name_that_cannot_be(problems_of: Problems, name: str) ->
 
 
 def test_a_secret_twice_in_one_source(problems_of: Problems) -> None:
-    twice = {"accounts.default.api_key_file": "stands beside api_key: keep one of them"}
+    twice = {"accounts.default.api_key_file": "is set together with api_key: keep one of them"}
     assert problems_of(ACCOUNT + "api_key_file = 'key'\n" + TEAM) == twice
     ours = {f"{ENV}ACCOUNTS__DEFAULT__API_KEY": CANARY, f"{ENV}ACCOUNTS__DEFAULT__API_KEY_FILE": "key"}
     assert problems_of(environ=ours) == twice
@@ -256,9 +256,9 @@ def test_upstream_alone_needs_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text("[upstream]\nbase_url = 'https://h'\nca_file = 'missing'\n[teams.X]\nwhat = 1\n[accounts]\na = 3")
     environ = {f"{ENV}TEAMS__X": "[", f"{ENV}UPSTREAM__TIMEOUT_S": "3", f"{ENV}X__Y": "1"}
-    upstream = load_keying(file, environ).upstream
+    upstream = load_key_settings(file, environ).upstream
     assert (upstream.base_url, upstream.timeout_s) == ("https://h", 3.0)
-    assert load_keying(Path(os.devnull), {}).upstream.base_url == "https://api.rendernet.ai"
+    assert load_key_settings(Path(os.devnull), {}).upstream.base_url == "https://api.rendernet.ai"
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_upstream_alone_says_where_it_is_wrong(tmp_path: Path, text: str, path: 
     file = tmp_path / "config.toml"
     file.write_text(text)
     with pytest.raises(SettingsError) as caught:
-        load_keying(file, {})
+        load_key_settings(file, {})
     (problem,) = caught.value.problems
     assert problem.path.endswith(path)
     assert path != "upstream.timout_s" or problem.message == "is not a setting: did you mean timeout_s?"

@@ -117,7 +117,7 @@ def test_check_can_show_them(read: Read) -> None:
 def test_credits_are_exactly_the_number_that_was_written(number: Decimal) -> None:
     """In TOML a decimal number becomes a double, and a limit must not be a micro-credit off for that."""
     if number > 2**33 and number % 1:
-        with pytest.raises(ValidationError, match="its decimals would not be exact"):
+        with pytest.raises(ValidationError, match="its decimals would be inexact"):
             limit("estimated_credits", float(number))
     else:
         assert limit("estimated_credits", float(number)).counted_limit == number * 1_000_000
@@ -192,7 +192,7 @@ NO_CREDITS = "must be a number of credits with at most six decimals, at most 900
         ({"on_exceed": "'pass'"}, ".on_exceed", "must be 'refuse' or 'warn'"),
         ({"limit": ""}, ".limit", "is missing"),
         ({"limt": "1"}, ".limt", "is not a setting: did you mean limit?"),
-        ({"colour": "1"}, ".colour", "is not a setting; known here: measure, limit, per, on_exceed"),
+        ({"colour": "1"}, ".colour", "is not a setting; expected one of: measure, limit, per, on_exceed"),
         # limits of any measure
         ({"limit": "-1"}, ".limit", "must be greater than or equal to 0"),
         ({"limit": "-0.000001"}, ".limit", "must be greater than or equal to 0"),
@@ -299,7 +299,7 @@ def test_a_team_may_be_named_as_a_section_is(problems_of: Problems, team: str) -
         ("{ per_s = 1 }", ".burst", "is missing"),
         ("{ burst = 1 }", ".per_s", "is missing"),
         ("{ per_s = 1, burst = 1, bust = 1 }", ".bust", "is not a setting: did you mean burst?"),
-        ("{ per_s = 1, burst = 1, x = 1 }", ".x", "is not a setting; known here: per_s, burst"),
+        ("{ per_s = 1, burst = 1, x = 1 }", ".x", "is not a setting; expected one of: per_s, burst"),
         ("{ per_s = 0, burst = 1 }", ".per_s", "must be greater than or equal to 0.001"),
         ("{ per_s = 0.0009, burst = 1 }", ".per_s", "must be greater than or equal to 0.001"),
         ("{ per_s = -1, burst = 1 }", ".per_s", "must be greater than or equal to 0.001"),
@@ -331,13 +331,13 @@ def test_a_rate_that_can_be(read: Read, per_s: float, burst: int) -> None:
 
 def test_the_organisation_has_quotas_but_no_rate(problems_of: Problems) -> None:
     found = problems_of(MINIMAL + "[org]\nrate = { per_s = 1, burst = 1 }")
-    assert found == {"org.rate": "is not a setting; known here: id, timezone, quotas"}
+    assert found == {"org.rate": "is not a setting; expected one of: id, timezone, quotas"}
 
 
 def test_team_defaults_say_what_they_can_be(problems_of: Problems) -> None:
     found = problems_of(MINIMAL + "[team_defaults]\ndisabled = true\nquota = []\n[team_default]")
     assert found == {
-        "team_defaults.disabled": "is not a setting; known here: rate, quotas",
+        "team_defaults.disabled": "is not a setting; expected one of: rate, quotas",
         "team_defaults.quota": "is not a setting: did you mean quotas?",
         "team_default": "is not a setting: did you mean team_defaults?",
     }

@@ -14,11 +14,11 @@ from proxy.settings.schema import is_identifier
     ("text", "path", "message"),
     [
         ("[serve]\nport = 1", "serve", "is not a setting: did you mean server?"),
-        ("colour = 1", "colour", "is not a setting; known here: server, upstream, accounts,"),
+        ("colour = 1", "colour", "is not a setting; expected one of: server, upstream, accounts,"),
         ("[server]\nprot = 1", "server.prot", "is not a setting: did you mean port?"),
         ("[upstream]\nbaseurl = 1", "upstream.baseurl", "is not a setting: did you mean base_url?"),
         ("[store]\npasword_file = 1", "store.pasword_file", "is not a setting: did you mean password_file?"),
-        ("[cache]\nsize = 1", "cache.size", "is not a setting; known here: url, ttl_s"),
+        ("[cache]\nsize = 1", "cache.size", "is not a setting; expected one of: url, ttl_s"),
         ("[teams.b]\nacount = 1", "teams.b.acount", "is not a setting: did you mean account?"),
         ("[teams.name]\ntoken = 1", "teams.name.token", "is not a setting: did you mean tokens?"),
         (
@@ -31,7 +31,7 @@ from proxy.settings.schema import is_identifier
             "accounts.b.apikey",
             "is not a setting: did you mean api_key?",
         ),
-        ('[server]\n"a.\\n\\u001b" = 1', r'server."a.\n\u001b"', "is not a setting; known here: host,"),
+        ('[server]\n"a.\\n\\u001b" = 1', r'server."a.\n\u001b"', "is not a setting; expected one of: host,"),
         ("[server]\npassword_file = 'x'", "server.password_file", "is not a setting"),
         # types
         ("server = 1", "server", "must be a table"),
@@ -99,12 +99,16 @@ from proxy.settings.schema import is_identifier
         ("[org]\nid = 'A'", "org.id", "must be 1 to 64"),
         ("[org]\nid = ''", "org.id", "must be 1 to 64"),
         ("[org]\nid = 'a}b'", "org.id", "must be 1 to 64"),
-        ("[teams.b]\naccount = 'nobody'", "teams.b.account", "names no account: add [accounts.<its id>]"),
+        (
+            "[teams.b]\naccount = 'nobody'",
+            "teams.b.account",
+            "is not an account in the settings: add [accounts.<its id>]",
+        ),
         # keys and tokens
         ("[accounts.b]", "accounts.b.api_key", "is missing"),
-        ("[accounts.b]\napi_key = ''", "accounts.b.api_key", "is empty, or has characters that cannot"),
-        ("[accounts.b]\napi_key = 'a b'", "accounts.b.api_key", "is empty, or has characters that cannot"),
-        ("[accounts.b]\napi_key = 'ä'", "accounts.b.api_key", "is empty, or has characters that cannot"),
+        ("[accounts.b]\napi_key = ''", "accounts.b.api_key", "is empty, or has characters that are not allowed"),
+        ("[accounts.b]\napi_key = 'a b'", "accounts.b.api_key", "is empty, or has characters that are not allowed"),
+        ("[accounts.b]\napi_key = 'ä'", "accounts.b.api_key", "is empty, or has characters that are not allowed"),
         ("[accounts.b]\napi_key = 3", "accounts.b.api_key", "must be text"),
         ("[teams.b]\ntokens = ['x']", "teams.b.tokens[0].sha256", "must be sha256: and 64 hexadecimal digits"),
         (f"[teams.b]\ntokens = ['{DIGEST.upper()}']", "teams.b.tokens[0].sha256", "must be sha256: and 64"),
