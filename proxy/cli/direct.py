@@ -1,4 +1,4 @@
-"""What the command line asks the ledger: directly, beside a gateway that runs or without one."""
+"""Reads and changes the stores for the command line: directly, without going through a gateway."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,16 +17,18 @@ from proxy.upstream.address import UpstreamAddress
 
 
 async def read_usage(settings: Settings, query: UsageQuery) -> Usage:
-    """Raises `BadRequest` if nobody has ever heard of the team, `StoreUnavailable`, `EmbeddedStoreError`."""
+    """Raises `BadRequest` if the team is unknown, `StoreUnavailable`, `EmbeddedStoreError`."""
     async with _open_ledger_reader(settings) as ledger_reader:
         if query.team not in (None, *settings.teams, *await ledger_reader.teams()):
-            raise BadRequest(Code.INVALID_QUERY, "team names none that is configured or ever had usage.")
+            raise BadRequest(
+                Code.INVALID_QUERY, "team names a team that is not configured and never had usage: check its id."
+            )
         return await ledger_reader.usage(query)
 
 
 async def read_quota_states(settings: Settings, team: str | None) -> list[QuotaState]:
-    """How a team stands, or with None each one. Raises `StoreUnavailable`, `EmbeddedStoreError`."""
-    wanted = [terms for terms in limits_of(settings).values() if team in (None, terms.team)]
+    """The quota state of a team, or with None of all. Raises `StoreUnavailable`, `EmbeddedStoreError`."""
+    wanted = [limits for limits in limits_of(settings).values() if team in (None, limits.team)]
     async with _open_ledger_reader(settings) as ledger_reader:
         return await ledger_reader.quota_states(wanted)
 
@@ -44,9 +46,9 @@ async def _open_ledger_reader(settings: Settings) -> AsyncIterator[LedgerReader]
 
 
 async def purge_book(settings: Settings, account: str, canonical: bytes | None, query: bytes) -> str:
-    """Forgets one question of an account, or all of them, in the store that a running gateway uses.
+    """Removes the price of one body of an account, or with None all its prices, from the price book's store.
 
-    Returns what was done, for people. Raises `StoreUnavailable`, `EmbeddedStoreError`.
+    Returns a message for people. Raises `StoreUnavailable`, `EmbeddedStoreError`.
     """
     embedded = settings.store.url is None and settings.cache.url is None
     urls: EmbeddedUrls = {"price-book": running_url(settings.store.data_dir, role="price-book")} if embedded else {}

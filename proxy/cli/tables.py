@@ -1,4 +1,4 @@
-"""Tables: aligned for people on a terminal, tab-separated with stable columns for programs behind a pipe."""
+"""Formats tables: aligned for people on a terminal, tab-separated with stable columns for programs."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,16 +14,15 @@ from proxy.quota.quotas import Quota, QuotaState
 from proxy.quota.usage import Usage, UsageQuery, amounts_of
 from proxy.quota.windows import rfc3339
 
-WITHOUT_LIMIT = 10_000
-"""Columns of a terminal that any table fits into."""
+UNLIMITED_WIDTH = 10_000
+"""A width in characters that is enough for any table."""
 
 QUOTA_COLUMNS = ("scope", "team", "measure", "per", "limit", "used", "remaining", "on_exceed", "resets_at")
-"""In the column of teams: the organisation."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Used:
-    """A quota and what is used of it."""
+    """A quota with its use in the running window."""
 
     team: str
     quota: Quota
@@ -46,20 +45,20 @@ def to_tsv(lines: Iterable[Sequence[str]]) -> str:
 
 
 def usage_table(usage: Usage, query: UsageQuery, zone: ZoneInfo, console: Console) -> Table:
-    """Usage for people, with the outcomes that occurred if there is room for them."""
+    """Usage for people. Has a column for each outcome that occurred, if the terminal is wide enough."""
     title = f"{query.first} to {query.last}, {zone.key}"
     wide = _usage_table(usage, query, title, tuple(usage.total.outcomes))
-    width = console.measure(wide, options=console.options.update_width(WITHOUT_LIMIT)).maximum
+    width = console.measure(wide, options=console.options.update_width(UNLIMITED_WIDTH)).maximum
     return wide if width <= console.width else _usage_table(usage, query, title, ())
 
 
 def quota_lines(quota_states: Sequence[QuotaState], zone: ZoneInfo) -> list[list[str]]:
-    """Quotas for programs; the organisation's once."""
+    """Quotas for programs. The organisation's quotas are listed once."""
     return [list(QUOTA_COLUMNS), *(_quota_cells(used, zone) for used in _quotas(quota_states))]
 
 
 def quota_table(quota_states: Sequence[QuotaState], zone: ZoneInfo) -> Table:
-    """Quotas for people; the organisation's once, without a team."""
+    """Quotas for people. The organisation's quotas are listed once, without a team."""
     table = _table(f"quotas on estimates, {zone.key}")
     for name in ("team", "quota"):
         table.add_column(name, overflow="fold")
@@ -97,7 +96,7 @@ def _table(title: str, *, with_footer: bool = False) -> Table:
 
 
 def _quotas(quota_states: Sequence[QuotaState]) -> list[_Used]:
-    """The organisation's quotas, which all teams have in common, and then the teams'."""
+    """The organisation's quotas, which each team's state repeats, then those of the teams."""
     found = [
         _Used(quota.owner(quota_state.limits.team), quota, used, quota_state.windows[quota.per].end_s)
         for quota_state in quota_states
