@@ -1,4 +1,4 @@
-"""The command line.
+"""The group of all commands.
 
 * Each command is imported when it is used: `serve` stays in memory as the supervisor, and needs neither the application
   nor the client of the store.

@@ -176,7 +176,7 @@ def _let_signals_cancel() -> None:
         loop.add_signal_handler(signal.SIGHUP, cancel_once)
 
 
-class _Server(uvicorn.Server):
+class _ServerWithoutSignals(uvicorn.Server):
     """uvicorn's server without its signal handlers."""
 
     @contextmanager
@@ -199,7 +199,7 @@ async def _simulated_rendernet() -> AsyncIterator[str]:
     config = uvicorn.Config(
         simulator.app, lifespan="off", ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1
     )
-    server = _Server(config)
+    server = _ServerWithoutSignals(config)
     with socket.create_server((HOST, 0)) as listener:
         port = listener.getsockname()[1]
         serving = asyncio.create_task(server.serve([listener]))

@@ -38,7 +38,7 @@ class WorkerContext:
     metrics_fds: Sequence[int]
 
 
-class _Worker:
+class _WorkerProcess:
     """A worker process as its supervisor sees it."""
 
     def __init__(self, context: WorkerContext, metrics_fd: int) -> None:
@@ -84,7 +84,7 @@ class _Slot:
     def __init__(self, name: str, metrics_fd: int) -> None:
         self.name = name
         self.metrics_fd = metrics_fd
-        self.worker: _Worker | None = None
+        self.worker: _WorkerProcess | None = None
         self.status: int | None = None
         self.given_up = False
         self._backoff = RestartBackoff()
@@ -97,7 +97,7 @@ class _Slot:
         """Starts a worker. If the system refuses, returns a line for the log; the start is tried again later."""
         self._backoff.record_start()
         try:
-            self.worker = _Worker(context, self.metrics_fd)
+            self.worker = _WorkerProcess(context, self.metrics_fd)
         except OSError as error:
             return f"{self.name} cannot be started ({error.strerror}): trying again{self._delay()}"
         return None
@@ -105,7 +105,7 @@ class _Slot:
     def record_ready(self) -> None:
         self._failed_starts = 0
 
-    def record_death(self, worker: _Worker, status: int) -> str | None:
+    def record_death(self, worker: _WorkerProcess, status: int) -> str | None:
         """Decides whether there is another start, and when. Returns a line for the log."""
         self.worker, self.status = None, status
         self._failed_starts += not worker.ready
@@ -199,7 +199,7 @@ class WorkerPool:
         if status is not None:
             self._reap(slot, worker, status)
 
-    def _reap(self, slot: _Slot, worker: _Worker, status: int) -> None:
+    def _reap(self, slot: _Slot, worker: _WorkerProcess, status: int) -> None:
         worker.end()
         vacate(slot.metrics_fd)
         if self._stopping:
@@ -209,7 +209,7 @@ class WorkerPool:
             log.error("%s", line)
         self._check(slot)
 
-    def _workers(self) -> Iterator[_Worker]:
+    def _workers(self) -> Iterator[_WorkerProcess]:
         return (slot.worker for slot in self._slots if slot.worker is not None)
 
     def _start(self, slot: _Slot) -> None:
