@@ -192,14 +192,19 @@ def _clocked_script(name: str) -> tuple[bytes, str]:
     return clocked, sha1(clocked, usedforsecurity=False).hexdigest()
 
 
+def _of_clocked_script(place: int) -> property:
+    """Reads from the clocked script, and ignores what `Script.__init__` sets."""
+    return property(lambda script: _clocked_script(script.name)[place], lambda _script, _value: None)
+
+
 def set_clocks(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """What time it is for gateways and store; none of their patience is tried by a busy machine."""
     clock = Clock()
     for module in ("account_book", "leases", "price_book"):
         monkeypatch.setattr(f"proxy.cache.{module}.monotonic", clock)
     monkeypatch.setattr("proxy.upstream.client.CircuitBreaker", _clocked(clock))
-    monkeypatch.setattr(Script, "text", property(lambda script: _clocked_script(script.name)[0]), raising=False)
-    monkeypatch.setattr(Script, "digest", property(lambda script: _clocked_script(script.name)[1]), raising=False)
+    for place, name in enumerate(("text", "digest")):
+        monkeypatch.setattr(Script, name, _of_clocked_script(place), raising=False)
     monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_PAUSE_S", 0)
     return clock
 
