@@ -14,8 +14,12 @@ from enum import Enum, auto
 
 WINDOW_S = 10.0
 MIN_ANSWERS = 10
+"""Below this number a failure rate says little: two failures of three requests can be chance."""
+
 FAILURE_RATE = 0.5
 OPEN_S = 5.0
+"""Half the window: long enough to relieve upstream, short enough to notice a recovery."""
+
 MAX_ANSWERS = 1000
 """Limits the answers of a window that are remembered, and with them memory."""
 
