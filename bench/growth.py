@@ -9,7 +9,7 @@ from bench.cases import CASES, Case
 from bench.gateways import TeamLimits
 from bench.parts import Pace, Part, Say, Table, Target
 from bench.plot import Curve, Panel
-from bench.rounds import Rounds, play
+from bench.rounds import Rounds, run_scenario
 from bench.stage import Stage
 from bench.table import cpu_us, notes, per_s
 from bench.traffic import Traffic, by_turns, fresh, hot, items, sized, token
@@ -47,7 +47,7 @@ class Axis:
 def run(stage: Stage, pace: Pace, say: Say, *, with_peer: bool) -> tuple[Part, list[Panel]]:
     """What was found, and its plot."""
     left_out = [] if with_peer else ["peer"]
-    found = {axis: play(stage, list(axis.cases(left_out)), pace, say) for axis in AXES}
+    found = {axis: run_scenario(stage, list(axis.cases(left_out)), pace, say) for axis in AXES}
     failures = {name: why for rounds in found.values() for name, why in rounds.failures.items()}
     part = Part(
         name="growth",

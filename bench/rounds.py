@@ -46,7 +46,7 @@ class Rounds:
         return [{name: asdict(measured) for name, measured in each.items()} for each in self.rounds]
 
 
-def play(stage: Stage, cases: Sequence[Case], pace: Pace, say: Say) -> Rounds:
+def run_scenario(stage: Stage, cases: Sequence[Case], pace: Pace, say: Say) -> Rounds:
     """Goes on without a case whose answers are not what it is about."""
     found: list[dict[str, Measured]] = [{} for _ in range(pace.rounds)]
     failures: dict[str, str] = {}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from bench.cases import Case
 from bench.measuring import Measured
 from bench.parts import Pace, Part, Say, Spread, Table, Target
-from bench.rounds import Rounds, play
+from bench.rounds import Rounds, run_scenario
 from bench.stage import Stage
 
 BARE = "bare"
@@ -44,7 +44,7 @@ BUSY = 0.90
 
 
 def run(stage: Stage, cases: Sequence[Case], pace: Pace, say: Say) -> Part:
-    found = play(stage, cases, pace, say)
+    found = run_scenario(stage, cases, pace, say)
     rows = [_row(case, found) for case in cases if case.name in found]
     return Part(
         name="table",

@@ -11,7 +11,7 @@ from bench.gateways import TeamLimits
 from bench.load import Kind
 from bench.measuring import Measured
 from bench.parts import Pace, Part, Say, Table, Target
-from bench.rounds import Rounds, play
+from bench.rounds import Rounds, run_scenario
 from bench.sites import Site
 from bench.stage import Stage, stage
 from bench.table import cpu_us, notes, per_s
@@ -29,7 +29,7 @@ ONE, TWO = "one worker", "two workers"
 def run(kind: Kind, pace: Pace, say: Say) -> Part:
     cores = machine.cores(servers=2)
     with stage(cores, kind) as opened:
-        found = play(opened, [_case(ONE, 1), _case(TWO, 2)], pace, say)
+        found = run_scenario(opened, [_case(ONE, 1), _case(TWO, 2)], pace, say)
     names = [name for name in (ONE, TWO) if name in found]
     return Part(
         name="workers",

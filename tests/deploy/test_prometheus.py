@@ -23,9 +23,9 @@ import redis
 from alert_rules import ALERTS, RECORDED
 from dashboard_queries import EVERYTHING, Query, dashboards, queries
 from faulty_rendernet import Fault
-from fleet import OwnLedger, own_ledger, priced
+from fleet import StoreProcess, priced, store_process
 from gateway_fixture import API_KEY, DESIGN, MARKETING, PATH, RETIRED, UpstreamFixture
-from processes import START_S, Tree, address_of, house
+from gateway_process import START_S, Tree, address_of, gateway_runner
 from prometheus import MORNING, PERS, SCRAPER, Point, Prometheus, prometheus, text_of, usage
 from proxy.auth import digest_of, token_of
 from proxy.demo.simulator import Simulator
@@ -51,7 +51,7 @@ def quota(limit: int, per: str, measure: str = "estimated_credits", on_exceed: s
     return {"measure": measure, "limit": limit, "per": per, "on_exceed": on_exceed}
 
 
-def sections(ledger: OwnLedger, book: OwnLedger) -> dict[str, Tree]:
+def sections(ledger: StoreProcess, book: StoreProcess) -> dict[str, Tree]:
     """Design comes near a quota, marketing uses one up, and web passes one that warns."""
     return {
         "store": {"url": ledger.url, "on_outage": "admit"},
@@ -83,8 +83,8 @@ class Stand:
     config: Path
     client: httpx2.Client
     upstream: UpstreamFixture
-    ledger: OwnLedger
-    book: OwnLedger
+    ledger: StoreProcess
+    book: StoreProcess
     seen_by: Prometheus
 
     def ask(self, token: str, body: bytes = FLUX, **headers: str) -> int:
@@ -135,15 +135,15 @@ class Performance:
 def performance(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture) -> Iterator[Performance]:
     upstream.simulator = renders()
     with ExitStack() as opened:
-        home = opened.enter_context(house(tmp_path_factory.mktemp("house"), upstream.url))
-        ledger, book = opened.enter_context(own_ledger()), opened.enter_context(own_ledger())
+        runner = opened.enter_context(gateway_runner(tmp_path_factory.mktemp("house"), upstream.url))
+        ledger, book = opened.enter_context(store_process()), opened.enter_context(store_process())
         ledger.start()
         book.start()
-        served = home.start(**sections(ledger, book))
+        served = runner.start(**sections(ledger, book))
         client = opened.enter_context(served.client())
         targets = ("{}:{}".format(*address_of(served.url)), f"127.0.0.1:{free_port()}")
         seen_by = opened.enter_context(prometheus(*targets))
-        yield _perform(Stand(home.folder / "estimate-proxy.toml", client, upstream, ledger, book, seen_by))
+        yield _perform(Stand(runner.folder / "estimate-proxy.toml", client, upstream, ledger, book, seen_by))
 
 
 def _perform(stand: Stand) -> Performance:

@@ -4,37 +4,37 @@ import time
 
 import pytest
 
-from gateway_fixture import DESIGN, PLENTY, Opened, Scene
-from ledger_fixture import COOLDOWN_S, Skewed
-from processes import Tree
+from gateway_fixture import DESIGN, PLENTY, GatewayFixture, OpenGateway
+from gateway_process import Tree
+from ledger_fixture import COOLDOWN_S, SkewedClock
+from metrics_fixture import GUARD
 from proxy.auth import digest_of
-from quota_scenes import ADMIN, Limited, team
+from quota_fixture import ADMIN, Limited, team
 from serving import wait_until
 from shared_fixtures import (
     any_store_url,
     close_servers,
+    gateway,
     immediate_metrics,
     open_gateway,
-    scene,
     server,
     simulator,
+    store_proxy,
     upstream,
     valkey_url,
-    way,
 )
-from watching import GUARD
 
 __all__ = [
     "any_store_url",
     "close_servers",
+    "gateway",
     "immediate_metrics",
     "open_gateway",
-    "scene",
     "server",
     "simulator",
+    "store_proxy",
     "upstream",
     "valkey_url",
-    "way",
 ]
 
 
@@ -46,10 +46,10 @@ def cold(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def watched(open_gateway: Opened) -> Opened:
+def open_scraped_gateway(open_gateway: OpenGateway) -> OpenGateway:
     """Opens gateways that may be scraped."""
 
-    def enter(**sections: Tree) -> Scene:
+    def enter(**sections: Tree) -> GatewayFixture:
         return open_gateway(**{**GUARD, **sections})
 
     return enter
@@ -62,10 +62,10 @@ def within_a_minute() -> None:
 
 
 @pytest.fixture
-def limited(open_gateway: Opened) -> Limited:
+def limited(open_gateway: OpenGateway) -> Limited:
     """Opens a gateway whose team `design` has the given quotas; `ADMIN` is an operator's token."""
 
-    def enter(*quotas: Tree, rate: Tree = PLENTY, teams: Tree | None = None, **sections: Tree) -> Scene:
+    def enter(*quotas: Tree, rate: Tree = PLENTY, teams: Tree | None = None, **sections: Tree) -> GatewayFixture:
         sections["teams"] = {"design": team(DESIGN, *quotas, rate=rate)} | (teams or {})
         return open_gateway(admin={"tokens": [digest_of(ADMIN)]}, **sections)
 
@@ -73,14 +73,14 @@ def limited(open_gateway: Opened) -> Limited:
 
 
 @pytest.fixture
-def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+def fast_recovery(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pauses after an outage."""
     monkeypatch.setattr("proxy.store.health.COOLDOWN_S", COOLDOWN_S)
     monkeypatch.setattr("proxy.quota.ledger.FLUSH_EVERY_S", 0.02)
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Skewed:
-    skewed = Skewed()
+def clock(monkeypatch: pytest.MonkeyPatch) -> SkewedClock:
+    skewed = SkewedClock()
     monkeypatch.setattr("proxy.quota.batches.time_ns", skewed)
     return skewed

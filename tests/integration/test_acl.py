@@ -10,7 +10,16 @@ import pytest
 from redis.crc import key_slot
 
 from deploy_files import PROJECT
-from gateway_fixture import API_KEY, DESIGN, MARKETING, Scene, UpstreamFixture, cache_status, gateway, settings
+from gateway_fixture import (
+    API_KEY,
+    DESIGN,
+    MARKETING,
+    GatewayFixture,
+    UpstreamFixture,
+    cache_status,
+    running_gateway,
+    settings,
+)
 from proxy.auth import digest_of
 from proxy.demo.simulator import Simulator
 from proxy.open_stores import startup_errors
@@ -18,9 +27,9 @@ from proxy.problems import StoreUnavailable
 from proxy.store.access import StoreAccess
 from proxy.store.client import Script, Store
 from proxy.store.redirects import SLOTS
-from quota_scenes import ADMIN, FLUX, ONE, exceeded, explained, get, requests, shown, team, used
+from quota_fixture import ADMIN, FLUX, ONE, exceeded, explained, get, requests, shown, team, used
 from serving import wait_until
-from topologies import LOCAL, NAME, Cluster, Member, Stage, cluster, stage_of, watched
+from topologies import LOCAL, NAME, Cluster, Member, ServerGroup, cluster, sentinel_setup, server_group
 
 DOCUMENTED = (PROJECT / "docs" / "configuration.md").read_text().partition("**Least permissions.**")[2]
 GATEWAY, SENTINEL_USER = re.findall(r"^```\n(user .*)\n```$", DOCUMENTED, re.MULTILINE)
@@ -61,7 +70,7 @@ def access(url: str) -> str:
 
 
 @contextmanager
-def opened(upstream: UpstreamFixture, *, cache: str | None = None, **store: str) -> Iterator[Scene]:
+def opened(upstream: UpstreamFixture, *, cache: str | None = None, **store: str) -> Iterator[GatewayFixture]:
     """A gateway that has passed the checks of its start. `store`: that section; `cache`: where the price book is."""
     upstream.simulator = Simulator(api_key=API_KEY, spend_every=0, latency_s=(0.1, 0.1))
     configured = settings(
@@ -73,34 +82,34 @@ def opened(upstream: UpstreamFixture, *, cache: str | None = None, **store: str)
         teams={"design": team(DESIGN, requests(6)), "marketing": team(MARKETING)},
     )
     assert asyncio.run(startup_errors(configured, {})) is None
-    with gateway(configured, NOWHERE, upstream.simulator) as scene:
-        yield scene
+    with running_gateway(configured, NOWHERE, upstream.simulator) as gateway:
+        yield gateway
 
 
-def works(scene: Scene) -> None:
+def works(gateway: GatewayFixture) -> None:
     """All that a gateway does with its stores, as teams and an operator see it."""
-    assert scene.client.get("/readyz").json() == {"status": "ready", "degraded": []}
-    assert cache_status(scene.ask(FLUX)).startswith("fwd=miss; fwd-status=200; stored")
-    assert cache_status(scene.ask(FLUX)).startswith("hit")
-    assert cache_status(scene.ask(ONE, cache_control="no-cache")).startswith("fwd=request; fwd-status=200; stored")
-    assert scene.ask(b'[{"segment":{"asset_id":"ast_missing"}}]').status_code == 404
-    assert shown(scene, "/v1/usage")["total"]["requests"] == 4
-    assert used(scene) == [4]
+    assert gateway.client.get("/readyz").json() == {"status": "ready", "degraded": []}
+    assert cache_status(gateway.ask(FLUX)).startswith("fwd=miss; fwd-status=200; stored")
+    assert cache_status(gateway.ask(FLUX)).startswith("hit")
+    assert cache_status(gateway.ask(ONE, cache_control="no-cache")).startswith("fwd=request; fwd-status=200; stored")
+    assert gateway.ask(b'[{"segment":{"asset_id":"ast_missing"}}]').status_code == 404
+    assert shown(gateway, "/v1/usage")["total"]["requests"] == 4
+    assert used(gateway) == [4]
     for body in ({"body": [{"model": "Flux"}]}, {"all": True}):
-        purged = scene.client.post("/v1/cache/purge", json=body, headers={"x-api-key": ADMIN})
+        purged = gateway.client.post("/v1/cache/purge", json=body, headers={"x-api-key": ADMIN})
         assert purged.status_code == 200
-        assert cache_status(scene.ask(FLUX)).startswith("fwd=miss; fwd-status=200; stored")
-    exceeded(scene.ask(FLUX), 429)
-    assert cache_status(scene.ask(FLUX, x_api_key=MARKETING)).startswith("hit")
-    assert explained(scene)["stored"]
-    assert shown(scene, "/v1/usage?by=team", ADMIN)["total"]["requests"] == 7
-    assert "estimate_proxy_quota_used" in get(scene, "/metrics", ADMIN).text
-    assert scene.client.get("/readyz").json() == {"status": "ready", "degraded": []}
+        assert cache_status(gateway.ask(FLUX)).startswith("fwd=miss; fwd-status=200; stored")
+    exceeded(gateway.ask(FLUX), 429)
+    assert cache_status(gateway.ask(FLUX, x_api_key=MARKETING)).startswith("hit")
+    assert explained(gateway)["stored"]
+    assert shown(gateway, "/v1/usage?by=team", ADMIN)["total"]["requests"] == 7
+    assert "estimate_proxy_quota_used" in get(gateway, "/metrics", ADMIN).text
+    assert gateway.client.get("/readyz").json() == {"status": "ready", "degraded": []}
 
 
-def ready(stage: Stage, line: str) -> Member:
+def ready(group: ServerGroup, line: str) -> Member:
     """A server with this user, which has counted no command yet."""
-    member = stage.member(line)
+    member = group.member(line)
     wait_until(member.answers)
     member.client.config_resetstat()
     return member
@@ -120,7 +129,7 @@ def give(line: str, *members: Member) -> None:
 def is_served(url: str, key: str, *, sentinel_password: str | None = None) -> bool:
     """Whether scripts that read and write run on this key."""
 
-    async def story() -> bool:
+    async def scenario() -> bool:
         store = Store(url, "ledger", access=StoreAccess(sentinel_password=sentinel_password))
         try:
             return bool(await store.call(GET, key) and await store.call(PUT, key + "book", args=(b"1",)))
@@ -129,7 +138,7 @@ def is_served(url: str, key: str, *, sentinel_password: str | None = None) -> bo
         finally:
             await store.close()
 
-    return asyncio.run(story())
+    return asyncio.run(scenario())
 
 
 @pytest.fixture(autouse=True)
@@ -145,10 +154,10 @@ def test_a_server_with_both_roles_needs_what_the_line_says_and_nothing_else(
     brand: str, upstream: UpstreamFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     line = acl_line(GATEWAY)
-    with stage_of(brand) as stage:
-        member = ready(stage, line)
-        with opened(upstream, url=place(member)) as scene:
-            works(scene)
+    with server_group(brand) as group:
+        member = ready(group, line)
+        with opened(upstream, url=place(member)) as gateway:
+            works(gateway)
         assert commands(member, "calls") >= rights_of(line)
         assert commands(member, "rejected_calls") <= REFUSABLE
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
@@ -157,14 +166,14 @@ def test_a_server_with_both_roles_needs_what_the_line_says_and_nothing_else(
 @pytest.mark.parametrize("brand", BRANDS)
 def test_each_role_alone_needs_less(brand: str, upstream: UpstreamFixture) -> None:
     of_ledger, of_book = (acl_line(GATEWAY, *CHANGES[where]) for where in (LEDGER_ALONE, BOOK_ALONE))
-    with stage_of(brand) as stage:
-        ledger, book = ready(stage, of_ledger), ready(stage, of_book)
-        with opened(upstream, url=place(ledger), cache=place(book), on_outage="admit") as scene:
-            works(scene)
+    with server_group(brand) as group:
+        ledger, book = ready(group, of_ledger), ready(group, of_book)
+        with opened(upstream, url=place(ledger), cache=place(book), on_outage="admit") as gateway:
+            works(gateway)
             called = commands(ledger, "calls")
             rejected = commands(ledger, "rejected_calls") | commands(book, "rejected_calls")
             ledger.kill()
-            assert scene.ask(FLUX, x_api_key=MARKETING).status_code == 200
+            assert gateway.ask(FLUX, x_api_key=MARKETING).status_code == 200
             ledger.start()
             wait_until(lambda: "exists" in commands(ledger, "calls"))  # so no debit of an outage counts twice
         assert called | {"exists"} >= rights_of(of_ledger)
@@ -175,8 +184,8 @@ def test_each_role_alone_needs_less(brand: str, upstream: UpstreamFixture) -> No
 @pytest.mark.parametrize("brand", BRANDS)
 def test_without_one_of_the_rights_it_does_not_work(brand: str) -> None:
     """As for the commands within scripts, that each of them is called is seen above."""
-    with stage_of(brand) as stage:
-        member = ready(stage, acl_line(GATEWAY))
+    with server_group(brand) as group:
+        member = ready(group, acl_line(GATEWAY))
         url = place(member)
         assert is_served(url, "ep1:a")
         for missing in ("~ep1:*", "+evalsha", "+script|load", "+time"):
@@ -189,19 +198,19 @@ def test_without_one_of_the_rights_it_does_not_work(brand: str) -> None:
 
 @pytest.mark.parametrize("brand", BRANDS)
 def test_another_database_needs_select(brand: str, upstream: UpstreamFixture) -> None:
-    with stage_of(brand) as stage:
-        member = ready(stage, acl_line(GATEWAY, *CHANGES[DATABASE]))
+    with server_group(brand) as group:
+        member = ready(group, acl_line(GATEWAY, *CHANGES[DATABASE]))
         url = f"{place(member)}/1"
-        with opened(upstream, url=url) as scene:
-            works(scene)
+        with opened(upstream, url=url) as gateway:
+            works(gateway)
         give(acl_line(GATEWAY), member)
         assert not is_served(url, "ep1:a")
 
 
 @pytest.mark.parametrize("brand", BRANDS)
 def test_the_check_at_the_start_needs_config_get(brand: str, caplog: pytest.LogCaptureFixture) -> None:
-    with stage_of(brand) as stage:
-        member = ready(stage, acl_line(GATEWAY, *CHANGES[CHECK]))
+    with server_group(brand) as group:
+        member = ready(group, acl_line(GATEWAY, *CHANGES[CHECK]))
         configured = settings(place(member), "http://127.0.0.1:1")
         assert asyncio.run(startup_errors(configured, {})) is None
         assert UNPERSISTED in caplog.text
@@ -216,8 +225,8 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 def test_a_cluster_needs_its_slots_and_asking(fleet: Cluster, upstream: UpstreamFixture) -> None:
     added, url = CHANGES[CLUSTER], access(fleet.url)
     give(acl_line(GATEWAY, *added), *fleet.members)
-    with opened(upstream, url=url) as scene:
-        works(scene)
+    with opened(upstream, url=url) as gateway:
+        works(gateway)
     key, slot = "ep1:{asked}:price", key_slot(b"asked")
     source = fleet.home(slot)
     target = fleet.home(0 if fleet.home(0) is not source else SLOTS - 1)
@@ -239,16 +248,16 @@ def test_a_sentinel_needs_one_command(brand: str, upstream: UpstreamFixture) -> 
         "sentinel sentinel-pass keeper",
         acl_line(SENTINEL_USER),
     )
-    with watched(brand, sentinel_lines=lines, sentinel_access=keeper) as watch:
-        give(acl_line(GATEWAY), *watch.servers)
-        url, secret = access(watch.url), {"sentinel_password": PASSWORD}
-        with opened(upstream, url=url, **secret) as scene:
-            works(scene)
-            primary = watch.primary()
-            watch.sentinels[-1].ask("SENTINEL", "FAILOVER", NAME)
-            watch.until_replaced(primary)
-            wait_until(lambda: scene.ask(FLUX, x_api_key=MARKETING).status_code == 200)
+    with sentinel_setup(brand, sentinel_lines=lines, sentinel_access=keeper) as setup:
+        give(acl_line(GATEWAY), *setup.servers)
+        url, secret = access(setup.url), {"sentinel_password": PASSWORD}
+        with opened(upstream, url=url, **secret) as gateway:
+            works(gateway)
+            primary = setup.primary()
+            setup.sentinels[-1].ask("SENTINEL", "FAILOVER", NAME)
+            setup.until_replaced(primary)
+            wait_until(lambda: gateway.ask(FLUX, x_api_key=MARKETING).status_code == 200)
         assert is_served(url, "ep1:a", **secret)
-        for sentinel in watch.sentinels:
+        for sentinel in setup.sentinels:
             give(acl_line(SENTINEL_USER, "-sentinel|get-master-addr-by-name"), sentinel)
         assert not is_served(url, "ep1:a", **secret)

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from gateway_fixture import API_KEY, DESIGN, PATH, Scene, cache_status
+from gateway_fixture import API_KEY, DESIGN, PATH, GatewayFixture, cache_status
 from serving import wait_until
 from wire import chunked, talking
 
@@ -58,8 +58,8 @@ def head(text: bytes, *values: object) -> bytes:
     return text.replace(b"\n", b"\r\n") % values
 
 
-def test_three_clients_ask_one_question_over_one_connection(scene: Scene) -> None:
-    with talking(scene) as (connection, reader):
+def test_three_clients_ask_one_question_over_one_connection(gateway: GatewayFixture) -> None:
+    with talking(gateway) as (connection, reader):
         outcomes = []
         for request in (
             head(REQUESTS_HEAD, TOKEN, len(REQUESTS)) + REQUESTS,
@@ -71,64 +71,64 @@ def test_three_clients_ask_one_question_over_one_connection(scene: Scene) -> Non
             outcomes.append((status, headers["cache-status"].split(";")[1].strip(), json.loads(body)["data"]))
     priced = {"estimated": 5.5, "balance": 10_000}
     assert outcomes == [(200, "fwd=miss", priced), (200, "hit", priced), (200, "hit", priced)]
-    assert scene.simulator.received[0].body == (
+    assert gateway.simulator.received[0].body == (
         '[{"batch_size":2,"model":"Flux","prompt":{"negative":"","positive":"café + bar"}}]'.encode()
     )
 
 
-def test_requests_sent_ahead_are_answered_in_order(scene: Scene) -> None:
+def test_requests_sent_ahead_are_answered_in_order(gateway: GatewayFixture) -> None:
     bodies = [b'[{"batch_size":%d}]' % size for size in (1, 2, 3)]
-    with talking(scene) as (connection, reader):
+    with talking(gateway) as (connection, reader):
         connection.sendall(b"".join(head(FETCH_HEAD, TOKEN, len(body)) + body for body in bodies))
         estimates = [json.loads(reader.response()[2])["data"]["estimated"] for _ in bodies]
     assert estimates == [1, 2, 3]
 
 
-def test_a_byte_at_a_time(scene: Scene) -> None:
-    with talking(scene) as (connection, reader):
+def test_a_byte_at_a_time(gateway: GatewayFixture) -> None:
+    with talking(gateway) as (connection, reader):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for byte in head(DOTNET_HEAD, TOKEN) + chunked(DOTNET):
             connection.sendall(bytes([byte]))
         assert reader.response()[0] == 200
 
 
-def test_a_trailer_is_no_credential(scene: Scene) -> None:
+def test_a_trailer_is_no_credential(gateway: GatewayFixture) -> None:
     request = head(DOTNET_HEAD, b"ep_nobody") + chunked(DOTNET, trailer=b"X-API-KEY: %s\r\n" % TOKEN)
-    with talking(scene) as (connection, reader):
+    with talking(gateway) as (connection, reader):
         connection.sendall(request)
         assert reader.response()[0] == 401
 
 
-def test_expect_100_continue_is_told_to_go_on(scene: Scene) -> None:
+def test_expect_100_continue_is_told_to_go_on(gateway: GatewayFixture) -> None:
     expecting = head(FETCH_HEAD, TOKEN, len(FETCH)).replace(b"accept: */*", b"expect: 100-continue")
-    with talking(scene) as (connection, reader):
+    with talking(gateway) as (connection, reader):
         connection.sendall(expecting)
         assert reader.response()[0] == 100
         connection.sendall(FETCH)
         assert reader.response()[0] == 200
 
 
-def test_expect_100_continue_with_a_body_far_too_large_is_refused_before_it_is_sent(scene: Scene) -> None:
+def test_expect_100_continue_with_a_body_far_too_large_is_refused_before_it_is_sent(gateway: GatewayFixture) -> None:
     expecting = head(FETCH_HEAD, TOKEN, 50_000_000).replace(b"accept: */*", b"expect: 100-continue")
-    with talking(scene) as (connection, reader):
+    with talking(gateway) as (connection, reader):
         connection.sendall(expecting)
         status, headers, _ = reader.response()
     assert (status, headers["connection"]) == (413, "close")
 
 
-def test_http_1_0_gets_an_answer_and_a_closed_connection(scene: Scene) -> None:
+def test_http_1_0_gets_an_answer_and_a_closed_connection(gateway: GatewayFixture) -> None:
     request = head(REQUESTS_HEAD, TOKEN, len(REQUESTS)).replace(b"HTTP/1.1", b"HTTP/1.0")
-    reply = scene.raw(request.replace(b"Connection: keep-alive", b"Connection: close") + REQUESTS)
+    reply = gateway.raw(request.replace(b"Connection: keep-alive", b"Connection: close") + REQUESTS)
     assert reply.startswith(b"HTTP/1.1 200 ")
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_body_asks_nothing(scene: Scene) -> None:
-    with scene.connect() as connection:
+def test_a_client_that_leaves_in_the_middle_of_its_body_asks_nothing(gateway: GatewayFixture) -> None:
+    with gateway.connect() as connection:
         connection.sendall(head(FETCH_HEAD, TOKEN, len(FETCH)) + FETCH[:10])
-        wait_until(lambda: scene.tracker.arriving_bytes)
-    wait_until(lambda: not scene.tracker.arriving_bytes)
-    assert scene.simulator.calls == 0
-    assert cache_status(scene.ask(FETCH)).startswith("fwd=miss")
+        wait_until(lambda: gateway.tracker.arriving_bytes)
+    wait_until(lambda: not gateway.tracker.arriving_bytes)
+    assert gateway.simulator.calls == 0
+    assert cache_status(gateway.ask(FETCH)).startswith("fwd=miss")
 
 
 @pytest.mark.parametrize(
@@ -152,16 +152,16 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_asks_nothing(scene: Scen
         "*",
     ],
 )
-def test_a_path_never_steers_where_upstream_is(scene: Scene, target: str) -> None:
+def test_a_path_never_steers_where_upstream_is(gateway: GatewayFixture, target: str) -> None:
     head_bytes = f"POST {target} HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\nX-API-KEY: {DESIGN}\r\n"
-    reply = scene.raw(head_bytes.encode() + b"Content-Length: 4\r\n\r\n[{}]")
+    reply = gateway.raw(head_bytes.encode() + b"Content-Length: 4\r\n\r\n[{}]")
     status = int(reply.split()[1])
     assert status in {200, 400, 404}
     assert b"evil" not in reply.lower().replace(b"location", b"")
     assert b"location:" not in reply.lower()
-    assert {received.path for received in scene.simulator.received} <= {PATH}
-    assert (scene.simulator.calls == 1) == (status == 200)
-    for received in scene.simulator.received:
+    assert {received.path for received in gateway.simulator.received} <= {PATH}
+    assert (gateway.simulator.calls == 1) == (status == 200)
+    for received in gateway.simulator.received:
         assert dict(received.headers)[b"host"] == scene_upstream_host(received.headers)
         assert received.api_keys == [API_KEY.encode()]
 
@@ -173,15 +173,15 @@ def scene_upstream_host(headers: list[tuple[bytes, bytes]]) -> bytes:
 
 
 @pytest.mark.parametrize("line", [b"GET", b"PUT", b"DELETE", b"PATCH", b"OPTIONS", b"HEAD"])
-def test_other_methods(scene: Scene, line: bytes) -> None:
-    reply = scene.raw(line + b" " + PATH.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+def test_other_methods(gateway: GatewayFixture, line: bytes) -> None:
+    reply = gateway.raw(line + b" " + PATH.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert reply.startswith(b"HTTP/1.1 405 ")
     assert b"allow: POST\r\n" in reply
 
 
 @pytest.mark.parametrize("path", ["/", "/pub/v1/generations", "/v1/quotas", "/metrics/", "/pub/v1/models"])
-def test_other_paths_say_which_one_is_served(scene: Scene, path: str) -> None:
-    response = scene.client.get(path)
+def test_other_paths_say_which_one_is_served(gateway: GatewayFixture, path: str) -> None:
+    response = gateway.client.get(path)
     assert response.status_code == 404
     assert "/pub/v1/generations/estimate" in response.json()["detail"]
 
@@ -189,8 +189,8 @@ def test_other_paths_say_which_one_is_served(scene: Scene, path: str) -> None:
 @pytest.mark.parametrize(
     "what", [b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"POST / HTTP/1.1\r\nHost: x\r\nA B: c\r\n\r\n"]
 )
-def test_what_is_no_http_is_told_so(scene: Scene, what: bytes) -> None:
-    head_bytes, _, body = scene.raw(what).partition(b"\r\n\r\n")
+def test_what_is_no_http_is_told_so(gateway: GatewayFixture, what: bytes) -> None:
+    head_bytes, _, body = gateway.raw(what).partition(b"\r\n\r\n")
     assert head_bytes.startswith(b"HTTP/1.1 400 ")
     assert {b"connection: close", b"cache-control: no-store"} <= set(head_bytes.split(b"\r\n"))
     problem = json.loads(body)
@@ -199,23 +199,23 @@ def test_what_is_no_http_is_told_so(scene: Scene, what: bytes) -> None:
 
 
 @pytest.mark.parametrize("line", [b"GET /healthz?", b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: "])
-def test_a_head_without_end_is_cut_off(scene: Scene, line: bytes) -> None:
-    with scene.connect() as connection, contextlib.suppress(ConnectionError):
+def test_a_head_without_end_is_cut_off(gateway: GatewayFixture, line: bytes) -> None:
+    with gateway.connect() as connection, contextlib.suppress(ConnectionError):
         connection.sendall(line)
         for _ in range(200):
             connection.sendall(b"a" * 2**20)
         pytest.fail("200 MiB of a head were taken")
-    assert scene.ask().status_code == 200
+    assert gateway.ask().status_code == 200
 
 
-def test_a_head_of_many_headers_is_cut_off(scene: Scene) -> None:
-    reply = scene.raw(b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * 2**14)
+def test_a_head_of_many_headers_is_cut_off(gateway: GatewayFixture) -> None:
+    reply = gateway.raw(b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * 2**14)
     assert json.loads(reply.partition(b"\r\n\r\n")[2])["detail"] == TOO_LARGE
 
 
-def test_a_large_body_is_no_large_head(scene: Scene) -> None:
+def test_a_large_body_is_no_large_head(gateway: GatewayFixture) -> None:
     body = b'[{"prompt":{"positive":"%s"}}]' % (b"x" * 200_000)
-    with talking(scene) as (connection, reader):
+    with talking(gateway) as (connection, reader):
         for _ in range(3):
             connection.sendall(head(FETCH_HEAD, TOKEN, len(body)) + body)
             assert reader.response()[0] == 200
@@ -233,10 +233,10 @@ def test_a_large_body_is_no_large_head(scene: Scene) -> None:
         ("", False),
     ],
 )
-def test_a_callers_request_id_is_kept_if_it_is_a_plain_one(scene: Scene, given: str, *, kept: bool) -> None:
+def test_a_callers_request_id_is_kept_if_it_is_a_plain_one(gateway: GatewayFixture, given: str, *, kept: bool) -> None:
     responses = [
-        scene.client.post(PATH, content=b"[{}]", headers=[(b"x-request-id", given.encode())]),
-        scene.client.get("/nowhere", headers=[(b"x-request-id", given.encode())]),
+        gateway.client.post(PATH, content=b"[{}]", headers=[(b"x-request-id", given.encode())]),
+        gateway.client.get("/nowhere", headers=[(b"x-request-id", given.encode())]),
     ]
     for response in responses:
         found = response.headers["x-request-id"]
@@ -244,11 +244,11 @@ def test_a_callers_request_id_is_kept_if_it_is_a_plain_one(scene: Scene, given: 
         assert 1 <= len(found) <= 128
 
 
-def test_two_request_ids_are_none(scene: Scene) -> None:
-    response = scene.client.post(PATH, content=b"[{}]", headers=[("x-request-id", "a"), ("x-request-id", "b")])
+def test_two_request_ids_are_none(gateway: GatewayFixture) -> None:
+    response = gateway.client.post(PATH, content=b"[{}]", headers=[("x-request-id", "a"), ("x-request-id", "b")])
     assert response.headers["x-request-id"] not in {"a", "b", "a, b"}
 
 
-def test_a_query_that_is_too_long(scene: Scene) -> None:
-    assert scene.client.post(f"{PATH}?{'x' * 8192}", content=b"[{}]").status_code == 200
-    assert scene.client.post(f"{PATH}?{'x' * 8193}", content=b"[{}]").status_code == 400
+def test_a_query_that_is_too_long(gateway: GatewayFixture) -> None:
+    assert gateway.client.post(f"{PATH}?{'x' * 8192}", content=b"[{}]").status_code == 200
+    assert gateway.client.post(f"{PATH}?{'x' * 8193}", content=b"[{}]").status_code == 400

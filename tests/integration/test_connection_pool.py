@@ -71,10 +71,10 @@ async def pool_of(
             await server.close()
 
 
-def play(scene: Coroutine[Any, Any, None]) -> None:
+def run_scenario(scenario: Coroutine[Any, Any, None]) -> None:
     async def bounded() -> None:
         async with asyncio.timeout(10):
-            await scene
+            await scenario
 
     asyncio.run(bounded())
 
@@ -96,7 +96,7 @@ async def called(pool: ConnectionPool, count: int) -> list[Call]:
 
 
 def test_replies_come_in_any_pieces_and_errors_are_replies() -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         server = Server(b"+PONG\r\n*2\r\n$2\r\nab\r\n:5\r\n-LOADING wait\r\n-OOM full\r\n$-1\r\n")
         server.pieces = True
         async with pool_of(server) as pool:
@@ -105,12 +105,12 @@ def test_replies_come_in_any_pieces_and_errors_are_replies() -> None:
             assert isinstance(third, BusyLoadingError)
             assert isinstance(fourth, ResponseError)
 
-    play(scene())
+    run_scenario(scenario())
 
 
 @pytest.mark.parametrize(("word", "connections"), [(b"OOM full", 1), (b"READONLY replica", 2), (b"LOADING wait", 2)])
 def test_a_server_that_does_not_serve_now_is_connected_to_again(word: bytes, connections: int) -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         server = Server(b"-%b\r\n+PONG\r\n" % word)
         async with pool_of(server) as pool:
             await called(pool, 2)
@@ -118,12 +118,12 @@ def test_a_server_that_does_not_serve_now_is_connected_to_again(word: bytes, con
             assert call.result == b"PONG"
             assert len(server.clients) == connections
 
-    play(scene())
+    run_scenario(scenario())
 
 
 @pytest.mark.parametrize("more", [b"+PONG\r\n", b"-ERR max number of clients reached\r\n", b"!nonsense\r\n"])
 def test_after_something_that_nobody_asked_for_a_connection_is_not_used_again(more: bytes) -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         server = Server(b"+PONG\r\n" + more)
         async with pool_of(server) as pool:
             for count in (1, 2):
@@ -131,22 +131,22 @@ def test_after_something_that_nobody_asked_for_a_connection_is_not_used_again(mo
                 assert call.result == b"PONG"
                 assert len(server.clients) == count
 
-    play(scene())
+    run_scenario(scenario())
 
 
 def test_what_is_not_a_reply_ends_the_connection() -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         async with pool_of(Server(b"!nonsense\r\n")) as pool:
             (call,) = await called(pool, 1)
             assert isinstance(call.result, InvalidResponse)
             assert call.sent
             assert not pool.is_in_use
 
-    play(scene())
+    run_scenario(scenario())
 
 
 def test_replies_that_came_before_the_end_count() -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         server = Server(b"+PONG\r\n+PO")
         server.hangs_up = True
         async with pool_of(server) as pool:
@@ -155,27 +155,27 @@ def test_replies_that_came_before_the_end_count() -> None:
             assert isinstance(lost.result, NotConnectedError)
             assert lost.sent
 
-    play(scene())
+    run_scenario(scenario())
 
 
 def test_a_script_that_cannot_be_loaded_says_why() -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         server = Server(b"-NOSCRIPT none\r\n", b"-NOPERM no 'script|load'\r\n-NOSCRIPT none\r\n")
         async with pool_of(server) as pool:
             (call,) = await called(pool, 1)
             assert "script|load" in str(call.result)
 
-    play(scene())
+    run_scenario(scenario())
 
 
 def test_a_script_that_is_flushed_again_at_once_has_an_error_and_not_its_digest_as_the_reply() -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         server = Server(b"-NOSCRIPT none\r\n", b"$2\r\nab\r\n-NOSCRIPT none\r\n")
         async with pool_of(server) as pool:
             (call,) = await called(pool, 1)
             assert isinstance(call.result, NoScriptError)
 
-    play(scene())
+    run_scenario(scenario())
 
 
 # Opening
@@ -192,7 +192,7 @@ def test_a_script_that_is_flushed_again_at_once_has_an_error_and_not_its_digest_
     ],
 )
 def test_a_greeting(greeting: bytes, refusal: str | None) -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         server = Server(PONG)
         server.greeting = greeting
         async with pool_of(server, "redis://x/1") as pool:
@@ -202,11 +202,11 @@ def test_a_greeting(greeting: bytes, refusal: str | None) -> None:
                 with pytest.raises(NotConnectedError, match=refusal):
                     await pool.acquire()
 
-    play(scene())
+    run_scenario(scenario())
 
 
 def test_a_call_that_gives_up_leaves_its_connection_to_the_next() -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         server = Server(b"+PONG\r\n")
         server.may_greet.clear()
         async with pool_of(server) as pool:
@@ -218,13 +218,13 @@ def test_a_call_that_gives_up_leaves_its_connection_to_the_next() -> None:
             await until(lambda: not pool._opening)
             assert len(pool._idle) == len(server.clients) <= 2
 
-    play(scene())
+    run_scenario(scenario())
 
 
 def test_a_call_takes_what_is_free_first() -> None:
     """A connection that is released before the one that was opened for it is there."""
 
-    async def scene() -> None:
+    async def scenario() -> None:
         server = Server(PONG)
         async with pool_of(server) as pool:
             first = await pool.acquire()
@@ -237,11 +237,11 @@ def test_a_call_takes_what_is_free_first() -> None:
             await until(lambda: bool(pool._idle))
             await pool.release(first)
 
-    play(scene())
+    run_scenario(scenario())
 
 
 def test_a_set_up_without_an_answer_ends() -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         server = Server(PONG)
         server.may_greet.clear()
         async with pool_of(server, connect_timeout_s=0.05) as pool:
@@ -249,11 +249,11 @@ def test_a_set_up_without_an_answer_ends() -> None:
             assert isinstance(call.result, NotConnectedError)
             assert not call.sent
 
-    play(scene())
+    run_scenario(scenario())
 
 
 def test_connections_are_used_again_and_bounded() -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         server = Server(PONG)
         async with pool_of(server) as pool:
             held = [await pool.acquire() for _ in range(MAX_CONNECTIONS)]
@@ -273,11 +273,11 @@ def test_connections_are_used_again_and_bounded() -> None:
             assert await pool.acquire() not in held, "they were closed"
             assert len(server.clients) == MAX_CONNECTIONS + 1
 
-    play(scene())
+    run_scenario(scenario())
 
 
 def test_one_who_leaves_at_the_last_moment_hands_the_connection_on() -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         async with pool_of(Server(PONG)) as pool:
             held = [await pool.acquire() for _ in range(MAX_CONNECTIONS)]
             leaving, staying = (asyncio.create_task(pool.acquire()) for _ in range(2))
@@ -287,11 +287,11 @@ def test_one_who_leaves_at_the_last_moment_hands_the_connection_on() -> None:
             assert await staying is held[0]
             assert leaving.cancelled()
 
-    play(scene())
+    run_scenario(scenario())
 
 
 def test_room_is_kept_where_nobody_answers() -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         server = Server(PONG)
         async with pool_of(server) as pool:
             server.greeting = b"-ERR max number of clients reached\r\n"
@@ -299,11 +299,11 @@ def test_room_is_kept_where_nobody_answers() -> None:
                 with pytest.raises(NotConnectedError, match="max number of clients"):
                     await pool.acquire()
 
-    play(scene())
+    run_scenario(scenario())
 
 
 def test_a_refused_connection_fails_nobody_while_another_may_come_back() -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         server = Server(PONG)
         async with pool_of(server) as pool:
             only = await pool.acquire()
@@ -316,13 +316,13 @@ def test_a_refused_connection_fails_nobody_while_another_may_come_back() -> None
             with pytest.raises(NotConnectedError, match="max number of clients"):
                 await waiting
 
-    play(scene())
+    run_scenario(scenario())
 
 
 def test_a_refused_connection_fails_every_call_that_no_connection_can_serve() -> None:
     """The connection that is in use ends, and one is opened for the two calls that wait for it."""
 
-    async def scene() -> None:
+    async def scenario() -> None:
         server = Server(PONG)
         async with pool_of(server) as pool:
             only = await pool.acquire()
@@ -334,12 +334,12 @@ def test_a_refused_connection_fails_every_call_that_no_connection_can_serve() ->
             failures = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 1)
             assert [type(failure) for failure in failures] == [NotConnectedError] * 2
 
-    play(scene())
+    run_scenario(scenario())
 
 
 @pytest.mark.parametrize("how", [asyncio.StreamWriter.close, lambda writer: writer.transport.abort()])
 def test_what_ended_while_idle_is_not_used(how: Callable[[asyncio.StreamWriter], None]) -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         server = Server(b"+PONG\r\n")
         async with pool_of(server) as pool:
             await called(pool, 1)
@@ -348,11 +348,11 @@ def test_what_ended_while_idle_is_not_used(how: Callable[[asyncio.StreamWriter],
             (call,) = await called(pool, 1)
             assert call.result == b"PONG"
 
-    play(scene())
+    run_scenario(scenario())
 
 
 def test_calls_that_never_got_a_connection_were_not_sent() -> None:
-    async def scene() -> None:
+    async def scenario() -> None:
         server = Server(PONG)
         server.greeting = b"-NOAUTH Authentication required.\r\n"
         async with pool_of(server) as pool:
@@ -360,4 +360,4 @@ def test_calls_that_never_got_a_connection_were_not_sent() -> None:
             assert isinstance(call.result, NotConnectedError)
             assert not call.sent
 
-    play(scene())
+    run_scenario(scenario())

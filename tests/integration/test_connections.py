@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from gateway_fixture import DESIGN, PATH, Scene, UpstreamFixture
+from gateway_fixture import DESIGN, PATH, GatewayFixture, UpstreamFixture
+from gateway_process import address_of, gateway_runner
 from malformed_http import NOT_CHUNKED, refused_heads
-from processes import address_of, house
 from proxy.http.connection import MAX_DISCARDED_BYTES
 from proxy.http.framing import MAX_HEAD_BYTES
 from proxy.settings.schema import ServerSettings
@@ -51,51 +51,51 @@ def assert_cut_off(connection: socket.socket, piece: bytes, *, times: int) -> No
 
 @every_offer
 class TestAnOfferedUpgradeIsIgnored:
-    def test_a_body_in_one_piece_is_read(self, scene: Scene, offer: tuple[str, ...]) -> None:
-        with talking(scene) as (connection, reader):
+    def test_a_body_in_one_piece_is_read(self, gateway: GatewayFixture, offer: tuple[str, ...]) -> None:
+        with talking(gateway) as (connection, reader):
             connection.sendall(post(BODY, *offer))
             status, headers, body = reader.response()
         assert (status, price_of(body)) == (200, PRICE)
         assert "upgrade" not in headers
 
-    def test_a_body_in_pieces_is_read(self, scene: Scene, offer: tuple[str, ...]) -> None:
-        with talking(scene) as (connection, reader):
+    def test_a_body_in_pieces_is_read(self, gateway: GatewayFixture, offer: tuple[str, ...]) -> None:
+        with talking(gateway) as (connection, reader):
             connection.sendall(post(BODY, *offer)[: -len(BODY)])
-            wait_until(lambda: scene.tracker.arriving_bytes)
+            wait_until(lambda: gateway.tracker.arriving_bytes)
             connection.sendall(BODY[:5])
             connection.sendall(BODY[5:])
             assert price_of(reader.response()[2]) == PRICE
 
-    def test_a_chunked_body_is_read(self, scene: Scene, offer: tuple[str, ...]) -> None:
-        with talking(scene) as (connection, reader):
+    def test_a_chunked_body_is_read(self, gateway: GatewayFixture, offer: tuple[str, ...]) -> None:
+        with talking(gateway) as (connection, reader):
             connection.sendall(post(chunked(BODY), *offer, "Transfer-Encoding: chunked", length=False))
             assert price_of(reader.response()[2]) == PRICE
 
-    def test_a_body_that_waits_for_a_continue_is_read(self, scene: Scene, offer: tuple[str, ...]) -> None:
-        with talking(scene) as (connection, reader):
+    def test_a_body_that_waits_for_a_continue_is_read(self, gateway: GatewayFixture, offer: tuple[str, ...]) -> None:
+        with talking(gateway) as (connection, reader):
             connection.sendall(post(BODY, *offer, "Expect: 100-continue")[: -len(BODY)])
             assert reader.response()[0] == 100
             connection.sendall(BODY)
             assert price_of(reader.response()[2]) == PRICE
 
-    def test_a_request_behind_it_is_served_in_its_turn(self, scene: Scene, offer: tuple[str, ...]) -> None:
+    def test_a_request_behind_it_is_served_in_its_turn(self, gateway: GatewayFixture, offer: tuple[str, ...]) -> None:
         other = b'[{"batch_size":7}]'
-        with talking(scene) as (connection, reader):
+        with talking(gateway) as (connection, reader):
             connection.sendall(post(BODY, *offer) + post(other, *offer) + post(BODY))
             assert [price_of(reader.response()[2]) for _ in range(3)] == [PRICE, 7, PRICE]
 
-    def test_its_body_is_never_run_as_a_request(self, scene: Scene, offer: tuple[str, ...]) -> None:
-        with talking(scene) as (connection, reader):
+    def test_its_body_is_never_run_as_a_request(self, gateway: GatewayFixture, offer: tuple[str, ...]) -> None:
+        with talking(gateway) as (connection, reader):
             connection.sendall(post(SMUGGLED, *offer)[: -len(SMUGGLED)])
-            wait_until(lambda: scene.tracker.arriving_bytes)
+            wait_until(lambda: gateway.tracker.arriving_bytes)
             connection.sendall(SMUGGLED)
             assert reader.response()[0] == 400
             connection.sendall(post(BODY))
             assert price_of(reader.response()[2]) == PRICE
 
 
-def test_http_2_without_asking_is_refused(scene: Scene) -> None:
-    reply = scene.raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x12\x04")
+def test_http_2_without_asking_is_refused(gateway: GatewayFixture) -> None:
+    reply = gateway.raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x12\x04")
     assert statuses(reply) == [505]
     assert b"version-not-supported" in reply
 
@@ -111,13 +111,17 @@ def assert_refused(reply: bytes, status: int) -> None:
 
 
 @pytest.mark.parametrize(("text", "status"), refused_heads().items())
-def test_a_malformed_head_is_refused_and_what_follows_is_not_read(scene: Scene, text: bytes, status: int) -> None:
-    assert_refused(scene.raw(text + SMUGGLED), status)
+def test_a_malformed_head_is_refused_and_what_follows_is_not_read(
+    gateway: GatewayFixture, text: bytes, status: int
+) -> None:
+    assert_refused(gateway.raw(text + SMUGGLED), status)
 
 
-def test_a_malformed_request_has_a_log_line_under_its_id(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_malformed_request_has_a_log_line_under_its_id(
+    gateway: GatewayFixture, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, "proxy"):
-        reply = scene.raw(b"FOO / HTTP/1.1\r\nHost: x\r\n\r\n")
+        reply = gateway.raw(b"FOO / HTTP/1.1\r\nHost: x\r\n\r\n")
     problem = json.loads(reply.partition(b"\r\n\r\n")[2])
     (record,) = (record for record in caplog.records if record.getMessage() == "malformed request")
     assert record.__dict__["facts"] == {
@@ -129,53 +133,53 @@ def test_a_malformed_request_has_a_log_line_under_its_id(scene: Scene, caplog: p
 
 
 @pytest.mark.parametrize("text", NOT_CHUNKED)
-def test_a_malformed_chunked_body_is_refused_and_what_follows_is_not_read(scene: Scene, text: bytes) -> None:
-    assert_refused(scene.raw(post(text + SMUGGLED, "Transfer-Encoding: chunked", length=False)), 400)
-    assert scene.simulator.calls == 0
+def test_a_malformed_chunked_body_is_refused_and_what_follows_is_not_read(gateway: GatewayFixture, text: bytes) -> None:
+    assert_refused(gateway.raw(post(text + SMUGGLED, "Transfer-Encoding: chunked", length=False)), 400)
+    assert gateway.simulator.calls == 0
 
 
-def test_a_head_that_is_too_large_is_refused(scene: Scene) -> None:
-    assert_refused(scene.raw(post(BODY, f"A: {'a' * MAX_HEAD_BYTES}") + SMUGGLED), 431)
+def test_a_head_that_is_too_large_is_refused(gateway: GatewayFixture) -> None:
+    assert_refused(gateway.raw(post(BODY, f"A: {'a' * MAX_HEAD_BYTES}") + SMUGGLED), 431)
 
 
-def test_a_known_method_on_another_path_or_of_another_path_is_no_malformed_request(scene: Scene) -> None:
-    assert statuses(scene.raw(f"TRACE {PATH} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())) == [405]
-    assert statuses(scene.raw(b"OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")) == [404]
+def test_a_known_method_on_another_path_or_of_another_path_is_no_malformed_request(gateway: GatewayFixture) -> None:
+    assert statuses(gateway.raw(f"TRACE {PATH} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())) == [405]
+    assert statuses(gateway.raw(b"OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")) == [404]
 
 
-def test_http_1_0_is_answered_without_a_host_and_cut_off(scene: Scene) -> None:
-    assert statuses(scene.raw(b"GET /healthz HTTP/1.0\r\n\r\n" + SMUGGLED)) == [200]
+def test_http_1_0_is_answered_without_a_host_and_cut_off(gateway: GatewayFixture) -> None:
+    assert statuses(gateway.raw(b"GET /healthz HTTP/1.0\r\n\r\n" + SMUGGLED)) == [200]
 
 
 class TestWhatIsNotTheBody:
     """Trailers, chunk extensions and the head have one budget."""
 
     @pytest.mark.parametrize("flood", [b"0\r\n" + b"A: b\r\n" * 20_000, b"1;" + b"a" * 100_000, b"0" * 100_000])
-    def test_a_flood_is_refused_and_cut_off_at_once(self, scene: Scene, flood: bytes) -> None:
+    def test_a_flood_is_refused_and_cut_off_at_once(self, gateway: GatewayFixture, flood: bytes) -> None:
         request = post(flood, "Transfer-Encoding: chunked", length=False)
-        reply = scene.raw(request)
+        reply = gateway.raw(request)
         assert statuses(reply) == [431]
         assert b"headers-too-large" in reply
-        wait_until(lambda: not scene.tracker.arriving_bytes)
-        assert scene.simulator.calls == 0
+        wait_until(lambda: not gateway.tracker.arriving_bytes)
+        assert gateway.simulator.calls == 0
 
-    def test_nobody_needs_a_token_to_be_refused(self, scene: Scene) -> None:
+    def test_nobody_needs_a_token_to_be_refused(self, gateway: GatewayFixture) -> None:
         """The answer is there before the flood: then the connection is cut off."""
         head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
-        with talking(scene) as (connection, reader):
+        with talking(gateway) as (connection, reader):
             connection.sendall(head)
             assert reader.response()[0] == 401
             assert_cut_off(connection, b"0\r\n" + b"A: b\r\n" * 20_000, times=100)
 
-    def test_trailers_are_no_headers(self, scene: Scene) -> None:
+    def test_trailers_are_no_headers(self, gateway: GatewayFixture) -> None:
         head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
         trailer = f"X-API-KEY: {DESIGN}\r\n".encode()
-        assert statuses(scene.raw(head.encode() + chunked(BODY, trailer=trailer))) == [401]
+        assert statuses(gateway.raw(head.encode() + chunked(BODY, trailer=trailer))) == [401]
 
-    def test_a_body_in_many_small_chunks_is_no_flood(self, scene: Scene) -> None:
+    def test_a_body_in_many_small_chunks_is_no_flood(self, gateway: GatewayFixture) -> None:
         body = b'[{"prompt":{"positive":"%b"}}]' % (b"x" * 50_000)
         pieces = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
-        with talking(scene) as (connection, reader):
+        with talking(gateway) as (connection, reader):
             connection.sendall(post(pieces + b"0\r\n\r\n", "Transfer-Encoding: chunked", length=False))
             assert reader.response()[0] == 200
 
@@ -184,29 +188,29 @@ class TestHalfClosing:
     """A client that has said all it wants to say may still listen."""
 
     @pytest.mark.parametrize("count", [1, 3])
-    def test_complete_requests_are_answered(self, scene: Scene, count: int) -> None:
-        with scene.simulator.hold() as hold, talking(scene) as (connection, reader):
+    def test_complete_requests_are_answered(self, gateway: GatewayFixture, count: int) -> None:
+        with gateway.simulator.hold() as hold, talking(gateway) as (connection, reader):
             connection.sendall(post(BODY) * count)
             connection.shutdown(socket.SHUT_WR)
-            assert scene.simulator.arrived(1)
+            assert gateway.simulator.arrived(1)
             hold.release()
             assert [price_of(reader.response()[2]) for _ in range(count)] == [PRICE] * count
             assert connection.recv(1) == b""
 
-    def test_an_incomplete_one_is_not(self, scene: Scene) -> None:
-        with talking(scene) as (connection, _):
+    def test_an_incomplete_one_is_not(self, gateway: GatewayFixture) -> None:
+        with talking(gateway) as (connection, _):
             connection.sendall(post(BODY)[:-1])
-            wait_until(lambda: scene.tracker.arriving_bytes)
+            wait_until(lambda: gateway.tracker.arriving_bytes)
             connection.shutdown(socket.SHUT_WR)
             assert connection.recv(1) == b""
-        wait_until(lambda: not scene.tracker.arriving_bytes)
-        assert scene.simulator.calls == 0
+        wait_until(lambda: not gateway.tracker.arriving_bytes)
+        assert gateway.simulator.calls == 0
 
 
 class TestBodiesThatAreTooLarge:
     @pytest.mark.parametrize("fields", [(), ("Expect: 100-continue",)])
-    def test_are_refused_by_their_length(self, scene: Scene, fields: tuple[str, ...]) -> None:
-        with talking(scene) as (connection, reader):
+    def test_are_refused_by_their_length(self, gateway: GatewayFixture, fields: tuple[str, ...]) -> None:
+        with talking(gateway) as (connection, reader):
             connection.sendall(post(b"", *fields, "Content-Length: 262145", length=False))
             status, headers, body = reader.response()
             assert (status, headers["connection"]) == (413, "close")
@@ -214,23 +218,25 @@ class TestBodiesThatAreTooLarge:
             assert connection.recv(1) == b"", "the answer has an end that a client can see"
 
     @pytest.mark.parametrize("megabytes", [6, 60])
-    def test_are_read_to_their_end_so_that_the_client_reads_the_answer(self, scene: Scene, megabytes: int) -> None:
-        with talking(scene) as (connection, reader):
+    def test_are_read_to_their_end_so_that_the_client_reads_the_answer(
+        self, gateway: GatewayFixture, megabytes: int
+    ) -> None:
+        with talking(gateway) as (connection, reader):
             connection.settimeout(30)
             connection.sendall(post(b" " * (megabytes * 10**6)))
             assert reader.response()[0] == 413
 
-    def test_are_not_read_without_end(self, scene: Scene) -> None:
+    def test_are_not_read_without_end(self, gateway: GatewayFixture) -> None:
         piece = b"10000\r\n" + b" " * 2**16 + b"\r\n"
-        with talking(scene) as (connection, reader):
+        with talking(gateway) as (connection, reader):
             connection.settimeout(30)
             connection.sendall(post(piece * 10, "Transfer-Encoding: chunked", length=False))
             assert reader.response()[0] == 413
             assert_cut_off(connection, piece, times=2 * MAX_DISCARDED_BYTES // 2**16)
 
-    def test_one_that_was_refused_for_its_token_leaves_the_connection_usable(self, scene: Scene) -> None:
+    def test_one_that_was_refused_for_its_token_leaves_the_connection_usable(self, gateway: GatewayFixture) -> None:
         request = post(BODY).replace(DESIGN.encode(), b"ep_nobody")
-        with talking(scene) as (connection, reader):
+        with talking(gateway) as (connection, reader):
             connection.sendall(request[:-5])
             assert reader.response()[0] == 401
             connection.sendall(request[-5:] + post(BODY))
@@ -240,8 +246,8 @@ class TestBodiesThatAreTooLarge:
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture) -> Iterator[tuple[str, int]]:
     """A gateway that waits for a head for a moment only."""
-    with house(tmp_path_factory.mktemp("impatient"), upstream.url) as home:
-        yield address_of(home.start(server={"head_timeout_s": PATIENCE_S}).url)
+    with gateway_runner(tmp_path_factory.mktemp("impatient"), upstream.url) as runner:
+        yield address_of(runner.start(server={"head_timeout_s": PATIENCE_S}).url)
 
 
 class TestHeadsThatDoNotArrive:
@@ -279,19 +285,21 @@ class TestHeadsThatDoNotArrive:
             assert time.monotonic() - began >= PATIENCE_S - CLOCK_S
 
 
-def test_a_client_that_does_not_read_its_answers_is_cut_off(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_does_not_read_its_answers_is_cut_off(
+    gateway: GatewayFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("proxy.http.connection.LINGER_S", PATIENCE_S)
-    with scene.connect() as connection:
+    with gateway.connect() as connection:
         connection.settimeout(10)
         assert_cut_off(connection, post(BODY) * 100, times=1000)
-    wait_until(lambda: not scene.tracker.in_flight)
+    wait_until(lambda: not gateway.tracker.in_flight)
 
 
-def test_requests_sent_ahead_wait_as_bytes(scene: Scene) -> None:
+def test_requests_sent_ahead_wait_as_bytes(gateway: GatewayFixture) -> None:
     """However many they are, one at a time is read."""
-    with scene.simulator.hold() as hold, talking(scene) as (connection, reader):
+    with gateway.simulator.hold() as hold, talking(gateway) as (connection, reader):
         connection.sendall(post(BODY) * 200)
-        assert scene.simulator.arrived(1)
-        assert scene.tracker.in_flight == 1
+        assert gateway.simulator.arrived(1)
+        assert gateway.tracker.in_flight == 1
         hold.release()
         assert [price_of(reader.response()[2]) for _ in range(200)] == [PRICE] * 200

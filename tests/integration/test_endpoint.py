@@ -14,21 +14,23 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from gateway_fixture import PATH, Scene, break_off, code_of
-from processes import address_of
+from gateway_fixture import PATH, GatewayFixture, break_off, code_of
+from gateway_process import address_of
 from proxy.gateway.in_flight import MAX_ACTIVE, MAX_IN_FLIGHT, InFlightTracker
 from proxy.gateway.request import Answer, ClientRequest, Result, Trace
 from proxy.http.endpoint import Endpoint, Handler
 from proxy.problems import Outcome
 from proxy.telemetry.metrics import Metrics
-from serving import Host, serving, wait_until
+from serving import ServerThread, serving, wait_until
 
 
 @contextmanager
-def telling(story: Handler, *, timeout_s: float = 5.0) -> Iterator[tuple[httpx2.Client, InFlightTracker]]:
+def serving_handler(handler: Handler, *, timeout_s: float = 5.0) -> Iterator[tuple[httpx2.Client, InFlightTracker]]:
     """A server whose every path tells `story`."""
     tracker = InFlightTracker()
-    endpoint = Endpoint("estimate", story, tracker=tracker, metrics=Metrics(), max_body_bytes=1000, timeout_s=timeout_s)
+    endpoint = Endpoint(
+        "estimate", handler, tracker=tracker, metrics=Metrics(), max_body_bytes=1000, timeout_s=timeout_s
+    )
     with (
         serving(Starlette(routes=[Route("/", endpoint)])) as url,
         httpx2.Client(base_url=url, trust_env=False) as client,
@@ -50,7 +52,7 @@ def test_a_defect_of_ours_is_a_500_that_tells_nothing(caplog: pytest.LogCaptureF
     async def broken(_ask: ClientRequest, _trace: Trace) -> Result:
         raise RuntimeError("the reason is for the log")
 
-    with caplog.at_level(logging.INFO, "proxy"), telling(broken) as (client, _):
+    with caplog.at_level(logging.INFO, "proxy"), serving_handler(broken) as (client, _):
         response = client.post("/", headers={"x-request-id": "r1"})
     assert (response.status_code, code_of(response)) == (500, "internal-error")
     assert "reason is for" not in response.text
@@ -60,7 +62,7 @@ def test_a_defect_of_ours_is_a_500_that_tells_nothing(caplog: pytest.LogCaptureF
 
 
 def test_each_request_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "proxy"), telling(fine) as (client, _):
+    with caplog.at_level(logging.INFO, "proxy"), serving_handler(fine) as (client, _):
         client.post("/", headers={"x-request-id": "r1"})
     (facts,) = facts_of(caplog)
     duration = facts.pop("ms")
@@ -74,10 +76,12 @@ def test_each_request_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     }
 
 
-def test_the_log_line_of_an_estimate_names_what_upstream_took(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_line_of_an_estimate_names_what_upstream_took(
+    gateway: GatewayFixture, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, "proxy"):
-        scene.ask()
-        scene.ask()
+        gateway.ask()
+        gateway.ask()
         wait_until(lambda: len(facts_of(caplog)) == 2)  # a line is written behind its answer
     miss, hit = facts_of(caplog)
     assert [miss["outcome"], hit["outcome"]] == ["miss", "hit"]
@@ -86,7 +90,7 @@ def test_the_log_line_of_an_estimate_names_what_upstream_took(scene: Scene, capl
 
 
 def test_more_than_it_can_serve_is_told_to_come_back() -> None:
-    with telling(fine) as (client, tracker):
+    with serving_handler(fine) as (client, tracker):
         for in_flight, waiting, status in (
             (MAX_ACTIVE, 0, 503),
             (MAX_ACTIVE, 1, 200),
@@ -101,9 +105,9 @@ def test_more_than_it_can_serve_is_told_to_come_back() -> None:
                 assert response.headers["retry-after"] == "1"
 
 
-def test_a_body_that_does_not_arrive(scene: Scene) -> None:
-    with telling(fine, timeout_s=0.2) as (client, tracker):
-        slow = replace(scene, url=str(client.base_url), tracker=tracker)
+def test_a_body_that_does_not_arrive(gateway: GatewayFixture) -> None:
+    with serving_handler(fine, timeout_s=0.2) as (client, tracker):
+        slow = replace(gateway, url=str(client.base_url), tracker=tracker)
         reply = slow.raw(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n[{}")
     head, _, body = reply.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
@@ -111,33 +115,35 @@ def test_a_body_that_does_not_arrive(scene: Scene) -> None:
     assert orjson.loads(body)["detail"] == "The body did not arrive in time."
 
 
-def test_while_draining_connections_are_closed(scene: Scene) -> None:
-    scene.tracker.draining = True
-    for response in (scene.ask(), scene.ask(b"[]"), scene.client.get("/nowhere"), scene.client.get("/readyz")):
+def test_while_draining_connections_are_closed(gateway: GatewayFixture) -> None:
+    gateway.tracker.draining = True
+    for response in (gateway.ask(), gateway.ask(b"[]"), gateway.client.get("/nowhere"), gateway.client.get("/readyz")):
         assert response.headers["connection"] == "close"
-    assert scene.client.get("/readyz").status_code == 503
-    assert scene.client.get("/readyz").json() == {"status": "draining"}
-    assert scene.client.get("/healthz").json() == {"status": "alive"}
-    assert scene.ask().status_code == 200
+    assert gateway.client.get("/readyz").status_code == 503
+    assert gateway.client.get("/readyz").json() == {"status": "draining"}
+    assert gateway.client.get("/healthz").json() == {"status": "alive"}
+    assert gateway.ask().status_code == 200
 
 
 def test_a_request_that_is_cut_off_is_told_why() -> None:
     async def endless(_ask: ClientRequest, _trace: Trace) -> Result:
         raise asyncio.CancelledError
 
-    with telling(endless) as (client, _):
+    with serving_handler(endless) as (client, _):
         response = client.post("/")
     assert (response.status_code, code_of(response)) == (503, "draining")
     assert response.headers["connection"] == "close"
 
 
-def test_a_client_that_breaks_off_is_logged_as_cancelled(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "proxy"), scene.simulator.hold() as hold:
-        with scene.connect() as connection:
-            token = scene.client.headers["x-api-key"]
+def test_a_client_that_breaks_off_is_logged_as_cancelled(
+    gateway: GatewayFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "proxy"), gateway.simulator.hold() as hold:
+        with gateway.connect() as connection:
+            token = gateway.client.headers["x-api-key"]
             head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-API-KEY: {token}\r\nContent-Length: 4\r\n\r\n[{{}}]"
             connection.sendall(head.encode())
-            assert scene.simulator.arrived(1)
+            assert gateway.simulator.arrived(1)
             break_off(connection)
         hold.release()
         wait_until(lambda: facts_of(caplog))
@@ -146,31 +152,31 @@ def test_a_client_that_breaks_off_is_logged_as_cancelled(scene: Scene, caplog: p
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
-def test_probes_take_get_and_head(scene: Scene, path: str) -> None:
-    assert scene.client.get(path).status_code == 200
-    assert scene.client.head(path).status_code == 200
-    refused = scene.client.post(path)
+def test_probes_take_get_and_head(gateway: GatewayFixture, path: str) -> None:
+    assert gateway.client.get(path).status_code == 200
+    assert gateway.client.head(path).status_code == 200
+    refused = gateway.client.post(path)
     assert (refused.status_code, code_of(refused)) == (405, "method-not-allowed")
     assert refused.headers["allow"] == "GET, HEAD"
 
 
-def test_readiness_tells_of_a_lost_store(scene: Scene) -> None:
-    assert scene.client.get("/readyz").json() == {"status": "ready", "degraded": []}
-    scene.store.client_pause(700)
-    assert scene.client.get("/readyz").json() == {"status": "ready", "degraded": ["ledger", "price-book"]}
-    wait_until(lambda: scene.client.get("/readyz").json()["degraded"] == [])
+def test_readiness_tells_of_a_lost_store(gateway: GatewayFixture) -> None:
+    assert gateway.client.get("/readyz").json() == {"status": "ready", "degraded": []}
+    gateway.store.client_pause(700)
+    assert gateway.client.get("/readyz").json() == {"status": "ready", "degraded": ["ledger", "price-book"]}
+    wait_until(lambda: gateway.client.get("/readyz").json()["degraded"] == [])
 
 
-def test_two_requests_in_one_piece_have_each_their_answer(scene: Scene) -> None:
-    token, first, last = scene.client.headers["x-api-key"], b'[{"model":"Flux"}]', b'[{"model":"Flux","steps":30}]'
+def test_two_requests_in_one_piece_have_each_their_answer(gateway: GatewayFixture) -> None:
+    token, first, last = gateway.client.headers["x-api-key"], b'[{"model":"Flux"}]', b'[{"model":"Flux","steps":30}]'
     pieces = []
     for body, connection in ((first, "keep-alive"), (last, "close")):
         head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-API-KEY: {token}\r\nConnection: {connection}\r\n"
         pieces.append(head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
-    told = scene.raw(b"".join(pieces))
+    told = gateway.raw(b"".join(pieces))
     assert told.count(b"HTTP/1.1 200 OK\r\n") == 2
     assert told.count(b"connection: close") == 1
-    assert [exchange.body for exchange in scene.simulator.received] == [first, last]
+    assert [exchange.body for exchange in gateway.simulator.received] == [first, last]
 
 
 def test_a_field_that_would_break_the_head_goes_nowhere(caplog: pytest.LogCaptureFixture) -> None:
@@ -178,22 +184,22 @@ def test_a_field_that_would_break_the_head_goes_nowhere(caplog: pytest.LogCaptur
         trace.cache_status = "hit\r\nset-cookie: a=b"
         return Answer(Outcome.HIT, 200, b"{}")
 
-    with telling(broken) as (client, _):
+    with serving_handler(broken) as (client, _):
         response = client.post("/")
     assert response.status_code == 500
     assert "set-cookie" not in response.headers
     assert "a response header contains a line break or NUL" in caplog.text
 
 
-def test_a_head_is_answered_without_a_body(scene: Scene) -> None:
-    wanted, told = scene.client.get("/v1/quota"), scene.client.head("/v1/quota")
+def test_a_head_is_answered_without_a_body(gateway: GatewayFixture) -> None:
+    wanted, told = gateway.client.get("/v1/quota"), gateway.client.head("/v1/quota")
     assert (told.status_code, told.content) == (200, b"")
     assert told.headers["content-length"] == str(len(wanted.content))
 
 
 def test_a_connection_is_closed_when_it_has_been_idle_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.http.connection.KEEP_ALIVE_S", 1)
-    server = Host()
+    server = ServerThread()
     try:
         with server.serving(Starlette()), socket.create_connection(address_of(server.url), timeout=5) as connection:
             for _ in range(4):

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from certificates import Certificates, make_certificates
-from faulty_proxy import Relay, Way, relay
-from gateway_fixture import UpstreamFixture, gateway, settings
+from faulty_proxy import Conditions, FaultyProxy, proxy_to
+from gateway_fixture import UpstreamFixture, running_gateway, settings
 from lateness import LateError
 from proxy.cli.direct import read_quota_states
 from proxy.demo.simulator import Simulator
@@ -19,7 +19,7 @@ from proxy.settings.schema import Settings
 from proxy.store.client import Script, Store
 from proxy.store.connection_pool import HEALTH_CHECK_S, MIN_CONNECTIONS
 from serving import wait_until
-from topologies import LOCAL, Member, stage_of
+from topologies import LOCAL, Member, server_group
 
 PUT = Script("proxy.cache", "price_purge")
 PASSWORD = "pa:ss"
@@ -34,7 +34,7 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 @pytest.fixture(scope="module")
 def guarded(certified: Certificates) -> Iterator[Member]:
     """Redis that speaks TLS alone, and wants a password."""
-    with stage_of("redis") as stage:
+    with server_group("redis") as group:
         lines = (
             f"tls-cert-file {certified.cert('server')}",
             f"tls-key-file {certified.key('server')}",
@@ -42,21 +42,21 @@ def guarded(certified: Certificates) -> Iterator[Member]:
             "tls-auth-clients no",
             f"requirepass {PASSWORD}",
         )
-        server = stage.member(*lines, ssl=True, ssl_ca_certs=str(certified.ca), password=PASSWORD)
+        server = group.member(*lines, ssl=True, ssl_ca_certs=str(certified.ca), password=PASSWORD)
         wait_until(server.answers)
         yield server
 
 
 @pytest.fixture
-def far(guarded: Member) -> Iterator[Relay]:
+def far(guarded: Member) -> Iterator[FaultyProxy]:
     guarded.client.flushall()
-    with relay(f"rediss://{LOCAL}:{guarded.port}") as way:
-        way.become(Way(latency_s=ROUND_TRIP_S))
-        yield way
+    with proxy_to(f"rediss://{LOCAL}:{guarded.port}") as store_proxy:
+        store_proxy.set_conditions(Conditions(latency_s=ROUND_TRIP_S))
+        yield store_proxy
 
 
 @pytest.fixture
-def configured(far: Relay, certified: Certificates, upstream: UpstreamFixture) -> Settings:
+def configured(far: FaultyProxy, certified: Certificates, upstream: UpstreamFixture) -> Settings:
     store = {"url": far.url, "password": PASSWORD, "ca_file": str(certified.ca)}
     return settings(far.url, upstream.url, store=store)
 
@@ -65,15 +65,15 @@ def test_a_store_that_is_100_ms_away_behind_tls_and_a_password(
     configured: Settings, simulator: Simulator, valkey_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """From the first request on, alone and eight at a time, hits and misses."""
-    with gateway(configured, valkey_url, simulator) as scene, ThreadPoolExecutor(8) as pool:
-        assert scene.ask().status_code == 200
+    with running_gateway(configured, valkey_url, simulator) as gateway, ThreadPoolExecutor(8) as pool:
+        assert gateway.ask().status_code == 200
         until = time.monotonic() + 3
 
         def crowd(lane: int) -> Counter[str]:
             said: Counter[str] = Counter()
             while time.monotonic() < until:
                 body = b'[{"model":"Flux","seed":%d}]' % (said.total() if lane % 2 else 0)
-                answer = scene.ask(body)
+                answer = gateway.ask(body)
                 said[f"{answer.status_code} {answer.headers.get('cache-status', answer.text)}"] += 1
             return said
 
@@ -83,15 +83,15 @@ def test_a_store_that_is_100_ms_away_behind_tls_and_a_password(
             raise LateError(f"{said.total() - priced} of {said.total()} were not priced: {said}; {caplog.text}")
         assert not any("bypass" in words for words in said), said
         assert said.total() > 40
-        assert scene.metrics.registry.get_sample_value("estimate_proxy_unanswered_debits_total") == 0
+        assert gateway.metrics.registry.get_sample_value("estimate_proxy_unanswered_debits_total") == 0
 
 
 def test_the_command_line_reads_a_ledger_that_is_far_away(configured: Settings) -> None:
     assert len(asyncio.run(read_quota_states(configured, "design"))) == 1
 
 
-def test_a_store_whose_timeout_is_longer_than_usual_is_waited_for(far: Relay, configured: Settings) -> None:
-    far.become(Way(latency_s=0.4))
+def test_a_store_whose_timeout_is_longer_than_usual_is_waited_for(far: FaultyProxy, configured: Settings) -> None:
+    far.set_conditions(Conditions(latency_s=0.4))
     patient = configured.model_copy(
         update={"store": configured.store.model_copy(update={"timeout_s": 1.0, "connect_timeout_s": 4.0})}
     )
@@ -101,14 +101,16 @@ def test_a_store_whose_timeout_is_longer_than_usual_is_waited_for(far: Relay, co
 # Connections that nothing passes over
 
 
-def play(way: Relay, count: int, story: Callable[[list[Store]], Coroutine[object, object, None]]) -> None:
+def run_scenario(
+    store_proxy: FaultyProxy, count: int, scenario: Callable[[list[Store]], Coroutine[object, object, None]]
+) -> None:
     """Tells a story of so many gateways' stores."""
 
     async def tell() -> None:
-        stores = [Store(way.url, "ledger") for _ in range(count)]
+        stores = [Store(store_proxy.url, "ledger") for _ in range(count)]
         try:
             await asyncio.gather(*(store.open() for store in stores))
-            await story(stores)
+            await scenario(stores)
         finally:
             await asyncio.gather(*(store.close() for store in stores))
 
@@ -119,11 +121,11 @@ async def put(store: Store) -> None:
     await store.call(PUT, "ep1:{idle}:price", "ep1:{idle}:lease")
 
 
-def test_connections_outlive_something_that_forgets_them_after_five_seconds(way: Relay) -> None:
+def test_connections_outlive_something_that_forgets_them_after_five_seconds(store_proxy: FaultyProxy) -> None:
     """Of 100 calls after a quiet while none is refused, and none is without an answer."""
 
-    async def story(stores: list[Store]) -> None:
-        way.become(Way(patience_s=5))
+    async def scenario(stores: list[Store]) -> None:
+        store_proxy.set_conditions(Conditions(patience_s=5))
         await asyncio.sleep(6)
         putting = []
         for _ in range(10):
@@ -132,25 +134,25 @@ def test_connections_outlive_something_that_forgets_them_after_five_seconds(way:
             await asyncio.sleep(0)  # one turn of the loop each: they go out on connections of their own
         await asyncio.gather(*putting)
 
-    play(way, 10, story)
+    run_scenario(store_proxy, 10, scenario)
 
 
-def test_connections_that_lead_nowhere_are_replaced_before_a_call_needs_them(way: Relay) -> None:
-    async def story(stores: list[Store]) -> None:
+def test_connections_that_lead_nowhere_are_replaced_before_a_call_needs_them(store_proxy: FaultyProxy) -> None:
+    async def scenario(stores: list[Store]) -> None:
         (store,) = stores
         pool = store._topology.primaries()[0].pool
         before = list(pool._idle)
-        way.forget()
+        store_proxy.drop_silently()
         async with asyncio.timeout(HEALTH_CHECK_S + 5):
             while len(pool._idle) < MIN_CONNECTIONS or any(one in before for one in pool._idle):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         await put(store)
 
-    play(way, 1, story)
+    run_scenario(store_proxy, 1, scenario)
 
 
-def test_the_kernel_asks_too_whether_a_connection_is_alive(way: Relay) -> None:
-    async def story(stores: list[Store]) -> None:
+def test_the_kernel_asks_too_whether_a_connection_is_alive(store_proxy: FaultyProxy) -> None:
+    async def scenario(stores: list[Store]) -> None:
         connection = await stores[0]._topology.primaries()[0].pool.acquire()
         assert connection._writer is not None
         opened = connection._writer.get_extra_info("socket")
@@ -158,4 +160,4 @@ def test_the_kernel_asks_too_whether_a_connection_is_alive(way: Relay) -> None:
         assert opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 30
         await stores[0]._topology.primaries()[0].pool.release(connection)
 
-    play(way, 1, story)
+    run_scenario(store_proxy, 1, scenario)

@@ -14,8 +14,8 @@ from gateway_fixture import (
     MARKETING,
     PATH,
     RETIRED,
-    Opened,
-    Scene,
+    GatewayFixture,
+    OpenGateway,
     answers,
     cache_status,
     code_of,
@@ -27,23 +27,23 @@ FLUX = b'[{"model":"Flux"}]'
 """2.75 credits at the simulator's."""
 
 
-def test_a_miss_then_a_hit_for_another_team_in_another_spelling(scene: Scene) -> None:
-    miss = scene.ask(b'[{"steps":20,"model":"JuggernautXL"}]')
+def test_a_miss_then_a_hit_for_another_team_in_another_spelling(gateway: GatewayFixture) -> None:
+    miss = gateway.ask(b'[{"steps":20,"model":"JuggernautXL"}]')
     assert (miss.status_code, cache_status(miss)) == (200, "fwd=miss; fwd-status=200; stored; ttl=3600")
     assert "age" not in miss.headers
     assert miss.headers["content-type"] == "application/json"
 
-    hit = scene.ask(b' [{ "model" : "\\u004auggernautXL", "steps": 2.0e1 }]', x_api_key=MARKETING)
+    hit = gateway.ask(b' [{ "model" : "\\u004auggernautXL", "steps": 2.0e1 }]', x_api_key=MARKETING)
     assert hit.content == miss.content
     assert cache_status(hit) in {"hit; ttl=3600", "hit; ttl=3599"}
     assert hit.headers["age"] == "0"
     assert hit.headers["estimate-proxy-balance-age"] == "0"
-    assert scene.simulator.calls == 1
+    assert gateway.simulator.calls == 1
 
 
-def test_upstream_gets_the_canonical_bytes_and_our_key_alone(scene: Scene) -> None:
-    scene.ask(b'[ {"b":1.0,"a":"\\u002b"} ]', authorization="Bearer team", cookie="c=1", x_forwarded_for="10.0.0.1")
-    (received,) = scene.simulator.received
+def test_upstream_gets_the_canonical_bytes_and_our_key_alone(gateway: GatewayFixture) -> None:
+    gateway.ask(b'[ {"b":1.0,"a":"\\u002b"} ]', authorization="Bearer team", cookie="c=1", x_forwarded_for="10.0.0.1")
+    (received,) = gateway.simulator.received
     assert received.body == b'[{"a":"+","b":1}]'
     assert received.api_keys == [API_KEY.encode()]
     names = {name for name, _ in received.headers}
@@ -53,40 +53,40 @@ def test_upstream_gets_the_canonical_bytes_and_our_key_alone(scene: Scene) -> No
     assert not any(DESIGN.encode() in value for _, value in received.headers)
 
 
-def test_every_body_is_a_miss_then_a_hit_in_five_spellings(scene: Scene) -> None:
+def test_every_body_is_a_miss_then_a_hit_in_five_spellings(gateway: GatewayFixture) -> None:
     answers_by_question: dict[str, bytes] = {}
     for body in BODIES:
-        first = scene.ask(body.raw)
+        first = gateway.ask(body.raw)
         expected = "hit" if body.question in answers_by_question else "fwd=miss"
         assert cache_status(first).startswith(expected), body.name
         assert answers_by_question.setdefault(body.question, first.content) == first.content
         for seed in range(5):
-            again = scene.ask(respell(body.items, random.Random(seed)))
+            again = gateway.ask(respell(body.items, random.Random(seed)))
             assert cache_status(again).startswith("hit"), body.name
             assert again.content == first.content
     questions = {body.question: canonicalise(body.raw) for body in BODIES}
-    assert {received.body for received in scene.simulator.received} == set(questions.values())
-    assert scene.simulator.calls == len(questions)
+    assert {received.body for received in gateway.simulator.received} == set(questions.values())
+    assert gateway.simulator.calls == len(questions)
 
 
-def test_a_hit_shows_the_newest_balance_that_any_answer_has_shown(scene: Scene) -> None:
-    assert scene.ask().json() == {"data": {"estimated": 2.75, "balance": 10_000}, "error": {}}
-    scene.simulator.balance = 41
-    assert scene.ask(b"[{}]").json()["data"]["balance"] == 41
-    assert scene.ask().json() == {"data": {"estimated": 2.75, "balance": 41}, "error": {}}
+def test_a_hit_shows_the_newest_balance_that_any_answer_has_shown(gateway: GatewayFixture) -> None:
+    assert gateway.ask().json() == {"data": {"estimated": 2.75, "balance": 10_000}, "error": {}}
+    gateway.simulator.balance = 41
+    assert gateway.ask(b"[{}]").json()["data"]["balance"] == 41
+    assert gateway.ask().json() == {"data": {"estimated": 2.75, "balance": 41}, "error": {}}
 
 
-def test_balances_belong_to_their_account(open_gateway: Opened) -> None:
-    scene = open_gateway(teams={"marketing": {"tokens": [digest_of(MARKETING)], "account": "second"}})
-    scene.simulator.script(answers(b'{"data":{"estimated":1,"balance":7}}'))
-    scene.ask()
-    other = scene.ask(x_api_key=MARKETING)
+def test_balances_belong_to_their_account(open_gateway: OpenGateway) -> None:
+    gateway = open_gateway(teams={"marketing": {"tokens": [digest_of(MARKETING)], "account": "second"}})
+    gateway.simulator.script(answers(b'{"data":{"estimated":1,"balance":7}}'))
+    gateway.ask()
+    other = gateway.ask(x_api_key=MARKETING)
     assert cache_status(other).startswith("fwd=miss")
-    assert scene.simulator.received[-1].api_keys == [b"rn-second-key"]
+    assert gateway.simulator.received[-1].api_keys == [b"rn-second-key"]
     assert code_of(other) == "upstream-refused"
 
 
-def test_another_gateway_on_the_store_finds_price_and_balance(open_gateway: Opened) -> None:
+def test_another_gateway_on_the_store_finds_price_and_balance(open_gateway: OpenGateway) -> None:
     first, second = open_gateway(), open_gateway()
     first.ask()
     hit = second.ask()
@@ -94,45 +94,45 @@ def test_another_gateway_on_the_store_finds_price_and_balance(open_gateway: Open
     assert cache_status(hit).startswith("hit")
 
 
-def test_without_a_known_balance_a_stored_price_is_asked_again(open_gateway: Opened) -> None:
+def test_without_a_known_balance_a_stored_price_is_asked_again(open_gateway: OpenGateway) -> None:
     open_gateway().ask()
-    scene = open_gateway()
-    for book in scene.store.keys("ep1:book:*"):
-        scene.store.delete(book)
-    assert cache_status(scene.ask()).startswith("fwd=miss")
-    assert cache_status(scene.ask()).startswith("hit")
+    gateway = open_gateway()
+    for book in gateway.store.keys("ep1:book:*"):
+        gateway.store.delete(book)
+    assert cache_status(gateway.ask()).startswith("fwd=miss")
+    assert cache_status(gateway.ask()).startswith("hit")
 
 
-def test_numbers_and_whatever_else_is_in_data_come_out_as_they_went_in(scene: Scene) -> None:
+def test_numbers_and_whatever_else_is_in_data_come_out_as_they_went_in(gateway: GatewayFixture) -> None:
     answer = b'{"data":{"balance":20.00,"note":"\\u00e9","estimated":5.10,"parts":[1.50,1E2]},"error":{},"x":1}'
-    scene.simulator.script(answers(answer))
+    gateway.simulator.script(answers(answer))
     expected = '{"data":{"estimated":5.10,"balance":20.00,"note":"é","parts":[1.50,1E2]},"error":{}}'
-    assert scene.ask().text == expected
-    assert scene.ask().text == expected
+    assert gateway.ask().text == expected
+    assert gateway.ask().text == expected
 
 
 @pytest.mark.usefixtures("cold")
-def test_a_price_ages_and_expires(open_gateway: Opened) -> None:
-    scene = open_gateway(cache={"ttl_s": 60, "stale_while_revalidate_s": 0, "stale_if_error_s": 0})
-    scene.ask()
-    (key,) = scene.store.keys("ep1:*:price")
-    assert 59_000 < scene.store.pttl(key) <= 60_000
-    scene.age(12)
-    hit = scene.ask()
+def test_a_price_ages_and_expires(open_gateway: OpenGateway) -> None:
+    gateway = open_gateway(cache={"ttl_s": 60, "stale_while_revalidate_s": 0, "stale_if_error_s": 0})
+    gateway.ask()
+    (key,) = gateway.store.keys("ep1:*:price")
+    assert 59_000 < gateway.store.pttl(key) <= 60_000
+    gateway.age(12)
+    hit = gateway.ask()
     assert hit.headers["age"] == "12"
     assert cache_status(hit) in {"hit; ttl=48", "hit; ttl=47"}
-    scene.age(50)
-    assert cache_status(scene.ask()) == "fwd=stale; fwd-status=200; stored; ttl=60"
+    gateway.age(50)
+    assert cache_status(gateway.ask()) == "fwd=stale; fwd-status=200; stored; ttl=60"
 
 
 @pytest.mark.usefixtures("cold")
-def test_a_stored_text_that_cannot_be_read_is_a_miss(scene: Scene) -> None:
-    scene.ask()
-    (key,) = scene.store.keys("ep1:*:price")
+def test_a_stored_text_that_cannot_be_read_is_a_miss(gateway: GatewayFixture) -> None:
+    gateway.ask()
+    (key,) = gateway.store.keys("ep1:*:price")
     texts = ("", "1", "nonsense", "2 1 9 a b c", "2 x 60000 a b c 5 ", "2 1 x a b c 5 ", "1 1 60000 a b c 5 ")
     for text in texts:
-        scene.store.set(key, text)
-        assert cache_status(scene.ask()) == "fwd=miss; fwd-status=200; stored; ttl=3600", text
+        gateway.store.set(key, text)
+        assert cache_status(gateway.ask()) == "fwd=miss; fwd-status=200; stored; ttl=3600", text
 
 
 class TestCredentials:
@@ -143,14 +143,14 @@ class TestCredentials:
             {"x_api_key": "", "authorization": ""},
         ],
     )
-    def test_x_api_key(self, scene: Scene, headers: dict[str, str]) -> None:
+    def test_x_api_key(self, gateway: GatewayFixture, headers: dict[str, str]) -> None:
         expected = 200 if headers["x_api_key"] else 401
-        assert scene.ask(**headers).status_code == expected
+        assert gateway.ask(**headers).status_code == expected
 
-    def test_bearer(self, scene: Scene) -> None:
+    def test_bearer(self, gateway: GatewayFixture) -> None:
         for scheme in ("Bearer", "bearer", "BEARER"):
             response = httpx2.post(
-                scene.url + PATH,
+                gateway.url + PATH,
                 content=FLUX,
                 headers={"authorization": f"{scheme} {DESIGN}", "content-type": "application/json"},
                 trust_env=False,
@@ -158,49 +158,49 @@ class TestCredentials:
             assert response.status_code == 200
 
     @pytest.mark.parametrize("authorization", [None, "Bearer", f"Basic {DESIGN}", DESIGN, "Bearer x y"])
-    def test_no_token(self, scene: Scene, authorization: str | None) -> None:
+    def test_no_token(self, gateway: GatewayFixture, authorization: str | None) -> None:
         headers = {} if authorization is None else {"authorization": authorization}
-        response = httpx2.post(scene.url + PATH, content=FLUX, headers=headers, trust_env=False)
+        response = httpx2.post(gateway.url + PATH, content=FLUX, headers=headers, trust_env=False)
         assert (response.status_code, code_of(response)) == (401, "unknown-token")
         assert response.headers["www-authenticate"] == "Bearer"
         assert "cache-status" not in response.headers
 
     @pytest.mark.parametrize("token", [DESIGN[:-1], DESIGN + "x", EXPIRED, "ep_" + "x" * 38, "\xe9", API_KEY])
-    def test_unknown_token(self, scene: Scene, token: str) -> None:
-        response = scene.client.post(PATH, content=FLUX, headers=[(b"x-api-key", token.encode("latin-1"))])
+    def test_unknown_token(self, gateway: GatewayFixture, token: str) -> None:
+        response = gateway.client.post(PATH, content=FLUX, headers=[(b"x-api-key", token.encode("latin-1"))])
         assert (response.status_code, code_of(response)) == (401, "unknown-token")
 
-    def test_x_api_key_counts_before_bearer(self, scene: Scene) -> None:
-        assert scene.ask(x_api_key="ep_wrong", authorization=f"Bearer {DESIGN}").status_code == 401
-        assert scene.ask(x_api_key=DESIGN, authorization="Bearer ep_wrong").status_code == 200
+    def test_x_api_key_counts_before_bearer(self, gateway: GatewayFixture) -> None:
+        assert gateway.ask(x_api_key="ep_wrong", authorization=f"Bearer {DESIGN}").status_code == 401
+        assert gateway.ask(x_api_key=DESIGN, authorization="Bearer ep_wrong").status_code == 200
 
     @pytest.mark.parametrize("name", [b"X-API-KEY", b"Authorization"])
-    def test_one_sent_twice(self, scene: Scene, name: bytes) -> None:
+    def test_one_sent_twice(self, gateway: GatewayFixture, name: bytes) -> None:
         header = b"%s: Bearer %s\r\n" % (name, DESIGN.encode())
-        reply = scene.raw(
+        reply = gateway.raw(
             b"POST %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%s%sContent-Length: 4\r\n\r\n[{}]"
             % (PATH.encode(), header, header)
         )
         assert reply.startswith(b"HTTP/1.1 400 ")
         assert b'"code":"invalid-request"' in reply
 
-    def test_a_disabled_team(self, scene: Scene) -> None:
-        response = scene.ask(x_api_key=RETIRED)
+    def test_a_disabled_team(self, gateway: GatewayFixture) -> None:
+        response = gateway.ask(x_api_key=RETIRED)
         assert (response.status_code, code_of(response)) == (403, "team-disabled")
-        assert scene.simulator.calls == 0
+        assert gateway.simulator.calls == 0
 
 
 class TestBodies:
     @pytest.mark.parametrize("body", [b"", b"{", b"{}", b"[]", b"[1]", b"\xef\xbb\xbf[{}]", b"[{}]x", b"[" * 100_000])
-    def test_what_is_no_array_of_objects(self, scene: Scene, body: bytes) -> None:
-        response = scene.ask(body)
+    def test_what_is_no_array_of_objects(self, gateway: GatewayFixture, body: bytes) -> None:
+        response = gateway.ask(body)
         assert (response.status_code, code_of(response)) == (400, "invalid-body")
-        assert scene.simulator.calls == 0
+        assert gateway.simulator.calls == 0
 
     @pytest.mark.parametrize("content_type", ["application/json; charset=utf-8", "APPLICATION/JSON", None])
-    def test_json_or_nothing_is_a_content_type_for_it(self, scene: Scene, content_type: str | None) -> None:
+    def test_json_or_nothing_is_a_content_type_for_it(self, gateway: GatewayFixture, content_type: str | None) -> None:
         headers = {} if content_type is None else {"content-type": content_type}
-        assert scene.client.post(PATH, content=FLUX, headers=headers).status_code == 200
+        assert gateway.client.post(PATH, content=FLUX, headers=headers).status_code == 200
 
     @pytest.mark.parametrize(
         "headers",
@@ -212,24 +212,24 @@ class TestBodies:
             {"content_encoding": "br, identity"},
         ],
     )
-    def test_other_types_and_codings(self, scene: Scene, headers: dict[str, str]) -> None:
-        response = scene.ask(**headers)
+    def test_other_types_and_codings(self, gateway: GatewayFixture, headers: dict[str, str]) -> None:
+        response = gateway.ask(**headers)
         assert (response.status_code, code_of(response)) == (415, "unsupported-media-type")
 
-    def test_the_cap_is_on_the_body_as_sent(self, open_gateway: Opened) -> None:
-        scene = open_gateway(server={"max_body_bytes": 1000})
+    def test_the_cap_is_on_the_body_as_sent(self, open_gateway: OpenGateway) -> None:
+        gateway = open_gateway(server={"max_body_bytes": 1000})
         body = b'[{"prompt":{"positive":"%s"}}]'
         fits = body % (b"x" * (1000 - len(body) + 2))
         assert len(fits) == 1000
-        assert scene.ask(fits).status_code == 200
-        response = scene.ask(fits + b" ")
+        assert gateway.ask(fits).status_code == 200
+        response = gateway.ask(fits + b" ")
         assert (response.status_code, code_of(response)) == (413, "body-too-large")
         assert response.headers["connection"] == "close"
 
     @pytest.mark.parametrize("size", [300_000, 5_000_000, 50_000_000])
-    def test_a_body_far_too_large_is_told_so(self, scene: Scene, size: int) -> None:
+    def test_a_body_far_too_large_is_told_so(self, gateway: GatewayFixture, size: int) -> None:
         head = b"POST %s HTTP/1.1\r\nHost: x\r\nX-API-KEY: %s\r\nContent-Length: %d\r\n\r\n"
-        with scene.connect() as connection:
+        with gateway.connect() as connection:
             connection.sendall(head % (PATH.encode(), DESIGN.encode(), size))
             with contextlib.suppress(ConnectionError):
                 for _ in range(0, size, 100_000):
@@ -237,4 +237,4 @@ class TestBodies:
             with contextlib.suppress(ConnectionError):
                 reply = connection.recv(65536)
         assert size > 4_000_000 or reply.startswith(b"HTTP/1.1 413 ")
-        assert scene.ask().status_code == 200
+        assert gateway.ask().status_code == 200

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from certificates import Certificates, make_certificates
-from gateway_fixture import API_KEY, PATH, Opened, Scene, cache_status, code_of
+from gateway_fixture import API_KEY, PATH, GatewayFixture, OpenGateway, cache_status, code_of
 from proxy import __version__
 from raw_upstream import RawUpstream, Turn, answer, raw_proxy, raw_upstream
 from serving import wait_until
@@ -24,13 +24,13 @@ def raw() -> Iterator[RawUpstream]:
 
 
 @pytest.fixture
-def asked(open_gateway: Opened, raw: RawUpstream) -> Scene:
+def asked(open_gateway: OpenGateway, raw: RawUpstream) -> GatewayFixture:
     return open_gateway(upstream={"base_url": raw.url})
 
 
-def estimate(scene: Scene, steps: int) -> int:
+def estimate(gateway: GatewayFixture, steps: int) -> int:
     """The price of a question about `steps`, whose right price is the same number."""
-    response = scene.ask(b'[{"steps":%d}]' % steps)
+    response = gateway.ask(b'[{"steps":%d}]' % steps)
     assert response.status_code == 200, response.text
     price: int = response.json()["data"]["estimated"]
     return price
@@ -52,7 +52,7 @@ class TestBehindAnAnswer:
     @pytest.mark.parametrize("behind", BEHIND.values(), ids=BEHIND)
     def test_what_comes_behind_an_answer_is_nobodys_and_ends_its_connection(
         self,
-        asked: Scene,
+        asked: GatewayFixture,
         raw: RawUpstream,
         behind: bytes,
         late: bool,  # noqa: FBT001 -- a row of a table
@@ -64,14 +64,16 @@ class TestBehindAnAnswer:
         assert [request.connection for request in raw.requests] == [0, 1, 1]
 
     @pytest.mark.parametrize("behind", [b"", OTHER, b"\r\n", b"0\r\n\r\n"])
-    def test_behind_chunks_too(self, asked: Scene, raw: RawUpstream, behind: bytes) -> None:
+    def test_behind_chunks_too(self, asked: GatewayFixture, raw: RawUpstream, behind: bytes) -> None:
         body = b'{"data":{"estimated":2,"balance":20},"error":{}}'
         chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
         raw.script(Turn((chunked + behind,)))
         assert [estimate(asked, steps) for steps in (2, 3)] == [2, 3]
         assert [request.connection for request in raw.requests] == [0, int(behind != b"")]
 
-    def test_an_answer_in_pieces_leaves_its_connection_for_the_next(self, asked: Scene, raw: RawUpstream) -> None:
+    def test_an_answer_in_pieces_leaves_its_connection_for_the_next(
+        self, asked: GatewayFixture, raw: RawUpstream
+    ) -> None:
         whole = answer(2)
         raw.script(Turn((whole[:10], whole[10:40], whole[40:-3], whole[-3:])))
         assert [estimate(asked, steps) for steps in (2, 3, 4)] == [2, 3, 4]
@@ -83,7 +85,7 @@ class TestClosedConnections:
 
     @pytest.mark.parametrize("end", ["close", "reset"])
     def test_one_that_is_closed_before_the_first_byte_of_an_answer_is_replaced(
-        self, asked: Scene, raw: RawUpstream, end: str
+        self, asked: GatewayFixture, raw: RawUpstream, end: str
     ) -> None:
         assert estimate(asked, 1) == 1
         raw.script(Turn(end=end))  # type: ignore[arg-type]  # a row of a table
@@ -95,7 +97,7 @@ class TestClosedConnections:
         assert asked.client.get("/v1/usage").json()["total"]["requests"] == 2
         assert asked.client.get("/readyz").json()["degraded"] == []
 
-    def test_the_new_one_is_no_other_old_one(self, asked: Scene, raw: RawUpstream) -> None:
+    def test_the_new_one_is_no_other_old_one(self, asked: GatewayFixture, raw: RawUpstream) -> None:
         with ThreadPoolExecutor(4) as pool:
             raw.script(*[Turn((b"", answer(7)))] * 4)
             assert list(pool.map(lambda steps: estimate(asked, steps), range(4))) == [7] * 4
@@ -104,21 +106,21 @@ class TestClosedConnections:
         assert estimate(asked, 5) == 5
         assert raw.requests[-1].connection == 4
 
-    def test_it_is_asked_again_once(self, asked: Scene, raw: RawUpstream) -> None:
+    def test_it_is_asked_again_once(self, asked: GatewayFixture, raw: RawUpstream) -> None:
         estimate(asked, 1)
         raw.script(Turn(end="close"), Turn(end="close"))
         response = asked.ask(b'[{"steps":2}]')
         assert (response.status_code, code_of(response)) == (502, "upstream-error")
         assert len(raw.requests) == 3
 
-    def test_a_new_connection_that_is_closed_is_not_replaced(self, asked: Scene, raw: RawUpstream) -> None:
+    def test_a_new_connection_that_is_closed_is_not_replaced(self, asked: GatewayFixture, raw: RawUpstream) -> None:
         raw.script(Turn(end="close"))
         response = asked.ask()
         assert (response.status_code, code_of(response)) == (502, "upstream-error")
         assert len(raw.requests) == 1
 
     @pytest.mark.parametrize("begun", [b"H", b"HTTP/1.1 100 Continue\r\n\r\n", OTHER[:-1]])
-    def test_nor_one_that_has_begun_to_answer(self, asked: Scene, raw: RawUpstream, begun: bytes) -> None:
+    def test_nor_one_that_has_begun_to_answer(self, asked: GatewayFixture, raw: RawUpstream, begun: bytes) -> None:
         estimate(asked, 1)
         raw.script(Turn((begun,), "close"))
         response = asked.ask(b'[{"steps":2}]')
@@ -126,14 +128,14 @@ class TestClosedConnections:
         assert "broke before its answer was complete" in response.json()["detail"]
         assert len(raw.requests) == 2
 
-    def test_both_have_the_time_of_one(self, open_gateway: Opened, raw: RawUpstream) -> None:
-        scene = open_gateway(upstream={"base_url": raw.url, "timeout_s": 0.3})
-        estimate(scene, 1)
+    def test_both_have_the_time_of_one(self, open_gateway: OpenGateway, raw: RawUpstream) -> None:
+        gateway = open_gateway(upstream={"base_url": raw.url, "timeout_s": 0.3})
+        estimate(gateway, 1)
         raw.script(Turn(end="close"), Turn())
-        response = scene.ask(b'[{"steps":2}]')
+        response = gateway.ask(b'[{"steps":2}]')
         assert (response.status_code, code_of(response)) == (504, "upstream-timeout")
 
-    def test_at_upstreams_idle_limit_every_question_is_answered(self, asked: Scene, raw: RawUpstream) -> None:
+    def test_at_upstreams_idle_limit_every_question_is_answered(self, asked: GatewayFixture, raw: RawUpstream) -> None:
         raw.idle_s = idle_s = 0.03
         with ThreadPoolExecutor(6) as pool:
 
@@ -166,7 +168,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_an_answer_in_any_form_of_http_is_one(asked: Scene, raw: RawUpstream, form: tuple[bytes, str]) -> None:
+def test_an_answer_in_any_form_of_http_is_one(asked: GatewayFixture, raw: RawUpstream, form: tuple[bytes, str]) -> None:
     raw.script(Turn((form[0],), form[1]))  # type: ignore[arg-type]  # a row of a table
     assert [estimate(asked, steps) for steps in (2, 3)] == [2, 3]
     assert b"cookie" not in raw.requests[1].headers
@@ -185,7 +187,7 @@ NO_FORMS = {
 
 
 @pytest.mark.parametrize("sent", NO_FORMS.values(), ids=NO_FORMS)
-def test_anything_else_is_an_error_at_once(asked: Scene, raw: RawUpstream, sent: bytes) -> None:
+def test_anything_else_is_an_error_at_once(asked: GatewayFixture, raw: RawUpstream, sent: bytes) -> None:
     raw.script(Turn((sent,)))
     response = asked.ask(b'[{"steps":2}]')
     assert (response.status_code, code_of(response)) == (502, "upstream-error")
@@ -194,13 +196,15 @@ def test_anything_else_is_an_error_at_once(asked: Scene, raw: RawUpstream, sent:
 
 
 @pytest.mark.parametrize("sent", [NO_FORMS["a long body"], OTHER[:-1]])
-def test_a_status_is_told_though_the_answer_is_not_complete(asked: Scene, raw: RawUpstream, sent: bytes) -> None:
+def test_a_status_is_told_though_the_answer_is_not_complete(
+    asked: GatewayFixture, raw: RawUpstream, sent: bytes
+) -> None:
     raw.script(Turn((sent,), "close"))
     assert cache_status(asked.ask(b'[{"steps":2}]')) == "fwd=miss; fwd-status=200"
 
 
-def test_what_is_sent_is_the_question_and_our_own_headers(open_gateway: Opened, raw: RawUpstream) -> None:
-    scene = open_gateway(upstream={"base_url": raw.url + "/a%2fb/"})
+def test_what_is_sent_is_the_question_and_our_own_headers(open_gateway: OpenGateway, raw: RawUpstream) -> None:
+    gateway = open_gateway(upstream={"base_url": raw.url + "/a%2fb/"})
     body, query = '[{"prompt":"é","steps":2}]'.encode(), "type=image&q=%zz'\"+{}|"
     headers = {
         "content-type": "application/json",
@@ -209,7 +213,7 @@ def test_what_is_sent_is_the_question_and_our_own_headers(open_gateway: Opened, 
         "user-agent": "team",
         "accept": "x/y",
     }
-    assert scene.client.post(f"{PATH}?{query}", content=body, headers=headers).status_code == 200
+    assert gateway.client.post(f"{PATH}?{query}", content=body, headers=headers).status_code == 200
     (request,) = raw.requests
     assert request.line == b"POST /a%2fb/pub/v1/generations/estimate?type=image&q=%zz'%22+{}| HTTP/1.1"
     assert request.body == body
@@ -242,7 +246,7 @@ def served(certified: Certificates) -> ssl.SSLContext:
 
 @pytest.mark.parametrize("trusted", [True, False])
 def test_a_ca_file_is_trusted_instead_of_the_systems_and_of_the_environments(
-    open_gateway: Opened,
+    open_gateway: OpenGateway,
     certified: Certificates,
     served: ssl.SSLContext,
     monkeypatch: pytest.MonkeyPatch,
@@ -252,8 +256,8 @@ def test_a_ca_file_is_trusted_instead_of_the_systems_and_of_the_environments(
     monkeypatch.setenv("SSL_CERT_FILE", str(certified.ca))
     with raw_upstream(served) as raw:
         ca = {"ca_file": certified.ca} if trusted else {}
-        scene = open_gateway(upstream={"base_url": raw.url, **ca})
-        responses = [scene.ask(b'[{"steps":%d}]' % steps) for steps in (1, 2)]
+        gateway = open_gateway(upstream={"base_url": raw.url, **ca})
+        responses = [gateway.ask(b'[{"steps":%d}]' % steps) for steps in (1, 2)]
     if trusted:
         assert [response.json()["data"]["estimated"] for response in responses] == [1, 2]
         assert raw.connections == 1
@@ -268,7 +272,7 @@ WAYS = [(proxy, upstream) for proxy in ("http", "https") for upstream in ("http"
 
 @pytest.mark.parametrize(("proxy_scheme", "upstream_scheme"), WAYS)
 def test_a_proxy_on_the_way(
-    open_gateway: Opened, certified: Certificates, served: ssl.SSLContext, proxy_scheme: str, upstream_scheme: str
+    open_gateway: OpenGateway, certified: Certificates, served: ssl.SSLContext, proxy_scheme: str, upstream_scheme: str
 ) -> None:
     credentials = b"Basic dTpww6TDn3c6QC9vcmQ="
     with (
@@ -276,8 +280,8 @@ def test_a_proxy_on_the_way(
         raw_proxy(served if proxy_scheme == "https" else None) as proxy,
     ):
         proxy_url = f"{proxy_scheme}://u:p%C3%A4%C3%9Fw%3A%40%2Ford@127.0.0.1:{proxy.port}"
-        scene = open_gateway(upstream={"base_url": raw.url, "proxy": proxy_url, "ca_file": certified.ca})
-        assert [estimate(scene, steps) for steps in (1, 2)] == [1, 2]
+        gateway = open_gateway(upstream={"base_url": raw.url, "proxy": proxy_url, "ca_file": certified.ca})
+        assert [estimate(gateway, steps) for steps in (1, 2)] == [1, 2]
         seen = proxy.requests[0]
         assert seen.headers[b"proxy-authorization"] == credentials
         assert seen.headers[b"user-agent"] == f"estimate-proxy/{__version__}".encode()
@@ -291,21 +295,21 @@ def test_a_proxy_on_the_way(
             assert b"proxy-authorization" not in raw.requests[0].headers
 
 
-def test_a_proxy_without_credentials_gets_none(open_gateway: Opened, raw: RawUpstream) -> None:
+def test_a_proxy_without_credentials_gets_none(open_gateway: OpenGateway, raw: RawUpstream) -> None:
     with raw_proxy() as proxy:
-        scene = open_gateway(upstream={"base_url": raw.url, "proxy": f"http://127.0.0.1:{proxy.port}"})
-        assert estimate(scene, 2) == 2
+        gateway = open_gateway(upstream={"base_url": raw.url, "proxy": f"http://127.0.0.1:{proxy.port}"})
+        assert estimate(gateway, 2) == 2
     assert b"proxy-authorization" not in proxy.requests[0].headers
 
 
 def test_a_proxy_that_refuses_is_an_error_and_no_word_of_it_is_logged(
-    open_gateway: Opened, certified: Certificates, served: ssl.SSLContext, caplog: pytest.LogCaptureFixture
+    open_gateway: OpenGateway, certified: Certificates, served: ssl.SSLContext, caplog: pytest.LogCaptureFixture
 ) -> None:
     refusal = b"HTTP/1.1 407 Who is pass-word?\r\ncontent-length: 0\r\nproxy-authenticate: Basic\r\n\r\n"
     with raw_upstream(served) as raw, raw_proxy(refuses=refusal) as proxy:
         proxy_url = f"http://user-name:pass-word@127.0.0.1:{proxy.port}"
-        scene = open_gateway(upstream={"base_url": raw.url, "proxy": proxy_url, "ca_file": certified.ca})
-        response = scene.ask()
+        gateway = open_gateway(upstream={"base_url": raw.url, "proxy": proxy_url, "ca_file": certified.ca})
+        response = gateway.ask()
     assert (response.status_code, code_of(response)) == (502, "upstream-error")
     assert "ClientHttpProxyError: 407" in caplog.text
     for word in ("user-name", "pass-word", "dXNlci1uYW1lOnBhc3Mtd29yZA=="):
@@ -313,7 +317,7 @@ def test_a_proxy_that_refuses_is_an_error_and_no_word_of_it_is_logged(
 
 
 def test_the_environments_proxies_are_not_used(
-    open_gateway: Opened, raw: RawUpstream, monkeypatch: pytest.MonkeyPatch
+    open_gateway: OpenGateway, raw: RawUpstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")

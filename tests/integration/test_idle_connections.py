@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import pytest
 import redis
 
-from faulty_proxy import Relay
+from faulty_proxy import FaultyProxy
 from proxy.problems import StoreOutcomeUnknown, StoreUnavailable
 from proxy.store.client import COOLDOWN_S, Script, Store
 
@@ -20,11 +20,11 @@ def server(any_store_url: str) -> Iterator[redis.Redis]:
         yield client
 
 
-def play(way: Relay, story: Callable[[Store], Awaitable[None]]) -> None:
+def run_scenario(store_proxy: FaultyProxy, scenario: Callable[[Store], Awaitable[None]]) -> None:
     async def played() -> None:
-        store = Store(way.url, "ledger")
+        store = Store(store_proxy.url, "ledger")
         try:
-            await story(store)
+            await scenario(store)
         finally:
             await store.close()
 
@@ -49,23 +49,25 @@ def calls(server: redis.Redis) -> int:
     return int(server.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0))
 
 
-def test_one_that_was_reset_costs_nothing(way: Relay, server: redis.Redis) -> None:
-    async def story(store: Store) -> None:
+def test_one_that_was_reset_costs_nothing(store_proxy: FaultyProxy, server: redis.Redis) -> None:
+    async def scenario(store: Store) -> None:
         await spread(store)
         before = calls(server)
-        await asyncio.to_thread(way.tear)
+        await asyncio.to_thread(store_proxy.reset_connections)
         await asyncio.sleep(0.05)  # the loop is told of it, as of anything else
         await put(store)
         assert calls(server) == before + 1
 
-    play(way, story)
+    run_scenario(store_proxy, scenario)
 
 
-def test_of_those_that_a_firewall_has_forgotten_only_the_first_costs_a_debit(way: Relay, server: redis.Redis) -> None:
-    async def story(store: Store) -> None:
+def test_of_those_that_a_firewall_has_forgotten_only_the_first_costs_a_debit(
+    store_proxy: FaultyProxy, server: redis.Redis
+) -> None:
+    async def scenario(store: Store) -> None:
         await spread(store)
         before = calls(server)
-        way.forget()
+        store_proxy.drop_silently()
         with pytest.raises(StoreOutcomeUnknown):
             await put(store)
         with pytest.raises(StoreUnavailable, match="cool-down"):
@@ -74,13 +76,13 @@ def test_of_those_that_a_firewall_has_forgotten_only_the_first_costs_a_debit(way
         await spread(store)
         assert calls(server) == before + CONNECTIONS
 
-    play(way, story)
+    run_scenario(store_proxy, scenario)
 
 
-def test_what_only_looks_is_answered_though_a_firewall_has_forgotten_the_way(way: Relay) -> None:
-    async def story(store: Store) -> None:
+def test_what_only_looks_is_answered_though_a_firewall_has_forgotten_the_way(store_proxy: FaultyProxy) -> None:
+    async def scenario(store: Store) -> None:
         await spread(store)
-        way.forget()
+        store_proxy.drop_silently()
         assert (await store.call(LOOK, "ep1:{idle}:price"))[0] is None
 
-    play(way, story)
+    run_scenario(store_proxy, scenario)

@@ -6,7 +6,20 @@ from collections import Counter
 import pytest
 import redis
 
-from ledger_fixture import CREDIT, FAILED, HIT, PLAIN, Desk, calls, play, quota, rows, terms, used, word
+from ledger_fixture import (
+    CREDIT,
+    FAILED,
+    HIT,
+    PLAIN,
+    LedgerFixture,
+    calls,
+    quota,
+    rows,
+    run_scenario,
+    terms,
+    used,
+    word,
+)
 from proxy.problems import Outcome
 from proxy.quota.batches import LedgerBatcher
 from proxy.quota.ledger_script import MAX_BATCH_ENTRIES
@@ -14,14 +27,14 @@ from proxy.quota.quotas import Charge, Quota
 
 
 def test_what_is_asked_in_one_turn_is_decided_in_one_call_and_in_order(any_store_url: str, server: redis.Redis) -> None:
-    async def story(desk: Desk) -> None:
+    async def scenario(fixture: LedgerFixture) -> None:
         before = calls(server)
-        asked = [desk.ledger.charge(terms(quota(3), team=team), HIT) for team in ("design", "film") * 5]
+        asked = [fixture.ledger.charge(terms(quota(3), team=team), HIT) for team in ("design", "film") * 5]
         words = list(map(word, await asyncio.gather(*asked)))
         assert words == ["admitted"] * 6 + ["quota-exceeded"] * 4
         assert calls(server) - before == 1
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
 
 
 def test_requests_alike_are_one_entry_and_who_is_admitted_hears_how_the_team_stands_behind_all(
@@ -29,13 +42,13 @@ def test_requests_alike_are_one_entry_and_who_is_admitted_hears_how_the_team_sta
 ) -> None:
     limited, dear = terms(quota(4), quota(19 * CREDIT, "estimated_credits")), Charge(Outcome.HIT, 5 * CREDIT, "Flux")
 
-    async def story(desk: Desk) -> None:
-        asked = [desk.ledger.charge(limited, charge) for charge in (HIT, dear) * 3]
+    async def scenario(fixture: LedgerFixture) -> None:
+        asked = [fixture.ledger.charge(limited, charge) for charge in (HIT, dear) * 3]
         ends = await asyncio.gather(*asked)
         assert list(map(word, ends)) == ["admitted"] * 3 + ["quota-exceeded", "admitted", "quota-exceeded"]
         assert [end.quota_state and tuple(end.quota_state.used) for end in ends] == [(4, 17 * CREDIT)] * 6
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     assert rows(server) == {
         "Flux:hit:requests": 4,
         "Flux:hit:credits": 17 * CREDIT,
@@ -46,8 +59,8 @@ def test_requests_alike_are_one_entry_and_who_is_admitted_hears_how_the_team_sta
 def test_where_a_quota_warns_each_hears_for_itself(any_store_url: str, server: redis.Redis) -> None:
     warned = terms(Quota("team", "requests", "month", 2, refuse=False))
 
-    async def story(desk: Desk) -> None:
-        ends = await asyncio.gather(*(desk.ledger.charge(warned, HIT) for _ in range(4)))
+    async def scenario(fixture: LedgerFixture) -> None:
+        ends = await asyncio.gather(*(fixture.ledger.charge(warned, HIT) for _ in range(4)))
         quota_states = [end.quota_state for end in ends if end.quota_state]
         assert [(tuple(quota_state.used), bool(quota_state.warnings())) for quota_state in quota_states] == [
             ((1,), False),
@@ -56,22 +69,22 @@ def test_where_a_quota_warns_each_hears_for_itself(any_store_url: str, server: r
             ((4,), True),
         ]
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     assert used(server) == (4, 16 * CREDIT)
 
 
 def test_a_defect_of_ours_costs_its_batch_alone(
     any_store_url: str, server: redis.Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def story(desk: Desk) -> None:
+    async def scenario(fixture: LedgerFixture) -> None:
         with monkeypatch.context() as broken:
             broken.setattr(LedgerBatcher, "_call", _break)
-            ends = await asyncio.gather(*(desk.ledger.charge(PLAIN, HIT) for _ in range(3)))
+            ends = await asyncio.gather(*(fixture.ledger.charge(PLAIN, HIT) for _ in range(3)))
         assert list(map(word, ends)) == ["store-unavailable"] * 3
-        assert desk.metric("unanswered_debits_total") == 3
-        assert word(await desk.ledger.charge(PLAIN, HIT)) == "admitted"
+        assert fixture.metric("unanswered_debits_total") == 3
+        assert word(await fixture.ledger.charge(PLAIN, HIT)) == "admitted"
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     assert "the reason is for the log" in caplog.text
     assert used(server)[0] == 1
 
@@ -81,14 +94,16 @@ async def _break(*_: object) -> None:
 
 
 def test_a_batch_has_a_limit(any_store_url: str, server: redis.Redis) -> None:
-    async def story(desk: Desk) -> None:
+    async def scenario(fixture: LedgerFixture) -> None:
         before, limited = calls(server), terms(quota(2 * MAX_BATCH_ENTRIES + 1))
-        asked = (desk.ledger.charge(limited, Charge(Outcome.HIT, micro)) for micro in range(2 * MAX_BATCH_ENTRIES + 2))
+        asked = (
+            fixture.ledger.charge(limited, Charge(Outcome.HIT, micro)) for micro in range(2 * MAX_BATCH_ENTRIES + 2)
+        )
         words = list(map(word, await asyncio.gather(*asked)))
         assert Counter(words) == {"admitted": 2 * MAX_BATCH_ENTRIES + 1, "quota-exceeded": 1}
         assert calls(server) - before == 3
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     assert used(server)[0] == 2 * MAX_BATCH_ENTRIES + 1
 
 
@@ -96,9 +111,9 @@ def test_each_in_a_batch_has_its_own_fate(any_store_url: str, server: redis.Redi
     """What one gives back, the next one may have; and who has gone away was still counted."""
     limited = terms(quota(1))
 
-    async def story(desk: Desk) -> None:
-        first = await desk.admitted(limited)
-        decide = desk.decisions.decide
+    async def scenario(fixture: LedgerFixture) -> None:
+        first = await fixture.admitted(limited)
+        decide = fixture.batcher.decide
         tasks = [
             asyncio.ensure_future(decide("admit", limited, Charge(Outcome.CANCELLED))),
             asyncio.ensure_future(decide("refund", limited, FAILED, admitted_on=first.counters)),
@@ -114,7 +129,7 @@ def test_each_in_a_batch_has_its_own_fate(any_store_url: str, server: redis.Redi
         assert not isinstance(last_end, BaseException)
         assert list(map(word, (first_end, second_end, last_end))) == ["quota-exceeded", "admitted", "quota-exceeded"]
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     assert rows(server) == {
         "-:quota-exceeded:refused": 1,
         "-:upstream-error:refused": 1,

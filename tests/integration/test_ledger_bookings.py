@@ -14,12 +14,12 @@ from ledger_fixture import (
     KEYS,
     MISS,
     PLAIN,
-    Desk,
+    LedgerFixture,
     largest_flush,
     opened,
-    play,
     quota,
     rows,
+    run_scenario,
     terms,
     used,
     word,
@@ -34,11 +34,11 @@ from proxy.quota.quotas import Charge, Quota, Rate
 
 
 def test_a_charge_counts_for_the_team_and_the_organisation(any_store_url: str, server: redis.Redis) -> None:
-    async def story(desk: Desk) -> None:
+    async def scenario(fixture: LedgerFixture) -> None:
         for team in ("design", "design", "film"):
-            assert isinstance(await desk.ledger.charge(terms(team=team), HIT), Admitted)
+            assert isinstance(await fixture.ledger.charge(terms(team=team), HIT), Admitted)
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     assert rows(server) == {"Flux:hit:requests": 2, "Flux:hit:credits": 8 * CREDIT}
     assert used(server) == (2, 8 * CREDIT)
     assert used(server, None) == (3, 12 * CREDIT)
@@ -57,15 +57,15 @@ def test_a_charge_counts_for_the_team_and_the_organisation(any_store_url: str, s
 def test_a_question_counts_once_whatever_becomes_of_it(
     any_store_url: str, server: redis.Redis, charge: Charge, row: dict[str, int], credits_micro: int
 ) -> None:
-    async def story(desk: Desk) -> None:
-        admitted = await desk.admitted()
+    async def scenario(fixture: LedgerFixture) -> None:
+        admitted = await fixture.admitted()
         assert rows(server) == {"-:cancelled:requests": 1}, "it counts from the begin: should all end here, it has been"
         assert used(server) == (1, 0)
-        settled = await desk.ledger.settle(admitted, charge)
+        settled = await fixture.ledger.settle(admitted, charge)
         assert isinstance(settled, Admitted)
         assert settled.model == charge.model
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     assert rows(server) == row
     assert used(server) == used(server, None) == (1, credits_micro)
 
@@ -73,15 +73,15 @@ def test_a_question_counts_once_whatever_becomes_of_it(
 def test_what_is_not_answered_takes_no_quota(any_store_url: str, server: redis.Redis) -> None:
     limited = terms(quota(1), quota(1, scope="org"))
 
-    async def story(desk: Desk) -> None:
+    async def scenario(fixture: LedgerFixture) -> None:
         for _ in range(3):
-            quota_state = await desk.ledger.refund(await desk.admitted(limited), Outcome.UPSTREAM_BUSY)
+            quota_state = await fixture.ledger.refund(await fixture.admitted(limited), Outcome.UPSTREAM_BUSY)
             assert quota_state is not None
             assert quota_state.used == (0, 0)
-            assert isinstance(await desk.ledger.record_uncached(limited, Outcome.NOT_CACHED), Admitted)
-            assert isinstance(await desk.ledger.peek(limited, 7), Admitted)
+            assert isinstance(await fixture.ledger.record_uncached(limited, Outcome.NOT_CACHED), Admitted)
+            assert isinstance(await fixture.ledger.peek(limited, 7), Admitted)
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     assert rows(server) == {"-:upstream-busy:refused": 3, "-:not-cached:refused": 3}
     assert used(server) == used(server, None) == (0, 0)
 
@@ -90,16 +90,16 @@ def test_a_denied_request_debits_nothing(any_store_url: str, server: redis.Redis
     """Its own quota would have let it pass."""
     limited = terms(quota(9), quota(10 * CREDIT, "estimated_credits", "day", scope="org"))
 
-    async def story(desk: Desk) -> None:
-        assert isinstance(await desk.ledger.charge(terms(*limited.org_quotas, team="film"), HIT), Admitted)
-        assert isinstance(await desk.ledger.charge(limited, HIT), Admitted)
-        denied = await desk.ledger.charge(limited, HIT)
+    async def scenario(fixture: LedgerFixture) -> None:
+        assert isinstance(await fixture.ledger.charge(terms(*limited.org_quotas, team="film"), HIT), Admitted)
+        assert isinstance(await fixture.ledger.charge(limited, HIT), Admitted)
+        denied = await fixture.ledger.charge(limited, HIT)
         assert isinstance(denied, Denied)
         assert (denied.problem.status, denied.problem.members["violated-policies"]) == (402, ["org-credits-day"])
         assert denied.quota_state is not None
         assert denied.quota_state.used == (1, 8 * CREDIT)
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     assert rows(server) == {"Flux:hit:requests": 1, "Flux:hit:credits": 4 * CREDIT, "-:quota-exceeded:refused": 1}
     assert used(server) == (1, 4 * CREDIT)
     assert used(server, None) == (2, 8 * CREDIT)
@@ -108,16 +108,16 @@ def test_a_denied_request_debits_nothing(any_store_url: str, server: redis.Redis
 def test_a_price_that_passes_a_quota_gives_its_request_back(any_store_url: str, server: redis.Redis) -> None:
     limited = terms(quota(2), quota(6 * CREDIT, "estimated_credits"))
 
-    async def story(desk: Desk) -> None:
-        first, second = await desk.admitted(limited), await desk.admitted(limited)
-        assert word(await desk.ledger.charge(limited, HIT)) == "quota-exceeded", "both requests are taken"
-        assert word(await desk.ledger.settle(first, MISS)) == "admitted"
-        denied = await desk.ledger.settle(second, MISS)
+    async def scenario(fixture: LedgerFixture) -> None:
+        first, second = await fixture.admitted(limited), await fixture.admitted(limited)
+        assert word(await fixture.ledger.charge(limited, HIT)) == "quota-exceeded", "both requests are taken"
+        assert word(await fixture.ledger.settle(first, MISS)) == "admitted"
+        denied = await fixture.ledger.settle(second, MISS)
         assert isinstance(denied, Denied)
         assert (denied.problem.status, denied.problem.members["violated-policies"]) == (402, ["credits-month"])
-        assert word(await desk.ledger.charge(limited, Charge(Outcome.HIT, 2 * CREDIT, "Flux"))) == "admitted"
+        assert word(await fixture.ledger.charge(limited, Charge(Outcome.HIT, 2 * CREDIT, "Flux"))) == "admitted"
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     assert used(server) == (2, 6 * CREDIT)
     assert rows(server)["-:quota-exceeded:refused"] == 2
 
@@ -126,32 +126,38 @@ def test_a_price_that_passes_a_quota_gives_its_request_back(any_store_url: str, 
 def test_who_has_used_up_all_credits_asks_nobody(any_store_url: str) -> None:
     limited = terms(quota(4 * CREDIT, "estimated_credits"))
 
-    async def story(desk: Desk) -> None:
-        admitted = await desk.admitted(limited)
-        assert word(await desk.ledger.charge(limited, HIT)) == "admitted"
-        assert word(await desk.ledger.settle(admitted, Charge(Outcome.MISS, 0, "Flux"))) == "admitted", "it had begun"
+    async def scenario(fixture: LedgerFixture) -> None:
+        admitted = await fixture.admitted(limited)
+        assert word(await fixture.ledger.charge(limited, HIT)) == "admitted"
+        assert word(await fixture.ledger.settle(admitted, Charge(Outcome.MISS, 0, "Flux"))) == "admitted", (
+            "it had begun"
+        )
         for free in (Charge(Outcome.HIT, 0, "Flux"), Charge(Outcome.HIT)):
-            assert word(await desk.ledger.charge(limited, free)) == "quota-exceeded"
-        assert word(await desk.ledger.admit(limited)) == "quota-exceeded"
-        assert word(await desk.ledger.peek(limited, None)) == "quota-exceeded"
+            assert word(await fixture.ledger.charge(limited, free)) == "quota-exceeded"
+        assert word(await fixture.ledger.admit(limited)) == "quota-exceeded"
+        assert word(await fixture.ledger.peek(limited, None)) == "quota-exceeded"
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
 
 
 def test_a_rate_refuses_before_any_quota(any_store_url: str, server: redis.Redis) -> None:
     limited = terms(quota(0), rate=Rate(0.001, 2))
     fast = terms(rate=Rate(0.001, 2))
 
-    async def story(desk: Desk) -> None:
-        assert [word(await desk.ledger.charge(limited, HIT)) for _ in range(3)] == ["quota-exceeded"] * 3
-        assert [word(await desk.ledger.charge(fast, HIT)) for _ in range(3)] == ["admitted", "admitted", "rate-limited"]
-        denied = await desk.ledger.admit(limited)
+    async def scenario(fixture: LedgerFixture) -> None:
+        assert [word(await fixture.ledger.charge(limited, HIT)) for _ in range(3)] == ["quota-exceeded"] * 3
+        assert [word(await fixture.ledger.charge(fast, HIT)) for _ in range(3)] == [
+            "admitted",
+            "admitted",
+            "rate-limited",
+        ]
+        denied = await fixture.ledger.admit(limited)
         assert isinstance(denied, Denied)
         assert (denied.problem.code, denied.problem.status) == (Code.RATE_LIMITED, 429)
         assert denied.problem.retry_after_s is not None
         assert 990 < denied.problem.retry_after_s <= 1000
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     assert rows(server)["-:rate-limited:refused"] == 2
     assert used(server) == (2, 8 * CREDIT)
 
@@ -160,19 +166,19 @@ def test_a_quota_that_warns_is_passed_and_counted(any_store_url: str, server: re
     warned = terms(Quota("team", "requests", "day", 1, refuse=False))
     name, labels = "estimate_proxy_quota_warned_total", {"team": "design", "measure": "requests", "per": "day"}
 
-    async def story(desk: Desk) -> None:
-        await desk.ledger.charge(warned, HIT)
-        assert not desk.metrics.registry.get_sample_value(name, labels)
-        admission = await desk.ledger.charge(warned, HIT)
+    async def scenario(fixture: LedgerFixture) -> None:
+        await fixture.ledger.charge(warned, HIT)
+        assert not fixture.metrics.registry.get_sample_value(name, labels)
+        admission = await fixture.ledger.charge(warned, HIT)
         assert isinstance(admission, Admitted)
         assert admission.quota_state is not None
         assert admission.quota_state.warnings() == warned.quotas
-        admitted = await desk.admitted(warned)
-        assert desk.metrics.registry.get_sample_value(name, labels) == 1
-        await desk.ledger.settle(admitted, MISS)
-        assert desk.metrics.registry.get_sample_value(name, labels) == 2
+        admitted = await fixture.admitted(warned)
+        assert fixture.metrics.registry.get_sample_value(name, labels) == 1
+        await fixture.ledger.settle(admitted, MISS)
+        assert fixture.metrics.registry.get_sample_value(name, labels) == 2
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     assert used(server)[0] == 3
 
 
@@ -181,15 +187,15 @@ def test_many_gateways_together_pass_no_quota(any_store_url: str, server: redis.
     limit = quota(100 * CREDIT, "estimated_credits", scope="org")
 
     async def gateway(number: int) -> list[str]:
-        async with opened(any_store_url) as desk:
+        async with opened(any_store_url) as fixture:
             team = terms(limit, team=f"team-{number % 3}")
             charge = Charge(Outcome.HIT, 3 * CREDIT, "Flux")
-            return list(map(word, await asyncio.gather(*(desk.ledger.charge(team, charge) for _ in range(100)))))
+            return list(map(word, await asyncio.gather(*(fixture.ledger.charge(team, charge) for _ in range(100)))))
 
-    async def story() -> Counter[str]:
+    async def scenario() -> Counter[str]:
         return Counter(word for words in await asyncio.gather(*map(gateway, range(4))) for word in words)
 
-    assert asyncio.run(story()) == {"admitted": 33, "quota-exceeded": 367}
+    assert asyncio.run(scenario()) == {"admitted": 33, "quota-exceeded": 367}
     assert used(server, None) == (33, 99 * CREDIT)
 
 
@@ -200,16 +206,18 @@ def test_amounts_stay_exact_from_the_lowest_to_the_highest(any_store_url: str, s
     """In one batch, and in counters beyond 2**53, from where on Lua's numbers are not exact."""
     amounts = [DEAREST - 1, 1] * 20
 
-    async def story(desk: Desk) -> None:
+    async def scenario(fixture: LedgerFixture) -> None:
         limited = terms(quota(DEAREST + 1, "estimated_credits"), team="film")
         for micro, said in ((DEAREST, "admitted"), (2, "quota-exceeded"), (1, "admitted"), (1, "quota-exceeded")):
-            assert word(await desk.ledger.charge(limited, Charge(Outcome.HIT, micro, "Flux"))) == said
+            assert word(await fixture.ledger.charge(limited, Charge(Outcome.HIT, micro, "Flux"))) == said
         for name in ("first", "second"):
-            await desk.decisions.book(largest_flush(name, desk.decisions.counters(PLAIN), HIT))
-            await asyncio.gather(*(desk.ledger.charge(PLAIN, Charge(Outcome.HIT, micro, "Flux")) for micro in amounts))
-        assert isinstance(await desk.ledger.charge(PLAIN, Charge(Outcome.HIT, 1, "Flux")), Admitted)
+            await fixture.batcher.book(largest_flush(name, fixture.batcher.counters(PLAIN), HIT))
+            await asyncio.gather(
+                *(fixture.ledger.charge(PLAIN, Charge(Outcome.HIT, micro, "Flux")) for micro in amounts)
+            )
+        assert isinstance(await fixture.ledger.charge(PLAIN, Charge(Outcome.HIT, 1, "Flux")), Admitted)
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     total = 2 * MAX_BATCH_ENTRIES * MAX_ENTRY_MICRO + 40 * DEAREST + 1
     assert used(server) == (83, total)
     assert int(float(total)) != total, "the total has no exact Lua number"
@@ -219,25 +227,25 @@ def test_amounts_stay_exact_from_the_lowest_to_the_highest(any_store_url: str, s
 def test_the_first_models_have_a_name_of_their_own(any_store_url: str, server: redis.Redis) -> None:
     names = [f"Model {number}" for number in range(MAX_MODELS + 10)]
 
-    async def charge(desk: Desk, *names: str) -> list[str]:
-        asked = (desk.ledger.charge(PLAIN, Charge(Outcome.HIT, CREDIT, name)) for name in names)
+    async def charge(fixture: LedgerFixture, *names: str) -> list[str]:
+        asked = (fixture.ledger.charge(PLAIN, Charge(Outcome.HIT, CREDIT, name)) for name in names)
         return [admission.model for admission in await asyncio.gather(*asked) if isinstance(admission, Admitted)]
 
-    async def first(desk: Desk) -> None:
-        assert await charge(desk, *names[:10], "mixed", "-", "other", names[0]) == [
+    async def first(fixture: LedgerFixture) -> None:
+        assert await charge(fixture, *names[:10], "mixed", "-", "other", names[0]) == [
             *names[:10],
             "mixed",
             "-",
             "other",
             names[0],
         ]
-        assert await charge(desk, *names) == [*names[:MAX_MODELS], *["other"] * 10], "also within one batch"
+        assert await charge(fixture, *names) == [*names[:MAX_MODELS], *["other"] * 10], "also within one batch"
 
-    async def second(desk: Desk) -> None:
-        assert await charge(desk, names[0], names[-1], "mixed") == [names[0], "other", "mixed"]
+    async def second(fixture: LedgerFixture) -> None:
+        assert await charge(fixture, names[0], names[-1], "mixed") == [names[0], "other", "mixed"]
 
-    play(any_store_url, first)
-    play(any_store_url, second)
+    run_scenario(any_store_url, first)
+    run_scenario(any_store_url, second)
     assert server.smembers(KEYS.models) == {name.encode() for name in names[:MAX_MODELS]}
     named = {field.partition(":")[0]: amount for field, amount in rows(server).items() if field.endswith("requests")}
     assert len(named) == MAX_MODELS + 3

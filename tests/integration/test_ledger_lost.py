@@ -6,8 +6,8 @@ from time import time_ns
 import pytest
 import redis
 
-from faulty_proxy import GOOD, Relay
-from ledger_fixture import CREDIT, HIT, KEYS, PLAIN, Desk, opened, play, quota, terms, told, used
+from faulty_proxy import HEALTHY, FaultyProxy
+from ledger_fixture import CREDIT, HIT, KEYS, PLAIN, LedgerFixture, opened, quota, run_scenario, terms, told, used
 from proxy.quota.ledger import Admitted
 
 NEW = ("WARNING", "a new ledger begins: usage and quotas count from zero")
@@ -15,16 +15,16 @@ LOST = ("ERROR", "the ledger was lost: usage and quotas count from zero")
 
 
 def test_a_new_ledger_is_told_once(any_store_url: str, server: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
-    async def story(desk: Desk) -> None:
-        created_s = desk.metric("ledger_created_timestamp_seconds")
+    async def scenario(fixture: LedgerFixture) -> None:
+        created_s = fixture.metric("ledger_created_timestamp_seconds")
         assert abs(created_s - time_ns() / 1e9) < 60
         assert created_s == int(server.hget(KEYS.id, "created_ms") or 0) / 1000
-        await desk.ledger.charge(PLAIN, HIT)
-        assert desk.metric("ledger_lost_total") == 0
+        await fixture.ledger.charge(PLAIN, HIT)
+        assert fixture.metric("ledger_lost_total") == 0
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     assert told(caplog) == [NEW]
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     assert told(caplog) == []
 
 
@@ -32,14 +32,14 @@ def test_gateways_that_begin_together_raise_no_alarm(
     any_store_url: str, server: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def gateway() -> None:
-        async with opened(any_store_url) as desk:
-            await asyncio.gather(*(desk.ledger.charge(PLAIN, HIT) for _ in range(3)))
-            assert desk.metric("ledger_lost_total") == 0
+        async with opened(any_store_url) as fixture:
+            await asyncio.gather(*(fixture.ledger.charge(PLAIN, HIT) for _ in range(3)))
+            assert fixture.metric("ledger_lost_total") == 0
 
-    async def story() -> None:
+    async def scenario() -> None:
         await asyncio.gather(*(gateway() for _ in range(5)))
 
-    asyncio.run(story())
+    asyncio.run(scenario())
     assert told(caplog) == [NEW]
     assert used(server)[0] == 15
 
@@ -47,31 +47,33 @@ def test_gateways_that_begin_together_raise_no_alarm(
 def test_a_lost_ledger_is_an_error_once_for_each_gateway(
     any_store_url: str, server: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         async with opened(any_store_url) as one, opened(any_store_url) as other:
             for times in (1, 2):
                 told(caplog)
                 server.flushall()
-                for desk in (one, other, one, other):
-                    assert isinstance(await desk.ledger.charge(terms(quota(4)), HIT), Admitted)
+                for fixture in (one, other, one, other):
+                    assert isinstance(await fixture.ledger.charge(terms(quota(4)), HIT), Admitted)
                 assert told(caplog) == [LOST, LOST]
                 assert one.metric("ledger_lost_total") == other.metric("ledger_lost_total") == times
                 created_s = one.metric("ledger_created_timestamp_seconds")
                 assert created_s == int(server.hget(KEYS.id, "created_ms") or 0) / 1000
 
-    asyncio.run(story())
+    asyncio.run(scenario())
     assert used(server) == (4, 16 * CREDIT)
 
 
-@pytest.mark.usefixtures("server", "hurried")
-def test_a_ledger_that_is_out_of_reach_at_first_is_no_lost_one(way: Relay, caplog: pytest.LogCaptureFixture) -> None:
-    way.cut()
+@pytest.mark.usefixtures("server", "fast_recovery")
+def test_a_ledger_that_is_out_of_reach_at_first_is_no_lost_one(
+    store_proxy: FaultyProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    store_proxy.cut()
 
-    async def story(desk: Desk) -> None:
+    async def scenario(fixture: LedgerFixture) -> None:
         assert any("usage and quotas are unknown" in message for _, message in told(caplog))
-        way.become(GOOD)
-        await desk.until_back()
-        assert desk.metric("ledger_lost_total") == 0
+        store_proxy.set_conditions(HEALTHY)
+        await fixture.until_back()
+        assert fixture.metric("ledger_lost_total") == 0
         assert NEW in told(caplog)
 
-    play(way.url, story)
+    run_scenario(store_proxy.url, scenario)

@@ -17,9 +17,9 @@ from ledger_fixture import (
     PLAIN,
     SLOW,
     ZONE,
-    Desk,
+    LedgerFixture,
     everything,
-    play,
+    run_scenario,
     terms,
     told,
     used,
@@ -57,20 +57,23 @@ def replica(server: redis.Redis) -> Iterator[None]:
 def test_a_store_that_objects_writes_nothing(
     any_store_url: str, server: redis.Redis, trouble: Callable[[redis.Redis], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def story(desk: Desk) -> None:
-        admitted = await desk.admitted(SLOW)
+    async def scenario(fixture: LedgerFixture) -> None:
+        admitted = await fixture.admitted(SLOW)
         before = everything(server)
         told(caplog)
         with trouble(server):
             for _ in range(3):
-                for asked in (desk.ledger.charge(SLOW, HIT), desk.ledger.admit(terms(team="film", rate=SLOW.rate))):
+                for asked in (
+                    fixture.ledger.charge(SLOW, HIT),
+                    fixture.ledger.admit(terms(team="film", rate=SLOW.rate)),
+                ):
                     assert word(await asked) == "store-unavailable"
             assert everything(server) == before
         assert len(told(caplog)) == 1, "no line a request"
-        assert word(await desk.ledger.settle(admitted, MISS)) == "admitted"
-        assert desk.metric("unanswered_debits_total") == 0, "it is known that nothing was booked"
+        assert word(await fixture.ledger.settle(admitted, MISS)) == "admitted"
+        assert fixture.metric("unanswered_debits_total") == 0, "it is known that nothing was booked"
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     assert used(server) == (1, 4 * CREDIT)
 
 
@@ -80,32 +83,32 @@ def test_a_counter_that_would_overflow_refuses_before_any_write(
 ) -> None:
     month = KEYS.counter(None, "month", window_of("month", int(server.time()[0]), ZONE))
 
-    async def story(desk: Desk) -> None:
-        await desk.ledger.charge(SLOW, HIT)
+    async def scenario(fixture: LedgerFixture) -> None:
+        await fixture.ledger.charge(SLOW, HIT)
         server.hset(month, field, 81 * 10**17)
         before = everything(server)
-        for asked in (desk.ledger.charge(SLOW, HIT), desk.ledger.admit(terms(team="film", rate=SLOW.rate))):
+        for asked in (fixture.ledger.charge(SLOW, HIT), fixture.ledger.admit(terms(team="film", rate=SLOW.rate))):
             assert word(await asked) == "store-unavailable"
         assert everything(server) == before
         server.hset(month, "credits", 4 * 10**18 - DEAREST)
         server.hset(month, "requests", 1)
         before = everything(server)
         dear = Charge(Outcome.HIT, DEAREST, "Flux")
-        words = list(map(word, await asyncio.gather(*(desk.ledger.charge(SLOW, dear) for _ in range(2)))))
+        words = list(map(word, await asyncio.gather(*(fixture.ledger.charge(SLOW, dear) for _ in range(2)))))
         assert words == ["store-unavailable"] * 2
         assert everything(server) == before
-        assert word(await desk.ledger.charge(SLOW, dear)) == "admitted"
+        assert word(await fixture.ledger.charge(SLOW, dear)) == "admitted"
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
 
 
-@pytest.mark.usefixtures("hurried")
+@pytest.mark.usefixtures("fast_recovery")
 def test_what_a_read_only_store_refuses_is_owed_to_it(any_store_url: str, server: redis.Redis) -> None:
-    async def story(desk: Desk) -> None:
+    async def scenario(fixture: LedgerFixture) -> None:
         with replica(server):
-            assert word(await desk.ledger.charge(PLAIN, HIT)) == "admitted"
+            assert word(await fixture.ledger.charge(PLAIN, HIT)) == "admitted"
             assert used(server) == (0, 0)
-        await desk.until_paid()
+        await fixture.until_paid()
 
-    play(any_store_url, story, admits=True)
+    run_scenario(any_store_url, scenario, admits=True)
     assert used(server) == (1, 4 * CREDIT)

@@ -7,7 +7,7 @@ from time import time_ns
 import pytest
 import redis
 
-from faulty_proxy import GOOD, Relay, Way
+from faulty_proxy import HEALTHY, Conditions, FaultyProxy
 from ledger_fixture import (
     CREDIT,
     DAY_S,
@@ -18,14 +18,14 @@ from ledger_fixture import (
     MISS,
     PLAIN,
     ZONE,
-    Desk,
-    Skewed,
+    LedgerFixture,
+    SkewedClock,
     calls,
     cut,
     hashes,
-    play,
     quota,
     rows,
+    run_scenario,
     terms,
     told,
     used,
@@ -37,32 +37,32 @@ from proxy.quota.quotas import Charge
 from proxy.quota.windows import day_of, start_of, window_of
 
 
-@pytest.mark.usefixtures("hurried")
-def test_what_is_admitted_in_an_outage_is_booked_once_behind_it(way: Relay, server: redis.Redis) -> None:
-    async def story(desk: Desk) -> None:
-        settled, failed, refunded, cancelled = [await desk.admitted(terms(quota(4))) for _ in range(4)]
-        await cut(way)
+@pytest.mark.usefixtures("fast_recovery")
+def test_what_is_admitted_in_an_outage_is_booked_once_behind_it(store_proxy: FaultyProxy, server: redis.Redis) -> None:
+    async def scenario(fixture: LedgerFixture) -> None:
+        settled, failed, refunded, cancelled = [await fixture.admitted(terms(quota(4))) for _ in range(4)]
+        await cut(store_proxy)
         for _ in range(3):
-            admission = await desk.ledger.charge(terms(quota(0)), HIT)
+            admission = await fixture.ledger.charge(terms(quota(0)), HIT)
             assert isinstance(admission, Admitted)
             assert (admission.quota_state, admission.booked, admission.model) == (None, False, "other")
-        unseen = await desk.admitted()
+        unseen = await fixture.admitted()
         assert (unseen.quota_state, unseen.booked, unseen.model) == (None, False, "-")
-        assert word(await desk.ledger.record_uncached(PLAIN, Outcome.NOT_CACHED)) == "admitted"
-        assert word(await desk.ledger.settle(settled, MISS)) == "admitted"
-        assert word(await desk.ledger.settle(failed, FAILED)) == "admitted"
-        assert word(await desk.ledger.settle(cancelled, Charge(Outcome.CANCELLED))) == "admitted"
-        assert await desk.ledger.refund(refunded, Outcome.UPSTREAM_BUSY) is None
-        assert await desk.ledger.refund(await desk.admitted(), Outcome.UPSTREAM_BUSY) is None
-        assert desk.metric("buffered_debits") == 5
+        assert word(await fixture.ledger.record_uncached(PLAIN, Outcome.NOT_CACHED)) == "admitted"
+        assert word(await fixture.ledger.settle(settled, MISS)) == "admitted"
+        assert word(await fixture.ledger.settle(failed, FAILED)) == "admitted"
+        assert word(await fixture.ledger.settle(cancelled, Charge(Outcome.CANCELLED))) == "admitted"
+        assert await fixture.ledger.refund(refunded, Outcome.UPSTREAM_BUSY) is None
+        assert await fixture.ledger.refund(await fixture.admitted(), Outcome.UPSTREAM_BUSY) is None
+        assert fixture.metric("buffered_debits") == 5
         assert rows(server) == {"-:cancelled:requests": 4}
-        way.become(GOOD)
-        await desk.until_paid()
-        assert word(await desk.ledger.settle(unseen, MISS)) == "admitted", "it stands nowhere yet"
-        await desk.until_paid()
-        assert desk.metric("unanswered_debits_total") == 0
+        store_proxy.set_conditions(HEALTHY)
+        await fixture.until_paid()
+        assert word(await fixture.ledger.settle(unseen, MISS)) == "admitted", "it stands nowhere yet"
+        await fixture.until_paid()
+        assert fixture.metric("unanswered_debits_total") == 0
 
-    play(way.url, story, admits=True)
+    run_scenario(store_proxy.url, scenario, admits=True)
     assert rows(server) == {
         "Flux:hit:requests": 3,
         "Flux:hit:credits": 12 * CREDIT,
@@ -74,26 +74,26 @@ def test_what_is_admitted_in_an_outage_is_booked_once_behind_it(way: Relay, serv
     assert used(server) == used(server, None) == (7, 20 * CREDIT)
 
 
-@pytest.mark.usefixtures("hurried")
+@pytest.mark.usefixtures("fast_recovery")
 def test_what_was_admitted_in_an_outage_is_booked_in_the_windows_of_then(
-    way: Relay, server: redis.Redis, clock: Skewed
+    store_proxy: FaultyProxy, server: redis.Redis, clock: SkewedClock
 ) -> None:
     days: list[date] = []
 
-    async def story(desk: Desk) -> None:
-        seen = await desk.admitted()
+    async def scenario(fixture: LedgerFixture) -> None:
+        seen = await fixture.admitted()
         days.append(day_of(time_ns() // 10**9, ZONE))
-        await cut(way)
-        await desk.ledger.charge(PLAIN, HIT)
-        unseen = await desk.admitted()
+        await cut(store_proxy)
+        await fixture.ledger.charge(PLAIN, HIT)
+        unseen = await fixture.admitted()
         clock.ahead_s = DAY_S
-        await desk.ledger.charge(PLAIN, Charge(Outcome.STALE, CREDIT, "Flux"))
+        await fixture.ledger.charge(PLAIN, Charge(Outcome.STALE, CREDIT, "Flux"))
         for admitted in (seen, unseen):
-            assert word(await desk.ledger.settle(admitted, MISS)) == "admitted"
-        way.become(GOOD)
-        await desk.until_paid()
+            assert word(await fixture.ledger.settle(admitted, MISS)) == "admitted"
+        store_proxy.set_conditions(HEALTHY)
+        await fixture.until_paid()
 
-    play(way.url, story, admits=True)
+    run_scenario(store_proxy.url, scenario, admits=True)
     today, tomorrow = days[0], days[0] + timedelta(days=1)
     assert hashes(server, "u:*") == {
         KEYS.usage("design", today): {
@@ -115,121 +115,125 @@ def test_what_was_admitted_in_an_outage_is_booked_in_the_windows_of_then(
         }
 
 
-@pytest.mark.usefixtures("hurried")
-def test_a_flush_without_a_reply_is_repeated_and_books_once(way: Relay, server: redis.Redis) -> None:
-    async def story(desk: Desk) -> None:
-        await cut(way)
+@pytest.mark.usefixtures("fast_recovery")
+def test_a_flush_without_a_reply_is_repeated_and_books_once(store_proxy: FaultyProxy, server: redis.Redis) -> None:
+    async def scenario(fixture: LedgerFixture) -> None:
+        await cut(store_proxy)
         for _ in range(3):
-            await desk.ledger.charge(PLAIN, HIT)
+            await fixture.ledger.charge(PLAIN, HIT)
         before = calls(server)
-        way.become(Way(swallows=b"EVALSHA"))
-        await asyncio.to_thread(way.swallowed.wait, 10)
-        await desk.until(lambda: calls(server) - before >= 2)
-        assert desk.metric("buffered_debits") == 3
+        store_proxy.set_conditions(Conditions(swallows=b"EVALSHA"))
+        await asyncio.to_thread(store_proxy.swallowed.wait, 10)
+        await fixture.until(lambda: calls(server) - before >= 2)
+        assert fixture.metric("buffered_debits") == 3
         assert used(server) == (3, 12 * CREDIT)
-        way.become(GOOD)
-        await desk.until_paid()
+        store_proxy.set_conditions(HEALTHY)
+        await fixture.until_paid()
         assert used(server) == (3, 12 * CREDIT)
         assert len(server.keys("ep1:{acme}:flush:*")) == 1
-        assert desk.metric("unanswered_debits_total") == 0
+        assert fixture.metric("unanswered_debits_total") == 0
 
-    play(way.url, story, admits=True)
+    run_scenario(store_proxy.url, scenario, admits=True)
     (flush,) = server.keys("ep1:{acme}:flush:*")
     assert 23 * 3600 < server.ttl(flush) <= 86_400
 
 
 def test_what_is_owed_is_booked_when_the_gateway_closes(
-    way: Relay, server: redis.Redis, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    store_proxy: FaultyProxy, server: redis.Redis, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("proxy.store.health.COOLDOWN_S", 0.0)
     monkeypatch.setattr("proxy.quota.ledger.FLUSH_EVERY_S", 3600)
 
-    async def story(desk: Desk) -> None:
-        await cut(way)
+    async def scenario(fixture: LedgerFixture) -> None:
+        await cut(store_proxy)
         for _ in range(3):
-            await desk.ledger.charge(PLAIN, HIT)
+            await fixture.ledger.charge(PLAIN, HIT)
         if comes_back:
-            way.become(GOOD)
+            store_proxy.set_conditions(HEALTHY)
 
     for comes_back in (True, False):
-        way.become(GOOD)
+        store_proxy.set_conditions(HEALTHY)
         told(caplog)
-        play(way.url, story, admits=True)
+        run_scenario(store_proxy.url, scenario, admits=True)
         lost = ("ERROR", "the debits of 3 requests are lost: the ledger stayed out of reach")
         assert (lost in told(caplog)) == (not comes_back)
     assert used(server) == (3, 12 * CREDIT)
 
 
-@pytest.mark.usefixtures("hurried")
-def test_a_full_backlog_refuses(way: Relay, server: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("fast_recovery")
+def test_a_full_backlog_refuses(store_proxy: FaultyProxy, server: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.quota.ledger.MAX_BACKLOG_ROWS", 2)
 
-    async def story(desk: Desk) -> None:
-        seen, other_seen = await desk.admitted(), await desk.admitted()
-        await cut(way)
-        assert word(await desk.ledger.charge(PLAIN, HIT)) == "admitted"
-        unseen = await desk.admitted()
-        assert word(await desk.ledger.charge(terms(team="film"), HIT)) == "admitted"
-        for asked in (desk.ledger.charge(PLAIN, MISS), desk.ledger.admit(PLAIN), desk.ledger.settle(unseen, MISS)):
+    async def scenario(fixture: LedgerFixture) -> None:
+        seen, other_seen = await fixture.admitted(), await fixture.admitted()
+        await cut(store_proxy)
+        assert word(await fixture.ledger.charge(PLAIN, HIT)) == "admitted"
+        unseen = await fixture.admitted()
+        assert word(await fixture.ledger.charge(terms(team="film"), HIT)) == "admitted"
+        for asked in (
+            fixture.ledger.charge(PLAIN, MISS),
+            fixture.ledger.admit(PLAIN),
+            fixture.ledger.settle(unseen, MISS),
+        ):
             assert word(await asked) == "store-unavailable"
-        assert word(await desk.ledger.settle(seen, MISS)) == "store-unavailable"
-        assert await desk.ledger.refund(other_seen, Outcome.UPSTREAM_BUSY) is None
-        assert word(await desk.ledger.charge(PLAIN, HIT)) == "admitted", "it adds to a sum that is there"
-        assert desk.metric("buffered_debits") == 3
-        way.become(GOOD)
-        await desk.until_paid()
-        await desk.admitted()
+        assert word(await fixture.ledger.settle(seen, MISS)) == "store-unavailable"
+        assert await fixture.ledger.refund(other_seen, Outcome.UPSTREAM_BUSY) is None
+        assert word(await fixture.ledger.charge(PLAIN, HIT)) == "admitted", "it adds to a sum that is there"
+        assert fixture.metric("buffered_debits") == 3
+        store_proxy.set_conditions(HEALTHY)
+        await fixture.until_paid()
+        await fixture.admitted()
 
-    play(way.url, story, admits=True)
+    run_scenario(store_proxy.url, scenario, admits=True)
     assert rows(server) == {"Flux:hit:requests": 2, "Flux:hit:credits": 8 * CREDIT, "-:cancelled:requests": 3}
     assert used(server) == (5, 8 * CREDIT)
     assert used(server, None) == (6, 12 * CREDIT)
 
 
-@pytest.mark.usefixtures("hurried")
+@pytest.mark.usefixtures("fast_recovery")
 def test_a_settlement_that_finds_no_room_leaves_its_request_as_it_stands(
-    way: Relay, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    store_proxy: FaultyProxy, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would take two sums: what has been admitted is taken back, and what it has come to is counted."""
     monkeypatch.setattr("proxy.quota.ledger.MAX_BACKLOG_ROWS", 1)
 
-    async def story(desk: Desk) -> None:
-        first, second = await desk.admitted(), await desk.admitted()
-        await cut(way)
-        assert word(await desk.ledger.settle(first, MISS)) == "store-unavailable"
-        assert word(await desk.ledger.settle(second, Charge(Outcome.CANCELLED))) == "admitted"
-        way.become(GOOD)
-        await desk.until_paid()
+    async def scenario(fixture: LedgerFixture) -> None:
+        first, second = await fixture.admitted(), await fixture.admitted()
+        await cut(store_proxy)
+        assert word(await fixture.ledger.settle(first, MISS)) == "store-unavailable"
+        assert word(await fixture.ledger.settle(second, Charge(Outcome.CANCELLED))) == "admitted"
+        store_proxy.set_conditions(HEALTHY)
+        await fixture.until_paid()
 
-    play(way.url, story, admits=True)
+    run_scenario(store_proxy.url, scenario, admits=True)
     assert rows(server) == {"-:cancelled:requests": 2}
     assert used(server) == (2, 0)
 
 
-@pytest.mark.usefixtures("hurried")
-def test_buffered_debits_stay_exact(way: Relay, server: redis.Redis) -> None:
+@pytest.mark.usefixtures("fast_recovery")
+def test_buffered_debits_stay_exact(store_proxy: FaultyProxy, server: redis.Redis) -> None:
     """Together they are more than 2**53, from where on Lua's numbers are not exact: several calls book them."""
 
-    async def story(desk: Desk) -> None:
-        await cut(way)
+    async def scenario(fixture: LedgerFixture) -> None:
+        await cut(store_proxy)
         dear = Charge(Outcome.HIT, DEAREST - 1, "Flux")
-        await asyncio.gather(*(desk.ledger.charge(PLAIN, dear) for _ in range(9101)))
-        way.become(GOOD)
-        await desk.until_paid()
+        await asyncio.gather(*(fixture.ledger.charge(PLAIN, dear) for _ in range(9101)))
+        store_proxy.set_conditions(HEALTHY)
+        await fixture.until_paid()
 
-    play(way.url, story, admits=True)
+    run_scenario(store_proxy.url, scenario, admits=True)
     total = 9101 * (DEAREST - 1)
     assert used(server) == (9101, total)
     assert int(float(total)) != total
 
 
-def test_a_settlement_outlives_its_request(way: Relay, server: redis.Redis) -> None:
-    async def story(desk: Desk) -> None:
-        admitted, refunded = await desk.admitted(), await desk.admitted()
-        way.become(Way(latency_s=0.05))
+def test_a_settlement_outlives_its_request(store_proxy: FaultyProxy, server: redis.Redis) -> None:
+    async def scenario(fixture: LedgerFixture) -> None:
+        admitted, refunded = await fixture.admitted(), await fixture.admitted()
+        store_proxy.set_conditions(Conditions(latency_s=0.05))
         tasks = [
-            asyncio.ensure_future(desk.ledger.settle(admitted, MISS)),
-            asyncio.ensure_future(desk.ledger.refund(refunded, Outcome.UPSTREAM_BUSY)),
+            asyncio.ensure_future(fixture.ledger.settle(admitted, MISS)),
+            asyncio.ensure_future(fixture.ledger.refund(refunded, Outcome.UPSTREAM_BUSY)),
         ]
         await asyncio.sleep(0)
         for task in tasks:
@@ -237,6 +241,6 @@ def test_a_settlement_outlives_its_request(way: Relay, server: redis.Redis) -> N
         ends = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(end, asyncio.CancelledError) for end in ends)
 
-    play(way.url, story)
+    run_scenario(store_proxy.url, scenario)
     assert rows(server) == {"Flux:miss:requests": 1, "Flux:miss:credits": 4 * CREDIT, "-:upstream-busy:refused": 1}
     assert used(server) == (1, 4 * CREDIT)

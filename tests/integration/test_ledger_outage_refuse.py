@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import redis
 
-from faulty_proxy import GOOD, Relay, Way
+from faulty_proxy import HEALTHY, Conditions, FaultyProxy
 from lateness import assert_in_time
-from ledger_fixture import CREDIT, HIT, MISS, PLAIN, Desk, calls, cut, play, rows, used, word
+from ledger_fixture import CREDIT, HIT, MISS, PLAIN, LedgerFixture, calls, cut, rows, run_scenario, used, word
 from proxy.problems import Outcome, StoreUnavailable
 from proxy.quota.ledger import Admitted, Denied
 from proxy.store.client import TICK_S, TIMEOUT_S
@@ -45,106 +45,112 @@ def test_a_store_that_hangs_costs_a_moment_and_is_asked_nothing_twice(
     rest_s = 0.2
     monkeypatch.setattr("proxy.store.health.COOLDOWN_S", rest_s)
 
-    async def story(desk: Desk) -> None:
-        admitted = await desk.admitted()
+    async def scenario(fixture: LedgerFixture) -> None:
+        admitted = await fixture.admitted()
         before, waits_s = calls(server), []
         with stopped(server):
             for _ in range(3):
-                asked = [desk.ledger.charge(PLAIN, HIT) for _ in range(5)]
+                asked = [fixture.ledger.charge(PLAIN, HIT) for _ in range(5)]
                 answers = await asyncio.gather(
-                    *map(timed, [*asked, desk.ledger.record_uncached(PLAIN, Outcome.NOT_CACHED)])
+                    *map(timed, [*asked, fixture.ledger.record_uncached(PLAIN, Outcome.NOT_CACHED)])
                 )
                 assert {said for said, _ in answers} == {"store-unavailable"}
                 waits_s.append(max(waited_s for _, waited_s in answers))
-                assert_in_time((await timed(desk.ledger.admit(PLAIN)))[1], TIMEOUT_S, "It is left alone for a moment.")
+                assert_in_time(
+                    (await timed(fixture.ledger.admit(PLAIN)))[1], TIMEOUT_S, "It is left alone for a moment."
+                )
                 await asyncio.sleep(rest_s)
-            assert word(await desk.ledger.settle(admitted, MISS)) == "store-unavailable"
+            assert word(await fixture.ledger.settle(admitted, MISS)) == "store-unavailable"
         assert_in_time(min(waits_s), TIMEOUT_S + 2 * TICK_S + SCHEDULING_S)
-        assert desk.metric("unanswered_debits_total") == 5, "later ones had no connection over which to be sent"
-        await desk.until_back()
+        assert fixture.metric("unanswered_debits_total") == 5, "later ones had no connection over which to be sent"
+        await fixture.until_back()
         assert calls(server) - before <= 2, "what was sent before it hung may have been run now"
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     assert used(server)[0] in (1, 6)
     assert rows(server)["-:cancelled:requests"] == 1
 
 
-@pytest.mark.usefixtures("hurried")
-def test_a_store_that_refuses_costs_nothing(way: Relay, server: redis.Redis) -> None:
-    async def story(desk: Desk) -> None:
-        if way.url == url:
-            admitted = await desk.admitted()
-            await cut(way)
-            assert word(await desk.ledger.settle(admitted, MISS)) == "store-unavailable"
+@pytest.mark.usefixtures("fast_recovery")
+def test_a_store_that_refuses_costs_nothing(store_proxy: FaultyProxy, server: redis.Redis) -> None:
+    async def scenario(fixture: LedgerFixture) -> None:
+        if store_proxy.url == url:
+            admitted = await fixture.admitted()
+            await cut(store_proxy)
+            assert word(await fixture.ledger.settle(admitted, MISS)) == "store-unavailable"
         before = calls(server)
-        for asked in (desk.ledger.charge(PLAIN, HIT), desk.ledger.admit(PLAIN)):
+        for asked in (fixture.ledger.charge(PLAIN, HIT), fixture.ledger.admit(PLAIN)):
             said, waited_s = await timed(asked)
             assert said == "store-unavailable"
             assert_in_time(waited_s, TIMEOUT_S)
         with pytest.raises(StoreUnavailable):
-            await desk.ledger.peek(PLAIN, 1)
-        assert desk.metric("unanswered_debits_total") == 0
+            await fixture.ledger.peek(PLAIN, 1)
+        assert fixture.metric("unanswered_debits_total") == 0
         assert calls(server) == before
 
-    for url in (way.url, f"redis://127.0.0.1:{free_port()}"):
-        play(url, story)
-    way.become(GOOD)
+    for url in (store_proxy.url, f"redis://127.0.0.1:{free_port()}"):
+        run_scenario(url, scenario)
+    store_proxy.set_conditions(HEALTHY)
     assert rows(server) == {"-:cancelled:requests": 1}, "of what ends without the ledger the request has been counted"
 
 
 @pytest.mark.parametrize(
     "bad",
-    [Way(swallows=b"EVALSHA"), Way(latency_s=TIMEOUT_S / 3, piece_bytes=1)],
+    [Conditions(swallows=b"EVALSHA"), Conditions(latency_s=TIMEOUT_S / 3, piece_bytes=1)],
     ids=["lost", "dripping"],
 )
 @pytest.mark.parametrize("admits", [False, True])
-@pytest.mark.usefixtures("hurried")
+@pytest.mark.usefixtures("fast_recovery")
 def test_a_debit_without_a_reply_is_refused_and_counted_and_not_repeated(
-    way: Relay, server: redis.Redis, bad: Way, *, admits: bool
+    store_proxy: FaultyProxy, server: redis.Redis, bad: Conditions, *, admits: bool
 ) -> None:
-    async def story(desk: Desk) -> None:
-        admitted = await desk.admitted()
+    async def scenario(fixture: LedgerFixture) -> None:
+        admitted = await fixture.admitted()
         before = calls(server)
-        way.become(bad)
-        begins = desk.ledger.charge(PLAIN, HIT), desk.ledger.charge(PLAIN, HIT), desk.ledger.admit(PLAIN)
+        store_proxy.set_conditions(bad)
+        begins = fixture.ledger.charge(PLAIN, HIT), fixture.ledger.charge(PLAIN, HIT), fixture.ledger.admit(PLAIN)
         assert list(map(word, await asyncio.gather(*begins))) == ["store-unavailable"] * 3
-        assert desk.metric("unanswered_debits_total") == 3
-        way.become(GOOD)
-        await desk.until_back()
+        assert fixture.metric("unanswered_debits_total") == 3
+        store_proxy.set_conditions(HEALTHY)
+        await fixture.until_back()
         assert calls(server) - before == 2
-        way.become(bad)
-        assert word(await desk.ledger.settle(admitted, MISS)) == "store-unavailable"
-        assert desk.metric("unanswered_debits_total") == 4
-        assert desk.metric("buffered_debits") == 0
-        way.become(GOOD)
-        await desk.until_back()
-        assert await desk.ledger.refund(await desk.admitted(), Outcome.UPSTREAM_BUSY) is not None
+        store_proxy.set_conditions(bad)
+        assert word(await fixture.ledger.settle(admitted, MISS)) == "store-unavailable"
+        assert fixture.metric("unanswered_debits_total") == 4
+        assert fixture.metric("buffered_debits") == 0
+        store_proxy.set_conditions(HEALTHY)
+        await fixture.until_back()
+        assert await fixture.ledger.refund(await fixture.admitted(), Outcome.UPSTREAM_BUSY) is not None
         assert calls(server) - before == 6
 
-    play(way.url, story, admits=admits)
+    run_scenario(store_proxy.url, scenario, admits=admits)
     assert used(server) == (4, 12 * CREDIT), "all was booked, once"
     assert rows(server)["-:cancelled:requests"] == 1
 
 
-@pytest.mark.usefixtures("hurried")
-def test_a_connection_that_is_torn_under_a_debit_is_a_reply_that_is_lost(way: Relay, server: redis.Redis) -> None:
-    async def story(desk: Desk) -> None:
-        admitted = await desk.admitted()
+@pytest.mark.usefixtures("fast_recovery")
+def test_a_connection_that_is_torn_under_a_debit_is_a_reply_that_is_lost(
+    store_proxy: FaultyProxy, server: redis.Redis
+) -> None:
+    async def scenario(fixture: LedgerFixture) -> None:
+        admitted = await fixture.admitted()
         before = calls(server)
-        way.become(Way(latency_s=60))
-        refunded = asyncio.ensure_future(desk.ledger.refund(admitted, Outcome.UPSTREAM_BUSY))
+        store_proxy.set_conditions(Conditions(latency_s=60))
+        refunded = asyncio.ensure_future(fixture.ledger.refund(admitted, Outcome.UPSTREAM_BUSY))
         await asyncio.sleep(0)  # it has a task of its own, and goes out with what comes now
-        charged, left = (asyncio.ensure_future(desk.ledger.charge(PLAIN, HIT)) for _ in range(2))
-        await desk.until(lambda: calls(server) == before + 1)
+        charged, left = (asyncio.ensure_future(fixture.ledger.charge(PLAIN, HIT)) for _ in range(2))
+        await fixture.until(lambda: calls(server) == before + 1)
         left.cancel()
-        await asyncio.to_thread(way.tear)
+        await asyncio.to_thread(store_proxy.reset_connections)
         assert word(await charged) == "store-unavailable"
         assert await refunded is None
-        assert desk.metric("unanswered_debits_total") == 2, "also of a request that has gone, but not what gives back"
-        way.become(GOOD)
-        await desk.until_back()
+        assert fixture.metric("unanswered_debits_total") == 2, (
+            "also of a request that has gone, but not what gives back"
+        )
+        store_proxy.set_conditions(HEALTHY)
+        await fixture.until_back()
         assert calls(server) - before == 2
 
-    play(way.url, story, admits=True)
+    run_scenario(store_proxy.url, scenario, admits=True)
     assert used(server) == (2, 8 * CREDIT)
     assert rows(server)["-:upstream-busy:refused"] == 1

@@ -16,13 +16,13 @@ from ledger_fixture import (
     KEYS,
     MISS,
     ZONE,
-    Desk,
-    Skewed,
+    LedgerFixture,
+    SkewedClock,
     calls,
     everything,
     hashes,
-    play,
     quota,
+    run_scenario,
     terms,
     word,
 )
@@ -50,24 +50,24 @@ def _before_this_minute(now_s: float) -> float:
     ids=["ahead", "behind", "a month ahead", "a month behind", "in the last minute", "in the next minute"],
 )
 def test_the_stores_clock_decides(
-    any_store_url: str, server: redis.Redis, clock: Skewed, wrong_s: Callable[[float], float]
+    any_store_url: str, server: redis.Redis, clock: SkewedClock, wrong_s: Callable[[float], float]
 ) -> None:
     """A gateway whose clock is wrong asks once more, and knows from then on."""
     limited = terms(quota(9, per="minute"))
 
-    async def story(desk: Desk) -> None:
+    async def scenario(fixture: LedgerFixture) -> None:
         await _away_from_edges()
         before = calls(server)
         clock.ahead_s = wrong_s(time_ns() / 1e9)
-        assert isinstance(await desk.ledger.charge(limited, HIT), Admitted)
+        assert isinstance(await fixture.ledger.charge(limited, HIT), Admitted)
         assert calls(server) - before == 2
-        admissions = await asyncio.gather(*(desk.ledger.charge(limited, HIT) for _ in range(2)))
+        admissions = await asyncio.gather(*(fixture.ledger.charge(limited, HIT) for _ in range(2)))
         assert calls(server) - before == 3
         assert isinstance(admissions[-1], Admitted)
         assert admissions[-1].quota_state is not None
         assert admissions[-1].quota_state.used == (3,)
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     now_s = int(server.time()[0])
     minutes = [KEYS.counter("design", "minute", window_of("minute", at_s, ZONE)) for at_s in (now_s, now_s - 60)]
     lasting = {
@@ -89,30 +89,30 @@ def test_clocks_that_never_agree(any_store_url: str, server: redis.Redis, monkey
     """A gateway's clock that is elsewhere at each look."""
     hours = count(1)
 
-    async def story(desk: Desk) -> None:
+    async def scenario(fixture: LedgerFixture) -> None:
         monkeypatch.setattr("proxy.quota.batches.time_ns", lambda: time_ns() + next(hours) * 10**9 * 3600)
         before = everything(server), calls(server)
         with pytest.raises(StoreUnavailable):
-            await desk.ledger.peek(terms(quota(1, per="hour")), None)
+            await fixture.ledger.peek(terms(quota(1, per="hour")), None)
         assert (everything(server), calls(server)) == (before[0], before[1] + 2)
-        for asked in (desk.ledger.charge, lambda terms, _: desk.ledger.admit(terms)):
+        for asked in (fixture.ledger.charge, lambda terms, _: fixture.ledger.admit(terms)):
             assert word(await asked(terms(quota(1, per="hour")), HIT)) == "store-unavailable"
         assert (everything(server), calls(server)) == (before[0], before[1] + 6)
-        assert desk.metric("unanswered_debits_total") == 0
+        assert fixture.metric("unanswered_debits_total") == 0
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
 
 
 def test_what_is_written_expires(any_store_url: str, server: redis.Redis) -> None:
     pers: tuple[Period, ...] = ("minute", "hour", *BASE_PERIODS)
     limited = terms(*(quota(9, per=per) for per in pers), quota(9, per="hour", scope="org"), rate=Rate(0.01, 5))
 
-    async def story(desk: Desk) -> None:
-        await desk.ledger.charge(limited, HIT)
-        await desk.ledger.record_uncached(terms(team="film"), Outcome.NOT_CACHED)
-        await desk.ledger.settle(await desk.admitted(limited), MISS)
+    async def scenario(fixture: LedgerFixture) -> None:
+        await fixture.ledger.charge(limited, HIT)
+        await fixture.ledger.record_uncached(terms(team="film"), Outcome.NOT_CACHED)
+        await fixture.ledger.settle(await fixture.admitted(limited), MISS)
 
-    play(any_store_url, story)
+    run_scenario(any_store_url, scenario)
     names: Any = server.keys("*")
     ends_ms = {name.decode(): int(server.pexpiretime(name)) for name in names}
     assert {name for name, end_ms in ends_ms.items() if end_ms == -1} == {KEYS.id, KEYS.models, KEYS.teams}

@@ -3,10 +3,10 @@
 import httpx2
 import pytest
 
-from gateway_fixture import DESIGN, EXPIRED, RETIRED, Opened, code_of
+from gateway_fixture import DESIGN, EXPIRED, RETIRED, OpenGateway, code_of
+from metrics_fixture import ADMIN
 from prometheus import OPENMETRICS, SCRAPER
 from proxy.http.paths import METRICS_PATH
-from watching import ADMIN
 
 
 class TestAccess:
@@ -21,8 +21,10 @@ class TestAccess:
             ({"authorization": f"Bearer {DESIGN}"}, 403, "forbidden"),
         ],
     )
-    def test_it_is_not_for_everybody(self, headers: dict[str, str], status: int, code: str, watched: Opened) -> None:
-        answer = httpx2.get(watched().url + METRICS_PATH, headers=headers, trust_env=False)
+    def test_it_is_not_for_everybody(
+        self, headers: dict[str, str], status: int, code: str, open_scraped_gateway: OpenGateway
+    ) -> None:
+        answer = httpx2.get(open_scraped_gateway().url + METRICS_PATH, headers=headers, trust_env=False)
         assert (answer.status_code, code_of(answer)) == (status, code)
         assert ("www-authenticate" in answer.headers) == (status == 401)
         assert "estimate_proxy_" not in answer.text
@@ -30,24 +32,26 @@ class TestAccess:
     @pytest.mark.parametrize("token", [SCRAPER, ADMIN])
     @pytest.mark.parametrize("header", [("x-api-key", "{}"), ("authorization", "Bearer {}")])
     def test_a_metrics_token_and_an_admin_token_open_it(
-        self, token: str, header: tuple[str, str], watched: Opened
+        self, token: str, header: tuple[str, str], open_scraped_gateway: OpenGateway
     ) -> None:
         named = {header[0]: header[1].format(token)}
-        answer = httpx2.get(watched().url + METRICS_PATH, headers=named, trust_env=False)
+        answer = httpx2.get(open_scraped_gateway().url + METRICS_PATH, headers=named, trust_env=False)
         assert answer.status_code == 200
         assert answer.headers["cache-control"] == "no-store"
         assert "estimate_proxy_store_up" in answer.text
 
     @pytest.mark.parametrize("headers", [{}, {"x-api-key": DESIGN}, {"x-api-key": "ep_nobody"}])
-    def test_where_it_is_public_anybody_may_read_it(self, headers: dict[str, str], watched: Opened) -> None:
-        scene = watched(metrics={"public": True})
-        assert httpx2.get(scene.url + METRICS_PATH, headers=headers, trust_env=False).status_code == 200
+    def test_where_it_is_public_anybody_may_read_it(
+        self, headers: dict[str, str], open_scraped_gateway: OpenGateway
+    ) -> None:
+        gateway = open_scraped_gateway(metrics={"public": True})
+        assert httpx2.get(gateway.url + METRICS_PATH, headers=headers, trust_env=False).status_code == 200
 
-    def test_a_metrics_token_opens_nothing_else(self, watched: Opened) -> None:
-        scene = watched()
-        assert code_of(scene.ask(x_api_key=SCRAPER)) == "forbidden"
+    def test_a_metrics_token_opens_nothing_else(self, open_scraped_gateway: OpenGateway) -> None:
+        gateway = open_scraped_gateway()
+        assert code_of(gateway.ask(x_api_key=SCRAPER)) == "forbidden"
         for path in ("/v1/usage", "/v1/quota"):
-            assert code_of(scene.client.get(path, headers={"x-api-key": SCRAPER})) == "forbidden"
+            assert code_of(gateway.client.get(path, headers={"x-api-key": SCRAPER})) == "forbidden"
 
     @pytest.mark.parametrize(
         ("accept", "media_type"),
@@ -61,9 +65,11 @@ class TestAccess:
             ("text/html,application/openmetrics-text", "application/openmetrics-text; version=1.0.0; charset=utf-8"),
         ],
     )
-    def test_the_scraper_chooses_the_format(self, accept: str, media_type: str, watched: Opened) -> None:
+    def test_the_scraper_chooses_the_format(
+        self, accept: str, media_type: str, open_scraped_gateway: OpenGateway
+    ) -> None:
         headers = {b"x-api-key": SCRAPER.encode(), b"accept": accept.encode()}
-        answer = watched().client.get(METRICS_PATH, headers=headers)
+        answer = open_scraped_gateway().client.get(METRICS_PATH, headers=headers)
         assert answer.status_code == 200, answer.text
         assert answer.headers["content-type"] == media_type
         assert answer.headers["vary"] == "accept"

@@ -8,16 +8,16 @@ from collections.abc import Callable
 import httpx2
 import pytest
 
-from gateway_fixture import PATH, Opened, Scene
+from gateway_fixture import PATH, GatewayFixture, OpenGateway
+from gateway_process import START_S, Tree
 from lua_scripts import LUA_SCRIPTS
 from metric_names import families
-from processes import START_S, Tree
+from metrics_fixture import ACCOUNTS, ADMIN, FLUX, TEAMS, limited, quota, toured
 from prometheus import MORNING, PERS, Scraped, assert_as_declared, said_by_promtool, scrape, scrape_openmetrics
 from proxy import __version__
 from proxy.auth import token_of
 from proxy.problems import Outcome
 from proxy.telemetry.metrics import AUDIT_RESULTS, UPSTREAM_STATUSES
-from watching import ACCOUNTS, ADMIN, FLUX, TEAMS, limited, quota, toured
 
 CONTRACT: dict[str, tuple[str, set[str]]] = {
     "requests_total": ("counter", {"team", "operation", "outcome"}),
@@ -62,11 +62,13 @@ class TestContract:
         assert declared == {f"estimate_proxy_{name}": entry for name, entry in CONTRACT.items()}
 
     @pytest.mark.parametrize("read", [scrape, scrape_openmetrics])
-    def test_it_is_all_there_in_both_formats(self, read: Callable[[httpx2.Client], Scraped], watched: Opened) -> None:
-        assert_as_declared(read(toured(watched(**EVERYTHING)).client))
+    def test_it_is_all_there_in_both_formats(
+        self, read: Callable[[httpx2.Client], Scraped], open_scraped_gateway: OpenGateway
+    ) -> None:
+        assert_as_declared(read(toured(open_scraped_gateway(**EVERYTHING)).client))
 
-    def test_promtool_finds_nothing_to_say(self, watched: Opened) -> None:
-        assert said_by_promtool(toured(watched(**EVERYTHING)).client) == ""
+    def test_promtool_finds_nothing_to_say(self, open_scraped_gateway: OpenGateway) -> None:
+        assert said_by_promtool(toured(open_scraped_gateway(**EVERYTHING)).client) == ""
 
     def test_outcomes_are_those_of_the_contract(self) -> None:
         named = """
@@ -81,8 +83,8 @@ class TestBeforeTheFirstEvent:
     """A series that begins with its first event hides that event from `rate` and `increase`."""
 
     @pytest.fixture
-    def first(self, watched: Opened) -> Scraped:
-        return scrape(watched(org={"quotas": [quota(5)]}).client)
+    def first(self, open_scraped_gateway: OpenGateway) -> Scraped:
+        return scrape(open_scraped_gateway(org={"quotas": [quota(5)]}).client)
 
     def test_every_team_has_every_outcome(self, first: Scraped) -> None:
         found = first.series("requests_total", "team", "operation", "outcome")
@@ -120,11 +122,11 @@ class TestBeforeTheFirstEvent:
 class TestLabels:
     CANARY = "CaNaRy"
 
-    def test_no_value_comes_from_a_request_but_the_model(self, watched: Opened) -> None:
-        scene = watched(**EVERYTHING)
+    def test_no_value_comes_from_a_request_but_the_model(self, open_scraped_gateway: OpenGateway) -> None:
+        gateway = open_scraped_gateway(**EVERYTHING)
         for ask in (self._odd_estimates, self._odd_requests, self._odd_purges):
-            ask(toured(scene))
-        labels = {pair for _, labels in scrape(scene.client).samples for pair in labels}
+            ask(toured(gateway))
+        labels = {pair for _, labels in scrape(gateway.client).samples for pair in labels}
         values: dict[str, set[str]] = defaultdict(set)
         for label, value in labels:
             values[label].add(value)
@@ -145,23 +147,25 @@ class TestLabels:
             "per": {*PERS},
         }
 
-    def _odd_estimates(self, scene: Scene) -> None:
-        assert scene.ask(b'[{"model":"CaNaRy"}]').status_code == 200
-        assert scene.ask('[{"model":"CaNaRy\\n\\"}"}]').status_code == 200
+    def _odd_estimates(self, gateway: GatewayFixture) -> None:
+        assert gateway.ask(b'[{"model":"CaNaRy"}]').status_code == 200
+        assert gateway.ask('[{"model":"CaNaRy\\n\\"}"}]').status_code == 200
         for headers in ({"x_api_key": self.CANARY}, {"x_api_key": token_of("C" * 32)}, {"content_type": "CaNaRy/x"}):
-            assert scene.ask(**headers).status_code in {401, 415}
+            assert gateway.ask(**headers).status_code in {401, 415}
         named = {"x_request_id": self.CANARY, "user_agent": self.CANARY, "host": "canary.example", "x_team": "canary"}
-        assert scene.ask(**named).status_code == 200
-        assert scene.client.post(f"{PATH}?team=CaNaRy&account=CaNaRy", content=FLUX).status_code == 200
+        assert gateway.ask(**named).status_code == 200
+        assert gateway.client.post(f"{PATH}?team=CaNaRy&account=CaNaRy", content=FLUX).status_code == 200
 
-    def _odd_requests(self, scene: Scene) -> None:
+    def _odd_requests(self, gateway: GatewayFixture) -> None:
         for path in ("/CaNaRy", f"{PATH}/CaNaRy", "/v1/usage?team=CaNaRy", "/v1/quota?CaNaRy=1", "/metrics/CaNaRy"):
-            assert scene.client.get(path).status_code in {400, 403, 404}
+            assert gateway.client.get(path).status_code in {400, 403, 404}
         for method in ("CANARY", "DELETE", "OPTIONS"):
-            answer = scene.raw(f"{method} {PATH} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+            answer = gateway.raw(f"{method} {PATH} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
             assert answer.split()[1] in {b"405", b"501"}
 
-    def _odd_purges(self, scene: Scene) -> None:
+    def _odd_purges(self, gateway: GatewayFixture) -> None:
         admin = {"x-api-key": ADMIN}
-        assert scene.client.post("/v1/cache/purge", content=b'{"account":"canary","all":true}', headers=admin).is_error
-        assert scene.client.get("/v1/usage?team=canary&by=team", headers=admin).is_error
+        assert gateway.client.post(
+            "/v1/cache/purge", content=b'{"account":"canary","all":true}', headers=admin
+        ).is_error
+        assert gateway.client.get("/v1/usage?team=canary&by=team", headers=admin).is_error

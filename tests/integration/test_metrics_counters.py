@@ -11,9 +11,10 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from faulty_rendernet import Fault
-from gateway_fixture import DESIGN, MARKETING, PATH, RETIRED, Opened, Scene, break_off, code_of
+from gateway_fixture import DESIGN, MARKETING, PATH, RETIRED, GatewayFixture, OpenGateway, break_off, code_of
+from gateway_process import Tree
 from lua_scripts import LUA_SCRIPTS
-from processes import Tree
+from metrics_fixture import FLUX, ONE, TEAMS, limited, quota, toured
 from prometheus import MORNING, SCRAPER, scrape
 from proxy.gateway.in_flight import MAX_IN_FLIGHT, InFlightTracker
 from proxy.gateway.request import ClientRequest, Result, Trace
@@ -23,14 +24,13 @@ from proxy.problems import Outcome
 from proxy.quota.model_names import MAX_MODELS
 from proxy.telemetry.metrics import Metrics
 from serving import free_port, serving, wait_until
-from watching import FLUX, ONE, TEAMS, limited, quota, toured
 
 NOWHERE = "unix:///nonexistent/store.sock"
 
-Act = Callable[[Scene], object]
+Act = Callable[[GatewayFixture], object]
 
 
-def _nothing(_: Scene) -> None:
+def _nothing(_: GatewayFixture) -> None:
     pass
 
 
@@ -46,79 +46,79 @@ class Case:
 
 
 def _scripted(fault: Fault) -> Act:
-    def act(scene: Scene) -> None:
-        scene.simulator.script(fault)
-        scene.ask()
+    def act(gateway: GatewayFixture) -> None:
+        gateway.simulator.script(fault)
+        gateway.ask()
 
     return act
 
 
-def _grow_stale(scene: Scene) -> None:
-    scene.ask()
-    scene.age(200)
+def _grow_stale(gateway: GatewayFixture) -> None:
+    gateway.ask()
+    gateway.age(200)
 
 
-def _ask_two_at_once(scene: Scene) -> None:
-    with scene.simulator.hold() as hold, ThreadPoolExecutor() as pool:
-        pool.submit(scene.ask)
-        assert scene.simulator.arrived(1)
-        decided = _decisions(scene)
-        pool.submit(scene.ask)
-        wait_until(lambda: _decisions(scene) == decided + 1)
+def _ask_two_at_once(gateway: GatewayFixture) -> None:
+    with gateway.simulator.hold() as hold, ThreadPoolExecutor() as pool:
+        pool.submit(gateway.ask)
+        assert gateway.simulator.arrived(1)
+        decided = _decisions(gateway)
+        pool.submit(gateway.ask)
+        wait_until(lambda: _decisions(gateway) == decided + 1)
         hold.release()
 
 
-def _decisions(scene: Scene) -> float:
+def _decisions(gateway: GatewayFixture) -> float:
     """How often the ledger has decided."""
     name = "estimate_proxy_store_duration_seconds_count"
-    return scene.metrics.registry.get_sample_value(name, {"call": "ledger_decide"}) or 0
+    return gateway.metrics.registry.get_sample_value(name, {"call": "ledger_decide"}) or 0
 
 
-def _ask_too_much(scene: Scene) -> None:
-    scene.tracker.in_flight += MAX_IN_FLIGHT
-    scene.ask()
-    scene.tracker.in_flight -= MAX_IN_FLIGHT
+def _ask_too_much(gateway: GatewayFixture) -> None:
+    gateway.tracker.in_flight += MAX_IN_FLIGHT
+    gateway.ask()
+    gateway.tracker.in_flight -= MAX_IN_FLIGHT
 
 
-def _hang_up(scene: Scene) -> None:
+def _hang_up(gateway: GatewayFixture) -> None:
     head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nx-api-key: {DESIGN}\r\ncontent-length: {len(ONE)}\r\n\r\n"
-    with scene.simulator.hold(), scene.connect() as connection:
+    with gateway.simulator.hold(), gateway.connect() as connection:
         connection.sendall(head.encode() + ONE)
-        assert scene.simulator.arrived(1)
+        assert gateway.simulator.arrived(1)
         break_off(connection)
 
 
 CASES: dict[Outcome, Case] = {
-    Outcome.HIT: Case(Scene.ask, before=Scene.ask),
+    Outcome.HIT: Case(GatewayFixture.ask, before=GatewayFixture.ask),
     Outcome.STALE: Case(
-        Scene.ask, before=_grow_stale, sections={"cache": {"ttl_s": 100, "stale_while_revalidate_s": 1000}}
+        GatewayFixture.ask, before=_grow_stale, sections={"cache": {"ttl_s": 100, "stale_while_revalidate_s": 1000}}
     ),
-    Outcome.MISS: Case(Scene.ask),
+    Outcome.MISS: Case(GatewayFixture.ask),
     Outcome.COLLAPSED: Case(_ask_two_at_once, besides=[Outcome.MISS]),
-    Outcome.BYPASS: Case(Scene.ask, sections={"cache": {"url": NOWHERE}}),
+    Outcome.BYPASS: Case(GatewayFixture.ask, sections={"cache": {"url": NOWHERE}}),
     Outcome.UNPRICED: Case(_scripted(Fault.UNPRICED_NULL)),
-    Outcome.UPSTREAM_REJECTED: Case(lambda scene: scene.ask('[{"segment":"ast_missing"}]')),
-    Outcome.UNAUTHENTICATED: Case(lambda scene: scene.ask(x_api_key="ep_nobody"), team="-"),
+    Outcome.UPSTREAM_REJECTED: Case(lambda gateway: gateway.ask('[{"segment":"ast_missing"}]')),
+    Outcome.UNAUTHENTICATED: Case(lambda gateway: gateway.ask(x_api_key="ep_nobody"), team="-"),
     Outcome.RATE_LIMITED: Case(
-        Scene.ask, before=Scene.ask, sections={"teams": limited(rate={"per_s": 0.001, "burst": 1})}
+        GatewayFixture.ask, before=GatewayFixture.ask, sections={"teams": limited(rate={"per_s": 0.001, "burst": 1})}
     ),
-    Outcome.QUOTA_EXCEEDED: Case(Scene.ask, sections={"teams": limited(quota(0))}),
-    Outcome.TEAM_DISABLED: Case(lambda scene: scene.ask(x_api_key=RETIRED), team="retired"),
-    Outcome.INVALID: Case(lambda scene: scene.ask("{}")),
+    Outcome.QUOTA_EXCEEDED: Case(GatewayFixture.ask, sections={"teams": limited(quota(0))}),
+    Outcome.TEAM_DISABLED: Case(lambda gateway: gateway.ask(x_api_key=RETIRED), team="retired"),
+    Outcome.INVALID: Case(lambda gateway: gateway.ask("{}")),
     Outcome.UPSTREAM_ERROR: Case(_scripted(Fault.SERVER_ERROR)),
     Outcome.UPSTREAM_REFUSED: Case(_scripted(Fault.REFUSED_KEY)),
     Outcome.UPSTREAM_BUSY: Case(_scripted(Fault.BUSY)),
     Outcome.UPSTREAM_TIMEOUT: Case(_scripted(Fault.HANG), sections={"upstream": {"timeout_s": 0.2}}),
-    Outcome.STORE_UNAVAILABLE: Case(Scene.ask, sections={"store": {"url": NOWHERE}}),
+    Outcome.STORE_UNAVAILABLE: Case(GatewayFixture.ask, sections={"store": {"url": NOWHERE}}),
     Outcome.OVERLOADED: Case(_ask_too_much, team="-"),
-    Outcome.NOT_CACHED: Case(lambda scene: scene.ask(cache_control="only-if-cached")),
+    Outcome.NOT_CACHED: Case(lambda gateway: gateway.ask(cache_control="only-if-cached")),
     Outcome.CANCELLED: Case(_hang_up),
 }
 
 
-def ended(scene: Scene) -> tuple[Counter[tuple[str, str]], Counter[str]]:
+def ended(gateway: GatewayFixture) -> tuple[Counter[tuple[str, str]], Counter[str]]:
     """The estimates so far, by team and outcome, and those whose duration is known, by outcome."""
-    scraped, requests, durations = scrape(scene.client), Counter[tuple[str, str]](), Counter[str]()
+    scraped, requests, durations = scrape(gateway.client), Counter[tuple[str, str]](), Counter[str]()
     for (team, operation, outcome), value in scraped.series("requests_total", "team", "operation", "outcome").items():
         requests[team, outcome] += int(value) * (operation == "estimate")
     series = scraped.series("request_duration_seconds_count", "operation", "outcome")
@@ -130,20 +130,22 @@ def ended(scene: Scene) -> tuple[Counter[tuple[str, str]], Counter[str]]:
 class TestCounters:
     @pytest.mark.usefixtures("cold")
     @pytest.mark.parametrize("outcome", CASES)
-    def test_each_request_counts_once_with_its_team_and_outcome(self, outcome: Outcome, watched: Opened) -> None:
+    def test_each_request_counts_once_with_its_team_and_outcome(
+        self, outcome: Outcome, open_scraped_gateway: OpenGateway
+    ) -> None:
         case = CASES[outcome]
-        scene = watched(**case.sections)
-        case.before(scene)
-        wait_until(lambda: ended(scene)[0].total() == (case.before is not _nothing))
-        requests, durations = ended(scene)
-        case.act(scene)
+        gateway = open_scraped_gateway(**case.sections)
+        case.before(gateway)
+        wait_until(lambda: ended(gateway)[0].total() == (case.before is not _nothing))
+        requests, durations = ended(gateway)
+        case.act(gateway)
         outcomes = [outcome.value, *(other.value for other in case.besides)]
-        wait_until(lambda: ended(scene)[0].total() >= requests.total() + len(outcomes))
-        assert ended(scene) == (
+        wait_until(lambda: ended(gateway)[0].total() >= requests.total() + len(outcomes))
+        assert ended(gateway) == (
             requests + Counter((case.team, other) for other in outcomes),
             durations + Counter(outcomes),
         )
-        assert scrape(scene.client).value("unpriced_total", team="design") == (outcome is Outcome.UNPRICED)
+        assert scrape(gateway.client).value("unpriced_total", team="design") == (outcome is Outcome.UNPRICED)
 
     def test_a_defect_counts_too(self) -> None:
         metrics = Metrics(TEAMS)
@@ -161,29 +163,31 @@ class TestCounters:
         assert metrics.registry.get_sample_value("estimate_proxy_requests_total", labels) == 1
         assert {*CASES, Outcome.INTERNAL_ERROR} == {*Outcome}
 
-    def test_what_is_no_estimate_is_told_apart(self, watched: Opened) -> None:
-        scene = watched()
+    def test_what_is_no_estimate_is_told_apart(self, open_scraped_gateway: OpenGateway) -> None:
+        gateway = open_scraped_gateway()
         asked = [
-            ("design", "hit", scene.client.get("/v1/quota")),
-            ("design", "hit", scene.client.get("/v1/usage")),
-            ("design", "miss", scene.client.post("/v1/explain", content=FLUX)),
-            ("design", "unauthenticated", scene.client.get(METRICS_PATH)),
-            ("-", "unauthenticated", scene.client.get("/v1/usage", headers={"x-api-key": "ep_nobody"})),
-            ("-", "invalid", scene.client.get("/nothing")),
-            ("-", "invalid", scene.client.get(PATH)),
-            ("-", "hit", scene.client.get(METRICS_PATH, headers={"x-api-key": SCRAPER})),
+            ("design", "hit", gateway.client.get("/v1/quota")),
+            ("design", "hit", gateway.client.get("/v1/usage")),
+            ("design", "miss", gateway.client.post("/v1/explain", content=FLUX)),
+            ("design", "unauthenticated", gateway.client.get(METRICS_PATH)),
+            ("-", "unauthenticated", gateway.client.get("/v1/usage", headers={"x-api-key": "ep_nobody"})),
+            ("-", "invalid", gateway.client.get("/nothing")),
+            ("-", "invalid", gateway.client.get(PATH)),
+            ("-", "hit", gateway.client.get(METRICS_PATH, headers={"x-api-key": SCRAPER})),
         ]
-        found = scrape(scene.client).series("requests_total", "team", "operation", "outcome")
+        found = scrape(gateway.client).series("requests_total", "team", "operation", "outcome")
         others = {(team, outcome): value for (team, operation, outcome), value in found.items() if operation == "other"}
         assert others == Counter((team, outcome) for team, outcome, _ in asked)
-        assert ended(scene)[0].total() == 0
+        assert ended(gateway)[0].total() == 0
 
-    def test_credits_are_counted_by_team_and_model_each_time_they_are_told(self, watched: Opened) -> None:
-        scene = watched()
+    def test_credits_are_counted_by_team_and_model_each_time_they_are_told(
+        self, open_scraped_gateway: OpenGateway
+    ) -> None:
+        gateway = open_scraped_gateway()
         for body, token in ((FLUX, DESIGN), (FLUX, DESIGN), (FLUX, MARKETING), (ONE, DESIGN)):
-            assert scene.ask(body, x_api_key=token).status_code == 200
-        assert scene.ask('[{"model":"Flux"},{"segment":{}}]').status_code == 200
-        assert scrape(scene.client).series("estimated_credits_total", "team", "model") == {
+            assert gateway.ask(body, x_api_key=token).status_code == 200
+        assert gateway.ask('[{"model":"Flux"},{"segment":{}}]').status_code == 200
+        assert scrape(gateway.client).series("estimated_credits_total", "team", "model") == {
             ("design", "Flux"): 5.5,
             ("marketing", "Flux"): 2.75,
             ("design", "-"): 1,
@@ -191,56 +195,58 @@ class TestCounters:
         }
 
     @pytest.mark.parametrize("model", ["ünï", "x" * 65, 'a"b', "a\\nb", "-", "mixed", "{}"])
-    def test_a_model_with_a_name_that_is_none_is_another(self, model: str, watched: Opened) -> None:
-        scene = watched()
-        assert scene.ask('[{"model":"' + model.replace('"', '\\"') + '"}]').status_code == 200
-        assert scrape(scene.client).series("estimated_credits_total", "team", "model") == {("design", "other"): 1}
+    def test_a_model_with_a_name_that_is_none_is_another(self, model: str, open_scraped_gateway: OpenGateway) -> None:
+        gateway = open_scraped_gateway()
+        assert gateway.ask('[{"model":"' + model.replace('"', '\\"') + '"}]').status_code == 200
+        assert scrape(gateway.client).series("estimated_credits_total", "team", "model") == {("design", "other"): 1}
 
-    def test_models_are_bounded_as_in_usage(self, watched: Opened) -> None:
-        scene = watched()
+    def test_models_are_bounded_as_in_usage(self, open_scraped_gateway: OpenGateway) -> None:
+        gateway = open_scraped_gateway()
         for number in range(MAX_MODELS + 5):
-            assert scene.ask(b'[{"model":"model %d"}]' % number).status_code == 200
-        counted = scrape(scene.client).series("estimated_credits_total", "team", "model")
-        rows = scene.client.get("/v1/usage?by=model").json()["rows"]
+            assert gateway.ask(b'[{"model":"model %d"}]' % number).status_code == 200
+        counted = scrape(gateway.client).series("estimated_credits_total", "team", "model")
+        rows = gateway.client.get("/v1/usage?by=model").json()["rows"]
         assert counted == {("design", row["model"]): row["estimated_credits"] for row in rows}
         assert len(counted) == MAX_MODELS + 1
         assert counted["design", "other"] == 5
 
-    def test_warnings_are_counted_by_quota(self, watched: Opened) -> None:
+    def test_warnings_are_counted_by_quota(self, open_scraped_gateway: OpenGateway) -> None:
         warn = [quota(2, "day", on_exceed="warn"), quota(3, "week", "requests", on_exceed="warn"), quota(100)]
-        scene = watched(teams=limited(*warn), org={"quotas": [quota(9, on_exceed="warn")], "timezone": MORNING})
+        gateway = open_scraped_gateway(
+            teams=limited(*warn), org={"quotas": [quota(9, on_exceed="warn")], "timezone": MORNING}
+        )
         for _ in range(5):
-            assert scene.ask(FLUX).status_code == 200
-        assert scrape(scene.client).series("quota_warned_total", "team", "measure", "per") == {
+            assert gateway.ask(FLUX).status_code == 200
+        assert scrape(gateway.client).series("quota_warned_total", "team", "measure", "per") == {
             ("design", "estimated_credits", "day"): 5,
             ("design", "requests", "week"): 2,
             ("-", "estimated_credits", "month"): 2,
         }
 
-    def test_upstream_is_counted_by_what_it_said(self, watched: Opened) -> None:
-        scene = watched(upstream={"timeout_s": 0.3})
+    def test_upstream_is_counted_by_what_it_said(self, open_scraped_gateway: OpenGateway) -> None:
+        gateway = open_scraped_gateway(upstream={"timeout_s": 0.3})
         faults = [Fault.SERVER_ERROR, Fault.HANG, Fault.BUSY_FOR_NO_TIME, Fault.REDIRECT, Fault.HTML_IN_200]
-        scene.simulator.script(None, None, *faults)
-        scene.ask(ONE)
-        scene.ask('[{"segment":"ast_missing"}]')
+        gateway.simulator.script(None, None, *faults)
+        gateway.ask(ONE)
+        gateway.ask('[{"segment":"ast_missing"}]')
         for number in range(len(faults)):
-            scene.ask(b'[{"seed":%d}]' % number)
-        assert _statuses(scene) == {"2xx": 1, "4xx": 2, "5xx": 1, "timeout": 1, "error": 2}
+            gateway.ask(b'[{"seed":%d}]' % number)
+        assert _statuses(gateway) == {"2xx": 1, "4xx": 2, "5xx": 1, "timeout": 1, "error": 2}
 
-    def test_an_upstream_out_of_reach_is_an_error(self, watched: Opened) -> None:
-        scene = watched(upstream={"base_url": f"http://127.0.0.1:{free_port()}"})
-        assert code_of(scene.ask()) == "upstream-error"
-        assert _statuses(scene) == {"error": 1}
+    def test_an_upstream_out_of_reach_is_an_error(self, open_scraped_gateway: OpenGateway) -> None:
+        gateway = open_scraped_gateway(upstream={"base_url": f"http://127.0.0.1:{free_port()}"})
+        assert code_of(gateway.ask()) == "upstream-error"
+        assert _statuses(gateway) == {"error": 1}
 
-    def test_the_stores_calls_have_the_names_of_their_scripts(self, watched: Opened) -> None:
-        found = scrape(toured(watched()).client).series("store_duration_seconds_count", "call")
+    def test_the_stores_calls_have_the_names_of_their_scripts(self, open_scraped_gateway: OpenGateway) -> None:
+        found = scrape(toured(open_scraped_gateway()).client).series("store_duration_seconds_count", "call")
         assert {("ledger_decide",), ("price_get",), ("price_put",), ("ledger_read",)} < found.keys()
         assert {call for (call,) in found} <= LUA_SCRIPTS.keys()
 
 
-def _statuses(scene: Scene) -> dict[str, float]:
+def _statuses(gateway: GatewayFixture) -> dict[str, float]:
     """How often upstream was asked for `default`, by what it said; it never was for another account."""
-    series = scrape(scene.client).series("upstream_request_duration_seconds_count", "account", "status")
+    series = scrape(gateway.client).series("upstream_request_duration_seconds_count", "account", "status")
     asked = {key: value for key, value in series.items() if value}
     assert {account for account, _ in asked} == {"default"}
     return {status: value for (_, status), value in asked.items()}

@@ -11,17 +11,17 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from faulty_rendernet import Fault
-from fleet import OwnLedger, own_ledger
-from gateway_fixture import DESIGN, MARKETING, Opened, Scene, code_of
+from fleet import StoreProcess, store_process
+from gateway_fixture import DESIGN, MARKETING, GatewayFixture, OpenGateway, code_of
+from gateway_process import START_S, Tree
 from metric_names import families
-from processes import START_S, Tree
+from metrics_fixture import ACCOUNTS, ADMIN, FLUX, ONE, TEAMS, limited, quota
 from prometheus import MORNING, PERS, Scraped, booked, scrape, usage
 from proxy.http.metrics_endpoint import SNAPSHOT_S
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.windows import window_of
 from proxy.upstream.circuit_breaker import MIN_ANSWERS
 from serving import wait_until
-from watching import ACCOUNTS, ADMIN, FLUX, ONE, TEAMS, limited, quota
 
 LEDGER_GAUGES = {family.name for family in families().values() if family.from_ledger} - {
     "estimate_proxy_ledger_created_timestamp_seconds",
@@ -37,17 +37,17 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def ledger() -> Iterator[OwnLedger]:
-    with own_ledger() as opened:
+def ledger() -> Iterator[StoreProcess]:
+    with store_process() as opened:
         yield opened
 
 
-def hanging(store: OwnLedger) -> AbstractContextManager[None]:
+def hanging(store: StoreProcess) -> AbstractContextManager[None]:
     return store.hanging()
 
 
 @contextmanager
-def dead(store: OwnLedger) -> Iterator[None]:
+def dead(store: StoreProcess) -> Iterator[None]:
     store.kill()
     yield
     store.start()
@@ -58,61 +58,61 @@ class TestStores:
     @pytest.mark.parametrize("out_of_reach", [hanging, dead])
     def test_without_its_ledger_a_gateway_shows_no_old_numbers(
         self,
-        out_of_reach: Callable[[OwnLedger], AbstractContextManager[None]],
-        ledger: OwnLedger,
+        out_of_reach: Callable[[StoreProcess], AbstractContextManager[None]],
+        ledger: StoreProcess,
         valkey_url: str,
-        watched: Opened,
+        open_scraped_gateway: OpenGateway,
     ) -> None:
         ledger.start()
-        scene = watched(store={"url": ledger.url}, cache={"url": valkey_url}, org={"quotas": [quota(5)]})
-        assert scene.ask(ONE).status_code == 200
-        before = scrape(scene.client)
+        gateway = open_scraped_gateway(store={"url": ledger.url}, cache={"url": valkey_url}, org={"quotas": [quota(5)]})
+        assert gateway.ask(ONE).status_code == 200
+        before = scrape(gateway.client)
         assert (up(before), _present(before)) == ({"ledger": 1, "price-book": 1}, LEDGER_GAUGES)
         with out_of_reach(ledger):
-            wait_until(lambda: up(scrape(scene.client)) == {"ledger": 0, "price-book": 1})
-            during = scrape(scene.client)
+            wait_until(lambda: up(scrape(gateway.client)) == {"ledger": 0, "price-book": 1})
+            during = scrape(gateway.client)
             assert _present(during) == set()
             assert during.series("balance_credits", "account") == {("default",): 10_000}
-        wait_until(lambda: up(scrape(scene.client)) == {"ledger": 1, "price-book": 1})
-        wait_until(lambda: _present(scrape(scene.client)) == LEDGER_GAUGES)
-        after = scrape(scene.client)
+        wait_until(lambda: up(scrape(gateway.client)) == {"ledger": 1, "price-book": 1})
+        wait_until(lambda: _present(scrape(gateway.client)) == LEDGER_GAUGES)
+        after = scrape(gateway.client)
         assert after.value("window_estimated_credits", team="design", per="day") == 1
 
     def test_without_its_price_book_it_shows_no_old_balance(
-        self, ledger: OwnLedger, valkey_url: str, watched: Opened
+        self, ledger: StoreProcess, valkey_url: str, open_scraped_gateway: OpenGateway
     ) -> None:
         ledger.start()
-        scene = watched(store={"url": valkey_url}, cache={"url": ledger.url}, org={"quotas": [quota(5)]})
-        assert scene.ask(ONE).status_code == 200
+        gateway = open_scraped_gateway(store={"url": valkey_url}, cache={"url": ledger.url}, org={"quotas": [quota(5)]})
+        assert gateway.ask(ONE).status_code == 200
         with ledger.hanging():
-            wait_until(lambda: up(scrape(scene.client)) == {"ledger": 1, "price-book": 0})
-            during = scrape(scene.client)
+            wait_until(lambda: up(scrape(gateway.client)) == {"ledger": 1, "price-book": 0})
+            during = scrape(gateway.client)
             assert _present(during) == LEDGER_GAUGES
             assert during.series("balance_credits", "account") == {}
             assert during.series("balance_age_seconds", "account") == {}
-        wait_until(lambda: scrape(scene.client).series("balance_credits", "account") == {("default",): 10_000})
-        assert up(scrape(scene.client)) == {"ledger": 1, "price-book": 1}
+        wait_until(lambda: scrape(gateway.client).series("balance_credits", "account") == {("default",): 10_000})
+        assert up(scrape(gateway.client)) == {"ledger": 1, "price-book": 1}
 
     def test_a_debit_without_a_reply_and_one_that_waits(
-        self, ledger: OwnLedger, valkey_url: str, watched: Opened
+        self, ledger: StoreProcess, valkey_url: str, open_scraped_gateway: OpenGateway
     ) -> None:
         ledger.start()
-        scene = watched(store={"url": ledger.url, "on_outage": "admit"}, cache={"url": valkey_url})
+        gateway = open_scraped_gateway(store={"url": ledger.url, "on_outage": "admit"}, cache={"url": valkey_url})
         with ledger.hanging():
-            assert code_of(scene.ask(ONE)) == "store-unavailable"
-            assert [scene.ask(ONE).status_code for _ in range(2)] == [200, 200]
-            during = scrape(scene.client)
+            assert code_of(gateway.ask(ONE)) == "store-unavailable"
+            assert [gateway.ask(ONE).status_code for _ in range(2)] == [200, 200]
+            during = scrape(gateway.client)
             assert (during.value("unanswered_debits_total"), during.value("buffered_debits")) == (1, 2)
-        wait_until(lambda: scrape(scene.client).value("buffered_debits") == 0)
+        wait_until(lambda: scrape(gateway.client).value("buffered_debits") == 0)
 
-    def test_a_ledger_that_was_lost(self, watched: Opened) -> None:
-        scene = watched()
-        scene.ask(ONE)
-        created = scrape(scene.client).value("ledger_created_timestamp_seconds")
+    def test_a_ledger_that_was_lost(self, open_scraped_gateway: OpenGateway) -> None:
+        gateway = open_scraped_gateway()
+        gateway.ask(ONE)
+        created = scrape(gateway.client).value("ledger_created_timestamp_seconds")
         assert created is not None
-        scene.store.flushall()
-        scene.ask(ONE)
-        after = scrape(scene.client)
+        gateway.store.flushall()
+        gateway.ask(ONE)
+        after = scrape(gateway.client)
         assert after.value("ledger_lost_total") == 1
         assert (after.value("ledger_created_timestamp_seconds") or 0) > created
 
@@ -127,56 +127,58 @@ def _present(scraped: Scraped) -> set[str]:
 
 
 class TestGauges:
-    def test_the_circuit(self, watched: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_circuit(self, open_scraped_gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("proxy.upstream.circuit_breaker.OPEN_S", 0.1)
-        scene = watched()
-        scene.simulator.script(*[Fault.SERVER_ERROR] * MIN_ANSWERS)
+        gateway = open_scraped_gateway()
+        gateway.simulator.script(*[Fault.SERVER_ERROR] * MIN_ANSWERS)
         for _ in range(MIN_ANSWERS):
-            assert _circuits(scene) == {"default": 0, "second": 0}
-            assert code_of(scene.ask()) == "upstream-error"
-        assert _circuits(scene) == {"default": 1, "second": 0}
-        wait_until(lambda: scene.ask().status_code == 200)
-        assert _circuits(scene) == {"default": 0, "second": 0}
+            assert _circuits(gateway) == {"default": 0, "second": 0}
+            assert code_of(gateway.ask()) == "upstream-error"
+        assert _circuits(gateway) == {"default": 1, "second": 0}
+        wait_until(lambda: gateway.ask().status_code == 200)
+        assert _circuits(gateway) == {"default": 0, "second": 0}
 
-    def test_what_is_in_flight(self, watched: Opened) -> None:
-        scene = watched()
-        assert scrape(scene.client).value("requests_in_flight") == 1, "the scrape itself"
-        with ThreadPoolExecutor() as pool, scene.simulator.hold() as hold:
-            asked = [pool.submit(scene.ask, b'[{"seed":%d}]' % number) for number in range(3)]
-            assert scene.simulator.arrived(3)
-            assert scrape(scene.client).value("requests_in_flight") == 4
+    def test_what_is_in_flight(self, open_scraped_gateway: OpenGateway) -> None:
+        gateway = open_scraped_gateway()
+        assert scrape(gateway.client).value("requests_in_flight") == 1, "the scrape itself"
+        with ThreadPoolExecutor() as pool, gateway.simulator.hold() as hold:
+            asked = [pool.submit(gateway.ask, b'[{"seed":%d}]' % number) for number in range(3)]
+            assert gateway.simulator.arrived(3)
+            assert scrape(gateway.client).value("requests_in_flight") == 4
             hold.release()
             assert [future.result().status_code for future in asked] == [200] * 3
-        wait_until(lambda: scrape(scene.client).value("requests_in_flight") == 1)
+        wait_until(lambda: scrape(gateway.client).value("requests_in_flight") == 1)
 
-    def test_windows_are_what_usage_says(self, watched: Opened) -> None:
-        scene = watched(org={"timezone": MORNING})
+    def test_windows_are_what_usage_says(self, open_scraped_gateway: OpenGateway) -> None:
+        gateway = open_scraped_gateway(org={"timezone": MORNING})
         for body, token in ((FLUX, DESIGN), (FLUX, DESIGN), (ONE, MARKETING), (b"[{},{}]", DESIGN)):
-            assert scene.ask(body, x_api_key=token).status_code == 200
-        assert code_of(scene.ask("{}")) == "invalid-body"
-        scraped = scrape(scene.client)
-        assert booked(scraped) == usage(scene.client, ADMIN, TEAMS)
+            assert gateway.ask(body, x_api_key=token).status_code == 200
+        assert code_of(gateway.ask("{}")) == "invalid-body"
+        scraped = scrape(gateway.client)
+        assert booked(scraped) == usage(gateway.client, ADMIN, TEAMS)
         assert booked(scraped)["design", "day"] == (3, 7.5)
         assert booked(scraped)["retired", "month"] == (0, 0)
 
-    def test_each_window_has_its_own_number(self, watched: Opened) -> None:
-        scene, keys, zone = watched(org={"timezone": MORNING}), LedgerKeys("default"), ZoneInfo(MORNING)
+    def test_each_window_has_its_own_number(self, open_scraped_gateway: OpenGateway) -> None:
+        gateway, keys, zone = open_scraped_gateway(org={"timezone": MORNING}), LedgerKeys("default"), ZoneInfo(MORNING)
         for number, per in enumerate(PERS, 1):
             counter = keys.counter("design", per, window_of(per, int(time.time()), zone))
-            scene.store.hset(counter, mapping={"requests": number, "credits": number * 1_500_000})
-        found = booked(scrape(scene.client))
+            gateway.store.hset(counter, mapping={"requests": number, "credits": number * 1_500_000})
+        found = booked(scrape(gateway.client))
         assert [found["design", per] for per in PERS] == [(1, 1.5), (2, 3.0), (3, 4.5)]
         assert found["marketing", "month"] == (0, 0)
 
-    def test_quotas_are_what_their_teams_are_shown(self, watched: Opened) -> None:
+    def test_quotas_are_what_their_teams_are_shown(self, open_scraped_gateway: OpenGateway) -> None:
         wait_until(lambda: time.time() % 60 < 55)  # no minute may end meanwhile
         quotas = [quota(100.5), quota(7, "minute", "requests"), quota(0, "hour", on_exceed="warn")]
-        scene = watched(teams=limited(*quotas), org={"quotas": [quota(9000, "week", "requests")], "timezone": MORNING})
+        gateway = open_scraped_gateway(
+            teams=limited(*quotas), org={"quotas": [quota(9000, "week", "requests")], "timezone": MORNING}
+        )
         for token in (DESIGN, DESIGN, MARKETING):
-            assert scene.ask(FLUX, x_api_key=token).status_code == 200
-        shown = scene.client.get("/v1/quota", headers={"x-api-key": ADMIN}).json()["teams"]
+            assert gateway.ask(FLUX, x_api_key=token).status_code == 200
+        shown = gateway.client.get("/v1/quota", headers={"x-api-key": ADMIN}).json()["teams"]
         told = {_key(team["team"], quota): quota for team in shown for quota in team["quotas"]}
-        scraped = scrape(scene.client)
+        scraped = scrape(gateway.client)
         for name, member in (("quota_limit", "limit"), ("quota_used", "used")):
             found = scraped.series(name, "scope", "team", "measure", "per")
             assert found == {key: quota[member] for key, quota in told.items()}
@@ -187,11 +189,11 @@ class TestGauges:
             assert {per for (per,) in found} == {"minute", "hour", "day", "week", "month"}
         assert scraped.value("quota_used", scope="org", team="-", measure="requests", per="week") == 3
 
-    def test_the_balance_is_the_fleets(self, watched: Opened) -> None:
-        asked = watched()
+    def test_the_balance_is_the_fleets(self, open_scraped_gateway: OpenGateway) -> None:
+        asked = open_scraped_gateway()
         assert asked.ask().status_code == 200
         asked.age(100)
-        idle = watched()
+        idle = open_scraped_gateway()
         scraped = scrape(idle.client)
         assert scraped.series("balance_credits", "account") == {("default",): 10_000}
         age = scraped.value("balance_age_seconds", account="default")
@@ -200,31 +202,31 @@ class TestGauges:
         assert scraped.series("balance_age_seconds", "account").keys() == {("default",)}
 
     @pytest.mark.usefixtures("fresh")
-    def test_a_balance_that_another_gateway_has_seen_is_shown_here(self, watched: Opened) -> None:
-        asked, idle = watched(), watched()
+    def test_a_balance_that_another_gateway_has_seen_is_shown_here(self, open_scraped_gateway: OpenGateway) -> None:
+        asked, idle = open_scraped_gateway(), open_scraped_gateway()
         for number, balance in enumerate((41, 17)):
             asked.simulator.balance = balance
             assert asked.ask(b'[{"seed":%d}]' % number).status_code == 200
             wait_until(lambda: scrape(idle.client).value("balance_credits", account="default") == balance)  # noqa: B023
 
-    def test_stores_are_read_at_most_every_few_seconds(self, watched: Opened) -> None:
-        scrape(watched().client)  # the store knows the scripts now
-        scene = watched()
-        first, calls = _scrapes_until_read(scene), _script_calls(scene)
-        next_ = _scrapes_until_read(scene)
+    def test_stores_are_read_at_most_every_few_seconds(self, open_scraped_gateway: OpenGateway) -> None:
+        scrape(open_scraped_gateway().client)  # the store knows the scripts now
+        gateway = open_scraped_gateway()
+        first, calls = _scrapes_until_read(gateway), _script_calls(gateway)
+        next_ = _scrapes_until_read(gateway)
         assert next_[-1].ended - first[-1].began >= SNAPSHOT_S
         assert len(next_) > 10
-        assert _script_calls(scene) - calls == 3 + len(ACCOUNTS), "which ledger, windows, quotas, books"
+        assert _script_calls(gateway) - calls == 3 + len(ACCOUNTS), "which ledger, windows, quotas, books"
 
 
-def _circuits(scene: Scene) -> dict[str, float]:
-    series = scrape(scene.client).series("upstream_circuit_open", "account")
+def _circuits(gateway: GatewayFixture) -> dict[str, float]:
+    series = scrape(gateway.client).series("upstream_circuit_open", "account")
     return {account: value for (account,), value in series.items()}
 
 
-def _script_calls(scene: Scene) -> int:
+def _script_calls(gateway: GatewayFixture) -> int:
     """How many scripts the store has run."""
-    stats: Any = scene.store.info("commandstats")
+    stats: Any = gateway.store.info("commandstats")
     return int(stats["cmdstat_evalsha"]["calls"])
 
 
@@ -233,12 +235,12 @@ class Took(NamedTuple):
     ended: float
 
 
-def _scrapes_until_read(scene: Scene) -> list[Took]:
+def _scrapes_until_read(gateway: GatewayFixture) -> list[Took]:
     """Scrapes, the last of which has read the stores."""
-    calls, scrapes = _script_calls(scene), list[Took]()
-    while _script_calls(scene) == calls:
+    calls, scrapes = _script_calls(gateway), list[Took]()
+    while _script_calls(gateway) == calls:
         began = time.monotonic()
-        scrape(scene.client)
+        scrape(gateway.client)
         scrapes.append(Took(began, time.monotonic()))
     return scrapes
 

@@ -11,7 +11,7 @@ from gateway_fixture import settings
 from proxy.open_stores import startup_errors
 from proxy.store.persistence import Persistence, data_loss_warning
 from proxy.store.redirects import SLOTS
-from topologies import Cluster, cluster, stage_of
+from topologies import Cluster, cluster, server_group
 
 NOTHING_WRITTEN = (
     'the ledger\'s server writes nothing to disk (appendonly no, save ""): a restart loses all quotas and usage. '
@@ -88,8 +88,8 @@ def test_of_several_servers_the_worst_one_counts(fleet: Cluster, caplog: pytest.
 
 
 def test_a_server_that_cannot_be_reached_is_not_judged(caplog: pytest.LogCaptureFixture) -> None:
-    with stage_of("valkey") as stage:
-        member = stage.member()
+    with server_group("valkey") as group:
+        member = group.member()
         member.kill()
         assert said_at_start(f"redis://127.0.0.1:{member.port}", caplog) == []
 

@@ -9,11 +9,11 @@ import httpx2
 import pytest
 
 from faulty_rendernet import Fault
-from fleet import OwnLedger, own_ledger
-from gateway_fixture import Scene, cache_status, code_of
+from fleet import StoreProcess, store_process
+from gateway_fixture import GatewayFixture, cache_status, code_of
 from lateness import assert_in_time
 from proxy.store.client import COOLDOWN_S
-from quota_scenes import FLUX, ONE, Limited, exceeded, explained, get, quota, requests, row, usage, used
+from quota_fixture import FLUX, ONE, Limited, exceeded, explained, get, quota, requests, row, usage, used
 from serving import free_port, wait_until
 
 pytestmark = pytest.mark.usefixtures("within_a_minute")
@@ -23,114 +23,114 @@ IN_TIME_S = 0.3 + 0.05
 
 
 @pytest.fixture
-def ledger() -> Iterator[OwnLedger]:
-    with own_ledger() as opened:
+def ledger() -> Iterator[StoreProcess]:
+    with store_process() as opened:
         yield opened
 
 
 class TestWithoutTheLedger:
     def test_it_refuses_within_the_time_that_was_said(self, limited: Limited, valkey_url: str) -> None:
         dead = f"redis://127.0.0.1:{free_port()}"
-        scene = limited(quota(100), store={"url": dead}, cache={"url": valkey_url})
+        gateway = limited(quota(100), store={"url": dead}, cache={"url": valkey_url})
         for body in (FLUX, ONE):
-            refused = scene.ask(body)
+            refused = gateway.ask(body)
             assert (refused.status_code, code_of(refused)) == (503, "store-unavailable")
             assert refused.headers["retry-after"] == "1"
             assert "ratelimit" not in refused.headers
             assert_in_time(refused.elapsed.total_seconds(), IN_TIME_S)
-        assert scene.simulator.calls == 0
+        assert gateway.simulator.calls == 0
 
     def test_it_refuses_in_time_also_if_the_ledger_hangs(
-        self, limited: Limited, ledger: OwnLedger, valkey_url: str
+        self, limited: Limited, ledger: StoreProcess, valkey_url: str
     ) -> None:
         ledger.start()
-        scene = limited(quota(100), store={"url": ledger.url}, cache={"url": valkey_url})
-        assert scene.ask(FLUX).status_code == 200
+        gateway = limited(quota(100), store={"url": ledger.url}, cache={"url": valkey_url})
+        assert gateway.ask(FLUX).status_code == 200
         with ledger.hanging():
-            refused = _refusals(scene, for_s=3 * COOLDOWN_S)
+            refused = _refusals(gateway, for_s=3 * COOLDOWN_S)
         assert {code_of(answer) for answer in refused} == {"store-unavailable"}
         seconds = sorted(answer.elapsed.total_seconds() for answer in refused)
         waited = [elapsed for elapsed in seconds if elapsed > IN_TIME_S / 2]
         assert 1 <= len(waited) <= 3, "one wait a rest, not one a request"
         assert_in_time(waited[0], IN_TIME_S)
-        wait_until(lambda: scene.ask(FLUX).status_code == 200)
+        wait_until(lambda: gateway.ask(FLUX).status_code == 200)
 
     def test_it_admits_if_that_is_wanted_and_books_when_the_ledger_is_back(
-        self, limited: Limited, ledger: OwnLedger, valkey_url: str
+        self, limited: Limited, ledger: StoreProcess, valkey_url: str
     ) -> None:
         store = {"url": ledger.url, "on_outage": "admit"}
-        scene = limited(quota(5), requests(2), store=store, cache={"url": valkey_url})
-        scene.simulator.script(None, None, Fault.SERVER_ERROR)
-        told = [scene.ask(body) for body in (FLUX, FLUX, ONE, b"[{},{}]")]
+        gateway = limited(quota(5), requests(2), store=store, cache={"url": valkey_url})
+        gateway.simulator.script(None, None, Fault.SERVER_ERROR)
+        told = [gateway.ask(body) for body in (FLUX, FLUX, ONE, b"[{},{}]")]
         assert [answer.status_code for answer in told] == [200, 200, 200, 502]
         assert not [answer for answer in told if {"ratelimit", "ratelimit-policy"} & answer.headers.keys()]
-        assert code_of(get(scene, "/v1/usage")) == "store-unavailable"
+        assert code_of(get(gateway, "/v1/usage")) == "store-unavailable"
         ledger.start()
-        wait_until(lambda: get(scene, "/v1/usage").status_code == 200 and usage(scene)["requests"])
-        assert usage(scene) == row(4, Decimal("6.5"), hit=1, miss=2, upstream_error=1)
-        assert used(scene) == [Decimal("6.5"), 4]
-        assert exceeded(scene.ask(FLUX))["violated-policies"] == ["credits-month", "requests-month"]
+        wait_until(lambda: get(gateway, "/v1/usage").status_code == 200 and usage(gateway)["requests"])
+        assert usage(gateway) == row(4, Decimal("6.5"), hit=1, miss=2, upstream_error=1)
+        assert used(gateway) == [Decimal("6.5"), 4]
+        assert exceeded(gateway.ask(FLUX))["violated-policies"] == ["credits-month", "requests-month"]
 
     @pytest.mark.parametrize("on_outage", ["refuse", "admit"])
     def test_one_under_way_when_it_dies_is_counted_once(
-        self, on_outage: str, limited: Limited, ledger: OwnLedger, valkey_url: str
+        self, on_outage: str, limited: Limited, ledger: StoreProcess, valkey_url: str
     ) -> None:
         ledger.start()
         store = {"url": ledger.url, "on_outage": on_outage}
-        scene = limited(quota(6), requests(2), store=store, cache={"url": valkey_url})
-        with ThreadPoolExecutor() as pool, scene.simulator.hold() as hold:
-            asked = pool.submit(scene.ask, FLUX)
-            assert scene.simulator.arrived(1)
+        gateway = limited(quota(6), requests(2), store=store, cache={"url": valkey_url})
+        with ThreadPoolExecutor() as pool, gateway.simulator.hold() as hold:
+            asked = pool.submit(gateway.ask, FLUX)
+            assert gateway.simulator.arrived(1)
             ledger.kill()
             hold.release()
             answer = asked.result()
         ledger.start()
-        wait_until(lambda: get(scene, "/v1/usage").status_code == 200)
+        wait_until(lambda: get(gateway, "/v1/usage").status_code == 200)
         if on_outage == "admit":
             assert answer.status_code == 200
-            wait_until(lambda: usage(scene) == row(1, Decimal("2.75"), miss=1))
-            assert used(scene) == [Decimal("2.75"), 1]
+            wait_until(lambda: usage(gateway) == row(1, Decimal("2.75"), miss=1))
+            assert used(gateway) == [Decimal("2.75"), 1]
         else:
             assert code_of(answer) == "store-unavailable"
-            assert usage(scene) == row(1, cancelled=1)
-            assert used(scene) == [0, 1]
-        assert cache_status(scene.ask(FLUX)).startswith("hit; "), "the price is not lost"
+            assert usage(gateway) == row(1, cancelled=1)
+            assert used(gateway) == [0, 1]
+        assert cache_status(gateway.ask(FLUX)).startswith("hit; "), "the price is not lost"
 
     def test_a_debit_that_may_have_been_booked_is_neither_repeated_nor_answered(
-        self, limited: Limited, ledger: OwnLedger, valkey_url: str
+        self, limited: Limited, ledger: StoreProcess, valkey_url: str
     ) -> None:
         ledger.start()
         store = {"url": ledger.url, "on_outage": "admit"}
-        scene = limited(requests(100), store=store, cache={"url": valkey_url})
-        assert scene.ask(FLUX).status_code == 200
+        gateway = limited(requests(100), store=store, cache={"url": valkey_url})
+        assert gateway.ask(FLUX).status_code == 200
         with ledger.hanging():
-            unanswered, owed = scene.ask(FLUX), scene.ask(FLUX)
+            unanswered, owed = gateway.ask(FLUX), gateway.ask(FLUX)
         assert (code_of(unanswered), owed.status_code) == ("store-unavailable", 200)
-        assert scene.metrics.unanswered_debits._value.get() == 1
-        wait_until(lambda: scene.metrics.buffered_debits._value.get() == 0)
-        assert used(scene)[0] in {2, 3}
-        assert usage(scene)["requests"] == used(scene)[0]
+        assert gateway.metrics.unanswered_debits._value.get() == 1
+        wait_until(lambda: gateway.metrics.buffered_debits._value.get() == 0)
+        assert used(gateway)[0] in {2, 3}
+        assert usage(gateway)["requests"] == used(gateway)[0]
 
     def test_what_is_explained_has_no_price(self, limited: Limited, valkey_url: str) -> None:
         limited().ask(FLUX)
         dead = f"redis://127.0.0.1:{free_port()}"
-        scene = limited(store={"url": dead}, cache={"url": valkey_url})
-        told = explained(scene)
+        gateway = limited(store={"url": dead}, cache={"url": valkey_url})
+        told = explained(gateway)
         assert (told["stored"], told["admitted"], told["degraded"]) == (True, None, ["ledger"])
         assert "estimated" not in told, "an estimate would be refused"
 
     def test_without_the_price_book_alone_estimates_go_on_and_count(self, limited: Limited) -> None:
-        scene = limited(quota(6), requests(100), cache={"url": f"redis://127.0.0.1:{free_port()}"})
-        told = [scene.ask(FLUX) for _ in range(3)]
+        gateway = limited(quota(6), requests(100), cache={"url": f"redis://127.0.0.1:{free_port()}"})
+        told = [gateway.ask(FLUX) for _ in range(3)]
         assert [answer.status_code for answer in told] == [200, 200, 402]
         assert {cache_status(answer) for answer in told} == {"fwd=bypass; detail=store-unavailable"}
-        assert scene.simulator.calls == 3
-        assert used(scene) == [Decimal("5.5"), 2]
-        assert usage(scene) == row(2, Decimal("5.5"), refused=1, bypass=2, quota_exceeded=1)
+        assert gateway.simulator.calls == 3
+        assert used(gateway) == [Decimal("5.5"), 2]
+        assert usage(gateway) == row(2, Decimal("5.5"), refused=1, bypass=2, quota_exceeded=1)
 
 
-def _refusals(scene: Scene, *, for_s: float) -> list[httpx2.Response]:
+def _refusals(gateway: GatewayFixture, *, for_s: float) -> list[httpx2.Response]:
     until, refused = time.monotonic() + for_s, []
     while time.monotonic() < until:
-        refused.append(scene.ask(FLUX))
+        refused.append(gateway.ask(FLUX))
     return refused

@@ -8,7 +8,7 @@ import httpx2
 import pytest
 
 from gateway_fixture import PATH, RETIRED, answers, code_of
-from quota_scenes import (
+from quota_fixture import (
     FLUX,
     ONE,
     SEGMENT,
@@ -42,9 +42,9 @@ def policies(response: httpx2.Response) -> dict[str, dict[str, Any]]:
 class TestFields:
     def test_say_what_holds_and_what_is_left(self, limited: Limited) -> None:
         org = {"quotas": [quota(100, "week", on_exceed="warn"), requests(7, "minute")]}
-        scene = limited(requests(10, "day"), quota(10.5), rate=rate(20, per_s=0.5), org=org)
+        gateway = limited(requests(10, "day"), quota(10.5), rate=rate(20, per_s=0.5), org=org)
         now = datetime.now(UTC)
-        first, second = scene.ask(FLUX), scene.ask(FLUX)
+        first, second = gateway.ask(FLUX), gateway.ask(FLUX)
         month_s = (end_of("month", now) - end_of("month", now.replace(day=1) - timedelta(days=1))).total_seconds()
         assert policies(first) == {
             "rate": {"q": 20, "w": 40},
@@ -64,13 +64,13 @@ class TestFields:
             assert seconds - 3 <= limits(first)[name]["t"] <= seconds + 1
 
     def test_stand_on_refusals_and_explanations_too(self, limited: Limited) -> None:
-        scene = limited(quota(3), requests(9), rate=rate(5))
-        answered = scene.ask(FLUX)
-        refused, absent = scene.ask(FLUX), scene.ask(ONE, cache_control="only-if-cached")
-        explained = scene.client.post("/v1/explain", content=FLUX)
+        gateway = limited(quota(3), requests(9), rate=rate(5))
+        answered = gateway.ask(FLUX)
+        refused, absent = gateway.ask(FLUX), gateway.ask(ONE, cache_control="only-if-cached")
+        explained = gateway.client.post("/v1/explain", content=FLUX)
         for _ in range(2):
-            scene.client.post("/v1/explain", content=FLUX)
-        limited_ = scene.ask(FLUX)
+            gateway.client.post("/v1/explain", content=FLUX)
+        limited_ = gateway.ask(FLUX)
         told = [answered, refused, absent, explained, limited_]
         assert [answer.status_code for answer in told] == [200, 402, 504, 200, 429]
         assert {answer.headers["ratelimit-policy"] for answer in told} == {answered.headers["ratelimit-policy"]}
@@ -79,75 +79,75 @@ class TestFields:
             assert left(answer) == {"credits-month": 0, "requests-month": 8}
 
     def test_a_warning_is_for_an_answer_and_not_for_a_refusal(self, limited: Limited) -> None:
-        scene = limited(requests(0, "day", "warn"), quota(2))
-        exceeded(scene.ask(FLUX))  # it looks that there is none
-        scene.simulator.script(answers(b"{}", 429, retry_after="30"))
-        assert field(scene.ask(ONE), "estimate-proxy-warning") == {"requests-day": {}}
-        unasked = scene.ask(ONE)
+        gateway = limited(requests(0, "day", "warn"), quota(2))
+        exceeded(gateway.ask(FLUX))  # it looks that there is none
+        gateway.simulator.script(answers(b"{}", 429, retry_after="30"))
+        assert field(gateway.ask(ONE), "estimate-proxy-warning") == {"requests-day": {}}
+        unasked = gateway.ask(ONE)
         assert code_of(unasked) == "upstream-busy"
         assert "estimate-proxy-warning" not in unasked.headers
 
 
 class TestExplain:
     def test_debits_no_quota_and_takes_from_the_rate(self, limited: Limited) -> None:
-        scene = limited(quota(100), requests(2), rate=rate(5))
-        scene.ask(FLUX)
-        before = usage(scene), used(scene)
-        assert [explained(scene)["admitted"] for _ in range(4)] == [True] * 4
+        gateway = limited(quota(100), requests(2), rate=rate(5))
+        gateway.ask(FLUX)
+        before = usage(gateway), used(gateway)
+        assert [explained(gateway)["admitted"] for _ in range(4)] == [True] * 4
         for path in ("/v1/explain", PATH):
-            refused = scene.client.post(path, content=FLUX)
+            refused = gateway.client.post(path, content=FLUX)
             assert (refused.status_code, code_of(refused)) == (429, "rate-limited")
             assert refused.headers["retry-after"] in {"999", "1000"}
-        assert used(scene) == before[1]
-        assert usage(scene) == row(1, Decimal("2.75"), refused=1, miss=1, rate_limited=1)
+        assert used(gateway) == before[1]
+        assert usage(gateway) == row(1, Decimal("2.75"), refused=1, miss=1, rate_limited=1)
 
     def test_shows_no_price_that_an_estimate_would_be_refused(self, limited: Limited) -> None:
-        scene = limited(quota(5))
-        scene.ask(FLUX)
-        response = scene.client.post("/v1/explain", content=FLUX)
+        gateway = limited(quota(5))
+        gateway.ask(FLUX)
+        response = gateway.client.post("/v1/explain", content=FLUX)
         told = exactly(response)
         assert (told["stored"], told["admitted"]) == (True, False)
-        assert told["refusal"] == {"code": "quota-exceeded", "detail": exceeded(scene.ask(FLUX))["detail"]}
+        assert told["refusal"] == {"code": "quota-exceeded", "detail": exceeded(gateway.ask(FLUX))["detail"]}
         assert "estimated" not in told
         assert "2.75" not in response.text
 
     def test_a_price_that_nobody_knows_may_pass_and_nothing_left_may_not(self, limited: Limited) -> None:
-        scene = limited(quota(2.75))
-        assert explained(scene, SEGMENT)["admitted"] is True
-        scene.ask(FLUX)
-        told = explained(scene, SEGMENT)
+        gateway = limited(quota(2.75))
+        assert explained(gateway, SEGMENT)["admitted"] is True
+        gateway.ask(FLUX)
+        told = explained(gateway, SEGMENT)
         assert (told["stored"], told["admitted"], told["refusal"]["code"]) == (False, False, "quota-exceeded")
 
     def test_a_price_that_fits_is_shown(self, limited: Limited) -> None:
-        scene = limited(quota(5.5))
-        scene.ask(FLUX)
-        told = explained(scene)
+        gateway = limited(quota(5.5))
+        gateway.ask(FLUX)
+        told = explained(gateway)
         assert (told["admitted"], told["estimated"]) == (True, Decimal("2.75"))
         assert "refusal" not in told
 
 
 class TestViews:
     def test_to_look_debits_nothing_and_takes_no_rate(self, limited: Limited) -> None:
-        scene = limited(quota(100), requests(100), rate=rate(2))
-        scene.ask(FLUX)
-        before = shown(scene, "/v1/quota")
+        gateway = limited(quota(100), requests(100), rate=rate(2))
+        gateway.ask(FLUX)
+        before = shown(gateway, "/v1/quota")
         for path in ("/v1/usage", "/v1/usage?by=model&format=csv", "/v1/quota"):
-            response = get(scene, path)
+            response = get(gateway, path)
             assert response.status_code == 200
             assert {"ratelimit", "ratelimit-policy"}.isdisjoint(response.headers)
-        assert shown(scene, "/v1/quota") == before
+        assert shown(gateway, "/v1/quota") == before
         assert before["rate"] == {"per_s": Decimal(str(SLOW)), "burst": 2, "remaining": 1}
 
     def test_a_team_that_is_disabled_sees_what_it_used(self, limited: Limited) -> None:
         retired = team(RETIRED, requests(10))
         limited(teams={"retired": retired}).ask(FLUX, x_api_key=RETIRED)
-        scene = limited(teams={"retired": {**retired, "disabled": True}})
-        assert code_of(scene.ask(FLUX, x_api_key=RETIRED)) == "team-disabled"
-        assert usage(scene, RETIRED) == row(1, Decimal("2.75"), miss=1)
-        assert used(scene, RETIRED) == [1]
+        gateway = limited(teams={"retired": {**retired, "disabled": True}})
+        assert code_of(gateway.ask(FLUX, x_api_key=RETIRED)) == "team-disabled"
+        assert usage(gateway, RETIRED) == row(1, Decimal("2.75"), miss=1)
+        assert used(gateway, RETIRED) == [1]
 
     def test_a_quota_that_is_set_later_knows_what_was_used_before(self, limited: Limited) -> None:
         limited().ask(FLUX)
-        scene = limited(quota(5), requests(2, "week"), org={"quotas": [quota(100, "day")]})
-        assert used(scene) == [Decimal("2.75"), 1, Decimal("2.75")]
-        exceeded(scene.ask(FLUX))
+        gateway = limited(quota(5), requests(2, "week"), org={"quotas": [quota(100, "day")]})
+        assert used(gateway) == [Decimal("2.75"), 1, Decimal("2.75")]
+        exceeded(gateway.ask(FLUX))

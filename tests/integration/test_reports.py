@@ -28,18 +28,18 @@ KEYS = LedgerKeys("acme")
 HUGE = 2**53 + 1
 """As a number of Lua or JavaScript it would be rounded."""
 
-Tell = Callable[[Callable[[LedgerReader], Coroutine[Any, Any, None]]], None]
+RunScenario = Callable[[Callable[[LedgerReader], Coroutine[Any, Any, None]]], None]
 
 
 @pytest.fixture
-def tell(any_store_url: str) -> Tell:
+def run_scenario(any_store_url: str) -> RunScenario:
     """Tells a story with reports whose store is closed behind it."""
 
-    def run(story: Callable[[LedgerReader], Coroutine[Any, Any, None]]) -> None:
+    def run(scenario: Callable[[LedgerReader], Coroutine[Any, Any, None]]) -> None:
         async def with_store() -> None:
             store = Store(any_store_url, "ledger")
             try:
-                await story(LedgerReader(store, KEYS, ZONE))
+                await scenario(LedgerReader(store, KEYS, ZONE))
             finally:
                 await store.close()
 
@@ -76,7 +76,7 @@ NOVEMBER_1 = date(2026, 11, 1)
 # --- Usage -----------------------------------------------------------------------------------------------------------
 
 
-def test_usage_of_teams_and_days(server: redis.Redis, tell: Tell) -> None:
+def test_usage_of_teams_and_days(server: redis.Redis, run_scenario: RunScenario) -> None:
     day = timedelta(days=1)
     keep(server, NOVEMBER_1 - day, "design", Flux__hit__requests=100)
     keep(server, NOVEMBER_1, "design", Flux__hit__requests=3, Flux__hit__credits=HUGE, none__cancelled__requests=0)
@@ -84,7 +84,7 @@ def test_usage_of_teams_and_days(server: redis.Redis, tell: Tell) -> None:
     keep(server, NOVEMBER_1 + 2 * day, "design", Flux__hit__requests=100)
     server.hset(LedgerKeys("other").usage("design", NOVEMBER_1), "Flux:hit:requests", 100)
 
-    async def story(reports: LedgerReader) -> None:
+    async def scenario(reports: LedgerReader) -> None:
         assert await reports.teams() == {"design", "removed"}
         usage = await reports.usage(usage_query(NOVEMBER_1, NOVEMBER_1 + day, "team"))
         assert [(row.group, row.requests, row.refused, row.credits_micro) for row in usage.rows] == [
@@ -96,32 +96,32 @@ def test_usage_of_teams_and_days(server: redis.Redis, tell: Tell) -> None:
         assert [row.group for row in own.rows] == [("2026-11-01", "Flux")]
         assert own.total.credits_micro == HUGE
 
-    tell(story)
+    run_scenario(scenario)
 
 
-def test_usage_of_nobody(server: redis.Redis, tell: Tell) -> None:
+def test_usage_of_nobody(server: redis.Redis, run_scenario: RunScenario) -> None:
     assert server.dbsize() == 0
 
-    async def story(reports: LedgerReader) -> None:
+    async def scenario(reports: LedgerReader) -> None:
         assert await reports.teams() == frozenset()
         for team in (None, "nobody"):
             usage = await reports.usage(usage_query(NOVEMBER_1, NOVEMBER_1, "day", team=team))
             assert usage.rows == ()
 
-    tell(story)
+    run_scenario(scenario)
 
 
-def test_a_year_of_usage_is_read_in_parts(server: redis.Redis, tell: Tell) -> None:
+def test_a_year_of_usage_is_read_in_parts(server: redis.Redis, run_scenario: RunScenario) -> None:
     days = [NOVEMBER_1 - timedelta(days=number) for number in range(400)]
     for number, day in enumerate(days):
         keep(server, day, "design", Flux__hit__requests=1, Flux__hit__credits=number)
 
-    async def story(reports: LedgerReader) -> None:
+    async def scenario(reports: LedgerReader) -> None:
         usage = await reports.usage(usage_query(days[-1], days[0], "day", team="design"))
         assert [row.group[0] for row in usage.rows] == [str(day) for day in reversed(days)]
         assert usage.total.credits_micro == sum(range(400))
 
-    tell(story)
+    run_scenario(scenario)
     assert calls(server, "evalsha") in (400 // CHUNK, 400 // CHUNK + 1), "one more where the script was not known yet"
     assert calls(server, "hgetall") == 400
 
@@ -140,7 +140,7 @@ def count(server: redis.Redis, team: str | None, per: Period, requests: int = 0,
         server.hset(key, field, amount)
 
 
-def test_how_teams_stand(server: redis.Redis, tell: Tell) -> None:
+def test_how_teams_stand(server: redis.Redis, run_scenario: RunScenario) -> None:
     credits_month, requests_week = quota("team", "estimated_credits", "month"), quota("team", "requests", "week")
     org_day = quota("org", "requests", "day")
     design = TeamLimits("design", Rate(2, 5), (credits_month, requests_week, org_day))
@@ -151,7 +151,7 @@ def test_how_teams_stand(server: redis.Redis, tell: Tell) -> None:
     before_us = 1_000_000 * now_s(server)
     server.set(KEYS.rate("design"), before_us + 60_000_000)
 
-    async def story(reports: LedgerReader) -> None:
+    async def scenario(reports: LedgerReader) -> None:
         first, second = await reports.quota_states([design, other])
         assert (first.limits, second.limits) == (design, other)
         assert list(first.used) == [HUGE, 7, 9]
@@ -164,58 +164,58 @@ def test_how_teams_stand(server: redis.Redis, tell: Tell) -> None:
             per: window_of(per, first.now_us // 1_000_000, ZONE) for per in BASE_PERIODS
         }
 
-    tell(story)
+    run_scenario(scenario)
 
 
-def test_a_rate_of_a_moment_ago(server: redis.Redis, tell: Tell) -> None:
+def test_a_rate_of_a_moment_ago(server: redis.Redis, run_scenario: RunScenario) -> None:
     terms = [TeamLimits(team, Rate(0.1, 5), ()) for team in ("ahead", "behind")]
     now_us = 1_000_000 * now_s(server)
     server.set(KEYS.rate("ahead"), now_us + 20_500_000)
     server.set(KEYS.rate("behind"), now_us - 20_000_000)
 
-    async def story(reports: LedgerReader) -> None:
+    async def scenario(reports: LedgerReader) -> None:
         ahead, behind = await reports.quota_states(terms)
         assert 15_000_000 < ahead.tat_offset_us <= 20_500_000
         assert ahead.rate_remaining() in (2, 3)
         assert (behind.tat_offset_us, behind.rate_remaining()) == (0, 5)
         assert await reports.quota_states([]) == []
 
-    tell(story)
+    run_scenario(scenario)
 
 
-def test_nothing_was_counted_yet(server: redis.Redis, tell: Tell) -> None:
+def test_nothing_was_counted_yet(server: redis.Redis, run_scenario: RunScenario) -> None:
     terms = TeamLimits(
         "design", Rate(1, 3), tuple(quota("team", "requests", per) for per in ("minute", "hour", "month"))
     )
 
-    async def story(reports: LedgerReader) -> None:
+    async def scenario(reports: LedgerReader) -> None:
         (quota_state,) = await reports.quota_states([terms])
         assert list(quota_state.used) == [0, 0, 0]
         assert quota_state.rate_remaining() == 3
         assert (await reports.window_totals(["design"])).teams["design"]["month"] == CounterValue(0, 0)
 
-    tell(story)
+    run_scenario(scenario)
     assert server.dbsize() == 0, "to look leaves nothing behind"
 
 
-def test_half_a_counter(server: redis.Redis, tell: Tell) -> None:
+def test_half_a_counter(server: redis.Redis, run_scenario: RunScenario) -> None:
     count(server, "design", "day", requests=3)
 
-    async def story(reports: LedgerReader) -> None:
+    async def scenario(reports: LedgerReader) -> None:
         assert (await reports.window_totals(["design"])).teams["design"]["day"] == CounterValue(3, 0)
 
-    tell(story)
+    run_scenario(scenario)
 
 
 @pytest.mark.parametrize("wrong_by_s", [-86400, 86400, 40 * 86400, -(10**9)])
 def test_a_clock_that_is_wrong_is_told_by_the_stores(
-    server: redis.Redis, tell: Tell, monkeypatch: pytest.MonkeyPatch, wrong_by_s: int
+    server: redis.Redis, run_scenario: RunScenario, monkeypatch: pytest.MonkeyPatch, wrong_by_s: int
 ) -> None:
     count(server, "design", "day", requests=3)
     terms = TeamLimits("design", Rate(1, 1), (quota("team", "requests", "day"),))
     monkeypatch.setattr(module, "time", lambda: time.time() + wrong_by_s)
 
-    async def story(reports: LedgerReader) -> None:
+    async def scenario(reports: LedgerReader) -> None:
         (quota_state,) = await reports.quota_states([terms])
         assert list(quota_state.used) == [3]
         assert quota_state.windows["day"] == window_of("day", now_s(server), ZONE)
@@ -223,13 +223,13 @@ def test_a_clock_that_is_wrong_is_told_by_the_stores(
         assert totals.teams["design"]["day"] == CounterValue(3, 0)
         assert totals.windows["month"] == window_of("month", now_s(server), ZONE)
 
-    tell(story)
+    run_scenario(scenario)
 
 
-def test_a_clock_that_is_right_asks_once(server: redis.Redis, tell: Tell) -> None:
+def test_a_clock_that_is_right_asks_once(server: redis.Redis, run_scenario: RunScenario) -> None:
     terms = [TeamLimits(f"team-{number}", Rate(1, 1), (quota("team", "requests", "day"),)) for number in range(60)]
 
-    async def story(reports: LedgerReader) -> None:
+    async def scenario(reports: LedgerReader) -> None:
         await reports.quota_states(terms)  # the server may not know the script yet
         server.config_resetstat()
         assert len(await reports.quota_states(terms)) == 60
@@ -237,15 +237,15 @@ def test_a_clock_that_is_right_asks_once(server: redis.Redis, tell: Tell) -> Non
         assert len((await reports.window_totals([one.team for one in terms])).teams) == 60
         assert calls(server, "evalsha") == 2
 
-    tell(story)
+    run_scenario(scenario)
 
 
-def test_window_totals(server: redis.Redis, tell: Tell) -> None:
+def test_window_totals(server: redis.Redis, run_scenario: RunScenario) -> None:
     for number, per in enumerate(BASE_PERIODS):
         count(server, "design", per, requests=number, credits=HUGE + number)
     count(server, None, "day", requests=99, credits=99)
 
-    async def story(reports: LedgerReader) -> None:
+    async def scenario(reports: LedgerReader) -> None:
         totals = await reports.window_totals(["design", "other"])
         assert totals.teams["design"] == {
             per: CounterValue(number, HUGE + number) for number, per in enumerate(BASE_PERIODS)
@@ -254,11 +254,11 @@ def test_window_totals(server: redis.Redis, tell: Tell) -> None:
         assert totals.windows == {per: window_of(per, now_s(server), ZONE) for per in BASE_PERIODS}
         assert (await reports.window_totals([])).teams == {}
 
-    tell(story)
+    run_scenario(scenario)
 
 
 def test_out_of_reach() -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         store = Store(f"redis://127.0.0.1:{free_port()}", "ledger")
         reports = LedgerReader(store, KEYS, ZONE)
         with pytest.raises(StoreUnavailable):
@@ -269,7 +269,7 @@ def test_out_of_reach() -> None:
             await reports.window_totals(["design"])
         await store.close()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 # --- What the ledger has booked --------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_reports_say_what_the_ledger_has_booked(any_store_url: str, server: redi
     quotas = quota("team", "estimated_credits", "month"), quota("team", "requests", "day", 5)
     design = TeamLimits("design", Rate(0.001, 8), (*quotas, quota("org", "requests", "week")))
 
-    async def story(store: Store) -> None:
+    async def scenario(store: Store) -> None:
         metrics = Metrics()
         ledger = Ledger(LedgerBatcher(store, KEYS, ZONE, metrics), metrics, admits_on_outage=False)
         reports = LedgerReader(store, KEYS, ZONE)
@@ -312,7 +312,7 @@ def test_reports_say_what_the_ledger_has_booked(any_store_url: str, server: redi
     async def with_store() -> None:
         store = Store(any_store_url, "ledger")
         try:
-            await story(store)
+            await scenario(store)
         finally:
             await store.close()
 

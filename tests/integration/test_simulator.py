@@ -101,7 +101,7 @@ ITEMS = st.dictionaries(
 )
 
 
-class Stage:
+class SimulatorServer:
     """The ASGI app that the server runs: whatever simulator is on."""
 
     def __init__(self, base_url: str) -> None:
@@ -120,11 +120,11 @@ class Stage:
 
 
 @pytest.fixture(scope="module")
-def stage() -> Iterator[Stage]:
+def host() -> Iterator[SimulatorServer]:
     sock = socket.create_server(("127.0.0.1", 0))
-    stage = Stage(f"http://127.0.0.1:{sock.getsockname()[1]}")
+    host = SimulatorServer(f"http://127.0.0.1:{sock.getsockname()[1]}")
     config = uvicorn.Config(
-        stage,
+        host,
         interface="asgi3",
         lifespan="off",
         log_config=None,
@@ -135,7 +135,7 @@ def stage() -> Iterator[Stage]:
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([sock],))
     thread.start()
-    yield stage
+    yield host
     server.should_exit = True
     thread.join()
 
@@ -146,8 +146,8 @@ def simulator() -> Simulator:
 
 
 @pytest.fixture
-def client(stage: Stage, simulator: Simulator) -> Iterator[httpx2.Client]:
-    with stage.serving(simulator) as client:
+def client(host: SimulatorServer, simulator: Simulator) -> Iterator[httpx2.Client]:
+    with host.serving(simulator) as client:
         yield client
 
 
@@ -277,13 +277,13 @@ class TestOrdinaryAnswers:
 
 
 class TestBalance:
-    def test_it_falls_with_the_calls_and_stops_at_zero(self, stage: Stage) -> None:
-        with stage.serving(Simulator(api_key=KEY, balance=8, spend_every=2)) as client:
+    def test_it_falls_with_the_calls_and_stops_at_zero(self, host: SimulatorServer) -> None:
+        with host.serving(Simulator(api_key=KEY, balance=8, spend_every=2)) as client:
             balances = [ask(client).json()["data"]["balance"] for _ in range(8)]
         assert balances == [8, 5, 5, 2, 2, 0, 0, 0]
 
-    def test_it_can_be_kept(self, stage: Stage) -> None:
-        with stage.serving(Simulator(api_key=KEY, balance=8, spend_every=0)) as client:
+    def test_it_can_be_kept(self, host: SimulatorServer) -> None:
+        with host.serving(Simulator(api_key=KEY, balance=8, spend_every=0)) as client:
             assert {ask(client).json()["data"]["balance"] for _ in range(3)} == {8}
 
 
@@ -390,13 +390,13 @@ class TestFaults:
         assert (answer.status_code, answer.headers["location"]) == (302, "/pub/v1/elsewhere")
 
     def test_a_hanging_request_ends_with_its_client(
-        self, stage: Stage, simulator: Simulator, client: httpx2.Client
+        self, host: SimulatorServer, simulator: Simulator, client: httpx2.Client
     ) -> None:
         simulator.script(Fault.HANG)
         with pytest.raises(httpx2.ReadTimeout):
             client.post(ESTIMATE_PATH, content=b"[{}]", timeout=LEAVING)
         assert simulator.calls == 1
-        assert stage.ended.acquire(timeout=5)
+        assert host.ended.acquire(timeout=5)
 
     def test_every_fault_can_be_scripted(self, simulator: Simulator, client: httpx2.Client) -> None:
         answering = [fault for fault in Fault if fault is not Fault.HANG]
@@ -419,11 +419,11 @@ class TestFaults:
         answers = [ask(client, []) for _ in range(5)]
         assert {(answer.status_code, answer.content) for answer in answers} == {(400, answers[-1].content)}
 
-    def test_chance_repeats_with_its_seed(self, stage: Stage) -> None:
+    def test_chance_repeats_with_its_seed(self, host: SimulatorServer) -> None:
         faults: dict[Responder, float] = {Fault.BUSY: 0.25, Fault.SERVER_ERROR: 0.25}
 
         def statuses(seed: int) -> list[int]:
-            with stage.serving(Simulator(api_key=KEY, faults=faults, latency_s=(0, 0.001), seed=seed)) as client:
+            with host.serving(Simulator(api_key=KEY, faults=faults, latency_s=(0, 0.001), seed=seed)) as client:
                 return [ask(client).status_code for _ in range(60)]
 
         first = statuses(1)
@@ -432,8 +432,8 @@ class TestFaults:
         assert statuses(1) == first
         assert statuses(2) != first
 
-    def test_a_certain_fault_comes_always(self, stage: Stage) -> None:
-        with stage.serving(Simulator(api_key=KEY, faults={Fault.BUSY: 1.0})) as client:
+    def test_a_certain_fault_comes_always(self, host: SimulatorServer) -> None:
+        with host.serving(Simulator(api_key=KEY, faults={Fault.BUSY: 1.0})) as client:
             assert {ask(client).status_code for _ in range(10)} == {429}
 
 

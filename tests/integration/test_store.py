@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import pytest
 import redis
 
-from faulty_proxy import GOOD, Way, relay
+from faulty_proxy import HEALTHY, Conditions, proxy_to
 from gateway_fixture import settings
 from lateness import assert_in_time
 from proxy.cache.leases import Lease
@@ -41,13 +41,13 @@ def server(any_store_url: str) -> Iterator[redis.Redis]:
         client.config_set("maxmemory", "256mb")
 
 
-def run(url: str, story: Callable[[Store], Awaitable[None]]) -> None:
+def run(url: str, scenario: Callable[[Store], Awaitable[None]]) -> None:
     """Tells `story` with a store that is closed behind it."""
 
     async def tell() -> None:
         store = Store(url, "price-book")
         try:
-            await story(store)
+            await scenario(store)
         finally:
             await store.close()
 
@@ -74,7 +74,7 @@ def calls(server: redis.Redis, command: str) -> int:
 
 
 def test_what_was_put_is_found_with_its_age(any_store_url: str, server: redis.Redis) -> None:
-    async def story(store: Store) -> None:
+    async def scenario(store: Store) -> None:
         book = book_of(store)
         assert await book.look_up(KEY, "default") == Lookup(None, None, None)
         assert await stored(book)
@@ -87,25 +87,25 @@ def test_what_was_put_is_found_with_its_age(any_store_url: str, server: redis.Re
             assert 0 <= known.stored.age_s < 5
             assert 55 < known.stored.ttl_s <= 60
 
-    run(any_store_url, story)
+    run(any_store_url, scenario)
     assert 85_000 < int(server.pttl(f"ep1:{{{KEY}}}:price")) <= 90_000
     assert not server.exists(f"ep1:{{{KEY}}}:lease")
     assert server.hgetall("ep1:book:https://upstream.example:default")[b"balance"] == b"19.5"
 
 
 def test_scripts_that_the_server_forgot_are_loaded_and_run_once(any_store_url: str, server: redis.Redis) -> None:
-    async def story(store: Store) -> None:
+    async def scenario(store: Store) -> None:
         notes = [store.call(BALANCE, f"book{n}", args=(b"1",)) for n in range(3)]
         await asyncio.gather(*notes)
         server.script_flush()
         await store.call(BALANCE, "book", args=(b"1",))
 
-    run(any_store_url, story)
+    run(any_store_url, scenario)
     assert calls(server, "hset") == 4
 
 
 def test_scripts_are_loaded_before_the_first_call(any_store_url: str, server: redis.Redis) -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         store = Store(any_store_url, "price-book", preload=(GET,))
         await store.open()
         try:
@@ -114,25 +114,25 @@ def test_scripts_are_loaded_before_the_first_call(any_store_url: str, server: re
         finally:
             await store.close()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
     assert "errorstat_NOSCRIPT" not in server.info("errorstats")
 
 
 def test_calls_of_one_turn_go_out_together(any_store_url: str, server: redis.Redis) -> None:
-    async def story(store: Store) -> None:
+    async def scenario(store: Store) -> None:
         await store.call(GET, "warm")
         before = int(server.info("stats")["total_reads_processed"])
         await asyncio.gather(*(store.call(GET, f"{n}") for n in range(100)))
         reads = int(server.info("stats")["total_reads_processed"]) - before
         assert reads <= 3  # the batch, which may come in two pieces, and this question itself
 
-    run(any_store_url, story)
+    run(any_store_url, scenario)
 
 
 def test_a_caller_that_goes_away_leaves_the_others_their_replies(any_store_url: str, server: redis.Redis) -> None:
     server.set("present", "1 text")
 
-    async def story(store: Store) -> None:
+    async def scenario(store: Store) -> None:
         tasks = [asyncio.create_task(store.call(GET, "present")) for _ in range(3)]
         await asyncio.sleep(0)
         tasks[1].cancel()
@@ -140,7 +140,7 @@ def test_a_caller_that_goes_away_leaves_the_others_their_replies(any_store_url: 
         assert isinstance(replies[1], asyncio.CancelledError)
         assert [reply[0] for reply in (replies[0], replies[2])] == [b"1 text"] * 2  # type: ignore[index] # replies
 
-    run(any_store_url, story)
+    run(any_store_url, scenario)
 
 
 def test_a_full_store_loses_no_answer(
@@ -150,7 +150,7 @@ def test_a_full_store_loses_no_answer(
     server.config_set("maxmemory-policy", "noeviction")
     server.config_set("maxmemory", "1")
 
-    async def story(store: Store) -> None:
+    async def scenario(store: Store) -> None:
         book = book_of(store)
         for _ in range(5):
             assert not await stored(book)
@@ -159,7 +159,7 @@ def test_a_full_store_loses_no_answer(
         assert await stored(book)
 
     with caplog.at_level(logging.INFO, "proxy"):
-        run(any_store_url, story)
+        run(any_store_url, scenario)
     server.config_set("maxmemory-policy", policy or "")
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
@@ -169,7 +169,7 @@ def test_a_full_store_loses_no_answer(
 
 
 def test_a_store_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
-    async def story(store: Store) -> None:
+    async def scenario(store: Store) -> None:
         book = book_of(store)
         for _ in range(3):
             with pytest.raises(StoreUnavailable):
@@ -178,13 +178,13 @@ def test_a_store_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
         assert not await store.ping()
         assert await store.version() is None
 
-    run(f"redis://127.0.0.1:{free_port()}", story)
+    run(f"redis://127.0.0.1:{free_port()}", scenario)
     assert [record.getMessage() for record in caplog.records] == [caplog.records[0].getMessage()]
     assert "connection fails" in caplog.text
 
 
 def test_the_balance_is_known_here_even_when_the_store_is_not() -> None:
-    async def story(store: Store) -> None:
+    async def scenario(store: Store) -> None:
         book = book_of(store)
         with pytest.raises(StoreUnavailable):
             await book.accounts.record_balance("default", b"7")
@@ -192,13 +192,13 @@ def test_the_balance_is_known_here_even_when_the_store_is_not() -> None:
         assert balance is not None
         assert balance.amount == b"7"
 
-    run(f"redis://127.0.0.1:{free_port()}", story)
+    run(f"redis://127.0.0.1:{free_port()}", scenario)
 
 
 def test_a_balance_that_another_process_saw_is_read_and_an_older_one_is_not(
     any_store_url: str, server: redis.Redis
 ) -> None:
-    async def story(store: Store) -> None:
+    async def scenario(store: Store) -> None:
         ours, theirs = book_of(store), book_of(store)
         await ours.accounts.record_balance("default", b"10")
         await theirs.accounts.record_balance("default", b"9")
@@ -208,13 +208,13 @@ def test_a_balance_that_another_process_saw_is_read_and_an_older_one_is_not(
         await ours.accounts.read("default")
         assert await newest(ours) == b"9"
 
-    run(any_store_url, story)
+    run(any_store_url, scenario)
 
 
 def test_what_many_questions_of_a_turn_need_of_their_account_is_asked_of_the_store_once(
     any_store_url: str, server: redis.Redis
 ) -> None:
-    async def story(store: Store) -> None:
+    async def scenario(store: Store) -> None:
         book = book_of(store)
         await store.call(GET, "warm")
         leases = await asyncio.gather(*(book.leases.take(f"{n}" * 64, "default") for n in range(8)))
@@ -228,7 +228,7 @@ def test_what_many_questions_of_a_turn_need_of_their_account_is_asked_of_the_sto
         await book.leases.take("9" * 64, "default")
         assert calls(server, "hmget") == 2
 
-    run(any_store_url, story)
+    run(any_store_url, scenario)
 
 
 async def newest(book: PriceBook) -> bytes | None:
@@ -238,7 +238,7 @@ async def newest(book: PriceBook) -> bytes | None:
 
 
 def test_a_reply_that_is_late_is_a_failure_and_nothing_is_sent_again(any_store_url: str, server: redis.Redis) -> None:
-    async def story(store: Store) -> None:
+    async def scenario(store: Store) -> None:
         loop = asyncio.get_running_loop()
         started = loop.time()
         with pytest.raises(StoreUnavailable):
@@ -254,21 +254,21 @@ def test_a_reply_that_is_late_is_a_failure_and_nothing_is_sent_again(any_store_u
     server.script_load(BALANCE.text)
     path = unquote(any_store_url.removeprefix("unix://"))
     with withholding_replies(Path(path)) as url:
-        run(url, story)
+        run(url, scenario)
     assert calls(server, "hset") == 1
 
 
 def test_what_only_looks_has_a_second_try(any_store_url: str, server: redis.Redis) -> None:
-    async def story(store: Store) -> None:
+    async def scenario(store: Store) -> None:
         await book_of(store).look_up(KEY, "default")
         server.client_pause(350)
         assert (await book_of(store).look_up(KEY, "default")).stored is None
 
-    run(any_store_url, story)
+    run(any_store_url, scenario)
 
 
 def test_it_recovers_by_itself(any_store_url: str, server: redis.Redis) -> None:
-    async def story(store: Store) -> None:
+    async def scenario(store: Store) -> None:
         server.client_pause(600)
         with pytest.raises(StoreUnavailable):
             await store.call(GET, "x")
@@ -279,7 +279,7 @@ def test_it_recovers_by_itself(any_store_url: str, server: redis.Redis) -> None:
                     break
                 await asyncio.sleep(0.05)
 
-    run(any_store_url, story)
+    run(any_store_url, scenario)
 
 
 def test_an_old_calls_failure_is_no_news_of_a_server_that_has_answered_since(
@@ -288,20 +288,20 @@ def test_an_old_calls_failure_is_no_news_of_a_server_that_has_answered_since(
     """Its connection led nowhere; the server is none the worse."""
     caplog.set_level("INFO", "proxy.store.health")
 
-    async def story(store: Store) -> None:
+    async def scenario(store: Store) -> None:
         await store.call(GET, "x")
-        way.become(Way(swallows=b""))
+        store_proxy.set_conditions(Conditions(swallows=b""))
         old = asyncio.ensure_future(store.call(BALANCE, "x", args=(b"1",)))
-        assert await asyncio.to_thread(way.swallowed.wait, 5)
-        way.become(GOOD)
+        assert await asyncio.to_thread(store_proxy.swallowed.wait, 5)
+        store_proxy.set_conditions(HEALTHY)
         await store.call(GET, "x")
         with pytest.raises(StoreUnavailable, match="no answer in time"):
             await old
         await store.call(GET, "x")
         assert caplog.messages == []
 
-    with relay(any_store_url) as way:
-        run(way.url, story)
+    with proxy_to(any_store_url) as store_proxy:
+        run(store_proxy.url, scenario)
 
 
 def test_a_server_that_fails_in_one_role_is_left_alone_in_the_other(
@@ -310,18 +310,18 @@ def test_a_server_that_fails_in_one_role_is_left_alone_in_the_other(
     caplog.set_level("INFO", "proxy.store.health")
     metrics = Metrics()
 
-    async def story() -> None:
-        configured = settings(way.url, "http://127.0.0.1:1")
+    async def scenario() -> None:
+        configured = settings(store_proxy.url, "http://127.0.0.1:1")
         ledger = open_ledger_store(configured, {}, metrics)
         book = open_book_store(configured, {}, metrics, ledger=ledger)
-        way.become(Way(swallows=b""))
+        store_proxy.set_conditions(Conditions(swallows=b""))
         with pytest.raises(StoreUnavailable):
             await book.call(GET, "x")
         with pytest.raises(StoreUnavailable, match="cool-down"):
             await ledger.call(BALANCE, "x", args=(b"1",))
         assert "the ledger's connection fails: a call of the other role failed" in caplog.messages
         assert metrics.registry.get_sample_value("estimate_proxy_store_up", {"role": "ledger"}) == 0
-        way.become(GOOD)
+        store_proxy.set_conditions(HEALTHY)
         await asyncio.sleep(COOLDOWN_S)
         await ledger.call(GET, "x")
         assert caplog.messages[-1] == "the ledger's connection works again"
@@ -329,8 +329,8 @@ def test_a_server_that_fails_in_one_role_is_left_alone_in_the_other(
         await book.close()
         await ledger.close()
 
-    with relay(any_store_url) as way:
-        asyncio.run(story())
+    with proxy_to(any_store_url) as store_proxy:
+        asyncio.run(scenario())
 
 
 def test_credentials_of_the_settings_are_used(any_store_url: str, server: redis.Redis) -> None:
@@ -338,7 +338,7 @@ def test_credentials_of_the_settings_are_used(any_store_url: str, server: redis.
     for password, works in (("pa:ss/wörd", True), ("wrong", False)):
         configured = settings(any_store_url, "http://127.0.0.1:1", store={"username": "gateway", "password": password})
 
-        async def story(configured: Settings = configured, *, works: bool = works) -> None:
+        async def scenario(configured: Settings = configured, *, works: bool = works) -> None:
             for open_role in (open_ledger_store, open_book_store):
                 store = open_role(configured, {})
                 try:
@@ -346,7 +346,7 @@ def test_credentials_of_the_settings_are_used(any_store_url: str, server: redis.
                 finally:
                     await store.close()
 
-        asyncio.run(story())
+        asyncio.run(scenario())
     server.acl_deluser("gateway")
 
 
@@ -392,7 +392,7 @@ def withholding_replies(server: Path) -> Iterator[str]:
     """A relay to a unix socket: all that a client says goes through, and of the replies only the greeting's."""
     over = threading.Event()
 
-    def relay(client: socket.socket) -> None:
+    def proxy_to(client: socket.socket) -> None:
         with client, socket.socket(socket.AF_UNIX) as behind:
             behind.connect(str(server))
             client.settimeout(0.05)
@@ -410,7 +410,7 @@ def withholding_replies(server: Path) -> Iterator[str]:
         def accept() -> None:
             while not over.is_set():
                 with contextlib.suppress(TimeoutError):
-                    relay(listener.accept()[0])
+                    proxy_to(listener.accept()[0])
 
         thread = threading.Thread(target=accept)
         thread.start()

@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 import redis
 
-from gateway_fixture import Scene, UpstreamFixture, code_of, gateway, settings
+from gateway_fixture import GatewayFixture, UpstreamFixture, code_of, running_gateway, settings
 from proxy.demo.simulator import Simulator
 from serving import free_port, wait_until
-from topologies import LOCAL, Member, stage_of
+from topologies import LOCAL, Member, server_group
 
 Refusal = Callable[[Member], AbstractContextManager[None]]
 
@@ -23,8 +23,8 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", params=["valkey", "redis"])
 def member(request: pytest.FixtureRequest) -> Iterator[Member]:
-    with stage_of(request.param) as stage:
-        member = stage.member()
+    with server_group(request.param) as group:
+        member = group.member()
         wait_until(member.answers)
         yield member
 
@@ -109,58 +109,58 @@ REFUSALS: dict[str, tuple[Refusal, str, str]] = {
 
 
 @pytest.fixture
-def scene(member: Member, upstream: UpstreamFixture, simulator: Simulator) -> Iterator[Scene]:
+def gateway(member: Member, upstream: UpstreamFixture, simulator: Simulator) -> Iterator[GatewayFixture]:
     member.client.flushall()
     url = f"redis://{LOCAL}:{member.port}"
-    with gateway(settings(url, upstream.url), url, simulator) as opened:
+    with running_gateway(settings(url, upstream.url), url, simulator) as opened:
         assert opened.ask().status_code == 200
         assert (degraded(opened), is_up(opened)) == ([], True)
         yield opened
 
 
-def degraded(scene: Scene) -> list[str]:
-    return list(scene.client.get("/readyz").json()["degraded"])
+def degraded(gateway: GatewayFixture) -> list[str]:
+    return list(gateway.client.get("/readyz").json()["degraded"])
 
 
-def is_up(scene: Scene) -> bool:
-    value = scene.metrics.registry.get_sample_value("estimate_proxy_store_up", {"role": "ledger"})
+def is_up(gateway: GatewayFixture) -> bool:
+    value = gateway.metrics.registry.get_sample_value("estimate_proxy_store_up", {"role": "ledger"})
     assert value is not None
     return bool(value)
 
 
-def assert_refused(scene: Scene) -> None:
+def assert_refused(gateway: GatewayFixture) -> None:
     for _ in range(5):
-        assert code_of(scene.ask()) == "store-unavailable"
-    assert "ledger" in degraded(scene)
-    assert not is_up(scene)
+        assert code_of(gateway.ask()) == "store-unavailable"
+    assert "ledger" in degraded(gateway)
+    assert not is_up(gateway)
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
 def test_a_ledger_that_refuses_writes_is_down_until_it_takes_them_though_nobody_asks(
-    scene: Scene, member: Member, refusal: str, caplog: pytest.LogCaptureFixture
+    gateway: GatewayFixture, member: Member, refusal: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "proxy.store.health")
     refuses, reason, remedy = REFUSALS[refusal]
     with refuses(member):
-        assert_refused(scene)
+        assert_refused(gateway)
         (said,) = (message for message in caplog.messages if message.startswith("the ledger's "))
         assert said.startswith(f"the ledger's {reason}")
         assert remedy in said
-    wait_until(lambda: is_up(scene) and not degraded(scene))
-    assert scene.ask().status_code == 200
+    wait_until(lambda: is_up(gateway) and not degraded(gateway))
+    assert gateway.ask().status_code == 200
     assert len([message for message in caplog.messages if message.startswith("the ledger's ")]) == 2
 
 
 def test_what_a_script_may_not_do_is_found_out_by_the_script_alone(
-    scene: Scene, member: Member, caplog: pytest.LogCaptureFixture
+    gateway: GatewayFixture, member: Member, caplog: pytest.LogCaptureFixture
 ) -> None:
     with INSIDE(member):
-        assert_refused(scene)
+        assert_refused(gateway)
         (said,) = (message for message in caplog.messages if message.startswith("the ledger's "))
         assert said.startswith("the ledger's ledger_decide fails: ")
         assert ": allow this user the scripts and keys" in said
-    assert scene.ask().status_code == 200
-    assert (degraded(scene), is_up(scene)) == ([], True)
+    assert gateway.ask().status_code == 200
+    assert (degraded(gateway), is_up(gateway)) == ([], True)
 
 
 def test_a_price_book_that_refuses_writes_serves_what_it_has(
@@ -169,11 +169,13 @@ def test_a_price_book_that_refuses_writes_serves_what_it_has(
     member.client.flushall()
     redis.Redis.from_url(valkey_url).flushall()
     book = {"url": f"redis://{LOCAL}:{member.port}"}
-    with gateway(settings(valkey_url, upstream.url, cache=book), valkey_url, simulator) as scene:
-        assert scene.ask().status_code == 200
+    with running_gateway(settings(valkey_url, upstream.url, cache=book), valkey_url, simulator) as gateway:
+        assert gateway.ask().status_code == 200
         with full(member):
-            assert scene.ask(b'[{"model":"new"}]').headers["cache-status"] == "estimate-proxy; fwd=miss; fwd-status=200"
-            assert "; hit; " in scene.ask().headers["cache-status"]
-            assert degraded(scene) == ["price-book"]
-            assert is_up(scene)
-        wait_until(lambda: not degraded(scene))
+            assert (
+                gateway.ask(b'[{"model":"new"}]').headers["cache-status"] == "estimate-proxy; fwd=miss; fwd-status=200"
+            )
+            assert "; hit; " in gateway.ask().headers["cache-status"]
+            assert degraded(gateway) == ["price-book"]
+            assert is_up(gateway)
+        wait_until(lambda: not degraded(gateway))

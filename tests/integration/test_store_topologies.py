@@ -33,11 +33,11 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as NotConnectedError
 
 from certificates import Certificates, make_certificates
-from faulty_proxy import relay
+from faulty_proxy import proxy_to
 from gateway_fixture import UpstreamFixture
+from gateway_process import gateway_runner
 from lateness import assert_in_time
 from lua_scripts import LUA_SCRIPTS
-from processes import house
 from programs import program
 from proxy.cache.leases import Lease
 from proxy.cache.price_book import PriceBook
@@ -66,7 +66,7 @@ from proxy.store.redirects import (
 from proxy.telemetry.metrics import Metrics
 from proxy.urls import Address
 from serving import free_port, wait_until
-from topologies import LOCAL, NAME, Cluster, Member, cluster, stage_of, watched
+from topologies import LOCAL, NAME, Cluster, Member, cluster, sentinel_setup, server_group
 
 ZONE = ZoneInfo("UTC")
 KEYS = LedgerKeys("acme")
@@ -83,7 +83,7 @@ LATE_S = 0.3
 
 
 @dataclass
-class Desk:
+class LedgerFixture:
     """A gateway's ledger under traffic: what became of each charge."""
 
     store: Store
@@ -145,26 +145,26 @@ def script_of(text: str) -> Script:
     return script
 
 
-Scenario = Callable[[Desk], Coroutine[Any, Any, None]]
+Scenario = Callable[[LedgerFixture], Coroutine[Any, Any, None]]
 
 
 @asynccontextmanager
-async def opened(url: str, access: StoreAccess = StoreAccess()) -> AsyncIterator[Desk]:  # noqa: B008 -- it is frozen
+async def opened(url: str, access: StoreAccess = StoreAccess()) -> AsyncIterator[LedgerFixture]:  # noqa: B008 -- it is frozen
     metrics = Metrics()
     store = Store(url, "ledger", metrics, access=access)
     ledger = Ledger(LedgerBatcher(store, KEYS, ZONE, metrics), metrics, admits_on_outage=False)
     try:
         await ledger.open()
-        yield Desk(store, ledger, metrics)
+        yield LedgerFixture(store, ledger, metrics)
     finally:
         await ledger.close(5)
         await store.close()
 
 
-def play(url: str, story: Scenario, access: StoreAccess = StoreAccess()) -> None:  # noqa: B008 -- it is frozen
+def run_scenario(url: str, scenario: Scenario, access: StoreAccess = StoreAccess()) -> None:  # noqa: B008 -- it is frozen
     async def tell() -> None:
-        async with asyncio.timeout(40), opened(url, access) as desk:
-            await story(desk)
+        async with asyncio.timeout(40), opened(url, access) as fixture:
+            await scenario(fixture)
 
     asyncio.run(tell())
 
@@ -184,10 +184,10 @@ def _empty(request: pytest.FixtureRequest) -> None:
             found.home(slot).client.flushall()
 
 
-def assert_counted_once(desk: Desk, booked: int, *, lost: int = 0) -> None:
+def assert_counted_once(fixture: LedgerFixture, booked: int, *, lost: int = 0) -> None:
     """`lost`: what a primary that was killed may have acknowledged and not passed on to its replica."""
-    assert desk.admitted - lost <= booked <= desk.admitted + desk.unanswered
-    assert_in_time(desk.longest_s, TIMEOUT_S + 2 * TICK_S + LATE_S)
+    assert fixture.admitted - lost <= booked <= fixture.admitted + fixture.unanswered
+    assert_in_time(fixture.longest_s, TIMEOUT_S + 2 * TICK_S + LATE_S)
 
 
 # What words mean
@@ -278,7 +278,7 @@ async def _use_everything(store: Store) -> None:
 
 
 def test_each_script_has_its_keys_in_one_slot(fleet: Cluster) -> None:
-    async def story() -> None:
+    async def scenario() -> None:
         store = _Noting(fleet.url)
         try:
             await _use_everything(store)
@@ -289,7 +289,7 @@ def test_each_script_has_its_keys_in_one_slot(fleet: Cluster) -> None:
         for name, keys in store.noted:
             assert len({key_slot(key.encode()) for key in keys}) == 1, (name, keys)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_calls_of_one_turn_go_out_together_to_each_server(fleet: Cluster) -> None:
@@ -298,31 +298,31 @@ def test_calls_of_one_turn_go_out_together_to_each_server(fleet: Cluster) -> Non
     def reads() -> int:
         return sum(int(member.info("stats", "total_reads_processed")) for member in primaries)
 
-    async def story(desk: Desk) -> None:
-        await asyncio.gather(*(desk.store.call(GET, str(n)) for n in range(100)))
+    async def scenario(fixture: LedgerFixture) -> None:
+        await asyncio.gather(*(fixture.store.call(GET, str(n)) for n in range(100)))
         before = reads()
-        replies = await asyncio.gather(*(desk.store.call(GET, str(n)) for n in range(100)))
+        replies = await asyncio.gather(*(fixture.store.call(GET, str(n)) for n in range(100)))
         assert [reply[0] for reply in replies] == [None] * 100
         assert reads() - before < 60  # the servers talk to each other and to this test as well
 
-    play(fleet.url, story)
+    run_scenario(fleet.url, scenario)
 
 
 def test_all_primaries_are_asked_how_they_are(fleet: Cluster) -> None:
     evicting = fleet.home(SLOTS - 1)
 
-    async def story(desk: Desk) -> None:
-        assert await desk.store.ping()
-        version = await desk.store.version()
+    async def scenario(fixture: LedgerFixture) -> None:
+        assert await fixture.store.ping()
+        version = await fixture.store.version()
         assert version is not None
         assert version >= (7, 0)
-        assert await desk.store.eviction_policy() == "noeviction"
+        assert await fixture.store.eviction_policy() == "noeviction"
         evicting.client.config_set("maxmemory-policy", "allkeys-lru")
-        assert await desk.store.eviction_policy() == "allkeys-lru"
+        assert await fixture.store.eviction_policy() == "allkeys-lru"
         with evicting.hanging():
-            assert not await desk.store.ping()
+            assert not await fixture.store.ping()
 
-    play(fleet.url, story)
+    run_scenario(fleet.url, scenario)
     evicting.client.config_set("maxmemory-policy", "noeviction")
 
 
@@ -339,16 +339,16 @@ def test_a_slot_that_moves_in_mid_traffic(fleet: Cluster, caplog: pytest.LogCapt
                 assert reply[0] is None
                 answered[name] += 1
 
-    async def story(desk: Desk) -> None:
+    async def scenario(fixture: LedgerFixture) -> None:
         over = asyncio.Event()
-        reads = asyncio.create_task(reading(desk.store, over))
-        await desk.during(lambda: fleet.move_slot(LEDGER_SLOT, target, pause_s=0.002))
+        reads = asyncio.create_task(reading(fixture.store, over))
+        await fixture.during(lambda: fleet.move_slot(LEDGER_SLOT, target, pause_s=0.002))
         over.set()
         await reads
-        assert (desk.refused, desk.unanswered) == (0, 0), caplog.text
-        assert_counted_once(desk, await desk.booked())
+        assert (fixture.refused, fixture.unanswered) == (0, 0), caplog.text
+        assert_counted_once(fixture, await fixture.booked())
 
-    play(fleet.url, story)
+    run_scenario(fleet.url, scenario)
     errors = source.client.info("errorstats")
     assert {"errorstat_MOVED", "errorstat_ASK"} <= errors.keys()
     assert fleet.home(LEDGER_SLOT) is target
@@ -366,7 +366,7 @@ def test_a_call_whose_key_expires_as_it_starts_in_a_moving_slot_is_repeated(flee
         for member in (source, target):
             member.ask("CLUSTER", "SETSLOT", LEDGER_SLOT, "STABLE")
 
-    async def story() -> None:
+    async def scenario() -> None:
         spin, read = script_of(EXPIRE_AND_SPIN), script_of("return redis.call('GET', KEYS[2])")
         store = Store(fleet.url, "ledger", preload=(spin, read))
         await store.open()
@@ -383,7 +383,7 @@ def test_a_call_whose_key_expires_as_it_starts_in_a_moving_slot_is_repeated(flee
             await store.close()
         assert replies == [1, None]
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_a_planned_failover_in_mid_traffic(fleet: Cluster) -> None:
@@ -394,11 +394,11 @@ def test_a_planned_failover_in_mid_traffic(fleet: Cluster) -> None:
         new.ask("CLUSTER", "FAILOVER")
         wait_until(lambda: fleet.home(LEDGER_SLOT, [new]) is new)
 
-    async def story(desk: Desk) -> None:
-        await desk.during(change)
-        assert_counted_once(desk, await desk.booked())
+    async def scenario(fixture: LedgerFixture) -> None:
+        await fixture.during(change)
+        assert_counted_once(fixture, await fixture.booked())
 
-    play(fleet.url, story)
+    run_scenario(fleet.url, scenario)
 
 
 def test_a_dead_primary_is_replaced_and_the_others_serve_meanwhile(
@@ -421,18 +421,18 @@ def test_a_dead_primary_is_replaced_and_the_others_serve_meanwhile(
             served["elsewhere"] += 1
             await asyncio.sleep(0.005)
 
-    async def story(desk: Desk) -> None:
+    async def scenario(fixture: LedgerFixture) -> None:
         over = asyncio.Event()
-        calls = asyncio.create_task(elsewhere(desk.store, over))
-        await desk.during(change)
+        calls = asyncio.create_task(elsewhere(fixture.store, over))
+        await fixture.during(change)
         over.set()
         await calls
-        assert desk.refused > 0
-        assert_counted_once(desk, await desk.booked(), lost=8)
-        assert desk.metrics.registry.get_sample_value("estimate_proxy_store_up", {"role": "ledger"}) == 1
+        assert fixture.refused > 0
+        assert_counted_once(fixture, await fixture.booked(), lost=8)
+        assert fixture.metrics.registry.get_sample_value("estimate_proxy_store_up", {"role": "ledger"}) == 1
 
     with caplog.at_level(logging.INFO):
-        play(fleet.url, story)
+        run_scenario(fleet.url, scenario)
     assert served["elsewhere"] > 50
     assert len([record for record in caplog.records if record.name == "proxy.store.health"]) < 12
     dead.start()
@@ -442,13 +442,13 @@ def test_a_url_that_does_not_say_that_it_is_a_cluster(fleet: Cluster, caplog: py
     one = fleet.home(0)
     key = next(key for key in map(str, range(40)) if fleet.home(key_slot(key.encode())) is not one)
 
-    async def story() -> None:
+    async def scenario() -> None:
         store = Store(f"redis://{LOCAL}:{one.port}", "ledger")
         with pytest.raises(StoreUnavailable):
             await store.call(GET, key)
         await store.close()
 
-    asyncio.run(story())
+    asyncio.run(scenario())
     assert "redis+cluster" in caplog.text
 
 
@@ -466,11 +466,11 @@ def test_a_hanging_primary_keeps_only_its_own_callers_waiting(fleet: Cluster) ->
             return False, time.monotonic() - began
         return True, time.monotonic() - began
 
-    async def story(desk: Desk) -> None:
-        await asyncio.gather(*(desk.store.call(GET, key) for key in keys))
+    async def scenario(fixture: LedgerFixture) -> None:
+        await asyncio.gather(*(fixture.store.call(GET, key) for key in keys))
         before = sets(hanging)
         with hanging.hanging():
-            calls = [timed(desk.store, key) for key in (theirs[0], others[0], others[-1])]
+            calls = [timed(fixture.store, key) for key in (theirs[0], others[0], others[-1])]
             lost, *served = await asyncio.gather(*calls)
         assert not lost[0]
         assert lost[1] >= TIMEOUT_S
@@ -478,7 +478,7 @@ def test_a_hanging_primary_keeps_only_its_own_callers_waiting(fleet: Cluster) ->
         assert [is_served for is_served, _ in served] == [True, True]
         assert_in_time(max(took_s for _, took_s in served), TIMEOUT_S / 2)
         async with asyncio.timeout(5):
-            while not await is_run(desk.store):  # noqa: ASYNC110 -- what happens in a server sends no event
+            while not await is_run(fixture.store):  # noqa: ASYNC110 -- what happens in a server sends no event
                 await asyncio.sleep(0.05)
         assert sets(hanging) - before == 2, "the one whose reply was lost, and the one behind it"
 
@@ -489,7 +489,7 @@ def test_a_hanging_primary_keeps_only_its_own_callers_waiting(fleet: Cluster) ->
         return False
 
     hanging.client.script_load(PUT.text)
-    play(fleet.url, story)
+    run_scenario(fleet.url, scenario)
 
 
 def sets(member: Member) -> int:
@@ -509,63 +509,63 @@ def test_sentinels_name_the_next_primary_in_mid_traffic(
 ) -> None:
     access = StoreAccess(password="pa:ss", sentinel_password="wörd")
 
-    async def story(desk: Desk) -> None:
-        idle = Store(watch.url, "price-book", access=access)
+    async def scenario(fixture: LedgerFixture) -> None:
+        idle = Store(setup.url, "price-book", access=access)
         assert await idle.ping()
-        first = watch.primary()
+        first = setup.primary()
 
         def change() -> Member:
             if is_planned:
-                watch.sentinels[-1].ask("SENTINEL", "FAILOVER", NAME)
+                setup.sentinels[-1].ask("SENTINEL", "FAILOVER", NAME)
             else:
                 first.kill()
-            return watch.until_replaced(first)
+            return setup.until_replaced(first)
 
-        await desk.during(change)
+        await fixture.during(change)
         async with asyncio.timeout(5):
             while not await idle.ping():  # noqa: ASYNC110 -- what happens in a server sends no event
                 await asyncio.sleep(0.05)
         await idle.close()
-        assert desk.refused > 0 or is_planned
-        assert_counted_once(desk, await desk.booked(), lost=8)
+        assert fixture.refused > 0 or is_planned
+        assert_counted_once(fixture, await fixture.booked(), lost=8)
 
-    with watched(brand, password="pa:ss", sentinel_password="wörd") as watch:
-        watch.sentinels[0].kill()
+    with sentinel_setup(brand, password="pa:ss", sentinel_password="wörd") as setup:
+        setup.sentinels[0].kill()
         with caplog.at_level(logging.INFO):
-            play(watch.url, story, access)
+            run_scenario(setup.url, scenario, access)
         assert len([record for record in caplog.records if record.name == "proxy.store.health"]) < 12
-        play(watch.url, _is_refused, replace(access, sentinel_password="wrong"))
-        play(watch.url, _is_refused, replace(access, password="wrong"))
-        play(watch.url.replace("/mymaster", "/other"), _is_refused, access)
+        run_scenario(setup.url, _is_refused, replace(access, sentinel_password="wrong"))
+        run_scenario(setup.url, _is_refused, replace(access, password="wrong"))
+        run_scenario(setup.url.replace("/mymaster", "/other"), _is_refused, access)
 
 
-async def _charges(desk: Desk) -> None:
-    await desk.charge()
-    assert desk.admitted == 1
+async def _charges(fixture: LedgerFixture) -> None:
+    await fixture.charge()
+    assert fixture.admitted == 1
 
 
-async def _is_refused(desk: Desk) -> None:
-    assert not await desk.store.ping()
+async def _is_refused(fixture: LedgerFixture) -> None:
+    assert not await fixture.store.ping()
     with pytest.raises(StoreUnavailable) as caught:
-        await desk.store.call(GET, "x")
+        await fixture.store.call(GET, "x")
     assert not isinstance(caught.value, StoreOutcomeUnknown)
 
 
 def test_a_gateway_rides_a_failover_out(tmp_path: Path, upstream: UpstreamFixture, simulator: object) -> None:
     assert simulator
-    with watched("valkey") as watch, house(tmp_path, upstream.url) as home:
-        served = home.start(store={"url": watch.url})
+    with sentinel_setup("valkey") as setup, gateway_runner(tmp_path, upstream.url) as runner:
+        served = runner.start(store={"url": setup.url})
         with served.client() as client:
             answers = [client.post("/pub/v1/generations/estimate", content=b'[{"model":"A"}]') for _ in range(3)]
             assert [answer.status_code for answer in answers] == [200] * 3
-            first = watch.primary()
+            first = setup.primary()
             first.kill()
             statuses, began = Counter[int](), time.monotonic()
             while statuses[200] < 20:
                 assert time.monotonic() - began < 20
                 statuses[client.post("/pub/v1/generations/estimate", content=b'[{"model":"A"}]').status_code] += 1
             assert statuses.keys() <= {200, 503}
-        assert len(served.told(" fails: ")) < 12
+        assert len(served.messages(" fails: ")) < 12
         assert served.stop() == 0
 
 
@@ -581,10 +581,10 @@ def test_a_failover_behind_one_name_costs_no_answer(brand: str) -> None:
 
     Writes are paused meanwhile, for longer than the default timeout now and then.
     """
-    with stage_of(brand) as stage:
-        old = stage.member()
+    with server_group(brand) as group:
+        old = group.member()
         wait_until(old.answers)
-        new = stage.member(f"replicaof {LOCAL} {old.port}")
+        new = group.member(f"replicaof {LOCAL} {old.port}")
         wait_until(lambda: new.answers() and new.info("replication", "master_link_status") == "up")
 
         def change() -> None:
@@ -593,17 +593,17 @@ def test_a_failover_behind_one_name_costs_no_answer(brand: str) -> None:
                 lambda: new.info("replication", "master_repl_offset") == old.info("replication", "master_repl_offset")
             )
             new.client.replicaof("NO", "ONE")
-            way.lead_to(f"redis://{LOCAL}:{new.port}")
+            store_proxy.redirect_to(f"redis://{LOCAL}:{new.port}")
             old.client.replicaof(LOCAL, str(new.port))
             old.ask("CLIENT", "UNPAUSE")
 
-        async def story(desk: Desk) -> None:
-            await desk.during(change)
-            assert desk.refused == desk.unanswered == 0
-            assert await desk.booked() == desk.admitted
+        async def scenario(fixture: LedgerFixture) -> None:
+            await fixture.during(change)
+            assert fixture.refused == fixture.unanswered == 0
+            assert await fixture.booked() == fixture.admitted
 
-        with relay(f"redis://{LOCAL}:{old.port}") as way:
-            play(way.url, story, StoreAccess(timeout_s=FAILOVER_S))
+        with proxy_to(f"redis://{LOCAL}:{old.port}") as store_proxy:
+            run_scenario(store_proxy.url, scenario, StoreAccess(timeout_s=FAILOVER_S))
 
 
 # One server, and who may speak to it
@@ -618,10 +618,10 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 def guarded(certified: Certificates) -> Iterator[Member]:
     """Redis that speaks TLS alone, and with those alone whom it knows."""
     program("redis-server")
-    with stage_of("redis") as stage:
+    with server_group("redis") as group:
         lines = (*tls_lines(certified), "tls-auth-clients yes", "user gateway on >pa:ss ~* +@all")
         own = {"ssl_certfile": str(certified.cert("client")), "ssl_keyfile": str(certified.key("client"))}
-        server = stage.member(*lines, ssl=True, ssl_ca_certs=str(certified.ca), **own)
+        server = group.member(*lines, ssl=True, ssl_ca_certs=str(certified.ca), **own)
         wait_until(server.answers)
         yield server
 
@@ -640,37 +640,37 @@ def access_with(certified: Certificates) -> StoreAccess:
 
 def test_tls_with_a_certificate_of_ones_own(guarded: Member, certified: Certificates) -> None:
     own = access_with(certified)
-    play(f"rediss://localhost:{guarded.port}", _charges, replace(own, username="gateway", password="pa:ss"))
+    run_scenario(f"rediss://localhost:{guarded.port}", _charges, replace(own, username="gateway", password="pa:ss"))
     guarded.client.flushall()
-    play(f"rediss://gateway:pa%3Ass@{LOCAL}:{guarded.port}/3", _charges, own)
+    run_scenario(f"rediss://gateway:pa%3Ass@{LOCAL}:{guarded.port}/3", _charges, own)
 
 
 def test_sentinels_and_a_cluster_behind_tls(certified: Certificates) -> None:
     lines = (*tls_lines(certified), "tls-auth-clients no", "tls-replication yes", "tls-cluster yes")
     asked: dict[str, Any] = {"ssl": True, "ssl_ca_certs": str(certified.ca)}
-    with stage_of("redis") as stage:
-        server = stage.member(*lines, **asked)
+    with server_group("redis") as group:
+        server = group.member(*lines, **asked)
         monitor = f"sentinel monitor {NAME} {LOCAL} {server.port} 1"
-        sentinel = stage.member(*lines, monitor, options=["--sentinel"], **asked)
-        clustered = stage.member(*lines, "cluster-enabled yes", f"cluster-port {free_port()}", **asked)
+        sentinel = group.member(*lines, monitor, options=["--sentinel"], **asked)
+        clustered = group.member(*lines, "cluster-enabled yes", f"cluster-port {free_port()}", **asked)
         wait_until(lambda: server.answers() and sentinel.answers() and clustered.answers())
         clustered.ask("CLUSTER", "ADDSLOTSRANGE", 0, SLOTS - 1)
-        play(f"rediss+sentinel://localhost:{sentinel.port}/{NAME}", _charges, StoreAccess(ca_file=certified.ca))
+        run_scenario(f"rediss+sentinel://localhost:{sentinel.port}/{NAME}", _charges, StoreAccess(ca_file=certified.ca))
         wait_until(lambda: clustered.client.cluster("INFO")["cluster_state"] == "ok")
-        play(f"rediss+cluster://localhost:{clustered.port}", _charges, StoreAccess(ca_file=certified.ca))
-        play(f"rediss+sentinel://{LOCAL}:{sentinel.port}/{NAME}", _is_refused)
-        play(f"rediss+cluster://{LOCAL}:{clustered.port}", _is_refused)
+        run_scenario(f"rediss+cluster://localhost:{clustered.port}", _charges, StoreAccess(ca_file=certified.ca))
+        run_scenario(f"rediss+sentinel://{LOCAL}:{sentinel.port}/{NAME}", _is_refused)
+        run_scenario(f"rediss+cluster://{LOCAL}:{clustered.port}", _is_refused)
 
 
 def test_a_slot_without_a_server_keeps_nobody_from_the_others() -> None:
-    with stage_of("valkey") as stage:
-        server = stage.member("cluster-enabled yes", f"cluster-port {free_port()}", "cluster-require-full-coverage no")
+    with server_group("valkey") as group:
+        server = group.member("cluster-enabled yes", f"cluster-port {free_port()}", "cluster-require-full-coverage no")
         wait_until(server.answers)
         missing, served = "missing", "served"
         server.ask("CLUSTER", "ADDSLOTS", key_slot(served.encode()))
         wait_until(lambda: server.client.cluster("INFO")["cluster_state"] == "ok")
 
-        async def story() -> None:
+        async def scenario() -> None:
             store = Store(f"redis+cluster://{LOCAL}:{server.port}", "price-book")
             await store.open()
             try:
@@ -681,7 +681,7 @@ def test_a_slot_without_a_server_keeps_nobody_from_the_others() -> None:
             finally:
                 await store.close()
 
-        asyncio.run(story())
+        asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(
@@ -697,7 +697,7 @@ def test_tls_that_is_not_trusted(
 ) -> None:
     nothing: dict[str, Any] = dict.fromkeys(without)
     access = replace(access_with(certified), **nothing)
-    play(f"rediss://{LOCAL}:{guarded.port}", _is_refused, access)
+    run_scenario(f"rediss://{LOCAL}:{guarded.port}", _is_refused, access)
     (said,) = (record.getMessage() for record in caplog.records if record.name == "proxy.store.health")
     assert said.startswith("the ledger's connection fails: ")
     assert re.search(reason, said.upper().replace(" ", "_"))
@@ -706,7 +706,7 @@ def test_tls_that_is_not_trusted(
 def test_a_socket_with_user_and_password(any_store_url: str) -> None:
     with redis.Redis.from_url(any_store_url) as client:
         client.acl_setuser("guest", enabled=True, passwords=["+pa:ss"], keys="*", commands=["+@all"])
-        play(any_store_url.replace("unix://", "unix://guest:pa%3Ass@"), _charges)
-        play(any_store_url, _charges, StoreAccess(username="guest", password="pa:ss"))
-        play(any_store_url.replace("unix://", "unix://guest:wrong@"), _is_refused)
+        run_scenario(any_store_url.replace("unix://", "unix://guest:pa%3Ass@"), _charges)
+        run_scenario(any_store_url, _charges, StoreAccess(username="guest", password="pa:ss"))
+        run_scenario(any_store_url.replace("unix://", "unix://guest:wrong@"), _is_refused)
         client.acl_deluser("guest")

@@ -12,7 +12,7 @@ from email.utils import format_datetime
 import pytest
 
 from faulty_rendernet import Fault
-from gateway_fixture import API_KEY, MARKETING, Opened, Scene, answers, break_off, cache_status, code_of
+from gateway_fixture import API_KEY, MARKETING, GatewayFixture, OpenGateway, answers, break_off, cache_status, code_of
 from serving import free_port, wait_until
 
 PRICED = b'{"data":{"estimated":5,"balance":20},"error":{}}'
@@ -34,15 +34,17 @@ PRICED = b'{"data":{"estimated":5,"balance":20},"error":{}}'
         (Fault.BUSY_FOR_NO_TIME, 503, "upstream-busy"),
     ],
 )
-def test_a_failure_becomes_a_problem_and_is_not_stored(scene: Scene, fault: Fault, status: int, code: str) -> None:
-    scene.simulator.script(fault)
-    failed = scene.ask()
+def test_a_failure_becomes_a_problem_and_is_not_stored(
+    gateway: GatewayFixture, fault: Fault, status: int, code: str
+) -> None:
+    gateway.simulator.script(fault)
+    failed = gateway.ask()
     assert (failed.status_code, code_of(failed)) == (status, code)
     assert cache_status(failed).startswith("fwd=miss")
     assert API_KEY not in failed.text
-    recovered = scene.ask()
+    recovered = gateway.ask()
     assert cache_status(recovered) == "fwd=miss; fwd-status=200; stored; ttl=3600"
-    assert len(scene.simulator.received) == 2
+    assert len(gateway.simulator.received) == 2
 
 
 @pytest.mark.parametrize(
@@ -56,13 +58,13 @@ def test_a_failure_becomes_a_problem_and_is_not_stored(scene: Scene, fault: Faul
         Fault.UNPRICED_HUGE,
     ],
 )
-def test_an_unpriced_answer_passes_through_and_is_not_stored(open_gateway: Opened, fault: Fault) -> None:
-    scene = open_gateway()
-    scene.simulator.script(fault, fault)
-    passed = scene.ask()
+def test_an_unpriced_answer_passes_through_and_is_not_stored(open_gateway: OpenGateway, fault: Fault) -> None:
+    gateway = open_gateway()
+    gateway.simulator.script(fault, fault)
+    passed = gateway.ask()
     assert passed.status_code == 200
     assert cache_status(passed) == "fwd=miss; fwd-status=200"
-    assert not scene.store.keys("ep1:*:price")
+    assert not gateway.store.keys("ep1:*:price")
 
     refusing = open_gateway(upstream={"on_unpriced": "refuse"})
     refused = refusing.ask()
@@ -70,26 +72,26 @@ def test_an_unpriced_answer_passes_through_and_is_not_stored(open_gateway: Opene
 
 
 @pytest.mark.parametrize("status", [400, 404, 409, 413, 422, 451])
-def test_its_own_refusals_of_a_body_pass_through_as_they_are(scene: Scene, status: int) -> None:
+def test_its_own_refusals_of_a_body_pass_through_as_they_are(gateway: GatewayFixture, status: int) -> None:
     body = b'{ "data": null, "error": {"code": "bad", "message": "\\u00e9"} }'
-    scene.simulator.script(answers(body, status, set_cookie="a=b", x_upstream="1", cache_control="max-age=60"))
-    response = scene.ask()
+    gateway.simulator.script(answers(body, status, set_cookie="a=b", x_upstream="1", cache_control="max-age=60"))
+    response = gateway.ask()
     assert (response.status_code, response.content) == (status, body)
     assert response.headers["content-type"] == "application/json"
     assert response.headers["cache-control"] == "no-store"
     assert cache_status(response) == f"fwd=miss; fwd-status={status}"
     assert not {"set-cookie", "x-upstream"} & set(response.headers)
-    assert scene.ask().status_code == 200
+    assert gateway.ask().status_code == 200
 
 
 BOOM = b'{"data":null,"error":{"code":"internal","message":"boom"}}'
 
 
 def test_its_own_words_about_a_failure_are_in_the_problem_and_in_the_log(
-    scene: Scene, caplog: pytest.LogCaptureFixture
+    gateway: GatewayFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
-    scene.simulator.script(answers(BOOM, 500))
-    failed = scene.ask()
+    gateway.simulator.script(answers(BOOM, 500))
+    failed = gateway.ask()
     assert (failed.status_code, code_of(failed)) == (502, "upstream-error")
     assert failed.json()["detail"] == "RenderNet answered 500: try again later."
     assert failed.json()["upstream"] == {"status": 500, "code": "internal", "message": "boom"}
@@ -102,48 +104,50 @@ def test_its_own_words_about_a_failure_are_in_the_problem_and_in_the_log(
     ("status", "code"),
     [(401, "upstream-refused"), (403, "upstream-refused"), (429, "upstream-busy"), (503, "upstream-error")],
 )
-def test_its_own_words_reach_everybody_who_waits(scene: Scene, status: int, code: str) -> None:
-    scene.simulator.script(answers(BOOM, status))
-    with ThreadPoolExecutor(3) as pool, scene.simulator.hold() as hold:
-        asked = [pool.submit(scene.ask) for _ in range(3)]
-        wait_until(lambda: scene.tracker.in_flight == 3)
+def test_its_own_words_reach_everybody_who_waits(gateway: GatewayFixture, status: int, code: str) -> None:
+    gateway.simulator.script(answers(BOOM, status))
+    with ThreadPoolExecutor(3) as pool, gateway.simulator.hold() as hold:
+        asked = [pool.submit(gateway.ask) for _ in range(3)]
+        wait_until(lambda: gateway.tracker.in_flight == 3)
         hold.release()
         responses = [future.result() for future in asked]
     words = {"status": status, "code": "internal", "message": "boom"}
     assert [(code_of(response), response.json()["upstream"]) for response in responses] == [(code, words)] * 3
-    assert scene.simulator.calls <= 1
+    assert gateway.simulator.calls <= 1
 
 
-def test_its_own_words_are_withheld_if_they_show_our_key(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+def test_its_own_words_are_withheld_if_they_show_our_key(
+    gateway: GatewayFixture, caplog: pytest.LogCaptureFixture
+) -> None:
     for status in (401, 429, 500):
-        scene.simulator.script(answers(BOOM.replace(b"boom", API_KEY.encode()), status))
-        failed = scene.ask(b'[{"steps":%d}]' % status)
+        gateway.simulator.script(answers(BOOM.replace(b"boom", API_KEY.encode()), status))
+        failed = gateway.ask(b'[{"steps":%d}]' % status)
         assert "upstream" not in failed.json()
         assert API_KEY not in failed.text + caplog.text
 
 
-def test_a_status_is_told_as_it_was(scene: Scene) -> None:
-    scene.simulator.script(answers(PRICED, 201), answers(b"{}", 203))
-    assert cache_status(scene.ask()) == "fwd=miss; fwd-status=201; stored; ttl=3600"
-    assert cache_status(scene.ask(b"[{}]")) == "fwd=miss; fwd-status=203"
+def test_a_status_is_told_as_it_was(gateway: GatewayFixture) -> None:
+    gateway.simulator.script(answers(PRICED, 201), answers(b"{}", 203))
+    assert cache_status(gateway.ask()) == "fwd=miss; fwd-status=201; stored; ttl=3600"
+    assert cache_status(gateway.ask(b"[{}]")) == "fwd=miss; fwd-status=203"
 
 
 def test_the_circuit_breaker_says_when_it_opens_and_closes_and_why(
-    open_gateway: Opened, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    open_gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each time, though other lines about an upstream that has just recovered are left out for a while."""
     monkeypatch.setattr("proxy.upstream.circuit_breaker.OPEN_S", 0.2)
     caplog.set_level("INFO", "proxy.upstream.client")
-    scene, body = open_gateway(), iter(b'[{"steps":%d}]' % n for n in range(1000))
-    scene.simulator.script(Fault.SERVER_ERROR)
-    assert scene.ask(next(body)).status_code == 502
-    assert scene.ask(next(body)).status_code == 200
+    gateway, body = open_gateway(), iter(b'[{"steps":%d}]' % n for n in range(1000))
+    gateway.simulator.script(Fault.SERVER_ERROR)
+    assert gateway.ask(next(body)).status_code == 502
+    assert gateway.ask(next(body)).status_code == 200
     caplog.clear()
-    scene.simulator.script(*[Fault.SERVER_ERROR] * 12)
-    while code_of(failed := scene.ask(next(body))) == "upstream-error":
+    gateway.simulator.script(*[Fault.SERVER_ERROR] * 12)
+    while code_of(failed := gateway.ask(next(body))) == "upstream-error":
         pass
     assert code_of(failed) == "upstream-busy"
-    wait_until(lambda: scene.ask(next(body)).status_code == 200)
+    wait_until(lambda: gateway.ask(next(body)).status_code == 200)
     lines = [record.getMessage() for record in caplog.records if "circuit breaker" in record.getMessage()]
     about, reason = (
         "circuit breaker of the account default",
@@ -158,139 +162,141 @@ def test_the_circuit_breaker_says_when_it_opens_and_closes_and_why(
     ]
 
 
-def test_a_chunked_answer_is_an_answer(scene: Scene) -> None:
-    scene.simulator.script(Fault.CHUNKED)
-    assert scene.ask().json()["data"]["estimated"] == 2.75
+def test_a_chunked_answer_is_an_answer(gateway: GatewayFixture) -> None:
+    gateway.simulator.script(Fault.CHUNKED)
+    assert gateway.ask().json()["data"]["estimated"] == 2.75
 
 
-def test_no_cookie_comes_back_to_it(scene: Scene) -> None:
-    scene.simulator.script(answers(PRICED, set_cookie="session=1; Path=/"))
-    scene.ask()
-    scene.ask(b"[{}]")
-    assert all(name != b"cookie" for received in scene.simulator.received for name, _ in received.headers)
+def test_no_cookie_comes_back_to_it(gateway: GatewayFixture) -> None:
+    gateway.simulator.script(answers(PRICED, set_cookie="session=1; Path=/"))
+    gateway.ask()
+    gateway.ask(b"[{}]")
+    assert all(name != b"cookie" for received in gateway.simulator.received for name, _ in received.headers)
 
 
 @pytest.mark.parametrize(
     ("retry_after", "told"),
     [("7", "7"), ("3600", "3600"), ("3601", None), ("soon", "1"), ("-1", "1"), (None, "1")],
 )
-def test_its_retry_after_is_passed_on_up_to_an_hour(scene: Scene, retry_after: str | None, told: str | None) -> None:
+def test_its_retry_after_is_passed_on_up_to_an_hour(
+    gateway: GatewayFixture, retry_after: str | None, told: str | None
+) -> None:
     headers = {} if retry_after is None else {"retry_after": retry_after}
-    scene.simulator.script(answers(b"busy", 429, **headers))
-    response = scene.ask()
+    gateway.simulator.script(answers(b"busy", 429, **headers))
+    response = gateway.ask()
     assert code_of(response) == "upstream-busy"
     assert response.headers.get("retry-after") == told
 
 
-def test_its_retry_after_may_be_a_date(scene: Scene) -> None:
+def test_its_retry_after_may_be_a_date(gateway: GatewayFixture) -> None:
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True)
-    scene.simulator.script(answers(b"{}", 429, retry_after=date))
-    assert 85 <= int(scene.ask().headers["retry-after"]) <= 90
+    gateway.simulator.script(answers(b"{}", 429, retry_after=date))
+    assert 85 <= int(gateway.ask().headers["retry-after"]) <= 90
 
 
-def test_the_query_goes_along_and_counts(scene: Scene) -> None:
+def test_the_query_goes_along_and_counts(gateway: GatewayFixture) -> None:
     path = "/pub/v1/generations/estimate"
     for query in (b"", b"type=image", b"type=video", b"a=%2F&b=%zz&c='\xff\""):
-        response = scene.client.post(f"{path}?{query.decode('latin-1')}" if query else path, content=b"[{}]")
+        response = gateway.client.post(f"{path}?{query.decode('latin-1')}" if query else path, content=b"[{}]")
         assert cache_status(response).startswith("fwd=miss")
-    sent = [received.query for received in scene.simulator.received]
+    sent = [received.query for received in gateway.simulator.received]
     assert sent[:3] == [b"", b"type=image", b"type=video"]
     assert sent[3].startswith(b"a=%2F&b=%zz&c='%")
-    assert cache_status(scene.client.post(f"{path}?type=image", content=b"[{}]")).startswith("hit")
+    assert cache_status(gateway.client.post(f"{path}?type=image", content=b"[{}]")).startswith("hit")
 
 
 class TestTime:
-    def test_one_that_hangs(self, open_gateway: Opened) -> None:
-        scene = open_gateway(upstream={"timeout_s": 0.2})
-        scene.simulator.script(Fault.HANG)
-        response = scene.ask()
+    def test_one_that_hangs(self, open_gateway: OpenGateway) -> None:
+        gateway = open_gateway(upstream={"timeout_s": 0.2})
+        gateway.simulator.script(Fault.HANG)
+        response = gateway.ask()
         assert (response.status_code, code_of(response)) == (504, "upstream-timeout")
         assert cache_status(response) == "fwd=miss"
-        assert cache_status(scene.ask()).endswith("stored; ttl=3600")
+        assert cache_status(gateway.ask()).endswith("stored; ttl=3600")
 
-    def test_one_deadline_over_the_whole_answer(self, open_gateway: Opened) -> None:
-        scene = open_gateway(server={"request_timeout_s": 0.3}, upstream={"timeout_s": 5})
-        with scene.simulator.hold():
-            response = scene.ask()
+    def test_one_deadline_over_the_whole_answer(self, open_gateway: OpenGateway) -> None:
+        gateway = open_gateway(server={"request_timeout_s": 0.3}, upstream={"timeout_s": 5})
+        with gateway.simulator.hold():
+            response = gateway.ask()
         assert (response.status_code, code_of(response)) == (504, "upstream-timeout")
         assert cache_status(response) == "fwd=miss"
 
-    def test_a_slow_drip_does_not_outlive_the_timeout(self, open_gateway: Opened) -> None:
+    def test_a_slow_drip_does_not_outlive_the_timeout(self, open_gateway: OpenGateway) -> None:
         with dripping() as url:
-            scene = open_gateway(upstream={"timeout_s": 0.3, "base_url": url})
-            assert code_of(scene.ask()) == "upstream-timeout"
+            gateway = open_gateway(upstream={"timeout_s": 0.3, "base_url": url})
+            assert code_of(gateway.ask()) == "upstream-timeout"
 
-    def test_one_that_cannot_be_reached(self, open_gateway: Opened) -> None:
-        scene = open_gateway(upstream={"base_url": f"http://127.0.0.1:{free_port()}"})
-        response = scene.ask()
+    def test_one_that_cannot_be_reached(self, open_gateway: OpenGateway) -> None:
+        gateway = open_gateway(upstream={"base_url": f"http://127.0.0.1:{free_port()}"})
+        response = gateway.ask()
         assert (response.status_code, code_of(response)) == (502, "upstream-error")
-        assert scene.client.get("/readyz").json() == {"status": "ready", "degraded": ["upstream"]}
+        assert gateway.client.get("/readyz").json() == {"status": "ready", "degraded": ["upstream"]}
 
-    def test_readiness_recovers_with_it(self, scene: Scene) -> None:
-        scene.simulator.script(Fault.SERVER_ERROR)
-        scene.ask()
-        assert scene.client.get("/readyz").json()["degraded"] == ["upstream"]
-        scene.ask()
-        assert scene.client.get("/readyz").json()["degraded"] == []
+    def test_readiness_recovers_with_it(self, gateway: GatewayFixture) -> None:
+        gateway.simulator.script(Fault.SERVER_ERROR)
+        gateway.ask()
+        assert gateway.client.get("/readyz").json()["degraded"] == ["upstream"]
+        gateway.ask()
+        assert gateway.client.get("/readyz").json()["degraded"] == []
 
 
 class TestCollapsing:
-    def test_equal_questions_at_once_make_one_call(self, scene: Scene) -> None:
+    def test_equal_questions_at_once_make_one_call(self, gateway: GatewayFixture) -> None:
         spellings = [b'[{"model":"Flux","steps":7}]', b'[{"steps":7.0,"model":"Fl\\u0075x"}]']
-        with ThreadPoolExecutor(20) as pool, scene.simulator.hold() as hold:
+        with ThreadPoolExecutor(20) as pool, gateway.simulator.hold() as hold:
             tokens: tuple[dict[str, str], ...] = ({"x_api_key": MARKETING}, {})
-            asked = [pool.submit(scene.ask, spellings[n % 2], **tokens[n % 2]) for n in range(20)]
-            wait_until(lambda: scene.tracker.in_flight == 20)
+            asked = [pool.submit(gateway.ask, spellings[n % 2], **tokens[n % 2]) for n in range(20)]
+            wait_until(lambda: gateway.tracker.in_flight == 20)
             hold.release()
             responses = [future.result() for future in asked]
-        assert scene.simulator.calls == 1
+        assert gateway.simulator.calls == 1
         assert {response.text for response in responses} == {'{"data":{"estimated":2.75,"balance":10000},"error":{}}'}
         statuses = sorted(cache_status(response) for response in responses)
         assert statuses.count("fwd=miss; fwd-status=200; stored; ttl=3600") == 1
         assert statuses.count("fwd=miss; fwd-status=200; stored; ttl=3600; collapsed") == 19
         assert all("age" not in response.headers for response in responses)
 
-    def test_a_leader_that_hangs_up_still_answers_its_followers(self, scene: Scene) -> None:
-        with ThreadPoolExecutor(1) as pool, scene.simulator.hold() as hold:
-            leader = scene.connect()
+    def test_a_leader_that_hangs_up_still_answers_its_followers(self, gateway: GatewayFixture) -> None:
+        with ThreadPoolExecutor(1) as pool, gateway.simulator.hold() as hold:
+            leader = gateway.connect()
             head = f"POST /pub/v1/generations/estimate HTTP/1.1\r\nHost: x\r\nX-API-KEY: {MARKETING}\r\n"
             leader.sendall(head.encode() + b"Content-Length: 18\r\n\r\n" + b'[{"model":"Flux"}]')
-            assert scene.simulator.arrived(1)
-            follower = pool.submit(scene.ask)
-            wait_until(lambda: scene.tracker.in_flight == 2)
+            assert gateway.simulator.arrived(1)
+            follower = pool.submit(gateway.ask)
+            wait_until(lambda: gateway.tracker.in_flight == 2)
             break_off(leader)
             hold.release()
             response = follower.result()
         assert response.json()["data"]["estimated"] == 2.75
         assert cache_status(response).endswith("collapsed")
-        assert scene.simulator.calls == 1
+        assert gateway.simulator.calls == 1
 
-    def test_a_lone_leader_that_hangs_up_leaves_a_price(self, scene: Scene) -> None:
-        with scene.simulator.hold() as hold:
-            leader = scene.connect()
+    def test_a_lone_leader_that_hangs_up_leaves_a_price(self, gateway: GatewayFixture) -> None:
+        with gateway.simulator.hold() as hold:
+            leader = gateway.connect()
             head = f"POST /pub/v1/generations/estimate HTTP/1.1\r\nHost: x\r\nX-API-KEY: {MARKETING}\r\n"
             leader.sendall(head.encode() + b"Content-Length: 18\r\n\r\n" + b'[{"model":"Flux"}]')
-            assert scene.simulator.arrived(1)
+            assert gateway.simulator.arrived(1)
             break_off(leader)
             hold.release()
-        wait_until(lambda: scene.tracker.in_flight == 0)
-        assert cache_status(scene.ask()).startswith("hit")
-        assert scene.simulator.calls == 1
+        wait_until(lambda: gateway.tracker.in_flight == 0)
+        assert cache_status(gateway.ask()).startswith("hit")
+        assert gateway.simulator.calls == 1
 
-    def test_a_failure_reaches_every_follower_and_is_asked_once(self, scene: Scene) -> None:
-        scene.simulator.script(answers(b"{}", 429, retry_after="9"))
-        with ThreadPoolExecutor(5) as pool, scene.simulator.hold() as hold:
-            asked = [pool.submit(scene.ask) for _ in range(5)]
-            wait_until(lambda: scene.tracker.in_flight == 5)
+    def test_a_failure_reaches_every_follower_and_is_asked_once(self, gateway: GatewayFixture) -> None:
+        gateway.simulator.script(answers(b"{}", 429, retry_after="9"))
+        with ThreadPoolExecutor(5) as pool, gateway.simulator.hold() as hold:
+            asked = [pool.submit(gateway.ask) for _ in range(5)]
+            wait_until(lambda: gateway.tracker.in_flight == 5)
             hold.release()
             responses = [future.result() for future in asked]
         assert {(code_of(response), response.headers["retry-after"]) for response in responses} == {
             ("upstream-busy", "9")
         }
-        assert len(scene.simulator.received) == 1
+        assert len(gateway.simulator.received) == 1
 
     def test_a_lease_lasts_as_long_as_its_question_and_a_quick_one_renews_none(
-        self, open_gateway: Opened, monkeypatch: pytest.MonkeyPatch
+        self, open_gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         lease_s = 0.4
         for module in ("cache.leases", "gateway.fetcher"):
@@ -309,18 +315,18 @@ class TestCollapsing:
         assert one.ask(b"[{}]").status_code == 200
         assert renewals(one) == before
 
-    def test_different_questions_do_not_wait_for_each_other(self, scene: Scene) -> None:
-        with ThreadPoolExecutor(2) as pool, scene.simulator.hold() as hold:
-            asked = [pool.submit(scene.ask, body) for body in (b"[{}]", b'[{"a":null}]')]
-            assert scene.simulator.arrived(2)
+    def test_different_questions_do_not_wait_for_each_other(self, gateway: GatewayFixture) -> None:
+        with ThreadPoolExecutor(2) as pool, gateway.simulator.hold() as hold:
+            asked = [pool.submit(gateway.ask, body) for body in (b"[{}]", b'[{"a":null}]')]
+            assert gateway.simulator.arrived(2)
             hold.release()
             assert {cache_status(future.result()) for future in asked} == {"fwd=miss; fwd-status=200; stored; ttl=3600"}
 
 
-def renewals(scene: Scene) -> float:
+def renewals(gateway: GatewayFixture) -> float:
     """How often the gateway has renewed a lease."""
     name = "estimate_proxy_store_duration_seconds_count"
-    return scene.metrics.registry.get_sample_value(name, {"call": "lease_keep"}) or 0
+    return gateway.metrics.registry.get_sample_value(name, {"call": "lease_keep"}) or 0
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 import httpx2
 import pytest
 
-from gateway_fixture import DESIGN, EXPIRED, MARKETING, RETIRED, Opened, Scene, code_of
+from gateway_fixture import DESIGN, EXPIRED, MARKETING, RETIRED, GatewayFixture, OpenGateway, code_of
 from proxy.auth import digest_of, token_of
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.windows import window_of
@@ -28,7 +28,7 @@ def quota(measure: str, limit: float, per: str, on_exceed: str = "refuse") -> di
 
 
 @pytest.fixture
-def scene(open_gateway: Opened) -> Scene:
+def gateway(open_gateway: OpenGateway) -> GatewayFixture:
     return open_gateway(
         admin={"tokens": [digest_of(ADMIN)]},
         org={"quotas": [quota("requests", 1000, "week", "warn")]},
@@ -43,8 +43,8 @@ def scene(open_gateway: Opened) -> Scene:
     )
 
 
-def get(scene: Scene, path: str, token: str = DESIGN, **headers: str) -> httpx2.Response:
-    return scene.client.get(path, headers={"x-api-key": token, **headers})
+def get(gateway: GatewayFixture, path: str, token: str = DESIGN, **headers: str) -> httpx2.Response:
+    return gateway.client.get(path, headers={"x-api-key": token, **headers})
 
 
 def shown(response: httpx2.Response) -> Any:
@@ -54,19 +54,19 @@ def shown(response: httpx2.Response) -> Any:
     return response.json()
 
 
-def ask_some(scene: Scene) -> float:
+def ask_some(gateway: GatewayFixture) -> float:
     """Four estimates of two teams, three of them of `design`. Their credits, of `design`."""
-    answers = [scene.ask(FLUX), scene.ask(FLUX), scene.ask(SEGMENT)]
-    assert scene.ask(FLUX, x_api_key=MARKETING).status_code == 200
+    answers = [gateway.ask(FLUX), gateway.ask(FLUX), gateway.ask(SEGMENT)]
+    assert gateway.ask(FLUX, x_api_key=MARKETING).status_code == 200
     return sum(float(answer.json()["data"]["estimated"]) for answer in answers)
 
 
 # --- Usage -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_team_sees_its_own_usage(scene: Scene) -> None:
-    planned = ask_some(scene)
-    document = shown(get(scene, "/v1/usage?by=model"))
+def test_a_team_sees_its_own_usage(gateway: GatewayFixture) -> None:
+    planned = ask_some(gateway)
+    document = shown(get(gateway, "/v1/usage?by=model"))
     flux, segment = document["rows"]
     assert (flux["model"], flux["requests"], flux["outcomes"]) == ("Flux", 2, {"hit": 1, "miss": 1})
     assert (segment["model"], segment["requests"], segment["outcomes"]) == ("segment", 1, {"miss": 1})
@@ -77,89 +77,89 @@ def test_a_team_sees_its_own_usage(scene: Scene) -> None:
         "outcomes": {"hit": 1, "miss": 2},
     }
     assert (document["timezone"], document["by"]) == ("UTC", ["model"])
-    assert shown(get(scene, "/v1/usage?by=model&team=design")) == document, "its own name may be said"
+    assert shown(get(gateway, "/v1/usage?by=model&team=design")) == document, "its own name may be said"
 
 
-def test_a_team_without_usage(scene: Scene) -> None:
-    document = shown(get(scene, "/v1/usage"))
+def test_a_team_without_usage(gateway: GatewayFixture) -> None:
+    document = shown(get(gateway, "/v1/usage"))
     assert (document["rows"], document["total"]["requests"]) == ([], 0)
 
 
 @pytest.mark.parametrize("query", ["team=marketing", "team=nobody", "by=team", "by=day,team", "by=team&team=design"])
-def test_a_team_sees_no_other(scene: Scene, query: str) -> None:
-    refused = get(scene, f"/v1/usage?{query}")
+def test_a_team_sees_no_other(gateway: GatewayFixture, query: str) -> None:
+    refused = get(gateway, f"/v1/usage?{query}")
     assert (refused.status_code, code_of(refused)) == (403, "forbidden")
     assert "'design'" in refused.json()["detail"]
     assert "admin token" in refused.json()["detail"]
 
 
-def test_the_operator_sees_all_teams(scene: Scene) -> None:
-    ask_some(scene)
-    rows = shown(get(scene, "/v1/usage?by=team", ADMIN))["rows"]
+def test_the_operator_sees_all_teams(gateway: GatewayFixture) -> None:
+    ask_some(gateway)
+    rows = shown(get(gateway, "/v1/usage?by=team", ADMIN))["rows"]
     assert [(row["team"], row["requests"]) for row in rows] == [("design", 3), ("marketing", 1)]
-    one = shown(get(scene, "/v1/usage?by=team,model&team=marketing", ADMIN))
+    one = shown(get(gateway, "/v1/usage?by=team,model&team=marketing", ADMIN))
     assert [(row["team"], row["model"], row["requests"]) for row in one["rows"]] == [("marketing", "Flux", 1)]
-    assert shown(get(scene, "/v1/usage?team=retired", ADMIN))["rows"] == [], "configured, and never used"
+    assert shown(get(gateway, "/v1/usage?team=retired", ADMIN))["rows"] == [], "configured, and never used"
 
 
-def test_a_team_that_was_removed_still_has_usage(scene: Scene) -> None:
+def test_a_team_that_was_removed_still_has_usage(gateway: GatewayFixture) -> None:
     today = datetime.now(UTC).date()
-    scene.store.hset(KEYS.usage("gone", today), mapping={"Flux:hit:requests": 2, "Flux:hit:credits": HUGE})
-    unknown = get(scene, "/v1/usage?team=gone", ADMIN)
+    gateway.store.hset(KEYS.usage("gone", today), mapping={"Flux:hit:requests": 2, "Flux:hit:credits": HUGE})
+    unknown = get(gateway, "/v1/usage?team=gone", ADMIN)
     assert (unknown.status_code, code_of(unknown)) == (400, "invalid-query")
-    scene.store.sadd(KEYS.teams, "gone")
-    text = get(scene, f"/v1/usage?team=gone&from={today}", ADMIN).text
+    gateway.store.sadd(KEYS.teams, "gone")
+    text = get(gateway, f"/v1/usage?team=gone&from={today}", ADMIN).text
     assert '"estimated_credits":9007199254.740993,' in text, "the digits, beyond what a double holds"
 
 
-def test_csv(scene: Scene) -> None:
-    planned = ask_some(scene)
-    answer = get(scene, "/v1/usage?by=day,model", accept="text/csv")
+def test_csv(gateway: GatewayFixture) -> None:
+    planned = ask_some(gateway)
+    answer = get(gateway, "/v1/usage?by=day,model", accept="text/csv")
     assert answer.headers["content-type"] == "text/csv; charset=utf-8; header=present"
     assert "accept" in answer.headers["vary"].lower()
-    assert answer.text == get(scene, "/v1/usage?by=day,model&format=csv", accept="application/json").text
+    assert answer.text == get(gateway, "/v1/usage?by=day,model&format=csv", accept="application/json").text
     rows = list(csv.DictReader(StringIO(answer.text, newline="")))
     assert [(row["model"], row["hit"], row["miss"]) for row in rows] == [("Flux", "1", "1"), ("segment", "0", "1")]
     assert sum(float(row["estimated_credits"]) for row in rows) == planned
-    assert shown(get(scene, "/v1/usage?format=json", accept="text/csv"))
+    assert shown(get(gateway, "/v1/usage?format=json", accept="text/csv"))
 
 
 @pytest.mark.parametrize("query", ["from=yesterday", "by=hour", "form=x", "team=", "from=2020-01-01", "format=xml"])
-def test_a_bad_query_is_refused_with_a_sentence(scene: Scene, query: str) -> None:
+def test_a_bad_query_is_refused_with_a_sentence(gateway: GatewayFixture, query: str) -> None:
     for token in (DESIGN, ADMIN):
-        refused = get(scene, f"/v1/usage?{query}", token)
+        refused = get(gateway, f"/v1/usage?{query}", token)
         assert (refused.status_code, code_of(refused)) == (400, "invalid-query")
         assert refused.json()["detail"].endswith(".")
 
 
-def test_days_are_those_of_the_organisations_zone(open_gateway: Opened) -> None:
+def test_days_are_those_of_the_organisations_zone(open_gateway: OpenGateway) -> None:
     for name in ("Pacific/Kiritimati", "Pacific/Niue"):  # never the same day
-        scene = open_gateway(org={"timezone": name})
-        scene.ask()
+        gateway = open_gateway(org={"timezone": name})
+        gateway.ask()
         today = datetime.now(ZoneInfo(name)).date()
-        document = shown(get(scene, "/v1/usage"))
+        document = shown(get(gateway, "/v1/usage"))
         assert (document["from"], document["to"]) == (str(today.replace(day=1)), str(today))
         assert document["timezone"] == name
         assert str(today) in [row["day"] for row in document["rows"]]
 
 
-def test_a_refused_request_is_shown_as_refused(open_gateway: Opened) -> None:
+def test_a_refused_request_is_shown_as_refused(open_gateway: OpenGateway) -> None:
     team = {"tokens": [digest_of(DESIGN)], "quotas": [quota("requests", 1, "month")]}
-    scene = open_gateway(teams={"design": team})
-    assert [scene.ask().status_code for _ in range(3)] == [200, 429, 429]
-    total = shown(get(scene, "/v1/usage"))["total"]
+    gateway = open_gateway(teams={"design": team})
+    assert [gateway.ask().status_code for _ in range(3)] == [200, 429, 429]
+    total = shown(get(gateway, "/v1/usage"))["total"]
     assert (total["requests"], total["refused"]) == (1, 2)
     assert total["outcomes"] == {"miss": 1, "quota-exceeded": 2}
-    (own,) = shown(get(scene, "/v1/quota"))["quotas"]
+    (own,) = shown(get(gateway, "/v1/quota"))["quotas"]
     assert (own["used"], own["remaining"]) == (1, 0)
 
 
 # --- Quotas ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_teams_quotas(scene: Scene) -> None:
-    before, planned = datetime.now(UTC).timestamp(), ask_some(scene)
-    document = shown(get(scene, "/v1/quota"))
+def test_a_teams_quotas(gateway: GatewayFixture) -> None:
+    before, planned = datetime.now(UTC).timestamp(), ask_some(gateway)
+    document = shown(get(gateway, "/v1/quota"))
     month, week = (window_of(per, int(before), UTC) for per in ("month", "week"))
     instants = [datetime.fromtimestamp(at, UTC).isoformat() for at in (month.start_s, month.end_s)]
     assert document["team"] == "design"
@@ -181,52 +181,52 @@ def test_a_teams_quotas(scene: Scene) -> None:
     assert (org["scope"], org["measure"], org["per"], org["on_exceed"]) == ("org", "requests", "week", "warn")
     assert (org["limit"], org["used"], org["remaining"]) == (1000, 4, 996), "of both teams together"
     assert datetime.fromisoformat(org["resets_at"]).timestamp() == week.end_s
-    assert shown(get(scene, "/v1/quota?team=design"))["quotas"] == document["quotas"]
+    assert shown(get(gateway, "/v1/quota?team=design"))["quotas"] == document["quotas"]
 
 
-def test_a_quota_that_only_warns_and_is_passed(open_gateway: Opened) -> None:
+def test_a_quota_that_only_warns_and_is_passed(open_gateway: OpenGateway) -> None:
     team = {"tokens": [digest_of(DESIGN)], "quotas": [quota("requests", 1, "day", "warn")]}
-    scene = open_gateway(teams={"design": team})
-    assert [scene.ask().status_code for _ in range(3)] == [200, 200, 200]
-    (own,) = shown(get(scene, "/v1/quota"))["quotas"]
+    gateway = open_gateway(teams={"design": team})
+    assert [gateway.ask().status_code for _ in range(3)] == [200, 200, 200]
+    (own,) = shown(get(gateway, "/v1/quota"))["quotas"]
     assert (own["limit"], own["used"], own["remaining"]) == (1, 3, 0)
 
 
-def test_quotas_agree_with_the_fields_of_an_answer(scene: Scene) -> None:
-    limits = scene.ask().headers["ratelimit"]
-    own, org = shown(get(scene, "/v1/quota"))["quotas"]
+def test_quotas_agree_with_the_fields_of_an_answer(gateway: GatewayFixture) -> None:
+    limits = gateway.ask().headers["ratelimit"]
+    own, org = shown(get(gateway, "/v1/quota"))["quotas"]
     assert f'"credits-month";r={int(own["remaining"])};' in limits
     assert f'"org-requests-week";r={org["remaining"]};' in limits
 
 
-def test_to_look_takes_nothing(scene: Scene) -> None:
-    team = get(scene, "/v1/quota", RETIRED)
+def test_to_look_takes_nothing(gateway: GatewayFixture) -> None:
+    team = get(gateway, "/v1/quota", RETIRED)
     for _ in range(5):
-        assert get(scene, "/v1/quota", RETIRED).json() == team.json(), "its rate of one would be used up"
-        assert get(scene, "/v1/usage", RETIRED).status_code == 200
-    assert shown(get(scene, "/v1/usage", ADMIN))["total"]["requests"] == 0
-    assert not scene.store.exists(KEYS.rate("retired"))
+        assert get(gateway, "/v1/quota", RETIRED).json() == team.json(), "its rate of one would be used up"
+        assert get(gateway, "/v1/usage", RETIRED).status_code == 200
+    assert shown(get(gateway, "/v1/usage", ADMIN))["total"]["requests"] == 0
+    assert not gateway.store.exists(KEYS.rate("retired"))
 
 
-def test_a_rate_of_fractions(scene: Scene) -> None:
-    document = shown(get(scene, "/v1/quota", RETIRED))
+def test_a_rate_of_fractions(gateway: GatewayFixture) -> None:
+    document = shown(get(gateway, "/v1/quota", RETIRED))
     assert document["rate"] == {"per_s": 0.5, "burst": 1, "remaining": 1}
 
 
 @pytest.mark.parametrize("team", ["marketing", "nobody"])
-def test_a_team_sees_no_others_quotas(scene: Scene, team: str) -> None:
-    refused = get(scene, f"/v1/quota?team={team}")
+def test_a_team_sees_no_others_quotas(gateway: GatewayFixture, team: str) -> None:
+    refused = get(gateway, f"/v1/quota?team={team}")
     assert (refused.status_code, code_of(refused)) == (403, "forbidden")
 
 
-def test_the_operator_sees_all_quotas(scene: Scene) -> None:
-    ask_some(scene)
-    documents = shown(get(scene, "/v1/quota", ADMIN))["teams"]
+def test_the_operator_sees_all_quotas(gateway: GatewayFixture) -> None:
+    ask_some(gateway)
+    documents = shown(get(gateway, "/v1/quota", ADMIN))["teams"]
     assert [document["team"] for document in documents] == ["design", "marketing", "retired"]
-    assert shown(get(scene, "/v1/quota?team=design", ADMIN))["quotas"] == documents[0]["quotas"]
+    assert shown(get(gateway, "/v1/quota?team=design", ADMIN))["quotas"] == documents[0]["quotas"]
     assert len({str(document["quotas"][-1]) for document in documents}) == 1, "the organisation's is the same for all"
     for query in ("team=nobody", "teem=design", "team=design&team=design", "team="):
-        refused = get(scene, f"/v1/quota?{query}", ADMIN)
+        refused = get(gateway, f"/v1/quota?{query}", ADMIN)
         assert (refused.status_code, code_of(refused)) == (400, "invalid-query")
 
 
@@ -234,49 +234,49 @@ def test_the_operator_sees_all_quotas(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/usage", "/v1/quota"])
-def test_who_may_look(scene: Scene, path: str) -> None:
-    assert get(scene, path, RETIRED).status_code == 200, "a disabled team may look, and not ask"
-    assert code_of(scene.ask(x_api_key=RETIRED)) == "team-disabled"
+def test_who_may_look(gateway: GatewayFixture, path: str) -> None:
+    assert get(gateway, path, RETIRED).status_code == 200, "a disabled team may look, and not ask"
+    assert code_of(gateway.ask(x_api_key=RETIRED)) == "team-disabled"
     for token in (EXPIRED, token_of("x" * 32), "nonsense"):
-        refused = get(scene, f"{path}?nonsense", token)
+        refused = get(gateway, f"{path}?nonsense", token)
         assert (refused.status_code, code_of(refused)) == (401, "unknown-token"), "before anything is said of the query"
         assert refused.headers["www-authenticate"] == "Bearer"
-    with httpx2.Client(base_url=scene.url, trust_env=False) as nobody:
+    with httpx2.Client(base_url=gateway.url, trust_env=False) as nobody:
         assert nobody.get(path).status_code == 401
         assert nobody.get(path, headers={"authorization": f"Bearer {ADMIN}"}).status_code == 200
-    wrong = scene.client.post(path, content=b"[]")
+    wrong = gateway.client.post(path, content=b"[]")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET, HEAD")
 
 
 @pytest.mark.parametrize("path", ["/v1/usage", "/v1/quota"])
-def test_head_is_get_without_its_body(scene: Scene, path: str) -> None:
-    answer = scene.client.head(path)
+def test_head_is_get_without_its_body(gateway: GatewayFixture, path: str) -> None:
+    answer = gateway.client.head(path)
     assert (answer.status_code, answer.content) == (200, b"")
     assert answer.headers["content-type"] == "application/json"
 
 
 @pytest.mark.parametrize("path", ["/v1/usage", "/v1/usage?format=csv", "/v1/quota"])
-def test_a_ledger_out_of_reach(open_gateway: Opened, path: str) -> None:
+def test_a_ledger_out_of_reach(open_gateway: OpenGateway, path: str) -> None:
     url = f"redis://127.0.0.1:{free_port()}"
-    scene = open_gateway(store={"url": url, "on_outage": "admit"}, admin={"tokens": [digest_of(ADMIN)]})
+    gateway = open_gateway(store={"url": url, "on_outage": "admit"}, admin={"tokens": [digest_of(ADMIN)]})
     for token in (DESIGN, ADMIN):
-        refused = get(scene, path, token)
+        refused = get(gateway, path, token)
         assert (refused.status_code, code_of(refused)) == (503, "store-unavailable")
         assert refused.headers["retry-after"] == "1"
 
 
-def test_a_report_that_takes_too_long(open_gateway: Opened) -> None:
-    scene = open_gateway(server={"request_timeout_s": 1e-6})
-    refused = get(scene, f"/v1/usage?from={datetime.now(UTC).date() - timedelta(days=300)}")
+def test_a_report_that_takes_too_long(open_gateway: OpenGateway) -> None:
+    gateway = open_gateway(server={"request_timeout_s": 1e-6})
+    refused = get(gateway, f"/v1/usage?from={datetime.now(UTC).date() - timedelta(days=300)}")
     assert (refused.status_code, code_of(refused)) == (503, "store-unavailable")
     assert "fewer days" in refused.json()["detail"]
 
 
-def test_its_log_line_names_the_team(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+def test_its_log_line_names_the_team(gateway: GatewayFixture, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "proxy.http.responses"):
-        get(scene, "/v1/usage", RETIRED)
+        get(gateway, "/v1/usage", RETIRED)
         wait_until(lambda: caplog.records)
-        get(scene, "/v1/quota", ADMIN)
+        get(gateway, "/v1/quota", ADMIN)
         wait_until(lambda: len(caplog.records) == 2)  # a line is written behind its answer
     facts = [record.__dict__["facts"] for record in caplog.records]
     assert [(fact["team"], fact["operation"]) for fact in facts] == [("retired", "other"), ("-", "other")]

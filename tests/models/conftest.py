@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from ledger_stage import World, open_world
+from ledger_harness import Harness, open_harness
 from shared_fixtures import any_store_url, close_servers, immediate_metrics, upstream, valkey_url
 
 __all__ = ["any_store_url", "close_servers", "immediate_metrics", "upstream", "valkey_url"]
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch, any_store_url: str) -> Iterator[World]:
-    with open_world(any_store_url, monkeypatch) as opened:
+def harness(monkeypatch: pytest.MonkeyPatch, any_store_url: str) -> Iterator[Harness]:
+    with open_harness(any_store_url, monkeypatch) as opened:
         yield opened

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 
+from ledger_harness import Answer
 from ledger_model import LASTING, MILLION, PERS, ZONE, Bill, Deal, Entry, Said, Ticket, span
-from ledger_stage import Answer
 from proxy.problems import Outcome
 from proxy.quota.ledger import Admitted, Denied
 from proxy.quota.quotas import Charge, Quota, QuotaState, Rate, TeamLimits

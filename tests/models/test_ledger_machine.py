@@ -39,8 +39,8 @@ from ledger_acts import (
     standing_as,
     summed_up,
 )
+from ledger_harness import KEYS, MOST_NAMES, START_US, Answer, Harness, later
 from ledger_model import MILLION, PERS, Bill, Books, Deal, Entry, Limit, Process, Said, Ticket, span
-from ledger_stage import KEYS, MOST_NAMES, START_US, Answer, World, later
 from proxy.problems import Outcome
 from proxy.quota.ledger import Admitted
 from proxy.quota.ledger_script import MAX_BATCH_ENTRIES, MAX_ENTRY_MICRO
@@ -59,13 +59,13 @@ _SKEWS_US = st.sampled_from(
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    def __init__(self, world: World) -> None:
+    def __init__(self, harness: Harness) -> None:
         super().__init__()
-        self._world = world
-        world.begin()
+        self._world = harness
+        harness.begin()
         self._books = Books(START_US, MOST_NAMES)
-        self._processes = [Process(self._books) for _ in world.gateways]
-        self._waiting: list[list[tuple[Ticket, Admitted]]] = [[] for _ in world.gateways]
+        self._processes = [Process(self._books) for _ in harness.gateways]
+        self._waiting: list[list[tuple[Ticket, Admitted]]] = [[] for _ in harness.gateways]
         """What each gateway has admitted and not settled."""
         self._rates = dict.fromkeys(TEAMS, (20, 10**6))
         self._limits: dict[str, tuple[Limit, ...]] = dict.fromkeys(("", *TEAMS), ())
@@ -374,7 +374,7 @@ class LedgerMachine(RuleBasedStateMachine):
             process.hear()
 
 
-def test_the_ledger_does_as_its_model(world: World) -> None:
+def test_the_ledger_does_as_its_model(harness: Harness) -> None:
     profile = hypothesis.settings(
         max_examples=int(os.environ.get("LEDGER_EXAMPLES", "40")),
         stateful_step_count=30,
@@ -383,19 +383,19 @@ def test_the_ledger_does_as_its_model(world: World) -> None:
         report_multiple_bugs=False,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    machine: Any = partial(LedgerMachine, world)
+    machine: Any = partial(LedgerMachine, harness)
     run_state_machine_as_test(machine, settings=profile)
 
 
-def test_with_one_request_to_settle_the_first_settlement_takes_it(world: World) -> None:
+def test_with_one_request_to_settle_the_first_settlement_takes_it(harness: Harness) -> None:
     """The second one is an admission, which the ledger decides together with the one before both."""
-    machine, bill = LedgerMachine(world), Bill("hit", 5, "Flux")
+    machine, bill = LedgerMachine(harness), Bill("hit", 5, "Flux")
     warning = Draft("requests", "day", refuses=False, most=9, is_relative=False)
     machine.limits_change("design", [warning])  # each request of the team is told how it stood at that step
     machine.turn(0, [Act("admit", "design", bill, 0)])
     machine.turn(0, [Act("admit", "film", bill, 0), Act("settle", "design", bill, 0), Act("settle", "film", bill, 0)])
     machine.all_adds_up()
-    used = {name: amounts for name, (amounts, _) in world.keys().items() if ":u:" in name}
+    used = {name: amounts for name, (amounts, _) in harness.keys().items() if ":u:" in name}
     assert used == {
         "ep1:{acme}:u:2031-10-25:design": {"Flux:hit:requests": 1, "Flux:hit:credits": 5},
         "ep1:{acme}:u:2031-10-25:film": {"-:cancelled:requests": 2},

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ledger_acts import limits_of
+from ledger_harness import START_US, Answer, Harness
 from ledger_model import Books, Deal, Process
-from ledger_stage import START_US, Answer, World
 from proxy.problems import Outcome
 from proxy.quota.ledger import Admitted
 from proxy.quota.quotas import Charge, TeamLimits
@@ -25,10 +25,10 @@ def conforms(admitted: Sequence[int], at_us: int, interval_us: int, burst: int) 
     )
 
 
-def test_a_rate_admits_all_that_conforms_and_nothing_else(world: World) -> None:
+def test_a_rate_admits_all_that_conforms_and_nothing_else(harness: Harness) -> None:
     """By its definition, over all stretches of time; nothing of an algorithm is in it."""
-    world.begin()
-    gateway, process, serial = world.gateways[0], Process(Books(START_US, 0)), count()
+    harness.begin()
+    gateway, process, serial = harness.gateways[0], Process(Books(START_US, 0)), count()
     ledger = gateway.ledger
     ask: dict[str, Callable[[TeamLimits], Coroutine[Any, Any, Answer]]] = {
         "charge": lambda terms: ledger.charge(terms, Charge(Outcome.HIT, 1)),
@@ -44,10 +44,10 @@ def test_a_rate_admits_all_that_conforms_and_nothing_else(world: World) -> None:
     @given(st.sampled_from([20, 20_000, 333_333, 10**9]), st.integers(1, 5), asks)
     def learn(interval_us: int, burst: int, asked: list[tuple[str, int, int]]) -> None:
         terms = limits_of(Deal(f"team-{next(serial)}", interval_us, burst, ()))
-        at_us, admitted = world.clock.us, list[int]()
+        at_us, admitted = harness.clock.us, list[int]()
         for kind, halves, more_us in asked:
             at_us += max(0, halves * interval_us // 2 + more_us)
-            world.clock.set(at_us)
+            harness.clock.set(at_us)
             (answer,) = gateway.run(process, [ask[kind](terms)])
             expected = conforms(admitted, at_us, interval_us, burst)
             assert isinstance(answer, Admitted) == expected

@@ -22,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from gateway_fixture import PATH, UpstreamFixture
 from price_book_fleet import BALANCE_MAX_AGE_MS, LIFETIME_MS, Answer, Book, Fleet, Flight, Pending, Wants
+from price_book_harness import ADMIN, START_MS, Clock, Harness, open_harness, set_clocks, soon
 from price_book_model import Process
 from price_book_requests import (
     AGES_MS,
@@ -39,7 +40,6 @@ from price_book_requests import (
     content,
     told_by,
 )
-from price_book_stage import ADMIN, START_MS, Clock, World, opened_world, set_clocks, soon
 from price_book_upstream import Body, Priced, Upstream, spelled
 
 TRIES = 3
@@ -61,15 +61,15 @@ class Asked(NamedTuple):
 
 
 class PriceBookMachine(RuleBasedStateMachine):
-    def __init__(self, world: World, hot_ms: int, book_ms: int) -> None:
+    def __init__(self, harness: Harness, hot_ms: int, book_ms: int) -> None:
         super().__init__()
-        self._world = world
-        world.begin()
+        self._world = harness
+        harness.begin()
         self._upstream = Upstream(KEYS, SEEDS)
         self._answers = Numbered(self._upstream)
-        world.upstream.simulator.script(*[self._answers] * 1000)
+        harness.upstream.simulator.script(*[self._answers] * 1000)
         self._fleet = Fleet(self._upstream, hot_ms, book_ms, START_MS)
-        self._processes = [Process(self._fleet) for _ in world.replicas]
+        self._processes = [Process(self._fleet) for _ in harness.replicas]
         self._forgotten: dict[int, tuple[int, int]] = {}
         """Which of upstream's answers had to be forgotten: when, and who was told so."""
 
@@ -353,14 +353,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @pytest.fixture
-def world(clock: Clock, monkeypatch: pytest.MonkeyPatch, valkey_url: str, upstream: UpstreamFixture) -> Iterator[World]:
-    with opened_world(clock, monkeypatch, valkey_url, upstream) as world:
-        yield world
+def harness(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, valkey_url: str, upstream: UpstreamFixture
+) -> Iterator[Harness]:
+    with open_harness(clock, monkeypatch, valkey_url, upstream) as harness:
+        yield harness
 
 
 @pytest.mark.parametrize(("hot_ms", "book_ms"), [(-1, 0), (5000, 1000)], ids=["remembering nothing", "remembering"])
 def test_the_price_book_does_as_its_model(
-    world: World, monkeypatch: pytest.MonkeyPatch, hot_ms: int, book_ms: int
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, hot_ms: int, book_ms: int
 ) -> None:
     if hot_ms < 0:
         monkeypatch.setattr("proxy.cache.account_book.BOOK_REREAD_S", book_ms / 1000)
@@ -374,7 +376,7 @@ def test_the_price_book_does_as_its_model(
         report_multiple_bugs=False,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    machine: Any = partial(PriceBookMachine, world, hot_ms, book_ms)
+    machine: Any = partial(PriceBookMachine, harness, hot_ms, book_ms)
     for left in reversed(range(TRIES)):
         try:
             run_state_machine_as_test(machine, settings=profile)

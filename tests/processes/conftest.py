@@ -6,36 +6,36 @@ from pathlib import Path
 import pytest
 
 from gateway_fixture import UpstreamFixture
-from processes import House, house
+from gateway_process import GatewayRunner, gateway_runner
 from shared_fixtures import (
     any_store_url,
     close_servers,
+    gateway,
     immediate_metrics,
     open_gateway,
-    scene,
     server,
     simulator,
+    store_proxy,
     upstream,
     valkey_url,
-    way,
 )
 
 __all__ = [
     "any_store_url",
     "close_servers",
+    "gateway",
     "immediate_metrics",
     "open_gateway",
-    "scene",
     "server",
     "simulator",
+    "store_proxy",
     "upstream",
     "valkey_url",
-    "way",
 ]
 
 
 @pytest.fixture
-def home(tmp_path: Path, upstream: UpstreamFixture) -> Iterator[House]:
+def runner(tmp_path: Path, upstream: UpstreamFixture) -> Iterator[GatewayRunner]:
     """Starts gateways of one test, as processes."""
-    with house(tmp_path, upstream.url) as opened:
+    with gateway_runner(tmp_path, upstream.url) as opened:
         yield opened

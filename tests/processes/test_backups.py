@@ -13,12 +13,12 @@ import pytest
 
 from deploy_files import PROJECT
 from embedded_stores import client, running
-from processes import House, Served
+from gateway_process import GatewayProcess, GatewayRunner
 from programs import program
 from proxy.auth import digest_of
-from quota_scenes import ADMIN
+from quota_fixture import ADMIN
 from serving import free_port, wait_until
-from topologies import LOCAL, Member, program_of, stage_of
+from topologies import LOCAL, Member, program_of, server_group
 
 OPERATIONS = (PROJECT / "docs" / "operations.md").read_text()
 DATA_DIR = re.compile("^data_dir=/var/lib/estimate-proxy ", re.MULTILINE)
@@ -50,7 +50,7 @@ def back_up(data_dir: Path, folder: Path, *programs: Path) -> Path:
     return made
 
 
-def usage(served: Served) -> Any:
+def usage(served: GatewayProcess) -> Any:
     """Of each team, model and outcome."""
     with served.client() as asking:
         answer = asking.get("/v1/usage?by=day,team,model", headers={"x-api-key": ADMIN})
@@ -58,28 +58,30 @@ def usage(served: Served) -> Any:
     return answer.json()["rows"]
 
 
-def start(home: House, **sections: Mapping[str, Any]) -> Served:
-    return home.start(admin={"tokens": [digest_of(ADMIN)]}, **{name: dict(of) for name, of in sections.items()})
+def start(runner: GatewayRunner, **sections: Mapping[str, Any]) -> GatewayProcess:
+    return runner.start(admin={"tokens": [digest_of(ADMIN)]}, **{name: dict(of) for name, of in sections.items()})
 
 
-def ask(served: Served, times: int) -> None:
+def ask(served: GatewayProcess, times: int) -> None:
     for _ in range(times):
         assert served.ask().status_code == 200
 
 
-def test_a_ledger_that_was_copied_while_it_ran_is_restored_into_a_new_data_dir(home: House, tmp_path: Path) -> None:
-    first = start(home)
+def test_a_ledger_that_was_copied_while_it_ran_is_restored_into_a_new_data_dir(
+    runner: GatewayRunner, tmp_path: Path
+) -> None:
+    first = start(runner)
     ask(first, 5)
     expected = usage(first)
-    backup = back_up(home.data_dir, tmp_path)
+    backup = back_up(runner.data_dir, tmp_path)
     ask(first, 3)
     assert usage(first) != expected
     assert first.stop() == 0
     data_dir = tmp_path / "new"
     shell(RESTORE, tmp_path, backup=backup.name, data_dir=data_dir)
-    second = start(home, store={"data_dir": str(data_dir)})
+    second = start(runner, store={"data_dir": str(data_dir)})
     assert usage(second) == expected
-    assert not second.told("a new ledger begins")
+    assert not second.messages("a new ledger begins")
     ask(second, 1)
     assert usage(second) != expected
     assert second.stop() == 0
@@ -139,14 +141,14 @@ def test_a_dump_of_a_server_becomes_an_append_only_file(tmp_path: Path) -> None:
     programs.mkdir()
     (programs / "redis-cli").symlink_to(program("redis-cli"))
     (programs / "valkey-server").symlink_to(program_of("valkey"))
-    with stage_of("valkey") as stage:
-        ledger = stage.member()
+    with server_group("valkey") as group:
+        ledger = group.member()
         wait_until(ledger.answers)
         ledger.client.mset({str(number): "1" for number in range(100)})
         shell(DUMP, tmp_path, programs, LEDGER=f"redis://{LOCAL}:{ledger.port}")
         shell(RESTORE_DUMP.replace("7000", str(free_port())), tmp_path, programs)
         assert (tmp_path / "restored" / "appendonlydir").is_dir()
-        restored = stage.member("appendonly yes")
+        restored = group.member("appendonly yes")
         start_again_with(restored, tmp_path / "restored" / "appendonlydir")
         assert restored.client.dbsize() == 100
 
@@ -162,20 +164,20 @@ def start_again_with(server: Member, files: Path) -> None:
 
 
 @pytest.mark.parametrize("brand", ["valkey", "redis"])
-def test_an_embedded_ledger_moves_to_a_server(home: House, tmp_path: Path, brand: str) -> None:
-    first = start(home)
+def test_an_embedded_ledger_moves_to_a_server(runner: GatewayRunner, tmp_path: Path, brand: str) -> None:
+    first = start(runner)
     ask(first, 5)
     expected = usage(first)
     if brand == "redis":
         programs = tmp_path / "programs"
         programs.mkdir()
         (programs / "redis-cli").symlink_to(program("redis-cli"))
-        shell(PLAIN_COMMANDS, tmp_path, programs, data_dir=home.data_dir)
+        shell(PLAIN_COMMANDS, tmp_path, programs, data_dir=runner.data_dir)
     assert first.stop() == 0
-    with stage_of(brand) as stage:
-        server = stage.member("appendonly yes")
-        start_again_with(server, home.data_dir / "ledger" / "appendonlydir")
-        second = start(home, store={"url": f"redis://{LOCAL}:{server.port}"})
+    with server_group(brand) as group:
+        server = group.member("appendonly yes")
+        start_again_with(server, runner.data_dir / "ledger" / "appendonlydir")
+        second = start(runner, store={"url": f"redis://{LOCAL}:{server.port}"})
         assert usage(second) == expected
-        assert not second.told("a new ledger begins")
+        assert not second.messages("a new ledger begins")
         assert second.stop() == 0

@@ -11,12 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from faulty_proxy import Way, relay
-from fleet import limiting, own_ledger
+from faulty_proxy import Conditions, proxy_to
+from fleet import limiting, store_process
 from gateway_fixture import DESIGN, PATH, UpstreamFixture, break_off, cache_status
-from ledger_snapshot import Books
+from gateway_process import SOON_S, GatewayProcess, GatewayRunner, address_of, gateway_runner
+from ledger_snapshot import LedgerSnapshot
 from load_generator import CREDITS, PRICE, REQUESTS, new_body
-from processes import SOON_S, House, Served, address_of, house
 from proxy.demo.simulator import Simulator
 from serving import wait_until
 
@@ -26,21 +26,21 @@ DRAIN_S = 1.0
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture) -> Iterator[Served]:
-    with house(tmp_path_factory.mktemp("processes"), upstream.url) as home:
-        found = home.begin("--workers", str(WORKERS), env=LIMITS)
+def served(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture) -> Iterator[GatewayProcess]:
+    with gateway_runner(tmp_path_factory.mktemp("processes"), upstream.url) as runner:
+        found = runner.begin("--workers", str(WORKERS), env=LIMITS)
         found.wait_until_serving(times=WORKERS)
         yield found
         assert found.stop() == 0
 
 
-def used(served: Served) -> tuple[int, int]:
+def used(served: GatewayProcess) -> tuple[int, int]:
     """Credits and requests."""
-    spent, requests = Books.of(served, DESIGN).used
+    spent, requests = LedgerSnapshot.of(served, DESIGN).used
     return int(spent), int(requests)
 
 
-def leaving(served: Served, body: bytes) -> socket.socket:
+def leaving(served: GatewayProcess, body: bytes) -> socket.socket:
     """The connection of a client that has asked."""
     head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nx-api-key: {DESIGN}\r\ncontent-length: {len(body)}\r\n\r\n"
     connection = socket.create_connection(address_of(served.url), timeout=SOON_S)
@@ -48,7 +48,7 @@ def leaving(served: Served, body: bytes) -> socket.socket:
     return connection
 
 
-def test_a_client_that_leaves_takes_nobodys_answer_along(served: Served, simulator: Simulator) -> None:
+def test_a_client_that_leaves_takes_nobodys_answer_along(served: GatewayProcess, simulator: Simulator) -> None:
     body, (spent, requests) = new_body(), used(served)
     with ThreadPoolExecutor() as pool:
         with simulator.hold(), leaving(served, body) as connection:
@@ -66,7 +66,7 @@ def test_a_client_that_leaves_takes_nobodys_answer_along(served: Served, simulat
 
 
 @pytest.mark.usefixtures("simulator")
-def test_a_worker_that_hangs_keeps_nobody_waiting_who_comes_after_it(served: Served) -> None:
+def test_a_worker_that_hangs_keeps_nobody_waiting_who_comes_after_it(served: GatewayProcess) -> None:
     hung = served.workers()[0]
     hung.suspend()
     try:
@@ -75,22 +75,24 @@ def test_a_worker_that_hangs_keeps_nobody_waiting_who_comes_after_it(served: Ser
         hung.resume()
     assert {answer.status_code for answer in answers} == {200}
     assert max(answer.elapsed.total_seconds() for answer in answers) < 1, "less than any lease or timeout"
-    assert not served.told("died")
+    assert not served.messages("died")
 
 
 @pytest.mark.usefixtures("simulator")
-def test_it_begins_and_ends_in_order_without_its_ledger_and_says_what_is_lost(home: House, valkey_url: str) -> None:
-    with own_ledger() as ledger:
+def test_it_begins_and_ends_in_order_without_its_ledger_and_says_what_is_lost(
+    runner: GatewayRunner, valkey_url: str
+) -> None:
+    with store_process() as ledger:
         ledger.start()
-        with relay(ledger.url) as way:
-            store, server = {"url": way.url, "on_outage": "admit"}, {"drain_delay_s": 0, "drain_s": DRAIN_S}
-            with way.being(Way(carries=False)):
-                served = home.start(env=LIMITS, store=store, server=server, cache={"url": valkey_url})
+        with proxy_to(ledger.url) as store_proxy:
+            store, server = {"url": store_proxy.url, "on_outage": "admit"}, {"drain_delay_s": 0, "drain_s": DRAIN_S}
+            with store_proxy.under(Conditions(carries=False)):
+                served = runner.start(env=LIMITS, store=store, server=server, cache={"url": valkey_url})
                 assert [served.ask(new_body()).status_code for _ in range(3)] == [200] * 3
-            served.wait_until_told("the ledger is back: all buffered debits are booked")
-            assert Books.of(served, DESIGN).used == [3 * PRICE, 3]
-            with way.being(Way(accepts=False)):
+            served.wait_for_message("the ledger is back: all buffered debits are booked")
+            assert LedgerSnapshot.of(served, DESIGN).used == [3 * PRICE, 3]
+            with store_proxy.under(Conditions(accepts=False)):
                 assert [served.ask(new_body()).status_code for _ in range(2)] == [200] * 2
                 served.send(signal.SIGTERM)
                 assert served.exit_status(within_s=DRAIN_S + SOON_S) == 0
-    assert served.told("lost") == ["the debits of 2 requests are lost: the ledger stayed out of reach"]
+    assert served.messages("lost") == ["the debits of 2 requests are lost: the ledger stayed out of reach"]

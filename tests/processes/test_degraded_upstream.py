@@ -10,15 +10,27 @@ from typing import Any
 
 import pytest
 
-from faulty_proxy import GOOD, Relay, Way, relay
-from fleet import BODY, Crew, Fleet, fleet_of, limiting
+from faulty_proxy import HEALTHY, Conditions, FaultyProxy, proxy_to
+from fleet import BODY, Fleet, TeamClient, fleet_of, limiting
 from gateway_fixture import cache_status
 from lateness import assert_in_time
-from ledger_snapshot import books_of
-from load_generator import CREDITS, PRICE, REQUESTS, Log, Told, answered, degraded, metric, new_body, slowest_s, timed
-from own_upstream import OwnUpstream, own_upstream
+from ledger_snapshot import snapshot_of
+from load_generator import (
+    CREDITS,
+    PRICE,
+    REQUESTS,
+    LogTail,
+    TimedAnswer,
+    answered,
+    degraded,
+    metric,
+    new_body,
+    slowest_s,
+    timed,
+)
 from proxy.upstream.circuit_breaker import MIN_ANSWERS
 from serving import wait_until
+from upstream_process import UpstreamProcess, upstream_process
 
 TIMEOUT_S = 0.3
 DEADLINE_S = 1.2
@@ -41,8 +53,8 @@ TTL_S = 1
 @dataclass(frozen=True)
 class WorkerContext:
     fleet: Fleet
-    upstream: OwnUpstream
-    way: Relay
+    upstream: UpstreamProcess
+    store_proxy: FaultyProxy
     over: Path
     """While it is there, the time that circuits are open is over."""
 
@@ -70,16 +82,16 @@ def _stopped(premises: WorkerContext) -> Iterator[None]:
         yield
 
 
-def _way(bad: Way) -> Callable[[WorkerContext], AbstractContextManager[None]]:
-    return lambda premises: premises.way.being(bad)
+def _conditions(bad: Conditions) -> Callable[[WorkerContext], AbstractContextManager[None]]:
+    return lambda premises: premises.store_proxy.under(bad)
 
 
 FAULTS: dict[str, tuple[Callable[[WorkerContext], AbstractContextManager[None]], str]] = {
     "killed": (_killed, "502 upstream-error"),
-    "resets": (_way(Way(accepts=False)), "502 upstream-error"),
+    "resets": (_conditions(Conditions(accepts=False)), "502 upstream-error"),
     "stopped": (_stopped, "504 upstream-timeout"),
-    "half open": (_way(Way(carries=False)), "504 upstream-timeout"),
-    "drips": (_way(Way(latency_s=0.02, piece_bytes=1)), "504 upstream-timeout"),
+    "half open": (_conditions(Conditions(carries=False)), "504 upstream-timeout"),
+    "drips": (_conditions(Conditions(latency_s=0.02, piece_bytes=1)), "504 upstream-timeout"),
 }
 """With what is answered where there is no price."""
 
@@ -91,15 +103,15 @@ PROBED = ("killed", "half open")
 class Talk:
     """What a team asks, and all that it was told."""
 
-    crew: Crew
-    told: list[Told] = field(default_factory=list)
+    team: TeamClient
+    told: list[TimedAnswer] = field(default_factory=list)
 
-    def ask(self, body: bytes | None = None) -> Told:
-        self.told.append(timed(self.crew, 0, body or new_body()))
+    def ask(self, body: bytes | None = None) -> TimedAnswer:
+        self.told.append(timed(self.team, 0, body or new_body()))
         return self.told[-1]
 
-    def ask_at_once(self, count: int) -> list[Told]:
-        asked = [self.crew.fleet.pool.submit(self.ask) for _ in range(count)]
+    def ask_at_once(self, count: int) -> list[TimedAnswer]:
+        asked = [self.team.fleet.pool.submit(self.ask) for _ in range(count)]
         return [one.result(15) for one in asked]
 
     def asked_upstream(self) -> float:
@@ -111,14 +123,14 @@ class Talk:
     def assert_booked(self, *, failures: int) -> None:
         """An answer is a request with credits, a failure one without; what was not to be asked is none."""
         requests, spent = answered(self.told) + failures, answered(self.told) * PRICE
-        books = books_of(self.crew)
+        books = snapshot_of(self.team)
         usage = {name: books.usage[name] for name in ("requests", "estimated_credits", "refused")}
         refused = len(self.told) - requests
         assert usage == {"requests": requests, "estimated_credits": spent, "refused": refused}
         assert books.used == [spent, requests]
 
     def _metric(self, name: str) -> float:
-        return metric(self.crew.fleet.clients[0], f'{name}{{account="{self.crew.account}"')
+        return metric(self.team.fleet.clients[0], f'{name}{{account="{self.team.account}"')
 
 
 @pytest.fixture(scope="module")
@@ -134,17 +146,17 @@ def premises(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> Itera
         "metrics": {"public": True},
     }
     with (
-        own_upstream() as upstream,
-        relay(upstream.url) as way,
-        fleet_of(1, folder, store_url=valkey_url, upstream_url=way.url, **how) as fleet,
+        upstream_process() as upstream,
+        proxy_to(upstream.url) as store_proxy,
+        fleet_of(1, folder, store_url=valkey_url, upstream_url=store_proxy.url, **how) as fleet,
     ):
-        yield WorkerContext(fleet, upstream, way, over)
+        yield WorkerContext(fleet, upstream, store_proxy, over)
 
 
 @pytest.fixture(scope="module")
 def talks(premises: WorkerContext) -> dict[str, Talk]:
     """Of teams that have a price already, soon a stale one."""
-    talks = {fault: Talk(premises.fleet.crew()) for fault in FAULTS}
+    talks = {fault: Talk(premises.fleet.team()) for fault in FAULTS}
     assert [talk.ask(BODY).says for talk in talks.values()] == ["200 fwd=miss"] * len(talks)
     return talks
 
@@ -154,8 +166,8 @@ def test_without_upstream_stale_prices_serve_and_it_is_left_alone(
     fault: str, premises: WorkerContext, talks: dict[str, Talk]
 ) -> None:
     talk, (made, failure) = talks[fault], FAULTS[fault]
-    client, log, account = premises.fleet.clients[0], Log(premises.fleet.gateways[0]), talk.crew.account
-    wait_until(lambda: talk.crew.explain(0)["ttl_s"] < 0)
+    client, log, account = premises.fleet.clients[0], LogTail(premises.fleet.gateways[0]), talk.team.account
+    wait_until(lambda: talk.team.explain(0)["ttl_s"] < 0)
     with made(premises):
         _fails(talk, failure)
         _is_left_alone(talk)
@@ -168,7 +180,7 @@ def test_without_upstream_stale_prices_serve_and_it_is_left_alone(
     assert not talk.has_open_circuit()
     assert degraded(client) == []
     assert_in_time(slowest_s(talk.told), DEADLINE_S)
-    log.tells_of_one_trouble(
+    log.assert_one_incident(
         f"upstream fails for the account {account}: ", f"upstream answers again for the account {account}"
     )
     talk.assert_booked(failures=sum(one.says == failure for one in talk.told))
@@ -206,8 +218,8 @@ def _is_tried_again(talk: Talk, premises: WorkerContext, failure: str) -> None:
 
 
 def test_a_busy_upstream_is_not_asked_again_before_its_time(premises: WorkerContext) -> None:
-    talk, busy = Talk(premises.fleet.crew()), b'[{"model":"busy"}]'
-    log = Log(premises.fleet.gateways[0])
+    talk, busy = Talk(premises.fleet.team()), b'[{"model":"busy"}]'
+    log = LogTail(premises.fleet.gateways[0])
     told = [talk.ask(busy), *talk.ask_at_once(4)]
     assert {(one.says, one.answer.headers["retry-after"]) for one in told} == {("503 upstream-busy", "1")}
     assert talk.asked_upstream() == 1
@@ -218,10 +230,10 @@ def test_a_busy_upstream_is_not_asked_again_before_its_time(premises: WorkerCont
 
 
 def test_connections_that_upstream_has_closed_or_reset_cost_nothing(premises: WorkerContext) -> None:
-    talk = Talk(premises.fleet.crew())
-    for end in (premises.way.tear, premises.way.cut):
+    talk = Talk(premises.fleet.team())
+    for end in (premises.store_proxy.reset_connections, premises.store_proxy.cut):
         assert talk.ask().says == "200 fwd=miss"
         end()
-        premises.way.become(GOOD)
+        premises.store_proxy.set_conditions(HEALTHY)
     assert talk.ask().says == "200 fwd=miss"
     assert talk.asked_upstream() == 3

@@ -22,8 +22,8 @@ import uvloop
 
 from deploy_files import DEPLOY
 from gateway_fixture import PATH, UpstreamFixture, code_of, settings
+from gateway_process import GatewayProcess, GatewayRunner, address_of, kill
 from load_generator import new_body
-from processes import House, Served, address_of, kill
 from prometheus import SCRAPER, scrape
 from proxy.auth import digest_of
 from proxy.demo.simulator import Simulator
@@ -66,10 +66,10 @@ def no_descriptor_left() -> Iterator[None]:
             os.close(descriptor)
 
 
-def played(story: Callable[[], Awaitable[None]]) -> None:
+def run_scenario(scenario: Callable[[], Awaitable[None]]) -> None:
     """On the event loop that workers have."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(story())  # type: ignore[arg-type] # it is a coroutine function
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as event_loop:
+        event_loop.run(scenario())  # type: ignore[arg-type] # it is a coroutine function
 
 
 def exhausted(metrics: Metrics) -> float | None:
@@ -160,7 +160,7 @@ class TestConnections:
         configured = settings("redis://unused", url)
         keys = {name: account.api_key for name, account in configured.accounts.items()}
 
-        async def story() -> None:
+        async def scenario() -> None:
             metrics = Metrics((), configured.accounts)
             asked = Upstream(configured.upstream, keys, metrics)
             deadline = asyncio.get_running_loop().time() + 10
@@ -177,11 +177,11 @@ class TestConnections:
             assert isinstance(await asked.estimate("default", new_body(), "", deadline=deadline), Priced)
             await asked.close()
 
-        played(story)
+        run_scenario(scenario)
         assert simulator.calls == 1
 
     def test_to_a_store(self, any_store_url: str, caplog: pytest.LogCaptureFixture) -> None:
-        async def story() -> None:
+        async def scenario() -> None:
             metrics = Metrics()
             store = Store(any_store_url, "ledger", metrics)
             with no_descriptor_left(), pytest.raises(StoreUnavailable, match="no file descriptor left"):
@@ -191,7 +191,7 @@ class TestConnections:
             await store.call(GET, "ep1:{x}:price", "ep1:book:x")
             await store.close()
 
-        played(story)
+        run_scenario(scenario)
         (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
         assert told == "the ledger's connection fails: this gateway has no file descriptor left for a connection"
 
@@ -220,7 +220,7 @@ class TestMonitor:
 
 
 @contextmanager
-def crowded(served: Served) -> Iterator[None]:
+def crowded(served: GatewayProcess) -> Iterator[None]:
     """Clients connect and ask nothing until the gateway accepts no more of them."""
     with ExitStack() as opened:
 
@@ -236,27 +236,27 @@ def crowded(served: Served) -> Iterator[None]:
 
 
 class TestServe:
-    def test_it_says_at_the_start_that_the_limit_is_too_low(self, home: House, valkey_url: str) -> None:
-        served = home.start(command=WITH_FEW, store={"url": valkey_url})
-        (told,) = served.told("file descriptors")
+    def test_it_says_at_the_start_that_the_limit_is_too_low(self, runner: GatewayRunner, valkey_url: str) -> None:
+        served = runner.start(command=WITH_FEW, store={"url": valkey_url})
+        (told,) = served.messages("file descriptors")
         assert told.startswith(f"a process may have only {FEW} file descriptors here, but a busy worker needs 10424: ")
         (level,) = [line["level"] for line in served.lines() if line["message"] == told]
         assert level == "warning"
 
     def test_with_the_limits_of_this_machine_it_says_nothing_and_raises_the_soft_one(
-        self, home: House, valkey_url: str
+        self, runner: GatewayRunner, valkey_url: str
     ) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         command = ("/bin/sh", "-c", f'ulimit -Sn {FEW} && exec "$@"', "sh", sys.executable, "-m", "proxy")
-        served = home.start(command=command, store={"url": valkey_url})
+        served = runner.start(command=command, store={"url": valkey_url})
         assert served.worker().rlimit(resource.RLIMIT_NOFILE) == (hard, hard)
-        assert served.told("file descriptors") == []
+        assert served.messages("file descriptors") == []
 
     def test_without_descriptors_it_is_overloaded_and_blames_nobody(
-        self, home: House, valkey_url: str, simulator: Simulator
+        self, runner: GatewayRunner, valkey_url: str, simulator: Simulator
     ) -> None:
         sections = {"store": {"url": valkey_url}, "metrics": {"tokens": [digest_of(SCRAPER)]}}
-        served = home.start(command=WITH_FEW, **sections)
+        served = runner.start(command=WITH_FEW, **sections)
         with served.client() as first, served.client() as second, ThreadPoolExecutor() as pool:
             assert [client.post(PATH, content=new_body()).status_code for client in (first, second)] == [200] * 2
             calls = simulator.calls
@@ -268,29 +268,31 @@ class TestServe:
                     assert {(answer.status_code, code_of(answer)) for answer in answers} == {(503, "overloaded")}
                     assert {answer.headers["retry-after"] for answer in answers} == {"1"}
                     assert second.get("/readyz").json() == {"status": "ready", "degraded": []}
-                    served.wait_until_told(SAID)
+                    served.wait_for_message(SAID)
                     counted = scrape(second)
             assert held.result().status_code == 200
             wait_until(lambda: second.post(PATH, content=new_body()).status_code == 200)
-            served.wait_until_told("there are file descriptors again")
+            served.wait_for_message("there are file descriptors again")
         found = counted.value("descriptors_exhausted_total")
         assert found is not None
         assert found >= len(answers)
         assert counted.value("upstream_request_duration_seconds_count", account="default", status="error") == 0
         assert counted.value("upstream_circuit_open", account="default") == 0
-        assert len(served.told(SAID)) == 1
-        assert served.told("upstream fails") == []
+        assert len(served.messages(SAID)) == 1
+        assert served.messages("upstream fails") == []
         assert served.stop() == 0
 
     @pytest.mark.usefixtures("simulator")
-    def test_a_worker_that_the_system_refuses_to_start_is_started_later(self, home: House, valkey_url: str) -> None:
-        served = home.start(store={"url": valkey_url})
+    def test_a_worker_that_the_system_refuses_to_start_is_started_later(
+        self, runner: GatewayRunner, valkey_url: str
+    ) -> None:
+        served = runner.start(store={"url": valkey_url})
         supervisor = psutil.Process(served.process.pid)
         soft, hard = supervisor.rlimit(resource.RLIMIT_NOFILE)
         supervisor.rlimit(resource.RLIMIT_NOFILE, (3, hard))  # it has those that it has, and gets no other
         kill(served.worker())
         refused = "the worker cannot be started (Too many open files): trying again in"
-        served.wait_until_told(refused, times=MAX_FAILED_STARTS + 1)
+        served.wait_for_message(refused, times=MAX_FAILED_STARTS + 1)
         supervisor.rlimit(resource.RLIMIT_NOFILE, (soft, hard))
         served.wait_until_serving(times=2)
         assert served.ask(new_body()).status_code == 200

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from embedded_stores import LEDGER, client, manifest, running, until
-from processes import House, house
+from gateway_process import GatewayRunner, gateway_runner
 from proxy.embedded import stores as embedded
 from proxy.embedded import valkey
 from proxy.embedded.aof import advice_for
@@ -395,11 +395,11 @@ def somebody_else() -> Iterator[None]:
 
 @pytest.mark.parametrize("part", ["manifest", "base", "commands"])
 def test_files_of_another_user_are_named(tmp_path: Path, intact: Path, part: str) -> None:
-    with house(tmp_path, "http://127.0.0.1:1") as home:
-        data_dir = home.runtime / "data"
+    with gateway_runner(tmp_path, "http://127.0.0.1:1") as runner:
+        data_dir = runner.runtime / "data"
         path: Path = getattr(files_of(data_dir, "ledger", intact), part)
         path.chmod(0)
-        for opened in (home.runtime, data_dir, *data_dir.rglob("*")):
+        for opened in (runner.runtime, data_dir, *data_dir.rglob("*")):
             if opened != path and os.geteuid() == 0:
                 os.chown(opened, 65534, -1)
         with somebody_else():
@@ -409,8 +409,8 @@ def test_files_of_another_user_are_named(tmp_path: Path, intact: Path, part: str
 
 
 def test_what_to_do_about_too_few_descriptors_has_nothing_to_do_with_damage(tmp_path: Path) -> None:
-    story = "Your current 'ulimit -n' of 24 is not enough for the server to start."
-    assert advice_for(story, tmp_path).startswith("allow the gateway more file descriptors: ulimit -n")
+    message = "Your current 'ulimit -n' of 24 is not enough for the server to start."
+    assert advice_for(message, tmp_path).startswith("allow the gateway more file descriptors: ulimit -n")
 
 
 def test_what_to_do_about_a_directory_is_said_by_what_is_wrong_with_it() -> None:
@@ -422,15 +422,17 @@ def test_what_to_do_about_a_directory_is_said_by_what_is_wrong_with_it() -> None
 
 
 def test_a_gateway_refuses_a_damaged_ledger_in_one_line_and_serves_with_an_empty_price_book(
-    home: House, intact: Path
+    runner: GatewayRunner, intact: Path
 ) -> None:
-    ledger, book = (files_of(home.data_dir, role, intact) for role in ("ledger", "price-book"))
+    ledger, book = (files_of(runner.data_dir, role, intact) for role in ("ledger", "price-book"))
     zeros_at_end(ledger.commands)
     emptied(book.manifest)
-    line = home.refused()
+    line = runner.refused()
     assert line.startswith(f"estimate-proxy: embedded store ledger: {ledger.commands} is damaged after its first ")
     follow(line)
-    served = home.start()
-    assert served.told(f"embedded store price-book: {manifest(home.data_dir, 'price-book')} is missing or damaged. It")
+    served = runner.start()
+    assert served.messages(
+        f"embedded store price-book: {manifest(runner.data_dir, 'price-book')} is missing or damaged. It"
+    )
     assert served.get("/readyz").json() == {"status": "ready", "degraded": []}
     assert served.stop() == 0

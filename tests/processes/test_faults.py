@@ -135,12 +135,12 @@ FAULTS = {
 def test_a_rough_answer_fails_all_who_wait_for_it_and_nobody_after_them(
     fault: str, pair: Fleet, rough: RoughUpstream
 ) -> None:
-    crew, body = pair.crew(), b'[{"model":"%b"}]' % fault.encode()
+    team, body = pair.team(), b'[{"model":"%b"}]' % fault.encode()
     memory = pair.gateways[0].worker().memory_info().rss
     rough.release.clear()
-    asked = [crew.asking(0, body)]
+    asked = [team.asking(0, body)]
     wait_until(lambda: rough.calls[fault])
-    asked += crew.waiting(0, 1, content=body)
+    asked += team.waiting(0, 1, content=body)
     rough.release.set()
     told = results(asked)
     assert {(answer.status_code, code_of(answer)) for answer in told} == {FAULTS[fault]}
@@ -148,7 +148,7 @@ def test_a_rough_answer_fails_all_who_wait_for_it_and_nobody_after_them(
     assert rough.calls[fault] == 1
     assert pair.gateways[0].worker().memory_info().rss - memory < 2**24
     assert rough.sent_bytes < HUGE_BYTES // 2
-    assert [crew.ask(at, body).content for at in (1, 0)] == [ANSWER] * 2
+    assert [team.ask(at, body).content for at in (1, 0)] == [ANSWER] * 2
     assert rough.calls[fault] == 2
 
 
@@ -188,26 +188,26 @@ def test_a_store_that_evicts_everything_costs_asks_and_brings_nothing_back(
         small_store(folder, "allkeys-lru") as url,
         fleet_of(2, folder, store_url=url, upstream_url=upstream.url) as pair,
     ):
-        crew = pair.crew()
-        assert crew.ask(0).status_code == 200
-        crew.purge(0, PURGES["account"])
-        book = crew.book
+        team = pair.team()
+        assert team.ask(0).status_code == 200
+        team.purge(0, PURGES["account"])
+        book = team.book
         price = next(pair.store.scan_iter("ep1:*:price"))
         written = pair.store.get(price)
         statuses = Counter[int]()
         for round_ in range(3):
             _fill(pair.store, book, round_)
-            told = [crew.ask(at, b'[{"model":"Flux","seed":%d}]' % n) for n in range(10) for at in (0, 1)]
+            told = [team.ask(at, b'[{"model":"Flux","seed":%d}]' % n) for n in range(10) for at in (0, 1)]
             statuses += Counter(answer.status_code for answer in told)
         assert statuses == {200: 60}
         assert isinstance(written, bytes)
         pair.store.flushdb()
         pair.store.set(price, written)  # as if it alone had survived
-        wait_until(lambda: not crew.has(0) and not crew.has(1), within_s=2.2)
+        wait_until(lambda: not team.has(0) and not team.has(1), within_s=2.2)
         calls = simulator.calls
-        assert crew.ask(0).status_code == 200
+        assert team.ask(0).status_code == 200
         assert simulator.calls == calls + 1
-        wait_until(lambda: cache_status(crew.ask(1)).startswith("hit; "), within_s=1.2)
+        wait_until(lambda: cache_status(team.ask(1)).startswith("hit; "), within_s=1.2)
         assert simulator.calls == calls + 1
 
 
@@ -229,15 +229,15 @@ def test_a_full_store_that_does_not_evict_costs_asks_and_no_answer(
         redis.Redis.from_url(url) as book_store,
         fleet_of(2, folder, store_url=valkey_url, upstream_url=upstream.url, cache={"url": url}) as pair,
     ):
-        crew = pair.crew()
-        assert crew.ask(0).status_code == 200
+        team = pair.team()
+        assert team.ask(0).status_code == 200
         with suppress(redis.ResponseError):  # out of memory
             for number in range(100_000):
                 book_store.set(f"filler {number}", b"x" * 1000)
-        assert [cache_status(crew.ask(at)).split(";")[0] for at in (0, 1)] == ["hit"] * 2
+        assert [cache_status(team.ask(at)).split(";")[0] for at in (0, 1)] == ["hit"] * 2
         other = b'[{"model":"Flux","seed":2}]'
-        assert [cache_status(crew.ask(at, other)) for at in (0, 1)] == ["fwd=miss; fwd-status=200"] * 2
+        assert [cache_status(team.ask(at, other)) for at in (0, 1)] == ["fwd=miss; fwd-status=200"] * 2
         assert simulator.calls == 3
-        crew.purge(0, PURGES["account"])
+        team.purge(0, PURGES["account"])
         book_store.flushdb()
-        assert [crew.ask(at, other).status_code for at in (0, 1)] == [200] * 2
+        assert [team.ask(at, other).status_code for at in (0, 1)] == [200] * 2

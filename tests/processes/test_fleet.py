@@ -13,10 +13,10 @@ import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from faulty_rendernet import Fault
-from fleet import BODY, PURGES, Crew, Fleet, after, fleet_of, kinds, priced, results, seconds_until, unread
+from fleet import BODY, PURGES, Fleet, TeamClient, after, fleet_of, kinds, priced, results, seconds_until, unread
 from gateway_fixture import PATH, UpstreamFixture, answers, cache_status
+from gateway_process import GatewayProcess, address_of, kill
 from lateness import assert_in_time
-from processes import Served, address_of, kill
 from proxy.cache.leases import LEASE_S
 from proxy.demo.simulator import Exchange, Responder, Simulator
 from proxy.gateway.fetcher import MAX_REFRESHES
@@ -35,9 +35,9 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstream: U
 
 
 @pytest.fixture
-def crew(fleet: Fleet, simulator: Simulator) -> Crew:
+def team(fleet: Fleet, simulator: Simulator) -> TeamClient:
     assert simulator.calls == 0
-    return fleet.crew()
+    return fleet.team()
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +65,8 @@ def any_fleet(
 
 
 def test_a_thousand_equal_questions_at_once_are_asked_once(any_fleet: Fleet, simulator: Simulator) -> None:
-    crew = any_fleet.crew()
-    replies = asyncio.run(_crowd(crew, simulator))
+    team = any_fleet.team()
+    replies = asyncio.run(_crowd(team, simulator))
     told = Counter(map(_status_of, replies))
     assert simulator.calls == 1, told
     assert Counter(reply.partition(b"\r\n")[0] for reply in replies) == {b"HTTP/1.1 200 OK": CALLERS}
@@ -76,19 +76,19 @@ def test_a_thousand_equal_questions_at_once_are_asked_once(any_fleet: Fleet, sim
     assert all(status.endswith("; collapsed") or status.startswith("hit; ") for status in told), told
 
 
-async def _crowd(crew: Crew, simulator: Simulator) -> Sequence[bytes]:
+async def _crowd(team: TeamClient, simulator: Simulator) -> Sequence[bytes]:
     """The answers to a crowd of questions that were all there before upstream answered the first."""
-    urls = [served.url for served in crew.fleet.gateways]
+    urls = [served.url for served in team.fleet.gateways]
     with simulator.hold():
-        asked = [asyncio.create_task(_raw(crew, urls[n % len(urls)])) for n in range(CALLERS)]
+        asked = [asyncio.create_task(_raw(team, urls[n % len(urls)])) for n in range(CALLERS)]
         await asyncio.to_thread(lambda: wait_until(lambda: _connections(urls) >= CALLERS))
         await asyncio.to_thread(lambda: wait_until(lambda: not any(map(unread, urls))))
         assert simulator.arrived(1)
     return await asyncio.gather(*asked)
 
 
-async def _raw(crew: Crew, url: str) -> bytes:
-    head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nx-api-key: {crew.token}\r\nconnection: close\r\n"
+async def _raw(team: TeamClient, url: str) -> bytes:
+    head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nx-api-key: {team.token}\r\nconnection: close\r\n"
     async with asyncio.timeout(20):
         reader, writer = await asyncio.open_connection(*address_of(url))
         writer.write(f"{head}content-length: {len(BODY)}\r\n\r\n".encode() + BODY)
@@ -111,13 +111,13 @@ def _status_of(reply: bytes) -> str:
     return status
 
 
-def test_a_leader_that_is_killed_is_replaced_by_one_who_waits(crew: Crew, simulator: Simulator) -> None:
+def test_a_leader_that_is_killed_is_replaced_by_one_who_waits(team: TeamClient, simulator: Simulator) -> None:
     simulator.script(Fault.HANG)
-    lost = crew.asking(0)
+    lost = team.asking(0)
     assert simulator.arrived(1)
-    waiting = crew.waiting(1, 2, 3, 3)
-    restarts = len(crew.fleet.gateways[0].told("serving on "))
-    kill(crew.fleet.gateways[0].worker())
+    waiting = team.waiting(1, 2, 3, 3)
+    restarts = len(team.fleet.gateways[0].messages("serving on "))
+    kill(team.fleet.gateways[0].worker())
     killed_at = time.monotonic()
     told = results(waiting)
     longest_s = time.monotonic() - killed_at
@@ -126,8 +126,8 @@ def test_a_leader_that_is_killed_is_replaced_by_one_who_waits(crew: Crew, simula
     assert simulator.calls == 2
     assert kinds(told) == [MISS] + [f"{MISS}; collapsed"] * 3
     assert_in_time(longest_s, LEASE_S + 1.5)
-    crew.fleet.gateways[0].wait_until_serving(times=restarts + 1)
-    assert crew.has(0)
+    team.fleet.gateways[0].wait_until_serving(times=restarts + 1)
+    assert team.has(0)
 
 
 FAILURES: dict[str, tuple[Responder, int]] = {
@@ -140,13 +140,13 @@ FAILURES: dict[str, tuple[Responder, int]] = {
 
 @pytest.mark.parametrize("failure", FAILURES)
 def test_what_upstream_refuses_to_one_it_is_not_asked_again_by_those_who_wait(
-    failure: str, crew: Crew, simulator: Simulator
+    failure: str, team: TeamClient, simulator: Simulator
 ) -> None:
     release, (handler, status) = threading.Event(), FAILURES[failure]
     simulator.script(after(release, handler))
-    asked = [crew.asking(0)]
+    asked = [team.asking(0)]
     assert simulator.arrived(1)
-    asked += crew.waiting(0, 1, 2, 3)
+    asked += team.waiting(0, 1, 2, 3)
     release.set()
     told = results(asked)
     assert simulator.calls == 1
@@ -155,22 +155,24 @@ def test_what_upstream_refuses_to_one_it_is_not_asked_again_by_those_who_wait(
     assert {answer.headers.get("retry-after") for answer in told} == {"7" if failure == "busy" else None}
     assert Counter("collapsed" in cache_status(answer) for answer in told) == {False: 1, True: 4}
     if failure != "busy":
-        assert crew.ask(1).json()["data"]["estimated"] == 3, "a failure is not remembered"
+        assert team.ask(1).json()["data"]["estimated"] == 3, "a failure is not remembered"
 
 
 def _without_id(answer: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in answer.items() if name != "request_id"}
 
 
-def test_an_answer_that_comes_after_its_lease_was_taken_over_replaces_nothing(crew: Crew, simulator: Simulator) -> None:
+def test_an_answer_that_comes_after_its_lease_was_taken_over_replaces_nothing(
+    team: TeamClient, simulator: Simulator
+) -> None:
     release = threading.Event()
     simulator.script(after(release, priced(1)), priced(2))
-    first = crew.asking(0)
+    first = team.asking(0)
     assert simulator.arrived(1)
-    leader = crew.fleet.gateways[0].worker()
+    leader = team.fleet.gateways[0].worker()
     leader.suspend()
     try:
-        second = crew.ask(1)
+        second = team.ask(1)
     finally:
         leader.resume()
     time.sleep(0.8)  # until it dares to call the store again: the fence is to refuse it, not the call
@@ -178,7 +180,7 @@ def test_an_answer_that_comes_after_its_lease_was_taken_over_replaces_nothing(cr
     assert (second.json()["data"]["estimated"], cache_status(second)) == (2, MISS)
     late = first.result(5)
     assert (late.json()["data"]["estimated"], cache_status(late)) == (1, "fwd=miss; fwd-status=200")
-    assert [crew.ask(at).json()["data"]["estimated"] for at in range(4)] == [2] * 4
+    assert [team.ask(at).json()["data"]["estimated"] for at in range(4)] == [2] * 4
     assert simulator.calls == 2
 
 
@@ -186,93 +188,95 @@ def test_an_answer_that_comes_after_its_lease_was_taken_over_replaces_nothing(cr
 
 
 @pytest.mark.parametrize("purge", PURGES)
-def test_a_purge_reaches_every_gateway(purge: str, crew: Crew) -> None:
-    assert [crew.ask(at).status_code for at in (0, 1, 0, 1)] == [200] * 4
-    assert crew.has(0)
-    assert crew.has(1)
-    crew.purge(2, PURGES[purge])
-    assert_in_time(seconds_until(lambda: not crew.has(0) and not crew.has(1), within_s=10), 2.2)
-    assert cache_status(crew.ask(1)) == MISS
-    wait_until(lambda: crew.has(0), within_s=1.5)
-    assert cache_status(crew.ask(0)).startswith("hit; ")
+def test_a_purge_reaches_every_gateway(purge: str, team: TeamClient) -> None:
+    assert [team.ask(at).status_code for at in (0, 1, 0, 1)] == [200] * 4
+    assert team.has(0)
+    assert team.has(1)
+    team.purge(2, PURGES[purge])
+    assert_in_time(seconds_until(lambda: not team.has(0) and not team.has(1), within_s=10), 2.2)
+    assert cache_status(team.ask(1)) == MISS
+    wait_until(lambda: team.has(0), within_s=1.5)
+    assert cache_status(team.ask(0)).startswith("hit; ")
 
 
-def test_another_price_reaches_every_gateway(crew: Crew, simulator: Simulator) -> None:
+def test_another_price_reaches_every_gateway(team: TeamClient, simulator: Simulator) -> None:
     simulator.script(priced(1), priced(1), priced(2))
-    assert [crew.ask(at).json()["data"]["estimated"] for at in (0, 1, 1)] == [1] * 3
-    assert crew.ask(0, cache_control="no-cache").json()["data"]["estimated"] == 1
-    assert crew.fleet.store.hget(crew.book.decode(), "drops") is None, "the same one is no news"
-    assert crew.ask(0, cache_control="no-cache").json()["data"]["estimated"] == 2
-    assert_in_time(seconds_until(lambda: crew.ask(1).json()["data"]["estimated"] == 2, within_s=10), 2.2)
+    assert [team.ask(at).json()["data"]["estimated"] for at in (0, 1, 1)] == [1] * 3
+    assert team.ask(0, cache_control="no-cache").json()["data"]["estimated"] == 1
+    assert team.fleet.store.hget(team.book.decode(), "drops") is None, "the same one is no news"
+    assert team.ask(0, cache_control="no-cache").json()["data"]["estimated"] == 2
+    assert_in_time(seconds_until(lambda: team.ask(1).json()["data"]["estimated"] == 2, within_s=10), 2.2)
     assert simulator.calls == 3
 
 
 @pytest.mark.parametrize("purge", PURGES)
-def test_an_ask_under_way_does_not_revive_what_was_purged(purge: str, crew: Crew, simulator: Simulator) -> None:
+def test_an_ask_under_way_does_not_revive_what_was_purged(purge: str, team: TeamClient, simulator: Simulator) -> None:
     release = threading.Event()
     simulator.script(after(release, priced(1)), priced(2))
-    before = crew.asking(0)
+    before = team.asking(0)
     assert simulator.arrived(1)
-    crew.purge(1, PURGES[purge])
+    team.purge(1, PURGES[purge])
     time.sleep(1.1)  # a gateway may miss another one's purge of a book for a second
-    (afterwards,) = crew.waiting(0)
+    (afterwards,) = team.waiting(0)
     release.set()
     answer = before.result(5)
     assert (answer.json()["data"]["estimated"], cache_status(answer)) == (1, "fwd=miss; fwd-status=200")
     assert afterwards.result(5).json()["data"]["estimated"] == 2, "who came after the purge joined an older ask"
-    assert [crew.ask(at).json()["data"]["estimated"] for at in range(4)] == [2] * 4
+    assert [team.ask(at).json()["data"]["estimated"] for at in range(4)] == [2] * 4
     assert simulator.calls == 2
 
 
-def test_right_after_a_purge_nobody_asks_what_another_one_has_asked_since(crew: Crew, simulator: Simulator) -> None:
+def test_right_after_a_purge_nobody_asks_what_another_one_has_asked_since(
+    team: TeamClient, simulator: Simulator
+) -> None:
     known, new = b'[{"model":"Flux","seed":1}]', b'[{"model":"Flux","seed":2}]'
-    assert crew.ask(0).status_code == 200
-    assert [crew.ask(at, known).status_code for at in (1, 2, 3)] == [200] * 3  # they know the book of before the purge
-    crew.purge(0, PURGES["account"])
-    assert cache_status(crew.ask(0)) == MISS
-    assert cache_status(crew.ask(1, new)) == MISS, "the one that leads does not know of the purge"
-    assert {cache_status(crew.ask(at)).split(";")[0] for at in (2, 3, 1, 0)} == {"hit"}
-    assert {cache_status(crew.ask(at, new)).split(";")[0] for at in (2, 3, 1, 0)} == {"hit"}
+    assert team.ask(0).status_code == 200
+    assert [team.ask(at, known).status_code for at in (1, 2, 3)] == [200] * 3  # they know the book of before the purge
+    team.purge(0, PURGES["account"])
+    assert cache_status(team.ask(0)) == MISS
+    assert cache_status(team.ask(1, new)) == MISS, "the one that leads does not know of the purge"
+    assert {cache_status(team.ask(at)).split(";")[0] for at in (2, 3, 1, 0)} == {"hit"}
+    assert {cache_status(team.ask(at, new)).split(";")[0] for at in (2, 3, 1, 0)} == {"hit"}
     assert simulator.calls == 4
 
 
-def test_a_book_that_the_store_has_lost_brings_no_purged_price_back(crew: Crew, simulator: Simulator) -> None:
-    assert crew.ask(0).status_code == 200
-    crew.purge(0, PURGES["account"])
-    crew.fleet.store.delete(crew.book)
+def test_a_book_that_the_store_has_lost_brings_no_purged_price_back(team: TeamClient, simulator: Simulator) -> None:
+    assert team.ask(0).status_code == 200
+    team.purge(0, PURGES["account"])
+    team.fleet.store.delete(team.book)
     time.sleep(1.1)  # by then every gateway reads the book again
-    assert not [at for at in range(4) if crew.has(at)]
-    assert cache_status(crew.ask(1)) == MISS
-    assert {crew.ask(at).status_code for at in range(4)} == {200}
+    assert not [at for at in range(4) if team.has(at)]
+    assert cache_status(team.ask(1)) == MISS
+    assert {team.ask(at).status_code for at in range(4)} == {200}
     assert simulator.calls == 2
 
 
 # Stale
 
 
-def test_a_stale_price_is_refreshed_once_for_all(crew: Crew, simulator: Simulator) -> None:
+def test_a_stale_price_is_refreshed_once_for_all(team: TeamClient, simulator: Simulator) -> None:
     release = threading.Event()
     simulator.script(priced(1), after(release, priced(2)))
-    assert crew.ask(0).status_code == 200
-    crew.age(3600 + 100)
-    told = results([crew.asking(at) for at in (0, 1, 2, 3) * 3])
+    assert team.ask(0).status_code == 200
+    team.age(3600 + 100)
+    told = results([team.asking(at) for at in (0, 1, 2, 3) * 3])
     assert {answer.json()["data"]["estimated"] for answer in told} == {1}
     assert set(kinds(told)) <= {f"hit; ttl=-{late}; detail=stale-while-revalidate" for late in range(100, 105)}
     assert simulator.arrived(2)
     release.set()
-    wait_until(lambda: all(crew.ask(at).json()["data"]["estimated"] == 2 for at in range(4)), within_s=1)
+    wait_until(lambda: all(team.ask(at).json()["data"]["estimated"] == 2 for at in range(4)), within_s=1)
     assert simulator.calls == 2
-    assert crew.fleet.store.hget(crew.book.decode(), "drops") == b"1", "it was stale: what made it so is all there is"
+    assert team.fleet.store.hget(team.book.decode(), "drops") == b"1", "it was stale: what made it so is all there is"
 
 
-def test_a_failure_is_asked_once_and_the_stale_price_serves_everywhere(crew: Crew, simulator: Simulator) -> None:
+def test_a_failure_is_asked_once_and_the_stale_price_serves_everywhere(team: TeamClient, simulator: Simulator) -> None:
     release = threading.Event()
-    assert crew.ask(0).status_code == 200
+    assert team.ask(0).status_code == 200
     simulator.script(after(release, answers(b"{}", 500)))
-    crew.age(3600 + 400)
-    asked = [crew.asking(0)]
+    team.age(3600 + 400)
+    asked = [team.asking(0)]
     assert simulator.arrived(2)
-    asked += crew.waiting(1, 2, 3)
+    asked += team.waiting(1, 2, 3)
     release.set()
     told = results(asked)
     assert {(answer.status_code, answer.json()["data"]["estimated"]) for answer in told} == {(200, 3)}
@@ -285,12 +289,12 @@ def test_a_failure_is_asked_once_and_the_stale_price_serves_everywhere(crew: Cre
 
 
 def test_one_gateway_asks_for_a_fresh_balance(suspicious: Fleet, simulator: Simulator) -> None:
-    crew = suspicious.crew()
-    assert crew.ask(0).json()["data"]["balance"] == 10_000
+    team = suspicious.team()
+    assert team.ask(0).json()["data"]["balance"] == 10_000
     simulator.balance = 9_000
     until = time.monotonic() + 2
     while time.monotonic() < until:
-        told = results([crew.asking(at) for at in range(4)])
+        told = results([team.asking(at) for at in range(4)])
         assert {answer.status_code for answer in told} == {200}
         time.sleep(0.02)
     assert simulator.calls == 2
@@ -300,29 +304,29 @@ def test_one_gateway_asks_for_a_fresh_balance(suspicious: Fleet, simulator: Simu
 def test_a_changed_price_list_is_noticed_everywhere_and_asked_again_without_a_storm(
     suspicious: Fleet, simulator: Simulator
 ) -> None:
-    crew = suspicious.crew()
+    team = suspicious.team()
     bodies = [b'[{"model":"Flux","seed":%d}]' % seed for seed in range(60)]
     changed = bodies[:3]
     for body in bodies:
-        assert crew.ask(0, body).status_code == 200
-    crowd = Crowd()
+        assert team.ask(0, body).status_code == 200
+    crowd = LoadGenerator()
     simulator.script(*[crowd.handler] * 1000)
     for at, body in enumerate(changed):
-        _audit(crew, at, body, simulator)
+        _audit(team, at, body, simulator)
     assert_in_time(
-        seconds_until(lambda: all(crew.explain(at, bodies[-1])["ttl_s"] <= 0 for at in range(4)), within_s=10), 1.5
+        seconds_until(lambda: all(team.explain(at, bodies[-1])["ttl_s"] <= 0 for at in range(4)), within_s=10), 1.5
     )
-    wait_until(lambda: crew.fleet.gateways[2].told("price list changed"))
+    wait_until(lambda: team.fleet.gateways[2].messages("price list changed"))
 
     calls = simulator.calls
-    crew.fleet.store.hset(crew.book, "audit_until_ms", int(time.time() * 1000) + 60_000)
-    while stale := [body for body in bodies if _estimated(crew, 0, body) != 9]:
-        results([crew.asking(at, body) for body in stale for at in range(4)])
+    team.fleet.store.hset(team.book, "audit_until_ms", int(time.time() * 1000) + 60_000)
+    while stale := [body for body in bodies if _estimated(team, 0, body) != 9]:
+        results([team.asking(at, body) for body in stale for at in range(4)])
     assert crowd.largest <= 4 * MAX_REFRESHES
     assert simulator.calls - calls <= len(bodies)
 
 
-class Crowd:
+class LoadGenerator:
     """Answers after a moment with another price than before, and knows how many it answered at a time."""
 
     def __init__(self) -> None:
@@ -339,18 +343,18 @@ class Crowd:
         return app
 
 
-def _audit(crew: Crew, at: int, body: bytes, simulator: Simulator) -> None:
+def _audit(team: TeamClient, at: int, body: bytes, simulator: Simulator) -> None:
     """Has that gateway audit that body now, though another has audited the account a moment ago."""
     time.sleep(0.15)
     calls = simulator.calls
-    crew.fleet.store.hdel(crew.book, "audit_until_ms")
-    assert crew.ask(at, body).status_code == 200
+    team.fleet.store.hdel(team.book, "audit_until_ms")
+    assert team.ask(at, body).status_code == 200
     assert simulator.arrived(calls + 1)
-    wait_until(lambda: _estimated(crew, at, body) == 9)
+    wait_until(lambda: _estimated(team, at, body) == 9)
 
 
-def _estimated(crew: Crew, at: int, body: bytes) -> object:
-    return crew.explain(at, body).get("estimated")
+def _estimated(team: TeamClient, at: int, body: bytes) -> object:
+    return team.explain(at, body).get("estimated")
 
 
 # Clocks
@@ -363,12 +367,12 @@ def test_a_clock_that_jumps_changes_nothing(
     (tmp_path / "sitecustomize.py").write_text(JUMPING_CLOCK)
     env = {"PYTHONPATH": str(tmp_path), "JUMPED": str(jumped)}
     with fleet_of(2, tmp_path, store_url=valkey_url, upstream_url=upstream.url, env=[env]) as opened:
-        crew = opened.crew()
+        team = opened.team()
         other = b'[{"model":"Flux","seed":2}]'
-        assert crew.ask(0).status_code == 200
+        assert team.ask(0).status_code == 200
         jumped.touch()
-        assert crew.ask(0, other).status_code == 200
-        for told in (crew.ask(at, body) for at in (0, 1, 0, 1) for body in (BODY, other)):
+        assert team.ask(0, other).status_code == 200
+        for told in (team.ask(at, body) for at in (0, 1, 0, 1) for body in (BODY, other)):
             assert 0 <= int(told.headers["age"]) <= 3
             assert int(told.headers["estimate-proxy-balance-age"]) <= 3
             assert 3596 <= int(cache_status(told).removeprefix("hit; ttl=")) <= 3600
@@ -376,7 +380,7 @@ def test_a_clock_that_jumps_changes_nothing(
     assert simulator.calls == 2
 
 
-def _days(served: Served) -> set[str]:
+def _days(served: GatewayProcess) -> set[str]:
     """Of its log lines."""
     return {line["time"][:10] for line in served.lines()}
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from gateway_fixture import DESIGN, PATH
-from processes import SOON_S, START_S, House, Served, address_of, kill
+from gateway_process import SOON_S, START_S, GatewayProcess, GatewayRunner, address_of, kill
 from prometheus import Scraped, scrape
 from proxy.demo.simulator import Simulator
 from proxy.telemetry.log_writer import MAX_LINES
@@ -90,9 +90,9 @@ def reader() -> Reader:
 
 
 @pytest.fixture
-def served(home: House, reader: Reader, simulator: Simulator) -> Iterator[Served]:
+def served(runner: GatewayRunner, reader: Reader, simulator: Simulator) -> Iterator[GatewayProcess]:
     assert simulator.calls == 0
-    found = home.begin(stderr=reader.stderr, **OPEN)
+    found = runner.begin(stderr=reader.stderr, **OPEN)
     reader.follow(found.log)
     found.wait_until_serving()
     yield found
@@ -100,7 +100,7 @@ def served(home: House, reader: Reader, simulator: Simulator) -> Iterator[Served
     reader.finish()
 
 
-def ask_many(served: Served, count: int) -> None:
+def ask_many(served: GatewayProcess, count: int) -> None:
     """Asks the same over and over on one connection; each time the answer is 200."""
     body = b'[{"model":"Flux"}]'
     head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nx-api-key: {DESIGN}\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -113,7 +113,7 @@ def ask_many(served: Served, count: int) -> None:
             assert answers.count(b"HTTP/1.1 200 ") == AT_ONCE
 
 
-def scraped(served: Served) -> Scraped:
+def scraped(served: GatewayProcess) -> Scraped:
     with served.client() as client:
         return scrape(client)
 
@@ -124,20 +124,22 @@ def dropped(found: Scraped) -> int:
     return int(count)
 
 
-def answers(served: Served) -> bool:
+def answers(served: GatewayProcess) -> bool:
     with suppress(httpx2.TransportError):
         return served.ask().status_code == 200
     return False
 
 
-def test_a_stalled_reader_stops_nothing_and_hears_how_much_it_has_missed(served: Served, reader: Reader) -> None:
+def test_a_stalled_reader_stops_nothing_and_hears_how_much_it_has_missed(
+    served: GatewayProcess, reader: Reader
+) -> None:
     reader.stall()
     asked = MAX_LINES + 2000
     ask_many(served, asked)
     assert served.get("/healthz").status_code == 200
     assert dropped(scraped(served)) > 0
     reader.go_on()
-    served.wait_until_told("log lines are missing here")
+    served.wait_for_message("log lines are missing here")
     missing = dropped(scraped(served))
     assert served.stop() == 0
     reader.finish()
@@ -149,13 +151,13 @@ def test_a_stalled_reader_stops_nothing_and_hears_how_much_it_has_missed(served:
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
 
 
-def test_sigterm_ends_a_gateway_whose_reader_has_stalled(served: Served, reader: Reader) -> None:
+def test_sigterm_ends_a_gateway_whose_reader_has_stalled(served: GatewayProcess, reader: Reader) -> None:
     reader.stall()
     ask_many(served, PIPE_LINES)
     assert served.stop() == 0
 
 
-def test_dead_workers_and_stores_are_replaced_while_the_reader_stalls(served: Served, reader: Reader) -> None:
+def test_dead_workers_and_stores_are_replaced_while_the_reader_stalls(served: GatewayProcess, reader: Reader) -> None:
     reader.stall()
     ask_many(served, PIPE_LINES)
     kill(served.worker())
@@ -163,11 +165,11 @@ def test_dead_workers_and_stores_are_replaced_while_the_reader_stalls(served: Se
     kill(served.store("ledger"))
     wait_until(lambda: answers(served), within_s=START_S)
     reader.go_on()
-    served.wait_until_told("died (status -9): starting another")
-    served.wait_until_told("embedded store ledger was killed by signal 9")
+    served.wait_for_message("died (status -9): starting another")
+    served.wait_for_message("embedded store ledger was killed by signal 9")
 
 
-def test_a_line_comes_at_once(served: Served) -> None:
+def test_a_line_comes_at_once(served: GatewayProcess) -> None:
     def took_s(request_id: str) -> float:
         served.ask(x_request_id=request_id)
         began = monotonic()
@@ -178,11 +180,11 @@ def test_a_line_comes_at_once(served: Served) -> None:
 
 
 @contextmanager
-def unreadable(home: House, how: str) -> Iterator[Served]:
+def unreadable(runner: GatewayRunner, how: str) -> Iterator[GatewayProcess]:
     """A gateway whose standard error takes nothing: from the start, or once it serves."""
     if how == "a pipe that its reader has left":
         reader = Reader()
-        served = home.begin(stderr=reader.stderr, **OPEN)
+        served = runner.begin(stderr=reader.stderr, **OPEN)
         reader.follow(served.log)
         served.wait_until_serving()
         reader.leave()
@@ -192,11 +194,11 @@ def unreadable(home: House, how: str) -> Iterator[Served]:
     port = str(free_port())
     if how == "a full disk":
         full = os.open("/dev/full", os.O_WRONLY)
-        served = home.begin("--port", port, stderr=full, **OPEN)
+        served = runner.begin("--port", port, stderr=full, **OPEN)
         os.close(full)
     else:
         program = ("sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, "-m", "proxy")
-        served = home.begin("--port", port, command=program, **OPEN)
+        served = runner.begin("--port", port, command=program, **OPEN)
     served.url = f"http://127.0.0.1:{port}"
     wait_until(lambda: answers(served), within_s=START_S)
     yield served
@@ -207,8 +209,10 @@ def unreadable(home: House, how: str) -> Iterator[Served]:
     ("how", "counts"),
     [("a pipe that its reader has left", True), ("a full disk", True), ("closed", False)],
 )
-def test_where_nothing_can_be_written_a_gateway_serves_all_the_same(home: House, how: str, *, counts: bool) -> None:
-    with unreadable(home, how) as served:
+def test_where_nothing_can_be_written_a_gateway_serves_all_the_same(
+    runner: GatewayRunner, how: str, *, counts: bool
+) -> None:
+    with unreadable(runner, how) as served:
         ask_many(served, PIPE_LINES)
         wait_until(lambda: (dropped(scraped(served)) > 0) == counts)
         processes = [psutil.Process(served.process.pid), served.worker()]

@@ -22,7 +22,7 @@ import redis
 from prometheus_client import values
 
 from gateway_fixture import DESIGN, MARKETING
-from processes import House, Served, Tree, kill, wait_until_gone
+from gateway_process import GatewayProcess, GatewayRunner, Tree, kill, wait_until_gone
 from prometheus import (
     MORNING,
     SCRAPER,
@@ -92,23 +92,23 @@ def _refuse(*_: Any) -> int:
 class Gateways:
     """Gateways on one store that have their temporary files in `folder`."""
 
-    home: House
+    runner: GatewayRunner
     folder: Path
     sections: dict[str, Tree]
 
-    def start(self, workers: int = 1) -> Served:
+    def start(self, workers: int = 1) -> GatewayProcess:
         how: dict[str, Any] = {"env": {"TMPDIR": str(self.folder)}, **self.sections}
-        served = self.home.begin("--workers", str(workers), **how)
+        served = self.runner.begin("--workers", str(workers), **how)
         served.wait_until_serving(times=workers)
         return served
 
     def files(self) -> list[Path]:
         """What lies where anybody but the store could remove it."""
-        return [*self.folder.iterdir(), *self.home.runtime.iterdir()]
+        return [*self.folder.iterdir(), *self.runner.runtime.iterdir()]
 
 
 @pytest.fixture
-def gateways(home: House, folder: Path, valkey_url: str, simulator: Simulator) -> Gateways:
+def gateways(runner: GatewayRunner, folder: Path, valkey_url: str, simulator: Simulator) -> Gateways:
     assert simulator.calls == 0
     with redis.Redis.from_url(valkey_url) as client:
         client.flushall()
@@ -119,10 +119,10 @@ def gateways(home: House, folder: Path, valkey_url: str, simulator: Simulator) -
         "admin": {"tokens": [digest_of(ADMIN)]},
         "org": {"timezone": MORNING, "quotas": quotas},
     }
-    return Gateways(home, folder, sections)
+    return Gateways(runner, folder, sections)
 
 
-def scraped_at(served: Served) -> Scraped:
+def scraped_at(served: GatewayProcess) -> Scraped:
     with served.client() as client:
         return scrape(client)
 
@@ -138,7 +138,7 @@ class TestServe:
     def test_it_needs_no_folder_to_start(self, gateways: Gateways, tmp_path: Path) -> None:
         gateways.folder.rmdir()
         env = {"XDG_RUNTIME_DIR": str(tmp_path / "missing"), "TMPDIR": str(gateways.folder)}
-        served = gateways.home.start(env=env, **gateways.sections)
+        served = gateways.runner.start(env=env, **gateways.sections)
         assert served.ask(FLUX).status_code == 200
         assert scraped_at(served).value("config_last_reload_successful") == 1
 
@@ -147,7 +147,7 @@ class TestServe:
         assert [served.ask(FLUX).status_code for _ in range(5)] == [200] * 5
         wait_until(lambda: hits(scraped_at(served)) == 4)
         shutil.rmtree(gateways.folder)
-        shutil.rmtree(gateways.home.runtime)
+        shutil.rmtree(gateways.runner.runtime)
         for number, worker in enumerate(served.workers(), 1):
             before = scraped_at(served)
             kill(worker)
@@ -157,7 +157,7 @@ class TestServe:
             assert served.ask(FLUX).status_code == 200
             wait_until(lambda number=number: hits(scraped_at(served)) == 4 + number)  # type: ignore[misc] # a default
         assert served.stop() == 0
-        gateways.home.runtime.mkdir()
+        gateways.runner.runtime.mkdir()
 
     def test_a_killed_gateway_leaves_nothing(self, gateways: Gateways) -> None:
         killed = gateways.start()
@@ -210,7 +210,7 @@ class TestServe:
 
     def test_a_team_that_a_reload_brings_begins_at_0(self, gateways: Gateways) -> None:
         served = gateways.start(workers=2)
-        gateways.home.config(**gateways.sections, teams={"newcomer": {"tokens": [digest_of(token_of("n" * 32))]}})
+        gateways.runner.config(**gateways.sections, teams={"newcomer": {"tokens": [digest_of(token_of("n" * 32))]}})
         served.send(signal.SIGHUP)
         wait_until(lambda: ("newcomer", "month") in booked(scraped_at(served)))
         assert hits(scraped_at(served), "newcomer") == 0

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway_fixture import DESIGN, MARKETING, PATH, Scene
-from processes import address_of
+from gateway_fixture import DESIGN, MARKETING, PATH, GatewayFixture
+from gateway_process import address_of
 from programs import program
 from serving import free_port, wait_until
 from wire import Reader
@@ -27,7 +27,7 @@ http {{
   access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
   fastcgi_temp_path {folder}/fastcgi; uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
   map $http_upgrade $connection_upgrade {{ default upgrade; '' ''; }}
-  upstream gateway {{ server {gateway}; keepalive 4; }}
+  upstream gateway {{ server {address}; keepalive 4; }}
   server {{
     listen 127.0.0.1:{port}; keepalive_requests 100000;
     location / {{
@@ -63,11 +63,11 @@ fetch(url, {method: "POST", headers: {"X-API-KEY": token}, body: Buffer.alloc(Nu
 
 
 @pytest.fixture
-def nginx(scene: Scene, tmp_path: Path) -> Iterator[tuple[str, int]]:
+def nginx(gateway: GatewayFixture, tmp_path: Path) -> Iterator[tuple[str, int]]:
     """The address of an nginx in front of the gateway, with the lines that its manual gives for websockets."""
     binary, port, config = program("nginx"), free_port(), tmp_path / "nginx.conf"
-    gateway = "{}:{}".format(*address_of(scene.url))
-    config.write_text(NGINX.format(folder=tmp_path, gateway=gateway, port=port))
+    address = "{}:{}".format(*address_of(gateway.url))
+    config.write_text(NGINX.format(folder=tmp_path, address=address, port=port))
     with subprocess.Popen([binary, "-p", tmp_path, "-c", config], stderr=subprocess.DEVNULL) as process:
         try:
             wait_until(lambda: _listens(port))
@@ -116,8 +116,8 @@ def be_hostile(nginx: tuple[str, int], times: int) -> None:
             assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
 
 
-def test_behind_nginx_no_answer_reaches_the_wrong_client(scene: Scene, nginx: tuple[str, int]) -> None:
-    scene.ask(BODY)
+def test_behind_nginx_no_answer_reaches_the_wrong_client(gateway: GatewayFixture, nginx: tuple[str, int]) -> None:
+    gateway.ask(BODY)
     with ThreadPoolExecutor() as pool:
         hostile = pool.submit(be_hostile, nginx, 1000)
         asking = [pool.submit(ask_many, nginx, token, 2500) for token in (DESIGN, MARKETING, DESIGN, MARKETING)]
@@ -126,32 +126,41 @@ def test_behind_nginx_no_answer_reaches_the_wrong_client(scene: Scene, nginx: tu
     assert found == {"right": 10_000}
 
 
-def test_the_client_of_the_jdk_is_answered(scene: Scene, tmp_path: Path) -> None:
+def test_the_client_of_the_jdk_is_answered(gateway: GatewayFixture, tmp_path: Path) -> None:
     source = tmp_path / "Client.java"
     source.write_text(JAVA)
-    command = [program("java"), str(source), scene.url + PATH, DESIGN, BODY.decode()]
+    command = [program("java"), str(source), gateway.url + PATH, DESIGN, BODY.decode()]
     told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
     assert [line.partition(" ")[0] for line in told] == ["200"] * 3
     assert [json.loads(line.partition(" ")[2])["data"]["estimated"] for line in told] == [PRICE] * 3
 
 
 @pytest.mark.parametrize("option", ["--http2", "--http1.1", "--http1.0"])
-def test_curl_is_answered(scene: Scene, option: str) -> None:
-    command = [program("curl"), "-sS", option, "-H", f"X-API-KEY: {DESIGN}", "--json", BODY.decode(), scene.url + PATH]
+def test_curl_is_answered(gateway: GatewayFixture, option: str) -> None:
+    command = [
+        program("curl"),
+        "-sS",
+        option,
+        "-H",
+        f"X-API-KEY: {DESIGN}",
+        "--json",
+        BODY.decode(),
+        gateway.url + PATH,
+    ]
     told = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
     assert json.loads(told)["data"]["estimated"] == PRICE
 
 
 @pytest.mark.parametrize("megabytes", [1, 6, 60])
-def test_the_fetch_of_node_reads_that_its_body_is_too_large(scene: Scene, megabytes: int) -> None:
-    command = [program("node"), "-e", NODE, scene.url + PATH, DESIGN, str(megabytes * 10**6)]
+def test_the_fetch_of_node_reads_that_its_body_is_too_large(gateway: GatewayFixture, megabytes: int) -> None:
+    command = [program("node"), "-e", NODE, gateway.url + PATH, DESIGN, str(megabytes * 10**6)]
     told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     assert told == "413 body-too-large\n"
 
 
 @pytest.mark.parametrize("megabytes", [1, 6, 60])
-def test_the_http_client_of_python_does_too(scene: Scene, megabytes: int) -> None:
-    connection = http.client.HTTPConnection(*address_of(scene.url), timeout=60)
+def test_the_http_client_of_python_does_too(gateway: GatewayFixture, megabytes: int) -> None:
+    connection = http.client.HTTPConnection(*address_of(gateway.url), timeout=60)
     connection.request("POST", PATH, body=b" " * (megabytes * 10**6), headers={"X-API-KEY": DESIGN})
     assert connection.getresponse().status == 413
     connection.close()

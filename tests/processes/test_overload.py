@@ -14,8 +14,8 @@ from time import monotonic
 
 import pytest
 
-from gateway_fixture import DESIGN, MARKETING, PATH, Opened, Scene, cache_status, code_of
-from processes import House, Served, address_of
+from gateway_fixture import DESIGN, MARKETING, PATH, GatewayFixture, OpenGateway, cache_status, code_of
+from gateway_process import GatewayProcess, GatewayRunner, address_of
 from proxy.gateway.in_flight import ARRIVING_REQUEST_BYTES, MAX_ACTIVE
 from proxy.upstream.client import QUEUED_PER_CONNECTION
 from serving import wait_until
@@ -42,13 +42,13 @@ def many_files() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Told:
+class TimedAnswer:
     status: int
     retry_after: str | None
     after_s: float
 
 
-async def crowd(served: Served, size: int) -> list[Told]:
+async def crowd(served: GatewayProcess, size: int) -> list[TimedAnswer]:
     """What so many are told who all ask before anything is answered: the worker stands still until then."""
     worker = served.worker()
     clients = [await asyncio.open_connection(*address_of(served.url)) for _ in range(size)]
@@ -67,16 +67,16 @@ async def crowd(served: Served, size: int) -> list[Told]:
             writer.close()
 
 
-async def _told(reader: asyncio.StreamReader, began: float) -> Told:
+async def _told(reader: asyncio.StreamReader, began: float) -> TimedAnswer:
     head = (await reader.readuntil(b"\r\n\r\n")).decode()
     fields = dict(line.split(": ", 1) for line in head.splitlines()[1:] if line)
     await reader.readexactly(int(fields["content-length"]))
-    return Told(int(head.split()[1]), fields.get("retry-after"), monotonic() - began)
+    return TimedAnswer(int(head.split()[1]), fields.get("retry-after"), monotonic() - began)
 
 
 @pytest.mark.usefixtures("simulator")
-def test_a_crowd_is_served_as_far_as_it_goes_and_the_rest_is_told_to_come_back(home: House) -> None:
-    served = home.start()
+def test_a_crowd_is_served_as_far_as_it_goes_and_the_rest_is_told_to_come_back(runner: GatewayRunner) -> None:
+    served = runner.start()
     assert served.ask(BODY).status_code == 200
     with many_files():
         told = asyncio.run(crowd(served, CROWD))
@@ -92,32 +92,32 @@ def test_a_crowd_is_served_as_far_as_it_goes_and_the_rest_is_told_to_come_back(h
     assert served.stop() == 0
 
 
-def test_upstream_has_a_short_queue_and_stored_prices_are_served_beside_it(open_gateway: Opened) -> None:
+def test_upstream_has_a_short_queue_and_stored_prices_are_served_beside_it(open_gateway: OpenGateway) -> None:
     connections = 4
-    scene = open_gateway(upstream={"max_connections": connections})
-    scene.ask(BODY)
+    gateway = open_gateway(upstream={"max_connections": connections})
+    gateway.ask(BODY)
     admitted = connections * (1 + QUEUED_PER_CONNECTION)
     with ExitStack() as opened:
         waiting = []
-        with scene.simulator.hold() as hold:
+        with gateway.simulator.hold() as hold:
             for number in range(admitted):
-                client = opened.enter_context(scene.connect())
+                client = opened.enter_context(gateway.connect())
                 body = b'[{"seed":%d}]' % number
                 head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-API-KEY: {DESIGN}\r\nContent-Length: {len(body)}\r\n\r\n"
                 client.sendall(head.encode() + body)
                 waiting.append(client)
-            assert scene.simulator.arrived(connections)
-            wait_until(lambda: scene.tracker.waiting == admitted)
+            assert gateway.simulator.arrived(connections)
+            wait_until(lambda: gateway.tracker.waiting == admitted)
             for number in range(admitted, admitted + 20):
-                refused = scene.ask(b'[{"seed":%d}]' % number)
+                refused = gateway.ask(b'[{"seed":%d}]' % number)
                 assert (refused.status_code, code_of(refused)) == (503, "overloaded")
                 assert refused.headers["retry-after"] == "1"
-                assert cache_status(scene.ask(BODY)).startswith("hit; ")
+                assert cache_status(gateway.ask(BODY)).startswith("hit; ")
             hold.release()
         for client in waiting:
             assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
-    assert scene.simulator.calls == 1 + admitted
-    usage = scene.client.get("/v1/usage").json()["total"]
+    assert gateway.simulator.calls == 1 + admitted
+    usage = gateway.client.get("/v1/usage").json()["total"]
     assert usage["outcomes"] == {"hit": 20, "miss": 1 + admitted, "overloaded": 20}
     assert (usage["requests"], usage["refused"]) == (21 + admitted, 20)
 
@@ -127,8 +127,8 @@ SILENT = 8000
 
 
 @pytest.mark.usefixtures("simulator")
-def test_bodies_that_arrive_slowly_and_silent_connections_are_nobody_elses_trouble(home: House) -> None:
-    served = home.start()
+def test_bodies_that_arrive_slowly_and_silent_connections_are_nobody_elses_trouble(runner: GatewayRunner) -> None:
+    served = runner.start()
     assert served.ask(BODY).status_code == 200
     with many_files(), ExitStack() as opened:
         connect = partial(socket.create_connection, address_of(served.url), timeout=30)
@@ -147,50 +147,50 @@ def test_bodies_that_arrive_slowly_and_silent_connections_are_nobody_elses_troub
 
 
 def test_one_team_holds_half_of_what_can_arrive_and_the_rest_is_refused(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
+    gateway: GatewayFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("proxy.gateway.in_flight.MAX_ARRIVING_BYTES", 8 * ARRIVING_REQUEST_BYTES)
     beginning, other = REQUEST[: 1 - len(BODY)], REQUEST.replace(DESIGN.encode(), MARKETING.encode())
     with ExitStack() as opened:
-        slow = [opened.enter_context(scene.connect()) for _ in range(4)]
+        slow = [opened.enter_context(gateway.connect()) for _ in range(4)]
         for connection in slow[:3]:
             connection.sendall(beginning)
-        wait_until(lambda: scene.tracker.arriving_bytes["design"] > 3 * ARRIVING_REQUEST_BYTES)
-        with talking(scene) as (connection, reader):
+        wait_until(lambda: gateway.tracker.arriving_bytes["design"] > 3 * ARRIVING_REQUEST_BYTES)
+        with talking(gateway) as (connection, reader):
             connection.sendall(beginning)
             status, headers, body = reader.response()
         assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
         assert json.loads(body)["error"]["code"] == "overloaded"
-        with talking(scene) as (connection, reader):
+        with talking(gateway) as (connection, reader):
             connection.sendall(other[: 1 - len(BODY)])
-            wait_until(lambda: scene.tracker.arriving_bytes["marketing"])
+            wait_until(lambda: gateway.tracker.arriving_bytes["marketing"])
             connection.sendall(other[1 - len(BODY) :])
             assert reader.response()[0] == 200, "another team has its own half"
-        with talking(scene) as (connection, reader):
+        with talking(gateway) as (connection, reader):
             connection.sendall(REQUEST)
             assert reader.response()[0] == 200, "a body that comes with its head takes no place"
         for connection in slow[:3]:
             connection.sendall(BODY[1:])
             assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
-    wait_until(lambda: not scene.tracker.arriving_bytes)
+    wait_until(lambda: not gateway.tracker.arriving_bytes)
 
 
-def test_bodies_that_arrive_all_at_once_are_work_like_any(scene: Scene) -> None:
+def test_bodies_that_arrive_all_at_once_are_work_like_any(gateway: GatewayFixture) -> None:
     """They were admitted while they were none."""
-    with talking(scene) as (connection, reader):
+    with talking(gateway) as (connection, reader):
         connection.sendall(REQUEST[: 1 - len(BODY)])
-        wait_until(lambda: scene.tracker.arriving_bytes)
-        scene.tracker.in_flight += MAX_ACTIVE
+        wait_until(lambda: gateway.tracker.arriving_bytes)
+        gateway.tracker.in_flight += MAX_ACTIVE
         connection.sendall(BODY[1:])
         status, _, _ = reader.response()
-        scene.tracker.in_flight -= MAX_ACTIVE
+        gateway.tracker.in_flight -= MAX_ACTIVE
     assert status == 503
 
 
 @pytest.mark.usefixtures("simulator")
 @pytest.mark.parametrize("with_token", [True, False])
-def test_trailers_without_end_take_no_memory(home: House, *, with_token: bool) -> None:
-    served = home.start()
+def test_trailers_without_end_take_no_memory(runner: GatewayRunner, *, with_token: bool) -> None:
+    served = runner.start()
     assert served.ask(BODY).status_code == 200
     worker, line = served.worker(), b"A: %b\r\n" % (b"b" * 1000)
     before = worker.memory_info().rss

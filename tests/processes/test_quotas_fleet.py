@@ -20,10 +20,10 @@ import psutil
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fleet import BODY, Crew, Fleet, fleet_of, limiting
+from fleet import BODY, Fleet, TeamClient, fleet_of, limiting
 from gateway_fixture import DESIGN, PATH, UpstreamFixture, answers
-from ledger_snapshot import Books, books_of
-from processes import House, Served, Tree, address_of, kill
+from gateway_process import GatewayProcess, GatewayRunner, Tree, address_of, kill
+from ledger_snapshot import LedgerSnapshot, snapshot_of
 from proxy.demo.simulator import Exchange, Simulator
 from serving import wait_until
 
@@ -89,10 +89,10 @@ async def at_once(callers: Sequence[Caller]) -> Counter[int]:
         return Counter(await asyncio.gather(*asks))
 
 
-def callers(crews: Sequence[Crew], body: Bodies) -> list[Caller]:
+def callers(crews: Sequence[TeamClient], body: Bodies) -> list[Caller]:
     """Of all crews at all gateways."""
     urls = [served.url for served in crews[0].fleet.gateways]
-    pairs = [(crew.token, url) for crew in crews for url in urls]
+    pairs = [(team.token, url) for team in crews for url in urls]
     return [Caller(url, token, body(n)) for n in range(CALLERS) for token, url in [pairs[n % len(pairs)]]]
 
 
@@ -106,22 +106,22 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstream: U
 
 
 @pytest.fixture
-def crew(fleet: Fleet, simulator: Simulator) -> Crew:
+def team(fleet: Fleet, simulator: Simulator) -> TeamClient:
     assert simulator.calls == 0
-    return fleet.crew()
+    return fleet.team()
 
 
 # As many as the quota says, of two thousand
 
 
 @pytest.mark.parametrize("price", [1, 3])
-def test_hits(price: int, crew: Crew) -> None:
-    assert crew.ask(0, SAME[price](0)).status_code == 200
-    statuses = asyncio.run(at_once(callers([crew], SAME[price])))
+def test_hits(price: int, team: TeamClient) -> None:
+    assert team.ask(0, SAME[price](0)).status_code == 200
+    statuses = asyncio.run(at_once(callers([team], SAME[price])))
     fit = LIMIT // price
     assert statuses == {200: fit - 1, 402: CALLERS - fit + 1}
     for at in range(4):
-        books = books_of(crew, at)
+        books = snapshot_of(team, at)
         assert books.used == [fit * price, fit]
         assert books.usage == {
             "requests": fit,
@@ -133,13 +133,13 @@ def test_hits(price: int, crew: Crew) -> None:
 
 @pytest.mark.parametrize(("price", "bodies"), [(3, SAME), (1, DISTINCT)], ids=["of one question", "of many questions"])
 def test_misses_all_of_which_are_asked_before_any_price_is_known(
-    price: int, bodies: dict[int, Bodies], crew: Crew, simulator: Simulator
+    price: int, bodies: dict[int, Bodies], team: TeamClient, simulator: Simulator
 ) -> None:
-    statuses = asyncio.run(_held(callers([crew], bodies[price]), [crew], simulator))
+    statuses = asyncio.run(_held(callers([team], bodies[price]), [team], simulator))
     fit = LIMIT // price
     assert statuses == {200: fit, 402: CALLERS - fit}
     assert simulator.calls == (1 if bodies is SAME else CALLERS)
-    books = books_of(crew)
+    books = snapshot_of(team)
     assert books.used == [fit * price, fit]
     outcomes = set(books.usage.pop("outcomes"))
     if bodies is SAME:  # the one that asked may be among the answered, or among the refused
@@ -149,7 +149,7 @@ def test_misses_all_of_which_are_asked_before_any_price_is_known(
     assert books.usage == {"requests": fit, "refused": CALLERS - fit, "estimated_credits": fit * price}
 
 
-async def _held(asked: Sequence[Caller], crews: Sequence[Crew], simulator: Simulator) -> Counter[int]:
+async def _held(asked: Sequence[Caller], crews: Sequence[TeamClient], simulator: Simulator) -> Counter[int]:
     """As `at_once`; upstream answers when all are admitted."""
     with simulator.hold():
         task = asyncio.create_task(at_once(asked))
@@ -157,8 +157,8 @@ async def _held(asked: Sequence[Caller], crews: Sequence[Crew], simulator: Simul
     return await task
 
 
-def _under_way(crews: Sequence[Crew]) -> int:
-    return sum(books_of(crew).usage["requests"] for crew in crews)
+def _under_way(crews: Sequence[TeamClient]) -> int:
+    return sum(snapshot_of(team).usage["requests"] for team in crews)
 
 
 def test_the_organisations_over_three_teams(
@@ -167,10 +167,10 @@ def test_the_organisations_over_three_teams(
     env = [limiting(org=[QUOTA])] * 4
     how = {**PATIENT, "org": {"id": f"org-{secrets.token_hex(4)}"}}
     with fleet_of(4, tmp_path, store_url=valkey_url, upstream_url=upstream.url, env=env, **how) as opened:
-        crews = [opened.crew() for _ in range(3)]
+        crews = [opened.team() for _ in range(3)]
         statuses = asyncio.run(_held(callers(crews, SAME[1]), crews, simulator))
         assert statuses == {200: LIMIT, 402: CALLERS - LIMIT}
-        books = [books_of(crew) for crew in crews]
+        books = [snapshot_of(team) for team in crews]
         assert [of_one.used for of_one in books] == [[LIMIT]] * 3
         columns = ("requests", "refused", "estimated_credits")
         assert [sum(of_one.usage[column] for of_one in books) for column in columns] == [LIMIT, CALLERS - LIMIT, LIMIT]
@@ -192,7 +192,7 @@ class Asked:
 class Traffic:
     """Estimates that are asked all the time, hits and misses in turn, as many at once as there are lanes."""
 
-    gateways: Sequence[Served]
+    gateways: Sequence[GatewayProcess]
     token: str
     asked: list[Asked] = field(default_factory=list)
     _numbers: "count[int]" = field(default_factory=count)
@@ -255,7 +255,7 @@ class Death:
         return one.status == 200 and (one.ended < self.began - FLUSHED_WITHIN_S or one.began > self.ended)
 
 
-def account(traffic: Traffic, deaths: Sequence[Death], books: Books, price: Decimal) -> Tree:
+def account(traffic: Traffic, deaths: Sequence[Death], books: LedgerSnapshot, price: Decimal) -> Tree:
     """The sums of what was asked and booked, once the latter is seen to agree with itself."""
     credits_used, requests = books.used
     assert (books.usage["requests"], books.usage["estimated_credits"]) == (requests, credits_used)
@@ -284,11 +284,11 @@ def cents(exchange: Exchange) -> ASGIApp:
     return app
 
 
-def test_gateways_that_are_killed_lose_no_debit_and_book_none_twice(crew: Crew, simulator: Simulator) -> None:
+def test_gateways_that_are_killed_lose_no_debit_and_book_none_twice(team: TeamClient, simulator: Simulator) -> None:
     simulator.script(*[cents] * 10_000)
-    traffic = Traffic(crew.fleet.gateways, crew.token)
+    traffic = Traffic(team.fleet.gateways, team.token)
     deaths = asyncio.run(_kill_three_workers(traffic))
-    sums = account(traffic, deaths, books_of(crew, 3), CENT)
+    sums = account(traffic, deaths, snapshot_of(team, 3), CENT)
     log.warning("three gateways killed: %s", sums)
     assert {one.status for one in traffic.asked} == {200, None}
     assert sums["cut_off"] == sum(one.status is None for one in traffic.asked), "only a death costs an answer"
@@ -309,24 +309,24 @@ async def _kill_three_workers(traffic: Traffic) -> list[Death]:
 
 @pytest.mark.parametrize("victim", ["ledger", "gateway"])
 def test_a_store_that_is_killed_loses_nothing_acknowledged_two_seconds_before(
-    victim: str, home: House, simulator: Simulator
+    victim: str, runner: GatewayRunner, simulator: Simulator
 ) -> None:
     """The ledger alone, which its gateway starts again; or the gateway, which takes all its processes along."""
     simulator.script(*[cents] * 100_000)
     how: dict[str, Any] = {"env": limiting(team_defaults=[{**QUOTA, "limit": 10**6}, COUNTED]), **PATIENT}
-    served = home.start(**how)
+    served = runner.start(**how)
     traffic = Traffic([served], DESIGN)
     death = asyncio.run(_kill(victim, served, traffic))
-    following = served if victim == "ledger" else home.start(**how)
-    sums = account(traffic, [death], Books.of(following, DESIGN), CENT)
+    following = served if victim == "ledger" else runner.start(**how)
+    sums = account(traffic, [death], LedgerSnapshot.of(following, DESIGN), CENT)
     sums["spared"] = sum(map(death.spared, traffic.asked))
     log.warning("%s killed: %s", victim, sums)
     assert sums["spared"] >= 100
     assert sums["spared"] <= sums["debits"] <= sums["requests"] <= sums["answers"] + sums["cut_off"]
-    assert not following.told("a new ledger begins" if victim == "gateway" else "the ledger was lost")
+    assert not following.messages("a new ledger begins" if victim == "gateway" else "the ledger was lost")
 
 
-async def _kill(victim: str, served: Served, traffic: Traffic) -> Death:
+async def _kill(victim: str, served: GatewayProcess, traffic: Traffic) -> Death:
     process = served.store("ledger") if victim == "ledger" else psutil.Process(served.process.pid)
     async with traffic.flowing():
         await traffic.answered(100)

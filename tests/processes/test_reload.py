@@ -12,8 +12,8 @@ import httpx2
 import pytest
 
 from gateway_fixture import API_KEY, DESIGN, MARKETING, PATH, UpstreamFixture
+from gateway_process import GatewayProcess, GatewayRunner, gateway_runner, kill
 from lateness import assert_in_time
-from processes import House, Served, house, kill
 from proxy.auth import digest_of, token_of
 from proxy.demo.simulator import Simulator
 from serving import serving, wait_until
@@ -23,8 +23,8 @@ NEWCOMER = token_of("n" * 32)
 
 
 @pytest.fixture
-def home(tmp_path: Path, upstream: UpstreamFixture, simulator: Simulator) -> Iterator[House]:  # noqa: ARG001 -- on stage
-    with house(tmp_path, upstream.url) as opened:
+def runner(tmp_path: Path, upstream: UpstreamFixture, simulator: Simulator) -> Iterator[GatewayRunner]:  # noqa: ARG001 -- on stage
+    with gateway_runner(tmp_path, upstream.url) as opened:
         yield opened
 
 
@@ -32,14 +32,14 @@ def teams(**tokens: str) -> dict[str, Any]:
     return {name: {"tokens": [digest_of(token)]} for name, token in tokens.items()}
 
 
-def started(home: House, **sections: Any) -> Served:
+def started(runner: GatewayRunner, **sections: Any) -> GatewayProcess:
     """Two workers, so that one which did not hear would be noticed."""
-    served = home.begin("--workers", "2", metrics={"public": True}, **sections)
+    served = runner.begin("--workers", "2", metrics={"public": True}, **sections)
     served.wait_until_serving(times=2)
     return served
 
 
-def statuses(served: Served, token: str, **headers: str) -> set[int]:
+def statuses(served: GatewayProcess, token: str, **headers: str) -> set[int]:
     """What the workers answer: each question comes on a connection of its own, so either may take it."""
     named = {"x-api-key": token, **{name.replace("_", "-"): value for name, value in headers.items()}}
     fresh = httpx2.Limits(max_keepalive_connections=0)
@@ -47,45 +47,45 @@ def statuses(served: Served, token: str, **headers: str) -> set[int]:
         return {client.post(PATH, content=b"[{}]").status_code for _ in range(10)}
 
 
-def metric(served: Served, name: str) -> float:
+def metric(served: GatewayProcess, name: str) -> float:
     (line,) = (line for line in served.get("/metrics").text.splitlines() if line.startswith(f"{name} "))
     return float(line.rpartition(" ")[2])
 
 
-def reloaded(served: Served, home: House, *, times: int = 1, **sections: Any) -> None:
-    home.config(metrics={"public": True}, **sections)
+def reloaded(served: GatewayProcess, runner: GatewayRunner, *, times: int = 1, **sections: Any) -> None:
+    runner.config(metrics={"public": True}, **sections)
     served.send(signal.SIGHUP)
-    served.wait_until_told("settings reloaded", times=times)
+    served.wait_for_message("settings reloaded", times=times)
 
 
-def test_a_signal_brings_teams_and_quotas_to_all_workers(home: House) -> None:
-    served = started(home, teams=teams(design=DESIGN))
+def test_a_signal_brings_teams_and_quotas_to_all_workers(runner: GatewayRunner) -> None:
+    served = started(runner, teams=teams(design=DESIGN))
     assert statuses(served, NEWCOMER) == {401}
-    reloaded(served, home, teams=teams(design=DESIGN, newcomer=NEWCOMER))
+    reloaded(served, runner, teams=teams(design=DESIGN, newcomer=NEWCOMER))
     wait_until(lambda: statuses(served, NEWCOMER) == {200})
     nothing = [{"measure": "requests", "limit": 0, "per": "day"}]
     poor = {"newcomer": {**teams(newcomer=NEWCOMER)["newcomer"], "quotas": nothing}}
-    reloaded(served, home, times=2, teams={**teams(design=DESIGN), **poor})
+    reloaded(served, runner, times=2, teams={**teams(design=DESIGN), **poor})
     wait_until(lambda: statuses(served, NEWCOMER) == {429})
     assert statuses(served, DESIGN) == {200}
     assert served.stop() == 0
 
 
-def test_a_revoked_token_is_refused_soon_after_its_file_has_changed(home: House) -> None:
-    served = started(home)
+def test_a_revoked_token_is_refused_soon_after_its_file_has_changed(runner: GatewayRunner) -> None:
+    served = started(runner)
     assert statuses(served, MARKETING) == {200}
     changed_at = time.monotonic()
-    home.config(metrics={"public": True}, teams=teams(design=DESIGN, marketing=NEWCOMER))
+    runner.config(metrics={"public": True}, teams=teams(design=DESIGN, marketing=NEWCOMER))
     wait_until(lambda: statuses(served, MARKETING) == {401})
     assert_in_time(time.monotonic() - changed_at, REVOKED_WITHIN_S)
     assert statuses(served, NEWCOMER) == statuses(served, DESIGN) == {200}
     assert served.stop() == 0
 
 
-def test_a_file_rewritten_in_place_with_its_old_size_and_time_is_reloaded(home: House) -> None:
+def test_a_file_rewritten_in_place_with_its_old_size_and_time_is_reloaded(runner: GatewayRunner) -> None:
     """As `cp -p` and configuration management do it, and editors that keep the time."""
-    served = started(home)
-    config = home.folder / "estimate-proxy.toml"
+    served = started(runner)
+    config = runner.folder / "estimate-proxy.toml"
     before = config.stat()
     config.write_text(config.read_text().replace(digest_of(MARKETING), digest_of(NEWCOMER)))
     os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -97,13 +97,13 @@ def test_a_file_rewritten_in_place_with_its_old_size_and_time_is_reloaded(home: 
     assert served.stop() == 0
 
 
-def test_a_bad_file_leaves_the_old_settings_in_force_loudly(home: House) -> None:
-    served = started(home)
-    config = home.folder / "estimate-proxy.toml"
+def test_a_bad_file_leaves_the_old_settings_in_force_loudly(runner: GatewayRunner) -> None:
+    served = started(runner)
+    config = runner.folder / "estimate-proxy.toml"
     good = config.read_text()
     assert metric(served, "estimate_proxy_config_last_reload_successful") == 1
     config.write_text(good.replace("server.drain_delay_s", "server.drain_dealy_s"))
-    told = served.wait_until_told("the old settings stay in force")
+    told = served.wait_for_message("the old settings stay in force")
     assert told.endswith("server.drain_dealy_s is not a setting: did you mean drain_delay_s?")
     wait_until(lambda: metric(served, "estimate_proxy_config_last_reload_successful") == 0)
     assert statuses(served, DESIGN) == {200}
@@ -113,17 +113,17 @@ def test_a_bad_file_leaves_the_old_settings_in_force_loudly(home: House) -> None
     assert metric(served, "estimate_proxy_config_last_reload_successful") == 0, "newcomers hear of it"
     config.write_text(good)
     wait_until(lambda: metric(served, "estimate_proxy_config_last_reload_successful") == 1)
-    assert len(served.told("the old settings stay in force")) == 1, "it is said once a change, not once a look"
+    assert len(served.messages("the old settings stay in force")) == 1, "it is said once a change, not once a look"
     assert served.stop() == 0
 
 
-def test_what_needs_a_restart_is_named_and_keeps_its_value(home: House) -> None:
-    served = started(home)
-    store = {"data_dir": str(home.data_dir), "timeout_s": 0.3, "connect_timeout_s": 3}
+def test_what_needs_a_restart_is_named_and_keeps_its_value(runner: GatewayRunner) -> None:
+    served = started(runner)
+    store = {"data_dir": str(runner.data_dir), "timeout_s": 0.3, "connect_timeout_s": 3}
     changed: dict[str, Any] = {"org": {"timezone": "Asia/Tokyo"}, "cache": {"ttl_s": 7}, "store": store}
-    reloaded(served, home, **changed, teams=teams(design=NEWCOMER))
+    reloaded(served, runner, **changed, teams=teams(design=NEWCOMER))
     wait_until(lambda: statuses(served, NEWCOMER) == {200})
-    assert served.told("restart the gateway") == [
+    assert served.messages("restart the gateway") == [
         f"{path} has changed: restart the gateway to apply it"
         for path in ("store.timeout_s", "store.connect_timeout_s", "cache.ttl_s", "org.timezone")
     ]
@@ -138,12 +138,12 @@ def test_a_key_is_rotated_by_swapping_a_symbolic_link(tmp_path: Path) -> None:
         (tmp_path / f"v{number}").mkdir()
         (tmp_path / f"v{number}" / "key").write_text(key)
     (tmp_path / "secrets").symlink_to("v0")
-    with serving(simulator.app) as url, house(tmp_path, url) as home:
-        served = started(home, accounts={"default": {"api_key_file": "secrets/key"}})
+    with serving(simulator.app) as url, gateway_runner(tmp_path, url) as runner:
+        served = started(runner, accounts={"default": {"api_key_file": "secrets/key"}})
         assert served.ask(b"[{}]").status_code == 200
         (tmp_path / "next").symlink_to("v1")
         (tmp_path / "next").rename(tmp_path / "secrets")
-        served.wait_until_told("settings reloaded")
+        served.wait_for_message("settings reloaded")
         for number in range(6):
             served.ask(b'[{"seed":%d}]' % number)
         keys = [key for one in simulator.received for key in one.api_keys]
@@ -151,23 +151,23 @@ def test_a_key_is_rotated_by_swapping_a_symbolic_link(tmp_path: Path) -> None:
         assert served.stop() == 0
 
 
-def test_members_that_do_not_count_can_change(home: House) -> None:
-    served = started(home)
+def test_members_that_do_not_count_can_change(runner: GatewayRunner) -> None:
+    served = started(runner)
     bodies = [b'[{"model":"Flux","seed":%d}]' % seed for seed in range(2)]
     keys = {served.ask(body).headers["cache-status"].split("; ")[1] for body in bodies}
     assert keys == {"fwd=miss"}
-    reloaded(served, home, cache={"ignore": ["seed"]})
+    reloaded(served, runner, cache={"ignore": ["seed"]})
     served.ask(b'[{"model":"Flux","seed":7}]')
     wait_until(lambda: served.ask(b'[{"model":"Flux","seed":8}]').headers["cache-status"].split("; ")[1] == "hit")
     assert served.stop() == 0
 
 
-def test_a_request_ends_under_the_rules_it_began_with(home: House, simulator: Simulator) -> None:
-    served = started(home)
+def test_a_request_ends_under_the_rules_it_began_with(runner: GatewayRunner, simulator: Simulator) -> None:
+    served = started(runner)
     with simulator.hold() as hold, ThreadPoolExecutor(1) as pool:
         asking = pool.submit(served.ask)
         assert simulator.arrived(1)
-        reloaded(served, home, teams=teams(design=NEWCOMER))
+        reloaded(served, runner, teams=teams(design=NEWCOMER))
         wait_until(lambda: statuses(served, DESIGN, cache_control="only-if-cached") == {401})
         hold.release()
         assert asking.result(10).status_code == 200

@@ -10,7 +10,7 @@ import redis
 
 from balancer import Balancer, balancing
 from gateway_fixture import DESIGN, PATH
-from processes import SOON_S, House, Served
+from gateway_process import SOON_S, GatewayProcess, GatewayRunner
 from programs import program
 from proxy.demo.simulator import Simulator
 from serving import wait_until
@@ -34,14 +34,14 @@ def wrk() -> str:
     return program("wrk", "the rolling restart was not tested under load")
 
 
-def replica(home: House, store_url: str) -> Served:
+def replica(runner: GatewayRunner, store_url: str) -> GatewayProcess:
     server = {"drain_delay_s": DRAIN_DELAY_S, "drain_s": 5}
-    return home.start(server=server, store={"url": store_url})
+    return runner.start(server=server, store={"url": store_url})
 
 
-def replace(old: Served, home: House, store_url: str, balancer: Balancer) -> Served:
+def replace(old: GatewayProcess, runner: GatewayRunner, store_url: str, balancer: Balancer) -> GatewayProcess:
     """A new replica comes, then the old one is told to go."""
-    new = replica(home, store_url)
+    new = replica(runner, store_url)
     balancer.add(new.url)
     wait_until(lambda: balancer.is_ready(new.url))
     old.send(signal.SIGTERM)
@@ -52,18 +52,18 @@ def replace(old: Served, home: House, store_url: str, balancer: Balancer) -> Ser
 
 @pytest.mark.usefixtures("simulator")
 def test_a_rolling_restart_loses_no_request(
-    home: House, valkey_url: str, wrk: str, tmp_path: Path, simulator: Simulator
+    runner: GatewayRunner, valkey_url: str, wrk: str, tmp_path: Path, simulator: Simulator
 ) -> None:
     with redis.Redis.from_url(valkey_url) as store:
         store.flushall()
-    first, second = replica(home, valkey_url), replica(home, valkey_url)
+    first, second = replica(runner, valkey_url), replica(runner, valkey_url)
     (tmp_path / "load.lua").write_text(SCRIPT)
     with balancing(first.url, second.url) as balancer:
         wait_until(lambda: balancer.is_ready(first.url) and balancer.is_ready(second.url))
         wants = [f"-c{CONNECTIONS}", f"-d{LOAD_S}s", f"--timeout={SOON_S:.0f}s"]  # what is late is not lost
         command = [wrk, "-t1", *wants, "-s", str(tmp_path / "load.lua"), balancer.url]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as load:
-            newer = [replace(old, home, valkey_url, balancer) for old in (first, second)]
+            newer = [replace(old, runner, valkey_url, balancer) for old in (first, second)]
             assert load.poll() is None, "the load went on all the time"
             load.send_signal(signal.SIGINT)  # it ends, and tells what it has seen
             told, _ = load.communicate(timeout=SOON_S)

@@ -25,7 +25,7 @@ from click.testing import CliRunner
 import proxy
 from faulty_rendernet import Fault
 from gateway_fixture import PATH, answers, break_off
-from processes import House, Served, address_of, house
+from gateway_process import GatewayProcess, GatewayRunner, address_of, gateway_runner
 from proxy.auth import digest_of, token_of
 from proxy.cli.commands import main
 from proxy.demo.simulator import Simulator
@@ -109,11 +109,11 @@ def test_the_search_finds_what_is_there(secret: str, disguise: Callable[[str], s
 
 
 @dataclass
-class Play:
+class Recording:
     """One gateway and everything it has said, by where."""
 
-    house: House
-    served: Served
+    gateway_runner: GatewayRunner
+    served: GatewayProcess
     simulator: Simulator
     store_out_of_order: AbstractContextManager[None]
     said: dict[str, bytes] = field(default_factory=dict)
@@ -147,7 +147,7 @@ class Play:
         """A command that tells something, and succeeds."""
         finished = subprocess.run(
             [sys.executable, "-m", "proxy", *arguments],
-            env=self.house.environment(**environment),
+            env=self.gateway_runner.environment(**environment),
             capture_output=True,
             timeout=20,
             check=False,
@@ -178,73 +178,73 @@ def request(body: str, *headers: str) -> str:
     return "\r\n".join((*lines, "", body))
 
 
-def play_the_answers(play: Play) -> None:
+def record_answers(recording: Recording) -> None:
     """Known, unknown, and everything that upstream can do."""
-    play.ask(b"[{}]")
-    play.ask(b"[ {} ]")
-    play.ask(b"[{}]", token=None, authorization=f"Bearer {TOKEN}")
+    recording.ask(b"[{}]")
+    recording.ask(b"[ {} ]")
+    recording.ask(b"[{}]", token=None, authorization=f"Bearer {TOKEN}")
     for fault in Fault:
-        play.simulator.script(fault)
-        play.ask()
-        wait_until(lambda: play.ask().status_code == 200)  # upstream may have wished for a pause
-        play.ask()  # more answers than failures keep the circuit closed
-    play.ask(b'[{"asset":"ast_missing"}]')
-    play.simulator.script(answers(b'{"data":{"estimated":1},"defect":true}'))
-    play.ask()
+        recording.simulator.script(fault)
+        recording.ask()
+        wait_until(lambda: recording.ask().status_code == 200)  # upstream may have wished for a pause
+        recording.ask()  # more answers than failures keep the circuit closed
+    recording.ask(b'[{"asset":"ast_missing"}]')
+    recording.simulator.script(answers(b'{"data":{"estimated":1},"defect":true}'))
+    recording.ask()
 
 
-def play_together(play: Play) -> None:
+def play_together(recording: Recording) -> None:
     """Two who ask the same, and one who does not wait for the answer."""
-    calls = play.simulator.calls
-    with play.simulator.hold() as hold:
-        asking = [play.connect(request('[{"a":"b"}]', f"x-api-key: {TOKEN}")) for _ in range(2)]
-        leaving = play.connect(request('[{"c":"d"}]', f"x-api-key: {TOKEN}"))
-        assert play.simulator.arrived(calls + 2)
+    calls = recording.simulator.calls
+    with recording.simulator.hold() as hold:
+        asking = [recording.connect(request('[{"a":"b"}]', f"x-api-key: {TOKEN}")) for _ in range(2)]
+        leaving = recording.connect(request('[{"c":"d"}]', f"x-api-key: {TOKEN}"))
+        assert recording.simulator.arrived(calls + 2)
         break_off(leaving)
-        play.call("GET", "/healthz")  # came after them, so both have been taken up
+        recording.call("GET", "/healthz")  # came after them, so both have been taken up
         hold.release()
     for connection in asking:
-        play.hear(connection)
-    wait_until(lambda: "cancelled" in play.outcomes)
+        recording.hear(connection)
+    wait_until(lambda: "cancelled" in recording.outcomes)
 
 
-def play_the_refusals(play: Play) -> None:
+def play_the_refusals(recording: Recording) -> None:
     """Tokens that are nearly right, and whatever else can be wrong with a request."""
     for wrong in (TOKEN[:-1], TOKEN + "x", TOKEN[:-1] + "!", TOKEN.swapcase(), f"x{TOKEN}", f"{TOKEN},{TOKEN}", KEY):
-        play.ask(token=wrong)
-        play.ask(token=None, authorization=f"Bearer {wrong}")
-        play.ask(token=None, authorization=f"Basic {base64.b64encode(wrong.encode()).decode()}")
-    play.ask(token=DISABLED)
-    play.ask(b"[{}]", token=SLOW)
-    play.ask(b"[{}]", token=SLOW)
-    play.ask(b"[{}]", token=POOR)
+        recording.ask(token=wrong)
+        recording.ask(token=None, authorization=f"Bearer {wrong}")
+        recording.ask(token=None, authorization=f"Basic {base64.b64encode(wrong.encode()).decode()}")
+    recording.ask(token=DISABLED)
+    recording.ask(b"[{}]", token=SLOW)
+    recording.ask(b"[{}]", token=SLOW)
+    recording.ask(b"[{}]", token=POOR)
     for path in ("/v1/usage?format=csv", f"/v1/usage?by={TOKEN}", "/v1/quota", f"/v1/quota?team={TOKEN}"):
-        play.call("GET", path, headers={"x-api-key": TOKEN})
-    play.ask(cache_control="only-if-cached")
-    play.ask(token=None, cookie=f"token={TOKEN}")
-    play.ask(b"[{")
-    play.ask(content_type=f"text/{TOKEN}")
-    play.ask(content_encoding=TOKEN)
-    play.ask(x_request_id=f"no id: {TOKEN}")
-    play.call("POST", PATH, content=b"[{}]", headers=[("x-api-key", TOKEN), ("x-api-key", TOKEN)])
-    play.call("POST", "/v1/explain", content=b"[{}]", headers={"x-api-key": TOKEN})
-    play.call("POST", f"/pub/v1/{TOKEN}", content=b"[{}]")
-    play.call("PUT", PATH, headers={"x-api-key": TOKEN})
-    play.call("GET", f"/readyz?x-api-key={TOKEN}")
-    play.hear(play.connect(request("[{}]", f"x-api-key: {TOKEN}", f" {TOKEN}")))
-    play.hear(play.connect(f"{TOKEN} {TOKEN}\r\n\r\n"))
+        recording.call("GET", path, headers={"x-api-key": TOKEN})
+    recording.ask(cache_control="only-if-cached")
+    recording.ask(token=None, cookie=f"token={TOKEN}")
+    recording.ask(b"[{")
+    recording.ask(content_type=f"text/{TOKEN}")
+    recording.ask(content_encoding=TOKEN)
+    recording.ask(x_request_id=f"no id: {TOKEN}")
+    recording.call("POST", PATH, content=b"[{}]", headers=[("x-api-key", TOKEN), ("x-api-key", TOKEN)])
+    recording.call("POST", "/v1/explain", content=b"[{}]", headers={"x-api-key": TOKEN})
+    recording.call("POST", f"/pub/v1/{TOKEN}", content=b"[{}]")
+    recording.call("PUT", PATH, headers={"x-api-key": TOKEN})
+    recording.call("GET", f"/readyz?x-api-key={TOKEN}")
+    recording.hear(recording.connect(request("[{}]", f"x-api-key: {TOKEN}", f" {TOKEN}")))
+    recording.hear(recording.connect(f"{TOKEN} {TOKEN}\r\n\r\n"))
 
 
-def play_the_outages(play: Play, end_upstream: Callable[[], None]) -> None:
-    wait_until(lambda: play.ask(b"[{}]") and "stale" in play.outcomes)
-    with play.store_out_of_order:
-        play.ask()
-        play.call("POST", "/v1/cache/purge", content=b'{"all":true}', headers={"x-api-key": ADMIN})
-        play.call("POST", "/v1/explain", content=b"[{}]", headers={"x-api-key": TOKEN})
-        assert "price-book" in play.call("GET", "/readyz").json()["degraded"]
+def play_the_outages(recording: Recording, end_upstream: Callable[[], None]) -> None:
+    wait_until(lambda: recording.ask(b"[{}]") and "stale" in recording.outcomes)
+    with recording.store_out_of_order:
+        recording.ask()
+        recording.call("POST", "/v1/cache/purge", content=b'{"all":true}', headers={"x-api-key": ADMIN})
+        recording.call("POST", "/v1/explain", content=b"[{}]", headers={"x-api-key": TOKEN})
+        assert "price-book" in recording.call("GET", "/readyz").json()["degraded"]
     end_upstream()
-    play.ask()
-    play.call("GET", "/readyz")
+    recording.ask()
+    recording.call("GET", "/readyz")
 
 
 @contextmanager
@@ -283,21 +283,21 @@ def sections(folder: Path, upstream_url: str, style: str) -> dict[str, Any]:
 
 
 @contextmanager
-def on_its_own(folder: Path, simulator: Simulator, upstream_url: str) -> Iterator[Play]:
+def on_its_own(folder: Path, simulator: Simulator, upstream_url: str) -> Iterator[Recording]:
     """JSON lines; the key in the environment; embedded stores, one of which hangs for a while."""
-    with house(folder, upstream_url) as home:
-        served = home.start(
+    with gateway_runner(folder, upstream_url) as runner:
+        served = runner.start(
             env={"RENDERNET_API_KEY": KEY, "PYTHONPATH": str(folder)},
             accounts={"default": {}},
             **sections(folder, upstream_url, "json"),
         )
-        play = Play(home, served, simulator, hanging(served.store("price-book")))
-        play.run("check", "--config", str(folder / "estimate-proxy.toml"), RENDERNET_API_KEY=KEY)
-        yield play
+        recording = Recording(runner, served, simulator, hanging(served.store("price-book")))
+        recording.run("check", "--config", str(folder / "estimate-proxy.toml"), RENDERNET_API_KEY=KEY)
+        yield recording
 
 
 @contextmanager
-def with_a_store(folder: Path, simulator: Simulator, upstream_url: str) -> Iterator[Play]:
+def with_a_store(folder: Path, simulator: Simulator, upstream_url: str) -> Iterator[Recording]:
     """Text lines; the key in a file; one store for all with a password, which is changed under way."""
     stores = EmbeddedStores(folder / "data", ["ledger"])
     stores.start()
@@ -308,53 +308,53 @@ def with_a_store(folder: Path, simulator: Simulator, upstream_url: str) -> Itera
         admin.config_set("requirepass", STORE_PASSWORD)
         (folder / "key").write_text(f"{KEY}\n")
         url = store_url.replace("unix://", f"unix://:{quote(STORE_PASSWORD, safe='')}@")
-        home = opened.enter_context(house(folder, upstream_url))
-        served = home.start(
+        runner = opened.enter_context(gateway_runner(folder, upstream_url))
+        served = runner.start(
             env={"REDIS_URL": url, "PYTHONPATH": str(folder)},
             accounts={"default": {"api_key_file": "key"}},
             store={"on_outage": "admit"},
             server={"drain_delay_s": 0, "drain_s": 1},  # for so long it waits for a store that never comes back
             **sections(folder, upstream_url, "text"),
         )
-        play = Play(home, served, simulator, with_another_password(admin))
-        play.run("check", "--config", str(folder / "estimate-proxy.toml"), REDIS_URL=url)
-        yield play
+        recording = Recording(runner, served, simulator, with_another_password(admin))
+        recording.run("check", "--config", str(folder / "estimate-proxy.toml"), REDIS_URL=url)
+        yield recording
 
 
 @pytest.fixture(scope="module", params=[on_its_own, with_a_store], ids=lambda stage: stage.__name__)
-def play(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Play:
+def recording(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recording:
     """From the first request to the end of the process."""
     folder = tmp_path_factory.mktemp("play")
     simulator = Simulator(api_key=KEY, spend_every=0)
     with ExitStack() as upstream, ExitStack() as stage:
         url = upstream.enter_context(serving(simulator.app))
-        play: Play = stage.enter_context(request.param(folder, simulator, url))
-        play_the_answers(play)
-        play_together(play)
-        play_the_refusals(play)
-        play.look_at_processes()
-        play_the_outages(play, upstream.close)
-        assert play.served.stop() == 0
-        play.said["log"] = play.served.log.read_bytes()
-        play.look_at_files(play.house.data_dir)
-    return play
+        recording: Recording = stage.enter_context(request.param(folder, simulator, url))
+        record_answers(recording)
+        play_together(recording)
+        play_the_refusals(recording)
+        recording.look_at_processes()
+        play_the_outages(recording, upstream.close)
+        assert recording.served.stop() == 0
+        recording.said["log"] = recording.served.log.read_bytes()
+        recording.look_at_files(recording.gateway_runner.data_dir)
+    return recording
 
 
-def test_every_outcome_was_played(play: Play) -> None:
-    assert set(Outcome) - play.outcomes == {Outcome.OVERLOADED}, "which takes 2000 requests at a time"
-    assert b"a second defect" in play.said["log"]
-    assert b"fwd=bypass; detail=store-unavailable" in b"".join(play.said.values())
+def test_every_outcome_was_played(recording: Recording) -> None:
+    assert set(Outcome) - recording.outcomes == {Outcome.OVERLOADED}, "which takes 2000 requests at a time"
+    assert b"a second defect" in recording.said["log"]
+    assert b"fwd=bypass; detail=store-unavailable" in b"".join(recording.said.values())
 
 
-def test_the_secrets_were_used(play: Play) -> None:
-    assert {key for one in play.simulator.received for key in one.api_keys} == {KEY.encode()}
-    proxied = {value for one in play.simulator.received for name, value in one.headers if b"proxy-auth" in name}
+def test_the_secrets_were_used(recording: Recording) -> None:
+    assert {key for one in recording.simulator.received for key in one.api_keys} == {KEY.encode()}
+    proxied = {value for one in recording.simulator.received for name, value in one.headers if b"proxy-auth" in name}
     assert proxied == {b"Basic " + base64.b64encode(f"us:{PROXY_PASSWORD}".encode())}
 
 
 @pytest.mark.parametrize("core", CORES, ids=range(len(CORES)))  # pytest puts a test's name into the environment
-def test_no_output_has_a_secret(core: str, play: Play) -> None:
-    assert [(where, forms) for where, said in play.said.items() if (forms := shown(core, said))] == []
+def test_no_output_has_a_secret(core: str, recording: Recording) -> None:
+    assert [(where, forms) for where, said in recording.said.items() if (forms := shown(core, said))] == []
 
 
 # What is said without a gateway

@@ -24,7 +24,7 @@ import pytest
 import redis
 
 from gateway_fixture import DESIGN, PATH, cache_status, code_of
-from processes import SOON_S, START_S, House, Served, address_of, kill, wait_until_gone
+from gateway_process import SOON_S, START_S, GatewayProcess, GatewayRunner, address_of, kill, wait_until_gone
 from proxy.demo.simulator import Simulator
 from proxy.embedded.stores import running_url
 from proxy.store.access import Role
@@ -53,7 +53,7 @@ class Held:
 
 
 @contextmanager
-def held(served: Served, simulator: Simulator, pool: ThreadPoolExecutor) -> Iterator[Held]:
+def held(served: GatewayProcess, simulator: Simulator, pool: ThreadPoolExecutor) -> Iterator[Held]:
     calls = simulator.calls
     with simulator.hold() as hold:
         asked = pool.submit(served.ask, OTHER)
@@ -82,30 +82,30 @@ def has_ipv6() -> bool:
     return False
 
 
-def assert_nothing_left(home: House) -> None:
+def assert_nothing_left(runner: GatewayRunner) -> None:
     """After an orderly end no socket is left, and the data directory is free."""
-    assert list(home.runtime.iterdir()) == []
-    with (home.data_dir / "lock").open("rb") as lock:
+    assert list(runner.runtime.iterdir()) == []
+    with (runner.data_dir / "lock").open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager
-def embedded(home: House, role: Role) -> Iterator[redis.Redis]:
-    with redis.Redis.from_url(running_url(home.data_dir, role=role), decode_responses=True) as client:
+def embedded(runner: GatewayRunner, role: Role) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(running_url(runner.data_dir, role=role), decode_responses=True) as client:
         yield client
 
 
-def put(home: House) -> None:
+def put(runner: GatewayRunner) -> None:
     """Into each embedded store a word of its own, and onto its disk: what is younger than 2 s may be lost."""
     for role in ROLES:
-        with embedded(home, role) as client:
+        with embedded(runner, role) as client:
             client.set("role", role)
             assert client.waitaof(1, 0, 5000)
 
 
-def keeps(home: House, role: Role) -> bool:
+def keeps(runner: GatewayRunner, role: Role) -> bool:
     """Whether the store answers, and still has its word."""
-    with suppress(redis.ConnectionError), embedded(home, role) as client:
+    with suppress(redis.ConnectionError), embedded(runner, role) as client:
         assert client.get("role") == role
         return True
     return False
@@ -115,24 +115,24 @@ def keeps(home: House, role: Role) -> bool:
 
 
 @pytest.mark.usefixtures("simulator")
-def test_prices_survive_a_restart_of_the_gateway(home: House) -> None:
-    first = home.start()
+def test_prices_survive_a_restart_of_the_gateway(runner: GatewayRunner) -> None:
+    first = runner.start()
     miss, hit = first.ask(), first.ask()
     assert cache_status(miss) == "fwd=miss; fwd-status=200; stored; ttl=3600"
     assert is_hit(hit)
     assert hit.content == miss.content
     assert first.stop() == 0
-    assert_nothing_left(home)
+    assert_nothing_left(runner)
 
-    second = home.start()
+    second = runner.start()
     assert second.ask().content == miss.content
     wait_until(lambda: is_hit(answer := second.ask()) and int(answer.headers["age"]) >= 1)
 
 
 def test_sigterm_first_tells_then_serves_on_then_finishes(
-    home: House, simulator: Simulator, pool: ThreadPoolExecutor
+    runner: GatewayRunner, simulator: Simulator, pool: ThreadPoolExecutor
 ) -> None:
-    served = home.start(server={"drain_delay_s": 1, "drain_s": LONG_S})
+    served = runner.start(server={"drain_delay_s": 1, "drain_s": LONG_S})
     assert served.get("/readyz").json() == {"status": "ready", "degraded": []}
     served.ask()
     with held(served, simulator, pool) as running:
@@ -151,13 +151,13 @@ def test_sigterm_first_tells_then_serves_on_then_finishes(
     assert (answer.status_code, answer.headers["connection"]) == (200, "close")
     assert cache_status(answer).startswith("fwd=miss; fwd-status=200; stored")
     assert served.exit_status(within_s=SOON_S) == 0
-    assert_nothing_left(home)
+    assert_nothing_left(runner)
 
 
 def test_a_request_that_outlasts_the_drain_hears_why(
-    home: House, simulator: Simulator, pool: ThreadPoolExecutor
+    runner: GatewayRunner, simulator: Simulator, pool: ThreadPoolExecutor
 ) -> None:
-    served = home.start(server={"drain_delay_s": 0, "drain_s": 0.5})
+    served = runner.start(server={"drain_delay_s": 0, "drain_s": 0.5})
     with held(served, simulator, pool) as running:
         served.send(signal.SIGTERM)
         answer = running.asked.result()
@@ -165,11 +165,11 @@ def test_a_request_that_outlasts_the_drain_hears_why(
     assert (answer.status_code, code_of(answer)) == (503, "draining")
     assert answer.headers["retry-after"] == "1"
     assert [line["outcome"] for line in served.lines() if line["message"] == "request"] == ["cancelled"]
-    assert_nothing_left(home)
+    assert_nothing_left(runner)
 
 
-def test_a_body_that_outlasts_the_drain_does_too(home: House) -> None:
-    served = home.start(server={"drain_delay_s": 0, "drain_s": 0})
+def test_a_body_that_outlasts_the_drain_does_too(runner: GatewayRunner) -> None:
+    served = runner.start(server={"drain_delay_s": 0, "drain_s": 0})
     head = f"POST {PATH} HTTP/1.1\r\nhost: gateway\r\nx-api-key: {DESIGN}\r\ncontent-length: 100\r\n\r\n["
     with socket.create_connection(address_of(served.url), timeout=SOON_S) as connection:
         connection.sendall(head.encode())
@@ -182,35 +182,35 @@ def test_a_body_that_outlasts_the_drain_does_too(home: House) -> None:
 
 
 @pytest.mark.usefixtures("simulator")
-def test_prices_are_purged_from_the_command_line_while_it_runs(home: House) -> None:
+def test_prices_are_purged_from_the_command_line_while_it_runs(runner: GatewayRunner) -> None:
     def purge() -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "proxy", "purge", "--all", "--config", str(home.config())]
-        env = home.environment()
+        command = [sys.executable, "-m", "proxy", "purge", "--all", "--config", str(runner.config())]
+        env = runner.environment()
         return subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=START_S)
 
-    served = home.start()
+    served = runner.start()
     served.ask()
     assert purge().stdout == "purged all prices of the account default\n"
     wait_until(lambda: not is_hit(served.ask()), within_s=2.0)
     assert served.stop() == 0
     stopped = purge()
-    expected = f"estimate-proxy: no gateway is running on {home.data_dir}: start one, or set store.url\n"
+    expected = f"estimate-proxy: no gateway is running on {runner.data_dir}: start one, or set store.url\n"
     assert (stopped.returncode, stopped.stderr) == (2, expected)
 
 
-def test_sigint_leaves_out_the_delay_and_idle_clients_hold_up_nothing(home: House) -> None:
-    served = home.start(server={"drain_delay_s": LONG_S, "drain_s": LONG_S})
+def test_sigint_leaves_out_the_delay_and_idle_clients_hold_up_nothing(runner: GatewayRunner) -> None:
+    served = runner.start(server={"drain_delay_s": LONG_S, "drain_s": LONG_S})
     with served.client() as idle:
         assert idle.post(PATH, content=OTHER).status_code == 200
         served.send(signal.SIGINT)
         assert served.exit_status(within_s=SOON_S) == 0
-    assert_nothing_left(home)
+    assert_nothing_left(runner)
 
 
 def test_a_second_signal_ends_the_delay_and_a_third_one_everything(
-    home: House, simulator: Simulator, pool: ThreadPoolExecutor
+    runner: GatewayRunner, simulator: Simulator, pool: ThreadPoolExecutor
 ) -> None:
-    served = home.start(server={"drain_delay_s": LONG_S, "drain_s": LONG_S})
+    served = runner.start(server={"drain_delay_s": LONG_S, "drain_s": LONG_S})
     with held(served, simulator, pool) as running:
         served.send(signal.SIGTERM)
         wait_until(lambda: served.get("/readyz").status_code == 503)
@@ -221,33 +221,33 @@ def test_a_second_signal_ends_the_delay_and_a_third_one_everything(
         assert served.exit_status(within_s=SOON_S) == 1
         with pytest.raises(httpx2.TransportError):
             running.asked.result()
-    assert served.told("SIGTERM: shutting down") == ["SIGTERM: shutting down"] * 3
-    assert served.told("not all workers finished in time: killing them")
-    assert_nothing_left(home)
+    assert served.messages("SIGTERM: shutting down") == ["SIGTERM: shutting down"] * 3
+    assert served.messages("not all workers finished in time: killing them")
+    assert_nothing_left(runner)
 
 
-def test_a_signal_before_it_serves_ends_it_as_well(home: House) -> None:
-    served = home.begin()
+def test_a_signal_before_it_serves_ends_it_as_well(runner: GatewayRunner) -> None:
+    served = runner.begin()
     wait_until(lambda: any("proxy.processes.worker" in child.cmdline() for child in served.children()))
     assert served.stop() == 0
-    assert_nothing_left(home)
+    assert_nothing_left(runner)
 
 
-def test_a_worker_that_dies_while_draining_is_not_replaced(home: House) -> None:
-    served = home.start(server={"drain_delay_s": LONG_S})
+def test_a_worker_that_dies_while_draining_is_not_replaced(runner: GatewayRunner) -> None:
+    served = runner.start(server={"drain_delay_s": LONG_S})
     served.send(signal.SIGTERM)
-    served.wait_until_told("SIGTERM")
+    served.wait_for_message("SIGTERM")
     kill(served.worker())
     assert served.exit_status(within_s=SOON_S) == 1
-    assert_nothing_left(home)
+    assert_nothing_left(runner)
 
 
 # Deaths of a worker
 
 
 @pytest.mark.usefixtures("simulator")
-def test_a_dead_worker_is_replaced_and_nobody_is_refused(home: House) -> None:
-    served = home.start()
+def test_a_dead_worker_is_replaced_and_nobody_is_refused(runner: GatewayRunner) -> None:
+    served = runner.start()
     served.ask()
     supervisor = psutil.Process(served.process.pid)
     before = supervisor.num_fds()
@@ -259,69 +259,69 @@ def test_a_dead_worker_is_replaced_and_nobody_is_refused(home: House) -> None:
         assert served.worker() != worker
     assert supervisor.num_fds() == before
     assert {child.status() for child in supervisor.children()}.isdisjoint({psutil.STATUS_ZOMBIE})
-    assert served.told("the worker died") == [
+    assert served.messages("the worker died") == [
         "the worker died (status -9): starting another",
         "the worker died (status -9): starting another in 0.5 s",
         "the worker died (status -9): starting another in 1 s",
     ]
-    assert not served.told("store")
+    assert not served.messages("store")
     assert served.stop() == 0
-    assert_nothing_left(home)
+    assert_nothing_left(runner)
 
 
-def total(served: Served, metric: str) -> float:
+def total(served: GatewayProcess, metric: str) -> float:
     """The sum of a metric over all its labels, as `/metrics` tells it."""
     samples = (line.rpartition(" ") for line in served.get("/metrics").text.splitlines())
     return sum(float(value) for name, _, value in samples if name.split("{")[0] == metric)
 
 
 @pytest.mark.usefixtures("simulator")
-def test_several_workers_are_one_gateway(home: House) -> None:
+def test_several_workers_are_one_gateway(runner: GatewayRunner) -> None:
     """One socket, one log, one pair of stores; counters add up, and stay when a worker dies."""
-    served = home.begin("--workers", "3", metrics={"public": True})
+    served = runner.begin("--workers", "3", metrics={"public": True})
     served.wait_until_serving(times=3)
     workers = served.workers()
-    assert len(served.told("serving on ")) == len(workers) == 3
+    assert len(served.messages("serving on ")) == len(workers) == 3
     assert len(served.children()) == 5
     for _ in range(60):
         assert served.ask().status_code == 200
     wait_until(lambda: total(served, "estimate_proxy_requests_total") >= 60)
     kill(workers[0])
     served.wait_until_serving(times=4)
-    assert [line.partition(" died")[0] for line in served.told(" died")] == ["worker 1 of 3"]
+    assert [line.partition(" died")[0] for line in served.messages(" died")] == ["worker 1 of 3"]
     assert {worker.pid for worker in workers[1:]} < {worker.pid for worker in served.workers()}
     assert total(served, "estimate_proxy_requests_total") >= 60, "those of the dead one too"
     wait_until(lambda: _in_flight(served) == 1)
     assert served.stop() == 0
-    assert_nothing_left(home)
+    assert_nothing_left(runner)
 
 
-def _in_flight(served: Served) -> float:
+def _in_flight(served: GatewayProcess) -> float:
     """Over all workers, with this question itself: what one of them has written last may be `FLUSH_AFTER_S` old."""
     time.sleep(2 * FLUSH_AFTER_S)
     return total(served, "estimate_proxy_requests_in_flight")
 
 
 @pytest.mark.usefixtures("simulator")
-def test_no_worker_outlives_the_supervisor(home: House) -> None:
-    served = home.begin("--workers", "3")
+def test_no_worker_outlives_the_supervisor(runner: GatewayRunner) -> None:
+    served = runner.begin("--workers", "3")
     served.wait_until_serving(times=3)
     children = served.children()
     served.send(signal.SIGKILL)
     wait_until_gone(*children)
 
 
-def test_a_worker_that_never_serves_is_given_up(home: House, tmp_path: Path) -> None:
+def test_a_worker_that_never_serves_is_given_up(runner: GatewayRunner, tmp_path: Path) -> None:
     dying = "import os, sys\nif 'proxy.processes.worker' in sys.orig_argv: os._exit(7)\n"
     (tmp_path / "sitecustomize.py").write_text(dying)
-    served = home.begin(env={"PYTHONPATH": str(tmp_path)})
+    served = runner.begin(env={"PYTHONPATH": str(tmp_path)})
     assert served.exit_status() == 1
-    assert served.told("the worker died") == [
+    assert served.messages("the worker died") == [
         "the worker died (status 7): starting another",
         "the worker died (status 7): starting another in 0.5 s",
         "the worker died 3 times before it served (status 7): giving up",
     ]
-    assert_nothing_left(home)
+    assert_nothing_left(runner)
 
 
 def speak_like_redis_6(handler: socketserver.StreamRequestHandler) -> None:
@@ -338,12 +338,12 @@ def _word(requests: BinaryIO) -> bytes:
     return requests.read(size + 2)[:size]
 
 
-def test_a_store_that_is_too_old_is_refused_once(home: House) -> None:
+def test_a_store_that_is_too_old_is_refused_once(runner: GatewayRunner) -> None:
     old_redis = type("OldRedis", (socketserver.StreamRequestHandler,), {"handle": speak_like_redis_6})
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), old_redis) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        served = home.begin(store={"url": f"redis://127.0.0.1:{server.server_address[1]}/0"})
+        served = runner.begin(store={"url": f"redis://127.0.0.1:{server.server_address[1]}/0"})
         status = served.exit_status()
         server.shutdown()
         thread.join()
@@ -359,63 +359,65 @@ def test_a_store_that_is_too_old_is_refused_once(home: House) -> None:
 
 
 @pytest.mark.parametrize(("role", "policy"), [("ledger", "noeviction"), ("price-book", "allkeys-lru")])
-def test_each_store_is_a_server_of_its_own(role: Role, policy: str, home: House) -> None:
-    served = home.start()
+def test_each_store_is_a_server_of_its_own(role: Role, policy: str, runner: GatewayRunner) -> None:
+    served = runner.start()
     assert set(served.children()) == {served.worker(), *map(served.store, ROLES)}
-    with embedded(home, role) as client:
+    with embedded(runner, role) as client:
         expected = {"maxmemory-policy": policy, "appendonly": "yes", "appendfsync": "everysec"}
         assert client.config_get(*expected) == expected
         assert client.info("server")["process_id"] == served.store(role).pid
     assert served.stop() == 0
-    assert_nothing_left(home)
+    assert_nothing_left(runner)
 
 
 @pytest.mark.parametrize(("dies", "lives"), [ROLES, ROLES[::-1]])
-def test_a_dead_store_is_restarted_with_its_data_and_the_other_goes_on(dies: Role, lives: Role, home: House) -> None:
-    served = home.start()
-    put(home)
+def test_a_dead_store_is_restarted_with_its_data_and_the_other_goes_on(
+    dies: Role, lives: Role, runner: GatewayRunner
+) -> None:
+    served = runner.start()
+    put(runner)
     dead, worker, untouched = served.store(dies), served.worker(), served.store(lives)
     kill(dead)
-    served.wait_until_told(f"embedded store {dies} was killed by signal 9 (Killed); embedded store {dies} restarted")
-    wait_until(lambda: keeps(home, dies))
-    assert keeps(home, lives)
+    served.wait_for_message(f"embedded store {dies} was killed by signal 9 (Killed); embedded store {dies} restarted")
+    wait_until(lambda: keeps(runner, dies))
+    assert keeps(runner, lives)
     assert (served.worker(), served.store(lives)) == (worker, untouched)
     assert served.store(dies) != dead
-    assert len(served.told("embedded store")) == 1
+    assert len(served.messages("embedded store")) == 1
     assert served.stop() == 0
-    assert_nothing_left(home)
+    assert_nothing_left(runner)
 
 
 @pytest.mark.usefixtures("simulator")
-def test_sockets_that_were_removed_come_back_and_a_new_worker_finds_them(home: House) -> None:
-    served = home.start()
+def test_sockets_that_were_removed_come_back_and_a_new_worker_finds_them(runner: GatewayRunner) -> None:
+    served = runner.start()
     assert served.ask().status_code == 200
-    put(home)
-    for path in home.runtime.iterdir():
+    put(runner)
+    for path in runner.runtime.iterdir():
         shutil.rmtree(path)
     kill(served.worker())
     served.wait_until_serving(times=2)
     wait_until(lambda: is_served(served.ask()))
-    assert all(keeps(home, role) for role in ROLES)
-    assert len(served.told("lost its socket")) == len(ROLES)
+    assert all(keeps(runner, role) for role in ROLES)
+    assert len(served.messages("lost its socket")) == len(ROLES)
     assert served.stop() == 0
-    assert_nothing_left(home)
+    assert_nothing_left(runner)
 
 
-def test_a_store_that_cannot_start_is_named_and_nothing_is_left(home: House) -> None:
-    manifest = home.data_dir / "ledger" / "appendonlydir" / "appendonly.aof.manifest"
+def test_a_store_that_cannot_start_is_named_and_nothing_is_left(runner: GatewayRunner) -> None:
+    manifest = runner.data_dir / "ledger" / "appendonlydir" / "appendonly.aof.manifest"
     manifest.parent.mkdir(parents=True)
     manifest.write_text("garbage\n")
-    line = home.refused()
+    line = runner.refused()
     assert line.startswith(
         f"estimate-proxy: embedded store ledger: {manifest} is missing or damaged: restore a backup "
     )
-    assert_nothing_left(home)
+    assert_nothing_left(runner)
 
 
 @pytest.mark.usefixtures("simulator")
-def test_without_its_price_book_it_asks_upstream_until_the_price_book_is_back(home: House) -> None:
-    served = home.start()
+def test_without_its_price_book_it_asks_upstream_until_the_price_book_is_back(runner: GatewayRunner) -> None:
+    served = runner.start()
     assert served.ask().status_code == 200
     served.send(signal.SIGSTOP)  # nobody starts another store meanwhile
     kill(served.store("price-book"))
@@ -426,15 +428,17 @@ def test_without_its_price_book_it_asks_upstream_until_the_price_book_is_back(ho
     assert served.get("/readyz").json() == {"status": "ready", "degraded": ["price-book"]}
     served.send(signal.SIGCONT)
     wait_until(lambda: is_hit(served.ask(OTHER)))
-    assert served.told("embedded store price-book was killed by signal 9 (Killed); embedded store price-book restarted")
-    assert 1 <= len(served.told("the price-book's connection fails")) <= 3, "it is one trouble, not one a request"
+    assert served.messages(
+        "embedded store price-book was killed by signal 9 (Killed); embedded store price-book restarted"
+    )
+    assert 1 <= len(served.messages("the price-book's connection fails")) <= 3, "it is one trouble, not one a request"
     assert served.stop() == 0
-    assert_nothing_left(home)
+    assert_nothing_left(runner)
 
 
 @pytest.mark.usefixtures("simulator")
-def test_without_its_ledger_it_refuses_until_the_ledger_is_back(home: House) -> None:
-    served = home.start()
+def test_without_its_ledger_it_refuses_until_the_ledger_is_back(runner: GatewayRunner) -> None:
+    served = runner.start()
     assert served.ask().status_code == 200
     served.send(signal.SIGSTOP)  # nobody starts another ledger meanwhile
     kill(served.store("ledger"))
@@ -443,10 +447,10 @@ def test_without_its_ledger_it_refuses_until_the_ledger_is_back(home: House) -> 
     assert served.get("/readyz").json() == {"status": "ready", "degraded": ["ledger"]}
     served.send(signal.SIGCONT)
     wait_until(lambda: served.ask().status_code == 200)
-    assert 1 <= len(served.told("the ledger's connection fails")) <= 3, "it is one trouble, not one a request"
-    assert not served.told("price-book")
+    assert 1 <= len(served.messages("the ledger's connection fails")) <= 3, "it is one trouble, not one a request"
+    assert not served.messages("price-book")
     assert served.stop() == 0
-    assert_nothing_left(home)
+    assert_nothing_left(runner)
 
 
 # Death of the supervisor
@@ -454,11 +458,11 @@ def test_without_its_ledger_it_refuses_until_the_ledger_is_back(home: House) -> 
 
 @pytest.mark.parametrize("worker_is", ["idle", "waiting for upstream", "stopped"])
 def test_nothing_outlives_the_supervisor_and_the_next_one_takes_over(
-    worker_is: str, home: House, simulator: Simulator, pool: ThreadPoolExecutor
+    worker_is: str, runner: GatewayRunner, simulator: Simulator, pool: ThreadPoolExecutor
 ) -> None:
-    served = home.start()
+    served = runner.start()
     price = served.ask().content
-    put(home)
+    put(runner)
     worker, stores = served.worker(), [served.store(role) for role in ROLES]
     if worker_is == "stopped":
         worker.suspend()
@@ -471,25 +475,25 @@ def test_nothing_outlives_the_supervisor_and_the_next_one_takes_over(
         served.process.kill()
     wait_until_gone(worker, *stores)
 
-    following = home.start()
+    following = runner.start()
     answer = following.ask()
     assert is_hit(answer)
     assert answer.content == price
-    assert all(keeps(home, role) for role in ROLES)
-    assert len(list(home.runtime.iterdir())) == 1, "the dead one's sockets are cleared away"
+    assert all(keeps(runner, role) for role in ROLES)
+    assert len(list(runner.runtime.iterdir())) == 1, "the dead one's sockets are cleared away"
 
 
-def test_a_worker_whose_supervisor_dies_goes_by_itself_too(home: House, tmp_path: Path) -> None:
+def test_a_worker_whose_supervisor_dies_goes_by_itself_too(runner: GatewayRunner, tmp_path: Path) -> None:
     """Where the kernel does not end it: nowhere but on Linux does it."""
     elsewhere = (
         "import sys\nfrom proxy.embedded import child\nchild.sys = type('Elsewhere', (), {'platform': 'darwin'})\n"
     )
     (tmp_path / "sitecustomize.py").write_text(elsewhere)
-    served = home.start(env={"PYTHONPATH": str(tmp_path)})
+    served = runner.start(env={"PYTHONPATH": str(tmp_path)})
     worker, stores = served.worker(), [served.store(role) for role in ROLES]
     served.process.kill()
     wait_until_gone(worker)
-    assert served.told("the supervisor has died: stopping")
+    assert served.messages("the supervisor has died: stopping")
     for store in stores:
         kill(store)
 
@@ -510,24 +514,24 @@ def test_a_worker_whose_supervisor_dies_before_the_stores_have_started_ends() ->
 # Where it cannot be
 
 
-def test_a_data_directory_has_one_gateway(home: House) -> None:
-    first = home.start()
-    line = home.refused()
+def test_a_data_directory_has_one_gateway(runner: GatewayRunner) -> None:
+    first = runner.start()
+    line = runner.refused()
     assert line == (
         f"estimate-proxy: another gateway (pid {first.process.pid}), or a Valkey server that it left behind, is using "
-        f"{home.data_dir}: end it, or set store.data_dir to another directory"
+        f"{runner.data_dir}: end it, or set store.data_dir to another directory"
     )
     assert first.get("/readyz").json()["degraded"] == []
 
 
-def test_a_port_that_is_taken_is_named(home: House) -> None:
+def test_a_port_that_is_taken_is_named(runner: GatewayRunner) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        line = home.refused("--port", str(port))
+        line = runner.refused("--port", str(port))
     assert line == (
         f"estimate-proxy: cannot listen on 127.0.0.1:{port}: Address already in use; choose another port with --port"
     )
-    assert not home.data_dir.exists()
+    assert not runner.data_dir.exists()
 
 
 @pytest.mark.parametrize(
@@ -538,59 +542,59 @@ def test_a_port_that_is_taken_is_named(home: House) -> None:
         ("2001:db8::1", "[2001:db8::1]:0: "),
     ],
 )
-def test_a_host_that_is_not_this_one_is_named(host: str, reason: str, home: House) -> None:
-    line = home.refused("--host", host)
+def test_a_host_that_is_not_this_one_is_named(host: str, reason: str, runner: GatewayRunner) -> None:
+    line = runner.refused("--host", host)
     assert line.startswith(f"estimate-proxy: cannot listen on {reason}")
     assert line.endswith("; choose another address with --host")
 
 
 @pytest.mark.usefixtures("simulator")
-def test_it_listens_on_ipv6_where_there_is_any(home: House) -> None:
+def test_it_listens_on_ipv6_where_there_is_any(runner: GatewayRunner) -> None:
     if not has_ipv6():
-        assert home.refused("--host", "::1").startswith("estimate-proxy: cannot listen on [::1]:0: ")
+        assert runner.refused("--host", "::1").startswith("estimate-proxy: cannot listen on [::1]:0: ")
         return
-    served = home.start("--host", "::1")
+    served = runner.start("--host", "::1")
     assert served.url.startswith("http://[::1]:")
     assert served.ask().status_code == 200
 
 
 @pytest.mark.usefixtures("simulator")
-def test_with_a_store_of_ones_own_none_is_started(home: House, any_store_url: str) -> None:
-    served = home.start(store={"url": any_store_url})
+def test_with_a_store_of_ones_own_none_is_started(runner: GatewayRunner, any_store_url: str) -> None:
+    served = runner.start(store={"url": any_store_url})
     question = b'[{"model":"of %d"}]' % served.process.pid
     assert not is_hit(served.ask(question))
     assert is_hit(served.ask(question))
     assert served.children() == [served.worker()]
-    assert not home.data_dir.exists()
-    assert list(home.runtime.iterdir()) == []
+    assert not runner.data_dir.exists()
+    assert list(runner.runtime.iterdir()) == []
     assert served.stop() == 0
 
 
 @pytest.mark.usefixtures("simulator")
-def test_with_a_price_book_of_ones_own_only_the_ledger_is_started(home: House, valkey_url: str) -> None:
-    served = home.start(cache={"url": valkey_url})
+def test_with_a_price_book_of_ones_own_only_the_ledger_is_started(runner: GatewayRunner, valkey_url: str) -> None:
+    served = runner.start(cache={"url": valkey_url})
     question = b'[{"model":"of %d"}]' % served.process.pid
     assert not is_hit(served.ask(question))
     assert is_hit(served.ask(question))
     assert set(served.children()) == {served.worker(), served.store("ledger")}
-    assert not (home.data_dir / "price-book").exists()
+    assert not (runner.data_dir / "price-book").exists()
     assert served.stop() == 0
-    assert_nothing_left(home)
+    assert_nothing_left(runner)
 
 
 # What an operator sees of its processes
 
 
-def test_its_processes_are_readable_and_show_no_setting(home: House) -> None:
-    served = home.start(env={"ESTIMATE_PROXY_LOG__LEVEL": "debug", "REDIS_URL": ""})
+def test_its_processes_are_readable_and_show_no_setting(runner: GatewayRunner) -> None:
+    served = runner.start(env={"ESTIMATE_PROXY_LOG__LEVEL": "debug", "REDIS_URL": ""})
     assert served.worker().cmdline()[:3] == [sys.executable, "-m", "proxy.processes.worker"]
     assert not [name for name in served.worker().environ() if name.startswith("ESTIMATE_PROXY_")]
     assert [served.store(role).environ() for role in ROLES] == [{}, {}]
 
 
-def test_a_folder_with_a_proxy_of_its_own_is_no_trap(home: House, tmp_path: Path) -> None:
+def test_a_folder_with_a_proxy_of_its_own_is_no_trap(runner: GatewayRunner, tmp_path: Path) -> None:
     (tmp_path / "proxy.py").write_text("raise SystemExit('this is not the gateway')")
     command = shutil.which("estimate-proxy", path=str(Path(sys.executable).parent))
     assert command is not None
-    served = home.start(command=[command])
+    served = runner.start(command=[command])
     assert served.get("/healthz").json() == {"status": "alive"}

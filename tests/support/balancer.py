@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from itertools import count
 
-from processes import address_of
+from gateway_process import address_of
 
 PROBE_EVERY_S = 0.1
 CHUNK_BYTES = 65536

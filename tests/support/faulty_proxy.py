@@ -21,7 +21,7 @@ WITHIN_S = 10.0
 
 
 @dataclass(frozen=True)
-class Way:
+class Conditions:
     """What becomes of replies, and of whoever connects.
 
     latency_s: before each piece of a reply, and before anything passes on a new connection.
@@ -40,7 +40,7 @@ class Way:
     accepts: bool = True
 
 
-GOOD = Way()
+HEALTHY = Conditions()
 
 
 @dataclass(eq=False)
@@ -57,7 +57,7 @@ class _Line:
     forgotten: bool = False
 
 
-class Relay:
+class FaultyProxy:
     """A way to the server at a URL, of any scheme. `url` is that of the relay."""
 
     def __init__(self, server_url: str) -> None:
@@ -65,42 +65,42 @@ class Relay:
         self.swallowed = threading.Event()
         """Set when a reply has been lost."""
         self._server = urlsplit(server_url)
-        self._way = GOOD
+        self._conditions = HEALTHY
         self._lines: set[_Line] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def become(self, way: Way) -> None:
+    def set_conditions(self, store_proxy: Conditions) -> None:
         """From now on, for connections that are there as well."""
         self.swallowed.clear()
-        self._way = way
+        self._conditions = store_proxy
 
     @contextmanager
-    def being(self, way: Way) -> Iterator[None]:
+    def under(self, store_proxy: Conditions) -> Iterator[None]:
         """For a while; where nobody gets through, those who did are torn off."""
-        self.become(way)
-        if not way.accepts:
-            self.tear()
+        self.set_conditions(store_proxy)
+        if not store_proxy.accepts:
+            self.reset_connections()
         try:
             yield
         finally:
-            self.become(GOOD)
+            self.set_conditions(HEALTHY)
 
-    def tear(self) -> None:
+    def reset_connections(self) -> None:
         """Resets all connections; returns when that is done."""
         asyncio.run_coroutine_threadsafe(self._close_all(_tear), self._loop).result(WITHIN_S)
 
-    def forget(self) -> None:
+    def drop_silently(self) -> None:
         """All connections that are there lead nowhere from now on, as behind a firewall that has dropped its table."""
         for line in list(self._lines):
             line.forgotten = True
 
-    def lead_to(self, server_url: str) -> None:
+    def redirect_to(self, server_url: str) -> None:
         """New connections go to another server, as when a name is given to it; those that are there stay."""
         self._server = urlsplit(server_url)
 
     def cut(self) -> None:
         """Nobody gets through any more: connections are closed, as by a server that ends."""
-        self.become(Way(accepts=False))
+        self.set_conditions(Conditions(accepts=False))
         asyncio.run_coroutine_threadsafe(self._close_all(StreamWriter.close), self._loop).result(WITHIN_S)
 
     async def serve(self, ready: threading.Event) -> None:
@@ -124,7 +124,7 @@ class Relay:
         await asyncio.sleep(0)  # that is when sockets are closed
 
     async def _welcome(self, reader: StreamReader, client: StreamWriter) -> None:
-        if not self._way.accepts or len(self._lines) == MAX_CONNECTIONS:
+        if not self._conditions.accepts or len(self._lines) == MAX_CONNECTIONS:
             _tear(client)
             return
         line = _Line(client, self._loop.time())
@@ -138,7 +138,7 @@ class Relay:
     async def _relay(self, reader: StreamReader, line: _Line) -> None:
         """Until either side closes; then the other is closed too."""
         with suppress(OSError):
-            await asyncio.sleep(self._way.latency_s)
+            await asyncio.sleep(self._conditions.latency_s)
             from_server, server = await self._connect()
             both = {
                 asyncio.ensure_future(self._pass_on(reader, server, line)),
@@ -159,8 +159,10 @@ class Relay:
     async def _pass_on(self, reader: StreamReader, server: StreamWriter, line: _Line) -> None:
         with suppress(OSError):
             while chunk := await reader.read(CHUNK):
-                line.mute |= self._way.swallows is not None and self._way.swallows in chunk
-                line.forgotten |= not self._way.carries or self._loop.time() - line.active_at > self._way.patience_s
+                line.mute |= self._conditions.swallows is not None and self._conditions.swallows in chunk
+                line.forgotten |= (
+                    not self._conditions.carries or self._loop.time() - line.active_at > self._conditions.patience_s
+                )
                 line.active_at = self._loop.time()
                 if not line.forgotten:
                     server.write(chunk)
@@ -175,8 +177,8 @@ class Relay:
                 if line.mute:
                     self.swallowed.set()
                     continue
-                for piece in _pieces(chunk, self._way.piece_bytes):
-                    await asyncio.sleep(self._way.latency_s)
+                for piece in _pieces(chunk, self._conditions.piece_bytes):
+                    await asyncio.sleep(self._conditions.latency_s)
                     line.client.write(piece)
                     await line.client.drain()
         if line.forgotten:
@@ -195,9 +197,9 @@ def _tear(client: StreamWriter) -> None:
 
 
 @contextmanager
-def relay(server_url: str) -> Iterator[Relay]:
+def proxy_to(server_url: str) -> Iterator[FaultyProxy]:
     """A relay that runs."""
-    found, ready = Relay(server_url), threading.Event()
+    found, ready = FaultyProxy(server_url), threading.Event()
     thread = threading.Thread(target=lambda: asyncio.run(found.serve(ready)))
     thread.start()
     assert ready.wait(WITHIN_S), "the relay does not start"

@@ -21,7 +21,7 @@ import redis
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway_fixture import API_KEY, PATH, answers, cache_status
-from processes import SOON_S, Served, Tree, house
+from gateway_process import SOON_S, GatewayProcess, Tree, gateway_runner
 from proxy.auth import digest_of, token_of
 from proxy.cache.account_book import BOOK_REREAD_S
 from proxy.cache.leases import LEASE_S
@@ -44,21 +44,21 @@ class Fleet:
     """`name` begins the names of its accounts: fleets share a store, not prices."""
 
     name: str
-    gateways: Sequence[Served]
+    gateways: Sequence[GatewayProcess]
     clients: Sequence[httpx2.Client]
     store: redis.Redis
     pool: ThreadPoolExecutor
     _letters: Iterator[str] = field(default_factory=lambda: iter(string.ascii_uppercase))
 
-    def crew(self) -> "Crew":
-        return Crew(self, next(self._letters))
+    def team(self) -> "TeamClient":
+        return TeamClient(self, next(self._letters))
 
     def leases(self) -> list[Any]:
         return list(self.store.scan_iter("ep1:*:lease"))
 
 
 @dataclass(frozen=True)
-class Crew:
+class TeamClient:
     """A team with an account of its own, and so with a book, a balance and circuits of its own, at every gateway."""
 
     fleet: Fleet
@@ -132,9 +132,9 @@ def fleet_of(
 ) -> Iterator[Fleet]:
     """So many gateways on the store at that URL; `env` is given to the first ones."""
     name = secrets.token_hex(4)
-    with house(folder, upstream_url) as home, ExitStack() as opened:
+    with gateway_runner(folder, upstream_url) as runner, ExitStack() as opened:
         how: dict[str, Any] = _sections(name, store_url, sections)
-        gateways = [home.begin(env=variables, **how) for variables in (*env, *[{}] * (count - len(env)))]
+        gateways = [runner.begin(env=variables, **how) for variables in (*env, *[{}] * (count - len(env)))]
         for served in gateways:
             served.wait_until_serving()
         clients = [opened.enter_context(served.client()) for served in gateways]
@@ -165,7 +165,7 @@ def limiting(**quotas: Sequence[Tree]) -> dict[str, str]:
     return {f"{PREFIX}{section.upper()}__QUOTAS": json.dumps(limits) for section, limits in quotas.items()}
 
 
-class OwnLedger:
+class StoreProcess:
     """A store as a gateway embeds it. It can be killed, and comes back with its data under its URL."""
 
     def __init__(self, folder: Path, lock_fd: int) -> None:
@@ -192,10 +192,10 @@ class OwnLedger:
 
 
 @contextmanager
-def own_ledger() -> Iterator[OwnLedger]:
+def store_process() -> Iterator[StoreProcess]:
     """One that is not started yet."""
     with tempfile.TemporaryDirectory(prefix="ep-l-") as folder, (Path(folder) / "lock").open("wb") as lock:
-        ledger = OwnLedger(Path(folder), lock.fileno())
+        ledger = StoreProcess(Path(folder), lock.fileno())
         try:
             yield ledger
         finally:

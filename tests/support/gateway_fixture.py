@@ -45,7 +45,7 @@ class UpstreamFixture:
 
 
 @dataclass
-class Scene:
+class GatewayFixture:
     """What a test plays with. `client` speaks for the team `design`."""
 
     url: str
@@ -82,7 +82,7 @@ class Scene:
             return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
-Opened = Callable[..., Scene]
+OpenGateway = Callable[..., GatewayFixture]
 
 
 def settings(store_url: str, upstream_url: str, **sections: dict[str, Any]) -> Settings:
@@ -104,7 +104,7 @@ def settings(store_url: str, upstream_url: str, **sections: dict[str, Any]) -> S
 
 
 @contextmanager
-def gateway(configured: Settings, store_url: str, simulator: Simulator) -> Iterator[Scene]:
+def running_gateway(configured: Settings, store_url: str, simulator: Simulator) -> Iterator[GatewayFixture]:
     """The gateway that `configured` describes, as a scene."""
     tracker, metrics = InFlightTracker(), Metrics(configured.teams, configured.accounts)
     with (
@@ -112,7 +112,7 @@ def gateway(configured: Settings, store_url: str, simulator: Simulator) -> Itera
         httpx2.Client(base_url=url, trust_env=False, headers={"x-api-key": DESIGN}, timeout=10) as client,
         redis.Redis.from_url(store_url) as store,
     ):
-        yield Scene(url, client, simulator, store, tracker, metrics)
+        yield GatewayFixture(url, client, simulator, store, tracker, metrics)
 
 
 def break_off(connection: socket.socket) -> None:

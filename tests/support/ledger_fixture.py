@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo
 import pytest
 import redis
 
-from faulty_proxy import Relay
+from faulty_proxy import FaultyProxy
 from proxy.problems import Outcome, StoreUnavailable
 from proxy.quota.backlog import BufferedDebit, FlushBatch
 from proxy.quota.batches import LedgerBatcher
@@ -58,11 +58,11 @@ def largest_flush(name: str, counters: CounterSet, charge: Charge) -> FlushBatch
 
 
 @dataclass
-class Desk:
+class LedgerFixture:
     """A gateway's ledger, and what it is made of."""
 
     ledger: Ledger
-    decisions: LedgerBatcher
+    batcher: LedgerBatcher
     metrics: Metrics
 
     def metric(self, name: str) -> float:
@@ -96,39 +96,39 @@ class Desk:
                 await asyncio.sleep(0.005)
 
 
-Scenario = Callable[[Desk], Coroutine[Any, Any, None]]
+Scenario = Callable[[LedgerFixture], Coroutine[Any, Any, None]]
 
 
 @asynccontextmanager
-async def opened(url: str, *, admits: bool = False) -> AsyncIterator[Desk]:
+async def opened(url: str, *, admits: bool = False) -> AsyncIterator[LedgerFixture]:
     metrics = Metrics()
     store = Store(url, "ledger")
-    decisions = LedgerBatcher(store, KEYS, ZONE, metrics)
-    ledger = Ledger(decisions, metrics, admits_on_outage=admits)
+    batcher = LedgerBatcher(store, KEYS, ZONE, metrics)
+    ledger = Ledger(batcher, metrics, admits_on_outage=admits)
     await ledger.open()
     try:
-        yield Desk(ledger, decisions, metrics)
+        yield LedgerFixture(ledger, batcher, metrics)
     finally:
         await ledger.close(5)
         await store.close()
 
 
-def play(url: str, story: Scenario, *, admits: bool = False) -> None:
+def run_scenario(url: str, scenario: Scenario, *, admits: bool = False) -> None:
     """Tells a story of one gateway."""
 
     async def tell() -> None:
-        async with asyncio.timeout(30), opened(url, admits=admits) as desk:
-            await story(desk)
+        async with asyncio.timeout(30), opened(url, admits=admits) as fixture:
+            await scenario(fixture)
 
     asyncio.run(tell())
 
 
-async def cut(way: Relay) -> None:
+async def cut(store_proxy: FaultyProxy) -> None:
     """The ledger is out of reach, and the loop has seen how its connections were closed."""
-    await asyncio.to_thread(way.cut)
+    await asyncio.to_thread(store_proxy.cut)
 
 
-class Skewed:
+class SkewedClock:
     """A gateway's clock that is wrong."""
 
     def __init__(self) -> None:

@@ -9,10 +9,10 @@ from itertools import count
 
 import httpx2
 
-from fleet import Crew
+from fleet import TeamClient
 from gateway_fixture import cache_status, code_of
-from ledger_snapshot import books_of
-from processes import Served, Tree
+from gateway_process import GatewayProcess, Tree
+from ledger_snapshot import snapshot_of
 from serving import wait_until
 
 LANES = 4
@@ -33,7 +33,7 @@ def new_body() -> bytes:
 
 
 @dataclass(frozen=True)
-class Told:
+class TimedAnswer:
     """An answer, and how long it took as its client sees it."""
 
     answer: httpx2.Response
@@ -46,41 +46,43 @@ class Told:
         return f"{status} {cache_status(self.answer).split(';')[0] if status == 200 else code_of(self.answer)}"
 
 
-def timed(crew: Crew, at: int, body: bytes) -> Told:
+def timed(team: TeamClient, at: int, body: bytes) -> TimedAnswer:
     began = time.monotonic()
-    answer = crew.ask(at, body)
-    return Told(answer, time.monotonic() - began)
+    answer = team.ask(at, body)
+    return TimedAnswer(answer, time.monotonic() - began)
 
 
-class Crowd:
+class LoadGenerator:
     """Asks one gateway from now on, for so long: each of its members one question after the other."""
 
-    def __init__(self, crew: Crew, at: int, body: Callable[[], bytes], *, for_s: float) -> None:
+    def __init__(self, team: TeamClient, at: int, body: Callable[[], bytes], *, for_s: float) -> None:
         until = time.monotonic() + for_s
 
-        def lane() -> Iterator[Told]:
+        def lane() -> Iterator[TimedAnswer]:
             while time.monotonic() < until:
-                yield timed(crew, at, body())
+                yield timed(team, at, body())
                 time.sleep(PAUSE_S)
 
-        self._lanes: list[Future[list[Told]]] = [crew.fleet.pool.submit(lambda: list(lane())) for _ in range(LANES)]
+        self._lanes: list[Future[list[TimedAnswer]]] = [
+            team.fleet.pool.submit(lambda: list(lane())) for _ in range(LANES)
+        ]
 
-    def told(self) -> list[Told]:
+    def answers(self) -> list[TimedAnswer]:
         return [told for lane in self._lanes for told in lane.result(30)]
 
 
-def slowest_s(told: Sequence[Told]) -> float:
+def slowest_s(told: Sequence[TimedAnswer]) -> float:
     return max(one.seconds for one in told)
 
 
-def answered(told: Sequence[Told]) -> int:
+def answered(told: Sequence[TimedAnswer]) -> int:
     return sum(one.answer.status_code == 200 for one in told)
 
 
-class Log:
+class LogTail:
     """What a gateway says from now on, but for its line about each request."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: GatewayProcess) -> None:
         self._served = served
         self._before = len(served.lines())
 
@@ -88,10 +90,10 @@ class Log:
         lines = self._served.lines()[self._before :]
         return [line["message"] for line in lines if line["message"] != "request"]
 
-    def told(self, text: str) -> list[str]:
+    def messages(self, text: str) -> list[str]:
         return [message for message in self.said() if text in message]
 
-    def tells_of_one_trouble(self, fails: str, ends: str) -> None:
+    def assert_one_incident(self, fails: str, ends: str) -> None:
         """It has begun, perhaps with more than one reason, and it is over; each of that was said once."""
         wait_until(lambda: any(line.startswith(ends) for line in self.said()))  # lines are written a moment later
         *begins, end = (line for line in self.said() if line.startswith((fails, ends)))
@@ -112,9 +114,9 @@ def degraded(client: httpx2.Client) -> list[str]:
     return list(answer.json()["degraded"])
 
 
-def assert_booked(crew: Crew, answers: int, *, at: int = 0, perhaps: int = 0) -> None:
+def assert_booked(team: TeamClient, answers: int, *, at: int = 0, perhaps: int = 0) -> None:
     """All that was answered is on the books, once; of what was not, no more than what went out without a reply."""
-    books = books_of(crew, at)
+    books = snapshot_of(team, at)
     requests, credits_used = books.usage["requests"], books.usage["estimated_credits"]
     assert books.used == [credits_used, requests]
     assert sum(books.usage["outcomes"].values()) == requests + books.usage["refused"]

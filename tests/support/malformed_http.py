@@ -37,7 +37,7 @@ REQUEST_LINES = [
     ("GET /a\x7f HTTP/1.1", 400),
 ]
 
-HOSTS: list[tuple[str | None, int]] = [
+SERVER_POOL: list[tuple[str | None, int]] = [
     ("h", 200),
     ("", 200),
     ("h:8080", 200),
@@ -113,7 +113,7 @@ NOT_CHUNKED = [
 def refused_heads() -> dict[bytes, int]:
     """All of the heads that are refused, with their statuses."""
     every = {head(line): status for line, status in REQUEST_LINES}
-    every |= {head(host=host): status for host, status in HOSTS}
+    every |= {head(host=host): status for host, status in SERVER_POOL}
     every |= {head("POST / HTTP/1.1", *fields): status for fields, status in FIELDS}
     every |= {head("POST / HTTP/1.0", "Transfer-Encoding: chunked"): 400, head().replace(b"\r\n", b"\n", 1): 400}
     return {text: status for text, status in every.items() if status != 200}

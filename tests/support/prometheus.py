@@ -17,8 +17,8 @@ from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as read_text
 
+from gateway_process import START_S
 from metric_names import families, metric_labels
-from processes import START_S
 from programs import program
 from proxy.auth import token_of
 from proxy.quota.windows import Period

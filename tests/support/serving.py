@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from proxy.http.server import Server
 
 
-class Host:
+class ServerThread:
     """A server that lasts, with room for one application at a time."""
 
     def __init__(self) -> None:
@@ -60,31 +60,31 @@ class Host:
         asyncio.run_coroutine_threadsafe(opened.enter_async_context(lifespan), self._loop).result()
 
 
-class Hosts:
+class ServerPool:
     """The servers that are free."""
 
     def __init__(self) -> None:
-        self.free: list[Host] = []
+        self.free: list[ServerThread] = []
 
     def close(self) -> None:
         for host in self.free:
             host.close()
 
 
-HOSTS = Hosts()
+SERVER_POOL = ServerPool()
 
 
 @contextmanager
 def serving(app: ASGIApp) -> Iterator[str]:
     """Runs `app`, lifespan and all, and gives its base URL."""
-    host = HOSTS.free.pop() if HOSTS.free else Host()
+    host = SERVER_POOL.free.pop() if SERVER_POOL.free else ServerThread()
     try:
         with host.serving(app):
             yield host.url
     except BaseException:
         host.close()
         raise
-    HOSTS.free.append(host)
+    SERVER_POOL.free.append(host)
 
 
 def free_port() -> int:

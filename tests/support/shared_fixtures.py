@@ -13,19 +13,19 @@ from typing import Any
 import pytest
 import redis
 
-from faulty_proxy import Relay, relay
-from gateway_fixture import API_KEY, Opened, Scene, UpstreamFixture, gateway, settings
+from faulty_proxy import FaultyProxy, proxy_to
+from gateway_fixture import API_KEY, GatewayFixture, OpenGateway, UpstreamFixture, running_gateway, settings
 from programs import program
 from proxy.demo.simulator import Simulator
 from proxy.embedded.stores import EmbeddedStores
-from serving import HOSTS, serving, wait_until
+from serving import SERVER_POOL, serving, wait_until
 
 
 @pytest.fixture(scope="session", autouse=True)
 def close_servers() -> Iterator[None]:
     """Stops the servers in threads of this process after the last test."""
     yield
-    HOSTS.close()
+    SERVER_POOL.close()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -89,8 +89,8 @@ def server(any_store_url: str) -> Iterator[redis.Redis]:
 
 
 @pytest.fixture
-def way(any_store_url: str) -> Iterator[Relay]:
-    with relay(any_store_url) as found:
+def store_proxy(any_store_url: str) -> Iterator[FaultyProxy]:
+    with proxy_to(any_store_url) as found:
         yield found
 
 
@@ -108,20 +108,20 @@ def simulator(upstream: UpstreamFixture) -> Simulator:
 
 
 @pytest.fixture
-def open_gateway(valkey_url: str, upstream: UpstreamFixture, simulator: Simulator) -> Iterator[Opened]:
+def open_gateway(valkey_url: str, upstream: UpstreamFixture, simulator: Simulator) -> Iterator[OpenGateway]:
     """Opens gateways with the given sections of settings, and closes them after the test."""
     with redis.Redis.from_url(valkey_url) as client:
         client.flushall()
     with ExitStack() as opened:
 
-        def enter(**sections: dict[str, Any]) -> Scene:
+        def enter(**sections: dict[str, Any]) -> GatewayFixture:
             configured = settings(valkey_url, upstream.url, **sections)
-            scene: AbstractContextManager[Scene] = gateway(configured, valkey_url, simulator)
-            return opened.enter_context(scene)
+            gateway: AbstractContextManager[GatewayFixture] = running_gateway(configured, valkey_url, simulator)
+            return opened.enter_context(gateway)
 
         yield enter
 
 
 @pytest.fixture
-def scene(open_gateway: Opened) -> Scene:
+def gateway(open_gateway: OpenGateway) -> GatewayFixture:
     return open_gateway()

@@ -102,7 +102,7 @@ class Member:
 
 
 @dataclass
-class Stage:
+class ServerGroup:
     """Where members are started, and ended."""
 
     program: str
@@ -119,14 +119,14 @@ class Stage:
 
 
 @contextmanager
-def stage_of(brand: str) -> Iterator[Stage]:
+def server_group(brand: str) -> Iterator[ServerGroup]:
     program = program_of(brand)
     with tempfile.TemporaryDirectory(prefix="ep-t-") as folder, ExitStack() as opened:
-        yield Stage(program, Path(folder), opened)
+        yield ServerGroup(program, Path(folder), opened)
 
 
 @dataclass
-class Watched:
+class SentinelSetup:
     """A primary and its replica, with three Sentinels."""
 
     servers: list[Member]
@@ -149,20 +149,20 @@ class Watched:
 
 
 @contextmanager
-def watched(
+def sentinel_setup(
     brand: str,
     *,
     password: str = "",
     sentinel_password: str = "",
     sentinel_lines: Sequence[str] = (),
     sentinel_access: Mapping[str, str] | None = None,
-) -> Iterator[Watched]:
+) -> Iterator[SentinelSetup]:
     """`sentinel_access` is how this test logs in to Sentinels whose `sentinel_lines` have users."""
-    with stage_of(brand) as stage:
+    with server_group(brand) as group:
         own = (f"requirepass {password}", f"masterauth {password}") if password else ()
         known: dict[str, Any] = {"password": password or None}
-        primary = stage.member(*own, **known)
-        replica = stage.member(*own, f"replicaof {LOCAL} {primary.port}", **known)
+        primary = group.member(*own, **known)
+        replica = group.member(*own, f"replicaof {LOCAL} {primary.port}", **known)
         monitor = [
             f"sentinel monitor {NAME} {LOCAL} {primary.port} 2",
             f"sentinel down-after-milliseconds {NAME} {DOWN_MS}",
@@ -173,9 +173,9 @@ def watched(
         ]
         wait_until(lambda: replica.answers() and replica.info("replication", "master_link_status") == "up")
         asked: dict[str, Any] = {"password": sentinel_password or None, **(sentinel_access or {})}
-        sentinels = [stage.member(*monitor, options=["--sentinel"], **asked) for _ in range(3)]
+        sentinels = [group.member(*monitor, options=["--sentinel"], **asked) for _ in range(3)]
         wait_until(lambda: all(map(_knows_all, sentinels)), within_s=20)
-        yield Watched([primary, replica], sentinels)
+        yield SentinelSetup([primary, replica], sentinels)
 
 
 def _knows_all(sentinel: Member) -> bool:
@@ -235,8 +235,8 @@ class Cluster:
 
 @contextmanager
 def cluster(brand: str) -> Iterator[Cluster]:
-    with stage_of(brand) as stage:
-        members = [stage.member(*_cluster_lines(free_port())) for _ in range(6)]
+    with server_group(brand) as group:
+        members = [group.member(*_cluster_lines(free_port())) for _ in range(6)]
         for member in members:
             wait_until(member.answers)
         names = {member.port: _text(member.ask("CLUSTER", "MYID")) for member in members}

@@ -5,7 +5,7 @@ import socket
 from collections.abc import Iterator
 from typing import Self
 
-from gateway_fixture import DESIGN, PATH, Scene
+from gateway_fixture import DESIGN, PATH, GatewayFixture
 
 
 def post(body: bytes, *fields: str, length: bool = True) -> bytes:
@@ -43,6 +43,6 @@ class Reader:
 
 
 @contextlib.contextmanager
-def talking(scene: Scene) -> Iterator[tuple[socket.socket, Reader]]:
-    with scene.connect() as connection, Reader(connection) as reader:
+def talking(gateway: GatewayFixture) -> Iterator[tuple[socket.socket, Reader]]:
+    with gateway.connect() as connection, Reader(connection) as reader:
         yield connection, reader

@@ -85,12 +85,12 @@ def test_clear_text_needs_insecure(read: Read, problems_of: Problems) -> None:
     assert list(problems_of(clear, {f"{ENV}UPSTREAM__INSECURE": CANARY})) == ["upstream.insecure"]
 
 
-HOSTS = (
+SERVER_POOL = (
     st.text("az09.-_[]:@%\\/é ", max_size=12) | st.from_regex(r"\A(\d{1,3}\.){3}\d{1,4}\Z") | st.ip_addresses().map(str)
 )
 
 
-@given(host=HOSTS, path=st.text(st.characters(exclude_categories=["Cs"]), max_size=8))
+@given(host=SERVER_POOL, path=st.text(st.characters(exclude_categories=["Cs"]), max_size=8))
 @example(host="a[b]", path="")
 @example(host="[::1]a:1", path="")
 @example(host="[::1]:", path="%zz/../é")

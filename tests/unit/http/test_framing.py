@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from malformed_http import FIELDS, HOSTS, NOT_CHUNKED, REQUEST_LINES, head
+from malformed_http import FIELDS, NOT_CHUNKED, REQUEST_LINES, SERVER_POOL, head
 from proxy.http.framing import (
     CHUNK_FRAMING_BYTES,
     MAX_HEAD_BYTES,
@@ -63,7 +63,7 @@ def test_request_lines(line: str, status: int) -> None:
     assert status_of(head(line)) == status
 
 
-@pytest.mark.parametrize(("host", "status"), HOSTS)
+@pytest.mark.parametrize(("host", "status"), SERVER_POOL)
 def test_hosts(host: str | None, status: int) -> None:
     assert status_of(head(host=host)) == status
 

@@ -33,7 +33,7 @@ GONE_S = 5.0
 Tree = dict[str, Any]
 
 
-class Served:
+class GatewayProcess:
     """One `serve` process that writes its log lines, and whatever else it says, into `log`."""
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -46,19 +46,19 @@ class Served:
         """The log so far; what is no JSON stands under `message`."""
         return [_parse(line) for line in self.log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
-    def told(self, text: str) -> list[str]:
+    def messages(self, text: str) -> list[str]:
         """The messages so far that have `text` in them."""
         return [line["message"] for line in self.lines() if text in line["message"]]
 
-    def wait_until_told(self, text: str, *, times: int = 1) -> str:
+    def wait_for_message(self, text: str, *, times: int = 1) -> str:
         """The newest message with `text` in it, once there are so many."""
-        wait_until(lambda: self.process.poll() is not None or len(self.told(text)) >= times, within_s=START_S)
-        found = self.told(text)
+        wait_until(lambda: self.process.poll() is not None or len(self.messages(text)) >= times, within_s=START_S)
+        found = self.messages(text)
         assert len(found) >= times, f"it never said {text!r} {times} times, but:\n{self.log.read_text()}"
         return found[-1]
 
     def wait_until_serving(self, *, times: int = 1) -> None:
-        self.url = self.wait_until_told("serving on ", times=times).partition("serving on ")[2].split()[0]
+        self.url = self.wait_for_message("serving on ", times=times).partition("serving on ")[2].split()[0]
 
     def client(self) -> httpx2.Client:
         """A client of the team `design` that keeps its connections."""
@@ -123,7 +123,7 @@ class Served:
         return found
 
 
-class House:
+class GatewayRunner:
     """Where gateways of one test live: a config, a data directory, and a short directory for sockets."""
 
     def __init__(self, folder: Path, runtime: Path, upstream_url: str) -> None:
@@ -131,7 +131,7 @@ class House:
         self.runtime = runtime
         self.data_dir = folder / "data"
         self.upstream_url = upstream_url
-        self._started: list[Served] = []
+        self._started: list[GatewayProcess] = []
 
     def config(self, **sections: Tree) -> Path:
         """A config file of two teams and a disabled one, with `sections` laid over it."""
@@ -166,7 +166,7 @@ class House:
         env: Mapping[str, str] | None = None,
         stderr: int | None = None,
         **sections: Tree,
-    ) -> Served:
+    ) -> GatewayProcess:
         """Starts a gateway, and does not wait for it. `command` is how the program is called.
 
         stderr: standard error, where that is not its log.
@@ -182,11 +182,11 @@ class House:
                 cwd=self.folder,
                 env=self.environment(**(env or {})),
             )
-        served = Served(process, log)
+        served = GatewayProcess(process, log)
         self._started.append(served)
         return served
 
-    def start(self, *options: str, **how: Any) -> Served:
+    def start(self, *options: str, **how: Any) -> GatewayProcess:
         """A gateway that serves; `begin` has the parameters."""
         served = self.begin(*options, **how)
         served.wait_until_serving()
@@ -205,9 +205,9 @@ class House:
 
 
 @contextmanager
-def house(folder: Path, upstream_url: str) -> Iterator[House]:
+def gateway_runner(folder: Path, upstream_url: str) -> Iterator[GatewayRunner]:
     with tempfile.TemporaryDirectory(prefix="ep-run-") as runtime:
-        opened = House(folder, Path(runtime), upstream_url)
+        opened = GatewayRunner(folder, Path(runtime), upstream_url)
         try:
             yield opened
         finally:

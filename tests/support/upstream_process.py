@@ -42,7 +42,7 @@ Server(("127.0.0.1", int(sys.argv[1])), Upstream).serve_forever()
 """
 
 
-class OwnUpstream:
+class UpstreamProcess:
     """It can be killed, and started again under its URL."""
 
     def __init__(self) -> None:
@@ -76,9 +76,9 @@ class OwnUpstream:
 
 
 @contextmanager
-def own_upstream() -> Iterator[OwnUpstream]:
+def upstream_process() -> Iterator[UpstreamProcess]:
     """One that runs."""
-    upstream = OwnUpstream()
+    upstream = UpstreamProcess()
     try:
         upstream.start()
         yield upstream

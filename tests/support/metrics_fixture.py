@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from gateway_fixture import DESIGN, Scene
-from processes import Tree
+from gateway_fixture import DESIGN, GatewayFixture
+from gateway_process import Tree
 from prometheus import SCRAPER, scrape
 from proxy.auth import digest_of, token_of
 from serving import wait_until
@@ -27,9 +27,11 @@ def limited(*quotas: Tree, **more: Any) -> Tree:
     return {"design": {"tokens": [digest_of(DESIGN)], "quotas": list(quotas), **more}}
 
 
-def toured(scene: Scene) -> Scene:
+def toured(gateway: GatewayFixture) -> GatewayFixture:
     """After something has happened for each metric."""
-    scene.ask(FLUX)
-    scene.ask(FLUX)
-    wait_until(lambda: scrape(scene.client).value("requests_total", team="design", operation="estimate", outcome="hit"))
-    return scene
+    gateway.ask(FLUX)
+    gateway.ask(FLUX)
+    wait_until(
+        lambda: scrape(gateway.client).value("requests_total", team="design", operation="estimate", outcome="hit")
+    )
+    return gateway

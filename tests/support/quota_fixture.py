@@ -9,8 +9,8 @@ from typing import Any
 import http_sf
 import httpx2
 
-from gateway_fixture import DESIGN, Scene
-from processes import Tree
+from gateway_fixture import DESIGN, GatewayFixture
+from gateway_process import Tree
 from proxy.auth import digest_of, token_of
 
 ADMIN = token_of("a" * 32)
@@ -21,7 +21,7 @@ ONE, FLUX, SEGMENT = b"[{}]", b'[{"model":"Flux"}]', b'[{"segment":{}}]'
 SLOW = 0.001
 """A rate that gives nothing back while a test runs."""
 
-Limited = Callable[..., Scene]
+Limited = Callable[..., GatewayFixture]
 
 
 def quota(
@@ -47,22 +47,22 @@ def exactly(response: httpx2.Response) -> Any:
     return json.loads(response.text, parse_float=Decimal)
 
 
-def get(scene: Scene, path: str, token: str = DESIGN) -> httpx2.Response:
-    return scene.client.get(path, headers={"x-api-key": token})
+def get(gateway: GatewayFixture, path: str, token: str = DESIGN) -> httpx2.Response:
+    return gateway.client.get(path, headers={"x-api-key": token})
 
 
-def shown(scene: Scene, path: str, token: str = DESIGN) -> Any:
-    response = get(scene, path, token)
+def shown(gateway: GatewayFixture, path: str, token: str = DESIGN) -> Any:
+    response = get(gateway, path, token)
     assert response.status_code == 200, response.text
     return exactly(response)
 
 
-def usage(scene: Scene, token: str = DESIGN) -> Any:
-    return shown(scene, "/v1/usage", token)["total"]
+def usage(gateway: GatewayFixture, token: str = DESIGN) -> Any:
+    return shown(gateway, "/v1/usage", token)["total"]
 
 
-def by_model(scene: Scene, token: str = DESIGN) -> dict[str, Any]:
-    rows = shown(scene, "/v1/usage?by=model", token)["rows"]
+def by_model(gateway: GatewayFixture, token: str = DESIGN) -> dict[str, Any]:
+    rows = shown(gateway, "/v1/usage?by=model", token)["rows"]
     return {row.pop("model"): row for row in rows}
 
 
@@ -72,9 +72,9 @@ def row(requests: int = 0, credits_: float | Decimal = 0, refused: int = 0, **ou
     return {"requests": requests, "refused": refused, "estimated_credits": credits_, "outcomes": named}
 
 
-def used(scene: Scene, token: str = DESIGN) -> list[Any]:
+def used(gateway: GatewayFixture, token: str = DESIGN) -> list[Any]:
     """Of each quota, the team's and then the organisation's."""
-    return [quota["used"] for quota in shown(scene, "/v1/quota", token)["quotas"]]
+    return [quota["used"] for quota in shown(gateway, "/v1/quota", token)["quotas"]]
 
 
 def exceeded(response: httpx2.Response, status: int = 402) -> Any:
@@ -108,8 +108,8 @@ def left(response: httpx2.Response) -> dict[str, int]:
     return {name: members["r"] for name, members in limits(response).items() if name != "rate"}
 
 
-def explained(scene: Scene, body: bytes = FLUX) -> Any:
-    response = scene.client.post("/v1/explain", content=body)
+def explained(gateway: GatewayFixture, body: bytes = FLUX) -> Any:
+    response = gateway.client.post("/v1/explain", content=body)
     assert response.status_code == 200, response.text
     return exactly(response)
 

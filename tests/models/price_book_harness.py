@@ -55,7 +55,7 @@ def soon(condition: Callable[[], bool]) -> None:
         time.sleep(0.0005)
 
 
-class WatchedAsker(Fetcher):
+class CountingFetcher(Fetcher):
     """Shows who waits."""
 
     joined = 0
@@ -73,9 +73,9 @@ class WatchedAsker(Fetcher):
 class Replica:
     """A place in the fleet, for a gateway that comes and goes."""
 
-    fetcher: WatchedAsker
+    fetcher: CountingFetcher
 
-    def __init__(self, make: Callable[[], tuple[Starlette, WatchedAsker]], client: httpx2.Client) -> None:
+    def __init__(self, make: Callable[[], tuple[Starlette, CountingFetcher]], client: httpx2.Client) -> None:
         self._make = make
         self._gateway = ExitStack()
         self.client = client
@@ -94,7 +94,7 @@ class Replica:
         soon(lambda: len(self.fetcher._fetches) + len(self.fetcher._audits) == flights)
 
 
-class World:
+class Harness:
     """What all examples use: the servers, and the clock."""
 
     def __init__(
@@ -164,7 +164,7 @@ def _configured(store_url: str, upstream_url: str) -> Settings:
 def _clocked(clock: Clock) -> type[CircuitBreaker]:
     """A circuit that goes by `clock` instead of the event loop's."""
 
-    class ClockedCircuit(CircuitBreaker):
+    class ClockedCircuitBreaker(CircuitBreaker):
         def admit(self, _: float, *, probe_s: float) -> Decision:
             return super().admit(clock(), probe_s=probe_s)
 
@@ -180,7 +180,7 @@ def _clocked(clock: Clock) -> type[CircuitBreaker]:
         def open_s(self, _: float) -> float:
             return super().open_s(clock())
 
-    return ClockedCircuit
+    return ClockedCircuitBreaker
 
 
 @cache
@@ -210,22 +210,22 @@ def set_clocks(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 @contextmanager
-def opened_world(
+def open_harness(
     clock: Clock, monkeypatch: pytest.MonkeyPatch, valkey_url: str, upstream: UpstreamFixture
-) -> Iterator[World]:
+) -> Iterator[Harness]:
     context = ssl.create_default_context()
     monkeypatch.setattr(
         "proxy.upstream.http_client._tls_context", lambda _: context
     )  # it takes longer to make than an example
-    askers: list[WatchedAsker] = []
+    fetchers: list[CountingFetcher] = []
 
-    def watched(*args: Any, **named: Any) -> WatchedAsker:
-        askers.append(WatchedAsker(*args, **named))
-        return askers[-1]
+    def watched(*args: Any, **named: Any) -> CountingFetcher:
+        fetchers.append(CountingFetcher(*args, **named))
+        return fetchers[-1]
 
-    def make() -> tuple[Starlette, WatchedAsker]:
+    def make() -> tuple[Starlette, CountingFetcher]:
         app = proxy.app.build(_configured(valkey_url, upstream.url), {}, InFlightTracker(), Metrics())
-        return app, askers.pop()
+        return app, fetchers.pop()
 
     monkeypatch.setattr("proxy.app.Fetcher", watched)
     with ExitStack() as opened:
@@ -235,6 +235,6 @@ def opened_world(
             opened.callback(replica.close)
         store = opened.enter_context(redis.Redis.from_url(valkey_url))
         pool = opened.enter_context(ThreadPoolExecutor(8))
-        world = World(upstream, store, clock, replicas, pool)
-        world.learn_keys()
-        yield world
+        harness = Harness(upstream, store, clock, replicas, pool)
+        harness.learn_keys()
+        yield harness

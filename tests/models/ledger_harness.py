@@ -131,7 +131,7 @@ async def later(asked: Coroutine[Any, Any, Answer]) -> Answer:
     return await asked
 
 
-class World:
+class Harness:
     """What all examples use."""
 
     def __init__(self, store: redis.Redis, clock: Clock, gateways: list[Gateway]) -> None:
@@ -171,7 +171,7 @@ def _amounts(held: Any) -> dict[str, int]:
 
 
 @contextmanager
-def open_world(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def open_harness(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]:
     monkeypatch.setattr(Script, "text", property(lambda script: _clocked_script(script.name)[0]), raising=False)
     monkeypatch.setattr(Script, "digest", property(lambda script: _clocked_script(script.name)[1]), raising=False)
     monkeypatch.setattr("proxy.quota.ledger_script.MAX_MODELS", MOST_NAMES)
@@ -184,4 +184,4 @@ def open_world(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         gateways = [Gateway(url, clock) for _ in range(2)]
         for gateway in gateways:
             opened.callback(gateway.close)
-        yield World(store, clock, gateways)
+        yield Harness(store, clock, gateways)
