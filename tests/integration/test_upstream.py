@@ -301,7 +301,8 @@ class TestCollapsing:
         lease_s = 0.4
         for module in ("cache.leases", "gateway.fetcher"):
             monkeypatch.setattr(f"proxy.{module}.LEASE_S", lease_s)
-        one, other = open_gateway(), open_gateway()
+        patient = {"timeout_s": 8}  # renewals are slower on a busy machine
+        one, other = open_gateway(upstream=patient), open_gateway(upstream=patient)
         with ThreadPoolExecutor(2) as pool, one.simulator.hold() as hold:
             asked = [pool.submit(one.ask)]
             assert one.simulator.arrived(1)
