@@ -4,24 +4,22 @@ import asyncio
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
-from functools import cache
-from hashlib import sha1
 from math import inf
 from typing import Any
 
 import pytest
 import redis
 
+from harness import MILLION, Clock, use_clocked_scripts
 from ledger_fixture import largest_flush
-from ledger_model import MILLION, ZONE, Process
-from lua_scripts import LUA_SCRIPTS
+from ledger_model import ZONE, Process
 from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.ledger import Admitted, Denied, Ledger
 from proxy.quota.quotas import Charge, QuotaState, TeamLimits
 from proxy.quota.reports import LedgerReader
 from proxy.store.access import StoreAccess
-from proxy.store.client import Script, Store
+from proxy.store.client import Store
 from proxy.store.topology import CONNECTION
 from proxy.telemetry.metrics import Metrics
 
@@ -31,33 +29,6 @@ START_US = int(datetime(2031, 10, 25, 22, 30, tzinfo=ZONE).timestamp()) * MILLIO
 """A Saturday evening: the clocks are set back in the night, and the month ends with the next week's Friday."""
 
 Answer = Admitted | Denied | QuotaState | None
-
-
-class Clock:
-    """What time it is: for the store, and for the gateway that is at work."""
-
-    def __init__(self, store: redis.Redis) -> None:
-        self._store = store
-        self.us = START_US
-        self.skew_us = 0
-
-    def set(self, us: int) -> None:
-        self.us = us
-        self._store.hset("clock", mapping={"s": us // MILLION, "us": us % MILLION})
-
-    def time_ns(self) -> int:
-        return (self.us + self.skew_us) * 1000
-
-
-@cache
-def _clocked_script(name: str) -> tuple[bytes, str]:
-    """A script that reads the time where the test has put it, and Redis' name for it. Rates outlive the test."""
-    text = LUA_SCRIPTS[name].read_bytes()
-    clocked = text.replace(b"redis.call('TIME')", b"redis.call('HMGET', 'clock', 's', 'us')")
-    clocked = clocked.replace(b"'PX', math.ceil(", b"'PX', 1e9 + math.ceil(")
-    assert b"'TIME'" not in clocked
-    assert (b"'PX', 1e9 +" in clocked) == (name == "ledger_decide")
-    return clocked, sha1(clocked, usedforsecurity=False).hexdigest()
 
 
 class Gateway:
@@ -172,15 +143,14 @@ def _amounts(held: Any) -> dict[str, int]:
 
 @contextmanager
 def open_harness(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]:
-    monkeypatch.setattr(Script, "text", property(lambda script: _clocked_script(script.name)[0]), raising=False)
-    monkeypatch.setattr(Script, "digest", property(lambda script: _clocked_script(script.name)[1]), raising=False)
+    use_clocked_scripts(monkeypatch)
     monkeypatch.setattr("proxy.quota.ledger_script.MAX_MODELS", MOST_NAMES)
     monkeypatch.setattr("proxy.quota.ledger.FLUSH_EVERY_S", 0)
     with ExitStack() as opened:
         store = opened.enter_context(redis.Redis.from_url(url))
-        clock = Clock(store)
+        clock = Clock(store, START_US)
         monkeypatch.setattr("proxy.quota.batches.time_ns", clock.time_ns)
-        monkeypatch.setattr("proxy.quota.reports.time", lambda: clock.time_ns() / 1e9)
+        monkeypatch.setattr("proxy.quota.reports.time", clock.time)
         gateways = [Gateway(url, clock) for _ in range(2)]
         for gateway in gateways:
             opened.callback(gateway.close)

@@ -5,8 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import cache
-from hashlib import sha1
 from typing import Any
 
 import httpx2
@@ -16,7 +14,7 @@ from starlette.applications import Starlette
 
 import proxy.app
 from gateway_fixture import API_KEY, DESIGN, UpstreamFixture, settings
-from lua_scripts import LUA_SCRIPTS
+from harness import Clock, use_clocked_scripts
 from price_book_fleet import BALANCE_MAX_AGE_MS, IF_ERROR_MS, REVALIDATE_MS, TTL_MS
 from price_book_requests import KEYS, content
 from price_book_upstream import PROBE_MS, Body
@@ -27,7 +25,6 @@ from proxy.gateway.canonical_request import CanonicalRequest
 from proxy.gateway.fetcher import Fetcher, FetchResult
 from proxy.gateway.in_flight import InFlightTracker
 from proxy.settings.schema import Settings
-from proxy.store.client import Script
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.circuit_breaker import CircuitBreaker, Decision, Transition
 from serving import serving
@@ -35,16 +32,6 @@ from serving import serving
 ADMIN = token_of("a" * 32)
 
 START_MS = 1_700_000_000_000
-
-
-class Clock:
-    """What time it is for the gateways."""
-
-    def __init__(self) -> None:
-        self.ms = START_MS
-
-    def __call__(self) -> float:
-        return self.ms / 1000
 
 
 def soon(condition: Callable[[], bool]) -> None:
@@ -115,7 +102,6 @@ class Harness:
 
     def begin(self) -> None:
         """An empty store, and gateways that remember nothing."""
-        self._clock.ms = START_MS
         self.store.flushall()
         self.set_clock(START_MS)
         for replica in self.replicas:
@@ -123,8 +109,7 @@ class Harness:
         self.upstream.simulator = Simulator(api_key=API_KEY)
 
     def set_clock(self, ms: int) -> None:
-        self._clock.ms = ms
-        self.store.hset("clock", mapping={"s": ms // 1000, "us": ms % 1000 * 1000})
+        self._clock.set(ms * 1000)
 
     def learn_keys(self) -> None:
         """The keys of the questions; upstream is not asked."""
@@ -166,60 +151,32 @@ def _clocked(clock: Clock) -> type[CircuitBreaker]:
 
     class ClockedCircuitBreaker(CircuitBreaker):
         def admit(self, _: float, *, probe_s: float) -> Decision:
-            return super().admit(clock(), probe_s=probe_s)
+            return super().admit(clock.time(), probe_s=probe_s)
 
         def wait_s(self, _: float) -> float:
-            return super().wait_s(clock())
+            return super().wait_s(clock.time())
 
-        def back_off(self, _: float, seconds: float) -> None:
-            super().back_off(clock(), seconds)
+        def pause(self, _: float, seconds: float) -> None:
+            super().pause(clock.time(), seconds)
 
-        def record(self, _: float, *, failed: bool) -> Transition | None:
-            return super().record(clock(), failed=failed)
+        def note(self, _: float, *, failed: bool) -> Transition | None:
+            return super().note(clock.time(), failed=failed)
 
         def open_s(self, _: float) -> float:
-            return super().open_s(clock())
+            return super().open_s(clock.time())
 
     return ClockedCircuitBreaker
 
 
-@cache
-def _clocked_script(name: str) -> tuple[bytes, str]:
-    """A script that reads the time where the test has put it, and Redis' name for it."""
-    text = LUA_SCRIPTS[name].read_bytes()
-    clocked = text.replace(b"redis.call('TIME')", b"redis.call('HMGET', 'clock', 's', 'us')")
-    assert b"'TIME'" not in clocked
-    return clocked, sha1(clocked, usedforsecurity=False).hexdigest()
-
-
-def _of_clocked_script(place: int) -> property:
-    """Reads from the clocked script, and ignores what `Script.__init__` sets."""
-    return property(lambda script: _clocked_script(script.name)[place], lambda _script, _value: None)
-
-
-def set_clocks(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """What time it is for gateways and store; none of their patience is tried by a busy machine."""
-    clock = Clock()
-    for module in ("account_book", "leases", "price_book"):
-        monkeypatch.setattr(f"proxy.cache.{module}.monotonic", clock)
-    monkeypatch.setattr("proxy.upstream.client.CircuitBreaker", _clocked(clock))
-    for place, name in enumerate(("text", "digest")):
-        monkeypatch.setattr(Script, name, _of_clocked_script(place), raising=False)
-    monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_PAUSE_S", 0)
-    return clock
-
-
 @contextmanager
-def open_harness(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch, valkey_url: str, upstream: UpstreamFixture
-) -> Iterator[Harness]:
-    context = ssl.create_default_context()
-    monkeypatch.setattr(
-        "proxy.upstream.http_client._tls_context", lambda _: context
-    )  # it takes longer to make than an example
+def open_harness(valkey_url: str, monkeypatch: pytest.MonkeyPatch, upstream: UpstreamFixture) -> Iterator[Harness]:
+    """Gateways, circuit breakers and the store go by one clock, so no timeout depends on how busy the machine is."""
+    context = ssl.create_default_context()  # it takes longer to make than an example
+    monkeypatch.setattr("proxy.upstream.http_client._tls_context", lambda _: context)
+    monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_PAUSE_S", 0)
     fetchers: list[CountingFetcher] = []
 
-    def watched(*args: Any, **named: Any) -> CountingFetcher:
+    def counting(*args: Any, **named: Any) -> CountingFetcher:
         fetchers.append(CountingFetcher(*args, **named))
         return fetchers[-1]
 
@@ -227,13 +184,18 @@ def open_harness(
         app = proxy.app.build(_configured(valkey_url, upstream.url), {}, InFlightTracker(), Metrics())
         return app, fetchers.pop()
 
-    monkeypatch.setattr("proxy.app.Fetcher", watched)
+    monkeypatch.setattr("proxy.app.Fetcher", counting)
     with ExitStack() as opened:
+        store = opened.enter_context(redis.Redis.from_url(valkey_url))
+        clock = Clock(store, START_MS * 1000)
+        for module in ("account_book", "leases", "price_book"):
+            monkeypatch.setattr(f"proxy.cache.{module}.monotonic", clock.time)
+        monkeypatch.setattr("proxy.upstream.client.CircuitBreaker", _clocked(clock))
+        use_clocked_scripts(monkeypatch)
         clients = [httpx2.Client(trust_env=False, headers={"x-api-key": DESIGN}, timeout=30) for _ in range(2)]
         replicas = [Replica(make, opened.enter_context(client)) for client in clients]
         for replica in replicas:
             opened.callback(replica.close)
-        store = opened.enter_context(redis.Redis.from_url(valkey_url))
         pool = opened.enter_context(ThreadPoolExecutor(8))
         harness = Harness(upstream, store, clock, replicas, pool)
         harness.learn_keys()

@@ -4,16 +4,15 @@ Everything is real but time. The scripts read it from a key where they would cal
 no window of theirs ever expires. Two gateways share the ledger, each with a clock that may be wrong.
 """
 
-import os
 from dataclasses import replace
 from datetime import date
 from functools import partial
 from typing import Any
 
-import hypothesis
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from harness import machine_settings
 from ledger_acts import (
     ACTS,
     ANY_TEAM,
@@ -375,14 +374,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 def test_the_ledger_does_as_its_model(harness: Harness) -> None:
-    profile = hypothesis.settings(
-        max_examples=int(os.environ.get("LEDGER_EXAMPLES", "40")),
-        stateful_step_count=30,
-        derandomize="LEDGER_EXAMPLES" not in os.environ,
-        database=None,
-        report_multiple_bugs=False,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
+    profile = machine_settings("LEDGER_EXAMPLES", 40)
     machine: Any = partial(LedgerMachine, harness)
     run_state_machine_as_test(machine, settings=profile)
 

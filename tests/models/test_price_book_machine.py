@@ -5,7 +5,6 @@ still between steps. The store's scripts read it from a key where they would cal
 are compared exactly. What expires in the store by itself is ended by the test, when that clock says so.
 """
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
@@ -13,7 +12,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import httpx2
-import hypothesis
 import orjson
 import pytest
 from hypothesis import strategies as st
@@ -21,8 +19,9 @@ from hypothesis.errors import Flaky
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from gateway_fixture import PATH, UpstreamFixture
+from harness import machine_settings
 from price_book_fleet import BALANCE_MAX_AGE_MS, LIFETIME_MS, Answer, Book, Fleet, Flight, Pending, Wants
-from price_book_harness import ADMIN, START_MS, Clock, Harness, open_harness, set_clocks, soon
+from price_book_harness import ADMIN, START_MS, Harness, open_harness, soon
 from price_book_model import Process
 from price_book_requests import (
     AGES_MS,
@@ -348,15 +347,8 @@ class PriceBookMachine(RuleBasedStateMachine):
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return set_clocks(monkeypatch)
-
-
-@pytest.fixture
-def harness(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch, valkey_url: str, upstream: UpstreamFixture
-) -> Iterator[Harness]:
-    with open_harness(clock, monkeypatch, valkey_url, upstream) as harness:
+def harness(valkey_url: str, monkeypatch: pytest.MonkeyPatch, upstream: UpstreamFixture) -> Iterator[Harness]:
+    with open_harness(valkey_url, monkeypatch, upstream) as harness:
         yield harness
 
 
@@ -367,15 +359,7 @@ def test_the_price_book_does_as_its_model(
     if hot_ms < 0:
         monkeypatch.setattr("proxy.cache.account_book.BOOK_REREAD_S", book_ms / 1000)
         monkeypatch.setattr("proxy.cache.memory.MAX_AGE_S", hot_ms / 1000)
-    profile = hypothesis.settings(
-        max_examples=int(os.environ.get("PRICE_BOOK_EXAMPLES", "25")),
-        stateful_step_count=30,
-        derandomize="PRICE_BOOK_EXAMPLES" not in os.environ,
-        deadline=None,
-        database=None,
-        report_multiple_bugs=False,
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
+    profile = machine_settings("PRICE_BOOK_EXAMPLES", 25)
     machine: Any = partial(PriceBookMachine, harness, hot_ms, book_ms)
     for left in reversed(range(TRIES)):
         try:

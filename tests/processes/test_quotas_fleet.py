@@ -38,8 +38,8 @@ PATIENT: dict[str, Tree] = {
     "upstream": {"timeout_s": 30, "max_connections": 1000},
     "team_defaults": {"rate": {"per_s": 100_000, "burst": 1_000_000}},
 }
-"""No timeout that a busy machine reaches: 2,000 requests at once make the store's default of 0.25 s short, and then some
-requests get a 503 that says nothing about quotas."""
+"""Timeouts that a busy machine does not reach: with 2,000 requests at once the store's default of 0.25 s is short, and
+some requests would get a 503, which says nothing about quotas."""
 
 LANES = 32
 
