@@ -1,5 +1,5 @@
 """Fixtures of the tests of what is deployed."""
 
-from shared_fixtures import close_servers, immediate_metrics, upstream
+from shared_fixtures import close_servers, quick_gateways, upstream
 
-__all__ = ["close_servers", "immediate_metrics", "upstream"]
+__all__ = ["close_servers", "quick_gateways", "upstream"]

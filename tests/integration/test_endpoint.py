@@ -21,7 +21,7 @@ from proxy.gateway.request import Answer, ClientRequest, Result, Trace
 from proxy.http.endpoint import Endpoint, Handler
 from proxy.problems import Outcome
 from proxy.telemetry.metrics import Metrics
-from serving import ServerThread, serving, wait_until
+from serving import NO_TLS, ServerThread, serving, wait_until
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def serving_handler(handler: Handler, *, timeout_s: float = 5.0) -> Iterator[tup
     )
     with (
         serving(Starlette(routes=[Route("/", endpoint)])) as url,
-        httpx2.Client(base_url=url, trust_env=False) as client,
+        httpx2.Client(base_url=url, trust_env=False, verify=NO_TLS) as client,
     ):
         yield client, tracker
 

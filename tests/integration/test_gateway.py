@@ -22,6 +22,7 @@ from gateway_fixture import (
 )
 from proxy.auth import digest_of
 from proxy.cache.canonical import canonicalise
+from serving import NO_TLS
 
 FLUX = b'[{"model":"Flux"}]'
 """2.75 credits at the simulator's."""
@@ -154,13 +155,14 @@ class TestCredentials:
                 content=FLUX,
                 headers={"authorization": f"{scheme} {DESIGN}", "content-type": "application/json"},
                 trust_env=False,
+                verify=NO_TLS,
             )
             assert response.status_code == 200
 
     @pytest.mark.parametrize("authorization", [None, "Bearer", f"Basic {DESIGN}", DESIGN, "Bearer x y"])
     def test_no_token(self, gateway: GatewayFixture, authorization: str | None) -> None:
         headers = {} if authorization is None else {"authorization": authorization}
-        response = httpx2.post(gateway.url + PATH, content=FLUX, headers=headers, trust_env=False)
+        response = httpx2.post(gateway.url + PATH, content=FLUX, headers=headers, trust_env=False, verify=NO_TLS)
         assert (response.status_code, code_of(response)) == (401, "unknown-token")
         assert response.headers["www-authenticate"] == "Bearer"
         assert "cache-status" not in response.headers

@@ -7,6 +7,7 @@ from gateway_fixture import DESIGN, EXPIRED, RETIRED, OpenGateway, code_of
 from metrics_fixture import ADMIN
 from prometheus import OPENMETRICS, SCRAPER
 from proxy.http.paths import METRICS_PATH
+from serving import NO_TLS
 
 
 class TestAccess:
@@ -24,7 +25,7 @@ class TestAccess:
     def test_it_is_not_for_everybody(
         self, headers: dict[str, str], status: int, code: str, open_scraped_gateway: OpenGateway
     ) -> None:
-        answer = httpx2.get(open_scraped_gateway().url + METRICS_PATH, headers=headers, trust_env=False)
+        answer = httpx2.get(open_scraped_gateway().url + METRICS_PATH, headers=headers, trust_env=False, verify=NO_TLS)
         assert (answer.status_code, code_of(answer)) == (status, code)
         assert ("www-authenticate" in answer.headers) == (status == 401)
         assert "estimate_proxy_" not in answer.text
@@ -35,7 +36,7 @@ class TestAccess:
         self, token: str, header: tuple[str, str], open_scraped_gateway: OpenGateway
     ) -> None:
         named = {header[0]: header[1].format(token)}
-        answer = httpx2.get(open_scraped_gateway().url + METRICS_PATH, headers=named, trust_env=False)
+        answer = httpx2.get(open_scraped_gateway().url + METRICS_PATH, headers=named, trust_env=False, verify=NO_TLS)
         assert answer.status_code == 200
         assert answer.headers["cache-control"] == "no-store"
         assert "estimate_proxy_store_up" in answer.text
@@ -45,7 +46,9 @@ class TestAccess:
         self, headers: dict[str, str], open_scraped_gateway: OpenGateway
     ) -> None:
         gateway = open_scraped_gateway(metrics={"public": True})
-        assert httpx2.get(gateway.url + METRICS_PATH, headers=headers, trust_env=False).status_code == 200
+        assert (
+            httpx2.get(gateway.url + METRICS_PATH, headers=headers, trust_env=False, verify=NO_TLS).status_code == 200
+        )
 
     def test_a_metrics_token_opens_nothing_else(self, open_scraped_gateway: OpenGateway) -> None:
         gateway = open_scraped_gateway()

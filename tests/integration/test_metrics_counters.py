@@ -23,7 +23,7 @@ from proxy.http.paths import METRICS_PATH
 from proxy.problems import Outcome
 from proxy.quota.model_names import MAX_MODELS
 from proxy.telemetry.metrics import Metrics
-from serving import free_port, serving, wait_until
+from serving import NO_TLS, free_port, serving, wait_until
 
 NOWHERE = "unix:///nonexistent/store.sock"
 
@@ -158,7 +158,7 @@ class TestCounters:
             "estimate", broken, tracker=InFlightTracker(), metrics=metrics, max_body_bytes=9, timeout_s=5
         )
         with serving(Starlette(routes=[Route("/", endpoint)])) as url:
-            assert httpx2.post(url, trust_env=False).status_code == 500
+            assert httpx2.post(url, trust_env=False, verify=NO_TLS).status_code == 500
         labels = {"team": "design", "operation": "estimate", "outcome": "internal-error"}
         assert metrics.registry.get_sample_value("estimate_proxy_requests_total", labels) == 1
         assert {*CASES, Outcome.INTERNAL_ERROR} == {*Outcome}

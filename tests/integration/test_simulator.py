@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from faulty_rendernet import Fault
 from proxy.demo.simulator import ESTIMATE_PATH, Exchange, Responder, Simulator, estimate, json_number, price_of
+from serving import NO_TLS
 
 KEY = "rn-canary/+key"
 LEAVING = httpx2.Timeout(5, read=0.2)
@@ -110,7 +111,9 @@ class SimulatorServer:
     @contextmanager
     def serving(self, simulator: Simulator) -> Iterator[httpx2.Client]:
         self.simulator, self.ended = simulator, threading.Semaphore(0)
-        with httpx2.Client(base_url=self.base_url, trust_env=False, headers={"X-API-KEY": KEY}) as client:
+        with httpx2.Client(
+            base_url=self.base_url, trust_env=False, verify=NO_TLS, headers={"X-API-KEY": KEY}
+        ) as client:
             yield client
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

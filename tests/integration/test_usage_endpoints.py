@@ -14,7 +14,7 @@ from gateway_fixture import DESIGN, EXPIRED, MARKETING, RETIRED, GatewayFixture,
 from proxy.auth import digest_of, token_of
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.windows import window_of
-from serving import free_port, wait_until
+from serving import NO_TLS, free_port, wait_until
 
 ADMIN = token_of("a" * 32)
 UTC = ZoneInfo("UTC")
@@ -241,7 +241,7 @@ def test_who_may_look(gateway: GatewayFixture, path: str) -> None:
         refused = get(gateway, f"{path}?nonsense", token)
         assert (refused.status_code, code_of(refused)) == (401, "unknown-token"), "before anything is said of the query"
         assert refused.headers["www-authenticate"] == "Bearer"
-    with httpx2.Client(base_url=gateway.url, trust_env=False) as nobody:
+    with httpx2.Client(base_url=gateway.url, trust_env=False, verify=NO_TLS) as nobody:
         assert nobody.get(path).status_code == 401
         assert nobody.get(path, headers={"authorization": f"Bearer {ADMIN}"}).status_code == 200
     wrong = gateway.client.post(path, content=b"[]")

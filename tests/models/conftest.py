@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 
 from ledger_harness import Harness, open_harness
-from shared_fixtures import any_store_url, close_servers, immediate_metrics, upstream, valkey_url
+from shared_fixtures import any_store_url, close_servers, quick_gateways, upstream, valkey_url
 
-__all__ = ["any_store_url", "close_servers", "immediate_metrics", "upstream", "valkey_url"]
+__all__ = ["any_store_url", "close_servers", "quick_gateways", "upstream", "valkey_url"]
 
 
 @pytest.fixture

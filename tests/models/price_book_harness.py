@@ -1,6 +1,5 @@
 """The price book's stage: two gateways on one store and one upstream, all real, and the clock they share."""
 
-import ssl
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from proxy.gateway.in_flight import InFlightTracker
 from proxy.settings.schema import Settings
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.circuit_breaker import CircuitBreaker, Decision, Transition
-from serving import serving
+from serving import NO_TLS, serving
 
 ADMIN = token_of("a" * 32)
 
@@ -156,11 +155,11 @@ def _clocked(clock: Clock) -> type[CircuitBreaker]:
         def wait_s(self, _: float) -> float:
             return super().wait_s(clock.time())
 
-        def pause(self, _: float, seconds: float) -> None:
-            super().pause(clock.time(), seconds)
+        def back_off(self, _: float, seconds: float) -> None:
+            super().back_off(clock.time(), seconds)
 
-        def note(self, _: float, *, failed: bool) -> Transition | None:
-            return super().note(clock.time(), failed=failed)
+        def record(self, _: float, *, failed: bool) -> Transition | None:
+            return super().record(clock.time(), failed=failed)
 
         def open_s(self, _: float) -> float:
             return super().open_s(clock.time())
@@ -171,8 +170,6 @@ def _clocked(clock: Clock) -> type[CircuitBreaker]:
 @contextmanager
 def open_harness(valkey_url: str, monkeypatch: pytest.MonkeyPatch, upstream: UpstreamFixture) -> Iterator[Harness]:
     """Gateways, circuit breakers and the store go by one clock, so no timeout depends on how busy the machine is."""
-    context = ssl.create_default_context()  # it takes longer to make than an example
-    monkeypatch.setattr("proxy.upstream.http_client._tls_context", lambda _: context)
     monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_PAUSE_S", 0)
     fetchers: list[CountingFetcher] = []
 
@@ -192,7 +189,9 @@ def open_harness(valkey_url: str, monkeypatch: pytest.MonkeyPatch, upstream: Ups
             monkeypatch.setattr(f"proxy.cache.{module}.monotonic", clock.time)
         monkeypatch.setattr("proxy.upstream.client.CircuitBreaker", _clocked(clock))
         use_clocked_scripts(monkeypatch)
-        clients = [httpx2.Client(trust_env=False, headers={"x-api-key": DESIGN}, timeout=30) for _ in range(2)]
+        clients = [
+            httpx2.Client(trust_env=False, verify=NO_TLS, headers={"x-api-key": DESIGN}, timeout=30) for _ in range(2)
+        ]
         replicas = [Replica(make, opened.enter_context(client)) for client in clients]
         for replica in replicas:
             opened.callback(replica.close)

@@ -42,7 +42,7 @@ from proxy.demo.simulator import ESTIMATE_PATH, Simulator
 from proxy.demo.traffic import BURST_LEAST, BURST_MOST, POOL, QUERY, Body, TrafficTotals, next_burst, respell
 from proxy.gateway.live_config import limits_of, teams_of
 from proxy.settings.loader import load
-from serving import free_port, serving, wait_until
+from serving import NO_TLS, free_port, serving, wait_until
 
 FOREIGN = ("ESTIMATE_PROXY_", "REDIS_URL", "RENDERNET_API_KEY", "FORCE_COLOR", "NO_COLOR", "TTY_", "TERM")
 INVITATION = "Press Ctrl-C to end the demo."
@@ -146,7 +146,7 @@ def sent_without_curl(command: str) -> str:
     headers = dict(value.split(": ") for option, value in given if option == "-H")
     body = next((value for option, value in given if option == "-d"), None)
     method = "GET" if body is None else "POST"
-    response = httpx2.request(method, url, headers=headers, content=body, trust_env=False)
+    response = httpx2.request(method, url, headers=headers, content=body, trust_env=False, verify=NO_TLS)
     head = [f"HTTP/1.1 {response.status_code}", *(f"{name}: {value}" for name, value in response.headers.items())]
     return ("\n".join(head) + "\n\n" if "i" in options else "") + response.text
 
@@ -406,7 +406,10 @@ def test_last_words_are_errors_alone() -> None:
 def test_chance_never_fails_what_a_user_pastes() -> None:
     simulator = Simulator(api_key="k", faults=dict.fromkeys(FAULTS, 1.0))
     simulator.spare(lambda received: received.query != QUERY.encode())
-    with serving(simulator.app) as url, httpx2.Client(trust_env=False, headers={"x-api-key": "k"}) as client:
+    with (
+        serving(simulator.app) as url,
+        httpx2.Client(trust_env=False, verify=NO_TLS, headers={"x-api-key": "k"}) as client,
+    ):
         asked = url + ESTIMATE_PATH
 
         assert client.post(asked, content=SAMPLE_BODY).status_code == 200

@@ -16,7 +16,7 @@ from gateway_process import GatewayProcess, GatewayRunner, gateway_runner, kill
 from lateness import assert_in_time
 from proxy.auth import digest_of, token_of
 from proxy.demo.simulator import Simulator
-from serving import serving, wait_until
+from serving import NO_TLS, serving, wait_until
 
 REVOKED_WITHIN_S = 5.0
 NEWCOMER = token_of("n" * 32)
@@ -43,7 +43,9 @@ def statuses(served: GatewayProcess, token: str, **headers: str) -> set[int]:
     """What the workers answer: each question comes on a connection of its own, so either may take it."""
     named = {"x-api-key": token, **{name.replace("_", "-"): value for name, value in headers.items()}}
     fresh = httpx2.Limits(max_keepalive_connections=0)
-    with httpx2.Client(base_url=served.url, trust_env=False, limits=fresh, headers=named, timeout=10) as client:
+    with httpx2.Client(
+        base_url=served.url, trust_env=False, verify=NO_TLS, limits=fresh, headers=named, timeout=10
+    ) as client:
         return {client.post(PATH, content=b"[{}]").status_code for _ in range(10)}
 
 

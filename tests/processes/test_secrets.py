@@ -31,7 +31,7 @@ from proxy.cli.commands import main
 from proxy.demo.simulator import Simulator
 from proxy.embedded.stores import EmbeddedStores
 from proxy.problems import Outcome
-from serving import serving, wait_until
+from serving import NO_TLS, serving, wait_until
 
 KEY = "rn/KestrelWing1+\"x\\y'%7E=&<z>"
 TOKEN = token_of("TamarinTail2" + "t" * 20)
@@ -127,7 +127,7 @@ class Recording:
         return self.call("POST", PATH, content=body, headers=named)
 
     def call(self, method: str, path: str, **request: Any) -> httpx2.Response:
-        with httpx2.Client(base_url=self.served.url, trust_env=False, timeout=15) as client:
+        with httpx2.Client(base_url=self.served.url, trust_env=False, verify=NO_TLS, timeout=15) as client:
             response = client.request(method, path, **request)
         head = b"".join(b"%b: %b\n" % header for header in response.headers.raw)
         self.said[f"answer {len(self.said)}, {response.status_code}"] = head + response.content

@@ -20,7 +20,7 @@ from proxy.demo.simulator import Responder, Simulator
 from proxy.gateway.in_flight import InFlightTracker
 from proxy.settings.schema import Settings
 from proxy.telemetry.metrics import Metrics
-from serving import serving
+from serving import NO_TLS, serving
 
 PATH = "/pub/v1/generations/estimate"
 API_KEY = "rn-canary/+key"
@@ -109,7 +109,9 @@ def running_gateway(configured: Settings, store_url: str, simulator: Simulator) 
     tracker, metrics = InFlightTracker(), Metrics(configured.teams, configured.accounts)
     with (
         serving(build(configured, {}, tracker, metrics)) as url,
-        httpx2.Client(base_url=url, trust_env=False, headers={"x-api-key": DESIGN}, timeout=10) as client,
+        httpx2.Client(
+            base_url=url, trust_env=False, verify=NO_TLS, headers={"x-api-key": DESIGN}, timeout=10
+        ) as client,
         redis.Redis.from_url(store_url) as store,
     ):
         yield GatewayFixture(url, client, simulator, store, tracker, metrics)

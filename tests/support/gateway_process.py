@@ -19,7 +19,7 @@ from gateway_fixture import API_KEY, DESIGN, MARKETING, PATH, PLENTY, RETIRED
 from proxy.auth import digest_of
 from proxy.settings.loader import PREFIX, WELL_KNOWN_ENV
 from proxy.store.access import Role
-from serving import wait_until
+from serving import NO_TLS, wait_until
 
 SOON_S = 5.0
 """Of an exit that waits for nothing, on a machine that has other things to do."""
@@ -63,7 +63,7 @@ class GatewayProcess:
     def client(self) -> httpx2.Client:
         """A client of the team `design` that keeps its connections."""
         headers = {"x-api-key": DESIGN, "content-type": "application/json"}
-        return httpx2.Client(base_url=self.url, trust_env=False, headers=headers, timeout=15)
+        return httpx2.Client(base_url=self.url, trust_env=False, verify=NO_TLS, headers=headers, timeout=15)
 
     def ask(self, content: bytes = b'[{"model":"Flux"}]', **headers: str) -> httpx2.Response:
         """An estimate on a connection of its own, asked by `design` unless `headers` say otherwise."""

@@ -22,7 +22,7 @@ from metric_names import families, metric_labels
 from programs import program
 from proxy.auth import token_of
 from proxy.quota.windows import Period
-from serving import free_port, wait_until
+from serving import NO_TLS, free_port, wait_until
 
 SCRAPER = token_of("s" * 32)
 """A metrics token, where a gateway's settings have its digest."""
@@ -193,7 +193,7 @@ def prometheus(*targets: str) -> Iterator[Prometheus]:
         with (
             (folder / "log").open("wb") as log,
             subprocess.Popen([server, *options, f"--web.listen-address={address}"], stdout=log, stderr=log) as process,
-            httpx2.Client(base_url=f"http://{address}", trust_env=False, timeout=10) as client,
+            httpx2.Client(base_url=f"http://{address}", trust_env=False, verify=NO_TLS, timeout=10) as client,
         ):
             try:
                 running = Prometheus(client)

@@ -6,6 +6,7 @@ A server takes a quarter of a second to come and go, so they are kept: each serv
 import asyncio
 import secrets
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from proxy.http.server import Server
+
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""For `verify` of httpx2 clients that only speak http: reading the certificates of the system takes 30 ms a client."""
 
 
 class ServerThread:

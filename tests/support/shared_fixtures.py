@@ -3,6 +3,8 @@
 The conftest.py of a folder imports those that its tests use. Each test finds an empty store and its own simulator.
 """
 
+import os
+import ssl
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from gateway_fixture import API_KEY, GatewayFixture, OpenGateway, UpstreamFixtur
 from programs import program
 from proxy.demo.simulator import Simulator
 from proxy.embedded.stores import EmbeddedStores
+from proxy.upstream.http_client import _tls_context as make_tls_context
 from serving import SERVER_POOL, serving, wait_until
 
 
@@ -29,10 +32,22 @@ def close_servers() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def immediate_metrics() -> Iterator[None]:
-    """Gateways in this process count an event in the next turn of their loop."""
+def quick_gateways() -> Iterator[None]:
+    """Gateways in this process count an event in the next turn of their loop, and share TLS contexts.
+
+    Making such a context takes longer than most tests.
+    """
+    contexts: dict[tuple[object, ...], ssl.SSLContext] = {}
+
+    def tls_context(ca_file: Path | None) -> ssl.SSLContext:
+        key = ca_file, os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+        if key not in contexts:
+            contexts[key] = make_tls_context(ca_file)
+        return contexts[key]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("proxy.telemetry.metrics.FLUSH_AFTER_S", 0)
+        patch.setattr("proxy.upstream.http_client._tls_context", tls_context)
         yield
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import httpx2
 
-from serving import free_port, wait_until
+from serving import NO_TLS, free_port, wait_until
 
 PROGRAM = """
 import sys
@@ -70,7 +70,7 @@ class UpstreamProcess:
 
     def _answers(self) -> bool:
         try:
-            return httpx2.post(self.url, content=b"[]", trust_env=False).status_code == 200
+            return httpx2.post(self.url, content=b"[]", trust_env=False, verify=NO_TLS).status_code == 200
         except httpx2.TransportError:
             return False
 
