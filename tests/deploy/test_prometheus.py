@@ -135,7 +135,7 @@ class Performance:
 def performance(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture) -> Iterator[Performance]:
     upstream.simulator = renders()
     with ExitStack() as opened:
-        runner = opened.enter_context(gateway_runner(tmp_path_factory.mktemp("house"), upstream.url))
+        runner = opened.enter_context(gateway_runner(tmp_path_factory.mktemp("gateway"), upstream.url))
         ledger, book = opened.enter_context(store_process()), opened.enter_context(store_process())
         ledger.start()
         book.start()

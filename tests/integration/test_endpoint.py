@@ -1,4 +1,4 @@
-"""What the web floor does when the story itself goes wrong."""
+"""The endpoint when its handler fails, is late or is cancelled."""
 
 import asyncio
 import logging
@@ -26,7 +26,7 @@ from serving import NO_TLS, ServerThread, serving, wait_until
 
 @contextmanager
 def serving_handler(handler: Handler, *, timeout_s: float = 5.0) -> Iterator[tuple[httpx2.Client, InFlightTracker]]:
-    """A server whose every path tells `story`."""
+    """A server that calls `handler` for each request."""
     tracker = InFlightTracker()
     endpoint = Endpoint(
         "estimate", handler, tracker=tracker, metrics=Metrics(), max_body_bytes=1000, timeout_s=timeout_s

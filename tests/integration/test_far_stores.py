@@ -104,7 +104,7 @@ def test_a_store_whose_timeout_is_longer_than_usual_is_waited_for(far: FaultyPro
 def run_scenario(
     store_proxy: FaultyProxy, count: int, scenario: Callable[[list[Store]], Coroutine[object, object, None]]
 ) -> None:
-    """Tells a story of so many gateways' stores."""
+    """Runs a scenario with the stores of `count` gateways."""
 
     async def tell() -> None:
         stores = [Store(store_proxy.url, "ledger") for _ in range(count)]

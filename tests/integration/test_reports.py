@@ -33,7 +33,7 @@ RunScenario = Callable[[Callable[[LedgerReader], Coroutine[Any, Any, None]]], No
 
 @pytest.fixture
 def run_scenario(any_store_url: str) -> RunScenario:
-    """Tells a story with reports whose store is closed behind it."""
+    """Runs a scenario with a reader of reports, and closes its store."""
 
     def run(scenario: Callable[[LedgerReader], Coroutine[Any, Any, None]]) -> None:
         async def with_store() -> None:

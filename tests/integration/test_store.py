@@ -42,7 +42,7 @@ def server(any_store_url: str) -> Iterator[redis.Redis]:
 
 
 def run(url: str, scenario: Callable[[Store], Awaitable[None]]) -> None:
-    """Tells `story` with a store that is closed behind it."""
+    """Runs `scenario` with a store, and closes the store."""
 
     async def tell() -> None:
         store = Store(url, "price-book")
@@ -389,7 +389,7 @@ def test_the_price_book_has_a_store_of_its_own_or_the_ledgers_or_an_embedded_one
 
 @contextlib.contextmanager
 def withholding_replies(server: Path) -> Iterator[str]:
-    """A relay to a unix socket: all that a client says goes through, and of the replies only the greeting's."""
+    """A proxy to a unix socket that passes all requests, and of the replies only the greeting's."""
     over = threading.Event()
 
     def proxy_to(client: socket.socket) -> None:

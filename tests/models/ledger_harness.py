@@ -1,4 +1,4 @@
-"""What the ledger's model is played against: two real gateways on one real store, where time is what a test says."""
+"""The ledgers of two gateways on one real store, for the state machine of the ledger."""
 
 import asyncio
 from collections.abc import Coroutine, Iterator, Sequence

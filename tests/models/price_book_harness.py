@@ -1,4 +1,4 @@
-"""The price book's stage: two gateways on one store and one upstream, all real, and the clock they share."""
+"""Two real gateways on one store and one upstream, for the state machine of the price book."""
 
 import time
 from collections.abc import Callable, Iterator

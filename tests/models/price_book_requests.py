@@ -1,4 +1,4 @@
-"""What is asked and answered on the price book's stage, as its model knows it.
+"""Requests and answers of the price book's state machine.
 
 Which requests are drawn, how they are spelled, what upstream says to them, and how responses are read.
 """

@@ -1,4 +1,4 @@
-"""A state machine against the price book: two gateways on one store do what `pricebook_model` says, answer for answer.
+"""A state machine against the price book: two gateways on one store do what `price_book_model` says, answer for answer.
 
 Everything is real but time: the store, the sockets, the simulator and the gateways, which share a clock that stands
 still between steps. The store's scripts read it from a key where they would call `TIME`, so ages, claims and pauses
@@ -43,7 +43,7 @@ from price_book_upstream import Body, Priced, Upstream, spelled
 
 TRIES = 3
 """Work behind answers may be late on a machine that has much to do. Hypothesis repeats what fails: if it does not fail
-again, that was it, and all is played from the beginning."""
+again, that was it, and the test starts from the beginning."""
 
 UNHURRIED_MS = 60_000
 """No stored price ends by itself while a step is under way."""

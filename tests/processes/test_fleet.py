@@ -77,7 +77,7 @@ def test_a_thousand_equal_questions_at_once_are_asked_once(any_fleet: Fleet, sim
 
 
 async def _crowd(team: TeamClient, simulator: Simulator) -> Sequence[bytes]:
-    """The answers to a crowd of questions that were all there before upstream answered the first."""
+    """The answers to requests that all arrived before upstream answered the first."""
     urls = [served.url for served in team.fleet.gateways]
     with simulator.hold():
         asked = [asyncio.create_task(_raw(team, urls[n % len(urls)])) for n in range(CALLERS)]

@@ -92,16 +92,16 @@ async def at_once(callers: Sequence[Caller]) -> Counter[int]:
         return Counter(await asyncio.gather(*asks))
 
 
-def callers(crews: Sequence[TeamClient], body: Bodies) -> list[Caller]:
-    """Of all crews at all gateways."""
-    urls = [served.url for served in crews[0].fleet.gateways]
-    pairs = [(team.token, url) for team in crews for url in urls]
+def callers(teams: Sequence[TeamClient], body: Bodies) -> list[Caller]:
+    """Requests of all teams to all gateways."""
+    urls = [served.url for served in teams[0].fleet.gateways]
+    pairs = [(team.token, url) for team in teams for url in urls]
     return [Caller(url, token, body(n)) for n in range(CALLERS) for token, url in [pairs[n % len(pairs)]]]
 
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstream: UpstreamFixture) -> Iterator[Fleet]:
-    """Each crew has its own hundred credits."""
+    """Each team has its own hundred credits."""
     env = [limiting(team_defaults=[QUOTA, COUNTED])] * 4
     folder = tmp_path_factory.mktemp("quotas")
     with fleet_of(4, folder, store_url=valkey_url, upstream_url=upstream.url, env=env, **PATIENT) as opened:
@@ -124,9 +124,9 @@ def test_hits(price: int, team: TeamClient) -> None:
     fit = LIMIT // price
     assert statuses == {200: fit - 1, 402: CALLERS - fit + 1}
     for at in range(4):
-        books = snapshot_of(team, at)
-        assert books.used == [fit * price, fit]
-        assert books.usage == {
+        snapshot = snapshot_of(team, at)
+        assert snapshot.used == [fit * price, fit]
+        assert snapshot.usage == {
             "requests": fit,
             "refused": CALLERS - fit + 1,
             "estimated_credits": fit * price,
@@ -142,26 +142,26 @@ def test_misses_all_of_which_are_asked_before_any_price_is_known(
     fit = LIMIT // price
     assert statuses == {200: fit, 402: CALLERS - fit}
     assert simulator.calls == (1 if bodies is SAME else CALLERS)
-    books = snapshot_of(team)
-    assert books.used == [fit * price, fit]
-    outcomes = set(books.usage.pop("outcomes"))
+    snapshot = snapshot_of(team)
+    assert snapshot.used == [fit * price, fit]
+    outcomes = set(snapshot.usage.pop("outcomes"))
     if bodies is SAME:  # the one that asked may be among the answered, or among the refused
         assert outcomes - {"miss"} == {"collapsed", "quota-exceeded"}
     else:
         assert outcomes == {"miss", "quota-exceeded"}
-    assert books.usage == {"requests": fit, "refused": CALLERS - fit, "estimated_credits": fit * price}
+    assert snapshot.usage == {"requests": fit, "refused": CALLERS - fit, "estimated_credits": fit * price}
 
 
-async def _held(asked: Sequence[Caller], crews: Sequence[TeamClient], simulator: Simulator) -> Counter[int]:
+async def _held(asked: Sequence[Caller], teams: Sequence[TeamClient], simulator: Simulator) -> Counter[int]:
     """As `at_once`; upstream answers when all are admitted."""
     with simulator.hold():
         task = asyncio.create_task(at_once(asked))
-        await asyncio.to_thread(lambda: wait_until(lambda: _under_way(crews) == len(asked), within_s=20))
+        await asyncio.to_thread(lambda: wait_until(lambda: _under_way(teams) == len(asked), within_s=20))
     return await task
 
 
-def _under_way(crews: Sequence[TeamClient]) -> int:
-    return sum(snapshot_of(team).usage["requests"] for team in crews)
+def _under_way(teams: Sequence[TeamClient]) -> int:
+    return sum(snapshot_of(team).usage["requests"] for team in teams)
 
 
 def test_the_organisations_over_three_teams(
@@ -170,13 +170,17 @@ def test_the_organisations_over_three_teams(
     env = [limiting(org=[QUOTA])] * 4
     how = {**PATIENT, "org": {"id": f"org-{secrets.token_hex(4)}"}}
     with fleet_of(4, tmp_path, store_url=valkey_url, upstream_url=upstream.url, env=env, **how) as opened:
-        crews = [opened.team() for _ in range(3)]
-        statuses = asyncio.run(_held(callers(crews, SAME[1]), crews, simulator))
+        teams = [opened.team() for _ in range(3)]
+        statuses = asyncio.run(_held(callers(teams, SAME[1]), teams, simulator))
         assert statuses == {200: LIMIT, 402: CALLERS - LIMIT}
-        books = [snapshot_of(team) for team in crews]
-        assert [of_one.used for of_one in books] == [[LIMIT]] * 3
+        snapshot = [snapshot_of(team) for team in teams]
+        assert [of_one.used for of_one in snapshot] == [[LIMIT]] * 3
         columns = ("requests", "refused", "estimated_credits")
-        assert [sum(of_one.usage[column] for of_one in books) for column in columns] == [LIMIT, CALLERS - LIMIT, LIMIT]
+        assert [sum(of_one.usage[column] for of_one in snapshot) for column in columns] == [
+            LIMIT,
+            CALLERS - LIMIT,
+            LIMIT,
+        ]
 
 
 # Deaths
@@ -258,13 +262,13 @@ class Death:
         return one.status == 200 and (one.ended < self.began - FLUSHED_WITHIN_S or one.began > self.ended)
 
 
-def account(traffic: Traffic, deaths: Sequence[Death], books: LedgerSnapshot, price: Decimal) -> Tree:
+def account(traffic: Traffic, deaths: Sequence[Death], snapshot: LedgerSnapshot, price: Decimal) -> Tree:
     """The sums of what was asked and booked, once the latter is seen to agree with itself."""
-    credits_used, requests = books.used
-    assert (books.usage["requests"], books.usage["estimated_credits"]) == (requests, credits_used)
-    assert sum(books.usage["outcomes"].values()) == requests + books.usage["refused"]
+    credits_used, requests = snapshot.used
+    assert (snapshot.usage["requests"], snapshot.usage["estimated_credits"]) == (requests, credits_used)
+    assert sum(snapshot.usage["outcomes"].values()) == requests + snapshot.usage["refused"]
     debits = credits_used / price
-    assert debits == requests - books.usage["outcomes"].get("cancelled", 0)
+    assert debits == requests - snapshot.usage["outcomes"].get("cancelled", 0)
     return {
         "answers": traffic.answers,
         "cut_off": sum(any(death.cut_off(one) for death in deaths) for one in traffic.asked),

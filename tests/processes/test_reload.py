@@ -23,7 +23,7 @@ NEWCOMER = token_of("n" * 32)
 
 
 @pytest.fixture
-def runner(tmp_path: Path, upstream: UpstreamFixture, simulator: Simulator) -> Iterator[GatewayRunner]:  # noqa: ARG001 -- on stage
+def runner(tmp_path: Path, upstream: UpstreamFixture, simulator: Simulator) -> Iterator[GatewayRunner]:  # noqa: ARG001 -- upstream uses it
     with gateway_runner(tmp_path, upstream.url) as opened:
         yield opened
 

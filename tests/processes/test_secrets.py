@@ -1,4 +1,4 @@
-"""No secret comes out: the whole program plays every outcome with canaries, and everything it says is searched.
+"""No secret comes out: the program produces every outcome with canaries as secrets, and all its output is searched.
 
 Each canary has a core of letters and digits of its own, which survives quoting. What hides even that is tried too.
 """
@@ -105,7 +105,7 @@ def test_the_search_finds_what_is_there(secret: str, disguise: Callable[[str], s
     assert leaks(f"before {disguise(secret)} after") == [core for core in CORES if core in secret]
 
 
-# The play
+# The recording
 
 
 @dataclass
@@ -193,7 +193,7 @@ def record_answers(recording: Recording) -> None:
     recording.ask()
 
 
-def play_together(recording: Recording) -> None:
+def record_collapsing(recording: Recording) -> None:
     """Two who ask the same, and one who does not wait for the answer."""
     calls = recording.simulator.calls
     with recording.simulator.hold() as hold:
@@ -208,7 +208,7 @@ def play_together(recording: Recording) -> None:
     wait_until(lambda: "cancelled" in recording.outcomes)
 
 
-def play_the_refusals(recording: Recording) -> None:
+def record_refusals(recording: Recording) -> None:
     """Tokens that are nearly right, and whatever else can be wrong with a request."""
     for wrong in (TOKEN[:-1], TOKEN + "x", TOKEN[:-1] + "!", TOKEN.swapcase(), f"x{TOKEN}", f"{TOKEN},{TOKEN}", KEY):
         recording.ask(token=wrong)
@@ -235,7 +235,7 @@ def play_the_refusals(recording: Recording) -> None:
     recording.hear(recording.connect(f"{TOKEN} {TOKEN}\r\n\r\n"))
 
 
-def play_the_outages(recording: Recording, end_upstream: Callable[[], None]) -> None:
+def record_outages(recording: Recording, end_upstream: Callable[[], None]) -> None:
     wait_until(lambda: recording.ask(b"[{}]") and "stale" in recording.outcomes)
     with recording.store_out_of_order:
         recording.ask()
@@ -321,26 +321,26 @@ def with_a_store(folder: Path, simulator: Simulator, upstream_url: str) -> Itera
         yield recording
 
 
-@pytest.fixture(scope="module", params=[on_its_own, with_a_store], ids=lambda stage: stage.__name__)
+@pytest.fixture(scope="module", params=[on_its_own, with_a_store], ids=lambda setup: setup.__name__)
 def recording(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recording:
     """From the first request to the end of the process."""
-    folder = tmp_path_factory.mktemp("play")
+    folder = tmp_path_factory.mktemp("recording")
     simulator = Simulator(api_key=KEY, spend_every=0)
-    with ExitStack() as upstream, ExitStack() as stage:
+    with ExitStack() as upstream, ExitStack() as opened:
         url = upstream.enter_context(serving(simulator.app))
-        recording: Recording = stage.enter_context(request.param(folder, simulator, url))
+        recording: Recording = opened.enter_context(request.param(folder, simulator, url))
         record_answers(recording)
-        play_together(recording)
-        play_the_refusals(recording)
+        record_collapsing(recording)
+        record_refusals(recording)
         recording.look_at_processes()
-        play_the_outages(recording, upstream.close)
+        record_outages(recording, upstream.close)
         assert recording.served.stop() == 0
         recording.said["log"] = recording.served.log.read_bytes()
         recording.look_at_files(recording.gateway_runner.data_dir)
     return recording
 
 
-def test_every_outcome_was_played(recording: Recording) -> None:
+def test_every_outcome_was_recorded(recording: Recording) -> None:
     assert set(Outcome) - recording.outcomes == {Outcome.OVERLOADED}, "which takes 2000 requests at a time"
     assert b"a second defect" in recording.said["log"]
     assert b"fwd=bypass; detail=store-unavailable" in b"".join(recording.said.values())

@@ -1,4 +1,4 @@
-"""A small TCP balancer: each new connection goes to a replica that says to be ready, as a load balancer would do it."""
+"""A TCP load balancer: sends each new connection to a replica whose /readyz answers 200, in turn."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""What the files in `deploy/` say, and programs to ask about them.
+"""Readers of the files in `deploy/`.
 
 No container engine is needed: what the files say is checked, and what can be run without one is run. What was tried by
 hand, and what was not tried at all, stands in docs/deployment.md.

@@ -1,7 +1,7 @@
-"""A relay on the way to a server, which makes that way bad: late, slow, torn, or without a way back.
+"""A TCP proxy that injects network faults: latency, lost replies, resets, half-open connections.
 
-It runs in a thread of its own, and can be told at any time what becomes of bytes from then on. It holds little more
-than a chunk in each direction of a connection, and no more connections than `MAX_CONNECTIONS`.
+It runs in its own thread. `set_conditions` can be called at any time. It buffers little more than one chunk for each
+direction of a connection, and has at most `MAX_CONNECTIONS`.
 """
 
 import asyncio
@@ -22,14 +22,14 @@ WITHIN_S = 10.0
 
 @dataclass(frozen=True)
 class Conditions:
-    """What becomes of replies, and of whoever connects.
+    """How replies and new connections are treated.
 
-    latency_s: before each piece of a reply, and before anything passes on a new connection.
-    patience_s: a connection on which nothing has passed for so long leads nowhere from then on, as after `forget`.
-    piece_bytes: replies are passed on in pieces of so many bytes, so that with a latency they drip.
-    swallows: a connection's replies are lost, for good, once a chunk with these bytes was sent; b"": any chunk.
-    carries: otherwise a connection on which something is sent leads nowhere from then on: it is half open.
-    accepts: otherwise new connections are reset at once.
+    latency_s: delay before each piece of a reply, and before the first byte on a new connection.
+    patience_s: a connection that was idle for longer drops everything from then on, as after `drop_silently`.
+    piece_bytes: replies are sent in pieces of this size; with a latency they arrive slowly.
+    swallows: after the client has sent a chunk with these bytes, the connection loses all replies; b"": any chunk.
+    carries: if False, a connection becomes half open as soon as the client sends something.
+    accepts: if False, new connections are reset at once.
     """
 
     latency_s: float = 0.0
@@ -45,10 +45,10 @@ HEALTHY = Conditions()
 
 @dataclass(eq=False)
 class _Line:
-    """A connection through the relay.
+    """A connection through the proxy.
 
     mute: its replies are lost.
-    forgotten: nothing passes any more, in neither direction, and the client does not hear of the server's end.
+    forgotten: it drops everything in both directions; the client does not see that the server closes it.
     """
 
     client: StreamWriter
@@ -58,7 +58,7 @@ class _Line:
 
 
 class FaultyProxy:
-    """A way to the server at a URL, of any scheme. `url` is that of the relay."""
+    """A proxy to the server at `server_url`, of any scheme. Clients connect to `url`."""
 
     def __init__(self, server_url: str) -> None:
         self.url = ""
@@ -70,13 +70,13 @@ class FaultyProxy:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def set_conditions(self, store_proxy: Conditions) -> None:
-        """From now on, for connections that are there as well."""
+        """Applies from now on, to existing connections too."""
         self.swallowed.clear()
         self._conditions = store_proxy
 
     @contextmanager
     def under(self, store_proxy: Conditions) -> Iterator[None]:
-        """For a while; where nobody gets through, those who did are torn off."""
+        """Applies inside the block. If `conditions` accept no connection, existing ones are reset."""
         self.set_conditions(store_proxy)
         if not store_proxy.accepts:
             self.reset_connections()
@@ -86,25 +86,25 @@ class FaultyProxy:
             self.set_conditions(HEALTHY)
 
     def reset_connections(self) -> None:
-        """Resets all connections; returns when that is done."""
+        """Resets all connections. Returns when they are closed."""
         asyncio.run_coroutine_threadsafe(self._close_all(_tear), self._loop).result(WITHIN_S)
 
     def drop_silently(self) -> None:
-        """All connections that are there lead nowhere from now on, as behind a firewall that has dropped its table."""
+        """Existing connections drop everything from now on, as when a firewall has lost its table."""
         for line in list(self._lines):
             line.forgotten = True
 
     def redirect_to(self, server_url: str) -> None:
-        """New connections go to another server, as when a name is given to it; those that are there stay."""
+        """New connections go to another server, as when its DNS name moves. Existing ones stay."""
         self._server = urlsplit(server_url)
 
     def cut(self) -> None:
-        """Nobody gets through any more: connections are closed, as by a server that ends."""
+        """Closes all connections, as a server does that ends, and resets new ones."""
         self.set_conditions(Conditions(accepts=False))
         asyncio.run_coroutine_threadsafe(self._close_all(StreamWriter.close), self._loop).result(WITHIN_S)
 
     async def serve(self, ready: threading.Event) -> None:
-        """Until `stop`."""
+        """Runs until `stop`."""
         self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
         listener = await asyncio.start_server(self._welcome, "127.0.0.1", 0)
         scheme = "redis" if self._server.scheme == "unix" else self._server.scheme
@@ -198,11 +198,11 @@ def _tear(client: StreamWriter) -> None:
 
 @contextmanager
 def proxy_to(server_url: str) -> Iterator[FaultyProxy]:
-    """A relay that runs."""
+    """A running proxy."""
     found, ready = FaultyProxy(server_url), threading.Event()
     thread = threading.Thread(target=lambda: asyncio.run(found.serve(ready)))
     thread.start()
-    assert ready.wait(WITHIN_S), "the relay does not start"
+    assert ready.wait(WITHIN_S), "the proxy does not start"
     try:
         yield found
     finally:

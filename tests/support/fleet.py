@@ -1,4 +1,4 @@
-"""Several gateways on one store, as real processes. Each test takes a crew: a team whose account nobody has used."""
+"""Several gateways on one store, as processes. Each test takes a team whose account no other test uses."""
 
 import asyncio
 import json
@@ -161,7 +161,7 @@ def _sections(name: str, store_url: str, sections: dict[str, Tree]) -> dict[str,
 
 
 def limiting(**quotas: Sequence[Tree]) -> dict[str, str]:
-    """For `env`: the quotas of `org`, or of all crews by `team_defaults`. Config files of tests have no such arrays."""
+    """For `env`: the quotas of `org`, or of all teams by `team_defaults`. Config files of tests have no such arrays."""
     return {f"{PREFIX}{section.upper()}__QUOTAS": json.dumps(limits) for section, limits in quotas.items()}
 
 

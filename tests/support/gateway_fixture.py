@@ -1,4 +1,4 @@
-"""A gateway on the stage: real sockets, a real store, the simulator as upstream."""
+"""A gateway in this process: real sockets, a real store, the simulator as upstream."""
 
 import socket
 import struct
@@ -46,7 +46,7 @@ class UpstreamFixture:
 
 @dataclass
 class GatewayFixture:
-    """What a test plays with. `client` speaks for the team `design`."""
+    """A running gateway and what surrounds it. `client` sends the token of the team `design`."""
 
     url: str
     client: httpx2.Client
@@ -66,7 +66,7 @@ class GatewayFixture:
         return socket.create_connection((address.hostname or "", address.port or 0), timeout=5)
 
     def age(self, seconds: float) -> None:
-        """Makes all that is stored older: prices, and the books' balances and repricings."""
+        """Makes everything in the store older: prices, and the times in the account books."""
         for key in self.store.keys("ep1:*:price"):
             encoding, put_at, rest = self.store.get(key).decode().split(" ", 2)  # type: ignore[union-attr] # it is there
             self.store.set(key, f"{encoding} {int(put_at) - round(seconds * 1000)} {rest}", keepttl=True)
@@ -76,7 +76,7 @@ class GatewayFixture:
                 self.store.hset(book, mapping={n: t - round(seconds * 1000) for n, t in times.items()})
 
     def raw(self, request: bytes) -> bytes:
-        """What the gateway answers to these bytes until it closes."""
+        """Sends these bytes and returns what the gateway sends until it closes the connection."""
         with self.connect() as connection:
             connection.sendall(request)
             return b"".join(iter(lambda: connection.recv(65536), b""))
@@ -105,7 +105,7 @@ def settings(store_url: str, upstream_url: str, **sections: dict[str, Any]) -> S
 
 @contextmanager
 def running_gateway(configured: Settings, store_url: str, simulator: Simulator) -> Iterator[GatewayFixture]:
-    """The gateway that `configured` describes, as a scene."""
+    """Runs the gateway that `configured` describes."""
     tracker, metrics = InFlightTracker(), Metrics(configured.teams, configured.accounts)
     with (
         serving(build(configured, {}, tracker, metrics)) as url,
@@ -118,20 +118,20 @@ def running_gateway(configured: Settings, store_url: str, simulator: Simulator) 
 
 
 def break_off(connection: socket.socket) -> None:
-    """Resets a connection. A client that only closes its side may still want an answer."""
+    """Resets a connection. After a plain close the client could still read an answer."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
 
 def cache_status(response: httpx2.Response) -> str:
-    """`Cache-Status`, seen to be a list of structured fields (RFC 9211 §2)."""
+    """The value of `Cache-Status`. Asserts that it is a list of structured fields (RFC 9211 §2)."""
     value = response.headers["cache-status"]
     http_sf.parse(value.encode(), tltype="list")
     return value.removeprefix("estimate-proxy; ")
 
 
 def code_of(response: httpx2.Response) -> str:
-    """The code of a problem, seen to be one in both envelopes."""
+    """The code of a problem. Asserts that the document is well formed in both envelopes."""
     problem = response.json()
     assert response.headers["content-type"] == "application/problem+json"
     assert response.headers["cache-control"] == "no-store"

@@ -1,4 +1,4 @@
-"""Gateways as an operator runs them: real `serve` processes with their children. What starts here ends by its pid."""
+"""Gateways as an operator runs them: `serve` processes with their children, ended by their pids."""
 
 import json
 import os
@@ -54,7 +54,7 @@ class GatewayProcess:
         """The newest message with `text` in it, once there are so many."""
         wait_until(lambda: self.process.poll() is not None or len(self.messages(text)) >= times, within_s=START_S)
         found = self.messages(text)
-        assert len(found) >= times, f"it never said {text!r} {times} times, but:\n{self.log.read_text()}"
+        assert len(found) >= times, f"the log does not have {text!r} {times} times:\n{self.log.read_text()}"
         return found[-1]
 
     def wait_until_serving(self, *, times: int = 1) -> None:
@@ -124,7 +124,7 @@ class GatewayProcess:
 
 
 class GatewayRunner:
-    """Where gateways of one test live: a config, a data directory, and a short directory for sockets."""
+    """Starts the gateways of one test. They share a config, a data directory, and a directory for sockets."""
 
     def __init__(self, folder: Path, runtime: Path, upstream_url: str) -> None:
         self.folder = folder

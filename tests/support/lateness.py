@@ -1,14 +1,13 @@
-"""Promises of how soon, on a machine that has much else to do.
+"""Assertions about latency on a busy machine.
 
-A test that fails by `LateError`, and by nothing else, is played again, twice at the most (`only_rerun` in
-pyproject.toml): what is late three times is slow.
+A test that fails with `LateError`, and with nothing else, is run again, at most twice (`only_rerun` in pyproject.toml).
 """
 
 
 class LateError(AssertionError):
-    """It was right, and not soon enough."""
+    """The result was right, but late."""
 
 
 def assert_in_time(took_s: float, within_s: float, why: str = "") -> None:
     if took_s >= within_s:
-        raise LateError(f"it took {took_s:.3f} s, and {within_s:.3f} s at the most were allowed. {why}")
+        raise LateError(f"it took {took_s:.3f} s, longer than {within_s:.3f} s. {why}")

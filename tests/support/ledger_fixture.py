@@ -1,4 +1,4 @@
-"""One gateway's ledger on a real store: the desk before it, and what the store holds of it."""
+"""One gateway's ledger on a real store, and readers of what the store holds."""
 
 import asyncio
 from collections import Counter
@@ -35,7 +35,7 @@ HIT = Charge(Outcome.HIT, 4 * CREDIT, "Flux")
 MISS = Charge(Outcome.MISS, 4 * CREDIT, "Flux")
 FAILED = Charge(Outcome.UPSTREAM_ERROR)
 COOLDOWN_S = 0.02
-"""For how long the store is left alone after a failure, where a test has no time."""
+"""The store client's cool-down after a failure, shortened for tests."""
 
 
 def terms(*quotas: Quota, team: str = "design", rate: Rate | None = None) -> TeamLimits:
@@ -59,7 +59,7 @@ def largest_flush(name: str, counters: CounterSet, charge: Charge) -> FlushBatch
 
 @dataclass
 class LedgerFixture:
-    """A gateway's ledger, and what it is made of."""
+    """A gateway's ledger with its batcher and metrics."""
 
     ledger: Ledger
     batcher: LedgerBatcher
@@ -71,7 +71,7 @@ class LedgerFixture:
         return value
 
     async def admitted(self, terms: TeamLimits = PLAIN) -> Admitted:
-        """A question on its way upstream."""
+        """An admitted request."""
         admission = await self.ledger.admit(terms)
         assert isinstance(admission, Admitted)
         return admission
@@ -82,12 +82,12 @@ class LedgerFixture:
                 await asyncio.sleep(0.005)
 
     async def until_paid(self) -> None:
-        """Until nothing is owed to the ledger."""
+        """Waits until the backlog is empty."""
         await self.until(lambda: not self.ledger._backlog)
         assert self.metric("buffered_debits") == 0
 
     async def until_back(self) -> None:
-        """Until the ledger has answered, once."""
+        """Waits until the ledger answers."""
         async with asyncio.timeout(10):
             while True:
                 with suppress(StoreUnavailable):
@@ -114,13 +114,13 @@ async def opened(url: str, *, admits: bool = False) -> AsyncIterator[LedgerFixtu
 
 
 def run_scenario(url: str, scenario: Scenario, *, admits: bool = False) -> None:
-    """Tells a story of one gateway."""
+    """Runs a scenario with the ledger of one gateway."""
 
-    async def tell() -> None:
+    async def run() -> None:
         async with asyncio.timeout(30), opened(url, admits=admits) as fixture:
             await scenario(fixture)
 
-    asyncio.run(tell())
+    asyncio.run(run())
 
 
 async def cut(store_proxy: FaultyProxy) -> None:
@@ -129,7 +129,7 @@ async def cut(store_proxy: FaultyProxy) -> None:
 
 
 class SkewedClock:
-    """A gateway's clock that is wrong."""
+    """A gateway's clock that is `ahead_s` seconds fast."""
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
@@ -139,13 +139,13 @@ class SkewedClock:
 
 
 def calls(server: redis.Redis) -> int:
-    """How many scripts were called, and known, since the test began."""
+    """The number of script calls since the test began, without those the server did not know."""
     stats = server.info("commandstats").get("cmdstat_evalsha", {"calls": 0, "failed_calls": 0})
     return int(stats["calls"]) - int(stats["failed_calls"])
 
 
 def hashes(server: redis.Redis, pattern: str) -> dict[str, Counter[str]]:
-    """What the ledger's hashes hold that is not 0."""
+    """The fields of the ledger's hashes that are not 0."""
     names: Any = server.keys(f"ep1:{{acme}}:{pattern}")
     held: Any = [server.hgetall(name) for name in names]
     return {
@@ -155,12 +155,12 @@ def hashes(server: redis.Redis, pattern: str) -> dict[str, Counter[str]]:
 
 
 def rows(server: redis.Redis, team: str = "design") -> Counter[str]:
-    """A team's usage on all days."""
+    """A team's usage rows, summed over all days."""
     return sum(hashes(server, f"u:*:{team}").values(), Counter[str]())
 
 
 def used(server: redis.Redis, team: str | None = "design") -> tuple[int, int]:
-    """Requests and credits in the counters, of all days; those of weeks and months must say the same, and usage too."""
+    """Requests and credits of all days. Asserts that counters of days, weeks and months agree with usage rows."""
     scope = "o" if team is None else f"t:{team}"
     sums = [sum(hashes(server, f"q:{scope}:{per}:*").values(), Counter[str]()) for per in BASE_PERIODS]
     assert sums[0] == sums[1] == sums[2]
@@ -172,7 +172,7 @@ def used(server: redis.Redis, team: str | None = "design") -> tuple[int, int]:
 
 
 def everything(server: redis.Redis) -> dict[bytes, Any]:
-    """Every key, but rates that are over."""
+    """All keys with their values, without rates that have expired."""
     names: Any = server.keys("*")
     found = {name: server.dump(name) for name in names}
     return {name: value for name, value in found.items() if value is not None}
@@ -183,7 +183,7 @@ def word(admission: Admitted | Denied) -> str:
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
-    """Levels and messages since the last look."""
+    """Levels and messages since the last call."""
     found = [(record.levelname, record.getMessage()) for record in caplog.records]
     caplog.clear()
     return found

@@ -1,4 +1,4 @@
-"""What a ledger says of a team, as its gateways tell it."""
+"""A team's quotas and usage, read over HTTP."""
 
 import json
 from collections import Counter
@@ -12,7 +12,7 @@ from gateway_process import GatewayProcess, Tree
 
 @dataclass(frozen=True)
 class LedgerSnapshot:
-    """What the ledger says of a team: its quotas' counters, and its usage."""
+    """A team's used quotas and its usage."""
 
     used: list[Decimal]
     usage: Tree

@@ -1,4 +1,4 @@
-"""Crowds before gateways: they ask for as long as a test wants, and know what they were told and how soon."""
+"""Load on gateways for a limited time, with the answers and their latencies."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,18 +17,18 @@ from serving import wait_until
 
 LANES = 4
 PAUSE_S = 0.01
-"""Of each between two questions: a crowd is to be served by a machine that has other things to do."""
+"""A client's pause between two requests, so that a busy machine can serve the load."""
 
 CREDITS: Tree = {"measure": "estimated_credits", "limit": 10**6, "per": "month"}
 REQUESTS: Tree = {"measure": "requests", "limit": 10**6, "per": "month"}
-"""Nobody reaches these: they show their counters."""
+"""Limits that no test reaches: with them the counters are shown."""
 
 PRICE = 3
 _NUMBERS = count()
 
 
 def new_body() -> bytes:
-    """A question that nobody has asked before, at `PRICE`."""
+    """A new question that costs `PRICE`."""
     return b'[{"model":"Flux","steps":30,"seed":%d}]' % next(_NUMBERS)
 
 
@@ -53,7 +53,7 @@ def timed(team: TeamClient, at: int, body: bytes) -> TimedAnswer:
 
 
 class LoadGenerator:
-    """Asks one gateway from now on, for so long: each of its members one question after the other."""
+    """`LANES` clients that send requests to one gateway for `for_s` seconds, each one request after the other."""
 
     def __init__(self, team: TeamClient, at: int, body: Callable[[], bytes], *, for_s: float) -> None:
         until = time.monotonic() + for_s
@@ -80,7 +80,7 @@ def answered(told: Sequence[TimedAnswer]) -> int:
 
 
 class LogTail:
-    """What a gateway says from now on, but for its line about each request."""
+    """The log lines that a gateway writes from now on, without its request lines."""
 
     def __init__(self, served: GatewayProcess) -> None:
         self._served = served
@@ -94,7 +94,7 @@ class LogTail:
         return [message for message in self.said() if text in message]
 
     def assert_one_incident(self, fails: str, ends: str) -> None:
-        """It has begun, perhaps with more than one reason, and it is over; each of that was said once."""
+        """Asserts that one incident was opened, with at most three reasons, and closed, each logged once."""
         wait_until(lambda: any(line.startswith(ends) for line in self.said()))  # lines are written a moment later
         *begins, end = (line for line in self.said() if line.startswith((fails, ends)))
         assert end.startswith(ends)
@@ -103,7 +103,7 @@ class LogTail:
 
 
 def metric(client: httpx2.Client, series: str) -> float:
-    """The sum of what a gateway shows under names that begin so, after the prefix of all names."""
+    """The sum of all samples whose names begin with `estimate_proxy_` and `series`."""
     samples = (line.rpartition(" ") for line in client.get("/metrics").text.splitlines())
     return sum(float(value) for name, _, value in samples if name.startswith(f"estimate_proxy_{series}"))
 
@@ -115,7 +115,7 @@ def degraded(client: httpx2.Client) -> list[str]:
 
 
 def assert_booked(team: TeamClient, answers: int, *, at: int = 0, perhaps: int = 0) -> None:
-    """All that was answered is on the books, once; of what was not, no more than what went out without a reply."""
+    """Asserts that each answered request is booked once, and at most `perhaps` others."""
     books = snapshot_of(team, at)
     requests, credits_used = books.usage["requests"], books.usage["estimated_credits"]
     assert books.used == [credits_used, requests]

@@ -1,4 +1,4 @@
-"""Gateways that may be scraped: their tokens, teams and quotas, and how one comes to show everything."""
+"""Settings for gateways that may be scraped, and requests after which every metric has a sample."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Rates and quotas on the stage: what teams are given, what they ask, and what they are told and shown of it."""
+"""Gateways with rates and quotas: settings of teams, requests, and readers of the answers."""
 
 import json
 from collections.abc import Callable

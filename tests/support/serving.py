@@ -1,6 +1,6 @@
-"""Real servers for tests: an ASGI application on a socket, in a thread of this process.
+"""Runs ASGI applications on real sockets, in threads of this process.
 
-A server takes a quarter of a second to come and go, so they are kept: each serves one application after the other.
+Starting and stopping a server takes 0.25 s, so servers are pooled: each serves one application after the other.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 
 
 class ServerThread:
-    """A server that lasts, with room for one application at a time."""
+    """A server in a thread. It serves one application at a time."""
 
     def __init__(self) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
@@ -65,7 +65,7 @@ class ServerThread:
 
 
 class ServerPool:
-    """The servers that are free."""
+    """The servers that are not in use."""
 
     def __init__(self) -> None:
         self.free: list[ServerThread] = []
@@ -80,7 +80,7 @@ SERVER_POOL = ServerPool()
 
 @contextmanager
 def serving(app: ASGIApp) -> Iterator[str]:
-    """Runs `app`, lifespan and all, and gives its base URL."""
+    """Runs `app` with its lifespan. Yields its base URL."""
     host = SERVER_POOL.free.pop() if SERVER_POOL.free else ServerThread()
     try:
         with host.serving(app):
@@ -107,8 +107,8 @@ def _ephemeral_ports_from() -> int:
 
 
 def wait_until(condition: Callable[[], object], *, within_s: float = 10.0) -> None:
-    """Returns as soon as `condition` holds; fails the test when it does not in time. For what sends no event."""
+    """Polls until `condition` holds. Fails the test after `within_s`."""
     deadline = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < deadline, f"it did not come true within {within_s} s"
+        assert time.monotonic() < deadline, f"the condition did not hold within {within_s} s"
         time.sleep(0.01)

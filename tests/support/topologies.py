@@ -1,6 +1,6 @@
-"""Servers in company: Sentinels with a primary and a replica, a cluster, and a server that speaks TLS alone.
+"""Redis and Valkey topologies as processes: Sentinels with a primary and a replica, and a cluster.
 
-Real processes of one program, on ports of their own. Each ends by its pid, and with the process that started it.
+Each server has its own port. It is ended by its pid, and ends with the process that started it.
 """
 
 import os
@@ -103,7 +103,7 @@ class Member:
 
 @dataclass
 class ServerGroup:
-    """Where members are started, and ended."""
+    """Starts servers of one program, and ends them."""
 
     program: str
     folder: Path

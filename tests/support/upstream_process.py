@@ -1,6 +1,6 @@
-"""An upstream that is a process of its own, so that it can be killed and stopped. It starts at once: it is small.
+"""A small upstream in its own process, so that it can be killed and suspended.
 
-It says the same to every question; to one about `busy` that it wants none for a second.
+It gives each question the same price; to a body with `busy` it answers 429 with `Retry-After: 1`.
 """
 
 import signal
@@ -77,7 +77,7 @@ class UpstreamProcess:
 
 @contextmanager
 def upstream_process() -> Iterator[UpstreamProcess]:
-    """One that runs."""
+    """A running one."""
     upstream = UpstreamProcess()
     try:
         upstream.start()
