@@ -16,8 +16,8 @@ from bench.cases import CASES, Case
 from bench.children import BenchError
 from bench.load import Kind, kind_of
 from bench.parts import Pace, Part
+from bench.servers import Servers, start_servers
 from bench.sites import no_nginx, no_peer
-from bench.stage import Stage, stage
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 PACES = {"table": Pace(5, 2.0), "latency": Pace(3, 4.0), "workers": Pace(3, 3.0), "growth": Pace(2, 1.0)}
@@ -115,8 +115,8 @@ def _facts(wanted: Wanted) -> Mapping[str, Any]:
 
 
 def _measured(wanted: Wanted) -> Iterator[Part]:
-    """The parts, each as soon as it is there. The workers have another stage, for they have other cores."""
-    with stage(machine.cores(), wanted.kind) as opened:
+    """Yields each part when it is measured. The workers have their own servers, on other cores."""
+    with start_servers(machine.cores(), wanted.kind) as opened:
         for name in wanted.parts:
             if name != "workers":
                 yield _or_why_not(name, partial(_part, name, opened, wanted))
@@ -131,7 +131,7 @@ def _or_why_not(name: str, measured: Callable[[], Part]) -> Part:
         return Part(name, "it failed", tables=(), failures={name: str(error)})
 
 
-def _part(name: str, opened: Stage, wanted: Wanted) -> Part:
+def _part(name: str, opened: Servers, wanted: Wanted) -> Part:
     match name:
         case "table":
             return table.run(opened, wanted.cases, wanted.pace(name), _say)

@@ -1,4 +1,4 @@
-"""What is measured: who is asked, for what, and what has to be the answer for the number to count."""
+"""The cases: the server, the requests, and the answer that a response must have to count."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -6,8 +6,8 @@ from functools import cache
 from typing import Any
 
 from bench.gateways import BROKE, HASTY
+from bench.servers import Servers
 from bench.sites import Site
-from bench.stage import Stage
 from bench.traffic import UNKNOWN_TOKEN, Listed, Traffic, fresh, hot, token, zipf
 
 ZIPF_BODIES = 10_000
@@ -32,7 +32,7 @@ class Case:
 
     name: str
     title: str
-    site: Callable[[Stage], Site]
+    site: Callable[[Servers], Site]
     traffic: Callable[[], Traffic]
     expected: Expected = field(default_factory=Expected)
     connections: int = 32
@@ -61,20 +61,20 @@ def _hot() -> Listed:
 
 
 CASES: tuple[Case, ...] = (
-    Case("bare", "bare Starlette route", lambda stage: stage.starlette, _hot),
-    Case("asgi", "bare ASGI application", lambda stage: stage.asgi, _hot),
-    Case("peer", "nginx + Lua + Redis, hit", lambda stage: stage.peer, _hot, _HIT, warm=_hot),
-    Case("hit", "hit, one hot body, quotas in two scopes", lambda stage: stage.full, _hot, _HIT, warm=_hot),
-    Case("hit-logged", "hit, with its log line in a file", lambda stage: stage.logged, _hot, _HIT, warm=_hot),
-    Case("hit-free", "hit, one hot body, no quotas", lambda stage: stage.without_quotas, _hot, _HIT, warm=_hot),
-    Case("zipf", "hit, Zipf over 10,000 bodies, three teams", lambda stage: stage.full, _zipf, _HIT, warm=_zipf),
-    Case("401", "refused: unknown token", lambda stage: stage.full, lambda: hot(UNKNOWN_TOKEN), Expected(401)),
-    Case("402", "refused: quota", lambda stage: stage.full, lambda: hot(token(BROKE)), Expected(402), warm=_hot),
-    Case("429", "refused: rate", lambda stage: stage.full, lambda: hot(token(HASTY)), Expected(429), warm=_hot),
-    Case("miss", "miss, upstream at 0 ms", lambda stage: stage.full, lambda: fresh(DESIGN), _MISS),
-    Case("miss-50", "miss, upstream at 50 ms", lambda stage: stage.full, lambda: fresh(DESIGN), _MISS, delay_ms=50),
-    Case("forward", "bare httpx2 proxy route, 0 ms", lambda stage: stage.forward, lambda: fresh(DESIGN), _PASSED),
-    Case("aiohttp", "bare aiohttp proxy route, 0 ms", lambda stage: stage.aiohttp, lambda: fresh(DESIGN), _PASSED),
-    Case("nginx", "nginx proxy_pass, 0 ms", lambda stage: stage.nginx, lambda: fresh(DESIGN), _PASSED),
-    Case("direct", "upstream itself, 0 ms", lambda stage: stage.upstream.site, _hot, _PASSED),
+    Case("bare", "bare Starlette route", lambda servers: servers.starlette, _hot),
+    Case("asgi", "bare ASGI application", lambda servers: servers.asgi, _hot),
+    Case("peer", "nginx + Lua + Redis, hit", lambda servers: servers.peer, _hot, _HIT, warm=_hot),
+    Case("hit", "hit, one hot body, quotas in two scopes", lambda servers: servers.full, _hot, _HIT, warm=_hot),
+    Case("hit-logged", "hit, with its log line in a file", lambda servers: servers.logged, _hot, _HIT, warm=_hot),
+    Case("hit-free", "hit, one hot body, no quotas", lambda servers: servers.without_quotas, _hot, _HIT, warm=_hot),
+    Case("zipf", "hit, Zipf over 10,000 bodies, three teams", lambda servers: servers.full, _zipf, _HIT, warm=_zipf),
+    Case("401", "refused: unknown token", lambda servers: servers.full, lambda: hot(UNKNOWN_TOKEN), Expected(401)),
+    Case("402", "refused: quota", lambda servers: servers.full, lambda: hot(token(BROKE)), Expected(402), warm=_hot),
+    Case("429", "refused: rate", lambda servers: servers.full, lambda: hot(token(HASTY)), Expected(429), warm=_hot),
+    Case("miss", "miss, upstream at 0 ms", lambda servers: servers.full, lambda: fresh(DESIGN), _MISS),
+    Case("miss-50", "miss, upstream at 50 ms", lambda servers: servers.full, lambda: fresh(DESIGN), _MISS, delay_ms=50),
+    Case("forward", "bare httpx2 proxy route, 0 ms", lambda servers: servers.forward, lambda: fresh(DESIGN), _PASSED),
+    Case("aiohttp", "bare aiohttp proxy route, 0 ms", lambda servers: servers.aiohttp, lambda: fresh(DESIGN), _PASSED),
+    Case("nginx", "nginx proxy_pass, 0 ms", lambda servers: servers.nginx, lambda: fresh(DESIGN), _PASSED),
+    Case("direct", "upstream itself, 0 ms", lambda servers: servers.upstream.site, _hot, _PASSED),
 )

@@ -1,4 +1,4 @@
-"""Processes of the bench: pinned, out of the terminal's reach, and ended by their pid whatever happens."""
+"""Processes of the bench: pinned to cores, in sessions of their own, and always ended by their pid."""
 
 import os
 import subprocess

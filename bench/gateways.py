@@ -20,8 +20,8 @@ _HUGE = {"estimated_credits": 9_000_000_000, "requests": 10**12}
 
 
 @dataclass(frozen=True, slots=True)
-class TeamLimits:
-    """Who may ask a gateway, and with what quotas: on credits and requests, of the team and of the organisation.
+class GatewayVariant:
+    """A gateway's teams, and their quotas on credits and requests, of the team and of the organisation.
 
     logged: whether each request has its log line, as by default.
     """
@@ -34,23 +34,23 @@ class TeamLimits:
 
 
 @contextmanager
-def gateway(place: Place, terms: TeamLimits, ledger: Store, book: Store, upstream_url: str) -> Iterator[Site]:
+def gateway(place: Place, variant: GatewayVariant, ledger: Store, book: Store, upstream_url: str) -> Iterator[Site]:
     """A gateway that serves. Gateways share stores, each with a ledger of its own in them."""
-    config = place.folder / f"{terms.name}.toml"
-    config.write_text(_toml(_config(terms, ledger, book, upstream_url)), encoding="utf-8")
+    config = place.folder / f"{variant.name}.toml"
+    config.write_text(_toml(_config(variant, ledger, book, upstream_url)), encoding="utf-8")
     url, port = place.address()
-    command = module("proxy", "serve", "--config", config, "--port", port, "--workers", terms.workers)
-    with running(terms.name, command, place.folder, place.cores.server) as child:
+    command = module("proxy", "serve", "--config", config, "--port", port, "--workers", variant.workers)
+    with running(variant.name, command, place.folder, place.cores.server) as child:
         child.wait_until(lambda: answers(url, "/readyz"))
 
         def workers() -> list[psutil.Process]:
             return [process for process in child.family() if "proxy.processes.worker" in process.cmdline()]
 
-        child.wait_until(lambda: len(workers()) == terms.workers)
+        child.wait_until(lambda: len(workers()) == variant.workers)
         yield Site(url, child, workers, ledger)
 
 
-def _config(terms: TeamLimits, ledger: Store, book: Store, upstream_url: str) -> dict[str, object]:
+def _config(variant: GatewayVariant, ledger: Store, book: Store, upstream_url: str) -> dict[str, object]:
     """Everything is on, and generous."""
     tree: dict[str, object] = {
         "server.drain_delay_s": 0,
@@ -59,15 +59,15 @@ def _config(terms: TeamLimits, ledger: Store, book: Store, upstream_url: str) ->
         "accounts.default.api_key": "rn-bench",
         "store.url": ledger.url,
         "cache.url": book.url,
-        "log.level": "info" if terms.logged else "warning",
-        "org.id": terms.name,
+        "log.level": "info" if variant.logged else "warning",
+        "org.id": variant.name,
         "team_defaults.rate": {"per_s": 100_000, "burst": 1_000_000},
         f"teams.{BROKE}.quotas": _month({"estimated_credits": 1}),
         f"teams.{HASTY}.rate": {"per_s": 0.001, "burst": 1},
     }
-    if terms.quotas:
+    if variant.quotas:
         tree |= {"org.quotas": _month(_HUGE), "team_defaults.quotas": _month(_HUGE)}
-    return tree | {f"teams.{team}.tokens": [digest_of(token(team))] for team in (*terms.teams, BROKE, HASTY)}
+    return tree | {f"teams.{team}.tokens": [digest_of(token(team))] for team in (*variant.teams, BROKE, HASTY)}
 
 
 def _month(limits: dict[str, int]) -> list[dict[str, object]]:

@@ -6,11 +6,11 @@ from itertools import pairwise
 from math import log
 
 from bench.cases import CASES, Case
-from bench.gateways import TeamLimits
+from bench.gateways import GatewayVariant
 from bench.parts import Pace, Part, Say, Table, Target
 from bench.plot import Curve, Panel
-from bench.rounds import Rounds, run_scenario
-from bench.stage import Stage
+from bench.rounds import Rounds, run_rounds
+from bench.servers import Servers
 from bench.table import cpu_us, notes, per_s
 from bench.traffic import Traffic, by_turns, fresh, hot, items, sized, token
 
@@ -44,17 +44,17 @@ class Axis:
                     yield self.vary(known[name], point)
 
 
-def run(stage: Stage, pace: Pace, say: Say, *, with_peer: bool) -> tuple[Part, list[Panel]]:
+def run(servers: Servers, pace: Pace, say: Say, *, with_peer: bool) -> tuple[Part, list[Panel]]:
     """What was found, and its plot."""
     left_out = [] if with_peer else ["peer"]
-    found = {axis: run_scenario(stage, list(axis.cases(left_out)), pace, say) for axis in AXES}
+    found = {axis: run_rounds(servers, list(axis.cases(left_out)), pace, say) for axis in AXES}
     failures = {name: why for rounds in found.values() for name, why in rounds.failures.items()}
     part = Part(
         name="growth",
         how=pace.text(),
         tables=[_table(axis, rounds) for axis, rounds in found.items()],
         targets=[target for axis, rounds in found.items() for target in _targets(axis, rounds)],
-        notes=[note for rounds in found.values() for note in notes(rounds)] if stage.place.cores.apart else (),
+        notes=[note for rounds in found.values() for note in notes(rounds)] if servers.place.cores.apart else (),
         failures=failures,
         raw={axis.title: rounds.raw() for axis, rounds in found.items()},
     )
@@ -87,8 +87,8 @@ def _of_connections(case: Case, point: int) -> Case:
 
 def _of_teams(case: Case, point: int) -> Case:
     teams = tuple(f"team-{number}" for number in range(1, point + 1))
-    terms = TeamLimits(f"teams-{point}", teams)
-    return case.at(_named(case, point), site=lambda stage: stage.gateway(terms), traffic=lambda: by_turns(teams))
+    variant = GatewayVariant(f"teams-{point}", teams)
+    return case.at(_named(case, point), site=lambda servers: servers.gateway(variant), traffic=lambda: by_turns(teams))
 
 
 AXES: Sequence[Axis] = (

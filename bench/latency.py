@@ -8,7 +8,7 @@ from dataclasses import asdict
 from bench.cases import CASES, Case
 from bench.measuring import Measured, measure, prepare
 from bench.parts import Pace, Part, Say, Spread, Table, Target
-from bench.stage import Stage
+from bench.servers import Servers
 
 RATE = 1000.0
 PEAK, HALF = "hit, peak", "hit at half its peak"
@@ -19,18 +19,18 @@ _TAIL = 3.0
 Series = dict[str, list[Measured]]
 
 
-def run(stage: Stage, pace: Pace, say: Say, *, with_peer: bool) -> Part:
+def run(servers: Servers, pace: Pace, say: Say, *, with_peer: bool) -> Part:
     names = ["bare", "hit", *["peer"] * with_peer]
     cases = {case.name: case for case in CASES if case.name in names}
     for name in names:
         say(f"preparing: {name}")
-        prepare(stage, cases[name])
+        prepare(servers, cases[name])
     found: Series = {title: [] for title in (*(_at_rate(name) for name in names), PEAK, HALF)}
     for number in range(1, pace.rounds + 1):
         say(f"latency, round {number} of {pace.rounds}")
         for name in names:
-            found[_at_rate(name)].append(measure(stage, cases[name], pace.seconds, rate=RATE))
-        _half_of_peak(stage, cases["hit"], pace, found)
+            found[_at_rate(name)].append(measure(servers, cases[name], pace.seconds, rate=RATE))
+        _half_of_peak(servers, cases["hit"], pace, found)
     return Part(
         name="latency",
         how=f"{pace.text()}, load at a rate by the bench's own loader on {cases['hit'].connections} connections",
@@ -44,10 +44,10 @@ def _at_rate(name: str) -> str:
     return f"{name} at {RATE:,.0f}/s"
 
 
-def _half_of_peak(stage: Stage, hit: Case, pace: Pace, found: Series) -> None:
-    peak = measure(stage, hit, pace.seconds)
+def _half_of_peak(servers: Servers, hit: Case, pace: Pace, found: Series) -> None:
+    peak = measure(servers, hit, pace.seconds)
     found[PEAK].append(peak)
-    half = measure(stage, hit.at(HALF), pace.seconds, rate=peak.per_s / 2)
+    half = measure(servers, hit.at(HALF), pace.seconds, rate=peak.per_s / 2)
     found[HALF].append(half)
 
 

@@ -1,4 +1,4 @@
-"""Making load: by wrk where it is installed, else by the bench's own loader; at a fixed rate always by the latter."""
+"""Makes load with wrk if it is installed, else with the bench's own loader, which also makes load at a fixed rate."""
 
 import json
 import shutil

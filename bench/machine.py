@@ -1,4 +1,4 @@
-"""The machine: which cores serve and which make the load, and what a reader of the numbers has to know of it."""
+"""The machine: which cores serve, which make the load, and the facts that are reported with the numbers."""
 
 import os
 import platform

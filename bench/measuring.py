@@ -14,8 +14,8 @@ from bench.children import BenchError
 from bench.load import Load, Shape
 from bench.machine import busy_s, stolen_s
 from bench.probe import Said, ask
+from bench.servers import Servers
 from bench.sites import Site
-from bench.stage import Stage
 from bench.traffic import once_each
 
 TRIES = 3
@@ -68,32 +68,32 @@ class _Reading:
     stolen_s: float
 
 
-def prepare(stage: Stage, case: Case) -> None:
+def prepare(servers: Servers, case: Case) -> None:
     """Starts what the case needs, and has it run for a moment."""
     with _about(case):
-        site = case.site(stage)
-        stage.upstream.delay(0)
-        stage.loads.make(site.url, case.traffic(), Shape(WARMING_S, most=WARM_REQUESTS))
+        site = case.site(servers)
+        servers.upstream.delay(0)
+        servers.loads.make(site.url, case.traffic(), Shape(WARMING_S, most=WARM_REQUESTS))
 
 
-def measure(stage: Stage, case: Case, seconds: float, *, rate: float = 0.0) -> Measured:
+def measure(servers: Servers, case: Case, seconds: float, *, rate: float = 0.0) -> Measured:
     """Raises `BenchError` where the answers were not what the case is about."""
     with _about(case):
-        site, traffic = case.site(stage), case.traffic()
-        stage.upstream.delay(case.delay_ms)
+        site, traffic = case.site(servers), case.traffic()
+        servers.upstream.delay(case.delay_ms)
         if case.warm is not None:  # while others had their turns, what is remembered has aged
             each = once_each(case.warm())
-            stage.loads.make(site.url, each, Shape(WARMING_S, most=len(each.requests)))
-        _check_one(case, lambda: ask(site.url, stage.loads.sample(traffic)))
-        before = _read(stage, site)
+            servers.loads.make(site.url, each, Shape(WARMING_S, most=len(each.requests)))
+        _check_one(case, lambda: ask(site.url, servers.loads.sample(traffic)))
+        before = _read(servers, site)
         try:
-            load = stage.loads.make(site.url, traffic, Shape(max(seconds, case.least_s), case.connections, rate))
-            after = _read(stage, site)
+            load = servers.loads.make(site.url, traffic, Shape(max(seconds, case.least_s), case.connections, rate))
+            after = _read(servers, site)
         finally:
             if case.expected.asks:
-                _wait_until_quiet(stage)
+                _wait_until_quiet(servers)
         _check_all(case, load, after.asked - before.asked)
-        return _measured(case, load, before, after, cores=len(stage.place.cores.server))
+        return _measured(case, load, before, after, cores=len(servers.place.cores.server))
 
 
 @contextmanager
@@ -105,17 +105,17 @@ def _about(case: Case) -> Iterator[None]:
         raise BenchError(f"{case.name}: {error}") from None
 
 
-def _wait_until_quiet(stage: Stage) -> None:
+def _wait_until_quiet(servers: Servers) -> None:
     """Until upstream is not asked any more for those that hung up when the load was over: the next case has no such."""
     deadline, asked = monotonic() + QUIET_WITHIN_S, -1
-    while asked != (asked := stage.upstream.asked()) and monotonic() < deadline:
+    while asked != (asked := servers.upstream.asked()) and monotonic() < deadline:
         sleep(QUIET_S)
 
 
-def _read(stage: Stage, site: Site) -> _Reading:
+def _read(servers: Servers, site: Site) -> _Reading:
     scripts = site.ledger.scripts() if site.ledger else (0, 0.0)
     return _Reading(
-        monotonic(), site.cpu_s(), busy_s(stage.place.cores.server), scripts, stage.upstream.asked(), stolen_s()
+        monotonic(), site.cpu_s(), busy_s(servers.place.cores.server), scripts, servers.upstream.asked(), stolen_s()
     )
 
 

@@ -4,10 +4,10 @@ from time import monotonic
 from typing import Any
 
 from bench.children import BenchError
-from bench.gateways import TeamLimits
+from bench.gateways import GatewayVariant
 from bench.load import Shape
 from bench.parts import Part, Say, Table, Target
-from bench.stage import Stage
+from bench.servers import Servers
 from bench.traffic import TEAMS, fresh, token
 
 REQUESTS = 2_000_000
@@ -24,14 +24,14 @@ Sample = tuple[int, float]
 """Requests so far, and the worker's RSS in MB."""
 
 
-def run(stage: Stage, say: Say, *, requests: int = REQUESTS) -> Part:
-    with stage.another_gateway(TeamLimits("memory", TEAMS)) as site:
+def run(servers: Servers, say: Say, *, requests: int = REQUESTS) -> Part:
+    with servers.another_gateway(GatewayVariant("memory", TEAMS)) as site:
         (worker,) = site.workers()
         samples: list[Sample] = [(0, worker.memory_info().rss / MB)]
         traffic, began = fresh(token(TEAMS[0]), distinct=DISTINCT), monotonic()
         while samples[-1][0] < requests and monotonic() - began < _MOST_S:
             say(f"memory: {samples[-1][0]:,} of {requests:,} requests")
-            load = stage.loads.make(site.url, traffic, Shape(_STEP_S))
+            load = servers.loads.make(site.url, traffic, Shape(_STEP_S))
             if load.refused:
                 raise BenchError(f"memory: {load.refused} of {load.requests} answers were refusals")
             samples.append((samples[-1][0] + load.requests, worker.memory_info().rss / MB))

@@ -1,4 +1,4 @@
-"""What a run finds, in the form that everything is reported in: parts with tables, targets, and the raw numbers."""
+"""The results of a run: parts with tables, targets and raw numbers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

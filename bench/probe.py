@@ -1,4 +1,4 @@
-"""One request on a connection of its own, to see what a server says before its answers are counted."""
+"""Sends one request on its own connection, to check a server's answer before answers are counted."""
 
 import socket
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Cases in turn, over several rounds: each number is compared with one that was measured seconds away."""
+"""Runs the cases in turn, over several rounds, so that compared numbers are measured within seconds of each other."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -9,7 +9,7 @@ from bench.cases import Case
 from bench.children import BenchError
 from bench.measuring import Measured, measure, prepare
 from bench.parts import Pace, Say, Spread
-from bench.stage import Stage
+from bench.servers import Servers
 
 Round = Mapping[str, Measured]
 """By the names of cases."""
@@ -46,7 +46,7 @@ class Rounds:
         return [{name: asdict(measured) for name, measured in each.items()} for each in self.rounds]
 
 
-def run_scenario(stage: Stage, cases: Sequence[Case], pace: Pace, say: Say) -> Rounds:
+def run_rounds(servers: Servers, cases: Sequence[Case], pace: Pace, say: Say) -> Rounds:
     """Goes on without a case whose answers are not what it is about."""
     found: list[dict[str, Measured]] = [{} for _ in range(pace.rounds)]
     failures: dict[str, str] = {}
@@ -60,10 +60,10 @@ def run_scenario(stage: Stage, cases: Sequence[Case], pace: Pace, say: Say) -> R
                 failures[case.name] = str(error)
 
     def measure_in(number: int, case: Case) -> None:
-        found[number][case.name] = measure(stage, case, pace.seconds)
+        found[number][case.name] = measure(servers, case, pace.seconds)
 
     for case in cases:
-        attempt(case, "preparing", partial(prepare, stage, case))
+        attempt(case, "preparing", partial(prepare, servers, case))
     for number in range(pace.rounds):
         for case in cases:
             attempt(case, f"round {number + 1} of {pace.rounds}", partial(measure_in, number, case))

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from bench.cases import Case
 from bench.measuring import Measured
 from bench.parts import Pace, Part, Say, Spread, Table, Target
-from bench.rounds import Rounds, run_scenario
-from bench.stage import Stage
+from bench.rounds import Rounds, run_rounds
+from bench.servers import Servers
 
 BARE = "bare"
 COLUMNS = (
@@ -43,15 +43,15 @@ BUSY = 0.90
 """Parts of the servers' cores."""
 
 
-def run(stage: Stage, cases: Sequence[Case], pace: Pace, say: Say) -> Part:
-    found = run_scenario(stage, cases, pace, say)
+def run(servers: Servers, cases: Sequence[Case], pace: Pace, say: Say) -> Part:
+    found = run_rounds(servers, cases, pace, say)
     rows = [_row(case, found) for case in cases if case.name in found]
     return Part(
         name="table",
         how=f"{pace.text()}, {cases[0].connections} connections",
         tables=[Table("Results", COLUMNS, rows)],
         targets=_targets(found),
-        notes=notes(found) if stage.place.cores.apart else (),
+        notes=notes(found) if servers.place.cores.apart else (),
         failures=found.failures,
         raw=found.raw(),
     )

@@ -7,13 +7,13 @@
 
 from bench import machine
 from bench.cases import CASES, Case
-from bench.gateways import TeamLimits
+from bench.gateways import GatewayVariant
 from bench.load import Kind
 from bench.measuring import Measured
 from bench.parts import Pace, Part, Say, Table, Target
-from bench.rounds import Rounds, run_scenario
+from bench.rounds import Rounds, run_rounds
+from bench.servers import Servers, start_servers
 from bench.sites import Site
-from bench.stage import Stage, stage
 from bench.table import cpu_us, notes, per_s
 from bench.traffic import TEAMS
 
@@ -28,8 +28,8 @@ ONE, TWO = "one worker", "two workers"
 
 def run(kind: Kind, pace: Pace, say: Say) -> Part:
     cores = machine.cores(servers=2)
-    with stage(cores, kind) as opened:
-        found = run_scenario(opened, [_case(ONE, 1), _case(TWO, 2)], pace, say)
+    with start_servers(cores, kind) as opened:
+        found = run_rounds(opened, [_case(ONE, 1), _case(TWO, 2)], pace, say)
     names = [name for name in (ONE, TWO) if name in found]
     return Part(
         name="workers",
@@ -43,8 +43,8 @@ def run(kind: Kind, pace: Pace, say: Say) -> Part:
 
 
 def _case(name: str, workers: int) -> Case:
-    def site(opened: Stage) -> Site:
-        return opened.gateway(TeamLimits(name.replace(" ", "-"), TEAMS, workers=workers))
+    def site(opened: Servers) -> Site:
+        return opened.gateway(GatewayVariant(name.replace(" ", "-"), TEAMS, workers=workers))
 
     (hit,) = (case for case in CASES if case.name == "hit")
     return hit.at(name, site=site, connections=CONNECTIONS)

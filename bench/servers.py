@@ -1,4 +1,4 @@
-"""Everything that a run plays on. Servers are started when a case first asks for them, and end with the stage."""
+"""The servers of a run. Each is started when a case first needs it, and all end with the run."""
 
 import tempfile
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from bench.gateways import TeamLimits, gateway
+from bench.gateways import GatewayVariant, gateway
 from bench.load import Kind, Loads
 from bench.machine import Cores
 from bench.sites import Place, Site, Store, Upstream, bare, nginx_pass, peer, store, upstream
@@ -15,27 +15,27 @@ from bench.traffic import TEAMS
 
 _Opened = TypeVar("_Opened")
 
-FULL = TeamLimits("full", TEAMS)
-WITHOUT_QUOTAS = TeamLimits("without-quotas", TEAMS, quotas=False)
-LOGGED = TeamLimits("logged", TEAMS, logged=True)
+FULL = GatewayVariant("full", TEAMS)
+WITHOUT_QUOTAS = GatewayVariant("without-quotas", TEAMS, quotas=False)
+LOGGED = GatewayVariant("logged", TEAMS, logged=True)
 
 
-class Stage:
+class Servers:
     def __init__(self, place: Place, kind: Kind, opened: ExitStack) -> None:
         self.place = place
         self.loads = Loads(kind, place.folder, place.cores.load)
         self._opened = opened
-        self._gateways: dict[TeamLimits, Site] = {}
+        self._gateways: dict[GatewayVariant, Site] = {}
 
-    def gateway(self, terms: TeamLimits) -> Site:
-        if terms not in self._gateways:
-            self._gateways[terms] = self._enter(gateway(self.place, terms, *self._stores, self.upstream.site.url))
-        return self._gateways[terms]
+    def gateway(self, variant: GatewayVariant) -> Site:
+        if variant not in self._gateways:
+            self._gateways[variant] = self._enter(gateway(self.place, variant, *self._stores, self.upstream.site.url))
+        return self._gateways[variant]
 
     @contextmanager
-    def another_gateway(self, terms: TeamLimits) -> Iterator[Site]:
-        """One that ends before the stage does."""
-        with gateway(self.place, terms, *self._stores, self.upstream.site.url) as opened:
+    def another_gateway(self, variant: GatewayVariant) -> Iterator[Site]:
+        """A gateway that ends before the others."""
+        with gateway(self.place, variant, *self._stores, self.upstream.site.url) as opened:
             yield opened
 
     @cached_property
@@ -90,6 +90,6 @@ class Stage:
 
 
 @contextmanager
-def stage(cores: Cores, kind: Kind) -> Iterator[Stage]:
+def start_servers(cores: Cores, kind: Kind) -> Iterator[Servers]:
     with tempfile.TemporaryDirectory(prefix="ep-bench-") as folder, ExitStack() as opened:
-        yield Stage(Place(Path(folder), cores), kind, opened)
+        yield Servers(Place(Path(folder), cores), kind, opened)
