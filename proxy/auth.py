@@ -35,10 +35,11 @@ class Team:
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """A token's team. `expires` is the last day on which the token works."""
+    """A configured token: its team, the last day on which it works, and its label, which people read."""
 
     team: Team
     expires: date | None
+    label: str = ""
 
     def works_on(self, today: date) -> bool:
         return self.expires is None or today <= self.expires
@@ -93,7 +94,7 @@ _NO_TOKEN = Problem(
 )
 _UNKNOWN = Problem(
     Code.UNKNOWN_TOKEN,
-    "The token is unknown, expired or mistyped: check it, or ask the gateway's operator for a new one.",
+    "The token is unknown or mistyped: check it, or ask the gateway's operator for a new one.",
 )
 
 
@@ -126,22 +127,31 @@ class Access:
             return True
         return token is not None and digest_of(token) in self._metrics_digests
 
-    def team(self, token: str | None) -> Team | Problem:
-        """The team of a token, even if it is disabled: see `team_disabled`."""
+    def credential(self, token: str | None) -> Credential | Problem:
+        """The credential of a team's token, even if the team is disabled: see `team_disabled`."""
         if token is None:
             return _NO_TOKEN
         credential = self._teams.find(token)
         if credential is not None and (credential.expires is None or credential.works_on(self._today())):
-            return credential.team
+            return credential
         if self.is_admin(token) or digest_of(token) in self._metrics_digests:
             return Problem(
                 Code.FORBIDDEN,
                 "This is an admin or metrics token, and this endpoint needs a team's token: send your team's.",
             )
-        return _UNKNOWN
+        return _UNKNOWN if credential is None else _expired(credential)
 
     def _today(self) -> date:
         return datetime.now(self._zone).date()
+
+
+def _expired(credential: Credential) -> Problem:
+    label = f" with the label {credential.label!r}" if credential.label else ""
+    return Problem(
+        Code.UNKNOWN_TOKEN,
+        f"The token has expired: {credential.expires} was the last day of this token of the team "
+        f"{credential.team.id!r}{label}. Ask the gateway's operator for a new one.",
+    )
 
 
 def team_disabled(team: Team) -> Problem:

@@ -58,9 +58,16 @@ def load(raw: bytes) -> Any:
 
 def canonical_items(value: Any) -> bytes:
     """Like `canonicalise`, for a value that `load` returned, or a part of it. Changes the value in place."""
-    if type(value) is not list or not value or any(type(item) is not dict for item in value):
+    if type(value) is not list or not value:
         raise _invalid_body("The body must be a JSON array of one or more generation objects.")
-    return orjson.dumps(_canonical(value, 1), option=orjson.OPT_SORT_KEYS)
+    for index, item in enumerate(value):
+        if type(item) is not dict:
+            raise _invalid_body(f"The item at index {index} is not a generation object (a JSON object).")
+        try:
+            _canonical(item, 2)
+        except _InvalidItem as error:
+            raise _invalid_body(f"The item at index {index} {error}.") from None
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
 
 
 def key_of(canonical: bytes, *, origin: str, account: str, path: str, query: str, ignored: Sequence[str] = ()) -> str:
@@ -143,13 +150,17 @@ def _canonical_number(number: float) -> float | int:
     if not number.is_integer():
         return number
     if not _MIN_INTEGER <= number < _END_INTEGER:
-        raise _invalid_body("The body has an integer beyond 64 bits: write it as a string, or leave it out.")
+        raise _InvalidItem("has an integer beyond 64 bits: write it as a string, or leave it out")
     return int(number)
 
 
 def _check_depth(depth: int) -> None:
     if depth > MAX_DEPTH:
-        raise _invalid_body(f"The body is nested deeper than {MAX_DEPTH} levels.")
+        raise _InvalidItem(f"is too deep: a body may not be nested deeper than {MAX_DEPTH} levels")
+
+
+class _InvalidItem(Exception):  # noqa: N818 -- named as `BadRequest` is
+    """Why an item is refused, as the end of a sentence that begins with the item's index."""
 
 
 def _invalid_body(detail: str) -> BadRequest:

@@ -249,10 +249,11 @@ class Gateway:
 
 def _authenticate(request: ClientRequest, trace: Trace, access: Access) -> Team | Problem:
     """The team of the request's token. Called before the body is read: bodies of unknown clients are never read."""
-    team = access.team(request.token)
-    if isinstance(team, Problem):
-        return team
-    trace.team = team.id
+    credential = access.credential(request.token)
+    if isinstance(credential, Problem):
+        return credential
+    trace.record_credential(credential)
+    team = credential.team
     return team_disabled(team) if team.disabled else team
 
 

@@ -66,5 +66,5 @@ def teams_of(settings: Settings, team_limits: Mapping[str, TeamLimits]) -> Teams
     for name, configured in settings.teams.items():
         team = Team(name, configured.account, configured.disabled, team_limits[name])
         for token in configured.tokens:
-            credentials[token.sha256] = Credential(team, token.expires)
+            credentials[token.sha256] = Credential(team, token.expires, token.label)
     return Teams(credentials)

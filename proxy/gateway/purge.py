@@ -41,7 +41,10 @@ class PurgeHandler:
             return denial
         wanted = parse_purge(await request.read_body())
         if wanted.account not in config.accounts:
-            return Problem(Code.INVALID_REQUEST, f"The account {wanted.account!r} is not configured.")
+            return Problem(
+                Code.INVALID_REQUEST,
+                f"The body's account is not configured: use one of {', '.join(sorted(config.accounts))}.",
+            )
         try:
             if wanted.canonical is None:
                 await self._book.purge_account(wanted.account)
@@ -85,8 +88,8 @@ def _text(members: Mapping[Any, Any], name: str, default: str) -> str:
 def _deny_unless_admin(access: Access, token: str | None, trace: Trace) -> Problem | None:
     if access.is_admin(token):
         return None
-    team = access.team(token)
-    if isinstance(team, Problem):
-        return team
-    trace.team = team.id
+    credential = access.credential(token)
+    if isinstance(credential, Problem):
+        return credential
+    trace.record_credential(credential)
     return Problem(Code.FORBIDDEN, "This needs an admin token; you sent a team's token.")

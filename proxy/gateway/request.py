@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Protocol, Self
 
+from proxy.auth import Credential
 from proxy.cache.prices import Price, StoredPrice
 from proxy.gateway.canonical_request import CanonicalRequest
 from proxy.gateway.freshness import Directives
@@ -93,6 +94,9 @@ class Trace:
     """What happened while a request was handled. Durations are seconds."""
 
     team: str = NO_NAME
+    token_label: str = ""
+    question: CanonicalRequest | None = None
+    """None if no body was parsed."""
     cache_status: str | None = None
     store_s: float | None = None
     upstream_s: float | None = None
@@ -100,6 +104,9 @@ class Trace:
     """The team's rate and quotas after the ledger's last decision."""
     warnings: tuple[Quota, ...] = ()
     """The `warn` quotas that this answer exceeds."""
+
+    def record_credential(self, credential: Credential) -> None:
+        self.team, self.token_label = credential.team.id, credential.label
 
     def record_admission(self, admission: Admitted | Denied) -> None:
         """Keeps the team's state. A denied request exceeds no quota, so it carries no warnings."""

@@ -181,7 +181,9 @@ class IncomingRequest:
     def _too_large(self) -> BadRequest:
         self._context.close = True
         return BadRequest(
-            Code.BODY_TOO_LARGE, f"The body is larger than {self._max_bytes} bytes: send fewer items in one request."
+            Code.BODY_TOO_LARGE,
+            f"The body is larger than the gateway's limit of {self._max_bytes} bytes: if it has several items, send "
+            "them in several requests; if it has one, shorten it.",
         )
 
 

@@ -30,6 +30,11 @@ _USED_FIELDS = frozenset(
         b"x-request-id",
     )
 )
+_DEFAULT_TYPES_OF_CLIENTS = frozenset(
+    ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/octet-stream")
+)
+"""What HTTP clients send if the caller sets no content type: fetch, Ruby's Net::HTTP, Perl's LWP, urllib, curl -d."""
+
 _NO_DIRECTIVES = Directives()
 
 
@@ -95,8 +100,14 @@ class RequestHeaders:
 
     def _check_content_fields(self) -> None:
         content_type, coding = self._single(b"content-type"), self._single(b"content-encoding")
-        if content_type is not None and content_type.partition(";")[0].strip().lower() != JSON:
-            detail = f"The body's content type is not supported: send it with Content-Type: {JSON}."
+        media_type = JSON if content_type is None else content_type.partition(";")[0].strip().lower()
+        if media_type != JSON:
+            detail = f"The body's content type is not supported: send the header Content-Type: {JSON}."
+            if media_type in _DEFAULT_TYPES_OF_CLIENTS:
+                detail = (
+                    f"The request has the header Content-Type: {media_type}, which many HTTP clients send by default: "
+                    f"send Content-Type: {JSON} instead."
+                )
             raise BadRequest(Code.UNSUPPORTED_MEDIA_TYPE, detail, (b"accept", _JSON))
         if coding is not None and coding.lower() != "identity":
             detail = "The body's content coding is not supported: send it uncompressed, without Content-Encoding."

@@ -71,13 +71,13 @@ class MetricsEndpoint:
         access = self._live.config.access
         if access.may_scrape(request.token):
             return None
-        team = access.team(request.token)
-        if isinstance(team, Problem):
+        credential = access.credential(request.token)
+        if isinstance(credential, Problem):
             return Problem(
                 Code.UNKNOWN_TOKEN,
                 "This needs a metrics token or an admin token: send it as Authorization: Bearer <token>.",
             )
-        trace.team = team.id
+        trace.record_credential(credential)
         return Problem(Code.FORBIDDEN, "This needs a metrics token or an admin token; you sent a team's token.")
 
     async def _current_snapshot(self) -> Snapshot:

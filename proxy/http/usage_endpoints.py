@@ -79,10 +79,11 @@ class UsageEndpoints:
         """The token's team; None for an admin token."""
         if self._live.config.access.is_admin(token):
             return None
-        team = self._live.config.access.team(token)
-        if isinstance(team, Team):
-            trace.team = team.id
-        return team
+        credential = self._live.config.access.credential(token)
+        if isinstance(credential, Problem):
+            return credential
+        trace.record_credential(credential)
+        return credential.team
 
 
 def quota_document(quota_state: QuotaState, zone: ZoneInfo) -> dict[str, Any]:

@@ -228,17 +228,22 @@ class LedgerBatcher:
         admitted = Admitted(limits, counters, admitted_state, model=verdict.model.decode())
         denied = None
         if verdict.admitted < len(futures):
-            denied = Denied(self._problem(verdict, state, entry.charge), state)
+            denied = Denied(self._problem(verdict, state, entry), state)
         if verdict.admitted and entry.operation in _PRICED:
             self.record_booked(entry.charge, admitted, verdict.admitted)
         for number, future in enumerate(futures):
             if not future.done():  # a cancelled request no longer waits
                 future.set_result(admitted if number < verdict.admitted or denied is None else denied)
 
-    def _problem(self, verdict: Verdict, state: QuotaState, charge: Charge) -> Problem:
+    def _problem(self, verdict: Verdict, state: QuotaState, entry: BatchEntry) -> Problem:
         if verdict.is_rate_limited:
             return state.rate_limited()
-        return state.quota_exceeded(verdict.violated(state.limits.quotas), charge.credits_micro, self._zone)
+        return state.quota_exceeded(
+            verdict.violated(state.limits.quotas),
+            entry.charge.credits_micro,
+            self._zone,
+            shows_price=entry.operation != "peek",  # `explain` does not show a refused team the price
+        )
 
     def _fail(self, entries: Sequence[BatchEntry], error: StoreUnavailable) -> None:
         if isinstance(error, StoreOutcomeUnknown):

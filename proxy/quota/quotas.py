@@ -166,15 +166,23 @@ class QuotaState:
     def rate_limited(self) -> Problem:
         """The refusal by the rate."""
         rate = self.limits.rate
+        requests = "request" if rate.per_s == 1 else "requests"
         wait_us = self.tat_offset_us + rate.interval_us - rate.burst_tolerance_us
         return Problem(
             Code.RATE_LIMITED,
-            f"The team may send {rate.per_s:.10g} requests a second, in bursts of up to {rate.burst}: slow down.",
+            f"The team may send {rate.per_s:.10g} {requests} per second, and at most {rate.burst} at once: send "
+            "requests more slowly.",
             retry_after_s=max(1, ceil(wait_us / _US)),
         )
 
-    def quota_exceeded(self, violated: Sequence[Quota], requested_micro: int | None, zone: ZoneInfo) -> Problem:
-        """The refusal by quotas: explains the first and names all. `requested_micro`: None if the price is unknown."""
+    def quota_exceeded(
+        self, violated: Sequence[Quota], requested_micro: int | None, zone: ZoneInfo, *, shows_price: bool = True
+    ) -> Problem:
+        """The refusal by quotas: explains the first and names all.
+
+        requested_micro: None if the price is unknown.
+        shows_price: whether the text has the price.
+        """
         quota = violated[0]
         counts_requests = quota.measure == "requests"
         used = self.used[self.limits.quotas.index(quota)]
@@ -194,25 +202,30 @@ class QuotaState:
         }
         return Problem(
             Code.QUOTA_EXCEEDED,
-            self._detail(quota, used, requested, resets_at),
+            self._detail(quota, used, requested, resets_at, shows_price=shows_price),
             retry_after_s=self.seconds_left(quota) if counts_requests else None,
             members=members,
             other_status=429 if counts_requests else None,
         )
 
-    def _detail(self, quota: Quota, used: int, requested: int | None, resets_at: str) -> str:
-        """What is left of a quota, and until when. No price: a refused team must not see it in `explain`."""
+    def _detail(self, quota: Quota, used: int, requested: int | None, resets_at: str, *, shows_price: bool) -> str:
+        """What is left of a quota and until when, and what the request needs."""
         what = "requests" if quota.measure == "requests" else "estimated credits"
         whose = "the team's" if quota.scope == "team" else "the organisation's"
         if quota.limit == 0:
             quota_name = f"{whose} quota of {what} per {quota.per}"
             return f"{quota_name.capitalize()} is 0, so every request is refused. Ask the gateway's operator."
-        left = f"{quota.text(max(0, quota.limit - used))} of {whose} {quota.text(quota.limit)} {what} per {quota.per}"
-        if used >= quota.limit or requested is None:
-            return f"{left} are left until {resets_at}."
+        limit = quota.text(quota.limit)
+        left = (
+            f"{quota.text(max(0, quota.limit - used))} of {whose} {limit} {what[:-1] if limit == '1' else what} per "
+            f"{quota.per} are left until {resets_at}"
+        )
+        if quota.measure == "requests" or requested is None:
+            return f"{left}."
+        needed = quota.text(requested) if shows_price else "more"
         if requested > quota.limit:
-            return f"This estimate needs more than the whole quota, however long you wait: {left} are left."
-        return f"This estimate needs more than is left: {left}, until {resets_at}."
+            needed = f"{needed}, more than the whole quota" if shows_price else "more than the whole quota"
+        return f"{left}, and this estimate needs {needed}."
 
 
 def policy_field(limits: TeamLimits, windows: Mapping[Period, Window]) -> bytes:

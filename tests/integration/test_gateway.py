@@ -20,7 +20,7 @@ from gateway_fixture import (
     cache_status,
     code_of,
 )
-from proxy.auth import digest_of
+from proxy.auth import digest_of, token_of
 from proxy.cache.canonical import canonicalise
 from serving import NO_TLS
 
@@ -172,6 +172,16 @@ class TestCredentials:
         response = gateway.client.post(PATH, content=FLUX, headers=[(b"x-api-key", token.encode("latin-1"))])
         assert (response.status_code, code_of(response)) == (401, "unknown-token")
 
+    def test_an_expired_token_is_told_from_an_unknown_one(self, open_gateway: OpenGateway) -> None:
+        last_day = {"sha256": digest_of(EXPIRED), "label": "ci", "expires": "2026-01-31"}
+        gateway = open_gateway(teams={"design": {"tokens": [last_day]}})
+        details = [gateway.ask(x_api_key=token).json()["detail"] for token in (EXPIRED, token_of("x" * 32))]
+        assert details[0] == (
+            "The token has expired: 2026-01-31 was the last day of this token of the team 'design' with the label "
+            "'ci'. Ask the gateway's operator for a new one."
+        )
+        assert details[1].startswith("The token is unknown or mistyped: ")
+
     def test_x_api_key_counts_before_bearer(self, gateway: GatewayFixture) -> None:
         assert gateway.ask(x_api_key="ep_wrong", authorization=f"Bearer {DESIGN}").status_code == 401
         assert gateway.ask(x_api_key=DESIGN, authorization="Bearer ep_wrong").status_code == 200
@@ -227,6 +237,10 @@ class TestBodies:
         response = gateway.ask(fits + b" ")
         assert (response.status_code, code_of(response)) == (413, "body-too-large")
         assert response.headers["connection"] == "close"
+        assert response.json()["detail"] == (
+            "The body is larger than the gateway's limit of 1000 bytes: if it has several items, send them in several "
+            "requests; if it has one, shorten it."
+        )
 
     @pytest.mark.parametrize("size", [300_000, 5_000_000, 50_000_000])
     def test_a_body_far_too_large_is_told_so(self, gateway: GatewayFixture, size: int) -> None:

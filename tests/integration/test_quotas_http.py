@@ -130,7 +130,8 @@ class TestQuotas:
             "requested": Decimal("2.75"),
             "resets_at": end_of("month", datetime.now(UTC)).isoformat(),
         }
-        assert problem["detail"].startswith("This estimate needs more than is left: 2.25 of the team's 5 ")
+        assert problem["detail"].startswith("2.25 of the team's 5 estimated credits per month are left until ")
+        assert problem["detail"].endswith(", and this estimate needs 2.75.")
         assert {"cache-status", "age", "estimate-proxy-balance-age"}.isdisjoint(refused.headers)
         assert "balance" not in refused.text
         assert used(gateway) == [Decimal("2.75"), 1]

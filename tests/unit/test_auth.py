@@ -3,12 +3,14 @@
 from datetime import date, timedelta
 from hashlib import sha256
 from zlib import crc32
+from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from proxy.auth import BASE62, Credential, Team, Teams, digest_of, is_well_formed, token_of
+from proxy.auth import BASE62, Access, Credential, Team, Teams, digest_of, is_well_formed, token_of
+from proxy.problems import Code, Problem
 from proxy.quota.quotas import Rate, TeamLimits
 
 RANDOM = "7Hc0pVdYxq2NfRk9LsWbTzA4mEuJg3Go"
@@ -117,3 +119,35 @@ def test_a_token_works_on_its_last_day_and_not_after_it(today: date, days: int) 
     assume(date.min + timedelta(3) <= today <= date.max - timedelta(3))
     last_day = today + timedelta(days)
     assert Credential(DESIGN, last_day).works_on(today) == (days >= 0)
+
+
+def test_access_finds_the_credential_with_its_label_and_says_when_it_has_expired() -> None:
+    current, expired, unlabelled, admin, stranger = (token_of(letter * 32) for letter in "abcde")
+    kept = Credential(DESIGN, date.max, "ci")
+    teams = Teams(
+        {
+            digest_of(current): kept,
+            digest_of(expired): Credential(DESIGN, date(2020, 2, 29), "old laptop"),
+            digest_of(unlabelled): Credential(DESIGN, date(2020, 2, 29)),
+            digest_of(admin): Credential(DESIGN, date(2020, 2, 29)),
+        }
+    )
+    access = Access(
+        teams, ZoneInfo("UTC"), admin_digests=(digest_of(admin),), metrics_digests=(), metrics_are_public=False
+    )
+
+    def refusal(token: str | None) -> Problem:
+        found = access.credential(token)
+        assert isinstance(found, Problem)
+        return found
+
+    assert access.credential(current) is kept
+    assert (kept.team, kept.label) == (DESIGN, "ci")
+    for token in (expired, unlabelled):
+        assert refusal(token).code is Code.UNKNOWN_TOKEN
+        assert refusal(token).detail.startswith("The token has expired: 2020-02-29 was ")
+    assert "'old laptop'" in refusal(expired).detail
+    assert "label" not in refusal(unlabelled).detail
+    assert refusal(admin).code is Code.FORBIDDEN
+    assert refusal(stranger).detail.startswith("The token is unknown or mistyped: ")
+    assert refusal(None).detail.startswith("The request has no token: ")

@@ -20,7 +20,7 @@ SAMPLE = '[{"prompt":{"positive":"caf\\u00e9 \\ud83d\\ude00 ö"},"seed":-12.50e+
 
 def check_refusal(problem: Problem) -> None:
     assert problem.code is Code.INVALID_BODY
-    assert re.fullmatch(r"The body .{10,200}\.", problem.detail)
+    assert re.fullmatch(r"The (body|item at index \d+) .{10,200}\.", problem.detail)
     assert problem.detail.isprintable()
 
 
@@ -233,6 +233,16 @@ def test_refusals_name_the_error() -> None:
     assert "beyond 64 bits" in detail(with_number(str(2**64)))
     assert "beyond 64 bits" in detail(with_number(str(MIN - 1)))
     assert "deeper than 32" in detail(nested_objects(33))
+
+
+@pytest.mark.parametrize(
+    "item", [b"7", b"null", b"[]", b'"x"', b'{"a":[18446744073709551616]}', nested_arrays(33)[1:-1]]
+)
+def test_an_invalid_item_is_named_by_its_index(item: bytes) -> None:
+    for raw, index in ((b"[%s]", 0), (b"[{},{},%s]", 2), (b"[{},%s,null]", 1)):
+        with pytest.raises(BadRequest, match=f"^The item at index {index} ") as caught:
+            canonicalise(raw % item)
+        check_refusal(caught.value.problem)
 
 
 # --- generated bodies ---------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.problems import Problem
+from proxy.quota.credits import MICRO
 from proxy.quota.quotas import Measure, Quota, QuotaState, Rate, Scope, TeamLimits, policy_field
 from proxy.quota.windows import Period, Window, window_of
 
@@ -244,7 +245,7 @@ def document_of(problem: Problem) -> tuple[dict[str, Any], str | None]:
 
 def test_the_refusal_by_the_rate() -> None:
     document, retry_after = document_of(quota_state(rate=Rate(0.5, 1), tat_offset_us=1_500_000).rate_limited())
-    detail = "The team may send 0.5 requests a second, in bursts of up to 1: slow down."
+    detail = "The team may send 0.5 requests per second, and at most 1 at once: send requests more slowly."
     assert document == {
         "type": "urn:estimate-proxy:problem:rate-limited",
         "title": "The team sends requests too fast",
@@ -255,6 +256,11 @@ def test_the_refusal_by_the_rate() -> None:
         "error": {"code": "rate-limited", "message": detail},
     }
     assert retry_after == "2"
+
+
+def test_one_request_per_second_is_in_the_singular() -> None:
+    problem = quota_state(rate=Rate(1, 5)).rate_limited()
+    assert problem.detail.startswith("The team may send 1 request per second, and at most 5 at once: ")
 
 
 @given(rates, st.data())
@@ -280,8 +286,8 @@ def exceeded(
 def test_the_refusal_by_a_quota_on_credits() -> None:
     document, retry_after = exceeded({CREDITS: 4_999_000_000}, [CREDITS], 2_750_001)
     detail = (
-        "This estimate needs more than is left: 1.1 of the team's 5000.1 estimated credits per month, "
-        "until 2026-12-01T00:00:00+00:00."
+        "1.1 of the team's 5000.1 estimated credits per month are left until 2026-12-01T00:00:00+00:00, "
+        "and this estimate needs 2.750001."
     )
     assert document == {
         "type": "https://iana.org/assignments/http-problem-types#quota-exceeded",
@@ -306,22 +312,36 @@ def test_the_refusal_by_a_quota_on_credits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit_micro", "requested_micro", "expected"),
+    ("limit", "used", "requested", "begin", "end"),
     [
-        (10_000_000, 12_000_000, "This estimate needs more than the whole quota, however long you wait: 10 of "),
-        (10_000_000, 10_000_000, "10 of the team's 10 estimated credits per month are left until "),
+        (10, 7, 4, "3 of the team's 10 estimated credits per month are left until ", ", and this estimate needs 4."),
+        (10, 10, 4, "0 of the team's 10 estimated credits per month are left until ", ", and this estimate needs 4."),
+        (10, 12, 4, "0 of the team's 10 estimated credits per month are left until ", ", and this estimate needs 4."),
+        (10, 10, None, "0 of the team's 10 estimated credits per month are left until ", ":00."),
         (
+            1,
             0,
-            None,
-            "The team's quota of estimated credits per month is 0, so every request is refused. Ask ",
+            2,
+            "1 of the team's 1 estimated credit per month are left until ",
+            " needs 2, more than the whole quota.",
         ),
+        (0, 0, None, "The team's quota of estimated credits per month is 0, so every request is refused. Ask ", "."),
     ],
 )
-def test_the_detail_says_if_waiting_does_not_help(limit_micro: int, requested_micro: int | None, expected: str) -> None:
-    limit = quota("estimated_credits", limit_micro, "month")
-    requested = None if requested_micro == limit_micro else requested_micro
-    document, _ = exceeded({limit: 0}, [limit], requested)
-    assert document["detail"].startswith(expected)
+def test_the_detail_says_what_is_left_and_needed_and_if_waiting_does_not_help(
+    limit: int, used: int, requested: int | None, begin: str, end: str
+) -> None:
+    month = quota("estimated_credits", limit * MICRO, "month")
+    document, _ = exceeded({month: used * MICRO}, [month], None if requested is None else requested * MICRO)
+    assert document["detail"].startswith(begin)
+    assert document["detail"].endswith(end)
+
+
+@pytest.mark.parametrize(("requested", "end"), [(4, " needs more."), (12, " needs more than the whole quota.")])
+def test_the_detail_can_hide_the_price(requested: int, end: str) -> None:
+    month = quota("estimated_credits", 10 * MICRO, "month")
+    problem = quota_state({month: 9 * MICRO}).quota_exceeded([month], requested * MICRO, UTC, shows_price=False)
+    assert problem.detail.endswith(end)
 
 
 def test_the_refusal_by_a_quota_on_requests() -> None:
