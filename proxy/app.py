@@ -24,7 +24,15 @@ from proxy.gateway.live_config import ConfigHolder, RuntimeConfig, runtime_confi
 from proxy.gateway.purge import PurgeHandler
 from proxy.http.endpoint import Endpoint, refuse_route
 from proxy.http.metrics_endpoint import MetricsEndpoint
-from proxy.http.paths import EXPLAIN_PATH, METRICS_PATH, PURGE_PATH, QUOTA_PATH, USAGE_PATH
+from proxy.http.paths import (
+    EXPLAIN_PATH,
+    LIVENESS_PATH,
+    METRICS_PATH,
+    PURGE_PATH,
+    QUOTA_PATH,
+    READINESS_PATH,
+    USAGE_PATH,
+)
 from proxy.http.responses import probe_answer
 from proxy.http.usage_endpoints import UsageEndpoints
 from proxy.open_stores import book_of, open_book_store, open_ledger_store
@@ -103,8 +111,8 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
             Route(USAGE_PATH, endpoint("other", usage_endpoints.usage), methods=["GET"]),
             Route(QUOTA_PATH, endpoint("other", usage_endpoints.quota), methods=["GET"]),
             Route(METRICS_PATH, endpoint("other", metrics_endpoint.metrics), methods=["GET"]),
-            Route("/healthz", _healthz, methods=["GET"]),
-            Route("/readyz", partial(_readyz, (ledger_store, book_store), upstream, tracker), methods=["GET"]),
+            Route(LIVENESS_PATH, _healthz, methods=["GET"]),
+            Route(READINESS_PATH, partial(_readyz, (ledger_store, book_store), upstream, tracker), methods=["GET"]),
         ],
         exception_handlers={HTTPException: partial(refuse_route, tracker, metrics)},
         lifespan=lifespan,

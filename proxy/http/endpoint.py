@@ -23,10 +23,12 @@ from proxy.gateway.in_flight import ARRIVING_REQUEST_BYTES, Arrival, InFlightTra
 from proxy.gateway.request import ClientRequest, Document, Purged, Result, Trace
 from proxy.http.connection import SCOPE_BODY, SCOPE_HEADERS
 from proxy.http.headers import RequestHeaders
+from proxy.http.paths import OWN_PATHS, shown_path
 from proxy.http.request_cycle import SCOPE_REPLY, Delivery
 from proxy.http.responses import RequestContext, common_lines, message_headers, render
 from proxy.problems import BadRequest, ClientGone, Code, Outcome, Overloaded, Problem
 from proxy.telemetry.metrics import Metrics
+from proxy.upstream.address import ESTIMATE_PATH
 
 Handler = Callable[[ClientRequest, Trace], Awaitable[Result]]
 
@@ -225,12 +227,26 @@ async def refuse_route(tracker: InFlightTracker, metrics: Metrics, request: Requ
             Code.METHOD_NOT_ALLOWED, f"This path only takes {allow}.", fields=((b"allow", allow.encode()),)
         )
     else:
-        problem = Problem(
-            Code.NOT_FOUND,
-            "The gateway does not serve this path. Of RenderNet's API it only serves "
-            "POST /pub/v1/generations/estimate.",
-        )
+        problem = _not_found(request.scope["path"], shown_path(request.scope["raw_path"]))
     body = problem.document(context.request_id)
     context.end(metrics, problem.outcome, problem.status)
     headers = [*problem.headers, *message_headers(common_lines(context), context)]
     return Response(body, problem.status, {name.decode(): value.decode() for name, value in headers})
+
+
+def _not_found(path: str, shown: str) -> Problem:
+    """The problem of a path that is not served. `shown` is the path as problems show it.
+
+    It has `err` besides `error`: RenderNet's other endpoints use that name, and so do clients that call them.
+    """
+    without_extra_slashes = "/" + "/".join(filter(None, path.split("/")))
+    if without_extra_slashes in (ESTIMATE_PATH, *OWN_PATHS):
+        detail = f"The gateway does not serve {shown}: send the request to {without_extra_slashes}."
+        if path.startswith("//"):
+            detail += " Remove the slash at the end of your client's base URL, which causes the second slash."
+    else:
+        detail = (
+            f"The gateway does not serve {shown}. Of RenderNet's API it only serves POST {ESTIMATE_PATH}; its own "
+            f"paths are {', '.join(OWN_PATHS)}."
+        )
+    return Problem(Code.NOT_FOUND, detail, members={"err": {"code": Code.NOT_FOUND, "message": detail}})

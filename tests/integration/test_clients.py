@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import re
 import socket
 
 import pytest
 
-from gateway_fixture import API_KEY, DESIGN, PATH, GatewayFixture, cache_status
+from gateway_fixture import API_KEY, DESIGN, PATH, GatewayFixture, cache_status, code_of
+from proxy.http.paths import OWN_PATHS
 from serving import wait_until
 from wire import chunked, talking
 
@@ -157,7 +159,7 @@ def test_a_path_never_steers_where_upstream_is(gateway: GatewayFixture, target: 
     reply = gateway.raw(head_bytes.encode() + b"Content-Length: 4\r\n\r\n[{}]")
     status = int(reply.split()[1])
     assert status in {200, 400, 404}
-    assert b"evil" not in reply.lower().replace(b"location", b"")
+    assert b"evil" not in reply.lower().partition(b"\r\n\r\n")[0], "only a problem's text repeats the path"
     assert b"location:" not in reply.lower()
     assert {received.path for received in gateway.simulator.received} <= {PATH}
     assert (gateway.simulator.calls == 1) == (status == 200)
@@ -179,11 +181,51 @@ def test_other_methods(gateway: GatewayFixture, line: bytes) -> None:
     assert b"allow: POST\r\n" in reply
 
 
-@pytest.mark.parametrize("path", ["/", "/pub/v1/generations", "/v1/quotas", "/metrics/", "/pub/v1/models"])
-def test_other_paths_say_which_one_is_served(gateway: GatewayFixture, path: str) -> None:
+@pytest.mark.parametrize("path", ["/", "/pub/v1/generations", "/v1/quotas", "/pub/v1/models"])
+def test_other_paths_say_which_ones_are_served(gateway: GatewayFixture, path: str) -> None:
     response = gateway.client.get(path)
-    assert response.status_code == 404
-    assert "/pub/v1/generations/estimate" in response.json()["detail"]
+    assert (response.status_code, code_of(response)) == (404, "not-found")
+    problem = response.json()
+    assert problem["detail"].startswith(f"The gateway does not serve {path}. ")
+    assert {PATH, *OWN_PATHS} <= set(re.findall(r"/[a-z0-9/]+", problem["detail"]))
+    assert problem["err"] == problem["error"], "RenderNet's other endpoints say err"
+
+
+@pytest.mark.parametrize(
+    ("path", "right", "is_base_url"),
+    [
+        (f"/{PATH}", PATH, True),
+        (f"//{PATH}/", PATH, True),
+        (f"{PATH}/", PATH, False),
+        ("//v1/quota", "/v1/quota", True),
+        ("/metrics/", "/metrics", False),
+    ],
+)
+def test_a_slash_too_many_is_explained(gateway: GatewayFixture, path: str, right: str, *, is_base_url: bool) -> None:
+    reply = gateway.raw(f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    assert reply.startswith(b"HTTP/1.1 404 ")
+    detail = json.loads(reply.partition(b"\r\n\r\n")[2])["detail"]
+    assert detail.startswith(f"The gateway does not serve {path}: send the request to {right}.")
+    assert ("slash at the end of your client's base URL" in detail) == is_base_url
+
+
+def test_a_404_repeats_a_long_path_only_in_part(gateway: GatewayFixture) -> None:
+    detail = gateway.client.get("/" + "x" * 5000).json()["detail"]
+    assert f"/{'x' * 199}..." in detail
+    assert "x" * 200 not in detail
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    ["text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "image/png"],
+)
+def test_a_content_type_that_the_client_added_is_explained(gateway: GatewayFixture, content_type: str) -> None:
+    response = gateway.ask(content_type=content_type)
+    assert (response.status_code, code_of(response)) == (415, "unsupported-media-type")
+    detail = response.json()["detail"]
+    assert "send" in detail
+    assert "Content-Type: application/json" in detail
+    assert (f"Content-Type: {content_type.partition(';')[0]}," in detail) == (content_type != "image/png")
 
 
 @pytest.mark.parametrize(
