@@ -72,6 +72,7 @@ class Gateway:
         if isinstance(team, Problem):
             return team
         canonical_request = self._parse(await request.read_body(), team, request.query, config)
+        trace.question = canonical_request
 
         lookup = self._book.get_local(canonical_request.key, team.account)
         if lookup is None:
@@ -222,6 +223,7 @@ class Gateway:
         if isinstance(team, Problem):
             return team
         canonical_request = self._parse(await request.read_body(), team, request.query, config)
+        trace.question = canonical_request
         lookup = await self._look_up(canonical_request, trace)
         stored = None if lookup is None else lookup.stored
         admission = await self._peek(team, stored, trace)

@@ -49,10 +49,12 @@ class PurgeHandler:
             if wanted.canonical is None:
                 await self._book.purge_account(wanted.account)
                 return Purged(wanted.account)
-            key = self._parser.from_canonical(
+            question = self._parser.from_canonical(
                 wanted.canonical, account=wanted.account, query=wanted.query.encode(), ignored=config.ignored
-            ).key
-            return Purged(wanted.account, key, await self._book.purge_question(key, wanted.account))
+            )
+            trace.question = question
+            found = await self._book.purge_question(question.key, wanted.account)
+            return Purged(wanted.account, question.key, found)
         except StoreUnavailable:
             detail = "The price book is unavailable, and the purge may not have happened: send it again."
             return Problem(Code.STORE_UNAVAILABLE, detail)

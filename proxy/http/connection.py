@@ -29,7 +29,7 @@ from uvicorn.server import ServerState
 from proxy.http.framing import MAX_HEAD_BYTES, ChunkedBody, RequestHead, find_end_of_head, parse_head, skip_empty_lines
 from proxy.http.headers import RequestHeaders
 from proxy.http.request_cycle import Cycle
-from proxy.problems import BadRequest, Code, Problem
+from proxy.problems import NO_NAME, BadRequest, Code, Problem
 from proxy.telemetry.logs import event
 
 KEEP_ALIVE_S = 75
@@ -335,6 +335,7 @@ class Connection(asyncio.Protocol):
         request_id = secrets.token_hex(16)
         facts = {
             "request_id": request_id,
+            "client": self._client[0] if self._client else NO_NAME,
             "status": problem.status,
             "code": problem.code.value,
             "reason": problem.detail,

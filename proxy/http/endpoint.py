@@ -83,7 +83,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers: RequestHeaders = scope[SCOPE_HEADERS]
-        context = RequestContext(self._operation, headers.request_id or self._ids.next())
+        context = RequestContext(self._operation, headers.request_id or self._ids.next(), scope)
         result: Result | None
         self._tracker.in_flight += 1
         try:
@@ -96,7 +96,7 @@ class Endpoint:
         finally:
             self._tracker.in_flight -= 1
         if result is None:
-            context.end(self._metrics, Outcome.CANCELLED, _CLIENT_GONE)
+            context.end(self._metrics, Outcome.CANCELLED, _CLIENT_GONE, None)
             return
         context.close = context.close or self._tracker.draining
         outcome = Outcome.HIT if isinstance(result, Purged | Document) else result.outcome
@@ -108,7 +108,7 @@ class Endpoint:
                 await send({"type": "http.response.body", "body": body})
             case Delivery.CLIENT_GONE:
                 outcome, status = Outcome.CANCELLED, _CLIENT_GONE
-        context.end(self._metrics, outcome, status)
+        context.end(self._metrics, outcome, status, result)
 
 
 class IncomingRequest:
@@ -219,7 +219,8 @@ def _problem_of(error: BaseException, context: RequestContext) -> Problem | None
 
 async def refuse_route(tracker: InFlightTracker, metrics: Metrics, request: Request, error: Exception) -> Response:
     """Answers requests for a path or method that the gateway does not serve."""
-    context = RequestContext("other", request.scope[SCOPE_HEADERS].request_id or secrets.token_hex(16))
+    request_id = request.scope[SCOPE_HEADERS].request_id or secrets.token_hex(16)
+    context = RequestContext("other", request_id, request.scope)
     context.close = tracker.draining
     if isinstance(error, HTTPException) and error.status_code == 405:  # noqa: PLR2004 -- RFC 9110 §15.5.6
         allow = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
@@ -229,7 +230,7 @@ async def refuse_route(tracker: InFlightTracker, metrics: Metrics, request: Requ
     else:
         problem = _not_found(request.scope["path"], shown_path(request.scope["raw_path"]))
     body = problem.document(context.request_id)
-    context.end(metrics, problem.outcome, problem.status)
+    context.end(metrics, problem.outcome, problem.status, problem)
     headers = [*problem.headers, *message_headers(common_lines(context), context)]
     return Response(body, problem.status, {name.decode(): value.decode() for name, value in headers})
 

@@ -14,18 +14,23 @@ from typing import Any
 import orjson
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
 from proxy.gateway.request import Answer, Document, Explanation, Purged, Result, Trace
 from proxy.http.connection import SCOPE_HEADERS
 from proxy.http.framing import Headers
 from proxy.http.headers import Lines
-from proxy.problems import DEFAULT_RETRY_AFTER_S, Outcome, Problem
+from proxy.http.paths import shown_path, without_tokens
+from proxy.problems import DEFAULT_RETRY_AFTER_S, NO_NAME, Outcome, Problem
 from proxy.quota.ledger import Admitted, Denied
 from proxy.telemetry.logs import event
 from proxy.telemetry.metrics import Metrics
 
 _JSON_TYPE = b"content-type: application/json"
 _NO_STORE = b"cache-control: no-store"
+
+LOGGED_KEY_CHARACTERS = 16
+"""Of a cache key's 64 in a log line: enough to compare keys, and to find one in the store."""
 
 log = logging.getLogger(__name__)
 
@@ -36,28 +41,49 @@ class RequestContext(Trace):
     close = False
     """Whether to close the connection after the response."""
 
-    def __init__(self, operation: str, request_id: str) -> None:
+    def __init__(self, operation: str, request_id: str, scope: Scope) -> None:
         self.operation = operation
         self.request_id = request_id
         self.started = perf_counter()
+        self._scope = scope
 
-    def end(self, metrics: Metrics, outcome: Outcome, status: int) -> None:
-        """Counts the request and writes its log line."""
+    def end(self, metrics: Metrics, outcome: Outcome, status: int, result: Result | None) -> None:
+        """Counts the request and writes its log line. `result` is None if the client is gone.
+
+        The line has nothing of the body but the model's name, and no secret.
+        """
         duration_s = perf_counter() - self.started
         metrics.record_request(self.team, self.operation, outcome, duration_s)
         if not log.isEnabledFor(logging.INFO):
             return
+        client = self._scope["client"]
         facts = {
             "request_id": self.request_id,
+            "client": client[0] if client else NO_NAME,
             "team": self.team,
             "operation": self.operation,
+            "path": shown_path(self._scope["raw_path"]),
             "outcome": outcome.value,
             "status": status,
             "ms": _ms(duration_s),
         }
         if self.upstream_s is not None:
             facts["upstream_ms"] = _ms(self.upstream_s)
+        if self.token_label:
+            facts["token"] = self.token_label
+        if self.question is not None:
+            facts["key"] = self.question.key[:LOGGED_KEY_CHARACTERS]
+            facts["model"] = self.question.model
+        if isinstance(result, Problem):
+            facts |= _refusal_facts(result)
         event(log, logging.INFO, "request", facts)
+
+
+def _refusal_facts(problem: Problem) -> dict[str, str]:
+    facts: dict[str, str] = {"code": problem.code.value}
+    if "violated-policies" in problem.members:
+        facts["quota"] = ", ".join(problem.members["violated-policies"])
+    return {**facts, "reason": without_tokens(problem.detail)}
 
 
 def render(result: Result, context: RequestContext) -> tuple[int, Lines, bytes]:

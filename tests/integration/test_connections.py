@@ -126,6 +126,7 @@ def test_a_malformed_request_has_a_log_line_under_its_id(
     (record,) = (record for record in caplog.records if record.getMessage() == "malformed request")
     assert record.__dict__["facts"] == {
         "request_id": problem["request_id"],
+        "client": "127.0.0.1",
         "status": 501,
         "code": "not-implemented",
         "reason": problem["detail"],

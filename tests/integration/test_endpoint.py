@@ -4,7 +4,7 @@ import asyncio
 import logging
 import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,8 +14,9 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from gateway_fixture import PATH, GatewayFixture, break_off, code_of
+from gateway_fixture import DESIGN, EXPIRED, MARKETING, PATH, GatewayFixture, OpenGateway, break_off, code_of
 from gateway_process import address_of
+from proxy.auth import digest_of, token_of
 from proxy.gateway.in_flight import MAX_ACTIVE, MAX_IN_FLIGHT, InFlightTracker
 from proxy.gateway.request import Answer, ClientRequest, Result, Trace
 from proxy.http.endpoint import Endpoint, Handler
@@ -69,8 +70,10 @@ def test_each_request_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     assert isinstance(duration, float)
     assert facts == {
         "request_id": "r1",
+        "client": "127.0.0.1",
         "team": "design",
         "operation": "estimate",
+        "path": "/",
         "outcome": "miss",
         "status": 200,
     }
@@ -87,6 +90,86 @@ def test_the_log_line_of_an_estimate_names_what_upstream_took(
     assert [miss["outcome"], hit["outcome"]] == ["miss", "hit"]
     assert "upstream_ms" in miss
     assert "upstream_ms" not in hit
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Callable[[int], list[dict[str, object]]]:
+    """Returns the facts of all requests' log lines, once there are as many as expected: answers come first."""
+    caplog.set_level(logging.INFO, "proxy")
+
+    def wait_for(count: int) -> list[dict[str, object]]:
+        def found() -> list[dict[str, object]]:
+            return [record.__dict__["facts"] for record in caplog.records if record.getMessage() == "request"]
+
+        wait_until(lambda: len(found()) >= count)
+        assert len(found()) == count
+        return found()
+
+    return wait_for
+
+
+Lines = Callable[[int], list[dict[str, object]]]
+
+
+class TestTheLogLineOfARequest:
+    def test_names_token_path_key_and_model(self, open_gateway: OpenGateway, lines: Lines) -> None:
+        gateway = open_gateway(teams={"design": {"tokens": [{"sha256": digest_of(DESIGN), "label": "ci"}]}})
+        hit_key = gateway.client.post("/v1/explain", content=b'[{"model":"Flux"}]').json()["key"]
+        gateway.ask()
+        gateway.ask(b'[{"model":"Flux","seed":7}]', x_api_key=MARKETING)
+        explained, first, second = lines(3)
+        assert [line["operation"] for line in (explained, first, second)] == ["other", "estimate", "estimate"]
+        assert [line["path"] for line in (explained, first, second)] == ["/v1/explain", PATH, PATH]
+        assert first["key"] == explained["key"] == hit_key[:16]
+        assert second["key"] != first["key"]
+        for line in (first, second):
+            assert (line["client"], line["model"]) == ("127.0.0.1", "Flux")
+            assert {"code", "quota", "reason"}.isdisjoint(line)
+        assert (first["team"], first["token"]) == ("design", "ci")
+        assert second["team"] == "marketing"
+        assert "token" not in second, "its token has no label"
+
+    def test_names_the_quota_and_the_reason_of_a_refusal(self, open_gateway: OpenGateway, lines: Lines) -> None:
+        quotas = [{"measure": "estimated_credits", "limit": 2, "per": "month"}]
+        org = {"quotas": [{"measure": "estimated_credits", "limit": 1, "per": "day"}]}
+        gateway = open_gateway(teams={"design": {"tokens": [digest_of(DESIGN)], "quotas": quotas}}, org=org)
+        detail = gateway.ask().json()["detail"]
+        (line,) = lines(1)
+        assert (line["outcome"], line["status"], line["code"]) == ("quota-exceeded", 402, "quota-exceeded")
+        assert line["quota"] == "credits-month, org-credits-day"
+        assert line["reason"] == detail
+        assert str(line["reason"]).endswith(" needs 2.75, more than the whole quota.")
+
+    def test_has_the_reason_of_any_problem_and_neither_body_nor_secret(
+        self, gateway: GatewayFixture, lines: Lines
+    ) -> None:
+        gateway.ask(b'[{"prompt":"Tamarin"},7]')
+        gateway.ask(x_api_key=EXPIRED)
+        gateway.client.post(f"/pub/v1/{DESIGN}/%0a?key={DESIGN}", content=b"Tamarin")
+        gateway.client.get(PATH)
+        gateway.client.get(f"/v1/usage?{DESIGN}=1")
+        invalid, expired, unserved, method, parameter = lines(5)
+        assert (invalid["code"], invalid["team"]) == ("invalid-body", "design")
+        assert str(invalid["reason"]).startswith("The item at index 1 ")
+        assert (expired["code"], expired["team"]) == ("unknown-token", "-")
+        assert str(expired["reason"]).startswith("The token has expired: 2026-01-31 ")
+        assert (unserved["code"], unserved["path"]) == ("not-found", "/pub/v1/ep_***/%0A")
+        assert (method["code"], method["path"]) == ("method-not-allowed", PATH)
+        assert (parameter["code"], parameter["path"]) == ("invalid-query", "/v1/usage")
+        text = repr(lines(5))
+        assert "Tamarin" not in text
+        assert DESIGN[:30] not in text
+
+    def test_names_the_question_that_was_purged(self, open_gateway: OpenGateway, lines: Lines) -> None:
+        admin = token_of("a" * 32)
+        gateway = open_gateway(admin={"tokens": [digest_of(admin)]})
+        for body in (b'{"body":[{}]}', b'{"account":"Tamarin","all":true}'):
+            answer = gateway.client.post("/v1/cache/purge", content=body, headers={"x-api-key": admin})
+        assert answer.json()["detail"] == "The body's account is not configured: use one of default, second."
+        gateway.ask(b"[{}]")
+        purged, refused, asked = lines(3)
+        assert (purged["path"], purged["key"]) == ("/v1/cache/purge", asked["key"])
+        assert (refused["code"], "key" in refused) == ("invalid-request", False)
 
 
 def test_more_than_it_can_serve_is_told_to_come_back() -> None:
