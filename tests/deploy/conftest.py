@@ -1,5 +1,5 @@
 """Fixtures of the tests of what is deployed."""
 
-from shared_fixtures import close_servers, quick_gateways, upstream
+from shared_fixtures import close_servers, gateway, open_gateway, quick_gateways, simulator, upstream, valkey_url
 
-__all__ = ["close_servers", "quick_gateways", "upstream"]
+__all__ = ["close_servers", "gateway", "open_gateway", "quick_gateways", "simulator", "upstream", "valkey_url"]
