@@ -36,6 +36,21 @@ _KINDS: dict[str, tuple[Kind, bool]] = {
 }
 """By scheme: what the URL points to, and whether the connection uses TLS."""
 
+_INSTEAD_OF_OPTIONS = {
+    "ssl_cert_reqs": (
+        "certificates are always verified: remove it, and set store.ca_file to the CA's certificate, or to that of the "
+        "server if it is self-signed"
+    ),
+    "ssl_check_hostname": "host names are always verified: remove it, and use a host that the certificate names",
+    "ssl_ca_certs": "set store.ca_file instead",
+    "ssl_certfile": "set store.cert_file instead",
+    "ssl_keyfile": "set store.key_file instead",
+    "socket_timeout": "set store.timeout_s instead",
+    "socket_connect_timeout": "set store.connect_timeout_s instead",
+}
+"""What to do about options that URLs for redis-py often have. Other options may be part of a password, so their names
+are not shown."""
+
 _DEFAULT_PORTS: dict[Kind, int] = {"server": 6379, "sentinel": 26379, "cluster": 6379}
 
 
@@ -107,6 +122,9 @@ def parse_store_url(url: str) -> StoreUrl:
         addresses = (Address(unquote(parts.hostname or ""), parts.port or _DEFAULT_PORTS[kind]),)
     else:
         addresses = _addresses(parts.netloc.rpartition("@")[2], _DEFAULT_PORTS[kind])
+    for option in options:
+        if option in _INSTEAD_OF_OPTIONS:
+            raise ValueError(f"has the option {option}: {_INSTEAD_OF_OPTIONS[option]}")
     if parts.fragment or not options.keys() <= {"db", "username", "password"}:
         raise ValueError("has options other than db, username and password (# and ? are percent-encoded)")
     path, primary, database = _parse_path(kind, parts, options.get("db"))

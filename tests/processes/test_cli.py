@@ -263,6 +263,16 @@ def test_check_reports_all_problems_and_no_value(run: Run) -> None:
     assert all(line.startswith("estimate-proxy: ") for line in result.stderr.splitlines())
 
 
+def test_check_says_what_to_set_instead_of_an_option_in_a_stores_url(run: Run) -> None:
+    Path("c.toml").write_text(CONFIG)
+    result = run("check", "--config", "c.toml", REDIS_URL=f"rediss://:{CANARY}@redis:6379/0?ssl_cert_reqs=none")
+    assert result.exit_code == 2
+    (line,) = (line for line in result.stderr.splitlines() if "store.url" in line)
+    assert "store.url has the option ssl_cert_reqs: certificates are always verified: remove it" in line
+    assert "set store.ca_file" in line
+    assert CANARY not in result.output
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_check_of_a_broken_file_as_a_process(program: list[str]) -> None:
     Path("estimate-proxy.toml").write_text(f'[accounts.default]\napi_key = "{CANARY}\n')
