@@ -61,7 +61,9 @@ class StoreHealth:
     def record_skipped(self, call: Call, label: str) -> None:
         """Records a call that was not sent because of a cool-down, which the other role may have started."""
         if not self._down:
-            self._failed(label, call, "a call of the other role failed", call.started_at)
+            other_role = "price-book" if self._role == "ledger" else "ledger"
+            reason = f"a call of the {other_role} to the same server failed: the log line of the {other_role} says why"
+            self._failed(label, call, reason, call.started_at)
             self._update_gauge()
 
     def record_ended(self, calls: Sequence[Call], now: float) -> None:

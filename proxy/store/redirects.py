@@ -35,8 +35,53 @@ _REMEDIES = {
     "NOREPLICAS": "restore its replicas, or lower min-replicas-to-write",
     "OOM": "raise maxmemory, or move other data off this server",
     "READONLY": "check that the URL leads to the primary",
+    "WRONGTYPE": "another program uses keys that begin with ep1: move it to another server or database",
 }
 """What an operator can do, by error code."""
+
+_NO_PASSWORD = (
+    "the server requires a password",
+    "set store.password_file; the password for cache.url is a part of that URL",
+)
+_MEANINGS = {
+    "Authentication required": _NO_PASSWORD,
+    "unauthenticated multibulk length": _NO_PASSWORD,  # the same, for a command of more than ten parts
+    "unauthenticated bulk length": _NO_PASSWORD,
+    "invalid username-password pair": (
+        "the server does not accept the user or the password",
+        "check store.username and store.password_file, or those in the URL",
+    ),
+    "without any password configured": (
+        "the server has no password for this user",
+        "set one at the server, or remove it from the settings",
+    ),
+    "DB index is out of range": ("the server has no database of this number", "use a lower one in the URL, usually 0"),
+    "cluster support disabled": ("the server is not part of a cluster", "write the URL without +cluster"),
+    "unknown command 'SENTINEL'": (
+        "the server is not a Sentinel",
+        "name the Sentinels, or write the URL without +sentinel",
+    ),
+    "unknown command 'EVALSHA'": (
+        "the server runs no scripts",
+        "check that the URL names a Redis or Valkey server; one that names Sentinels begins with redis+sentinel",
+    ),
+    "max number of clients reached": ("the server accepts no more connections", "raise its maxclients"),
+    "certificate is not valid for": (
+        "the server's certificate is for another host",
+        "use a host in the URL that the certificate names",
+    ),
+    "certificate has expired": ("the server's certificate has expired", "renew it"),
+    "CERTIFICATE_VERIFY_FAILED": (
+        "the server's certificate is not trusted",
+        "set store.ca_file to the certificate of the CA that signed it",
+    ),
+    "CERTIFICATE_REQUIRED": ("the server requires a client certificate", "set store.cert_file and store.key_file"),
+    "as reply type byte": ("it is not a Redis or Valkey server", "check host and port in the URL"),
+    "Error 111 connecting": ("nothing listens there", "check that the server runs, and host and port in the URL"),
+    "Name or service not known": ("the host name is unknown", "check it in the URL, and the machine's DNS"),
+    "Error 2 connecting": ("the socket does not exist", "check that the server runs, and the path in the URL"),
+}
+"""By a part of an error's text: what it means, and what an operator can do. The first one that fits counts."""
 
 _KEY_EXPIRED = "access a non local key in a cluster node"
 """Part of an error of a script whose slot is migrating (Valkey and Redis word its beginning differently).
@@ -133,6 +178,9 @@ def describe(error: Exception) -> str:
     text = str(error)
     if not isinstance(error, RedisError):
         return text
+    for part, (meaning, remedy) in _MEANINGS.items():
+        if part in text:
+            return f"{meaning} ({text.strip().rstrip('.')}): {remedy}"
     code = code_of(error)
     sentence = text.partition(". ")[0].rstrip(".")
     has_code = sentence.startswith(code) or any(map(text.startswith, _ACL_FAILURES))

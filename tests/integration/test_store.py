@@ -319,7 +319,10 @@ def test_a_server_that_fails_in_one_role_is_left_alone_in_the_other(
             await book.call(GET, "x")
         with pytest.raises(StoreUnavailable, match="cool-down"):
             await ledger.call(BALANCE, "x", args=(b"1",))
-        assert "the ledger's connection fails: a call of the other role failed" in caplog.messages
+        assert (
+            "the ledger's connection fails: a call of the price-book to the same server failed: the log line of the "
+            "price-book says why"
+        ) in caplog.messages
         assert metrics.registry.get_sample_value("estimate_proxy_store_up", {"role": "ledger"}) == 0
         store_proxy.set_conditions(HEALTHY)
         await asyncio.sleep(COOLDOWN_S)
