@@ -1,41 +1,94 @@
-"""`estimate-proxy check`: validates the settings and shows them."""
+"""`estimate-proxy check`: validates the settings, and shows them with where they come from."""
 
 import json
 import os
 import sys
-from datetime import date
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import click
+from pydantic import Secret
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from proxy.cli.inputs import config_option, load_settings
-from proxy.settings.loader import find_config
-from proxy.settings.schema import effective, warnings
+from proxy.cli.inputs import config_option, load_settings_with_origins
+from proxy.settings.loader import find_config, read_config_text
+from proxy.settings.origins import Origins, line_of
+from proxy.settings.schema import Settings, effective, inherited
+from proxy.settings.warnings import warnings
+
+DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A setting. `value` is None if it is not set; `origin` is empty for what the file says in plain sight."""
+
+    path: str
+    value: str | None
+    origin: str
 
 
 @click.command(short_help="Validate and show the settings.")
 @config_option
 def check(config: Path | None) -> None:
-    """Validate the settings: report all problems at once, or show the effective settings."""
-    settings = load_settings(config)
-    for warning in warnings(settings):
+    """Validate the settings: report all problems at once, or show the effective settings.
+
+    Secrets are masked. Shows where each secret comes from (file, variable, or line of the config), and each value that
+    is not in the config file: a variable, a default, or a setting that it is inherited from.
+    """
+    settings, origins = load_settings_with_origins(config)
+    for warning in warnings(settings, datetime.now(settings.org.zone).date()):
         click.echo(f"estimate-proxy: warning: {warning}", err=True)
-    source = find_config(config, os.environ) or "no file: defaults and the environment"
-    rows = [(path, None if value is None else _toml(value)) for path, value in effective(settings)]
-    if not sys.stdout.isatty():
-        click.echo(f"# from {source}")
-        for path, value in rows:
-            click.echo(f"# {path} is not set" if value is None else f"{path} = {value}")
+    source = find_config(config, os.environ)
+    rows = list(_rows(settings, origins, source))
+    title = f"from {source or 'no file: defaults and the environment'}"
+    if sys.stdout.isatty():
+        Console().print(_table(rows, title))
         return
-    table = Table("setting", "value", title=Text(f"from {source}"), title_justify="left", box=None)
-    for path, value in rows:
-        table.add_row(path, Text(value or "-", overflow="fold"))
-    Console().print(table)
+    click.echo(f"# {title}")
+    for row in rows:
+        click.echo(_line(row))
+
+
+def _rows(settings: Settings, origins: Origins, config: Path | None) -> Iterator[_Row]:
+    by_path = {".".join(key): origin for key, origin in origins.items()}
+    text = "" if config is None else read_config_text(config)
+    followed = inherited(settings)
+    for path, value in effective(settings):
+        origin = by_path.get(path)
+        if value is None:
+            source, value_there = followed.get(path, ("", None))
+            shown = f"inherited from {source}: {_toml(value_there)}" if source else ""
+            yield _Row(path, None, shown)
+        elif origin is None:
+            yield _Row(path, _toml(value), DEFAULT)
+        elif origin.variable or isinstance(value, Secret):
+            line = None if origin.variable else line_of(text, origin.key)
+            place = origin.variable or (f"{config}, line {line}" if line else str(config))
+            named = f"{origin.secret_file}, named in {place}" if origin.secret_file else place
+            yield _Row(path, _toml(value), named)
+        else:
+            yield _Row(path, _toml(value), "")
+
+
+def _line(row: _Row) -> str:
+    """A row as a line of TOML."""
+    if row.value is None:
+        return f"# {row.path} is {row.origin or 'not set'}"
+    return f"{row.path} = {row.value}" + (f"  # {row.origin}" if row.origin else "")
+
+
+def _table(rows: list[_Row], title: str) -> Table:
+    table = Table("setting", "value", "from", title=Text(title), title_justify="left", box=None)
+    for row in rows:
+        table.add_row(row.path, Text(row.value or "-", overflow="fold"), Text(row.origin, overflow="fold"))
+    return table
 
 
 def _toml(value: Any) -> str:

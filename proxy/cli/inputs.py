@@ -7,7 +7,8 @@ from typing import Any, NoReturn
 import click
 
 from proxy.settings.errors import SettingsError
-from proxy.settings.loader import DEFAULT_PATHS, find_config, load
+from proxy.settings.loader import DEFAULT_PATHS, find_config, load_with_origins
+from proxy.settings.origins import Origins
 from proxy.settings.schema import Settings
 
 BAD_INPUT = 2
@@ -26,8 +27,15 @@ config_option = click.option(
 
 def load_settings(config: Path | None, overrides: dict[str, Any] | None = None) -> Settings:
     """The settings. If they have problems, prints each and exits."""
+    return load_settings_with_origins(config, overrides)[0]
+
+
+def load_settings_with_origins(
+    config: Path | None, overrides: dict[str, Any] | None = None
+) -> tuple[Settings, Origins]:
+    """As `load_settings`, and where the values come from."""
     try:
-        return load(config, os.environ, overrides=overrides)
+        return load_with_origins(config, os.environ, overrides=overrides)
     except SettingsError as error:
         if find_config(config, os.environ) is None:
             places = ", ".join(map(str, DEFAULT_PATHS))

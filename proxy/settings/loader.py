@@ -14,13 +14,14 @@ import os
 import ssl
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from proxy.settings.errors import KEY_HINT, SECRET_KEYS, SettingsError, SettingsProblem, explain, path_of
+from proxy.settings.origins import Origin, Origins, name_variables, origins_of
 from proxy.settings.schema import CacheSettings, Settings, UpstreamSettings, is_identifier
 
 PREFIX = "ESTIMATE_PROXY_"
@@ -53,16 +54,25 @@ def load(config: Path | None, environ: Mapping[str, str], *, overrides: Tree | N
 
     Raises `SettingsError` with every problem found.
     """
+    return load_with_origins(config, environ, overrides=overrides)[0]
+
+
+def load_with_origins(
+    config: Path | None, environ: Mapping[str, str], *, overrides: Tree | None = None
+) -> tuple[Settings, Origins]:
+    """The settings as `load` returns them, and where their values come from. Raises as `load`."""
     problems: list[SettingsProblem] = []
     source = find_config(config, environ)
-    tree = _gather(source, environ, problems)
+    tree, origins = _gather(source, environ, problems)
     _merge(tree, overrides or {})
+    for key in origins_of(overrides or {}, None):
+        origins.pop(key, None)
     folder = source.parent if source else Path()
-    _read_secret_files(tree, folder, problems)
+    _read_secret_files(tree, folder, problems, origins)
     _resolve_paths(tree, folder)
     _default_data_dir(tree, environ)
     problems += dict.fromkeys(_cross_problems(tree))
-    return _validate(Settings, tree, problems)
+    return _validate(Settings, tree, problems, origins), origins
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +91,7 @@ class Source:
         """The config and the secret files that it names, whether they exist or not."""
         config = find_config(self.config, self.environ)
         try:
-            tree = _gather(config, self.environ, [])
+            tree, _ = _gather(config, self.environ, [])
         except SettingsError:
             tree = {}
         names = [table.get(f"{key}_file") for _, table, key in _secret_tables(tree)]
@@ -102,8 +112,8 @@ def load_key_settings(config: Path | None, environ: Mapping[str, str]) -> KeySet
     problems: list[SettingsProblem] = []
     sections = tuple(f"{PREFIX}{name.upper()}__" for name in KeySettings.model_fields)
     ours = {name: value for name, value in environ.items() if name.upper().startswith(sections)}
-    tree = _gather(find_config(config, environ), ours, problems)
-    return _validate(KeySettings, tree, problems)
+    tree, origins = _gather(find_config(config, environ), ours, problems)
+    return _validate(KeySettings, tree, problems, origins)
 
 
 def find_config(config: Path | None, environ: Mapping[str, str]) -> Path | None:
@@ -113,26 +123,30 @@ def find_config(config: Path | None, environ: Mapping[str, str]) -> Path | None:
     return config or next((path for path in DEFAULT_PATHS if os.path.lexists(path)), None)
 
 
-def _gather(path: Path | None, environ: Mapping[str, str], problems: list[SettingsProblem]) -> Tree:
+def _gather(path: Path | None, environ: Mapping[str, str], problems: list[SettingsProblem]) -> tuple[Tree, Origins]:
+    """The values of the file and the environment, laid over each other, and where they come from."""
     tree: Tree = {}
+    config = _read_config(path)
+    origins = origins_of(config, None)
     well_known: Tree = {}
     for name, keys in WELL_KNOWN_ENV.items():
         if environ.get(name):
             _put(well_known, keys, environ[name])
-    for layer in (_read_config(path), well_known, _read_environment(environ, problems)):
+            origins[keys] = Origin(keys, name)
+    for layer in (config, well_known, _read_environment(environ, problems, origins)):
         _unset_replaced_secrets(tree, layer, problems)
         _merge(tree, layer)
-    return tree
+    return tree, origins
 
 
-def _validate(model: type[_Model], tree: Tree, problems: list[SettingsProblem]) -> _Model:
+def _validate(model: type[_Model], tree: Tree, problems: list[SettingsProblem], origins: Origins) -> _Model:
     try:
         settings = model.model_validate(tree)
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)
-        raise SettingsError([*problems, *map(explain, details)]) from None
+        raise SettingsError(name_variables([*problems, *map(explain, details)], origins)) from None
     if problems:
-        raise SettingsError(problems)
+        raise SettingsError(name_variables(problems, origins))
     return settings
 
 
@@ -148,6 +162,14 @@ def _read_config(path: Path | None) -> Tree:
     except (RecursionError, ValueError):  # tomllib raises these without a line number
         message = "is not valid TOML: it is nested too deeply, or has a number with too many digits"
     raise SettingsError([SettingsProblem(str(path), message)])
+
+
+def read_config_text(path: Path) -> str:
+    """The text of the config file; empty if it cannot be read any more."""
+    try:
+        return _read_text(path, MAX_CONFIG_BYTES)
+    except _UnreadableError:
+        return ""
 
 
 def _read_text(path: Path, max_bytes: int) -> str:
@@ -166,7 +188,8 @@ def _read_text(path: Path, max_bytes: int) -> str:
         raise _UnreadableError("cannot be read: this is not a valid file name") from None
 
 
-def _read_environment(environ: Mapping[str, str], problems: list[SettingsProblem]) -> Tree:
+def _read_environment(environ: Mapping[str, str], problems: list[SettingsProblem], origins: Origins) -> Tree:
+    """The values of our variables. Adds where they come from to `origins`."""
     tree: Tree = {}
     ours = {name: value for name, value in environ.items() if name.startswith(PREFIX) and "__" in name}
     for name, value in sorted(ours.items()):
@@ -175,7 +198,10 @@ def _read_environment(environ: Mapping[str, str], problems: list[SettingsProblem
             problems.append(SettingsProblem(name, f"must be a name like {PREFIX}SERVER__PORT"))
             continue
         try:
-            _put(tree, keys, _read_variable(keys[-1], value))
+            layer: Tree = {}
+            _put(layer, keys, _read_variable(keys[-1], value))
+            _merge(tree, layer)
+            origins.update(origins_of(layer, name))
         except (ValueError, RecursionError):
             problems.append(SettingsProblem(name, "begins like JSON, but is not valid JSON"))
     return tree
@@ -224,7 +250,7 @@ def _unset_replaced_secrets(tree: Tree, layer: Tree, problems: list[SettingsProb
             earlier.get(path, {}).pop(f"{key}_file", None)
 
 
-def _read_secret_files(tree: Tree, folder: Path, problems: list[SettingsProblem]) -> None:
+def _read_secret_files(tree: Tree, folder: Path, problems: list[SettingsProblem], origins: Origins) -> None:
     """Replaces each `<secret>_file` in `tree` with the content of the file."""
     for path, table, key in _secret_tables(tree):
         name = table.pop(f"{key}_file", None)
@@ -232,6 +258,9 @@ def _read_secret_files(tree: Tree, folder: Path, problems: list[SettingsProblem]
             continue
         try:
             table[key] = _read_secret(folder, name)
+            named = origins.get((*path, f"{key}_file"))
+            if named is not None:
+                origins[*path, key] = replace(named, secret_file=folder / str(name))
         except _UnreadableError as error:
             problems.append(SettingsProblem(path_of(*path, f"{key}_file"), str(error)))
             table[key] = "unread"  # so that it is not reported as missing too
@@ -243,10 +272,15 @@ def _read_secret(folder: Path, name: object) -> str:
     try:
         secret = _read_text(folder / name, MAX_SECRET_BYTES).rstrip("\r\n")
     except _UnreadableError as error:
-        raise _UnreadableError(f"names a file that {error}") from None
+        raise _UnreadableError(f"names {_shown(folder, name)}, which {error}") from None
     if not secret:
-        raise _UnreadableError("names an empty file")
+        raise _UnreadableError(f"names {_shown(folder, name)}, which is empty")
     return secret
+
+
+def _shown(folder: Path, name: str) -> str:
+    """A secret's file, for messages. A relative name is left out: the secret itself could stand there by mistake."""
+    return name if Path(name).is_absolute() and name.isprintable() else f"a file in {folder.absolute()}"
 
 
 def _resolve_paths(tree: Tree, folder: Path) -> None:
@@ -334,9 +368,13 @@ def _ca_file_problems(tree: Tree, section: str) -> Iterator[SettingsProblem]:
     try:
         ssl.create_default_context(cafile=ca_file)
     except ssl.SSLError:
-        yield SettingsProblem(f"{section}.ca_file", "names a file without certificates in PEM format")
+        yield SettingsProblem(
+            f"{section}.ca_file", f"names {_shown_path(ca_file)}, which has no certificates in PEM format"
+        )
     except OSError as error:
-        yield SettingsProblem(f"{section}.ca_file", f"names a file that cannot be read: {error.strerror}")
+        yield SettingsProblem(
+            f"{section}.ca_file", f"names {_shown_path(ca_file)}, which cannot be read: {error.strerror}"
+        )
 
 
 def _cert_file_problems(tree: Tree) -> Iterator[SettingsProblem]:
@@ -344,9 +382,10 @@ def _cert_file_problems(tree: Tree) -> Iterator[SettingsProblem]:
     cert_file, key_file = (_path_in(tree, "store", key) for key in ("cert_file", "key_file"))
     if cert_file is None and key_file is not None:
         yield SettingsProblem("store.cert_file", "is missing: store.key_file is its key")
-    unreadable = [(key, error) for key in ("cert_file", "key_file") if (error := _unreadable(tree, key))]
-    for key, error in unreadable:
-        yield SettingsProblem(f"store.{key}", f"names a file that {error}")
+    named = {"cert_file": cert_file, "key_file": key_file}
+    unreadable = [(key, path, error) for key, path in named.items() if path and (error := _unreadable(path))]
+    for key, path, error in unreadable:
+        yield SettingsProblem(f"store.{key}", f"names {_shown_path(path)}, which {error}")
     if cert_file is None or unreadable:
         return
     try:
@@ -358,14 +397,17 @@ def _cert_file_problems(tree: Tree) -> Iterator[SettingsProblem]:
         yield SettingsProblem("store.cert_file", message)
 
 
-def _unreadable(tree: Tree, key: str) -> _UnreadableError | None:
-    path = _path_in(tree, "store", key)
+def _unreadable(path: str) -> _UnreadableError | None:
     try:
-        if path is not None:
-            _read_text(Path(path), MAX_CONFIG_BYTES)
+        _read_text(Path(path), MAX_CONFIG_BYTES)
     except _UnreadableError as error:
         return error
     return None
+
+
+def _shown_path(path: str) -> str:
+    """A path, for messages, unless it could be a URL with a password that stands in the wrong place."""
+    return "a file" if set(path) & set(":@") else path
 
 
 def _path_in(tree: Tree, section: str, key: str) -> str | None:

@@ -23,6 +23,9 @@ from proxy.urls import check_host, is_ip, parse_store_url, split_url
 
 MASK = "**********"
 
+UNLABELLED_CHARACTERS = len("sha256:") + 8
+"""Of a digest: enough to find its token in the config, too few to say anything about it."""
+
 MAX_REQUESTS = 10**12
 MAX_CREDITS = 9 * 10**9
 """In micro-credits this stays below 2**53, up to which numbers in the store's scripts (doubles) are exact."""
@@ -144,6 +147,8 @@ def _countable(limit: Decimal, info: ValidationInfo) -> Decimal:
 
 
 def _known_zone(name: str) -> str:
+    if name == "localtime":
+        raise ValueError("must be a time zone's name, such as Europe/Berlin: localtime differs between machines")
     if name not in available_timezones():
         raise ValueError("must be a time zone's name, such as UTC or Europe/Berlin")
     return name
@@ -342,6 +347,19 @@ class TeamSettings(_Section):
     """Replaces the default quotas; does not add to them."""
     disabled: bool = False
 
+    def last_days(self) -> dict[str, date | None]:
+        """The last day on which a token works, by label; None if one with this label never expires.
+
+        Of several tokens with one label, the newest counts: the others were replaced. A token without a label has the
+        beginning of its digest.
+        """
+        found: dict[str, date | None] = {}
+        for token in self.tokens:
+            label = token.label or token.sha256[:UNLABELLED_CHARACTERS]
+            latest = found.setdefault(label, date.min)
+            found[label] = None if latest is None or token.expires is None else max(latest, token.expires)
+        return found
+
 
 class LogSettings(_Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -374,18 +392,6 @@ class Settings(_Section):
         return self.team_defaults.quotas if team.quotas is None else team.quotas
 
 
-def warnings(settings: Settings) -> Iterator[str]:
-    """Settings that are valid, but probably a mistake."""
-    if not (settings.metrics.public or settings.metrics.tokens or settings.admin.tokens):
-        yield "nobody can read /metrics: add a token's digest to metrics.tokens, or set metrics.public = true"
-    for name, team in settings.teams.items():
-        if not team.tokens:
-            yield f"teams.{name} has no tokens, so no client can use this team"
-    urls = [url.get_secret_value() for url in (settings.store.url, settings.cache.url) if url is not None]
-    if (settings.store.ca_file or settings.store.cert_file) and not any(url.startswith("rediss") for url in urls):
-        yield "store.ca_file and store.cert_file are not used: neither store.url nor cache.url begins with rediss"
-
-
 def effective(settings: Settings) -> list[tuple[str, Any]]:
     """Every effective setting as (path, value). Secrets are masked by their types; None: not set."""
     return list(_flatten(settings.model_dump(), ""))
@@ -395,3 +401,17 @@ def _flatten(table: dict[str, Any], parent: str) -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
         path = f"{parent}.{key}" if parent else key
         yield from _flatten(value, path) if isinstance(value, dict) else [(path, value)]
+
+
+def inherited(settings: Settings) -> dict[str, tuple[str, Any]]:
+    """The settings that are not set and follow another one: that one's path and value, by path."""
+    defaults = settings.team_defaults.model_dump()
+    found: dict[str, tuple[str, Any]] = {
+        f"teams.{team}.{name}": (f"team_defaults.{name}", defaults[name])
+        for team, own in settings.teams.items()
+        for name in defaults
+        if getattr(own, name) is None
+    }
+    if settings.cache.url is None and settings.store.url is not None:
+        found["cache.url"] = ("store.url", settings.store.url)
+    return found

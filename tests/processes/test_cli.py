@@ -228,11 +228,77 @@ def test_check_without_a_file_says_so(run: Run) -> None:
 
 
 def test_what_check_prints_can_be_checked(run: Run) -> None:
-    """With the secrets put back it is a config, and the same one."""
+    """With the secrets put back it is a config, and the same one, though nothing is a default any more."""
     Path("a.toml").write_text(CONFIG)
     shown = run("check", "--config", "a.toml").stdout
     Path("b.toml").write_text(shown.replace(MASK, CANARY))
-    assert run("check", "--config", "b.toml").stdout == shown.replace("a.toml", "b.toml")
+    again = run("check", "--config", "b.toml").stdout
+    assert tomllib.loads(again) == tomllib.loads(shown)
+
+
+def test_check_says_where_values_come_from(run: Run) -> None:
+    Path("key").write_text(CANARY)
+    Path("here.toml").write_text(
+        "[accounts.default]\napi_key_file = 'key'\n[accounts.second]\napi_key_file = 'key'\n"
+        f"[store]\nurl = 'redis://:{CANARY}@h'\n[teams.design]\nname = 'D'\n[server]\nport = 9\n"
+        f"[upstream]\nproxy = 'http://u:{CANARY}@p'"
+    )
+    environ = {
+        "RENDERNET_API_KEY": CANARY,
+        "ESTIMATE_PROXY_SERVER__WORKERS": "2",
+        "ESTIMATE_PROXY_STORE__PASSWORD_FILE": "key",
+    }
+    result = run("check", "--config", "here.toml", **environ)
+    assert CANARY not in result.output
+    lines = result.stdout.splitlines()
+    for line in (
+        f'accounts.default.api_key = "{MASK}"  # RENDERNET_API_KEY',
+        f'accounts.second.api_key = "{MASK}"  # key, named in here.toml, line 4',
+        f'store.url = "redis://:{MASK}@h"  # here.toml, line 6',
+        f'store.password = "{MASK}"  # key, named in ESTIMATE_PROXY_STORE__PASSWORD_FILE',
+        f'upstream.proxy = "http://u:{MASK}@p"  # here.toml, line 12',
+        "server.port = 9",
+        "server.workers = 2  # ESTIMATE_PROXY_SERVER__WORKERS",
+        'server.host = "127.0.0.1"  # default',
+        'teams.design.name = "D"',
+        "# teams.design.rate is inherited from team_defaults.rate: { per_s = 50.0, burst = 100 }",
+        "# teams.design.quotas is inherited from team_defaults.quotas: []",
+        f'# cache.url is inherited from store.url: "redis://:{MASK}@h"',
+        "# upstream.ca_file is not set",
+    ):
+        assert line in lines
+    assert tomllib.loads(result.stdout)["server"]["port"] == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "environ", "line"),
+    [
+        ("upstream.timeout_s = 60", {}, "upstream.timeout_s (60) is above server.request_timeout_s (15)"),
+        ("cache.ignore = ['loras.0.weight']", {}, "cache.ignore: 'loras.0.weight' can never match"),
+        (
+            "",
+            {"ESTIMATE_PROXY_TEAMS__DESIGN__TOKENS": f'[{{"sha256": "{DIGEST}", "expires": "2020-01-31"}}]'},
+            "every token of teams.design has expired, the last one on 2020-01-31",
+        ),
+    ],
+)
+def test_check_warns(run: Run, text: str, environ: dict[str, str], line: str) -> None:
+    Path("here.toml").write_text(f"metrics.public = true\n{text}\n{CONFIG}")
+    result = run("check", "--config", "here.toml", **environ)
+    assert result.exit_code == 0
+    assert result.stderr.startswith(f"estimate-proxy: warning: {line}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_check_says_which_variable_and_which_file_is_wrong(run: Run) -> None:
+    Path("here.toml").write_text(CONFIG)
+    result = run("check", "--config", "here.toml", ESTIMATE_PROXY_SERVER__PORT="x")
+    said = "estimate-proxy: server.port must be a whole number (set by the variable ESTIMATE_PROXY_SERVER__PORT)\n"
+    assert (result.exit_code, result.stderr) == (2, said)
+    Path("here.toml").write_text(CONFIG.replace("api_key", "api_key_file").replace(CANARY, "/no/such/key"))
+    assert refusal(run("check", "--config", "here.toml")) == (
+        "accounts.default.api_key_file names /no/such/key, which cannot be read: No such file or directory"
+    )
 
 
 def test_check_reports_all_problems_and_no_value(run: Run) -> None:
@@ -308,6 +374,9 @@ def test_check_on_a_terminal_is_a_table() -> None:
     assert re.search(r"server\.port +8080 ", text)
     assert re.search(r'teams\.other\.name +"\[red\]x \[/x\] :smile: \\" é" ', text), "nothing is taken for markup"
     assert re.search(r"upstream\.ca_file +- ", text)
+    assert re.search(r"server\.host +\S+ +default ", text)
+    assert re.search(r"accounts\.default\.api_key +\S+ +estimate-proxy\.toml, line 3 ", text)
+    assert re.search(r"teams\.design\.rate +- +inherited from team_defaults\.rate: ", text)
     assert " = 8080" not in text
 
 
@@ -590,7 +659,10 @@ def test_explain_of_what_cannot_be_read(run: Run, tmp_path: Path) -> None:
     )
     assert refusal(run("explain", "-", "--account", "A", stdin=BODY)).startswith("--account must be an id")
     broken = run("explain", "-", stdin=BODY, ESTIMATE_PROXY_UPSTREAM__BASE_URL=f"http://u:{CANARY}@h")
-    assert refusal(broken) == "upstream.base_url has a user, a query or a fragment: remove it"
+    assert refusal(broken) == (
+        "upstream.base_url has a user, a query or a fragment: remove it "
+        "(set by the variable ESTIMATE_PROXY_UPSTREAM__BASE_URL)"
+    )
 
 
 def test_arguments_that_are_no_text_or_long() -> None:

@@ -1,6 +1,7 @@
 """URLs of upstream, proxy and stores, and the certificates for them: which are accepted, and why others are not."""
 
 import os
+from datetime import date
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,12 +15,14 @@ from certificates import make_certificates
 from configs import CANARY, ENV, MINIMAL, Problems, Read
 from proxy.settings.errors import SettingsError
 from proxy.settings.loader import load_key_settings
-from proxy.settings.schema import SecretUrl, warnings
+from proxy.settings.schema import SecretUrl
+from proxy.settings.warnings import warnings
 from proxy.upstream.address import ESTIMATE_PATH, UpstreamAddress
 
 CLEAR = "would send the API key in clear text: use https, or set upstream.insecure = true"
 NO_URL = "is not a valid URL: a port is 1 to 65535"
 NO_HOST = "must name a host"
+TODAY = date(2026, 11, 30)
 
 
 @pytest.mark.parametrize(
@@ -229,12 +232,12 @@ def test_an_invalid_proxy_is_refused(problems_of: Problems, url: str) -> None:
 def test_a_ca_file_must_contain_certificates(read: Read, problems_of: Problems, tmp_path: Path, section: str) -> None:
     text = MINIMAL + f'[{section}]\nca_file = "ca.pem"'
     path = f"{section}.ca_file"
-    assert problems_of(text) == {path: "names a file that cannot be read: No such file or directory"}
+    assert problems_of(text) == {path: f"names {tmp_path / 'ca.pem'}, which cannot be read: No such file or directory"}
     (tmp_path / "ca.pem").write_text(CANARY)
-    assert problems_of(text) == {path: "names a file without certificates in PEM format"}
+    assert problems_of(text) == {path: f"names {tmp_path / 'ca.pem'}, which has no certificates in PEM format"}
     (tmp_path / "ca.pem").unlink()
     (tmp_path / "ca.pem").mkdir()
-    assert problems_of(text) == {path: "names a file that cannot be read: Is a directory"}
+    assert problems_of(text) == {path: f"names {tmp_path / 'ca.pem'}, which cannot be read: Is a directory"}
     certificates = next(Path(os.__file__).parent.rglob("*/cacert.pem"), None)
     if certificates is not None:
         found = read(MINIMAL + f'[{section}]\nca_file = "{certificates}"')
@@ -244,20 +247,23 @@ def test_a_ca_file_must_contain_certificates(read: Read, problems_of: Problems, 
 def test_unused_certificates_are_warned_of(read: Read, tmp_path: Path) -> None:
     made = make_certificates(tmp_path)
     text = f'{MINIMAL}[metrics]\npublic = true\n[store]\nca_file = "{made.ca}"\n'
-    assert list(warnings(read(text))) == [
+    assert list(warnings(read(text), TODAY)) == [
         "store.ca_file and store.cert_file are not used: neither store.url nor cache.url begins with rediss"
     ]
-    assert not list(warnings(read(text + 'url = "rediss+sentinel://h/m"')))
-    assert not list(warnings(read(text + '[cache]\nurl = "rediss://h"')))
+    assert not list(warnings(read(text + 'url = "rediss+sentinel://h/m"'), TODAY))
+    assert not list(warnings(read(text + '[cache]\nurl = "rediss://h"'), TODAY))
 
 
 def test_a_client_certificate_needs_its_key(read: Read, problems_of: Problems, tmp_path: Path) -> None:
     text = MINIMAL + '[store]\ncert_file = "client.pem"\nkey_file = "client.key"\n'
-    missing = "names a file that cannot be read: No such file or directory"
-    assert problems_of(text) == {"store.cert_file": missing, "store.key_file": missing}
+    cert, key = (
+        f"names {tmp_path / name}, which cannot be read: No such file or directory"
+        for name in ("client.pem", "client.key")
+    )
+    assert problems_of(text) == {"store.cert_file": cert, "store.key_file": key}
     assert problems_of(MINIMAL + '[store]\nkey_file = "client.key"') == {
         "store.cert_file": "is missing: store.key_file is its key",
-        "store.key_file": missing,
+        "store.key_file": key,
     }
     made = make_certificates(tmp_path)
     settings = read(text)

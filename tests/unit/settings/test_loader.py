@@ -170,7 +170,7 @@ def test_familiar_variables(read: Read, problems_of: Problems) -> None:
     assert str(ours) == "redis://b"
     assert problems_of(environ={"REDIS_URL": CANARY}) == {
         "store.url": "must be a URL that begins with redis://, rediss://, unix://, redis+sentinel://, "
-        "rediss+sentinel://, redis+cluster:// or rediss+cluster://"
+        "rediss+sentinel://, redis+cluster:// or rediss+cluster:// (set by the variable REDIS_URL)"
     }
     assert list(problems_of(TEAM, {"RENDERNET_API_KEY": f"{CANARY}\n"})) == ["accounts.default.api_key"]
 
@@ -201,11 +201,11 @@ def test_a_password_file_keeps_its_spaces(read: Read, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "names a file that cannot be read: No such file or directory"),
-        (b"", "names an empty file"),
-        (b"\n", "names an empty file"),
-        (b"\xff\x00" + CANARY.encode(), "names a file that is not UTF-8 text"),
-        (CANARY.encode() * 10_000, "names a file that has more than 65536 bytes"),
+        (None, "which cannot be read: No such file or directory"),
+        (b"", "which is empty"),
+        (b"\n", "which is empty"),
+        (b"\xff\x00" + CANARY.encode(), "which is not UTF-8 text"),
+        (CANARY.encode() * 10_000, "which has more than 65536 bytes"),
     ],
 )
 def test_a_secret_file_that_cannot_be(
@@ -213,7 +213,9 @@ def test_a_secret_file_that_cannot_be(
 ) -> None:
     if content is not None:
         (tmp_path / "key").write_bytes(content)
-    assert problems_of(KEY_FILE) == {"accounts.default.api_key_file": message}
+    assert problems_of(KEY_FILE) == {"accounts.default.api_key_file": f"names a file in {tmp_path}, {message}"}
+    absolute = KEY_FILE.replace("'key'", f"'{tmp_path / 'key'}'")
+    assert problems_of(absolute) == {"accounts.default.api_key_file": f"names {tmp_path / 'key'}, {message}"}
 
 
 @pytest.mark.parametrize("content", [f"{CANARY}\0", f"{CANARY}\nmore", f"{CANARY} x"])
@@ -232,7 +234,7 @@ def test_a_secret_twice_in_one_source(problems_of: Problems) -> None:
     twice = {"accounts.default.api_key_file": "is set together with api_key: keep one of them"}
     assert problems_of(ACCOUNT + "api_key_file = 'key'\n" + TEAM) == twice
     ours = {f"{ENV}ACCOUNTS__DEFAULT__API_KEY": CANARY, f"{ENV}ACCOUNTS__DEFAULT__API_KEY_FILE": "key"}
-    assert problems_of(environ=ours) == twice
+    assert list(problems_of(environ=ours)) == list(twice)
     assert list(problems_of(MINIMAL + "[store]\npassword = 'x'\npassword_file = 'y'")) == ["store.password_file"]
 
 

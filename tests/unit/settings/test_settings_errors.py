@@ -84,6 +84,11 @@ from proxy.settings.schema import is_identifier
         ('[teams.b]\nname = "a\\nb"', "teams.b.name", "must be one line of text without control characters"),
         ("[org]\ntimezone = 'Mars/Base'", "org.timezone", "must be a time zone's name, such as"),
         ("[org]\ntimezone = ''", "org.timezone", "must be a time zone's name"),
+        (
+            "[org]\ntimezone = 'localtime'",
+            "org.timezone",
+            "must be a time zone's name, such as Europe/Berlin: localtime",
+        ),
         ("[org]\ntimezone = '../UTC'", "org.timezone", "must be a time zone's name"),
         ("[cache]\nignore = ['seed', '']", "cache.ignore[1]", "must be a member's name, or several joined by dots"),
         ("[cache]\nignore = ['prompt..positive']", "cache.ignore[0]", "must be a member's name, or several joined"),
