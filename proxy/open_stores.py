@@ -65,23 +65,36 @@ async def startup_errors(settings: Settings, embedded_urls: EmbeddedUrls) -> str
                 await _log_data_loss_risks(store)
         finally:
             await store.close()
-        if version is not None and version < MIN_REDIS_VERSION:
-            found, minimum = (".".join(map(str, numbers)) for numbers in (version, MIN_REDIS_VERSION))
-            return f"the store is Redis {found}: use Redis {minimum} or newer, or Valkey 7.2 or newer"
+        if error := version_error(version):
+            return f"the store {error}"
     return None
 
 
+def version_error(version: tuple[int, ...] | None) -> str | None:
+    """Why a store of this version cannot be used, as the predicate of a sentence."""
+    if version is None or version >= MIN_REDIS_VERSION:
+        return None
+    found, minimum = (".".join(map(str, numbers)) for numbers in (version, MIN_REDIS_VERSION))
+    return f"is Redis {found}: use Redis {minimum} or newer, or Valkey 7.2 or newer"
+
+
+def eviction_warning(policy: str | None) -> str | None:
+    """What is wrong with the ledger's `maxmemory-policy`, as the predicate of a sentence; None if nothing."""
+    if policy in (None, "noeviction"):
+        return None
+    return (
+        f"may evict keys (maxmemory-policy {policy}), so quotas and usage can disappear unnoticed: "
+        "set maxmemory-policy to noeviction, and give the price book a server of its own (cache.url)"
+    )
+
+
 async def _log_data_loss_risks(ledger: Store) -> None:
-    policy = await ledger.eviction_policy()
-    if policy not in (None, "noeviction"):
-        log.error(
-            "the ledger's server may evict keys (maxmemory-policy %s), so quotas and usage can disappear unnoticed: "
-            "set maxmemory-policy to noeviction, and give the price book a server of its own (cache.url)",
-            policy,
-        )
-    warning = data_loss_warning(await ledger.persistence())
-    if warning is not None:
-        log.error("the ledger's server %s", warning)
+    for warning in (
+        eviction_warning(await ledger.eviction_policy()),
+        data_loss_warning(await ledger.persistence()),
+    ):
+        if warning is not None:
+            log.error("the ledger's server %s", warning)
 
 
 def _ledger_access(settings: Settings) -> StoreAccess:

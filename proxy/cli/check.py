@@ -1,9 +1,10 @@
 """`estimate-proxy check`: validates the settings, and shows them with where they come from."""
 
+import asyncio
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
@@ -16,7 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from proxy.cli.inputs import config_option, load_settings_with_origins
+from proxy.cli.connect import Finding, probe
+from proxy.cli.inputs import BAD_INPUT, config_option, load_settings_with_origins
 from proxy.settings.loader import find_config, read_config_text
 from proxy.settings.origins import Origins, line_of
 from proxy.settings.schema import Settings, effective, inherited
@@ -36,24 +38,42 @@ class _Row:
 
 @click.command(short_help="Validate and show the settings.")
 @config_option
-def check(config: Path | None) -> None:
+@click.option("--connect", is_flag=True, help="Also connect to the stores and to RenderNet's host.")
+def check(config: Path | None, connect: bool) -> None:  # noqa: FBT001 -- click passes a flag by name
     """Validate the settings: report all problems at once, or show the effective settings.
 
     Secrets are masked. Shows where each secret comes from (file, variable, or line of the config), and each value that
     is not in the config file: a variable, a default, or a setting that it is inherited from.
+
+    With --connect, also shows what it finds: TLS and, of stores, version, eviction, persistence and the difference of
+    the clocks. It sends RenderNet no request and no key.
     """
     settings, origins = load_settings_with_origins(config)
     for warning in warnings(settings, datetime.now(settings.org.zone).date()):
         click.echo(f"estimate-proxy: warning: {warning}", err=True)
     source = find_config(config, os.environ)
     rows = list(_rows(settings, origins, source))
+    findings = asyncio.run(probe(settings)) if connect else []
     title = f"from {source or 'no file: defaults and the environment'}"
     if sys.stdout.isatty():
         Console().print(_table(rows, title))
-        return
-    click.echo(f"# {title}")
-    for row in rows:
-        click.echo(_line(row))
+    else:
+        click.echo(f"# {title}")
+        for row in rows:
+            click.echo(_line(row))
+    _report(findings)
+
+
+def _report(findings: Sequence[Finding]) -> None:
+    """Prints what was found at each place, and exits if the gateway would not work."""
+    for finding in findings:
+        click.echo(f"# {finding.place}: {finding.facts}")
+        for warning in finding.warnings:
+            click.echo(f"estimate-proxy: warning: {finding.place} {warning}", err=True)
+        for error in finding.errors:
+            click.echo(f"estimate-proxy: {finding.place} {error}", err=True)
+    if any(finding.errors for finding in findings):
+        raise SystemExit(BAD_INPUT)
 
 
 def _rows(settings: Settings, origins: Origins, config: Path | None) -> Iterator[_Row]:

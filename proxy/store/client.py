@@ -13,6 +13,7 @@ import re
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
+from time import time
 from typing import Any
 
 from redis.exceptions import ConnectionError as NotConnectedError
@@ -69,6 +70,7 @@ class Store:
         preload: Sequence[Script] = (),
     ) -> None:
         self.role = role
+        self.uses_tls = url.startswith("rediss")
         self._preload = (WRITE_CHECK, *preload)
         self._metrics = metrics
         self._access = access
@@ -136,6 +138,18 @@ class Store:
         infos = await self._query_all("INFO", "persistence", within_s=self._setup_timeout_s)
         configs = await self._query_all("CONFIG", "GET", "save", "appendfsync", within_s=self._setup_timeout_s)
         return [_persistence_of(info, config) for info, config in zip(infos, configs, strict=False)]
+
+    async def clock_lead_s(self) -> float | None:
+        """How far a server's clock is ahead of this machine's: the largest difference of any; None if unknown."""
+        sent_at = time()
+        replies = await self._query_all("TIME", within_s=self._setup_timeout_s)
+        here = (sent_at + time()) / 2
+        leads = [int(reply[0]) + int(reply[1]) / 1e6 - here for reply in replies if isinstance(reply, list)]
+        return max(leads, key=abs, default=None)
+
+    async def check_writes(self, key: str) -> None:
+        """Raises `StoreUnavailable`, with the reason, if the server of `key` cannot be reached or refuses writes."""
+        await self.call(WRITE_CHECK, key)
 
     async def close(self) -> None:
         if self._maintenance is not None:

@@ -44,17 +44,21 @@ _NO_DESCRIPTOR = Problem(
 log = logging.getLogger(__name__)
 
 
+def http_client_of(configured: UpstreamSettings) -> HttpClient:
+    return HttpClient(
+        UpstreamAddress.of(configured.base_url),
+        proxy=None if configured.proxy is None else configured.proxy.get_secret_value(),
+        ca_file=configured.ca_file,
+        max_connections=configured.max_connections,
+    )
+
+
 class Upstream:
     """Requests estimates, each with its account's key. `close` must be called."""
 
     def __init__(self, configured: UpstreamSettings, keys: Mapping[str, SecretText], metrics: Metrics) -> None:
         self.address = UpstreamAddress.of(configured.base_url)
-        self._client = HttpClient(
-            self.address,
-            proxy=None if configured.proxy is None else configured.proxy.get_secret_value(),
-            ca_file=configured.ca_file,
-            max_connections=configured.max_connections,
-        )
+        self._client = http_client_of(configured)
         self._keys: dict[str, SecretText] = {}
         self._metrics = metrics
         self._timeout_s = configured.timeout_s

@@ -22,6 +22,7 @@ import ssl
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -76,6 +77,14 @@ class HttpResponse:
     body: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class TlsFacts:
+    """The protocol of a TLS connection, such as `TLSv1.3`, and when the server's certificate ends."""
+
+    version: str
+    ends_at: datetime
+
+
 class HttpClient:
     """POSTs JSON to `address`. `close` must be called.
 
@@ -119,6 +128,14 @@ class HttpClient:
     async def close(self) -> None:
         if "_connector" in vars(self):
             await self._connector.close()
+
+    async def try_connecting(self) -> TlsFacts | None:
+        """Opens a connection and sends nothing. What TLS agreed on; None for http. Raises `ConnectError`."""
+        connection = await self._connect(new=True)
+        try:
+            return connection.tls_facts()
+        finally:
+            connection.lease.close()
 
     async def post(self, body: bytes, *, api_key: str, query: str) -> HttpResponse:
         """The response to a JSON body. `query` is percent-encoded. Raises `HttpError`."""
@@ -176,6 +193,13 @@ class _Connection(asyncio.Protocol):
     @property
     def is_new(self) -> bool:
         return self._exchanges == 0
+
+    def tls_facts(self) -> TlsFacts | None:
+        tls = self._transport.get_extra_info("ssl_object")
+        if tls is None:
+            return None
+        ends_at_s = ssl.cert_time_to_seconds(str(tls.getpeercert()["notAfter"]))
+        return TlsFacts(tls.version(), datetime.fromtimestamp(ends_at_s, UTC))
 
     async def exchange(self, request: bytes) -> HttpResponse:
         """The response to a request. Returns the connection to the pool, or closes it. Raises `HttpError`."""

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import ssl
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 import redis
 from click.testing import CliRunner, Result
 
+from certificates import make_certificates
 from proxy import __version__
 from proxy import auth as teams
 from proxy.cache.canonical import canonicalise, key_of
@@ -27,7 +29,9 @@ from proxy.quota.usage import OUTCOMES
 from proxy.quota.windows import window_of
 from proxy.settings import loader as config
 from proxy.settings.schema import MASK
+from raw_upstream import raw_upstream
 from serving import free_port
+from shared_fixtures import debian_redis
 
 CANARY = "CaNaRy5Xq"
 DIGEST = "sha256:" + "a" * 64
@@ -86,7 +90,7 @@ def process(*command: str, stdin: bytes = b"", **environ: str) -> subprocess.Com
             ["--config FILE", "$ESTIMATE_PROXY_CONFIG", "--host HOST", "--port PORT", "server.port", "SIGTERM"],
         ),
         ("demo", ["--port PORT", "[default: 8080", "--no-traffic"]),
-        ("check", ["--config FILE", "/etc/estimate-proxy/config.toml"]),
+        ("check", ["--connect", "--config FILE", "/etc/estimate-proxy/config.toml"]),
         ("usage", ["--team ID", "--from DAY", "--by NAMES", "[table|csv|json]", "org.timezone", "tab-separated"]),
         ("quota", ["[TEAM]", "--config FILE", "tab-separated"]),
         ("token", ["new"]),
@@ -130,7 +134,7 @@ def test_no_command_is_shown_what_there_is(run: Run, command: list[str]) -> None
         ("sevre", "No such command 'sevre'. Did you mean 'serve'? (see estimate-proxy --help)"),
         ("token nwe", "No such command 'nwe'. Did you mean 'new'? (see estimate-proxy token --help)"),
         ("--config x", "No such option '--config'. (see estimate-proxy --help)"),
-        ("check --confg x", "No such option '--confg'. Did you mean '--config'? (see estimate-proxy check --help)"),
+        ("quota --confg x", "No such option '--confg'. Did you mean '--config'? (see estimate-proxy quota --help)"),
         ("check x", "Got unexpected extra argument (x) (see estimate-proxy check --help)"),
         (
             "serve --port x",
@@ -378,6 +382,81 @@ def test_check_on_a_terminal_is_a_table() -> None:
     assert re.search(r"accounts\.default\.api_key +\S+ +estimate-proxy\.toml, line 3 ", text)
     assert re.search(r"teams\.design\.rate +- +inherited from team_defaults\.rate: ", text)
     assert " = 8080" not in text
+
+
+# --- check --connect ----------------------------------------------------------------------------------------------
+
+
+def connected(result: Result) -> list[str]:
+    """What was found, in lines; the settings stand above them."""
+    return [
+        line for line in result.stdout.splitlines() if line.startswith(("# the ledger", "# the price", "# RenderN"))
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_connect_says_what_it_finds(run: Run, valkey_url: str, tmp_path: Path, scheme: str) -> None:
+    made = make_certificates(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(made.cert("server"), made.key("server"))
+    with raw_upstream(tls if scheme == "https" else None) as upstream:
+        trusted = f"ca_file = '{made.ca}'" if scheme == "https" else ""
+        Path("here.toml").write_text(
+            f"metrics.public = true\n{CONFIG}[store]\nurl = '{valkey_url}'\n[cache]\nurl = '{valkey_url}'\n"
+            f"[upstream]\nbase_url = '{upstream.url}'\n{trusted}"
+        )
+        result = run("check", "--connect", "--config", "here.toml")
+        assert upstream.requests == [], "no request"
+    assert result.exit_code == 0, result.stderr
+    ledger, book, rendernet = connected(result)
+    facts = r"no TLS, Redis 7[.0-9]+ or compatible, maxmemory-policy noeviction, appendonly yes, appendfsync everysec, "
+    assert re.fullmatch(rf"# the ledger \({valkey_url}\): {facts}save \"\", clock 0\.0\d\d s (ahead|behind)", ledger)
+    assert book.startswith(f"# the price book ({valkey_url}): no TLS, Redis 7")
+    if scheme == "http":
+        assert rendernet == f"# RenderNet ({upstream.url}): connected, no TLS"
+        assert result.stderr == ""
+    else:
+        last_day = (datetime.now(UTC) + timedelta(days=2)).date()
+        assert rendernet == f"# RenderNet ({upstream.url}): connected, TLSv1.3, certificate until {last_day}"
+        assert "has a certificate that ends on" in result.stderr
+    assert tomllib.loads(result.stdout)["server"]["port"] == 8080
+
+
+def test_connect_says_what_fails(run: Run, valkey_url: str) -> None:
+    Path("here.toml").write_text(
+        f"metrics.public = true\n{CONFIG}[store]\nurl = 'redis://u:{CANARY}@127.0.0.1:{free_port()}'\n"
+        f"[cache]\nurl = '{valkey_url}'\n[upstream]\nbase_url = 'http://127.0.0.1:{free_port()}'"
+    )
+    result = run("check", "--connect", "--config", "here.toml")
+    assert result.exit_code == 2
+    assert CANARY not in result.output
+    ledger, rendernet = result.stderr.splitlines()
+    assert re.match(r"estimate-proxy: the ledger \(redis://u:\*+@127.0.0.1:\d+\) cannot be used: Error 111", ledger)
+    assert re.match(r"estimate-proxy: RenderNet \(http://127.0.0.1:\d+\) cannot be connected to: Conn", rendernet)
+
+
+def test_connect_warns_of_a_ledger_that_loses_data(run: Run) -> None:
+    with debian_redis() as url, redis.Redis.from_url(url) as client, raw_upstream() as upstream:
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        Path("here.toml").write_text(
+            f"metrics.public = true\n{CONFIG}[store]\nurl = '{url}'\n[upstream]\nbase_url = '{upstream.url}'"
+        )
+        result = run("check", "--connect", "--config", "here.toml")
+    assert result.exit_code == 0
+    evicting, unwritten = result.stderr.splitlines()
+    assert "may evict keys (maxmemory-policy allkeys-lru)" in evicting
+    assert "writes nothing to disk" in unwritten
+    assert connected(result)[1] == "# the price book: in the ledger's store"
+
+
+def test_connect_needs_no_gateway_for_embedded_stores(run: Run) -> None:
+    with raw_upstream() as upstream:
+        Path("here.toml").write_text(
+            f"metrics.public = true\n{CONFIG}[store]\ndata_dir = 'data'\n[upstream]\nbase_url = '{upstream.url}'"
+        )
+        result = run("check", "--connect", "--config", "here.toml")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert connected(result)[0] == "# the ledger (embedded, in data): not tried: no gateway is running, which starts it"
 
 
 # --- usage and quota --------------------------------------------------------------------------------------------
