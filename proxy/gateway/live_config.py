@@ -5,6 +5,9 @@ A request takes the configuration once, when it begins, and keeps it to its end.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date, datetime, time, timedelta
+from math import inf
+from zoneinfo import ZoneInfo
 
 from proxy.auth import Access, Credential, Team, Teams
 from proxy.quota.quotas import Quota, Rate, Scope, TeamLimits
@@ -16,11 +19,13 @@ class RuntimeConfig:
     """The configuration in force. A reload replaces it as a whole.
 
     team_limits: by the ids of all configured teams.
+    token_ends: when the tokens of enabled teams expire, in seconds since 1970, by team and label; infinity: never.
     ignored: members that are left out of cache keys, as dotted paths inside each item.
     """
 
     access: Access
     team_limits: Mapping[str, TeamLimits]
+    token_ends: Mapping[tuple[str, str], float]
     accounts: frozenset[str]
     ignored: tuple[str, ...]
 
@@ -57,7 +62,21 @@ def runtime_config_of(settings: Settings) -> RuntimeConfig:
         metrics_digests=settings.metrics.tokens,
         metrics_are_public=settings.metrics.public,
     )
-    return RuntimeConfig(access, team_limits, frozenset(settings.accounts), settings.cache.ignore)
+    accounts = frozenset(settings.accounts)
+    return RuntimeConfig(access, team_limits, _token_ends(settings), accounts, settings.cache.ignore)
+
+
+def _token_ends(settings: Settings) -> dict[tuple[str, str], float]:
+    return {
+        (name, label): inf if day in (None, date.max) else _end_of(day, settings.org.zone)
+        for name, team in settings.teams.items()
+        if not team.disabled
+        for label, day in team.last_days().items()
+    }
+
+
+def _end_of(day: date, zone: ZoneInfo) -> float:
+    return datetime.combine(day + timedelta(days=1), time.min, zone).timestamp()
 
 
 def teams_of(settings: Settings, team_limits: Mapping[str, TeamLimits]) -> Teams:

@@ -64,7 +64,7 @@ class MetricsEndpoint:
         encode, media_type = choose_encoder(_media_types(request.accept or ""))
         self._metrics.flush()
         registry = CollectorRegistry()
-        registry.register(_AllMetrics(self._metrics, snapshot))
+        registry.register(_AllMetrics(self._metrics, snapshot, self._live.config.token_ends))
         return Document(await asyncio.to_thread(encode, registry), media_type)
 
     def _denial(self, request: ClientRequest, trace: Trace) -> Problem | None:
@@ -110,17 +110,22 @@ class MetricsEndpoint:
 
 
 class _AllMetrics:
-    """A collector for prometheus_client: the instruments, and the gauges of a snapshot."""
+    """A collector for prometheus_client: the instruments, the gauges of a snapshot, and those of the configuration.
 
-    def __init__(self, instruments: Collector, snapshot: Snapshot) -> None:
+    token_ends: as in `RuntimeConfig`.
+    """
+
+    def __init__(self, instruments: Collector, snapshot: Snapshot, token_ends: Mapping[tuple[str, str], float]) -> None:
         self._instruments = instruments
         self._snapshot = snapshot
+        self._token_ends = token_ends
 
     def collect(self) -> Iterator[Metric]:
         yield from self._instruments.collect()
         yield from _windows(self._snapshot)
         yield from _quotas(self._snapshot.quota_states)
         yield from _balances(self._snapshot)
+        yield _tokens(self._token_ends)
 
 
 def _media_types(accept: str) -> str:
@@ -173,6 +178,13 @@ def _balances(snapshot: Snapshot) -> Iterator[Metric]:
         amounts.add_metric([account], float(balance.amount))
         ages.add_metric([account], balance.age_s + monotonic() - snapshot.taken_at)
     yield from (amounts, ages)
+
+
+def _tokens(token_ends: Mapping[tuple[str, str], float]) -> Metric:
+    ends = _gauge("token_expires_timestamp_seconds", "End of a token's last day; +Inf: never.", "team", "label")
+    for (team, label), ends_at_s in token_ends.items():
+        ends.add_metric([team, label], ends_at_s)
+    return ends
 
 
 def _gauge(name: str, meaning: str, *labels: str) -> GaugeMetricFamily:

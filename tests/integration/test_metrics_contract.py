@@ -8,14 +8,14 @@ from collections.abc import Callable
 import httpx2
 import pytest
 
-from gateway_fixture import PATH, GatewayFixture, OpenGateway
+from gateway_fixture import DESIGN, MARKETING, PATH, GatewayFixture, OpenGateway
 from gateway_process import START_S, Tree
 from lua_scripts import LUA_SCRIPTS
 from metric_names import families
 from metrics_fixture import ACCOUNTS, ADMIN, FLUX, TEAMS, limited, quota, toured
 from prometheus import MORNING, PERS, Scraped, assert_as_declared, said_by_promtool, scrape, scrape_openmetrics
 from proxy import __version__
-from proxy.auth import token_of
+from proxy.auth import digest_of, token_of
 from proxy.problems import Outcome
 from proxy.telemetry.metrics import AUDIT_RESULTS, UPSTREAM_STATUSES
 
@@ -47,6 +47,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "log_lines_dropped_total": ("counter", set()),
     "config_last_reload_successful": ("gauge", set()),
     "build_info": ("gauge", {"version"}),
+    "token_expires_timestamp_seconds": ("gauge", {"team", "label"}),
 }
 """The table of the public contract."""
 
@@ -145,6 +146,7 @@ class TestLabels:
             "scope": {"team", "org"},
             "measure": {"requests", "estimated_credits"},
             "per": {*PERS},
+            "label": {digest_of(token)[:15] for token in (DESIGN, MARKETING)},
         }
 
     def _odd_estimates(self, gateway: GatewayFixture) -> None:

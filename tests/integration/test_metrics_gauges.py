@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
+from math import inf
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
@@ -17,6 +18,7 @@ from gateway_process import START_S, Tree
 from metric_names import families
 from metrics_fixture import ACCOUNTS, ADMIN, FLUX, ONE, TEAMS, limited, quota
 from prometheus import MORNING, PERS, Scraped, booked, scrape, usage
+from proxy.auth import digest_of, token_of
 from proxy.http.metrics_endpoint import SNAPSHOT_S
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.windows import window_of
@@ -27,6 +29,7 @@ LEDGER_GAUGES = {family.name for family in families().values() if family.from_le
     "estimate_proxy_ledger_created_timestamp_seconds",
     "estimate_proxy_balance_credits",
     "estimate_proxy_balance_age_seconds",
+    "estimate_proxy_token_expires_timestamp_seconds",
 }
 
 
@@ -217,6 +220,27 @@ class TestGauges:
         assert next_[-1].ended - first[-1].began >= SNAPSHOT_S
         assert len(next_) > 10
         assert _script_calls(gateway) - calls == 3 + len(ACCOUNTS), "which ledger, windows, quotas, books"
+
+
+class TestTokens:
+    def test_the_end_of_a_tokens_last_day(self, open_scraped_gateway: OpenGateway) -> None:
+        tokens = [
+            {"sha256": digest_of(DESIGN), "label": "ci"},
+            {"sha256": digest_of(token_of("x" * 32)), "label": "old", "expires": "2027-06-30"},
+            {"sha256": digest_of(token_of("y" * 32)), "label": "old", "expires": "2026-06-30"},
+            {"sha256": digest_of(token_of("z" * 32)), "expires": "9999-12-31"},
+        ]
+        teams = {"design": {"tokens": tokens}, "retired": {"disabled": True, "tokens": tokens[1:2]}}
+        scraped = scrape(open_scraped_gateway(teams=teams, org={"timezone": "Europe/Berlin"}).client)
+        unlabelled = digest_of(token_of("z" * 32))[:15]
+        ends = datetime(2027, 7, 1, tzinfo=ZoneInfo("Europe/Berlin")).timestamp()
+        found = scraped.series("token_expires_timestamp_seconds", "team", "label")
+        assert {label: at for (team, label), at in found.items() if team == "design"} == {
+            "ci": inf,
+            "old": ends,
+            unlabelled: inf,
+        }
+        assert not [team for team, _ in found if team == "retired"], "a disabled team's tokens do not matter"
 
 
 def _circuits(gateway: GatewayFixture) -> dict[str, float]:

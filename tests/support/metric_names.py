@@ -35,7 +35,7 @@ class Family:
 
 @cache
 def families() -> dict[str, Family]:
-    """By name: what workers count, and what a scrape reads from the stores."""
+    """By name: what workers count, and what a scrape reads from the stores and the configuration."""
     return {family.name: family for family in (*_counted(), *_read())}
 
 
@@ -56,6 +56,6 @@ def _counted() -> Iterator[Family]:
 
 def _read() -> Iterator[Family]:
     nothing = Snapshot(WindowTotals({}, {}), (), {}, 0.0)
-    for family in _AllMetrics(CollectorRegistry(), nothing).collect():
+    for family in _AllMetrics(CollectorRegistry(), nothing, {}).collect():
         assert isinstance(family, GaugeMetricFamily)
         yield Family(family.name, family.type, frozenset(family._labelnames), from_ledger=True)
