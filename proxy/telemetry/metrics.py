@@ -57,6 +57,9 @@ class Metrics:
         self, teams: Collection[str] = (), accounts: Collection[str] = (), shared: SharedValues | None = None
     ) -> None:
         self.registry = CollectorRegistry()
+        self._counter = partial(Counter, registry=self.registry)
+        self._gauge = partial(Gauge, registry=self.registry)
+        self._histogram = partial(BatchHistogram, registry=self.registry)
         self._shared = shared
         self._declare_requests()
         self._declare_upstream()
@@ -82,127 +85,98 @@ class Metrics:
         self.preregister(teams, accounts)
 
     def _declare_requests(self) -> None:
-        self.requests = Counter(
+        self.requests = self._counter(
             "estimate_proxy_requests",
             "Requests that were answered, or abandoned by their client.",
             ["team", "operation", "outcome"],
-            registry=self.registry,
         )
-        self.request_duration = BatchHistogram(
+        self.request_duration = self._histogram(
             "estimate_proxy_request_duration_seconds",
             "Time from the head of a request to the end of its response.",
             ["operation", "outcome"],
             buckets=_REQUEST_BUCKETS_S,
-            registry=self.registry,
         )
-        self.estimated_credits = Counter(
+        self.estimated_credits = self._counter(
             "estimate_proxy_estimated_credits",
             "Credits of the estimates in responses, stored ones included.",
             ["team", "model"],
-            registry=self.registry,
         )
-        self.unpriced = Counter(
-            "estimate_proxy_unpriced",
-            "Upstream answers without a usable price.",
-            ["team"],
-            registry=self.registry,
-        )
-        self.quota_warned = Counter(
+        self.unpriced = self._counter("estimate_proxy_unpriced", "Upstream answers without a usable price.", ["team"])
+        self.quota_warned = self._counter(
             "estimate_proxy_quota_warned",
             "Responses that exceeded a quota which only warns.",
             ["team", "measure", "per"],
-            registry=self.registry,
         )
-        self.requests_in_flight = Gauge(
-            "estimate_proxy_requests_in_flight",
-            "Requests in progress.",
-            multiprocess_mode="livesum",
-            registry=self.registry,
+        self.requests_in_flight = self._gauge(
+            "estimate_proxy_requests_in_flight", "Requests in progress.", multiprocess_mode="livesum"
         )
 
     def _declare_upstream(self) -> None:
-        self.upstream_duration = BatchHistogram(
+        self.upstream_duration = self._histogram(
             "estimate_proxy_upstream_request_duration_seconds",
             "Time from sending a request to upstream to the end of its response.",
             ["account", "status"],
             buckets=_UPSTREAM_BUCKETS_S,
-            registry=self.registry,
         )
-        self.circuit_open = Gauge(
+        self.circuit_open = self._gauge(
             "estimate_proxy_upstream_circuit_open",
             "1 if the circuit breaker of an account is open or half-open.",
             ["account"],
             multiprocess_mode="livemax",
-            registry=self.registry,
         )
-        self.price_audits = Counter(
+        self.price_audits = self._counter(
             "estimate_proxy_price_audits",
             "Stored prices that were compared with upstream again, by result.",
             ["account", "result"],
-            registry=self.registry,
         )
 
     def _declare_stores(self) -> None:
-        self.store_duration = BatchHistogram(
+        self.store_duration = self._histogram(
             "estimate_proxy_store_duration_seconds",
             "Time from calling a script of the store to its reply.",
             ["call"],
             buckets=_STORE_BUCKETS_S,
-            registry=self.registry,
         )
-        self.store_up = Gauge(
+        self.store_up = self._gauge(
             "estimate_proxy_store_up",
             "1 if the store served the last write, and replies.",
             ["role"],
             multiprocess_mode="livemin",
-            registry=self.registry,
         )
-        self.ledger_created = Gauge(
+        self.ledger_created = self._gauge(
             "estimate_proxy_ledger_created_timestamp_seconds",
             "Time at which the ledger of quotas and usage was created.",
             multiprocess_mode="mostrecent",
-            registry=self.registry,
         )
-        self.ledger_lost = Counter(
-            "estimate_proxy_ledger_lost",
-            "Times that a worker found a new ledger in place of the one it had used.",
-            registry=self.registry,
+        self.ledger_lost = self._counter(
+            "estimate_proxy_ledger_lost", "Times that a worker found a new ledger in place of the one it had used."
         )
-        self.unanswered_debits = Counter(
+        self.unanswered_debits = self._counter(
             "estimate_proxy_unanswered_debits",
             "Debits whose reply was lost: the store may or may not have booked them.",
-            registry=self.registry,
         )
-        self.buffered_debits = Gauge(
+        self.buffered_debits = self._gauge(
             "estimate_proxy_buffered_debits",
             "Requests that were admitted without the ledger and are not booked yet.",
             multiprocess_mode="livesum",
-            registry=self.registry,
         )
 
     def _declare_process(self) -> None:
-        self.config_last_reload_successful = Gauge(
+        self.config_last_reload_successful = self._gauge(
             "estimate_proxy_config_last_reload_successful",
             "1 if the last reload of the config file succeeded.",
             multiprocess_mode="livemin",
-            registry=self.registry,
         )
-        self.descriptors_exhausted = Counter(
+        self.descriptors_exhausted = self._counter(
             "estimate_proxy_descriptors_exhausted",
             "Connections, and checks once a second, that failed because no file descriptor was left.",
-            registry=self.registry,
         )
-        self.build_info = Gauge(
-            "estimate_proxy_build_info",
-            "Always 1; the version is a label.",
-            ["version"],
-            multiprocess_mode="livemax",
-            registry=self.registry,
+        self.build_info = self._gauge(
+            "estimate_proxy_build_info", "Always 1; the version is a label.", ["version"], multiprocess_mode="livemax"
         )
-        self.log_lines_dropped = Counter(
+        self.log_lines_dropped = self._counter(
             "estimate_proxy_log_lines_dropped",
             "Log lines that were dropped because standard error was too slow or closed.",
-            registry=self.registry,
         )
 
     def collect(self) -> Iterator[Metric]:
