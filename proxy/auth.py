@@ -110,17 +110,23 @@ class Access:
         zone: ZoneInfo,
         *,
         admin_digests: Collection[str],
+        viewer_digests: Collection[str],
         metrics_digests: Collection[str],
         metrics_are_public: bool,
     ) -> None:
         self._teams = teams
         self._zone = zone
         self._admin_digests = admin_digests
+        self._viewer_digests = viewer_digests
         self._metrics_digests = metrics_digests
         self._metrics_are_public = metrics_are_public
 
     def is_admin(self, token: str | None) -> bool:
         return token is not None and digest_of(token) in self._admin_digests
+
+    def is_viewer(self, token: str | None) -> bool:
+        """Whether it is a token that reads the reports of all teams, and does nothing else."""
+        return token is not None and digest_of(token) in self._viewer_digests
 
     def may_scrape(self, token: str | None) -> bool:
         if self._metrics_are_public or self.is_admin(token):
@@ -134,10 +140,10 @@ class Access:
         credential = self._teams.find(token)
         if credential is not None and (credential.expires is None or credential.works_on(self._today())):
             return credential
-        if self.is_admin(token) or digest_of(token) in self._metrics_digests:
+        if self.is_admin(token) or self.is_viewer(token) or digest_of(token) in self._metrics_digests:
             return Problem(
                 Code.FORBIDDEN,
-                "This is an admin or metrics token, and this endpoint needs a team's token: send your team's.",
+                "This is an admin, viewer or metrics token, and this endpoint needs a team's token: send your team's.",
             )
         return _UNKNOWN if credential is None else _expired(credential)
 

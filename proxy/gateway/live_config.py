@@ -59,6 +59,7 @@ def runtime_config_of(settings: Settings) -> RuntimeConfig:
         teams_of(settings, team_limits),
         settings.org.zone,
         admin_digests=settings.admin.tokens,
+        viewer_digests=settings.viewer.tokens,
         metrics_digests=settings.metrics.tokens,
         metrics_are_public=settings.metrics.public,
     )

@@ -90,6 +90,8 @@ def _text(members: Mapping[Any, Any], name: str, default: str) -> str:
 def _deny_unless_admin(access: Access, token: str | None, trace: Trace) -> Problem | None:
     if access.is_admin(token):
         return None
+    if access.is_viewer(token):
+        return Problem(Code.FORBIDDEN, "This needs an admin token; you sent a viewer token, which only reads.")
     credential = access.credential(token)
     if isinstance(credential, Problem):
         return credential

@@ -71,6 +71,8 @@ class MetricsEndpoint:
         access = self._live.config.access
         if access.may_scrape(request.token):
             return None
+        if access.is_viewer(request.token):
+            return Problem(Code.FORBIDDEN, "This needs a metrics token or an admin token; you sent a viewer token.")
         credential = access.credential(request.token)
         if isinstance(credential, Problem):
             return Problem(

@@ -1,6 +1,6 @@
 """`GET /v1/usage` and `GET /v1/quota`: usage, and the state of quotas.
 
-* A team's token shows that team, even if it is disabled. An admin token shows all teams.
+* A team's token shows that team, even if it is disabled. A viewer or admin token shows all teams.
 * Both only read: they debit neither quotas nor the rate.
 """
 
@@ -47,7 +47,7 @@ class UsageEndpoints:
         return await _within(request.deadline, self._usage(query))
 
     async def quota(self, request: ClientRequest, trace: Trace) -> Document | Problem:
-        """The rate and quotas of one team or, for an admin, of all teams. Raises `BadRequest`."""
+        """The rate and quotas of one team or, for a viewer or admin, of all teams. Raises `BadRequest`."""
         own_team = self._team_of(request.token, trace)
         if isinstance(own_team, Problem):
             return own_team
@@ -76,10 +76,11 @@ class UsageEndpoints:
         return Document(orjson.dumps({"teams": documents} if team is None else documents[0]), JSON)
 
     def _team_of(self, token: str | None, trace: Trace) -> Team | Problem | None:
-        """The token's team; None for an admin token."""
-        if self._live.config.access.is_admin(token):
+        """The token's team; None for a viewer or admin token."""
+        access = self._live.config.access
+        if access.is_admin(token) or access.is_viewer(token):
             return None
-        credential = self._live.config.access.credential(token)
+        credential = access.credential(token)
         if isinstance(credential, Problem):
             return credential
         trace.record_credential(credential)
@@ -128,7 +129,7 @@ async def _within(deadline: float, report: Coroutine[Any, Any, Document | Proble
 def _forbidden(team: Team) -> Problem:
     return Problem(
         Code.FORBIDDEN,
-        f"Your token only shows the team {team.id!r}: leave team and by=team out, or use an admin token.",
+        f"Your token only shows the team {team.id!r}: leave team and by=team out, or use a viewer or admin token.",
     )
 
 

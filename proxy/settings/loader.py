@@ -338,7 +338,7 @@ _ACCOUNT_HINT = "add [accounts.<its id>] with an api_key_file"
 def _repeated_tokens(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]:
     """A token belongs to one team, to the operator or to a scraper: only one of several meanings could apply."""
     holders: list[tuple[tuple[str, ...], object]] = [(("teams", name), team) for name, team in teams.items()]
-    holders += [((name,), tree.get(name)) for name in ("metrics", "admin")]
+    holders += [((name,), tree.get(name)) for name in ("metrics", "admin", "viewer")]
     seen: dict[str, str] = {}
     for path, holder in holders:
         tokens = holder.get("tokens", ()) if isinstance(holder, dict) else ()

@@ -63,7 +63,7 @@ def _log_errors(error: SettingsError) -> None:
 
 def merged(old: Settings, new: Settings) -> Settings:
     """`old`, updated with those parts of `new` that can change while the gateway runs."""
-    sections = ("accounts", "teams", "team_defaults", "metrics", "admin")
+    sections = ("accounts", "teams", "team_defaults", "metrics", "admin", "viewer")
     return old.model_copy(
         update={
             **{name: getattr(new, name) for name in sections},

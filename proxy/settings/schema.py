@@ -292,6 +292,11 @@ class AdminSettings(_Section):
     """These may purge, read the usage and quotas of all teams, and read `/metrics`."""
 
 
+class ViewerSettings(_Section):
+    tokens: tuple[Annotated[str, AfterValidator(_token_digest)], ...] = ()
+    """May read usage and quotas of all teams, and nothing else."""
+
+
 class RateSettings(_Section):
     per_s: Annotated[Real, Field(ge=0.001, le=100_000)]
     burst: Annotated[Whole, Field(ge=1, le=1_000_000)]
@@ -378,6 +383,7 @@ class Settings(_Section):
     cache: CacheSettings = CacheSettings()
     metrics: MetricsSettings = MetricsSettings()
     admin: AdminSettings = AdminSettings()
+    viewer: ViewerSettings = ViewerSettings()
     org: OrgSettings = OrgSettings()
     team_defaults: TeamDefaults = TeamDefaults()
     teams: dict[Identifier, TeamSettings] = {}

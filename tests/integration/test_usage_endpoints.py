@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 import httpx2
 import pytest
 
-from gateway_fixture import DESIGN, EXPIRED, MARKETING, RETIRED, GatewayFixture, OpenGateway, code_of
+from gateway_fixture import DESIGN, EXPIRED, MARKETING, PATH, RETIRED, GatewayFixture, OpenGateway, code_of
 from proxy.auth import digest_of, token_of
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.windows import window_of
@@ -21,6 +21,7 @@ UTC = ZoneInfo("UTC")
 KEYS = LedgerKeys("default")
 FLUX, SEGMENT = b'[{"model":"Flux"}]', b'[{"segment":{}}]'
 HUGE = 2**53 + 1
+VIEWER = token_of("v" * 32)
 
 
 def quota(measure: str, limit: float, per: str, on_exceed: str = "refuse") -> dict[str, Any]:
@@ -31,6 +32,7 @@ def quota(measure: str, limit: float, per: str, on_exceed: str = "refuse") -> di
 def gateway(open_gateway: OpenGateway) -> GatewayFixture:
     return open_gateway(
         admin={"tokens": [digest_of(ADMIN)]},
+        viewer={"tokens": [digest_of(VIEWER)]},
         org={"quotas": [quota("requests", 1000, "week", "warn")]},
         teams={
             "design": {
@@ -59,6 +61,23 @@ def ask_some(gateway: GatewayFixture) -> float:
     answers = [gateway.ask(FLUX), gateway.ask(FLUX), gateway.ask(SEGMENT)]
     assert gateway.ask(FLUX, x_api_key=MARKETING).status_code == 200
     return sum(float(answer.json()["data"]["estimated"]) for answer in answers)
+
+
+def test_a_viewer_only_reads(gateway: GatewayFixture) -> None:
+    documents = shown(get(gateway, "/v1/quota", VIEWER))["teams"]
+    assert [document["team"] for document in documents] == ["design", "marketing", "retired"]
+    assert shown(get(gateway, "/v1/quota?team=marketing", VIEWER))["team"] == "marketing"
+    for path, body in (
+        ("/v1/cache/purge", b'{"account":"default","all":true}'),
+        ("/v1/explain", FLUX),
+        (PATH, FLUX),
+    ):
+        refused = gateway.client.post(path, content=body, headers={"x-api-key": VIEWER})
+        assert (refused.status_code, code_of(refused)) == (403, "forbidden")
+        assert "viewer" in refused.json()["detail"]
+    refused = get(gateway, "/metrics", VIEWER)
+    assert (refused.status_code, code_of(refused)) == (403, "forbidden")
+    assert refused.json()["detail"] == "This needs a metrics token or an admin token; you sent a viewer token."
 
 
 # --- Usage -----------------------------------------------------------------------------------------------------------
@@ -93,9 +112,10 @@ def test_a_team_sees_no_other(gateway: GatewayFixture, query: str) -> None:
     assert "admin token" in refused.json()["detail"]
 
 
-def test_the_operator_sees_all_teams(gateway: GatewayFixture) -> None:
+@pytest.mark.parametrize("token", [ADMIN, VIEWER])
+def test_operators_and_viewers_see_all_teams(gateway: GatewayFixture, token: str) -> None:
     ask_some(gateway)
-    rows = shown(get(gateway, "/v1/usage?by=team", ADMIN))["rows"]
+    rows = shown(get(gateway, "/v1/usage?by=team", token))["rows"]
     assert [(row["team"], row["requests"]) for row in rows] == [("design", 3), ("marketing", 1)]
     one = shown(get(gateway, "/v1/usage?by=team,model&team=marketing", ADMIN))
     assert [(row["team"], row["model"], row["requests"]) for row in one["rows"]] == [("marketing", "Flux", 1)]

@@ -94,7 +94,10 @@ def process(*command: str, stdin: bytes = b"", **environ: str) -> subprocess.Com
         ("usage", ["--team ID", "--from DAY", "--by NAMES", "[table|csv|json]", "org.timezone", "tab-separated"]),
         ("quota", ["[TEAM]", "--config FILE", "tab-separated"]),
         ("token", ["new"]),
-        ("token new", ["TEAM", "once"]),
+        (
+            "token new",
+            ["[TEAM]", "once", "--label TEXT", "--expires DAY", "--viewer", "--metrics", "--admin", "--quiet"],
+        ),
         (
             "explain",
             ["FILE", "--account ID", "[default: default]", "--query TEXT", "standard input", "Sends no request"],
@@ -140,7 +143,7 @@ def test_no_command_is_shown_what_there_is(run: Run, command: list[str]) -> None
             "serve --port x",
             "Invalid value for '--port': 'x' is not a valid integer. (see estimate-proxy serve --help)",
         ),
-        ("token new", "Missing argument 'TEAM'. (see estimate-proxy token new --help)"),
+        ("token new", "Missing argument 'TEAM', or one of --viewer, --metrics and --admin. (see estimate-proxy"),
         ("explain", "Missing argument 'FILE'. (see estimate-proxy explain --help)"),
         ("explain --account", "Option '--account' requires an argument."),
     ],
@@ -635,6 +638,55 @@ def test_a_new_token_and_its_line_for_the_config(run: Run, team: str) -> None:
     assert tomllib.loads(table) == {"teams": {team: {"tokens": [teams.digest_of(token)]}}}
     Path("pasted.toml").write_text(table)
     assert run("check", "--config", "pasted.toml", RENDERNET_API_KEY="k").exit_code == 0
+
+
+def test_a_token_with_a_label_and_a_last_day(run: Run) -> None:
+    day = datetime.now().date() + timedelta(days=30)  # noqa: DTZ005 -- as the command sees it
+    result = run("token", "new", "design", "--label", 'c"i é', "--expires", str(day))
+    token, _, rest = result.stdout.partition("\n")
+    table = rest[rest.index("[teams.") :]
+    (entry,) = tomllib.loads(table)["teams"]["design"]["tokens"]
+    assert entry == {"sha256": teams.digest_of(token), "label": 'c"i é', "expires": day}
+    Path("pasted.toml").write_text(table)
+    assert run("check", "--config", "pasted.toml", RENDERNET_API_KEY="k").exit_code == 0
+
+
+@pytest.mark.parametrize("role", ["viewer", "metrics", "admin"])
+@pytest.mark.parametrize("name", [[], ["grafana", "--label", "x"]])
+def test_a_token_that_belongs_to_no_team(run: Run, role: str, name: list[str]) -> None:
+    result = run("token", "new", f"--{role}", *name)
+    assert (result.exit_code, result.stderr) == (0, "")
+    token, _, rest = result.stdout.partition("\n")
+    table = rest[rest.index("[") :]
+    assert tomllib.loads(table) == {role: {"tokens": [teams.digest_of(token)]}}
+    assert ("# grafana, x: if there are tokens" in table) is bool(name)
+    Path("pasted.toml").write_text(CONFIG + table)
+    assert run("check", "--config", "pasted.toml").exit_code == 0
+
+
+def test_quiet_prints_the_token_alone(run: Run) -> None:
+    result = run("token", "new", "design", "--quiet")
+    assert teams.is_well_formed(result.stdout.removesuffix("\n"))
+    assert f'tokens = ["{teams.digest_of(result.stdout.strip())}"]' in result.stderr
+    assert result.stdout.strip() not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["design", "--expires", "tomorrow"], "--expires must be a date, such as 2027-06-30"),
+        (["design", "--expires", "2020-01-31"], "--expires is in the past"),
+        (["design", "--label", "a\nb"], "--label must be one line of text without control characters"),
+        (["design", "--label="], "--label must be one line"),
+        (
+            ["--viewer", "--expires", "2999-01-31"],
+            "--expires is only for tokens of teams: those of [viewer] work until",
+        ),
+        (["--viewer", "--admin"], "--viewer and --admin exclude each other: make a token for each"),
+    ],
+)
+def test_a_token_that_cannot_be(run: Run, options: list[str], line: str) -> None:
+    assert refusal(run("token", "new", *options)).startswith(line)
 
 
 def test_no_two_tokens_are_equal(run: Run) -> None:

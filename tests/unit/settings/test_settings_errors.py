@@ -124,6 +124,7 @@ from proxy.settings.schema import is_identifier
         (f"[teams.b]\ntokens = ['{DIGEST}']", "teams.b.tokens[0]", "is the same token as teams.design.tokens[0]"),
         (f"[metrics]\ntokens = ['{DIGEST}']", "metrics.tokens[0]", "is the same token as teams.design.tokens[0]"),
         (f"[admin]\ntokens = ['{DIGEST}']", "admin.tokens[0]", "is the same token as teams.design.tokens[0]"),
+        (f"[viewer]\ntokens = ['{DIGEST}']", "viewer.tokens[0]", "is the same token as teams.design.tokens[0]"),
         (
             f"[teams.b]\ntokens = ['{OTHER_DIGEST}', {{ sha256 = '{OTHER_DIGEST}' }}]",
             "teams.b.tokens[1]",
