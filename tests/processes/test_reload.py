@@ -73,6 +73,16 @@ def test_a_signal_brings_teams_and_quotas_to_all_workers(runner: GatewayRunner) 
     assert served.stop() == 0
 
 
+def test_a_viewer_token_is_added_and_removed_by_a_reload(runner: GatewayRunner) -> None:
+    served = started(runner)
+    assert statuses(served, NEWCOMER) == {401}
+    reloaded(served, runner, viewer={"tokens": [digest_of(NEWCOMER)]})
+    wait_until(lambda: statuses(served, NEWCOMER) == {403})
+    reloaded(served, runner, times=2)
+    wait_until(lambda: statuses(served, NEWCOMER) == {401})
+    assert served.stop() == 0
+
+
 def test_a_revoked_token_is_refused_soon_after_its_file_has_changed(runner: GatewayRunner) -> None:
     served = started(runner)
     assert statuses(served, MARKETING) == {200}
