@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,8 @@ def quota(limit: int, per: str, measure: str = "estimated_credits", on_exceed: s
 
 
 def sections(ledger: StoreProcess, book: StoreProcess) -> dict[str, Tree]:
-    """Design comes near a quota, marketing uses one up, and web passes one that warns."""
+    """Design comes near a quota, marketing uses one up and has a token that expires, and web passes one that warns."""
+    in_a_week = str(datetime.now(UTC).date() + timedelta(days=7))
     return {
         "store": {"url": ledger.url, "on_outage": "admit"},
         "cache": {"url": book.url, "balance_max_age_s": 0, "ignore": ["seed"]},
@@ -61,7 +63,10 @@ def sections(ledger: StoreProcess, book: StoreProcess) -> dict[str, Tree]:
         "org": {"timezone": MORNING, "quotas": [quota(5000, "month")]},
         "teams": {
             "design": {"tokens": [digest_of(DESIGN)], "quotas": [quota(38, "day"), quota(100, "month")]},
-            "marketing": {"tokens": [digest_of(MARKETING)], "quotas": [quota(5, "week", "requests")]},
+            "marketing": {
+                "tokens": [{"sha256": digest_of(MARKETING), "expires": in_a_week}],
+                "quotas": [quota(5, "week", "requests")],
+            },
             "web": {
                 "tokens": [digest_of(WEB)],
                 "quotas": [quota(3, "month", "requests", "warn")],
@@ -248,6 +253,7 @@ ALERTING: dict[str, set[str]] = {
         "EstimateProxyUnpriced",
         "EstimateProxyBalanceLow",
         "EstimateProxyDown",
+        "EstimateProxyTokenExpires",
     },
     "shut": {
         "EstimateProxyLedgerDown",

@@ -133,7 +133,12 @@ def test_access_finds_the_credential_with_its_label_and_says_when_it_has_expired
         }
     )
     access = Access(
-        teams, ZoneInfo("UTC"), admin_digests=(digest_of(admin),), metrics_digests=(), metrics_are_public=False
+        teams,
+        ZoneInfo("UTC"),
+        admin_digests=(digest_of(admin),),
+        viewer_digests=(),
+        metrics_digests=(),
+        metrics_are_public=False,
     )
 
     def refusal(token: str | None) -> Problem:
