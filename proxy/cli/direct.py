@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from proxy.embedded.stores import running_url
-from proxy.gateway.live_config import limits_of
+from proxy.gateway.live_config import directory_of, limits_of
 from proxy.open_stores import book_of, open_book_store, open_ledger_store
 from proxy.problems import BadRequest, Code
 from proxy.quota.counters import LedgerKeys
@@ -19,11 +19,12 @@ from proxy.upstream.address import UpstreamAddress
 async def read_usage(settings: Settings, query: UsageQuery) -> Usage:
     """Raises `BadRequest` if the team is unknown, `StoreUnavailable`, `EmbeddedStoreError`."""
     async with _open_ledger_reader(settings) as ledger_reader:
-        if query.team not in (None, *settings.teams, *await ledger_reader.teams()):
+        directory = directory_of(settings)
+        if query.team not in (None, *settings.teams, *directory.current, *await ledger_reader.teams()):
             raise BadRequest(
                 Code.INVALID_QUERY, "team names a team that is not configured and never had usage: check its id."
             )
-        return await ledger_reader.usage(query)
+        return await ledger_reader.usage(query, directory)
 
 
 async def read_quota_states(settings: Settings, team: str | None) -> list[QuotaState]:

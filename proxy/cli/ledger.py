@@ -3,87 +3,143 @@
 import asyncio
 import sys
 from collections.abc import Coroutine
+from datetime import date, timedelta
 from pathlib import Path
 from time import time
 from typing import Any, TypeVar
 from urllib.parse import urlencode
 
 import click
-from rich.console import Console
+import orjson
 
 from proxy.cli.direct import read_quota_states, read_usage
 from proxy.cli.inputs import config_option, fail, load_settings
-from proxy.cli.tables import quota_lines, quota_table, to_tsv, usage_table
+from proxy.cli.tables import print_table, quota_columns, to_tsv, usage_columns
 from proxy.embedded.valkey import EmbeddedStoreError
+from proxy.gateway.live_config import directory_of
 from proxy.problems import BadRequest, StoreUnavailable
-from proxy.quota.usage import cells_of, csv_of, json_of, read_usage_query
+from proxy.quota.credits import text_of
+from proxy.quota.csv_text import write_csv
+from proxy.quota.quota_report import QUOTA_NAME_COLUMNS, quota_document, quota_lines
+from proxy.quota.usage import SORTS, Sort, Usage, cells_of, csv_of, json_of, read_usage_query, sort_usage
 from proxy.quota.windows import day_of
 
 _Read = TypeVar("_Read")
 
-
-@click.command(short_help="Show what teams have used.")
-@config_option
-@click.option("--team", metavar="ID", help="Only this team. Default: all that ever had usage.")
-@click.option("--from", "first", metavar="DAY", help="First day, as 2026-11-01. Default: the first of the month.")
-@click.option("--to", "last", metavar="DAY", help="Last day. Default: today.")
-@click.option(
-    "--by",
-    metavar="NAMES",
-    help="One row per day, team or model, or per combination, joined by commas. Default: team; with --team: day.",
-)
-@click.option(
+format_option = click.option(
     "--format",
     "form",
     type=click.Choice(["table", "csv", "json"]),
     default="table",
     show_default=True,
-    help="table is for people; csv and json are what GET /v1/usage returns.",
+    help="table is for people; csv and json are for programs. json is what the gateway's endpoint returns.",
 )
-def usage(
-    config: Path | None, team: str | None, first: str | None, last: str | None, by: str | None, form: str
-) -> None:
+
+
+@click.command(short_help="Show what teams have used.")
+@config_option
+@click.option("--team", metavar="ID", help="Only this team. Default: all that ever had usage.")
+@click.option(
+    "--from",
+    metavar="DAY",
+    help="First day, as 2026-11-01. Default: the first of the month; on that day itself, the month before.",
+)
+@click.option("--to", metavar="DAY", help="Last day. Default: today.")
+@click.option("--last-month", is_flag=True, help="The whole month before this one, instead of --from and --to.")
+@click.option(
+    "--by",
+    metavar="NAMES",
+    help="One row per day, week, month, team or model, or per combination, joined by commas. "
+    "Default: team; with --team: day.",
+)
+@click.option(
+    "--sort",
+    type=click.Choice(SORTS),
+    default="names",
+    show_default=True,
+    help="The order of rows: by what --by names, or the highest amounts first.",
+)
+@format_option
+def usage(config: Path | None, sort: Sort, form: str, *, last_month: bool, **given: str | None) -> None:
     """Show requests and estimated credits: exact figures, read from the store.
 
-    Days are in the time zone org.timezone. When piped, the table is tab-separated text with a column for each outcome
-    and no total.
+    Days are in the time zone org.timezone; weeks begin on Monday. When piped, the table is tab-separated text with a
+    column for each outcome; the period and the total go to standard error.
     """
     settings = load_settings(config)
-    zone = settings.org.zone
-    given = {"from": first, "to": last, "team": team, "by": by}
-    asked = {"by": "team" if team is None else "day"} | {name: text for name, text in given.items() if text is not None}
+    zone, directory = settings.org.zone, directory_of(settings)
+    today = day_of(int(time()), zone)
+    asked = {name: text for name, text in given.items() if text is not None}
+    is_given = "from" in asked or "to" in asked
+    if last_month and is_given:
+        fail("--last-month stands beside --from or --to: keep one of them")
+    is_first = today.day == 1 and not is_given
+    if last_month or is_first:
+        asked |= _month_before(today)
+    asked.setdefault("by", "day" if "team" in asked else "team")
     try:
-        query = read_usage_query(urlencode(asked, errors="replace").encode(), None, today=day_of(int(time()), zone))
-        found = _from_store(read_usage(settings, query))
+        query = read_usage_query(urlencode(asked, errors="replace").encode(), None, today=today)
+        found = sort_usage(_from_store(read_usage(settings, query)), sort)
     except BadRequest as error:
         fail(f"--{error}")
-    if form != "table":
-        click.echo(csv_of(found, query.by) if form == "csv" else json_of(found, query, zone.key) + b"\n", nl=False)
-    elif sys.stdout.isatty():
-        console = Console()
-        console.print(usage_table(found, query, zone, console))
-    else:
-        click.echo(to_tsv(cells_of(found, query.by)), nl=False)
+    because = " (last month, because today is the first)" if is_first and not last_month else ""
+    period = f"{query.first} to {query.last}, {zone.key}{because}"
+    if form == "table" and sys.stdout.isatty():
+        print_table(period, usage_columns(found, query, directory))
+        return
+    match form:
+        case "csv":
+            click.echo(csv_of(found, query.by, directory), nl=False)
+        case "json":
+            click.echo(json_of(found, query, zone.key, directory))
+        case _:
+            click.echo(to_tsv(cells_of(found, query.by, directory)), nl=False)
+    click.echo(f"estimate-proxy: {period}: {_total_text(found)}", err=True)
 
 
 @click.command(short_help="Show quotas, and what is left of them.")
 @click.argument("team", required=False)
 @config_option
-def quota(team: str | None, config: Path | None) -> None:
+@format_option
+def quota(team: str | None, config: Path | None, form: str) -> None:
     """Show the quotas of TEAM, or of all teams: used, remaining, and when the next window starts.
 
     Exact figures, read from the store. When piped, the table is tab-separated text.
     """
     settings = load_settings(config)
+    zone, directory = settings.org.zone, directory_of(settings)
     if team not in (None, *settings.teams):
         fail("TEAM is not a team in the settings")
     quota_states = _from_store(read_quota_states(settings, team))
     if not any(quota_state.limits.quotas for quota_state in quota_states):
         click.echo("estimate-proxy: no quota is set", err=True)
-    if sys.stdout.isatty():
-        Console().print(quota_table(quota_states, settings.org.zone))
-    else:
-        click.echo(to_tsv(quota_lines(quota_states, settings.org.zone)), nl=False)
+    if form == "table" and sys.stdout.isatty():
+        print_table(f"quotas on estimates, {zone.key}", quota_columns(quota_states, zone, directory))
+        return
+    lines = quota_lines(quota_states, zone, directory)
+    match form:
+        case "csv":
+            click.echo(write_csv(lines, names=QUOTA_NAME_COLUMNS), nl=False)
+        case "json":
+            documents = [quota_document(quota_state, zone, directory) for quota_state in quota_states]
+            click.echo(orjson.dumps({"teams": documents} if team is None else documents[0]))
+        case _:
+            click.echo(to_tsv(lines), nl=False)
+
+
+def _month_before(day: date) -> dict[str, str]:
+    last = day.replace(day=1) - timedelta(days=1)
+    return {"from": str(last.replace(day=1)), "to": str(last)}
+
+
+def _total_text(usage: Usage) -> str:
+    total = usage.total
+    amounts = (
+        (total.requests, "requests"),
+        (total.refused, "refused"),
+        (text_of(total.credits_micro), "estimated credits"),
+    )
+    return ", ".join(f"{amount} {name}" for amount, name in amounts)
 
 
 def _from_store(reading: Coroutine[Any, Any, _Read]) -> _Read:

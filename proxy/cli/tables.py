@@ -1,110 +1,133 @@
-"""Formats tables: aligned for people on a terminal, tab-separated with stable columns for programs."""
+"""Formats tables: aligned for people on a terminal, tab-separated with stable columns for programs.
+
+A table never breaks a word or number to fit the terminal. It leaves out the columns that do not fit, and names them
+under the table. Only an id that is wider than the whole terminal is broken.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from zoneinfo import ZoneInfo
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from proxy.problems import NO_NAME
-from proxy.quota.quotas import Quota, QuotaState
-from proxy.quota.usage import Usage, UsageQuery, amounts_of
-from proxy.quota.windows import rfc3339
+from proxy.quota.quota_report import quota_uses
+from proxy.quota.quotas import QuotaState
+from proxy.quota.usage import TeamDirectory, Usage, UsageQuery, amounts_of, share_of
 
-UNLIMITED_WIDTH = 10_000
-"""A width in characters that is enough for any table."""
-
-QUOTA_COLUMNS = ("scope", "team", "measure", "per", "limit", "used", "remaining", "on_exceed", "resets_at")
+_NAME_WIDTH = 24
+"""A team's name that is longer is wrapped between its words, so that it leaves room for amounts."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Used:
-    """A quota with its use in the running window."""
+class Column:
+    """A column of a terminal table. Those of the highest `rank` are left out first; 0 is always shown."""
 
-    team: str
-    quota: Quota
-    used: int
-    resets_at_s: int
+    header: str
+    cells: Sequence[str]
+    rank: int = 0
+    total: str = ""
+    is_text: bool = False
+    wraps: bool = False
 
-    @property
-    def amounts(self) -> list[str]:
-        """Limit, used and remaining."""
-        left = max(0, self.quota.limit - self.used)
-        return [self.quota.text(amount) for amount in (self.quota.limit, self.used, left)]
+    def width(self, *, wrapped_header: bool) -> int:
+        """Terminal columns that it needs without breaking a word."""
+        header = _longest_word(self.header) if wrapped_header else cell_len(self.header)
+        cells = [self._cell_width(cell) for cell in (*self.cells, self.total)]
+        return max(header, *cells)
 
-    @property
-    def on_exceed(self) -> str:
-        return "refuse" if self.quota.refuse else "warn"
+    def _cell_width(self, cell: str) -> int:
+        return min(cell_len(cell), max(_NAME_WIDTH, _longest_word(cell))) if self.wraps else cell_len(cell)
 
 
 def to_tsv(lines: Iterable[Sequence[str]]) -> str:
     return "".join("\t".join(cells) + "\n" for cells in lines)
 
 
-def usage_table(usage: Usage, query: UsageQuery, zone: ZoneInfo, console: Console) -> Table:
-    """Usage for people. Has a column for each outcome that occurred, if the terminal is wide enough."""
-    title = f"{query.first} to {query.last}, {zone.key}"
-    wide = _usage_table(usage, query, title, tuple(usage.total.outcomes))
-    width = console.measure(wide, options=console.options.update_width(UNLIMITED_WIDTH)).maximum
-    return wide if width <= console.width else _usage_table(usage, query, title, ())
+def print_table(title: str, columns: Sequence[Column]) -> None:
+    """Prints the columns that fit into the terminal, and the names of the others."""
+    console = Console()
+    wrapped_header = _width_of(columns, wrapped_header=False) > console.width
+    shown = _fitting(columns, console.width) if wrapped_header else list(columns)
+    table = Table(show_footer=any(column.total for column in columns), box=None, collapse_padding=True, pad_edge=False)
+    for column in shown:
+        table.add_column(
+            Text(column.header),
+            Text(column.total),
+            justify="left" if column.is_text else "right",
+            overflow="fold",
+            width=None if column.rank == 0 and column.is_text else column.width(wrapped_header=wrapped_header),
+        )
+    for cells in zip(*(column.cells for column in shown), strict=True):
+        table.add_row(*map(Text, cells))
+    console.print(Text(title))
+    console.print(table)
+    if hidden := [column.header for column in columns if column not in shown]:
+        console.print(Text(f"Not shown, for lack of width: {', '.join(hidden)}."))
 
 
-def quota_lines(quota_states: Sequence[QuotaState], zone: ZoneInfo) -> list[list[str]]:
-    """Quotas for programs. The organisation's quotas are listed once."""
-    return [list(QUOTA_COLUMNS), *(_quota_cells(used, zone) for used in _quotas(quota_states))]
-
-
-def quota_table(quota_states: Sequence[QuotaState], zone: ZoneInfo) -> Table:
-    """Quotas for people. The organisation's quotas are listed once, without a team."""
-    table = _table(f"quotas on estimates, {zone.key}")
-    for name in ("team", "quota"):
-        table.add_column(name, overflow="fold")
-    for name in ("limit", "used", "remaining"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("on exceed", "resets at"):
-        table.add_column(name, no_wrap=True)
-    for used in _quotas(quota_states):
-        resets_at = f"{datetime.fromtimestamp(used.resets_at_s, zone):%Y-%m-%d %H:%M}".removesuffix(" 00:00")
-        table.add_row(*map(Text, (used.team, used.quota.policy, *used.amounts, used.on_exceed, resets_at)))
-    return table
-
-
-def _usage_table(usage: Usage, query: UsageQuery, title: str, outcomes: Sequence[str]) -> Table:
-    table = _table(title, with_footer=True)
-    for place, group in enumerate(query.by):
-        table.add_column(group, "total" if place == 0 else "", overflow="fold")
-    names = ("requests", "refused", "estimated credits", *outcomes)
-    for name, total in zip(names, amounts_of(usage.total, outcomes), strict=True):
-        table.add_column(name, total, justify="right", no_wrap=True)
-    for row in usage.rows:
-        table.add_row(*map(Text, (*row.group, *amounts_of(row, outcomes))))
-    return table
-
-
-def _table(title: str, *, with_footer: bool = False) -> Table:
-    return Table(
-        title=Text(title),
-        title_justify="left",
-        show_footer=with_footer,
-        box=None,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-
-
-def _quotas(quota_states: Sequence[QuotaState]) -> list[_Used]:
-    """The organisation's quotas, which each team's state repeats, then those of the teams."""
-    found = [
-        _Used(quota.owner(quota_state.limits.team), quota, used, quota_state.windows[quota.per].end_s)
-        for quota_state in quota_states
-        for quota, used in zip(quota_state.limits.quotas, quota_state.used, strict=True)
+def usage_columns(usage: Usage, query: UsageQuery, directory: TeamDirectory) -> list[Column]:
+    """Usage for people, with the outcomes that occurred."""
+    groups = zip(*(row.group for row in usage.rows), strict=True) if usage.rows else [()] * len(query.by)
+    columns = [
+        Column(group, cells, total="total" if place == 0 else "", is_text=True)
+        for place, (group, cells) in enumerate(zip(query.by, groups, strict=True))
     ]
-    return sorted(dict.fromkeys(found), key=lambda used: used.team != NO_NAME)
+    if "team" in query.by:
+        names = [directory.name_of(row.group[query.by.index("team")]) for row in usage.rows]
+        columns += _name_columns(names, rank=3)
+    outcomes = tuple(usage.total.outcomes)
+    amounts = zip(*(amounts_of(row, outcomes) for row in (*usage.rows, usage.total)), strict=True)
+    headers = [("requests", 1), ("refused", 4), ("estimated credits", 0), *((outcome, 5) for outcome in outcomes)]
+    for (header, rank), (*cells, total) in zip(headers, amounts, strict=True):
+        columns.append(Column(header, cells, rank, total))
+    shares = Column("share %", [share_of(row, usage) for row in usage.rows], rank=2)
+    columns.insert(len(columns) - len(outcomes), shares)
+    return columns
 
 
-def _quota_cells(used: _Used, zone: ZoneInfo) -> list[str]:
-    quota, resets_at = used.quota, rfc3339(used.resets_at_s, zone)
-    return [quota.scope, used.team, quota.measure, quota.per, *used.amounts, used.on_exceed, resets_at]
+def quota_columns(quota_states: Sequence[QuotaState], zone: ZoneInfo, directory: TeamDirectory) -> list[Column]:
+    """Quotas for people; the organisation's once, without a team."""
+    uses = quota_uses(quota_states)
+    limits, used, remaining = zip(*(use.amounts for use in uses), strict=True) if uses else ((), (), ())
+    resets_at = [_moment(use.window.end_s, zone) for use in uses]
+    return [
+        Column("team", [use.team for use in uses], is_text=True),
+        *_name_columns([directory.name_of(use.team) for use in uses], rank=6),
+        Column("quota", [use.quota.policy for use in uses], is_text=True),
+        Column("limit", limits, rank=2),
+        Column("used", used, rank=3),
+        Column("used %", [use.used_percent for use in uses]),
+        Column("remaining", remaining, rank=1),
+        Column("on exceed", [use.on_exceed for use in uses], rank=5, is_text=True),
+        Column("resets at", resets_at, rank=4, is_text=True),
+    ]
+
+
+def _name_columns(names: Sequence[str], rank: int) -> list[Column]:
+    """The column of teams' names; none if no team has a name."""
+    return [Column("name", names, rank, is_text=True, wraps=True)] if any(names) else []
+
+
+def _fitting(columns: Sequence[Column], width: int) -> list[Column]:
+    shown = [column for column in columns if column.rank == 0]
+    for column in sorted(columns, key=lambda column: column.rank):
+        if column.rank > 0 and _width_of([*shown, column], wrapped_header=True) <= width:
+            shown.append(column)
+    return [column for column in columns if column in shown]
+
+
+def _width_of(columns: Sequence[Column], *, wrapped_header: bool) -> int:
+    """With one space between columns."""
+    return sum(column.width(wrapped_header=wrapped_header) + 1 for column in columns) - 1
+
+
+def _longest_word(text: str) -> int:
+    return max(map(cell_len, text.split()), default=0)
+
+
+def _moment(at_s: int, zone: ZoneInfo) -> str:
+    return f"{datetime.fromtimestamp(at_s, zone):%Y-%m-%d %H:%M}".removesuffix(" 00:00")

@@ -11,6 +11,7 @@ from zoneinfo import ZoneInfo
 
 from proxy.auth import Access, Credential, Team, Teams
 from proxy.quota.quotas import Quota, Rate, Scope, TeamLimits
+from proxy.quota.usage import TeamDirectory
 from proxy.settings.schema import QuotaSettings, Settings
 
 
@@ -21,6 +22,7 @@ class RuntimeConfig:
     team_limits: by the ids of all configured teams.
     token_ends: when the tokens of enabled teams expire, in seconds since 1970, by team and label; infinity: never.
     ignored: members that are left out of cache keys, as dotted paths inside each item.
+    directory: the teams' names and earlier ids, for reports.
     """
 
     access: Access
@@ -28,6 +30,7 @@ class RuntimeConfig:
     token_ends: Mapping[tuple[str, str], float]
     accounts: frozenset[str]
     ignored: tuple[str, ...]
+    directory: TeamDirectory
 
 
 @dataclass(slots=True)
@@ -64,7 +67,8 @@ def runtime_config_of(settings: Settings) -> RuntimeConfig:
         metrics_are_public=settings.metrics.public,
     )
     accounts = frozenset(settings.accounts)
-    return RuntimeConfig(access, team_limits, _token_ends(settings), accounts, settings.cache.ignore)
+    ends, directory = _token_ends(settings), directory_of(settings)
+    return RuntimeConfig(access, team_limits, ends, accounts, settings.cache.ignore, directory)
 
 
 def _token_ends(settings: Settings) -> dict[tuple[str, str], float]:
@@ -78,6 +82,13 @@ def _token_ends(settings: Settings) -> dict[tuple[str, str], float]:
 
 def _end_of(day: date, zone: ZoneInfo) -> float:
     return datetime.combine(day + timedelta(days=1), time.min, zone).timestamp()
+
+
+def directory_of(settings: Settings) -> TeamDirectory:
+    """The teams' names and earlier ids."""
+    names = {team_id: team.name for team_id, team in settings.teams.items() if team.name}
+    current = {earlier: team_id for team_id, team in settings.teams.items() for earlier in team.was}
+    return TeamDirectory(names, current)
 
 
 def teams_of(settings: Settings, team_limits: Mapping[str, TeamLimits]) -> Teams:

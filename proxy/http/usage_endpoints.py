@@ -17,10 +17,10 @@ from proxy.auth import Team
 from proxy.gateway.live_config import ConfigHolder
 from proxy.gateway.request import ClientRequest, Document, Trace
 from proxy.problems import Code, Problem, StoreUnavailable
-from proxy.quota.quotas import Quota, QuotaState
+from proxy.quota.quota_report import quota_document
 from proxy.quota.reports import LedgerReader
 from proxy.quota.usage import UsageQuery, csv_of, json_of, read_parameters, read_usage_query
-from proxy.quota.windows import Window, day_of, rfc3339
+from proxy.quota.windows import day_of
 
 JSON = "application/json"
 CSV = "text/csv; charset=utf-8; header=present"  # RFC 4180 §3
@@ -59,20 +59,21 @@ class UsageEndpoints:
         return await _within(request.deadline, self._quota(team))
 
     async def _usage(self, query: UsageQuery) -> Document | Problem:
-        if query.team not in (None, *self._live.config.team_limits, *await self._ledger_reader.teams()):
+        config = self._live.config
+        if query.team not in (None, *config.team_limits, *config.directory.current, *await self._ledger_reader.teams()):
             return _unknown("team names a team that is not configured and never had usage: check its id.")
-        usage = await self._ledger_reader.usage(query)
+        usage = await self._ledger_reader.usage(query, config.directory)
         if query.csv:
-            return Document(csv_of(usage, query.by), CSV)
-        return Document(json_of(usage, query, self._zone.key), JSON)
+            return Document(csv_of(usage, query.by, config.directory), CSV)
+        return Document(json_of(usage, query, self._zone.key, config.directory), JSON)
 
     async def _quota(self, team: str | None) -> Document | Problem:
-        if team not in (None, *self._live.config.team_limits):
+        config = self._live.config
+        if team not in (None, *config.team_limits):
             return _unknown("team names a team that is not configured: check its id.")
-        wanted = [limits for limits in self._live.config.team_limits.values() if team in (None, limits.team)]
-        documents = [
-            quota_document(quota_state, self._zone) for quota_state in await self._ledger_reader.quota_states(wanted)
-        ]
+        wanted = [limits for limits in config.team_limits.values() if team in (None, limits.team)]
+        quota_states = await self._ledger_reader.quota_states(wanted)
+        documents = [quota_document(quota_state, self._zone, config.directory) for quota_state in quota_states]
         return Document(orjson.dumps({"teams": documents} if team is None else documents[0]), JSON)
 
     def _team_of(self, token: str | None, trace: Trace) -> Team | Problem | None:
@@ -85,34 +86,6 @@ class UsageEndpoints:
             return credential
         trace.record_credential(credential)
         return credential.team
-
-
-def quota_document(quota_state: QuotaState, zone: ZoneInfo) -> dict[str, Any]:
-    """A team's rate and quotas as JSON values; amounts are exact decimal numbers."""
-    rate, quotas = quota_state.limits.rate, quota_state.limits.quotas
-    per_s = int(rate.per_s) if float(rate.per_s).is_integer() else rate.per_s
-    return {
-        "team": quota_state.limits.team,
-        "rate": {"per_s": per_s, "burst": rate.burst, "remaining": quota_state.rate_remaining()},
-        "quotas": [
-            _quota_members(quota, used, quota_state.windows[quota.per], zone)
-            for quota, used in zip(quotas, quota_state.used, strict=True)
-        ],
-    }
-
-
-def _quota_members(quota: Quota, used: int, window: Window, zone: ZoneInfo) -> dict[str, Any]:
-    return {
-        "scope": quota.scope,
-        "measure": quota.measure,
-        "per": quota.per,
-        "limit": quota.number(quota.limit),
-        "used": quota.number(used),
-        "remaining": quota.number(max(0, quota.limit - used)),
-        "on_exceed": "refuse" if quota.refuse else "warn",
-        "window_start": rfc3339(window.start_s, zone),
-        "resets_at": rfc3339(window.end_s, zone),
-    }
 
 
 async def _within(deadline: float, report: Coroutine[Any, Any, Document | Problem]) -> Document | Problem:

@@ -24,3 +24,14 @@ def text_of(micro: int) -> str:
     whole, part = divmod(abs(micro), MICRO)
     sign = "-" if micro < 0 else ""
     return f"{sign}{whole}.{part:06}".rstrip("0").rstrip(".") if part else f"{sign}{whole}"
+
+
+def percent_text(part: int, whole: int) -> str:
+    """`part` as a percentage of `whole`, rounded to one decimal; empty if `whole` is 0.
+
+    A part that is smaller than the whole is at most 99.9, so that 100 always means all of it.
+    """
+    if whole == 0:
+        return ""
+    tenths = (2000 * part + whole) // (2 * whole)
+    return text_of((min(tenths, 999) if part < whole else tenths) * MICRO // 10)

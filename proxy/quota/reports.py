@@ -6,14 +6,14 @@
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from time import time
 from zoneinfo import ZoneInfo
 
 from proxy.quota.counters import BASE_PERIODS, LedgerKeys
 from proxy.quota.quotas import Quota, QuotaState, TeamLimits
-from proxy.quota.usage import TeamDay, Usage, UsageQuery, UsageTotals
+from proxy.quota.usage import NO_NAMES, TeamDay, TeamDirectory, Usage, UsageQuery, UsageTotals
 from proxy.quota.windows import Period, Window, window_of
 from proxy.store.client import Script, Store
 
@@ -76,14 +76,16 @@ class LedgerReader:
         found = await self._store.call(_TEAMS_GET, self._keys.teams)
         return frozenset(team.decode() for team in found)
 
-    async def usage(self, query: UsageQuery) -> Usage:
-        """The usage of the query's team, or of all teams that ever had any."""
+    async def usage(self, query: UsageQuery, directory: TeamDirectory = NO_NAMES) -> Usage:
+        """The usage of the query's team, or of all teams that ever had any. An earlier id counts as the current one."""
         totals = UsageTotals(query.by)
-        teams = await self.teams() if query.team is None else [query.team]
+        current = directory.current
+        wanted = None if query.team is None else current.get(query.team, query.team)
+        teams = await self.teams() if wanted is None else directory.ids_of(wanted)
         team_days = [(day, team) for day in _days(query.first, query.last) for team in teams]
         for start in range(0, len(team_days), CHUNK):
             for team_day in await self._team_days(team_days[start : start + CHUNK]):
-                totals.add(team_day)
+                totals.add(replace(team_day, team=current.get(team_day.team, team_day.team)))
         return totals.usage()
 
     async def quota_states(self, limits: Sequence[TeamLimits]) -> list[QuotaState]:

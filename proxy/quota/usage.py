@@ -5,24 +5,26 @@
   `refused`.
 """
 
-import csv
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import date
-from io import StringIO
+from dataclasses import dataclass, field, replace
+from datetime import date, timedelta
 from typing import Literal
 from urllib.parse import parse_qsl
 
 import orjson
 
-from proxy.problems import NO_NAME, BadRequest, Code, Outcome
+from proxy.problems import BadRequest, Code, Outcome
 from proxy.quota.counters import USAGE_KEPT_DAYS, split_usage_field
-from proxy.quota.credits import text_of
+from proxy.quota.credits import percent_text, text_of
+from proxy.quota.csv_text import write_csv
 
-Group = Literal["day", "team", "model"]
-GROUPS: tuple[Group, ...] = ("day", "team", "model")
+Group = Literal["day", "week", "month", "team", "model"]
+GROUPS: tuple[Group, ...] = ("day", "week", "month", "team", "model")
+
+Sort = Literal["names", "credits", "requests", "refused"]
+SORTS: tuple[Sort, ...] = ("names", "credits", "requests", "refused")
 
 _NOT_IN_LEDGER = {
     Outcome.UNAUTHENTICATED,
@@ -33,9 +35,6 @@ _NOT_IN_LEDGER = {
 }
 OUTCOMES = tuple(outcome.value for outcome in Outcome if outcome not in _NOT_IN_LEDGER)
 """The outcomes that the ledger books, in the order of columns."""
-
-FORMULA_CHARACTERS = "=+-@\t\r\n"
-"""Spreadsheets may run a cell that begins with one of these (OWASP, CSV Injection)."""
 
 _POSITIONS = {outcome: position for position, outcome in enumerate(OUTCOMES)}
 _DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -53,6 +52,29 @@ class UsageQuery:
     by: tuple[Group, ...]
     team: str | None
     csv: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TeamDirectory:
+    """What the settings say about team ids in reports.
+
+    names: the names of teams by their ids, for those that have one.
+    current: the id of the configured team by each of its earlier ids (`teams.X.was`).
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    current: Mapping[str, str] = field(default_factory=dict)
+
+    def ids_of(self, team: str) -> list[str]:
+        """A team's id and its earlier ones."""
+        return [team, *(earlier for earlier, current in self.current.items() if current == team)]
+
+    def name_of(self, team: str) -> str:
+        """The name of a team, empty if it has none."""
+        return self.names.get(team, "")
+
+
+NO_NAMES = TeamDirectory()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +111,12 @@ class UsageTotals:
         self._sums: defaultdict[tuple[str, ...], Counter[tuple[str, str]]] = defaultdict(Counter)
 
     def add(self, team_day: TeamDay) -> None:
-        names = {"day": team_day.day.isoformat(), "team": team_day.team}
-        for field, amount in team_day.fields.items():
+        day = team_day.day
+        monday = day - timedelta(days=day.weekday())
+        names = {"day": str(day), "week": str(monday), "month": f"{day:%Y-%m}", "team": team_day.team}
+        for name, amount in team_day.fields.items():
             if amount != b"0":
-                names["model"], outcome, measure = split_usage_field(field)
+                names["model"], outcome, measure = split_usage_field(name)
                 self._sums[tuple(names[group] for group in self._by)][outcome, measure] += int(amount)
 
     def usage(self) -> Usage:
@@ -128,9 +152,22 @@ def read_parameters(raw_query: bytes, names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def json_of(usage: Usage, query: UsageQuery, timezone: str) -> bytes:
+def sort_usage(usage: Usage, sort: Sort) -> Usage:
+    """Usage with the rows of the highest amounts first; equal ones, and all with `names`, in the order of names."""
+    if sort == "names":
+        return usage
+    measure = {"credits": "credits_micro", "requests": "requests", "refused": "refused"}[sort]
+    return replace(usage, rows=tuple(sorted(usage.rows, key=lambda row: -int(getattr(row, measure)))))
+
+
+def share_of(row: UsageRow, usage: Usage) -> str:
+    """The row's percentage of all estimated credits; empty if there are none."""
+    return percent_text(row.credits_micro, usage.total.credits_micro)
+
+
+def json_of(usage: Usage, query: UsageQuery, timezone: str, directory: TeamDirectory = NO_NAMES) -> bytes:
     """Usage as a JSON document. Credits are exact decimal numbers."""
-    rows = [dict(zip(query.by, row.group, strict=True)) | _members(row) for row in usage.rows]
+    rows = [_row_members(row, usage, query.by, directory) for row in usage.rows]
     document = {
         "from": query.first,
         "to": query.last,
@@ -142,20 +179,20 @@ def json_of(usage: Usage, query: UsageQuery, timezone: str) -> bytes:
     return orjson.dumps(document)
 
 
-def csv_of(usage: Usage, by: Sequence[Group]) -> bytes:
+def csv_of(usage: Usage, by: Sequence[Group], directory: TeamDirectory = NO_NAMES) -> bytes:
     """Usage as CSV (RFC 4180). Without the total, which a sum over a column would count twice."""
-    text = StringIO(newline="")
-    writer = csv.writer(text)
-    header, *rows = cells_of(usage, by)
-    writer.writerow(header)
-    writer.writerows([*map(_escape_formula, row[: len(by)]), *row[len(by) :]] for row in rows)
-    return text.getvalue().encode()
+    return write_csv(cells_of(usage, by, directory), names={*by, "team_name"})
 
 
-def cells_of(usage: Usage, by: Sequence[Group]) -> list[list[str]]:
-    """Usage as rows of text, the header first. The columns do not depend on the content."""
-    header = [*by, "requests", "refused", "estimated_credits", *OUTCOMES]
-    return [header, *([*row.group, *amounts_of(row, OUTCOMES)] for row in usage.rows)]
+def cells_of(usage: Usage, by: Sequence[Group], directory: TeamDirectory = NO_NAMES) -> list[list[str]]:
+    """Usage as rows of text, the header first. The columns depend on `by` alone."""
+    header = [*by, "requests", "refused", "estimated_credits", *OUTCOMES, "share_percent"]
+    rows = [[*row.group, *amounts_of(row, OUTCOMES), share_of(row, usage)] for row in usage.rows]
+    if "team" in by:
+        header.append("team_name")
+        for cells in rows:
+            cells.append(directory.name_of(cells[by.index("team")]))
+    return [header, *rows]
 
 
 def amounts_of(row: UsageRow, outcomes: Sequence[str]) -> list[str]:
@@ -181,6 +218,12 @@ def _position(counted: tuple[str, int]) -> tuple[int, str]:
     return _POSITIONS.get(outcome, len(_POSITIONS)), outcome
 
 
+def _row_members(row: UsageRow, usage: Usage, by: Sequence[Group], directory: TeamDirectory) -> dict[str, object]:
+    names: dict[str, str] = dict(zip(by, row.group, strict=True))
+    team_name = {"team_name": directory.name_of(names["team"])} if "team" in names else {}
+    return {**names, **_members(row), "share_percent": orjson.Fragment(share_of(row, usage) or "null"), **team_name}
+
+
 def _members(row: UsageRow) -> dict[str, object]:
     return {
         "requests": row.requests,
@@ -188,11 +231,6 @@ def _members(row: UsageRow) -> dict[str, object]:
         "estimated_credits": orjson.Fragment(text_of(row.credits_micro)),
         "outcomes": row.outcomes,
     }
-
-
-def _escape_formula(cell: str) -> str:
-    """A cell that no spreadsheet runs, as OWASP advises. A single `-` is not a formula, and stays as it is."""
-    return f"'{cell}" if cell[:1] in FORMULA_CHARACTERS and cell != NO_NAME else cell
 
 
 def _day(name: str, text: str) -> date:
@@ -208,7 +246,7 @@ def _groups(text: str) -> tuple[Group, ...]:
     names = text.split(",")
     groups = tuple(group for name in names for group in GROUPS if group == name)
     if len(groups) < len(names) or len(set(groups)) < len(groups):
-        raise _bad("by must be some of day, team and model, each once, joined by commas.")
+        raise _bad("by must be some of day, week, month, team and model, each once, joined by commas.")
     return groups
 
 

@@ -309,6 +309,7 @@ def _cross_problems(tree: Tree) -> Iterator[SettingsProblem]:
         )
     yield from _missing_accounts(tree, teams)
     yield from _repeated_tokens(tree, teams)
+    yield from _earlier_id_problems(teams)
     for name in ("org", "team_defaults"):
         yield from _repeated_quotas(tree.get(name), name)
     for name, team in teams.items():
@@ -347,6 +348,21 @@ def _repeated_tokens(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[Settings
             here = path_of(*path, "tokens", index)
             if isinstance(digest, str) and seen.setdefault(digest, here) != here:
                 yield SettingsProblem(here, f"is the same token as {seen[digest]}")
+
+
+def _earlier_id_problems(teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]:
+    """An earlier id belongs to one team, and is not in use: otherwise its usage would be counted for two teams."""
+    seen: dict[str, str] = {}
+    for name, team in teams.items():
+        earlier_ids = team.get("was")
+        for index, earlier in enumerate(earlier_ids if isinstance(earlier_ids, list) else ()):
+            if not isinstance(earlier, str):
+                continue
+            here = path_of("teams", name, "was", index)
+            if earlier in teams:
+                yield SettingsProblem(here, "is the id of a configured team: list only ids that are no longer in use")
+            elif (first := seen.setdefault(earlier, here)) != here:
+                yield SettingsProblem(here, f"repeats {first}: list an earlier id once, for one team")
 
 
 def _repeated_quotas(scope: object, *path: str) -> Iterator[SettingsProblem]:

@@ -345,6 +345,8 @@ class TeamDefaults(_Section):
 
 class TeamSettings(_Section):
     name: Line = ""
+    was: tuple[Identifier, ...] = ()
+    """Earlier ids, whose usage is reported as this team's."""
     account: Identifier = "default"
     tokens: tuple[Annotated[TokenSettings, BeforeValidator(_token_table)], ...] = ()
     rate: RateSettings | None = None

@@ -13,6 +13,7 @@ import pytest
 from gateway_fixture import DESIGN, EXPIRED, MARKETING, PATH, RETIRED, GatewayFixture, OpenGateway, code_of
 from proxy.auth import digest_of, token_of
 from proxy.quota.counters import LedgerKeys
+from proxy.quota.credits import MICRO, percent_text
 from proxy.quota.windows import window_of
 from serving import NO_TLS, free_port, wait_until
 
@@ -36,6 +37,7 @@ def gateway(open_gateway: OpenGateway) -> GatewayFixture:
         org={"quotas": [quota("requests", 1000, "week", "warn")]},
         teams={
             "design": {
+                "name": "The Designers",
                 "tokens": [digest_of(DESIGN), {"sha256": digest_of(EXPIRED), "expires": "2026-01-31"}],
                 "rate": {"per_s": 50, "burst": 100},
                 "quotas": [quota("estimated_credits", 5000.25, "month")],
@@ -132,6 +134,28 @@ def test_a_team_that_was_removed_still_has_usage(gateway: GatewayFixture) -> Non
     assert '"estimated_credits":9007199254.740993,' in text, "the digits, beyond what a double holds"
 
 
+def test_usage_by_week_and_month(gateway: GatewayFixture) -> None:
+    ask_some(gateway)
+    today = datetime.now(UTC).date()
+    (row,) = shown(get(gateway, f"/v1/usage?from={today}&by=month,week,team", ADMIN))["rows"][:1]
+    assert (row["month"], row["week"]) == (f"{today:%Y-%m}", str(today - timedelta(days=today.weekday())))
+    assert (row["team"], row["team_name"]) == ("design", "The Designers")
+
+
+def test_usage_of_an_earlier_id_is_shown_under_the_current_one(open_gateway: OpenGateway) -> None:
+    gateway = open_gateway(
+        admin={"tokens": [digest_of(ADMIN)]}, teams={"design": {"tokens": [digest_of(DESIGN)], "was": ["old"]}}
+    )
+    gateway.ask(FLUX)
+    today = datetime.now(UTC).date()
+    gateway.store.hset(KEYS.usage("old", today), mapping={"Flux:hit:requests": 2, "Flux:hit:credits": 1})
+    gateway.store.sadd(KEYS.teams, "old")
+    assert shown(get(gateway, f"/v1/usage?from={today}"))["total"]["requests"] == 3, "the team itself sees it, too"
+    for query in ("", "&team=old", "&team=design"):
+        (row,) = shown(get(gateway, f"/v1/usage?from={today}&by=team{query}", ADMIN))["rows"]
+        assert (row["team"], row["requests"]) == ("design", 3)
+
+
 def test_csv(gateway: GatewayFixture) -> None:
     planned = ask_some(gateway)
     answer = get(gateway, "/v1/usage?by=day,model", accept="text/csv")
@@ -197,7 +221,9 @@ def test_a_teams_quotas(gateway: GatewayFixture) -> None:
         "on_exceed": "refuse",
         "window_start": instants[0],
         "resets_at": instants[1],
+        "used_percent": float(percent_text(round(planned * MICRO), 5_000_250_000)),
     }
+    assert document["team_name"] == "The Designers"
     assert (org["scope"], org["measure"], org["per"], org["on_exceed"]) == ("org", "requests", "week", "warn")
     assert (org["limit"], org["used"], org["remaining"]) == (1000, 4, 996), "of both teams together"
     assert datetime.fromisoformat(org["resets_at"]).timestamp() == week.end_s

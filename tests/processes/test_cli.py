@@ -1,5 +1,6 @@
 """The command line as its users meet it: a few real processes, the rest in this one."""
 
+import csv
 import importlib.metadata
 import json
 import os
@@ -91,8 +92,14 @@ def process(*command: str, stdin: bytes = b"", **environ: str) -> subprocess.Com
         ),
         ("demo", ["--port PORT", "[default: 8080", "--no-traffic"]),
         ("check", ["--connect", "--config FILE", "/etc/estimate-proxy/config.toml"]),
-        ("usage", ["--team ID", "--from DAY", "--by NAMES", "[table|csv|json]", "org.timezone", "tab-separated"]),
-        ("quota", ["[TEAM]", "--config FILE", "tab-separated"]),
+        (
+            "usage",
+            [
+                *("--team ID", "--from DAY", "--by NAMES", "[table|csv|json]", "org.timezone", "tab-separated"),
+                *("--last-month", "[names|credits|requests|refused]"),
+            ],
+        ),
+        ("quota", ["[TEAM]", "--config FILE", "[table|csv|json]", "tab-separated"]),
         ("token", ["new"]),
         (
             "token new",
@@ -207,7 +214,7 @@ def test_check_prints_toml(run: Run) -> None:
         "drain_s": 30.0,
     }
     written = tomllib.loads(SECRETS)
-    assert shown["teams"]["other"] == {**written["teams"]["other"], "account": "default", "disabled": False}
+    assert shown["teams"]["other"] == {**written["teams"]["other"], "account": "default", "disabled": False, "was": []}
     assert shown["teams"]["design"]["tokens"] == [{"sha256": DIGEST}]
     assert shown["accounts"] == {"default": {"api_key": MASK}}
     assert shown["store"]["url"] == f"redis://u:{MASK}@h/0"
@@ -465,6 +472,7 @@ def test_connect_needs_no_gateway_for_embedded_stores(run: Run) -> None:
 # --- usage and quota --------------------------------------------------------------------------------------------
 
 LEDGER = LedgerKeys("default")
+NAME = 'name = "The Designers"\n'
 LIMITS = """
 [teams.other]
 [[org.quotas]]
@@ -482,7 +490,7 @@ on_exceed = "warn"
 @pytest.fixture
 def ledger(valkey_url: str) -> None:
     """A ledger with some usage of three days ago, of two teams, and the counters of now."""
-    Path("estimate-proxy.toml").write_text(f'{CONFIG}{LIMITS}[store]\nurl = "{valkey_url}"\n')
+    Path("estimate-proxy.toml").write_text(f'{CONFIG}{NAME}{LIMITS}[store]\nurl = "{valkey_url}"\n')
     with redis.Redis.from_url(valkey_url) as client:
         client.flushall()
         for team, model in (("design", "-1-1"), ("gone", "Flux")):
@@ -499,32 +507,40 @@ def told(result: Result) -> str:
     return result.stdout
 
 
+def reported(result: Result) -> str:
+    """What `usage` printed. The period and the total are on standard error."""
+    assert result.exit_code == 0
+    assert re.fullmatch(r"estimate-proxy: \S+ to \S+, UTC: \d+ requests, .* estimated credits\n", result.stderr)
+    return result.stdout
+
+
 def fields(text: str) -> list[list[str]]:
     return [line.split("\t") for line in text.splitlines()]
 
 
 @pytest.mark.usefixtures("ledger")
 def test_usage_when_piped(run: Run) -> None:
-    header, *rows = fields(told(run("usage", "--from", str(DAY))))
-    assert header == ["team", "requests", "refused", "estimated_credits", *OUTCOMES]
+    header, *rows = fields(reported(run("usage", "--from", str(DAY))))
+    assert header == ["team", "requests", "refused", "estimated_credits", *OUTCOMES, "share_percent", "team_name"]
     assert [row[:5] for row in rows] == [[team, "2", "3", "9007199254.740993", "2"] for team in ("design", "gone")]
-    header, row = fields(told(run("usage", "--from", str(DAY), "--team", "gone")))
+    assert [row[-2:] for row in rows] == [["50", "The Designers"], ["50", ""]]
+    header, row = fields(reported(run("usage", "--from", str(DAY), "--team", "gone")))
     assert [header[0], row[0]] == ["day", str(DAY)], (
         "of one team by day; that the settings have it no more is all right"
     )
-    _, *rows = fields(told(run("usage", "--from", str(DAY), "--to", str(DAY), "--by", "model,team")))
+    _, *rows = fields(reported(run("usage", "--from", str(DAY), "--to", str(DAY), "--by", "model,team")))
     assert [row[:3] for row in rows] == [
         ["-", "design", "0"],
         ["-", "gone", "0"],
         ["-1-1", "design", "2"],
         ["Flux", "gone", "2"],
     ]
-    assert fields(told(run("usage", "--to", str(DAY - timedelta(days=1))))) == [["team", *header[1:]]]
+    assert fields(reported(run("usage", "--to", str(DAY - timedelta(days=1))))) == [["team", *header[1:], "team_name"]]
 
 
 @pytest.mark.usefixtures("ledger")
 def test_usage_as_the_endpoint_answers_it(run: Run) -> None:
-    told_json = told(run("usage", "--from", str(DAY), "--by", "team", "--format", "json"))
+    told_json = reported(run("usage", "--from", str(DAY), "--by", "team", "--format", "json"))
     document = json.loads(told_json)
     assert '"estimated_credits":18014398509.481986,' in told_json
     assert (document["from"], document["timezone"], len(document["rows"])) == (str(DAY), "UTC", 2)
@@ -539,16 +555,78 @@ def test_usage_on_a_terminal() -> None:
     text = on_terminal("usage", "--from", str(DAY), columns=100)
     title, header, design, gone, total = text.split("\r\n")[:-1]
     assert title.rstrip() == f"{DAY} to {datetime.now(UTC).date()}, UTC"
-    assert header.split() == ["team", "requests", "refused", "estimated", "credits", "hit", "rate-limited"]
-    assert design.split() == ["design", "2", "3", "9007199254.740993", "2", "3"]
-    assert gone.split()[0] == "gone"
+    assert re.split("  +| (?=hit|estimated|rate|refused|share)", header.strip()) == [
+        *("team", "name", "requests", "refused", "estimated credits", "share %", "hit", "rate-limited")
+    ]
+    assert design.split() == ["design", "The", "Designers", "2", "3", "9007199254.740993", "50", "2", "3"]
+    assert gone.split()[:2] == ["gone", "2"]
     assert total.split() == ["total", "4", "6", "18014398509.481986", "4", "6"]
     assert {line.rindex(cell) + len(cell) for line, cell in ((design, "740993"), (total, "481986"))} == {
         header.rindex("credits") + len("credits")
     }, "numbers end below one another"
-    narrow = on_terminal("usage", "--from", str(DAY), columns=50)
-    assert "rate-limited" not in narrow, "where there is no room for outcomes"
-    assert "18014398509.481986" in narrow
+
+
+@pytest.mark.parametrize("columns", [80, 60, 50])
+@pytest.mark.parametrize("by", ["team", "day,team,model"])
+@pytest.mark.usefixtures("ledger")
+def test_a_narrow_terminal_hides_columns_and_names_them(by: str, columns: int) -> None:
+    text = on_terminal("usage", "--from", str(DAY), "--by", by, columns=columns)
+    assert max(map(len, text.splitlines())) <= columns
+    assert "18014398509.481986" in text
+    table, _, hidden = text.partition("Not shown, for lack of width: ")
+    words = " ".join(table.split())
+    for header in ("name", "requests", "refused", "share", "hit", "rate-limited"):
+        assert (f" {header} " in words) is (header not in hidden), "a column is shown or named, and no word is broken"
+    assert not set(hidden.split()) & {"team,", "credits,"}
+    assert not hidden or hidden.endswith(".\r\n")
+
+
+@pytest.mark.usefixtures("ledger")
+def test_usage_by_week_and_month(run: Run) -> None:
+    monday = DAY - timedelta(days=DAY.weekday())
+    _, *rows = fields(reported(run("usage", "--from", str(DAY), "--by", "month,week,team")))
+    assert [row[:3] for row in rows] == [[f"{DAY:%Y-%m}", str(monday), team] for team in ("design", "gone")]
+
+
+@pytest.mark.usefixtures("ledger")
+def test_usage_can_be_sorted(run: Run, valkey_url: str) -> None:
+    with redis.Redis.from_url(valkey_url) as client:
+        client.hincrby(LEDGER.usage("gone", DAY), "Flux:hit:credits", 1)
+    for sort, teams_shown in (("names", ["design", "gone"]), ("credits", ["gone", "design"])):
+        _, *rows = fields(reported(run("usage", "--from", str(DAY), "--sort", sort)))
+        assert [row[0] for row in rows] == teams_shown
+
+
+@pytest.mark.usefixtures("ledger")
+def test_usage_of_last_month(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.cli.ledger.time", lambda: datetime(2026, 12, 15, tzinfo=UTC).timestamp())
+    assert run("usage", "--last-month").stderr.startswith("estimate-proxy: 2026-11-01 to 2026-11-30, UTC: ")
+    assert run("usage").stderr.startswith("estimate-proxy: 2026-12-01 to 2026-12-15, UTC: ")
+    assert refusal(run("usage", "--last-month", "--to", "2026-12-01")) == (
+        "--last-month stands beside --from or --to: keep one of them"
+    )
+
+
+@pytest.mark.usefixtures("ledger")
+def test_on_the_first_of_a_month_usage_is_that_of_the_month_before(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("proxy.cli.ledger.time", lambda: datetime(2026, 12, 1, tzinfo=UTC).timestamp())
+    for options in ([], ["--format", "csv"], ["--format", "json"]):
+        assert run("usage", *options).stderr.startswith(
+            "estimate-proxy: 2026-11-01 to 2026-11-30, UTC (last month, because today is the first): "
+        )
+    assert run("usage", "--last-month").stderr.startswith("estimate-proxy: 2026-11-01 to 2026-11-30, UTC: ")
+    assert run("usage", "--to", "2026-12-01").stderr.startswith("estimate-proxy: 2026-12-01 to 2026-12-01, UTC: ")
+
+
+@pytest.mark.usefixtures("ledger")
+def test_usage_of_an_earlier_id_is_shown_under_the_current_one(run: Run) -> None:
+    path = Path("estimate-proxy.toml")
+    path.write_text(path.read_text().replace(NAME, f'{NAME}was = ["gone"]\n'))
+    _, row = fields(reported(run("usage", "--from", str(DAY))))
+    assert row[:4] == ["design", "4", "6", "18014398509.481986"]
+    for team in ("design", "gone"):
+        _, row = fields(reported(run("usage", "--from", str(DAY), "--team", team)))
+        assert row[:4] == [str(DAY), "4", "6", "18014398509.481986"]
 
 
 @pytest.mark.parametrize(
@@ -558,7 +636,7 @@ def test_usage_on_a_terminal() -> None:
         ("--to 2026-02-30", "--to must be a date, such as 2026-11-01."),
         ("--from 2026-11-02 --to 2026-11-01", "--from must not be after to, which is 2026-11-01."),
         ("--from 2020-01-01", "--from must not be more than 400 days before"),
-        ("--by hour", "--by must be some of day, team and model, each once, joined by commas."),
+        ("--by hour", "--by must be some of day, week, month, team and model, each once, joined by commas."),
         ("--team nobody", "--team names a team that is not configured and never had usage: check its id."),
         ("--team \udcff", "--team names a team that is not"),
         ("--team=", "--team is empty"),
@@ -576,7 +654,11 @@ def test_usage_that_cannot_be(run: Run, options: str, line: str) -> None:
 @pytest.mark.usefixtures("ledger")
 def test_quota_when_piped(run: Run) -> None:
     header, org, own = fields(told(run("quota")))  # the organisation's once, though both teams have it
-    assert header == ["scope", "team", "measure", "per", "limit", "used", "remaining", "on_exceed", "resets_at"]
+    assert header == [
+        *("scope", "team", "measure", "per", "limit", "used", "remaining", "on_exceed", "resets_at"),
+        *("used_percent", "team_name"),
+    ]
+    assert (org[9:], own[9:]) == (["0.7", ""], ["100.1", "The Designers"])
     assert org[:8] == ["org", "-", "requests", "day", "1000", "7", "993", "refuse"]
     assert own[:8] == ["team", "design", "estimated_credits", "month", "9000000000", "9007199254.740993", "0", "warn"]
     assert datetime.fromisoformat(own[8]).timestamp() == window_of("month", int(time.time()), UTC).end_s
@@ -585,14 +667,32 @@ def test_quota_when_piped(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("ledger")
+def test_quota_as_csv_and_json(run: Run) -> None:
+    header, *rows = csv.reader(told(run("quota", "--format", "csv")).splitlines())
+    assert [header, *rows] == fields(told(run("quota")))
+    document = json.loads(told(run("quota", "--format", "json")))
+    design, other = document["teams"]
+    assert (design["team"], design["team_name"], other["team_name"]) == ("design", "The Designers", "")
+    assert [quota["used_percent"] for quota in design["quotas"]] == [100.1, 0.7]
+    assert json.loads(told(run("quota", "design", "--format", "json"))) == design
+
+
+@pytest.mark.usefixtures("ledger")
 def test_quota_on_a_terminal() -> None:
-    text = on_terminal("quota", "design", columns=100)
+    text = on_terminal("quota", "design", columns=120)
     _, header, org, own = text.split("\r\n")[:-1]
-    assert header.split() == ["team", "quota", "limit", "used", "remaining", "on", "exceed", "resets", "at"]
-    assert org.split()[:6] == ["-", "org-requests-day", "1000", "7", "993", "refuse"]
-    assert own.split()[:6] == ["design", "credits-month", "9000000000", "9007199254.740993", "0", "warn"]
+    assert " ".join(header.split()) == "team name quota limit used used % remaining on exceed resets at"
+    assert org.split()[:7] == ["-", "org-requests-day", "1000", "7", "0.7", "993", "refuse"]
+    assert own.split()[:9] == [
+        *("design", "The", "Designers", "credits-month", "9000000000", "9007199254.740993", "100.1", "0", "warn")
+    ]
     assert re.search(r" 20[0-9]{2}-[0-9]{2}-01 *$", own)
-    assert max(map(len, on_terminal("quota", "design", columns=40).splitlines())) <= 40
+    for columns in (80, 60, 40):
+        text = on_terminal("quota", "design", columns=columns)
+        assert max(map(len, text.splitlines())) <= columns
+        assert "credits-month" in text
+        assert "100.1" in text
+        assert "Not shown, for lack of width: " in text
 
 
 def test_no_quota_is_said_and_no_failure(run: Run, valkey_url: str) -> None:
@@ -618,7 +718,7 @@ def test_the_embedded_ledger_of_a_gateway_that_runs(run: Run) -> None:
         with redis.Redis.from_url(stores.urls["ledger"]) as client:
             client.hset(LEDGER.usage("design", DAY), "Flux:hit:requests", 2)
             client.sadd(LEDGER.teams, "design")
-        assert [row[:2] for row in fields(told(run("usage", "--from", str(DAY))))][1:] == [["design", "2"]]
+        assert [row[:2] for row in fields(reported(run("usage", "--from", str(DAY))))][1:] == [["design", "2"]]
         assert len(fields(told(run("quota")))) == 3
     finally:
         stores.stop()

@@ -62,8 +62,9 @@ def usage(gateway: GatewayFixture, token: str = DESIGN) -> Any:
 
 
 def by_model(gateway: GatewayFixture, token: str = DESIGN) -> dict[str, Any]:
+    """The rows by model, without their shares."""
     rows = shown(gateway, "/v1/usage?by=model", token)["rows"]
-    return {row.pop("model"): row for row in rows}
+    return {row.pop("model"): {name: row[name] for name in row if name != "share_percent"} for row in rows}
 
 
 def row(requests: int = 0, credits_: float | Decimal = 0, refused: int = 0, **outcomes: int) -> Tree:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from proxy.quota.credits import MICRO, micro_of, text_of
+from proxy.quota.credits import MICRO, micro_of, percent_text, text_of
 from proxy.upstream.replies import MAX_ESTIMATE, MAX_NUMBER_CHARACTERS, Priced, read_reply
 
 
@@ -122,3 +122,14 @@ def test_text_is_a_json_number_that_means_the_same_amount(micro: int) -> None:
 )
 def test_amounts_as_text(micro: int, text: str) -> None:
     assert text_of(micro) == text
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "text"),
+    [
+        *((0, 3, "0"), (1, 3, "33.3"), (2, 3, "66.7"), (3, 3, "100"), (4, 3, "133.3"), (1, 8, "12.5")),
+        *((9999, 10_000, "99.9"), (10_001, 10_000, "100"), (10**30 + 1, 10**30, "100"), (1, 2000, "0.1"), (5, 0, "")),
+    ],
+)
+def test_percentages_have_one_decimal_and_100_means_all(part: int, whole: int, text: str) -> None:
+    assert percent_text(part, whole) == text

@@ -17,12 +17,14 @@ import pytest
 from hypothesis import given
 
 from proxy.problems import BadRequest, Code, Outcome
+from proxy.quota.csv_text import FORMULA_CHARACTERS
 from proxy.quota.usage import (
-    FORMULA_CHARACTERS,
     GROUPS,
     OUTCOMES,
     Group,
+    Sort,
     TeamDay,
+    TeamDirectory,
     Usage,
     UsageQuery,
     UsageRow,
@@ -32,6 +34,8 @@ from proxy.quota.usage import (
     json_of,
     read_parameters,
     read_usage_query,
+    share_of,
+    sort_usage,
 )
 
 TODAY = date(2026, 11, 22)
@@ -46,7 +50,7 @@ FIELDS = st.tuples(MODELS, st.sampled_from(OUTCOMES), st.sampled_from(["requests
 AMOUNTS = st.one_of(st.integers(0, 3), st.integers(0, 2**62))
 TEAM_DAYS = st.builds(
     TeamDay,
-    st.dates(date(2026, 1, 1), date(2026, 1, 4)),
+    st.dates(date(2025, 12, 29), date(2026, 1, 5)),
     st.sampled_from(["design", "marketing", "a-b"]),
     st.dictionaries(FIELDS.map(lambda parts: ":".join(parts).encode()), AMOUNTS.map(lambda n: str(n).encode())),
 )
@@ -117,9 +121,11 @@ def test_a_reversed_or_too_long_range_is_refused() -> None:
     assert "400 days" in refusal("from=0001-01-01&to=9999-12-31")
 
 
-@pytest.mark.parametrize("by", ["hour", "day,day", "day,", ",", "day, team", "Day", "day,team,model,day", "outcome"])
+@pytest.mark.parametrize(
+    "by", ["hour", "day,day", "day,", ",", "day, team", "weeks", "Day", "day,team,model,day", "outcome"]
+)
 def test_unknown_or_repeated_groups_are_refused(by: str) -> None:
-    assert refusal(urlencode({"by": by})).startswith("by must be some of day, team and model")
+    assert refusal(urlencode({"by": by})).startswith("by must be some of day, week, month, team and model, each once")
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -244,6 +250,50 @@ def test_sums_by_day_and_model() -> None:
     assert usage.total == UsageRow((), 12, 5, {"hit": 9, "miss": 2, "rate-limited": 1, "upstream-error": 5}, 40_500_001)
 
 
+def test_sums_by_week_and_month() -> None:
+    days = [TeamDay(date(2026, 10, day), "design", {b"Flux:hit:requests": b"1"}) for day in (25, 26, 31)]
+    days.append(TeamDay(date(2026, 11, 1), "design", {b"Flux:hit:requests": b"1"}))
+    assert [(row.group, row.requests) for row in aggregate(days, ("week",)).rows] == [
+        (("2026-10-19",), 1),
+        (("2026-10-26",), 3),
+    ], "a week is named by its Monday"
+    assert [(row.group, row.requests) for row in aggregate(days, ("month",)).rows] == [
+        (("2026-10",), 3),
+        (("2026-11",), 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sort", "order"), [("names", "abc"), ("credits", "bac"), ("requests", "cab"), ("refused", "abc")]
+)
+def test_rows_are_sorted_by_names_or_by_the_highest_amount(sort: Sort, order: str) -> None:
+    amounts = {"a": (2, 5), "b": (1, 9), "c": (3, 5)}
+    rows = tuple(UsageRow((name,), requests, 0, {}, micro) for name, (requests, micro) in amounts.items())
+    usage = sort_usage(Usage(rows, UsageRow((), 6, 0, {}, 19)), sort)
+    assert "".join(row.group[0] for row in usage.rows) == order
+    assert usage.total.requests == 6
+
+
+def test_shares_are_percentages_of_all_credits() -> None:
+    rows = tuple(UsageRow((name,), 1, 0, {}, micro) for name, micro in (("a", 2), ("b", 1), ("c", 0)))
+    usage = Usage(rows, UsageRow((), 3, 0, {}, 3))
+    assert [share_of(row, usage) for row in rows] == ["66.7", "33.3", "0"]
+    nothing = Usage(rows[2:], UsageRow((), 1, 0, {}, 0))
+    assert share_of(rows[2], nothing) == "", "no credits at all: a share is not defined"
+    assert orjson.loads(json_of(nothing, read("by=day"), "UTC"))["rows"][0]["share_percent"] is None
+
+
+def test_teams_are_shown_with_their_names() -> None:
+    directory = TeamDirectory({"design": "=Design"})
+    usage, query = aggregate(some_days(), ("team", "model")), read("by=team,model")
+    named = [(row["team"], row["team_name"]) for row in orjson.loads(json_of(usage, query, "UTC", directory))["rows"]]
+    assert named == [("design", "=Design"), ("design", "=Design"), ("marketing", "")]
+    header, *rows = cells(csv_of(usage, query.by, directory))
+    assert header[-1] == "team_name"
+    assert [row[-1] for row in rows] == ["'=Design", "'=Design", ""], "names are escaped, too"
+    assert "team_name" not in csv_of(aggregate(some_days(), ("day",)), ("day",), directory).decode()
+
+
 def test_sums_by_team() -> None:
     design, marketing = aggregate(some_days(), ("team",)).rows
     assert (design.group, design.requests, design.refused, design.credits_micro) == (("design",), 10, 5, 40_500_000)
@@ -266,7 +316,14 @@ def facts(team_days: list[TeamDay]) -> list[tuple[dict[str, str], str, str, int]
     for team_day in team_days:
         for field, amount in team_day.fields.items():
             model, outcome, measure = field.decode().rsplit(":", 2)
-            names = {"day": str(team_day.day), "team": team_day.team, "model": model}
+            year, week, _ = team_day.day.isocalendar()
+            names = {
+                "day": str(team_day.day),
+                "team": team_day.team,
+                "model": model,
+                "week": str(date.fromisocalendar(year, week, 1)),
+                "month": str(team_day.day)[:7],
+            }
             found.append((names, outcome, measure, int(amount)))
     return found
 
@@ -326,6 +383,7 @@ def test_the_json_document() -> None:
                 "refused": 1,
                 "estimated_credits": 0,
                 "outcomes": {"rate-limited": 1},
+                "share_percent": 0,
             },
             {
                 "day": "2026-11-01",
@@ -334,6 +392,7 @@ def test_the_json_document() -> None:
                 "refused": 0,
                 "estimated_credits": 40.500001,
                 "outcomes": {"hit": 9, "miss": 2},
+                "share_percent": 100,
             },
             {
                 "day": "2026-11-02",
@@ -342,6 +401,7 @@ def test_the_json_document() -> None:
                 "refused": 4,
                 "estimated_credits": 0,
                 "outcomes": {"upstream-error": 5},
+                "share_percent": 0,
             },
         ],
         "total": {
@@ -380,9 +440,9 @@ def _exact(document: bytes) -> Any:
 def test_the_csv_document() -> None:
     text = csv_of(aggregate(some_days(), ("day", "model")), ("day", "model")).decode()
     header, first, second, third, end = text.split("\r\n")
-    assert header == f"day,model,requests,refused,estimated_credits,{','.join(OUTCOMES)}"
-    assert first == "2026-11-01,-,0,1,0,0,0,0,0,0,0,0,1,0,0,0,0,0,0,0,0"
-    assert second == "2026-11-01,Flux,11,0,40.500001,9,0,2,0,0,0,0,0,0,0,0,0,0,0,0,0"
+    assert header == f"day,model,requests,refused,estimated_credits,{','.join(OUTCOMES)},share_percent"
+    assert first == "2026-11-01,-,0,1,0,0,0,0,0,0,0,0,1,0,0,0,0,0,0,0,0,0"
+    assert second == "2026-11-01,Flux,11,0,40.500001,9,0,2,0,0,0,0,0,0,0,0,0,0,0,0,0,100"
     assert third.startswith("2026-11-02,-,1,4,0,")
     assert end == "", "each line ends, and no total would be added up with the rest"
 
@@ -390,7 +450,7 @@ def test_the_csv_document() -> None:
 def test_the_columns_do_not_depend_on_the_content() -> None:
     assert csv_of(aggregate([], ("team",)), ("team",)).decode().count("\r\n") == 1
     assert cells_of(aggregate([], ("team",)), ("team",)) == [
-        ["team", "requests", "refused", "estimated_credits", *OUTCOMES]
+        ["team", "requests", "refused", "estimated_credits", *OUTCOMES, "share_percent", "team_name"]
     ]
     assert list(OUTCOMES) == [
         *("hit", "stale", "miss", "collapsed", "bypass", "unpriced", "upstream-rejected"),
