@@ -19,7 +19,7 @@ from proxy.embedded.valkey import EmbeddedStoreError
 from proxy.gateway.live_config import directory_of
 from proxy.problems import BadRequest, StoreUnavailable
 from proxy.quota.credits import text_of
-from proxy.quota.csv_text import write_csv
+from proxy.quota.csv_text import DIALECTS, Dialect, write_csv
 from proxy.quota.quota_report import QUOTA_NAME_COLUMNS, quota_document, quota_lines
 from proxy.quota.usage import SORTS, Sort, Usage, cells_of, csv_of, json_of, read_usage_query, sort_usage
 from proxy.quota.windows import day_of
@@ -30,9 +30,14 @@ format_option = click.option(
     "--format",
     "form",
     type=click.Choice(["table", "csv", "json"]),
-    default="table",
-    show_default=True,
-    help="table is for people; csv and json are for programs. json is what the gateway's endpoint returns.",
+    help="table, the default, is for people; csv and json are for programs. json is what the endpoint returns.",
+)
+dialect_option = click.option(
+    "--csv-dialect",
+    "dialect",
+    type=click.Choice(DIALECTS),
+    help="rfc4180, the default, is for programs, and where spreadsheets have a decimal point; excel-semicolon is for "
+    "spreadsheets in countries with a decimal comma. Implies --format csv.",
 )
 
 
@@ -60,12 +65,16 @@ format_option = click.option(
     help="The order of rows: by what --by names, or the highest amounts first.",
 )
 @format_option
-def usage(config: Path | None, sort: Sort, form: str, *, last_month: bool, **given: str | None) -> None:
+@dialect_option
+def usage(
+    config: Path | None, sort: Sort, form: str | None, dialect: Dialect | None, *, last_month: bool, **given: str | None
+) -> None:
     """Show requests and estimated credits: exact figures, read from the store.
 
     Days are in the time zone org.timezone; weeks begin on Monday. When piped, the table is tab-separated text with a
     column for each outcome; the period and the total go to standard error.
     """
+    form = _form(form, dialect)
     settings = load_settings(config)
     zone, directory = settings.org.zone, directory_of(settings)
     today = day_of(int(time()), zone)
@@ -89,7 +98,7 @@ def usage(config: Path | None, sort: Sort, form: str, *, last_month: bool, **giv
         return
     match form:
         case "csv":
-            click.echo(csv_of(found, query.by, directory), nl=False)
+            click.echo(csv_of(found, query.by, directory, dialect or "rfc4180"), nl=False)
         case "json":
             click.echo(json_of(found, query, zone.key, directory))
         case _:
@@ -101,11 +110,13 @@ def usage(config: Path | None, sort: Sort, form: str, *, last_month: bool, **giv
 @click.argument("team", required=False)
 @config_option
 @format_option
-def quota(team: str | None, config: Path | None, form: str) -> None:
+@dialect_option
+def quota(team: str | None, config: Path | None, form: str | None, dialect: Dialect | None) -> None:
     """Show the quotas of TEAM, or of all teams: used, remaining, and when the next window starts.
 
     Exact figures, read from the store. When piped, the table is tab-separated text.
     """
+    form = _form(form, dialect)
     settings = load_settings(config)
     zone, directory = settings.org.zone, directory_of(settings)
     if team not in (None, *settings.teams):
@@ -119,12 +130,20 @@ def quota(team: str | None, config: Path | None, form: str) -> None:
     lines = quota_lines(quota_states, zone, directory)
     match form:
         case "csv":
-            click.echo(write_csv(lines, names=QUOTA_NAME_COLUMNS), nl=False)
+            click.echo(write_csv(lines, names=QUOTA_NAME_COLUMNS, dialect=dialect or "rfc4180"), nl=False)
         case "json":
             documents = [quota_document(quota_state, zone, directory) for quota_state in quota_states]
             click.echo(orjson.dumps({"teams": documents} if team is None else documents[0]))
         case _:
             click.echo(to_tsv(lines), nl=False)
+
+
+def _form(form: str | None, dialect: Dialect | None) -> str:
+    if dialect is None:
+        return form or "table"
+    if form not in (None, "csv"):
+        fail("--csv-dialect is only for CSV: leave it out, or use --format csv")
+    return "csv"
 
 
 def _month_before(day: date) -> dict[str, str]:

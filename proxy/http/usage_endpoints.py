@@ -64,7 +64,7 @@ class UsageEndpoints:
             return _unknown("team names a team that is not configured and never had usage: check its id.")
         usage = await self._ledger_reader.usage(query, config.directory)
         if query.csv:
-            return Document(csv_of(usage, query.by, config.directory), CSV)
+            return Document(csv_of(usage, query.by, config.directory, query.dialect), CSV)
         return Document(json_of(usage, query, self._zone.key, config.directory), JSON)
 
     async def _quota(self, team: str | None) -> Document | Problem:

@@ -18,7 +18,7 @@ import orjson
 from proxy.problems import BadRequest, Code, Outcome
 from proxy.quota.counters import USAGE_KEPT_DAYS, split_usage_field
 from proxy.quota.credits import percent_text, text_of
-from proxy.quota.csv_text import write_csv
+from proxy.quota.csv_text import DIALECTS, Dialect, write_csv
 
 Group = Literal["day", "week", "month", "team", "model"]
 GROUPS: tuple[Group, ...] = ("day", "week", "month", "team", "model")
@@ -52,6 +52,7 @@ class UsageQuery:
     by: tuple[Group, ...]
     team: str | None
     csv: bool
+    dialect: Dialect = "rfc4180"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +129,15 @@ class UsageTotals:
 
 def read_usage_query(raw_query: bytes, accept: str | None, *, today: date) -> UsageQuery:
     """Reads a query string. The default is the month of the last day so far, by day. Raises `BadRequest`."""
-    given = read_parameters(raw_query, ("from", "to", "by", "team", "format"))
+    given = read_parameters(raw_query, ("from", "to", "by", "team", "format", "dialect"))
     last = _day("to", given["to"]) if "to" in given else today
     first = _day("from", given["from"]) if "from" in given else min(last, today).replace(day=1)
     if first > last:
         raise _bad(f"from must not be after to, which is {last}.")
     if (last - first).days >= USAGE_KEPT_DAYS:
         raise _bad(f"from must not be more than {USAGE_KEPT_DAYS} days before the end of to: usage is kept no longer.")
-    return UsageQuery(first, last, _groups(given.get("by", "day")), given.get("team"), _wants_csv(given, accept))
+    groups, dialect = _groups(given.get("by", "day")), _dialect(given)
+    return UsageQuery(first, last, groups, given.get("team"), _wants_csv(given, accept), dialect)
 
 
 def read_parameters(raw_query: bytes, names: Sequence[str]) -> dict[str, str]:
@@ -179,9 +181,11 @@ def json_of(usage: Usage, query: UsageQuery, timezone: str, directory: TeamDirec
     return orjson.dumps(document)
 
 
-def csv_of(usage: Usage, by: Sequence[Group], directory: TeamDirectory = NO_NAMES) -> bytes:
-    """Usage as CSV (RFC 4180). Without the total, which a sum over a column would count twice."""
-    return write_csv(cells_of(usage, by, directory), names={*by, "team_name"})
+def csv_of(
+    usage: Usage, by: Sequence[Group], directory: TeamDirectory = NO_NAMES, dialect: Dialect = "rfc4180"
+) -> bytes:
+    """Usage as CSV. Without the total, which a sum over a column would count twice."""
+    return write_csv(cells_of(usage, by, directory), names=("team", "model", "team_name"), dialect=dialect)
 
 
 def cells_of(usage: Usage, by: Sequence[Group], directory: TeamDirectory = NO_NAMES) -> list[list[str]]:
@@ -250,12 +254,26 @@ def _groups(text: str) -> tuple[Group, ...]:
     return groups
 
 
+def _dialect(given: Mapping[str, str]) -> Dialect:
+    for dialect in DIALECTS:
+        if given.get("dialect", "rfc4180") == dialect:
+            return dialect
+    raise _bad(f"dialect must be {' or '.join(DIALECTS)}.")
+
+
 def _wants_csv(given: Mapping[str, str], accept: str | None) -> bool:
-    """`format` wins over `Accept`, where CSV needs a higher weight than JSON, or a more specific range."""
+    """`format` wins over `dialect`, which implies CSV, and both win over `Accept`.
+
+    There, CSV needs a higher weight than JSON, or a more specific range.
+    """
     if "format" in given:
         if given["format"] not in ("csv", "json"):
             raise _bad("format must be csv or json.")
+        if given["format"] == "json" and "dialect" in given:
+            raise _bad("dialect is only for CSV: leave it out, or use format=csv.")
         return given["format"] == "csv"
+    if "dialect" in given:
+        return True
     ranges = _media_ranges(accept or "")
     wanted = _quality(ranges, _CSV_RANGES)
     return wanted[0] > 0 and wanted > _quality(ranges, _JSON_RANGES)

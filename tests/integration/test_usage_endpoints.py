@@ -168,7 +168,18 @@ def test_csv(gateway: GatewayFixture) -> None:
     assert shown(get(gateway, "/v1/usage?format=json", accept="text/csv"))
 
 
-@pytest.mark.parametrize("query", ["from=yesterday", "by=hour", "form=x", "team=", "from=2020-01-01", "format=xml"])
+def test_csv_for_spreadsheets_with_a_decimal_comma(gateway: GatewayFixture) -> None:
+    today = datetime.now(UTC).date()
+    gateway.store.hset(KEYS.usage("1-2", today), mapping={"Flux:hit:requests": 1, "Flux:hit:credits": 2_500_000})
+    gateway.store.sadd(KEYS.teams, "1-2")
+    answer = get(gateway, f"/v1/usage?from={today}&by=day,team&dialect=excel-semicolon", ADMIN)
+    assert answer.headers["content-type"] == "text/csv; charset=utf-8; header=present"
+    header, row, _ = answer.content.decode().split("\r\n")
+    assert header.startswith("\ufeffday;team;requests;refused;estimated_credits;")
+    assert row.startswith(f"{today};'1-2;1;0;2,5;1;")
+
+
+@pytest.mark.parametrize("query", ["from=yesterday", "by=hour", "form=x", "team=", "from=2020-01-01", "dialect=xls"])
 def test_a_bad_query_is_refused_with_a_sentence(gateway: GatewayFixture, query: str) -> None:
     for token in (DESIGN, ADMIN):
         refused = get(gateway, f"/v1/usage?{query}", token)

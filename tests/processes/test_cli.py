@@ -96,7 +96,7 @@ def process(*command: str, stdin: bytes = b"", **environ: str) -> subprocess.Com
             "usage",
             [
                 *("--team ID", "--from DAY", "--by NAMES", "[table|csv|json]", "org.timezone", "tab-separated"),
-                *("--last-month", "[names|credits|requests|refused]"),
+                *("--last-month", "[names|credits|requests|refused]", "[rfc4180|excel-semicolon]"),
             ],
         ),
         ("quota", ["[TEAM]", "--config FILE", "[table|csv|json]", "tab-separated"]),
@@ -579,6 +579,25 @@ def test_a_narrow_terminal_hides_columns_and_names_them(by: str, columns: int) -
         assert (f" {header} " in words) is (header not in hidden), "a column is shown or named, and no word is broken"
     assert not set(hidden.split()) & {"team,", "credits,"}
     assert not hidden or hidden.endswith(".\r\n")
+
+
+@pytest.mark.usefixtures("ledger")
+def test_csv_for_spreadsheets_with_a_decimal_comma(run: Run, valkey_url: str) -> None:
+    with redis.Redis.from_url(valkey_url) as client:
+        client.hset(LEDGER.usage("1-2", DAY), "2026-01:hit:requests", 1)
+        client.sadd(LEDGER.teams, "1-2")
+    for options in (["--csv-dialect", "excel-semicolon"], ["--csv-dialect", "excel-semicolon", "--format", "csv"]):
+        text = reported(run("usage", "--from", str(DAY), "--by", "day,team,model", *options))
+        assert text.startswith("\ufeffday;team;model;requests;refused;estimated_credits;hit;")
+        lines = text.splitlines()
+        assert lines[1].startswith(f"{DAY};'1-2;'2026-01;1;0;0;1;")
+        assert lines[3].startswith(f"{DAY};design;'-1-1;2;0;9007199254,740993;2;")
+    text = told(run("quota", "--csv-dialect", "excel-semicolon"))
+    assert ";month;9000000000;9007199254,740993;0;warn;" in text
+    assert ";100,1;The Designers\n" in text
+    for command in ("usage", "quota"):
+        line = refusal(run(command, "--csv-dialect", "excel-semicolon", "--format", "json"))
+        assert line == "--csv-dialect is only for CSV: leave it out, or use --format csv"
 
 
 @pytest.mark.usefixtures("ledger")

@@ -136,7 +136,7 @@ def test_groups_keep_their_order(order: tuple[Group, ...]) -> None:
 @pytest.mark.parametrize(
     ("query", "reason"),
     [
-        ("form=2026-11-01", "The parameter 'form' is unknown. Known parameters: from, to, by, team, format."),
+        ("form=2026-11-01", "The parameter 'form' is unknown. Known parameters: from, to, by, team, format, dialect."),
         ("token=ep_secret", "The parameter 'token'"),
         ("From=2026-11-01", "The parameter 'From'"),
         ("=x", "The parameter ''"),
@@ -150,6 +150,8 @@ def test_groups_keep_their_order(order: tuple[Group, ...]) -> None:
         ("to", "to is empty"),
         ("format=xml", "format must be csv or json."),
         ("format=CSV", "format must be csv or json."),
+        ("dialect=excel", "dialect must be rfc4180 or excel-semicolon."),
+        ("format=json&dialect=excel-semicolon", "dialect is only for CSV: leave it out, or use format=csv."),
     ],
 )
 def test_bad_parameters_are_refused(query: str | bytes, reason: str) -> None:
@@ -201,6 +203,13 @@ def test_accept_chooses_csv_and_format_wins_over_it(accept: str | None, *, wants
     assert read("", accept).csv is wants_csv
     assert read("format=csv", accept).csv is True
     assert read("format=json", accept).csv is False
+
+
+def test_a_dialect_asks_for_csv() -> None:
+    for query in ("dialect=excel-semicolon", "dialect=excel-semicolon&format=csv"):
+        asked = read(query, "application/json")
+        assert (asked.csv, asked.dialect) == (True, "excel-semicolon")
+    assert read("dialect=rfc4180").csv
 
 
 @given(st.binary(max_size=60))
