@@ -83,7 +83,7 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
     parser = RequestParser(upstream.address)
     gateway = Gateway(live, ledger, book, fetcher, parser, _policy_of(settings))
     purges = PurgeHandler(live, book, parser)
-    usage_endpoints = UsageEndpoints(live, ledger_reader, zone)
+    usage_endpoints = UsageEndpoints(live, ledger_reader, zone, settings.org.counted_currency)
     metrics_endpoint = MetricsEndpoint(live, metrics, batcher, ledger_reader, book)
     _preregister_warnings(metrics, live.config)
     metrics.in_flight = lambda: tracker.in_flight

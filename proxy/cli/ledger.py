@@ -76,7 +76,7 @@ def usage(
     """
     form = _form(form, dialect)
     settings = load_settings(config)
-    zone, directory = settings.org.zone, directory_of(settings)
+    zone, directory, currency = settings.org.zone, directory_of(settings), settings.org.counted_currency
     today = day_of(int(time()), zone)
     asked = {name: text for name, text in given.items() if text is not None}
     is_given = "from" in asked or "to" in asked
@@ -94,15 +94,15 @@ def usage(
     because = " (last month, because today is the first)" if is_first and not last_month else ""
     period = f"{query.first} to {query.last}, {zone.key}{because}"
     if form == "table" and sys.stdout.isatty():
-        print_table(period, usage_columns(found, query, directory))
+        print_table(period, usage_columns(found, query, directory, currency))
         return
     match form:
         case "csv":
-            click.echo(csv_of(found, query.by, directory, dialect or "rfc4180"), nl=False)
+            click.echo(csv_of(found, query.by, directory, currency, dialect or "rfc4180"), nl=False)
         case "json":
-            click.echo(json_of(found, query, zone.key, directory))
+            click.echo(json_of(found, query, zone.key, directory, currency))
         case _:
-            click.echo(to_tsv(cells_of(found, query.by, directory)), nl=False)
+            click.echo(to_tsv(cells_of(found, query.by, directory, currency)), nl=False)
     click.echo(f"estimate-proxy: {period}: {_total_text(found)}", err=True)
 
 

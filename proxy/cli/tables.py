@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from proxy.quota.credits import Currency
 from proxy.quota.quota_report import quota_uses
 from proxy.quota.quotas import QuotaState
 from proxy.quota.usage import TeamDirectory, Usage, UsageQuery, amounts_of, share_of
@@ -69,7 +70,7 @@ def print_table(title: str, columns: Sequence[Column]) -> None:
         console.print(Text(f"Not shown, for lack of width: {', '.join(hidden)}."))
 
 
-def usage_columns(usage: Usage, query: UsageQuery, directory: TeamDirectory) -> list[Column]:
+def usage_columns(usage: Usage, query: UsageQuery, directory: TeamDirectory, currency: Currency | None) -> list[Column]:
     """Usage for people, with the outcomes that occurred."""
     groups = zip(*(row.group for row in usage.rows), strict=True) if usage.rows else [()] * len(query.by)
     columns = [
@@ -84,9 +85,12 @@ def usage_columns(usage: Usage, query: UsageQuery, directory: TeamDirectory) -> 
     headers = [("requests", 1), ("refused", 4), ("estimated credits", 0), *((outcome, 5) for outcome in outcomes)]
     for (header, rank), (*cells, total) in zip(headers, amounts, strict=True):
         columns.append(Column(header, cells, rank, total))
-    shares = Column("share %", [share_of(row, usage) for row in usage.rows], rank=2)
-    columns.insert(len(columns) - len(outcomes), shares)
-    return columns
+    beside_credits = [Column("share %", [share_of(row, usage) for row in usage.rows], rank=2)]
+    if currency is not None:
+        *costs, total_cost = [currency.rounded_text(row.credits_micro) for row in (*usage.rows, usage.total)]
+        beside_credits.insert(0, Column(f"derived {currency.code}", costs, rank=1, total=total_cost))
+    place = len(columns) - len(outcomes)
+    return [*columns[:place], *beside_credits, *columns[place:]]
 
 
 def quota_columns(quota_states: Sequence[QuotaState], zone: ZoneInfo, directory: TeamDirectory) -> list[Column]:

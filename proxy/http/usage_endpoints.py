@@ -17,6 +17,7 @@ from proxy.auth import Team
 from proxy.gateway.live_config import ConfigHolder
 from proxy.gateway.request import ClientRequest, Document, Trace
 from proxy.problems import Code, Problem, StoreUnavailable
+from proxy.quota.credits import Currency
 from proxy.quota.quota_report import quota_document
 from proxy.quota.reports import LedgerReader
 from proxy.quota.usage import UsageQuery, csv_of, json_of, read_parameters, read_usage_query
@@ -29,10 +30,13 @@ CSV = "text/csv; charset=utf-8; header=present"  # RFC 4180 §3
 class UsageEndpoints:
     """The handlers of both endpoints."""
 
-    def __init__(self, live: ConfigHolder, ledger_reader: LedgerReader, zone: ZoneInfo) -> None:
+    def __init__(
+        self, live: ConfigHolder, ledger_reader: LedgerReader, zone: ZoneInfo, currency: Currency | None
+    ) -> None:
         self._live = live
         self._ledger_reader = ledger_reader
         self._zone = zone
+        self._currency = currency
 
     async def usage(self, request: ClientRequest, trace: Trace) -> Document | Problem:
         """The usage that the query string asks for, as JSON or CSV. Raises `BadRequest`."""
@@ -64,8 +68,8 @@ class UsageEndpoints:
             return _unknown("team names a team that is not configured and never had usage: check its id.")
         usage = await self._ledger_reader.usage(query, config.directory)
         if query.csv:
-            return Document(csv_of(usage, query.by, config.directory, query.dialect), CSV)
-        return Document(json_of(usage, query, self._zone.key, config.directory), JSON)
+            return Document(csv_of(usage, query.by, config.directory, self._currency, query.dialect), CSV)
+        return Document(json_of(usage, query, self._zone.key, config.directory, self._currency), JSON)
 
     async def _quota(self, team: str | None) -> Document | Problem:
         config = self._live.config

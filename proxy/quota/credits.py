@@ -1,10 +1,14 @@
 """Converts amounts of credits between RenderNet's JSON numbers, whole micro-credits and decimal text, exactly."""
 
+from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context, Decimal
 from functools import lru_cache
 
 MICRO = 1_000_000
 """Micro-credits in a credit."""
+
+PRICE_DECIMALS = 12
+"""Of the price of a credit in a currency: a credit can cost a small part of a cent."""
 
 _UP = Context(rounding=ROUND_CEILING)
 """Limits digits and exponents. Rounding up to these limits, and then to an integer, equals rounding up to the integer
@@ -21,9 +25,7 @@ def micro_of(number: bytes) -> int:
 
 def text_of(micro: int) -> str:
     """Micro-credits as a decimal number of credits, without needless zeros."""
-    whole, part = divmod(abs(micro), MICRO)
-    sign = "-" if micro < 0 else ""
-    return f"{sign}{whole}.{part:06}".rstrip("0").rstrip(".") if part else f"{sign}{whole}"
+    return _decimal_text(micro, 6)
 
 
 def percent_text(part: int, whole: int) -> str:
@@ -35,3 +37,31 @@ def percent_text(part: int, whole: int) -> str:
         return ""
     tenths = (2000 * part + whole) // (2 * whole)
     return text_of((min(tenths, 999) if part < whole else tenths) * MICRO // 10)
+
+
+@dataclass(frozen=True, slots=True)
+class Currency:
+    """Derives money from estimated credits. `per_credit` has at most `PRICE_DECIMALS` decimals."""
+
+    code: str
+    per_credit: Decimal
+
+    def exact_text(self, micro: int) -> str:
+        """The price of an amount as an exact decimal number."""
+        return _decimal_text(self._units(micro), 6 + PRICE_DECIMALS)
+
+    def rounded_text(self, micro: int) -> str:
+        """The price of an amount, rounded to two decimals."""
+        hundredth = 10 ** (6 + PRICE_DECIMALS - 2)
+        whole, part = divmod((2 * self._units(micro) + hundredth) // (2 * hundredth), 100)
+        return f"{whole}.{part:02}"
+
+    def _units(self, micro: int) -> int:
+        return micro * int(self.per_credit.scaleb(PRICE_DECIMALS))
+
+
+def _decimal_text(amount: int, decimals: int) -> str:
+    """`amount` / 10**`decimals`, without needless zeros."""
+    whole, part = divmod(abs(amount), 10**decimals)
+    sign = "-" if amount < 0 else ""
+    return f"{sign}{whole}.{part:0{decimals}}".rstrip("0").rstrip(".") if part else f"{sign}{whole}"

@@ -17,7 +17,7 @@ import orjson
 
 from proxy.problems import BadRequest, Code, Outcome
 from proxy.quota.counters import USAGE_KEPT_DAYS, split_usage_field
-from proxy.quota.credits import percent_text, text_of
+from proxy.quota.credits import MICRO, Currency, percent_text, text_of
 from proxy.quota.csv_text import DIALECTS, Dialect, write_csv
 
 Group = Literal["day", "week", "month", "team", "model"]
@@ -167,35 +167,53 @@ def share_of(row: UsageRow, usage: Usage) -> str:
     return percent_text(row.credits_micro, usage.total.credits_micro)
 
 
-def json_of(usage: Usage, query: UsageQuery, timezone: str, directory: TeamDirectory = NO_NAMES) -> bytes:
-    """Usage as a JSON document. Credits are exact decimal numbers."""
-    rows = [_row_members(row, usage, query.by, directory) for row in usage.rows]
+def json_of(
+    usage: Usage,
+    query: UsageQuery,
+    timezone: str,
+    directory: TeamDirectory = NO_NAMES,
+    currency: Currency | None = None,
+) -> bytes:
+    """Usage as a JSON document. Credits and money are exact decimal numbers."""
+    rows = [_row_members(row, usage, query.by, directory) | _money(row, currency) for row in usage.rows]
     document = {
         "from": query.first,
         "to": query.last,
         "timezone": timezone,
         "by": query.by,
         "rows": rows,
-        "total": _members(usage.total),
+        "total": _members(usage.total) | _money(usage.total, currency),
     }
+    if currency is not None:
+        document["currency"] = {"code": currency.code, "per_credit": orjson.Fragment(currency.exact_text(MICRO))}
     return orjson.dumps(document)
 
 
 def csv_of(
-    usage: Usage, by: Sequence[Group], directory: TeamDirectory = NO_NAMES, dialect: Dialect = "rfc4180"
+    usage: Usage,
+    by: Sequence[Group],
+    directory: TeamDirectory = NO_NAMES,
+    currency: Currency | None = None,
+    dialect: Dialect = "rfc4180",
 ) -> bytes:
     """Usage as CSV. Without the total, which a sum over a column would count twice."""
-    return write_csv(cells_of(usage, by, directory), names=("team", "model", "team_name"), dialect=dialect)
+    return write_csv(cells_of(usage, by, directory, currency), names=("team", "model", "team_name"), dialect=dialect)
 
 
-def cells_of(usage: Usage, by: Sequence[Group], directory: TeamDirectory = NO_NAMES) -> list[list[str]]:
-    """Usage as rows of text, the header first. The columns depend on `by` alone."""
+def cells_of(
+    usage: Usage, by: Sequence[Group], directory: TeamDirectory = NO_NAMES, currency: Currency | None = None
+) -> list[list[str]]:
+    """Usage as rows of text, the header first. The columns depend on `by` and on the currency alone."""
     header = [*by, "requests", "refused", "estimated_credits", *OUTCOMES, "share_percent"]
     rows = [[*row.group, *amounts_of(row, OUTCOMES), share_of(row, usage)] for row in usage.rows]
     if "team" in by:
         header.append("team_name")
         for cells in rows:
             cells.append(directory.name_of(cells[by.index("team")]))
+    if currency is not None:
+        header.append(f"derived_cost_{currency.code}")
+        for cells, row in zip(rows, usage.rows, strict=True):
+            cells.append(currency.exact_text(row.credits_micro))
     return [header, *rows]
 
 
@@ -226,6 +244,10 @@ def _row_members(row: UsageRow, usage: Usage, by: Sequence[Group], directory: Te
     names: dict[str, str] = dict(zip(by, row.group, strict=True))
     team_name = {"team_name": directory.name_of(names["team"])} if "team" in names else {}
     return {**names, **_members(row), "share_percent": orjson.Fragment(share_of(row, usage) or "null"), **team_name}
+
+
+def _money(row: UsageRow, currency: Currency | None) -> dict[str, object]:
+    return {} if currency is None else {"derived_cost": orjson.Fragment(currency.exact_text(row.credits_micro))}
 
 
 def _members(row: UsageRow) -> dict[str, object]:

@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Secret, ValidationInfo
 
-from proxy.quota.credits import MICRO
+from proxy.quota.credits import MICRO, PRICE_DECIMALS, Currency
 from proxy.quota.quotas import Measure
 from proxy.quota.windows import Period
 from proxy.store.access import CONNECT_TIMEOUT_S, TIMEOUT_S
@@ -35,6 +35,9 @@ MAX_CREDITS_WITH_DECIMALS = 2**33
 
 
 _RENDERNET_PATH = re.compile("/+pub/+v1(/+generations(/+estimate)?)?/*$")
+
+
+_PRICE = re.compile(rf"[0-9]{{1,9}}(\.[0-9]{{1,{PRICE_DECIMALS}}})?")
 
 
 class SecretUrl(Secret[str]):
@@ -144,6 +147,20 @@ def _countable(limit: Decimal, info: ValidationInfo) -> Decimal:
         case "estimated_credits" if limit > MAX_CREDITS or limit != round(limit, 6):
             raise ValueError(f"must be a number of credits with at most six decimals, at most {MAX_CREDITS}")
     return limit
+
+
+def _currency_code(code: str) -> str:
+    if not re.fullmatch("[A-Z]{3}", code):
+        raise ValueError("must be the three capital letters of a currency, such as EUR")
+    return code
+
+
+def _price(value: object) -> Decimal:
+    """A price as text, which is exact in any program that writes TOML, or as a number."""
+    text = f"{Decimal(str(value)):f}" if type(value) in (int, float, Decimal) else value
+    if not (isinstance(text, str) and _PRICE.fullmatch(text) and Decimal(text) > 0):
+        raise ValueError(f'must be more than 0, with at most {PRICE_DECIMALS} decimals, such as "0.002"')
+    return Decimal(text)
 
 
 def _known_zone(name: str) -> str:
@@ -316,6 +333,14 @@ class QuotaSettings(_Section):
         return int(self.limit if self.measure == "requests" else self.limit * MICRO)
 
 
+class CurrencySettings(_Section):
+    """For the money that reports show beside credits."""
+
+    code: Annotated[str, AfterValidator(_currency_code)]
+    """As in ISO 4217."""
+    per_credit: Annotated[Decimal, BeforeValidator(_price)]
+
+
 class OrgSettings(_Section):
     id: Identifier = "default"
     """Part of the ledger's keys in the store."""
@@ -323,6 +348,11 @@ class OrgSettings(_Section):
     """Quota windows, report days and a token's last day follow its calendar."""
     quotas: tuple[QuotaSettings, ...] = ()
     """For all teams together."""
+    currency: CurrencySettings | None = None
+
+    @property
+    def counted_currency(self) -> Currency | None:
+        return None if self.currency is None else Currency(self.currency.code, self.currency.per_credit)
 
     @property
     def zone(self) -> ZoneInfo:

@@ -168,6 +168,16 @@ def test_csv(gateway: GatewayFixture) -> None:
     assert shown(get(gateway, "/v1/usage?format=json", accept="text/csv"))
 
 
+def test_money_is_derived_from_credits(open_gateway: OpenGateway) -> None:
+    gateway = open_gateway(org={"currency": {"code": "EUR", "per_credit": "0.002"}})
+    planned = ask_some(gateway)
+    document = shown(get(gateway, "/v1/usage?by=month"))
+    assert document["currency"] == {"code": "EUR", "per_credit": 0.002}
+    assert sum(row["derived_cost"] for row in document["rows"]) == pytest.approx(planned * 0.002)
+    assert document["total"]["derived_cost"] == pytest.approx(planned * 0.002)
+    assert "derived_cost_EUR" in get(gateway, "/v1/usage?format=csv").text.split("\r\n")[0]
+
+
 def test_csv_for_spreadsheets_with_a_decimal_comma(gateway: GatewayFixture) -> None:
     today = datetime.now(UTC).date()
     gateway.store.hset(KEYS.usage("1-2", today), mapping={"Flux:hit:requests": 1, "Flux:hit:credits": 2_500_000})

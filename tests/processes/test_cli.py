@@ -601,6 +601,23 @@ def test_csv_for_spreadsheets_with_a_decimal_comma(run: Run, valkey_url: str) ->
 
 
 @pytest.mark.usefixtures("ledger")
+def test_money_is_derived_from_credits(run: Run) -> None:
+    assert "derived" not in run("usage", "--from", str(DAY)).output
+    path = Path("estimate-proxy.toml")
+    path.write_text(f'{path.read_text()}[org.currency]\ncode = "EUR"\nper_credit = "0.002"\n')
+    header, *rows = fields(reported(run("usage", "--from", str(DAY))))
+    assert header[-2:] == ["team_name", "derived_cost_EUR"]
+    assert [row[-1] for row in rows] == ["18014398.509481986"] * 2
+    document = json.loads(reported(run("usage", "--from", str(DAY), "--format", "json")))
+    assert document["currency"] == {"code": "EUR", "per_credit": 0.002}
+    assert document["total"]["derived_cost"] == 36028797.018963972
+    _, header_line, design, _, total, _ = on_terminal("usage", "--from", str(DAY), columns=120).split("\r\n")
+    assert " derived EUR " in header_line
+    assert " 18014398.51 " in design
+    assert " 36028797.02 " in total
+
+
+@pytest.mark.usefixtures("ledger")
 def test_usage_by_week_and_month(run: Run) -> None:
     monday = DAY - timedelta(days=DAY.weekday())
     _, *rows = fields(reported(run("usage", "--from", str(DAY), "--by", "month,week,team")))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from proxy.quota.credits import MICRO, micro_of, percent_text, text_of
+from proxy.quota.credits import MICRO, Currency, micro_of, percent_text, text_of
 from proxy.upstream.replies import MAX_ESTIMATE, MAX_NUMBER_CHARACTERS, Priced, read_reply
 
 
@@ -133,3 +133,18 @@ def test_amounts_as_text(micro: int, text: str) -> None:
 )
 def test_percentages_have_one_decimal_and_100_means_all(part: int, whole: int, text: str) -> None:
     assert percent_text(part, whole) == text
+
+
+@pytest.mark.parametrize(
+    ("per_credit", "micro", "exact", "rounded"),
+    [
+        ("0.002", 76_500_000, "0.153", "0.15"),
+        ("0.000000000001", 1, "0.000000000000000001", "0.00"),
+        ("1", 5_000, "0.005", "0.01"),
+        ("2.5", 10**30, "2500000000000000000000000", "2500000000000000000000000.00"),
+        ("0.002", 0, "0", "0.00"),
+    ],
+)
+def test_money_is_exact_or_rounded_to_two_decimals(per_credit: str, micro: int, exact: str, rounded: str) -> None:
+    currency = Currency("EUR", Decimal(per_credit))
+    assert (currency.exact_text(micro), currency.rounded_text(micro)) == (exact, rounded)

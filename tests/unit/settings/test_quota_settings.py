@@ -331,7 +331,7 @@ def test_a_rate_that_can_be(read: Read, per_s: float, burst: int) -> None:
 
 def test_the_organisation_has_quotas_but_no_rate(problems_of: Problems) -> None:
     found = problems_of(MINIMAL + "[org]\nrate = { per_s = 1, burst = 1 }")
-    assert found == {"org.rate": "is not a setting; expected one of: id, timezone, quotas"}
+    assert found == {"org.rate": "is not a setting; expected one of: id, timezone, quotas, currency"}
 
 
 def test_team_defaults_say_what_they_can_be(problems_of: Problems) -> None:

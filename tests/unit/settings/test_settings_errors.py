@@ -122,6 +122,16 @@ from proxy.settings.schema import is_identifier
         (f"[teams.b]\ntokens = ['ep_{CANARY}']", "teams.b.tokens[0].sha256", "is the token itself: put its digest"),
         ("[teams.b]\ntokens = [{ label = 'x' }]", "teams.b.tokens[0].sha256", "is missing"),
         (f"[teams.b]\ntokens = ['{DIGEST}']", "teams.b.tokens[0]", "is the same token as teams.design.tokens[0]"),
+        ("[org.currency]\ncode = 'EUR'", "org.currency.per_credit", "is missing"),
+        ("[org.currency]\ncode = 'eur'\nper_credit = 1", "org.currency.code", "must be the three capital letters"),
+        *(
+            (
+                f"[org.currency]\ncode = 'EUR'\nper_credit = {price}",
+                "org.currency.per_credit",
+                "must be more than 0, with",
+            )
+            for price in ("0", "'0.0'", "-1", "'1e-3'", "'0,1'", "nan", "inf", "true", "[1]", "''", "'0.0000000000001'")
+        ),
         ("[teams.b]\nwas = ['A']", "teams.b.was[0]", "must be 1 to 64 of a-z"),
         ("[teams.b]\nwas = ['design']", "teams.b.was[0]", "is the id of a configured team"),
         ("[teams.b]\nwas = ['b']", "teams.b.was[0]", "is the id of a configured team"),
