@@ -83,6 +83,22 @@ def test_a_viewer_token_is_added_and_removed_by_a_reload(runner: GatewayRunner) 
     assert served.stop() == 0
 
 
+def test_a_teams_name_and_earlier_ids_are_reloaded(runner: GatewayRunner) -> None:
+    served = started(runner, teams=teams(old=NEWCOMER))
+    assert statuses(served, NEWCOMER) == {200}
+    renamed = {**teams(new=NEWCOMER)["new"], "name": "The New Ones", "was": ["old"]}
+    reloaded(served, runner, teams={"new": renamed})
+    wait_until(lambda: statuses(served, NEWCOMER) == {200} and report(served, "/v1/quota").get("team") == "new")
+    assert report(served, "/v1/quota")["team_name"] == "The New Ones"
+    assert report(served, "/v1/usage")["total"]["requests"] >= 20, "ten before the change, under the old id"
+    assert served.stop() == 0
+
+
+def report(served: GatewayProcess, path: str) -> Any:
+    with served.client() as client:
+        return client.get(path, headers={"x-api-key": NEWCOMER}).json()
+
+
 def test_a_revoked_token_is_refused_soon_after_its_file_has_changed(runner: GatewayRunner) -> None:
     served = started(runner)
     assert statuses(served, MARKETING) == {200}
