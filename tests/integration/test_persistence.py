@@ -18,7 +18,7 @@ NOTHING_WRITTEN = (
     "Set appendonly yes"
 )
 WRITTEN_LATE = (
-    "the ledger's server leaves it to the kernel when its append-only file reaches the disk (appendfsync no): "
+    "the ledger's server lets the kernel decide when its append-only file is written to disk (appendfsync no): "
     "a power loss takes the last half minute of quotas and usage, or more. Set appendfsync everysec"
 )
 SETTINGS: dict[str, list[tuple[dict[str, str], list[str]]]] = {
