@@ -705,6 +705,7 @@ def test_tls_that_is_not_trusted(
 
 def test_a_socket_with_user_and_password(any_store_url: str) -> None:
     with redis.Redis.from_url(any_store_url) as client:
+        client.flushall()  # other tests leave rates in the future
         client.acl_setuser("guest", enabled=True, passwords=["+pa:ss"], keys="*", commands=["+@all"])
         run_scenario(any_store_url.replace("unix://", "unix://guest:pa%3Ass@"), _charges)
         run_scenario(any_store_url, _charges, StoreAccess(username="guest", password="pa:ss"))

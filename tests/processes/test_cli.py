@@ -441,7 +441,9 @@ def test_connect_says_what_fails(run: Run, valkey_url: str) -> None:
     assert result.exit_code == 2
     assert CANARY not in result.output
     ledger, rendernet = result.stderr.splitlines()
-    assert re.match(r"estimate-proxy: the ledger \(redis://u:\*+@127.0.0.1:\d+\) cannot be used: nothing listens there", ledger)
+    assert re.match(
+        r"estimate-proxy: the ledger \(redis://u:\*+@127.0.0.1:\d+\) cannot be used: nothing listens there", ledger
+    )
     assert re.match(r"estimate-proxy: RenderNet \(http://127.0.0.1:\d+\) cannot be connected to: Conn", rendernet)
 
 

@@ -94,7 +94,7 @@ def test_a_crowd_is_served_as_far_as_it_goes_and_the_rest_is_told_to_come_back(r
 
 def test_upstream_has_a_short_queue_and_stored_prices_are_served_beside_it(open_gateway: OpenGateway) -> None:
     connections = 4
-    gateway = open_gateway(upstream={"max_connections": connections})
+    gateway = open_gateway(upstream={"max_connections": connections, "timeout_s": 9})  # a busy machine takes seconds
     gateway.ask(BODY)
     admitted = connections * (1 + QUEUED_PER_CONNECTION)
     with ExitStack() as opened:
