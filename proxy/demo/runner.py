@@ -195,7 +195,7 @@ async def _simulated_rendernet() -> AsyncIterator[str]:
         faults=FAULTS,
         seed=time.time_ns(),
     )
-    simulator.spare(lambda received: received.query != QUERY.encode())
+    simulator.is_spared = lambda received: received.query != QUERY.encode()
     config = uvicorn.Config(
         simulator.app, lifespan="off", ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1
     )

@@ -5,19 +5,15 @@
 * A price is a pure function of the body. Seed, prompt, sampler and unknown members do not change it. A value that
   cannot be used counts as its default, so any array of objects has a price.
 * A fault is a `Responder`. It is applied after all checks, and replaces or changes the ordinary answer.
-* All randomness comes from the seed. The app runs on one event loop; tests control it from any thread.
+* All randomness comes from the seed.
 """
 
 import asyncio
-import threading
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 from random import Random
-from typing import Any, Final, Self, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import orjson
 from starlette.applications import Starlette
@@ -40,7 +36,6 @@ _MODEL_CREDITS: Final[Mapping[str, Decimal]] = {
 }
 
 _SPENT_AT_ONCE: Final = 3
-_MAX_RECEIVED: Final = 10_000
 _CHUNK_BYTES: Final = 7
 
 
@@ -166,7 +161,7 @@ error_in_200 = refuse(200, "estimate_failed", "No price for this generation")
 html_page = html(502)
 
 
-def _ordinary(exchange: Exchange) -> ASGIApp:
+def ordinary(exchange: Exchange) -> ASGIApp:
     return json_response(exchange.status, exchange.body)
 
 
@@ -183,33 +178,12 @@ def envelope(code: str, message: str) -> bytes:
     return orjson.dumps({"data": None, "error": {"code": code, "message": message}})
 
 
-class Hold:
-    """Delays answers from `Simulator.hold()` until `release()`, or the end of its `with` block."""
-
-    def __init__(self) -> None:
-        self._released: Future[None] = Future()
-
-    def release(self) -> None:
-        with suppress(InvalidStateError):  # a second release changes nothing
-            self._released.set_result(None)
-
-    async def passed(self) -> None:
-        # Shielded: otherwise a cancelled request would cancel the hold for all others.
-        await asyncio.shield(asyncio.wrap_future(self._released))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
 class Simulator:
-    """One RenderNet account behind an ASGI app.
+    """One RenderNet account as an ASGI app.
 
-    calls: the number of estimate requests whose body has arrived. received: the newest requests, to any path.
+    calls: the number of estimate requests whose body has arrived.
     spend_every: after so many calls, the organisation spends some of `balance`; 0: never. faults: the probability of
-    each, per request. latency_s: the shortest and the longest delay.
+    each, per request. is_spared: excludes a request from faults. latency_s: the shortest and the longest delay.
     """
 
     def __init__(
@@ -223,82 +197,46 @@ class Simulator:
         seed: int = 0,
     ) -> None:
         self.calls = 0
-        self.received: deque[Received] = deque(maxlen=_MAX_RECEIVED)
         self.balance = balance
         self._api_key = api_key.encode("latin-1")
         self._spend_every = spend_every
         self._latency_s = latency_s
         self._faults = dict(faults)
+        self.is_spared: Callable[[Received], bool] = lambda _: False
         self._random = Random(seed)  # noqa: S311 - repeatable chance is the point
-        self._is_spared: Callable[[Received], bool] = lambda _: False
-        self._script: deque[Responder | None] = deque()
-        self._hold: Hold | None = None
-        self._arrival = threading.Condition()
-        self.app = self._application()
-
-    def script(self, *answers: Responder | None) -> None:
-        """Sets the answers to the next requests, in the order in which these arrive. None: the ordinary answer."""
-        self._script.extend(answers)
-
-    def spare(self, is_spared: Callable[[Received], bool]) -> None:
-        """Excludes requests from random faults. They still get scripted ones."""
-        self._is_spared = is_spared
-
-    def hold(self) -> Hold:
-        """Requests that arrive from now on are answered only after a release."""
-        self._hold = Hold()
-        return self._hold
-
-    def arrived(self, calls: int, *, within_s: float = 5.0) -> bool:
-        """Waits until that many calls have arrived in total. Not for the app's own thread."""
-        with self._arrival:
-            return self._arrival.wait_for(lambda: self.calls >= calls, within_s)
-
-    def _application(self) -> Starlette:
-        app = Starlette(
+        self.app = Starlette(
             routes=[Route(ESTIMATE_PATH, self._estimate, methods=["POST"])],
-            exception_handlers={404: self._unknown, 405: self._unknown},
+            exception_handlers={404: self.not_found, 405: self.not_found},
         )
-        app.router.redirect_slashes = False
-        return app
+        self.app.router.redirect_slashes = False
 
-    async def _unknown(self, request: Request, _: Exception) -> Response:
-        self.received.append(await _read(request))
+    async def not_found(self, _: Request, __: Exception) -> Response:
+        """Answers a request to another path, or with another method."""
         return json_response(404, envelope("not_found", "No such endpoint"))
 
+    async def accept(self, received: Received) -> Responder:
+        """Counts a request whose body has arrived, and returns how to answer it. A subclass may wait here."""
+        self.calls += 1
+        if self._spend_every and self.calls % self._spend_every == 0:
+            self.balance = max(0, self.balance - _SPENT_AT_ONCE)
+        return self._random_responder(received)
+
     async def _estimate(self, request: Request) -> ASGIApp:
-        received = await _read(request)
-        hold = self._hold  # read first: a hold made after this request has arrived is for later ones
-        respond = self._arrive(received)
-        if hold is not None:
-            await hold.passed()
+        received = await read(request)
+        respond = await self.accept(received)
         await asyncio.sleep(self._random.uniform(*self._latency_s))
         status, body = self._ordinary_answer(received)
         return respond(Exchange(received, status, body))
 
-    def _arrive(self, received: Received) -> Responder:
-        with self._arrival:
-            self.received.append(received)
-            self.calls += 1
-            if self._spend_every and self.calls % self._spend_every == 0:
-                self.balance = max(0, self.balance - _SPENT_AT_ONCE)
-            responder = self._next_responder(received)
-            self._arrival.notify_all()
-        return responder
-
-    def _next_responder(self, received: Received) -> Responder:
-        responder = self._script.popleft() if self._script else self._random_fault(received)
-        return responder or _ordinary
-
-    def _random_fault(self, received: Received) -> Responder | None:
-        if self._is_spared(received):
-            return None
+    def _random_responder(self, received: Received) -> Responder:
+        if self.is_spared(received):
+            return ordinary
         chance = self._random.random()
         for fault, probability in self._faults.items():
             chance -= probability
             if chance < 0:
                 return fault
-        return None
+        return ordinary
 
     def _ordinary_answer(self, received: Received) -> tuple[int, bytes]:
         if received.api_keys != [self._api_key]:
@@ -313,7 +251,7 @@ class Simulator:
         return 200, b'{"data":{"estimated":%b,"balance":%d},"error":{}}' % (estimated, self.balance)
 
 
-async def _read(request: Request) -> Received:
+async def read(request: Request) -> Received:
     scope = request.scope
     # Copied before the body is read: the server appends the trailers of a chunked body to its list.
     headers = list(scope["headers"])

@@ -29,9 +29,9 @@ from gateway_fixture import API_KEY, DESIGN, MARKETING, PATH, RETIRED, UpstreamF
 from gateway_process import START_S, Tree, address_of, gateway_runner
 from prometheus import MORNING, PERS, SCRAPER, Point, Prometheus, prometheus, text_of, usage
 from proxy.auth import digest_of, token_of
-from proxy.demo.simulator import Simulator
 from proxy.gateway.fetcher import AUDIT_PAUSE_S
 from proxy.http.metrics_endpoint import SNAPSHOT_S
+from scripted_simulator import Simulator
 from serving import free_port, wait_until
 
 ADMIN, WEB = token_of("a" * 32), token_of("w" * 32)

@@ -21,13 +21,13 @@ from gateway_fixture import (
     settings,
 )
 from proxy.auth import digest_of
-from proxy.demo.simulator import Simulator
 from proxy.open_stores import startup_errors
 from proxy.problems import StoreUnavailable
 from proxy.store.access import StoreAccess
 from proxy.store.client import Script, Store
 from proxy.store.redirects import SLOTS
 from quota_fixture import ADMIN, FLUX, ONE, exceeded, explained, get, requests, shown, team, used
+from scripted_simulator import Simulator
 from serving import wait_until
 from topologies import LOCAL, NAME, Cluster, Member, ServerGroup, cluster, sentinel_setup, server_group
 

@@ -14,10 +14,10 @@ from faulty_proxy import Conditions, FaultyProxy, proxy_to
 from gateway_fixture import UpstreamFixture, running_gateway, settings
 from lateness import LateError
 from proxy.cli.direct import read_quota_states
-from proxy.demo.simulator import Simulator
 from proxy.settings.schema import Settings
 from proxy.store.client import Script, Store
 from proxy.store.connection_pool import HEALTH_CHECK_S, MIN_CONNECTIONS
+from scripted_simulator import Simulator
 from serving import wait_until
 from topologies import LOCAL, Member, server_group
 

@@ -22,7 +22,8 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from faulty_rendernet import Fault
-from proxy.demo.simulator import ESTIMATE_PATH, Exchange, Responder, Simulator, estimate, json_number, price_of
+from proxy.demo.simulator import ESTIMATE_PATH, Exchange, Responder, estimate, json_number, price_of
+from scripted_simulator import Simulator
 from serving import NO_TLS
 
 KEY = "rn-canary/+key"

@@ -7,7 +7,7 @@ import pytest
 import redis
 
 from gateway_fixture import GatewayFixture, UpstreamFixture, code_of, running_gateway, settings
-from proxy.demo.simulator import Simulator
+from scripted_simulator import Simulator
 from serving import free_port, wait_until
 from topologies import LOCAL, Member, server_group
 

@@ -19,13 +19,13 @@ from price_book_requests import KEYS, content
 from price_book_upstream import PROBE_MS, Body
 from proxy.auth import digest_of, token_of
 from proxy.cache.prices import Lookup
-from proxy.demo.simulator import Simulator
 from proxy.gateway.canonical_request import CanonicalRequest
 from proxy.gateway.fetcher import Fetcher, FetchResult
 from proxy.gateway.in_flight import InFlightTracker
 from proxy.settings.schema import Settings
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.circuit_breaker import CircuitBreaker, Decision, Transition
+from scripted_simulator import Simulator
 from serving import NO_TLS, serving
 
 ADMIN = token_of("a" * 32)

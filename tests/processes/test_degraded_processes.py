@@ -17,7 +17,7 @@ from gateway_fixture import DESIGN, PATH, UpstreamFixture, break_off, cache_stat
 from gateway_process import SOON_S, GatewayProcess, GatewayRunner, address_of, gateway_runner
 from ledger_snapshot import LedgerSnapshot
 from load_generator import CREDITS, PRICE, REQUESTS, new_body
-from proxy.demo.simulator import Simulator
+from scripted_simulator import Simulator
 from serving import wait_until
 
 LIMITS = limiting(team_defaults=[CREDITS, REQUESTS])

@@ -29,9 +29,9 @@ from load_generator import (
     slowest_s,
     timed,
 )
-from proxy.demo.simulator import Simulator
 from proxy.settings.loader import PREFIX
 from proxy.store.client import COOLDOWN_S, TICK_S, TIMEOUT_S
+from scripted_simulator import Simulator
 from serving import wait_until
 
 WAIT_S = TIMEOUT_S + 2 * TICK_S

@@ -405,7 +405,7 @@ def test_last_words_are_errors_alone() -> None:
 
 def test_chance_never_fails_what_a_user_pastes() -> None:
     simulator = Simulator(api_key="k", faults=dict.fromkeys(FAULTS, 1.0))
-    simulator.spare(lambda received: received.query != QUERY.encode())
+    simulator.is_spared = lambda received: received.query != QUERY.encode()
     with (
         serving(simulator.app) as url,
         httpx2.Client(trust_env=False, verify=NO_TLS, headers={"x-api-key": "k"}) as client,

@@ -26,7 +26,6 @@ from gateway_process import GatewayProcess, GatewayRunner, address_of, kill
 from load_generator import new_body
 from prometheus import SCRAPER, scrape
 from proxy.auth import digest_of
-from proxy.demo.simulator import Simulator
 from proxy.problems import Code, StoreUnavailable
 from proxy.processes.supervisor import descriptor_warning
 from proxy.processes.workers import MAX_FAILED_STARTS
@@ -38,6 +37,7 @@ from proxy.telemetry.metrics import Metrics
 from proxy.upstream.circuit_breaker import MIN_ANSWERS
 from proxy.upstream.client import Upstream
 from proxy.upstream.replies import Failed, Priced
+from scripted_simulator import Simulator
 from serving import wait_until
 
 FEW = 64

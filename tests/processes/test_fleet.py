@@ -18,8 +18,9 @@ from gateway_fixture import PATH, UpstreamFixture, answers, cache_status
 from gateway_process import GatewayProcess, address_of, kill
 from lateness import assert_in_time
 from proxy.cache.leases import LEASE_S
-from proxy.demo.simulator import Exchange, Responder, Simulator
+from proxy.demo.simulator import Exchange, Responder
 from proxy.gateway.fetcher import MAX_REFRESHES
+from scripted_simulator import Simulator
 from serving import wait_until
 from shared_fixtures import debian_redis
 

@@ -18,8 +18,8 @@ import pytest
 from gateway_fixture import DESIGN, PATH
 from gateway_process import SOON_S, START_S, GatewayProcess, GatewayRunner, address_of, kill
 from prometheus import Scraped, scrape
-from proxy.demo.simulator import Simulator
 from proxy.telemetry.log_writer import MAX_LINES
+from scripted_simulator import Simulator
 from serving import free_port, wait_until
 
 OPEN: dict[str, Any] = {

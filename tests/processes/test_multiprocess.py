@@ -35,12 +35,12 @@ from prometheus import (
     usage,
 )
 from proxy.auth import digest_of, token_of
-from proxy.demo.simulator import Simulator
 from proxy.problems import Outcome
 from proxy.telemetry import multiprocess
 from proxy.telemetry.metrics import Metrics
 from proxy.telemetry.metrics_files import NoMetricsFileError, metrics_files, vacate
 from proxy.telemetry.multiprocess import SharedValues
+from scripted_simulator import Simulator
 from serving import wait_until
 
 ADMIN = token_of("a" * 32)

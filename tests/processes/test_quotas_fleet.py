@@ -24,7 +24,8 @@ from fleet import BODY, Fleet, TeamClient, fleet_of, limiting
 from gateway_fixture import DESIGN, PATH, UpstreamFixture, answers
 from gateway_process import GatewayProcess, GatewayRunner, Tree, address_of, kill
 from ledger_snapshot import LedgerSnapshot, snapshot_of
-from proxy.demo.simulator import Exchange, Simulator
+from proxy.demo.simulator import Exchange
+from scripted_simulator import Simulator
 from serving import wait_until
 
 CALLERS = 2000

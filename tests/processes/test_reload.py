@@ -15,7 +15,7 @@ from gateway_fixture import API_KEY, DESIGN, MARKETING, PATH, UpstreamFixture
 from gateway_process import GatewayProcess, GatewayRunner, gateway_runner, kill
 from lateness import assert_in_time
 from proxy.auth import digest_of, token_of
-from proxy.demo.simulator import Simulator
+from scripted_simulator import Simulator
 from serving import NO_TLS, serving, wait_until
 
 REVOKED_WITHIN_S = 5.0

@@ -12,7 +12,7 @@ from balancer import Balancer, balancing
 from gateway_fixture import DESIGN, PATH
 from gateway_process import SOON_S, GatewayProcess, GatewayRunner
 from programs import program
-from proxy.demo.simulator import Simulator
+from scripted_simulator import Simulator
 from serving import wait_until
 
 DRAIN_DELAY_S = 1.0

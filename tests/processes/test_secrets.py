@@ -28,9 +28,9 @@ from gateway_fixture import PATH, answers, break_off
 from gateway_process import GatewayProcess, GatewayRunner, address_of, gateway_runner
 from proxy.auth import digest_of, token_of
 from proxy.cli.commands import main
-from proxy.demo.simulator import Simulator
 from proxy.embedded.stores import EmbeddedStores
 from proxy.problems import Outcome
+from scripted_simulator import Simulator
 from serving import NO_TLS, serving, wait_until
 
 KEY = "rn/KestrelWing1+\"x\\y'%7E=&<z>"

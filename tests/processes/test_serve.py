@@ -25,10 +25,10 @@ import redis
 
 from gateway_fixture import DESIGN, PATH, cache_status, code_of
 from gateway_process import SOON_S, START_S, GatewayProcess, GatewayRunner, address_of, kill, wait_until_gone
-from proxy.demo.simulator import Simulator
 from proxy.embedded.stores import running_url
 from proxy.store.access import Role
 from proxy.telemetry.metrics import FLUSH_AFTER_S
+from scripted_simulator import Simulator
 from serving import wait_until
 
 OTHER = b'[{"model":"Other"}]'

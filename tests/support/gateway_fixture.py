@@ -16,10 +16,11 @@ from starlette.types import Receive, Scope, Send
 
 from proxy.app import build
 from proxy.auth import digest_of, token_of
-from proxy.demo.simulator import Responder, Simulator
+from proxy.demo.simulator import Responder
 from proxy.gateway.in_flight import InFlightTracker
 from proxy.settings.schema import Settings
 from proxy.telemetry.metrics import Metrics
+from scripted_simulator import Simulator
 from serving import NO_TLS, serving
 
 PATH = "/pub/v1/generations/estimate"

@@ -18,9 +18,9 @@ import redis
 from faulty_proxy import FaultyProxy, proxy_to
 from gateway_fixture import API_KEY, GatewayFixture, OpenGateway, UpstreamFixture, running_gateway, settings
 from programs import program
-from proxy.demo.simulator import Simulator
 from proxy.embedded.stores import EmbeddedStores
 from proxy.upstream.http_client import _tls_context as make_tls_context
+from scripted_simulator import Simulator
 from serving import SERVER_POOL, serving, wait_until
 
 
