@@ -9,8 +9,8 @@
 
 import asyncio
 import ssl
-from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine, Iterable
 from functools import partial
 from math import inf
 from typing import Any, Protocol
@@ -102,41 +102,99 @@ class SingleServer:
         await self._node.pool.close()
 
 
-class SentinelTopology:
-    """The primary of one name. Only the Sentinels of the URL are queried, not others that these know."""
+class _QueriedTopology(ABC):
+    """A topology that servers describe. Keeps one `Node` for each address that calls have gone to.
+
+    Refreshes are single-flight: one at a time, shared by all that wait. A caller that times out does not cancel it.
+    """
 
     can_refresh = True
 
+    def __init__(self, access: StoreAccess, connections: "ConnectionFactory", *, label: str = "") -> None:
+        """label: of all servers; if empty, each has its own."""
+        self._connections = connections
+        self._label = label
+        self._nodes: dict[Address, Node] = {}
+        self._retired: list[ConnectionPool] = []
+        """Pools of servers that have left the topology, and whose connections were still in use."""
+        self._limit_s = access.connect_timeout_s + access.timeout_s
+        """Limits one refresh; a new connection has to fit into it."""
+        self._refreshing: asyncio.Task[Exception | None] | None = None
+        self._refreshed_at = -inf
+        """When the last refresh started."""
+
+    @abstractmethod
+    async def _query(self) -> set[Address]:
+        """Queries the topology, and returns its primaries. Raises `RedisError`, `OSError`."""
+
+    def node_at(self, address: Address) -> Node:
+        node = self._nodes.get(address)
+        if node is None:
+            label = self._label or f"{CONNECTION} to {address}"
+            node = self._nodes[address] = _node(self._connections, address, label)
+        return node
+
+    async def refresh(self, within_s: float) -> None:
+        task = self._start_refresh()
+        await asyncio.wait({task}, timeout=within_s)
+        if not task.done():
+            raise TimeoutError("no server described the topology in time")
+        if (error := task.result()) is not None:
+            raise error from None
+
+    async def close(self) -> None:
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.wait({self._refreshing})
+        pools = (*self._retired, *(node.pool for node in self._nodes.values()))
+        await asyncio.gather(*(pool.close() for pool in pools))
+
+    def _start_refresh(self) -> asyncio.Task[Exception | None]:
+        """The running refresh, or a new one."""
+        if self._refreshing is None or self._refreshing.done():
+            loop = asyncio.get_running_loop()
+            self._refreshed_at = loop.time()
+            self._refreshing = loop.create_task(self._run_refresh())
+        return self._refreshing
+
+    async def _run_refresh(self) -> Exception | None:
+        try:
+            async with asyncio.timeout(self._limit_s):
+                await self._retain(await self._query())
+        except (RedisError, OSError) as error:  # TimeoutError is an OSError
+            return error
+        return None
+
+    async def _retain(self, addresses: set[Address]) -> None:
+        """Drops all other servers. Connections in use are closed after a later refresh."""
+        self._retired += [self._nodes.pop(address).pool for address in self._nodes.keys() - addresses]
+        for pool in self._retired:
+            await pool.close_idle()
+        self._retired = [pool for pool in self._retired if pool.is_in_use]
+
+
+class SentinelTopology(_QueriedTopology):
+    """The primary of one name. Only the Sentinels of the URL are queried, not others that these know."""
+
     def __init__(self, url: StoreUrl, access: StoreAccess) -> None:
+        super().__init__(access, ConnectionFactory(url, access), label=CONNECTION)
         self._url = url
         self._to_sentinels = ConnectionFactory(url, access, to_sentinels=True)
-        self._nodes = _NodeSet(ConnectionFactory(url, access), label=CONNECTION)
         self._primary: Node | None = None
-        self._refresh = _Refresh(self._query, limit_s=access.connect_timeout_s + access.timeout_s)
 
     def node_of(self, key: str) -> Node | None:  # noqa: ARG002 -- the primary has all keys
         return self._primary
 
-    def node_at(self, address: Address) -> Node:
-        return self._nodes.at(address)
-
     def record_move(self, key: str, address: Address) -> None:
         """Does nothing: Sentinels do not watch clusters."""
-
-    async def refresh(self, within_s: float) -> None:
-        await self._refresh.wait(within_s)
 
     def primaries(self) -> list[Node]:
         return [] if self._primary is None else [self._primary]
 
-    async def close(self) -> None:
-        await self._refresh.close()
-        await self._nodes.close()
-
-    async def _query(self) -> None:
+    async def _query(self) -> set[Address]:
         address = await _first(self._primary_by(sentinel) for sentinel in self._url.addresses)
-        self._primary = self._nodes.at(address)
-        await self._nodes.retain({address})
+        self._primary = self.node_at(address)
+        return {address}
 
     async def _primary_by(self, sentinel: Address) -> Address:
         reply = await _query_once(
@@ -147,47 +205,34 @@ class SentinelTopology:
         return Address(reply[0].decode(), int(reply[1]))
 
 
-class ClusterTopology:
+class ClusterTopology(_QueriedTopology):
     """A cluster: the slot of a key determines its server."""
 
-    can_refresh = True
-
     def __init__(self, url: StoreUrl, access: StoreAccess) -> None:
+        super().__init__(access, ConnectionFactory(url, access))
         self._seeds = url.addresses
-        self._connections = ConnectionFactory(url, access)
-        self._nodes = _NodeSet(self._connections)
         self._owners: list[Address | None] = [None] * SLOTS
-        self._refresh = _Refresh(self._query, limit_s=access.connect_timeout_s + access.timeout_s)
 
     def node_of(self, key: str) -> Node | None:
         address = self._owners[key_slot(key.encode())]
-        return None if address is None else self._nodes.at(address)
-
-    def node_at(self, address: Address) -> Node:
-        return self._nodes.at(address)
+        return None if address is None else self.node_at(address)
 
     def record_move(self, key: str, address: Address) -> None:
         """Updates this slot at once, and starts a refresh in the background: other slots have probably moved too."""
         self._owners[key_slot(key.encode())] = address
-        self._refresh.start_if_due()
-
-    async def refresh(self, within_s: float) -> None:
-        await self._refresh.wait(within_s)
+        if asyncio.get_running_loop().time() - self._refreshed_at > MIN_REFRESH_INTERVAL_S:
+            self._start_refresh()
 
     def primaries(self) -> list[Node]:
-        return [self._nodes.at(address) for address in sorted(self._addresses())]
-
-    async def close(self) -> None:
-        await self._refresh.close()
-        await self._nodes.close()
+        return [self.node_at(address) for address in sorted(self._addresses())]
 
     def _addresses(self) -> set[Address]:
         return {address for address in self._owners if address is not None}
 
-    async def _query(self) -> None:
+    async def _query(self) -> set[Address]:
         queried = list(dict.fromkeys((*sorted(self._addresses()), *self._seeds)))[:MAX_QUERIED]
         self._owners = await _first(self._owners_by(address) for address in queried)
-        await self._nodes.retain(self._addresses())
+        return self._addresses()
 
     async def _owners_by(self, address: Address) -> list[Address | None]:
         reply = await _query_once(self._connections, address, "CLUSTER", "SLOTS")
@@ -195,81 +240,6 @@ class ClusterTopology:
         if not any(owners):
             raise NotConnectedError(f"{address} knows no server of the cluster")
         return owners
-
-
-@dataclass(slots=True, eq=False)
-class _NodeSet:
-    """The servers that calls have gone to, by address."""
-
-    connections: "ConnectionFactory"
-    label: str = ""
-    _nodes: dict[Address, Node] = field(default_factory=dict)
-    _retired: list[ConnectionPool] = field(default_factory=list)
-    """Pools of servers that have left the topology, and whose connections were still in use."""
-
-    def at(self, address: Address) -> Node:
-        node = self._nodes.get(address)
-        if node is None:
-            node = self._nodes[address] = _node(self.connections, address, self.label or f"{CONNECTION} to {address}")
-        return node
-
-    async def retain(self, addresses: set[Address]) -> None:
-        """Drops all other servers. Connections in use are closed after a later refresh."""
-        self._retired += [self._nodes.pop(address).pool for address in self._nodes.keys() - addresses]
-        for pool in self._retired:
-            await pool.close_idle()
-        self._retired = [pool for pool in self._retired if pool.is_in_use]
-
-    async def close(self) -> None:
-        pools = (*self._retired, *(node.pool for node in self._nodes.values()))
-        await asyncio.gather(*(pool.close() for pool in pools))
-
-
-class _Refresh:
-    """Single-flight `query`: one at a time, shared by all that wait. A caller that times out does not cancel it.
-
-    limit_s: limits one query; a new connection has to fit into it.
-    """
-
-    def __init__(self, query: Callable[[], Coroutine[Any, Any, None]], *, limit_s: float) -> None:
-        self._query = query
-        self._limit_s = limit_s
-        self._task: asyncio.Task[Exception | None] | None = None
-        self._started_at = -inf
-
-    def start(self) -> asyncio.Task[Exception | None]:
-        """The running refresh, or a new one."""
-        if self._task is None or self._task.done():
-            loop = asyncio.get_running_loop()
-            self._started_at = loop.time()
-            self._task = loop.create_task(self._run())
-        return self._task
-
-    def start_if_due(self) -> None:
-        """Starts a refresh, unless one was started within `MIN_REFRESH_INTERVAL_S`."""
-        if asyncio.get_running_loop().time() - self._started_at > MIN_REFRESH_INTERVAL_S:
-            self.start()
-
-    async def wait(self, within_s: float) -> None:
-        task = self.start()
-        await asyncio.wait({task}, timeout=within_s)
-        if not task.done():
-            raise TimeoutError("no server described the topology in time")
-        if (error := task.result()) is not None:
-            raise error from None
-
-    async def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
-
-    async def _run(self) -> Exception | None:
-        try:
-            async with asyncio.timeout(self._limit_s):
-                await self._query()
-        except (RedisError, OSError) as error:  # TimeoutError is an OSError
-            return error
-        return None
 
 
 class ConnectionFactory:
