@@ -16,16 +16,16 @@ from functools import partial
 from time import time
 from typing import Any
 
+from redis.exceptions import AskError, MovedError, RedisError
 from redis.exceptions import ConnectionError as NotConnectedError
-from redis.exceptions import RedisError
 
 from proxy.problems import StoreOutcomeUnknown, StoreUnavailable
 from proxy.store.access import NO_ACCESS, TIMEOUT_S, Role, StoreAccess
 from proxy.store.coarse_timeout import CoarseTimeout
 from proxy.store.connection_pool import HEALTH_CHECK_S
-from proxy.store.health import COOLDOWN_S, Cooldowns, StoreHealth, failure_of, kind_of_call
+from proxy.store.health import COOLDOWN_S, Cooldowns, StoreHealth, failure_of
 from proxy.store.persistence import Persistence
-from proxy.store.redirects import Ask, Done, Moved, NotSent, NotServing, TryAgain
+from proxy.store.redirects import is_not_serving, may_pass, target_of
 from proxy.store.scripts import NO_REPLY, Call, Node, Script, execute, load, query_node
 from proxy.store.topology import CONNECTION, topology_of
 from proxy.telemetry.metrics import Metrics
@@ -275,7 +275,7 @@ class Store:
             node = self._next_node(call)
             if node is None:
                 call.result, call.sent = no_node_error, False
-            elif node is not call.node or kind_of_call(call) != NotSent():
+            elif node is not call.node or not was_unreachable(call):
                 groups.setdefault(node, []).append(call)
         return groups
 
@@ -302,27 +302,29 @@ class Store:
         A single server that refuses a call on a connection made in this round has refused it for good.
         """
         call.ask_address = None
-        if not isinstance(call.result, Exception) or call.node is None:
+        error = call.result
+        if not isinstance(error, Exception) or call.node is None:
             return False
-        kind = kind_of_call(call)
         if not self._topology.can_refresh:
-            return kind == NotServing() and call.node.pool.replaced_at >= round_started_at
-        match kind:
-            case Moved(to):
-                self._topology.record_move(call.key, to)
-            case Ask(to):
-                call.ask_address = to
-            case NotServing() | NotSent():
-                self._suspects.add(call.node.name)
-            case TryAgain():
-                pass
-            case Done():
-                return False
+            return is_not_serving(error) and call.node.pool.replaced_at >= round_started_at
+        if isinstance(error, MovedError):
+            self._topology.record_move(call.key, target_of(error, call.node.host))
+        elif isinstance(error, AskError):
+            call.ask_address = target_of(error, call.node.host)
+        elif is_not_serving(error) or was_unreachable(call):
+            self._suspects.add(call.node.name)
+        else:
+            return may_pass(error)
         return True
 
 
 def _needs_pause(call: Call) -> bool:
-    return isinstance(kind_of_call(call), TryAgain | NotServing)
+    return is_not_serving(call.result) or may_pass(call.result)
+
+
+def was_unreachable(call: Call) -> bool:
+    """Whether nothing was sent, because no connection could be opened."""
+    return not call.sent and isinstance(call.result, RedisError | OSError) and not is_not_serving(call.result)
 
 
 def _deliver(call: Call) -> None:

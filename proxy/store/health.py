@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from redis.exceptions import MovedError, NoPermissionError, ResponseError
 
 from proxy.problems import StoreOutcomeUnknown, StoreUnavailable
-from proxy.store.redirects import NotServing, ReplyKind, describe, kind_of, may_have_run, refuses_writes
+from proxy.store.redirects import describe, is_not_serving, may_have_run, refuses_writes
 from proxy.store.scripts import NO_REPLY, Call, NoReply
 from proxy.store.topology import CONNECTION, Topology
 from proxy.telemetry.descriptors import ran_out
@@ -106,7 +106,7 @@ class StoreHealth:
             return
         if self._metrics is not None and _lacks_descriptor(call):
             self._metrics.record_descriptors_exhausted()
-        if part == label or (self._topology.can_refresh and kind_of_call(call) == NotServing()):
+        if part == label or (self._topology.can_refresh and is_not_serving(call.result)):
             self._cooldowns[label] = now + COOLDOWN_S
         self._failed(part, call, reason_of(call), now)
 
@@ -142,10 +142,6 @@ def label_of(call: Call) -> str:
     return call.node.label if call.node else CONNECTION
 
 
-def kind_of_call(call: Call) -> ReplyKind:
-    return kind_of(call.result, sent=call.sent, host=call.node.host if call.node else "")
-
-
 def failure_of(call: Call) -> StoreUnavailable | None:
     """The error for a call that failed: `StoreOutcomeUnknown` if a server may have run it. None if it succeeded."""
     if not isinstance(call.result, Exception | NoReply):
@@ -175,7 +171,7 @@ def _failed_part(call: Call) -> str | None:
     if isinstance(call.result, ResponseError):
         if refuses_writes(call.result):
             return _writing(label_of(call))
-        if kind_of_call(call) != NotServing():
+        if not is_not_serving(call.result):
             return call.script.name
     return label_of(call)
 

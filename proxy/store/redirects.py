@@ -5,13 +5,11 @@ looks up the script, and a script that begins with `#!lua` and writes is refused
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from redis.exceptions import (
     AskError,
     BusyLoadingError,
-    MovedError,
     RedisError,
     ResponseError,
     TryAgainError,
@@ -95,62 +93,14 @@ _ACL_FAILURES = ("ACL failure in script", "The user executing the script can't r
 """How Valkey and Redis begin the error of a script that runs a command its user must not run."""
 
 
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """MOVED: the slot belongs to another server."""
-
-    to: Address
+def target_of(redirect: AskError, host: str) -> Address:
+    """The server that a redirect names. Without a host it means `host`: that of the server that sent it."""
+    return Address(redirect.host or host, redirect.port)
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """ASK: the slot is migrating; the next try, and only that, goes to this server with ASKING."""
-
-    to: Address
-
-
-@dataclass(frozen=True, slots=True)
-class TryAgain:
-    """TRYAGAIN: some of the keys have moved; the same server may serve the call in a moment."""
-
-
-@dataclass(frozen=True, slots=True)
-class NotServing:
-    """The server does not serve now; another one may, or this one in a moment."""
-
-
-@dataclass(frozen=True, slots=True)
-class NotSent:
-    """Nothing was sent."""
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """The result is final."""
-
-
-ReplyKind = Moved | Ask | TryAgain | NotServing | NotSent | Done
-
-
-def kind_of(result: object, *, sent: bool, host: str) -> ReplyKind:
-    """Classifies the result of a call: a reply, or an error.
-
-    sent: whether the server may have received the call.
-    host: of the server; a redirect without a host means this one.
-    """
-    match result:
-        case MovedError():
-            return Moved(Address(result.host or host, result.port))
-        case AskError():
-            return Ask(Address(result.host or host, result.port))
-        case ResponseError() if isinstance(result, TryAgainError) or _KEY_EXPIRED in str(result):
-            return TryAgain()
-        case _ if is_not_serving(result):
-            return NotServing()
-        case RedisError() | OSError() if not sent and not isinstance(result, ResponseError):
-            return NotSent()
-        case _:
-            return Done()
+def may_pass(error: object) -> bool:
+    """Whether the same server may serve the call in a moment: some of its keys have moved, or a key has expired."""
+    return isinstance(error, TryAgainError) or (isinstance(error, ResponseError) and _KEY_EXPIRED in str(error))
 
 
 def code_of(error: RedisError) -> str:
@@ -165,6 +115,7 @@ def code_of(error: RedisError) -> str:
 
 
 def is_not_serving(result: object) -> bool:
+    """Whether the server does not serve now. Another one may, or this one in a moment."""
     return isinstance(result, RedisError) and code_of(result) in _NOT_SERVING
 
 

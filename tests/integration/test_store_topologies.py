@@ -50,19 +50,9 @@ from proxy.quota.quotas import Charge, Rate, TeamLimits
 from proxy.quota.reports import LedgerReader
 from proxy.quota.usage import UsageQuery
 from proxy.store.access import StoreAccess
-from proxy.store.client import TICK_S, TIMEOUT_S, Script, Store
-from proxy.store.redirects import (
-    SLOTS,
-    Ask,
-    Done,
-    Moved,
-    NotSent,
-    NotServing,
-    ReplyKind,
-    TryAgain,
-    kind_of,
-    slot_owners,
-)
+from proxy.store.client import TICK_S, TIMEOUT_S, Script, Store, was_unreachable
+from proxy.store.redirects import SLOTS, is_not_serving, may_pass, slot_owners, target_of
+from proxy.store.scripts import NO_REPLY, Call
 from proxy.telemetry.metrics import Metrics
 from proxy.urls import Address
 from serving import free_port, wait_until
@@ -190,39 +180,68 @@ def assert_counted_once(fixture: LedgerFixture, booked: int, *, lost: int = 0) -
     assert_in_time(fixture.longest_s, TIMEOUT_S + 2 * TICK_S + LATE_S)
 
 
-# What words mean
+# Errors of servers
 
 
 @pytest.mark.parametrize(
-    ("word", "sent", "kind"),
+    ("redirect", "target"),
     [
-        (b"reply", True, Done()),
-        (None, True, Done()),
-        (NoScriptError("no such script"), True, Done()),
-        (MovedError("12 10.0.0.1:7001"), True, Moved(Address("10.0.0.1", 7001))),
-        (MovedError("12 ::1:7001"), True, Moved(Address("::1", 7001))),
-        (MovedError("12 :7001"), True, Moved(Address("asked", 7001))),
-        (AskError("12 h:1"), True, Ask(Address("h", 1))),
-        (TryAgainError(""), True, TryAgain()),
-        (ResponseError("Script attempted to access a non local key in a cluster node script: ab"), True, TryAgain()),
-        (ResponseError("Attempted to access a non local key in a cluster node script: ab"), True, TryAgain()),
-        (ReadOnlyError("", status_code="READONLY"), True, NotServing()),
-        (ClusterDownError("", status_code="CLUSTERDOWN"), True, NotServing()),
-        (MasterDownError("", status_code="MASTERDOWN"), True, NotServing()),
-        (BusyLoadingError("", status_code="LOADING"), True, NotServing()),
-        (BusyLoadingError("", status_code="LOADING"), False, NotServing()),
-        (ResponseError("NOREPLICAS Not enough good replicas to write."), True, NotServing()),
-        (ResponseError("MISCONF It cannot persist to disk."), True, NotServing()),
-        (OutOfMemoryError("", status_code="OOM"), True, Done()),
-        (NoPermissionError("", status_code="NOPERM"), True, Done()),
-        (NotConnectedError(""), False, NotSent()),
-        (NotConnectedError(""), True, Done()),
-        (TimeoutError(), False, NotSent()),
-        (OSError(), True, Done()),
+        (MovedError("12 10.0.0.1:7001"), Address("10.0.0.1", 7001)),
+        (MovedError("12 ::1:7001"), Address("::1", 7001)),
+        (MovedError("12 :7001"), Address("asked", 7001)),
+        (AskError("12 h:1"), Address("h", 1)),
     ],
 )
-def test_what_a_word_means(word: object, sent: bool, kind: ReplyKind) -> None:  # noqa: FBT001 -- a row
-    assert kind_of(word, sent=sent, host="asked") == kind
+def test_a_redirect_names_a_server(redirect: AskError, target: Address) -> None:
+    assert target_of(redirect, "asked") == target
+    assert not is_not_serving(redirect)
+
+
+@pytest.mark.parametrize(
+    ("result", "kind"),
+    [
+        (b"reply", "final"),
+        (None, "final"),
+        (NoScriptError("no such script"), "final"),
+        (TryAgainError(""), "may pass"),
+        (ResponseError("Script attempted to access a non local key in a cluster node script: ab"), "may pass"),
+        (ResponseError("Attempted to access a non local key in a cluster node script: ab"), "may pass"),
+        (ReadOnlyError("", status_code="READONLY"), "not serving"),
+        (ClusterDownError("", status_code="CLUSTERDOWN"), "not serving"),
+        (MasterDownError("", status_code="MASTERDOWN"), "not serving"),
+        (BusyLoadingError("", status_code="LOADING"), "not serving"),
+        (ResponseError("NOREPLICAS Not enough good replicas to write."), "not serving"),
+        (ResponseError("MISCONF It cannot persist to disk."), "not serving"),
+        (OutOfMemoryError("", status_code="OOM"), "final"),
+        (NoPermissionError("", status_code="NOPERM"), "final"),
+        (NotConnectedError(""), "final"),
+        (TimeoutError(), "final"),
+        (OSError(), "final"),
+    ],
+)
+def test_an_error_tells_whether_another_try_may_help(result: object, kind: str) -> None:
+    assert is_not_serving(result) == (kind == "not serving")
+    assert may_pass(result) == (kind == "may pass")
+
+
+@pytest.mark.parametrize(
+    ("result", "sent", "unreachable"),
+    [
+        (NotConnectedError(""), False, True),
+        (NotConnectedError(""), True, False),
+        (TimeoutError(), False, True),
+        (OSError(), True, False),
+        (BusyLoadingError("", status_code="LOADING"), False, False),
+        (NO_REPLY, False, False),
+    ],
+)
+def test_a_server_is_unreachable_if_nothing_was_sent(result: object, sent: bool, unreachable: bool) -> None:  # noqa: FBT001 -- a row
+    async def story() -> None:
+        future = asyncio.get_running_loop().create_future()
+        call = Call(GET, ("key",), (), future, 0.0, sent=sent, result=result)
+        assert was_unreachable(call) == unreachable
+
+    asyncio.run(story())
 
 
 def test_the_slot_owners_slots() -> None:
