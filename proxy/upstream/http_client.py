@@ -21,11 +21,10 @@ import asyncio
 import ssl
 from base64 import b64encode
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import aiohttp
 from aiohttp.connector import Connection as Lease
@@ -96,13 +95,13 @@ class HttpClient:
         self, address: UpstreamAddress, *, proxy: str | None, ca_file: Path | None, max_connections: int
     ) -> None:
         self._address = address
-        self._proxy = None if proxy is None else _Proxy.of(proxy)
+        self._proxy, self._proxy_credentials = _proxy_of(proxy)
         self._tls = _tls_context(ca_file)
         self._max_connections = max_connections
         self._target, credentials = address.path, ""
         if self._proxy is not None and address.scheme == "http":  # not tunnelled: RFC 9112 §3.2.2, RFC 9110 §11.7.2
             self._target = address.origin + address.path
-            credentials = "".join(f"{name}: {value}\r\n" for name, value in self._proxy.credentials.items())
+            credentials = "".join(f"{name}: {value}\r\n" for name, value in self._proxy_credentials.items())
         self._head = (
             f"Host: {address.netloc}\r\nUser-Agent: {USER_AGENT}\r\nContent-Type: application/json\r\n"
             f"Accept: application/json\r\nAccept-Encoding: identity\r\n{credentials}"
@@ -116,14 +115,15 @@ class HttpClient:
     @cached_property
     def _peer(self) -> aiohttp.ClientRequest:
         """Tells the connector where to connect. It is never sent."""
-        url, proxy, proxy_headers = URL(self._address.origin, encoded=True), None, None
+        url, proxy_headers = URL(self._address.origin, encoded=True), None
         if self._proxy is not None:
-            proxy = URL(self._proxy.url, encoded=True)
             # The connector adds `Host` when it connects; without it here, it would not find the idle connection again.
             host = str(url.host_port_subcomponent)
-            proxy_headers = {"Host": host, "User-Agent": USER_AGENT, **self._proxy.credentials}
+            proxy_headers = {"Host": host, "User-Agent": USER_AGENT, **self._proxy_credentials}
         loop = asyncio.get_running_loop()
-        return aiohttp.ClientRequest("POST", url, loop=loop, ssl=self._tls, proxy=proxy, proxy_headers=proxy_headers)
+        return aiohttp.ClientRequest(
+            "POST", url, loop=loop, ssl=self._tls, proxy=self._proxy, proxy_headers=proxy_headers
+        )
 
     async def close(self) -> None:
         if "_connector" in vars(self):
@@ -276,22 +276,13 @@ class _Connection(asyncio.Protocol):
             self._response.set_exception(error)
 
 
-@dataclass(frozen=True, slots=True)
-class _Proxy:
-    """An HTTP proxy. `url` has no credentials, because aiohttp's errors contain it."""
-
-    url: str
-    credentials: Mapping[str, str] = field(repr=False)
-
-    @classmethod
-    def of(cls, url: str) -> "_Proxy":
-        parts = urlsplit(url)
-        user_info, _, location = parts.netloc.rpartition("@")
-        if not user_info:
-            return cls(f"{parts.scheme}://{location}", {})
-        user, _, password = user_info.partition(":")
-        encoded = b64encode(f"{unquote(user)}:{unquote(password)}".encode()).decode()  # RFC 7617 §2
-        return cls(f"{parts.scheme}://{location}", {"Proxy-Authorization": f"Basic {encoded}"})
+def _proxy_of(proxy: str | None) -> tuple[URL | None, Mapping[str, str]]:
+    """A proxy's URL without credentials, because aiohttp's errors contain it, and the header with the credentials."""
+    url = None if proxy is None else URL(proxy)
+    if url is None or (url.user is None and url.password is None):
+        return url, {}
+    encoded = b64encode(f"{url.user or ''}:{url.password or ''}".encode()).decode()  # RFC 7617 §2
+    return url.with_user(None), {"Proxy-Authorization": f"Basic {encoded}"}
 
 
 def _reason_of(error: Exception) -> str:
