@@ -20,7 +20,6 @@ import os
 import select
 import signal
 import socket
-from collections.abc import Iterator
 from time import monotonic
 
 from proxy.embedded.stores import EmbeddedStores
@@ -94,9 +93,9 @@ class Supervisor:
         """Returns the exit status. Raises `ListenError`, `EmbeddedStoreError` or `NoMetricsFileError`."""
         if (warning := descriptor_warning(raise_limit(), self._settings)) is not None:
             log.warning("%s", warning)
+        signals = _signals_as_bytes()
         with (
             self._listener,
-            _signals() as signals,
             metrics_files(self._settings.server.workers) as metrics_fds,
             contextlib.ExitStack() as undo,
         ):
@@ -115,11 +114,12 @@ class Supervisor:
         except OSError as error:  # another process has bound the address, and listens first
             raise ListenError(_listen_error(error, self._settings.server)) from None
 
-    def _watch(self, signals: "_Signals") -> int:
+    def _watch(self, signals: int) -> int:
         while True:
-            select.select([signals.wakeup, *self._workers.channels()], [], [], TICK_S)
-            for number in signals.received():
-                self._handle(number)
+            select.select([signals, *self._workers.channels()], [], [], TICK_S)
+            with contextlib.suppress(BlockingIOError):
+                for number in os.read(signals, 4096):
+                    self._handle(number)
             self._advance_drain()
             if self._reloader.is_due():
                 self._reload()
@@ -132,7 +132,12 @@ class Supervisor:
                 return 1
 
     def _handle(self, number: int) -> None:
-        """The first SIGTERM drains, the second stops, the third kills; SIGINT stops; SIGHUP reloads."""
+        """The first SIGTERM drains, the second stops, the third kills; SIGINT stops; SIGHUP reloads.
+
+        SIGCHLD has woken the supervisor up, and that is all: it checks its children in any case.
+        """
+        if number == signal.SIGCHLD:
+            return
         if number == signal.SIGHUP:
             self._reload()
             return
@@ -176,33 +181,18 @@ def descriptor_warning(limit: int, settings: Settings) -> str | None:
     )
 
 
-class _Signals:
-    """Signals as bytes on a descriptor that `select` can wait for. SIGCHLD only wakes the supervisor up."""
+def _signals_as_bytes() -> int:
+    """A descriptor from which each signal can be read as a byte, and that `select` can wait for.
 
-    def __init__(self, wakeup: int) -> None:
-        self.wakeup = wakeup
-
-    def received(self) -> Iterator[int]:
-        with contextlib.suppress(BlockingIOError):
-            yield from (number for number in os.read(self.wakeup, 4096) if number != signal.SIGCHLD)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Signals]:
+    It stays open, and the handlers stay installed, until the process ends: a signal must not kill it on its way out.
+    """
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     os.set_blocking(writer, False)
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
-    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
-    before_fd = signal.set_wakeup_fd(writer)
-    try:
-        yield _Signals(reader)
-    finally:
-        signal.set_wakeup_fd(before_fd)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(reader)
-        os.close(writer)
+    signal.set_wakeup_fd(writer)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)
+    return reader
 
 
 def _url_of(listener: socket.socket) -> str:
