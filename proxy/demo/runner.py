@@ -17,8 +17,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -26,7 +26,6 @@ from typing import Final
 
 import click
 import httpx2
-import uvicorn
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -44,9 +43,10 @@ from proxy.demo.setup import (
     scrape_config_text,
 )
 from proxy.demo.simulator import Responder, Simulator, busy, chunked, error_in_200, html_page, server_error
-from proxy.demo.traffic import QUERY, Traffic, TrafficTotals
+from proxy.demo.traffic import QUERY, TIMEOUT_S, Traffic, TrafficTotals
 from proxy.embedded.child import die_with_parent
 from proxy.embedded.locks import locked_dir
+from proxy.http.server import Server
 from proxy.telemetry.descriptors import raise_limit
 
 LATENCY_S: Final = (0.06, 0.25)
@@ -176,14 +176,6 @@ def _let_signals_cancel() -> None:
         loop.add_signal_handler(signal.SIGHUP, cancel_once)
 
 
-class _ServerWithoutSignals(uvicorn.Server):
-    """uvicorn's server without its signal handlers."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 @asynccontextmanager
 async def _simulated_rendernet() -> AsyncIterator[str]:
     """Runs a simulated RenderNet on a free port of this machine. Yields its URL."""
@@ -196,10 +188,7 @@ async def _simulated_rendernet() -> AsyncIterator[str]:
         seed=time.time_ns(),
     )
     simulator.is_spared = lambda received: received.query != QUERY.encode()
-    config = uvicorn.Config(
-        simulator.app, lifespan="off", ws="none", log_config=None, access_log=False, timeout_graceful_shutdown=1
-    )
-    server = _ServerWithoutSignals(config)
+    server = Server(simulator.app, head_timeout_s=TIMEOUT_S, drain_s=1, announce=lambda: None)
     with socket.create_server((HOST, 0)) as listener:
         port = listener.getsockname()[1]
         serving = asyncio.create_task(server.serve([listener]))
