@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import Pipe
 
 from proxy.embedded.child import RestartBackoff, die_with_parent
@@ -75,50 +75,26 @@ class _WorkerProcess:
         self.channel.close()
 
 
+@dataclass(slots=True)
 class _Slot:
     """A place for one worker, with the history of its workers.
 
     worker: None before the first start, between a death and the next start, and after the last death.
+    status: the exit status of the last worker that has ended.
+    failed_starts: workers in a row that died before they served.
     """
 
-    def __init__(self, name: str, metrics_fd: int) -> None:
-        self.name = name
-        self.metrics_fd = metrics_fd
-        self.worker: _WorkerProcess | None = None
-        self.status: int | None = None
-        self.given_up = False
-        self._backoff = RestartBackoff()
-        self._failed_starts = 0
+    name: str
+    metrics_fd: int
+    worker: _WorkerProcess | None = None
+    status: int | None = None
+    given_up: bool = False
+    failed_starts: int = 0
+    backoff: RestartBackoff = field(default_factory=RestartBackoff)
 
-    def is_start_due(self) -> bool:
-        return self.worker is None and not self.given_up and self._backoff.is_due()
-
-    def start(self, context: WorkerContext) -> str | None:
-        """Starts a worker. If the system refuses, returns a line for the log; the start is tried again later."""
-        self._backoff.record_start()
-        try:
-            self.worker = _WorkerProcess(context, self.metrics_fd)
-        except OSError as error:
-            return f"{self.name} cannot be started ({error.strerror}): trying again{self._delay()}"
-        return None
-
-    def record_ready(self) -> None:
-        self._failed_starts = 0
-
-    def record_death(self, worker: _WorkerProcess, status: int) -> str | None:
-        """Decides whether there is another start, and when. Returns a line for the log."""
-        self.worker, self.status = None, status
-        self._failed_starts += not worker.ready
-        if status == CANNOT_SERVE:
-            self.given_up = True
-            return None  # the worker has logged the reason
-        if self._failed_starts >= MAX_FAILED_STARTS:
-            self.given_up = True
-            return f"{self.name} died {self._failed_starts} times before it served (status {status}): giving up"
-        return f"{self.name} died (status {status}): starting another{self._delay()}"
-
-    def _delay(self) -> str:
-        delay_s = self._backoff.record_death()
+    def delay(self) -> str:
+        """Records a death, or a start that failed. Returns when the next start is due, for the log."""
+        delay_s = self.backoff.record_death()
         return f" in {delay_s:g} s" if delay_s else ""
 
 
@@ -188,11 +164,11 @@ class WorkerPool:
     def _check(self, slot: _Slot) -> None:
         worker = slot.worker
         if worker is None:
-            if slot.is_start_due() and not self._stopping:
+            if not (slot.given_up or self._stopping) and slot.backoff.is_due():
                 self._start(slot)
             return
         if worker.has_become_ready():
-            slot.record_ready()
+            slot.failed_starts = 0
             which = "" if len(self._slots) == 1 else f" ({slot.name})"
             log.info("serving on %s%s", self._context.url, which)
         status = worker.process.poll()
@@ -200,25 +176,39 @@ class WorkerPool:
             self._reap(slot, worker, status)
 
     def _reap(self, slot: _Slot, worker: _WorkerProcess, status: int) -> None:
+        """Decides whether a dead worker is replaced, and when."""
         worker.end()
         vacate(slot.metrics_fd)
+        slot.worker, slot.status = None, status
         if self._stopping:
-            slot.worker, slot.status = None, status
             return
-        if (line := slot.record_death(worker, status)) is not None:
-            log.error("%s", line)
-        self._check(slot)
+        slot.failed_starts += not worker.ready
+        if status == CANNOT_SERVE:  # the worker has logged the reason
+            slot.given_up = True
+        elif slot.failed_starts >= MAX_FAILED_STARTS:
+            slot.given_up = True
+            facts = (slot.name, slot.failed_starts, status)
+            log.error("%s died %d times before it served (status %d): giving up", *facts)
+        else:
+            log.error("%s died (status %d): starting another%s", slot.name, status, slot.delay())
+            self._check(slot)
+
+    def _start(self, slot: _Slot) -> None:
+        """Starts a worker. If the system refuses, the start is tried again later."""
+        slot.backoff.record_start()
+        try:
+            slot.worker = worker = _WorkerProcess(self._context, slot.metrics_fd)
+        except OSError as error:
+            delay = slot.delay()
+            log.error("%s cannot be started (%s): trying again%s", slot.name, error.strerror, delay)  # noqa: TRY400 -- no traceback needed
+            return
+        if self._embedded_urls is not None:
+            worker.send((self._settings, self._embedded_urls))
+            if self._reload_failed:
+                worker.send(RELOAD_FAILED)
 
     def _workers(self) -> Iterator[_WorkerProcess]:
         return (slot.worker for slot in self._slots if slot.worker is not None)
-
-    def _start(self, slot: _Slot) -> None:
-        if (line := slot.start(self._context)) is not None:
-            log.error("%s", line)
-        elif slot.worker is not None and self._embedded_urls is not None:
-            slot.worker.send((self._settings, self._embedded_urls))
-            if self._reload_failed:
-                slot.worker.send(RELOAD_FAILED)
 
 
 def _path_options() -> list[str]:
