@@ -15,7 +15,7 @@ from redis.exceptions import MovedError, NoPermissionError, ResponseError
 
 from proxy.problems import StoreOutcomeUnknown, StoreUnavailable
 from proxy.store.redirects import describe, is_not_serving, may_have_run, refuses_writes
-from proxy.store.scripts import NO_REPLY, Call, NoReply
+from proxy.store.scripts import Call
 from proxy.store.topology import CONNECTION, Topology
 from proxy.telemetry.descriptors import ran_out
 from proxy.telemetry.incidents import IncidentLog
@@ -68,7 +68,7 @@ class StoreHealth:
 
     def record_ended(self, calls: Sequence[Call], now: float) -> None:
         """Records calls whose results are final."""
-        has_failures = any(isinstance(call.result, Exception | NoReply) for call in calls)
+        has_failures = any(isinstance(call.result, Exception) for call in calls)
         if not has_failures and not self._down and not self._incidents:
             return
         by_label: dict[str, list[Call]] = {}
@@ -144,7 +144,7 @@ def label_of(call: Call) -> str:
 
 def failure_of(call: Call) -> StoreUnavailable | None:
     """The error for a call that failed: `StoreOutcomeUnknown` if a server may have run it. None if it succeeded."""
-    if not isinstance(call.result, Exception | NoReply):
+    if not isinstance(call.result, Exception):
         return None
     kind = StoreOutcomeUnknown if may_have_run(call.result, sent=call.sent) else StoreUnavailable
     return kind(reason_of(call))
@@ -157,7 +157,7 @@ def reason_of(call: Call) -> str:
         )
     if _lacks_descriptor(call):
         return "this gateway has no file descriptor left for a connection"
-    return "no answer in time" if call.result is NO_REPLY else describe(call.result) or "no answer in time"
+    return describe(call.result) or "no answer in time"
 
 
 def _lacks_descriptor(call: Call) -> bool:
@@ -166,7 +166,7 @@ def _lacks_descriptor(call: Call) -> bool:
 
 def _failed_part(call: Call) -> str | None:
     """The part that a failed call shows to be down; None if the call succeeded."""
-    if not isinstance(call.result, Exception | NoReply):
+    if not isinstance(call.result, Exception):
         return None
     if isinstance(call.result, ResponseError):
         if refuses_writes(call.result):

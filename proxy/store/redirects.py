@@ -4,7 +4,6 @@ Each error that leads to another try guarantees that the script did not run: a c
 looks up the script, and a script that begins with `#!lua` and writes is refused before its first line.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 from redis.exceptions import (
@@ -150,12 +149,8 @@ def slot_owners(reply: Any, host: str) -> list[Address | None]:
     host: of the server that replied. One that does not know its own name, or hides it, leaves its host out.
     """
     owners: list[Address | None] = [None] * SLOTS
-    for first, last, address in _ranges(reply, host):
-        owners[first : last + 1] = [address] * (last + 1 - first)
-    return owners
-
-
-def _ranges(reply: Any, host: str) -> Iterator[tuple[int, int, Address]]:
     for first, last, primary, *_ in reply:
         name = (primary[0] or b"").decode()
-        yield int(first), int(last), Address(host if name in {"", "?"} else name, int(primary[1]))
+        address = Address(host if name in {"", "?"} else name, int(primary[1]))
+        owners[first : last + 1] = [address] * (last + 1 - first)
+    return owners

@@ -63,11 +63,12 @@ def scripts_in(package: str) -> list[Script]:
     return [Script(package, path.name.removesuffix(".lua")) for path in folder.iterdir() if path.name.endswith(".lua")]
 
 
-class NoReply:
-    """The result of a call that has none yet."""
+class NoReplyError(Exception):
+    """There is no reply yet."""
 
 
-NO_REPLY: Final = NoReply()
+NO_REPLY: Final = NoReplyError("no answer in time")
+"""The result of a call until there is another."""
 
 
 @dataclass(slots=True, eq=False)
