@@ -9,7 +9,7 @@
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 from random import Random
@@ -225,7 +225,7 @@ class Simulator:
         received = await read(request)
         respond = await self.accept(received)
         await asyncio.sleep(self._random.uniform(*self._latency_s))
-        status, body = self._ordinary_answer(received)
+        status, body = self.ordinary_answer(received)
         return respond(Exchange(received, status, body))
 
     def _random_responder(self, received: Received) -> Responder:
@@ -238,15 +238,13 @@ class Simulator:
                 return fault
         return ordinary
 
-    def _ordinary_answer(self, received: Received) -> tuple[int, bytes]:
+    def ordinary_answer(self, received: Received) -> tuple[int, bytes]:
+        """Status and body without a fault."""
         if received.api_keys != [self._api_key]:
             return 401, envelope("unauthorized", "Invalid API key")
         items = _items(received.body)
         if items is None:
             return 400, envelope("invalid_request", "Expected an array of generation objects")
-        missing = next((text for text in _texts(items) if text.startswith("ast_missing")), None)
-        if missing is not None:
-            return 404, envelope("not_found", f"Asset {missing} not found")
         estimated = json_number(estimate(items))
         return 200, b'{"data":{"estimated":%b,"balance":%d},"error":{}}' % (estimated, self.balance)
 
@@ -266,16 +264,3 @@ def _items(body: bytes) -> list[dict[str, Any]] | None:
     if not isinstance(items, list) or not items:
         return None
     return items if all(isinstance(item, dict) for item in items) else None
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All strings in a JSON value, without member names. Not recursive: a body may nest deeper than Python's stack."""
-    rest = [value]
-    while rest:
-        match rest.pop():
-            case str(text):
-                yield text
-            case dict(members):
-                rest.extend(members.values())
-            case list(elements):
-                rest.extend(elements)

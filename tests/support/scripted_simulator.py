@@ -1,4 +1,4 @@
-"""The simulated RenderNet with what only tests need: scripted and delayed answers, and the requests that have arrived.
+"""The simulated RenderNet with what only tests need: scripted and delayed answers, missing assets, and the requests.
 
 Its app runs on one event loop. Tests control it from any thread.
 """
@@ -6,15 +6,18 @@ Its app runs on one event loop. Tests control it from any thread.
 import asyncio
 import threading
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from http import HTTPStatus
 from typing import Any, Final, Self
 
+import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
 from proxy.demo import simulator
-from proxy.demo.simulator import Received, Responder, ordinary, read
+from proxy.demo.simulator import Received, Responder, envelope, ordinary, read
 
 _MAX_RECEIVED: Final = 10_000
 
@@ -79,3 +82,25 @@ class Simulator(simulator.Simulator):
         if hold is not None:
             await hold.passed()
         return respond
+
+    def ordinary_answer(self, received: Received) -> tuple[int, bytes]:
+        """Assets whose id begins with `ast_missing` do not exist."""
+        status, body = super().ordinary_answer(received)
+        texts = _texts(orjson.loads(received.body)) if status == HTTPStatus.OK else iter(())
+        missing = next((text for text in texts if text.startswith("ast_missing")), None)
+        if missing is None:
+            return status, body
+        return 404, envelope("not_found", f"Asset {missing} not found")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings in a JSON value, without member names. Not recursive: a body may nest deeper than Python's stack."""
+    rest = [value]
+    while rest:
+        match rest.pop():
+            case str(text):
+                yield text
+            case dict(members):
+                rest.extend(members.values())
+            case list(elements):
+                rest.extend(elements)
