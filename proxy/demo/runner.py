@@ -25,7 +25,6 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 import click
-import httpx2
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
@@ -88,7 +87,8 @@ def run(*, port: int, traffic: bool, prometheus: bool) -> int:
     console = Console()
     totals = TrafficTotals()
     try:
-        asyncio.run(_run_until_signal(console, totals, port=port, traffic=traffic, prometheus=prometheus))
+        with suppress(asyncio.CancelledError):
+            asyncio.run(_run(console, totals, port=port, traffic=traffic, prometheus=prometheus))
     except DemoError as error:
         click.echo(f"estimate-proxy: {error}", err=True)
         return error.exit_status
@@ -97,16 +97,9 @@ def run(*, port: int, traffic: bool, prometheus: bool) -> int:
     return 0
 
 
-async def _run_until_signal(
-    console: Console, totals: TrafficTotals, *, port: int, traffic: bool, prometheus: bool
-) -> None:
-    _let_signals_cancel()
-    with suppress(asyncio.CancelledError):
-        await _run(console, totals, port=port, traffic=traffic, prometheus=prometheus)
-
-
 async def _run(console: Console, totals: TrafficTotals, *, port: int, traffic: bool, prometheus: bool) -> None:
-    """Starts everything, then waits. Returns only when cancelled. Raises `DemoError`."""
+    """Starts everything, then waits until a signal cancels it. Raises `DemoError`."""
+    _let_signals_cancel()
     with (
         TemporaryDirectory(prefix="estimate-proxy-demo-", ignore_cleanup_errors=True) as folder,
         locked_dir(Path(folder)),
@@ -235,15 +228,14 @@ async def _wait_for_end(process: subprocess.Popen[bytes]) -> int:
 
 
 async def _wait_until_ready(gateway: subprocess.Popen[bytes], log: Path) -> str:
-    """Waits until the gateway is ready and returns its URL. Raises `DemoError` if it ends or takes too long.
+    """Waits until the gateway serves and returns its URL. Raises `DemoError` if it ends or takes too long.
 
     The URL is read from the gateway's log: if the port is taken, another program could answer on it.
     """
     try:
-        async with asyncio.timeout(READY_TIMEOUT_S), httpx2.AsyncClient(trust_env=False) as client:
+        async with asyncio.timeout(READY_TIMEOUT_S):
             while gateway.poll() is None:
-                url = _announced_url(log)
-                if url is not None and await _is_ready(client, url):
+                if (url := _announced_url(log)) is not None:
                     return url
                 await asyncio.sleep(POLL_S)
     except TimeoutError:
@@ -254,12 +246,6 @@ async def _wait_until_ready(gateway: subprocess.Popen[bytes], log: Path) -> str:
 def _announced_url(log: Path) -> str | None:
     announcement = _ANNOUNCEMENT.search(log.read_text("utf-8"))
     return None if announcement is None else announcement[1]
-
-
-async def _is_ready(client: httpx2.AsyncClient, url: str) -> bool:
-    with suppress(httpx2.TransportError):
-        return (await client.get(f"{url}/readyz")).is_success
-    return False
 
 
 def _errors_in(log: Path) -> str:

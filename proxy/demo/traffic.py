@@ -17,7 +17,6 @@ from random import Random
 from typing import Any, Final, TypeAlias
 
 import httpx2
-import orjson
 
 from proxy.upstream.address import ESTIMATE_PATH
 
@@ -236,13 +235,6 @@ class Traffic:
         headers = {"x-api-key": self._random.choice(self._tokens), "content-type": "application/json"}
         try:
             response = await client.post(self._url, content=respell(body, self._random).encode(), headers=headers)
-            self._totals.record(response.status_code, response.headers.get("cache-status", ""), _json(response.content))
+            self._totals.record(response.status_code, response.headers.get("cache-status", ""), response.json())
         except httpx2.TransportError:
             self._totals.failed["no answer"] += 1
-
-
-def _json(content: bytes) -> object:
-    try:
-        return orjson.loads(content)
-    except orjson.JSONDecodeError:
-        return None
