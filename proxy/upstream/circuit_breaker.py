@@ -53,17 +53,13 @@ class CircuitBreaker:
         self._open_until: float | None = None
         self._probe_until: float | None = None
         self._back_off_until = 0.0
-        self._probe_generation = 0
+        self.probe_generation = 0
+        """Number of probes so far. An answer to a request of an earlier generation must not be recorded."""
 
     @property
     def is_open(self) -> bool:
         """Whether the breaker is open or half-open."""
         return self._open_until is not None
-
-    @property
-    def probe_generation(self) -> int:
-        """Number of probes so far. An answer to a request of an earlier generation must not be recorded."""
-        return self._probe_generation
 
     def admit(self, now: float, *, probe_s: float) -> Decision:
         """Whether to send a request now. Half-open, it admits one probe, and no other for `probe_s`."""
@@ -74,7 +70,7 @@ class CircuitBreaker:
         if now < self._open_until or (self._probe_until is not None and now < self._probe_until):
             return Decision.OPEN
         self._probe_until = now + probe_s
-        self._probe_generation += 1
+        self.probe_generation += 1
         return Decision.PROBE
 
     def open_s(self, now: float) -> float:

@@ -9,6 +9,7 @@
 import asyncio
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
@@ -59,13 +60,12 @@ class Upstream:
     def __init__(self, configured: UpstreamSettings, keys: Mapping[str, SecretText], metrics: Metrics) -> None:
         self.address = UpstreamAddress.of(configured.base_url)
         self._client = http_client_of(configured)
-        self._keys: dict[str, SecretText] = {}
+        self._keys = dict(keys)
         self._metrics = metrics
         self._timeout_s = configured.timeout_s
-        self._requests = 0
-        self._max_requests = (1 + QUEUED_PER_CONNECTION) * configured.max_connections
-        self._breakers: dict[str, CircuitBreaker] = {}
-        self.update_keys(keys)
+        self._places = asyncio.Semaphore((1 + QUEUED_PER_CONNECTION) * configured.max_connections)
+        self._breakers = defaultdict[str, CircuitBreaker](CircuitBreaker)
+        """By account."""
         self._failing: set[str] = set()
         self._incidents = IncidentLog(quiet_s=QUIET_S)
 
@@ -75,8 +75,6 @@ class Upstream:
     def update_keys(self, keys: Mapping[str, SecretText]) -> None:
         """Adds new and changed keys. Removed accounts keep theirs for requests in flight."""
         self._keys |= keys
-        for account in keys:
-            self._breakers.setdefault(account, CircuitBreaker())
 
     @property
     def is_failing(self) -> bool:
@@ -88,13 +86,10 @@ class Upstream:
 
         deadline: on the event loop's clock.
         """
-        if self._requests >= self._max_requests:
+        if self._places.locked():
             return Failed(_TOO_MANY_REQUESTS, asked=False)
-        self._requests += 1
-        try:
+        async with self._places:  # does not wait
             return await self._estimate(account, canonical, query, deadline)
-        finally:
-            self._requests -= 1
 
     async def _estimate(self, account: str, canonical: bytes, query: str, deadline: float) -> Reply:
         loop = asyncio.get_running_loop()
