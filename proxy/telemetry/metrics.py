@@ -11,6 +11,7 @@
 import asyncio
 from bisect import bisect_left
 from collections import Counter as Counts
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -67,10 +68,8 @@ class Metrics:
         self._declare_process()
         self._request_durations_s: dict[tuple[str, str, Outcome], list[float]] = {}
         """Buffered durations of requests, by team, operation and outcome."""
-        self._store_durations_s: dict[str, list[float]] = {}
-        """Buffered durations of store calls, by script."""
-        self._upstream_durations_s: dict[tuple[str, str], list[float]] = {}
-        """Buffered durations of upstream requests, by account and status."""
+        self._durations_s = defaultdict[tuple[BatchHistogram, tuple[str, ...]], list[float]](list)
+        """Buffered durations of store calls and upstream requests, by histogram and labels."""
         self._credits_micro: dict[tuple[str, str], int] = {}
         """Buffered micro-credits, by team and model."""
         self.in_flight: Callable[[], int] = lambda: 0
@@ -234,12 +233,12 @@ class Metrics:
         self.flush_soon()
 
     def record_store_call(self, call: str, duration_s: float) -> None:
-        self._store_durations_s.setdefault(call, []).append(duration_s)
+        self._durations_s[self.store_duration, (call,)].append(duration_s)
         self.flush_soon()
 
     def record_upstream_request(self, account: str, status: str, duration_s: float) -> None:
         """`status` is one of `UPSTREAM_STATUSES`."""
-        self._upstream_durations_s.setdefault((account, status), []).append(duration_s)
+        self._durations_s[self.upstream_duration, (account, status)].append(duration_s)
         self.flush_soon()
 
     def record_descriptors_exhausted(self) -> None:
@@ -260,12 +259,9 @@ class Metrics:
         requests, self._request_durations_s = self._request_durations_s, {}
         for kind, durations_s in requests.items():
             self._count_requests(*kind, durations_s)
-        store_calls, self._store_durations_s = self._store_durations_s, {}
-        for call, durations_s in store_calls.items():
-            self.store_duration.labels(call).observe_all(durations_s)
-        upstream_requests, self._upstream_durations_s = self._upstream_durations_s, {}
-        for (account, status), durations_s in upstream_requests.items():
-            self.upstream_duration.labels(account, status).observe_all(durations_s)
+        for (histogram, labels), durations_s in self._durations_s.items():
+            histogram.labels(*labels).observe_all(durations_s)
+        self._durations_s.clear()
         spent, self._credits_micro = self._credits_micro, {}
         for (team, model), credits_micro in spent.items():
             self.estimated_credits.labels(team, model).inc(credits_micro / 1_000_000)
