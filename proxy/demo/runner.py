@@ -44,7 +44,7 @@ from proxy.demo.setup import (
 from proxy.demo.simulator import Responder, Simulator, busy, chunked, error_in_200, html_page, server_error
 from proxy.demo.traffic import QUERY, TIMEOUT_S, Traffic, TrafficTotals
 from proxy.embedded.child import die_with_parent
-from proxy.embedded.locks import locked_dir
+from proxy.embedded.locks import lock_dir
 from proxy.http.server import Server
 from proxy.telemetry.descriptors import raise_limit
 
@@ -100,10 +100,8 @@ def run(*, port: int, traffic: bool, prometheus: bool) -> int:
 async def _run(console: Console, totals: TrafficTotals, *, port: int, traffic: bool, prometheus: bool) -> None:
     """Starts everything, then waits until a signal cancels it. Raises `DemoError`."""
     _let_signals_cancel()
-    with (
-        TemporaryDirectory(prefix="estimate-proxy-demo-", ignore_cleanup_errors=True) as folder,
-        locked_dir(Path(folder)),
-    ):
+    with TemporaryDirectory(prefix="estimate-proxy-demo-", ignore_cleanup_errors=True) as folder:
+        lock_dir(Path(folder))  # until this process ends
         async with _simulated_rendernet() as upstream_url:
             demo = DemoEnvironment(Path(folder), upstream_url, {team: new_token() for team in TEAMS})
             demo.config.write_text(config_text(demo, port=port), encoding="utf-8")

@@ -9,8 +9,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +37,6 @@ def lock_dir(path: Path) -> int:
         os.close(fd)
         raise
     return fd
-
-
-@contextmanager
-def locked_dir(path: Path) -> Iterator[None]:
-    """`lock_dir` for the length of a `with` block."""
-    fd = lock_dir(path)
-    try:
-        yield
-    finally:
-        os.close(fd)
 
 
 def is_own_dir(found: os.stat_result) -> bool:
