@@ -134,10 +134,11 @@ def _api_keys(settings: Settings) -> dict[str, SecretText]:
 
 
 def _preregister_warnings(metrics: Metrics, config: RuntimeConfig) -> None:
+    """Creates the series of quotas that only warn, so that their first event is an increase."""
     for limits in config.team_limits.values():
         for quota in limits.quotas:
             if not quota.refuse:
-                metrics.preregister_warning(quota.owner(limits.team), quota.measure, quota.per)
+                metrics.quota_warned.labels(quota.owner(limits.team), quota.measure, quota.per)
 
 
 def _policy_of(settings: Settings) -> Policy:

@@ -148,7 +148,7 @@ class LedgerBatcher:
             self._metrics.record_credits(team, admitted.model, requests * charge.credits_micro)
         if admitted.quota_state is not None:
             for quota in admitted.quota_state.warnings():
-                self._metrics.record_warning(quota.owner(team), quota.measure, quota.per)
+                self._metrics.quota_warned.labels(quota.owner(team), quota.measure, quota.per).inc()
 
     @cached_property
     def _loop(self) -> asyncio.AbstractEventLoop:

@@ -210,14 +210,6 @@ class Metrics:
             for result in AUDIT_RESULTS:
                 self.price_audits.labels(account, result)
 
-    def preregister_warning(self, team: str, measure: str, per: str) -> None:
-        """Creates the series of a quota that only warns. `team` is `NO_NAME` for one of the organisation."""
-        self.quota_warned.labels(team, measure, per)
-
-    def record_warning(self, team: str, measure: str, per: str) -> None:
-        """Counts a response that exceeded a quota which only warns."""
-        self.quota_warned.labels(team, measure, per).inc()
-
     def record_request(self, team: str, operation: str, outcome: Outcome, duration_s: float) -> None:
         kind = (team, operation, outcome)
         durations_s = self._request_durations_s.get(kind)
