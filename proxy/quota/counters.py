@@ -40,6 +40,10 @@ class LedgerKeys:
         return f"ep1:{{{self.org}}}:models"
 
     @property
+    def model_uses(self) -> str:
+        return f"ep1:{{{self.org}}}:model-uses"
+
+    @property
     def teams(self) -> str:
         return f"ep1:{{{self.org}}}:teams"
 

@@ -74,7 +74,8 @@ class ScriptArgs:
 
     def __init__(self, keys: LedgerKeys, flush: str | None = None) -> None:
         self._valid = Window(0, _MAX_TIME_S)
-        self._keys = [keys.id, keys.models, keys.teams, keys.id if flush is None else keys.flush(flush)]
+        marker = keys.id if flush is None else keys.flush(flush)
+        self._keys = [keys.id, keys.models, keys.teams, marker, keys.model_uses]
         self._counter_sets: list[str | int] = []
         self._entries: list[str | int] = []
         self._numbers: dict[CounterSet, int] = {}

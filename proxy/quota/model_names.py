@@ -1,7 +1,8 @@
 """Model names: the name under which usage and metrics count the credits of a body.
 
 * RenderNet prices an item by its mode: the first member of `_MODES` that is present.
-* This module limits length and alphabet of a name; the ledger limits the number of distinct names.
+* This module limits length and alphabet of a name; the ledger limits the number of distinct names, see
+  `lua/ledger_decide.lua`.
 """
 
 import re
@@ -15,7 +16,8 @@ MIXED = "mixed"
 OTHER = "other"
 
 MAX_MODELS = 50
-"""Distinct names in an organisation, so that clients cannot create metric series without limit; more are `OTHER`."""
+"""Distinct names in an organisation at a time, so that clients cannot create metric series without limit; more are
+`OTHER`. A team brings at most half of them, and a name that was not used for 30 days gives its place to a new one."""
 
 _MODES = ("segment", "style", "model", "true_touch", "narrator", "video_anyone")
 _NAMED = frozenset(("style", "model"))

@@ -23,6 +23,7 @@ from gateway_fixture import (
 from proxy.auth import digest_of
 from proxy.open_stores import startup_errors
 from proxy.problems import StoreUnavailable
+from proxy.quota.counters import LedgerKeys
 from proxy.store.access import StoreAccess
 from proxy.store.client import Script, Store
 from proxy.store.redirects import SLOTS
@@ -36,6 +37,7 @@ GATEWAY, SENTINEL_USER = re.findall(r"^```\n(user .*)\n```$", DOCUMENTED, re.MUL
 CHANGES = {where: rights.split() for where, rights in re.findall(r"^\* (.*): `(.*)`$", DOCUMENTED, re.MULTILINE)}
 LEDGER_ALONE, BOOK_ALONE, DATABASE, CLUSTER, CHECK = CHANGES
 PASSWORD = "correct-horse"
+KEYS = LedgerKeys("default")
 REFUSABLE = {"client|setinfo", "config|get"}
 """What the gateway tries, and does without."""
 
@@ -108,9 +110,11 @@ def works(gateway: GatewayFixture) -> None:
 
 
 def ready(group: ServerGroup, line: str) -> Member:
-    """A server with this user, which has counted no command yet."""
+    """A server with this user, which has counted no command yet, and a ledger with a model to forget."""
     member = group.member(line)
     wait_until(member.answers)
+    member.client.sadd(KEYS.models, "old")
+    member.client.hset(KEYS.model_uses, "old", "1:design")
     member.client.config_resetstat()
     return member
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from typing import Any
 
 import pytest
 import redis
@@ -28,7 +29,7 @@ from proxy.problems import Code, Outcome
 from proxy.quota.ledger import Admitted, Denied
 from proxy.quota.ledger_script import MAX_BATCH_ENTRIES, MAX_ENTRY_MICRO
 from proxy.quota.model_names import MAX_MODELS
-from proxy.quota.quotas import Charge, Quota, Rate
+from proxy.quota.quotas import Charge, Quota, Rate, TeamLimits
 
 # --- What is booked --------------------------------------------------------------------------------------------------
 
@@ -224,29 +225,85 @@ def test_amounts_stay_exact_from_the_lowest_to_the_highest(any_store_url: str, s
     assert used(server, None) == (85, total + DEAREST + 1)
 
 
-def test_the_first_models_have_a_name_of_their_own(any_store_url: str, server: redis.Redis) -> None:
+async def charged_as(fixture: LedgerFixture, limits: TeamLimits, *models: str) -> list[str]:
+    """The names under which a charge of each model was counted, all in one batch."""
+    asked = (fixture.ledger.charge(limits, Charge(Outcome.HIT, CREDIT, model)) for model in models)
+    return [admission.model for admission in await asyncio.gather(*asked) if isinstance(admission, Admitted)]
+
+
+def test_the_first_models_have_a_name_of_their_own_half_of_them_from_one_team(
+    any_store_url: str, server: redis.Redis
+) -> None:
+    half, film = MAX_MODELS // 2, terms(team="film")
     names = [f"Model {number}" for number in range(MAX_MODELS + 10)]
 
-    async def charge(fixture: LedgerFixture, *names: str) -> list[str]:
-        asked = (fixture.ledger.charge(PLAIN, Charge(Outcome.HIT, CREDIT, name)) for name in names)
-        return [admission.model for admission in await asyncio.gather(*asked) if isinstance(admission, Admitted)]
-
     async def first(fixture: LedgerFixture) -> None:
-        assert await charge(fixture, *names[:10], "mixed", "-", "other", names[0]) == [
-            *names[:10],
-            "mixed",
-            "-",
-            "other",
-            names[0],
-        ]
-        assert await charge(fixture, *names) == [*names[:MAX_MODELS], *["other"] * 10], "also within one batch"
+        reserved = ["mixed", "-", "other"]
+        assert await charged_as(fixture, PLAIN, *names[:10], *reserved, names[0]) == [*names[:10], *reserved, names[0]]
+        own = [*names[:half], *["other"] * (len(names) - half)]
+        assert await charged_as(fixture, PLAIN, *names) == own, "also within one batch"
 
     async def second(fixture: LedgerFixture) -> None:
-        assert await charge(fixture, names[0], names[-1], "mixed") == [names[0], "other", "mixed"]
+        assert await charged_as(fixture, PLAIN, names[0], names[-1], "mixed") == [names[0], "other", "mixed"]
+        assert await charged_as(fixture, film, *names) == [*names[:MAX_MODELS], *["other"] * 10]
+        assert await charged_as(fixture, PLAIN, names[half], names[-1]) == [names[half], "other"], "each team uses all"
+        assert await charged_as(fixture, terms(team="marketing"), "new") == ["other"], "there is no place left"
 
     run_scenario(any_store_url, first)
     run_scenario(any_store_url, second)
     assert server.smembers(KEYS.models) == {name.encode() for name in names[:MAX_MODELS]}
     named = {field.partition(":")[0]: amount for field, amount in rows(server).items() if field.endswith("requests")}
-    assert len(named) == MAX_MODELS + 3
-    assert named["other"] == 12
+    assert len(named) == half + 1 + 3
+    assert named["other"] == 1 + len(names) - half + 1 + 1
+
+
+def test_a_model_that_was_not_used_for_30_days_gives_its_place_to_a_new_one(
+    any_store_url: str, server: redis.Redis
+) -> None:
+    half, film = MAX_MODELS // 2, terms(team="film")
+    old, new = [f"old {number}" for number in range(MAX_MODELS)], [f"new {number}" for number in range(4)]
+    today = int(server.time()[0]) // 86_400
+
+    def unused_for(days: int, *names: str) -> None:
+        for name in names:
+            team = server.hget(KEYS.model_uses, name).decode().partition(":")[2]  # type: ignore[union-attr] # it is there
+            server.hset(KEYS.model_uses, name, f"{today - days}:{team}")
+
+    def a_day_passes() -> None:
+        for team in ("design", "film"):
+            server.hset(KEYS.model_uses, f":{team}", f"{today - 1}:")
+
+    async def scenario(fixture: LedgerFixture) -> None:
+        await charged_as(fixture, PLAIN, *old[:half])
+        await charged_as(fixture, film, *old[half:])
+        unused_for(30, *old)
+        assert await charged_as(fixture, PLAIN, new[0]) == ["other"]
+        unused_for(31, *old[:3])
+        assert await charged_as(fixture, PLAIN, new[0]) == ["other"], "places are counted again on the next day"
+        a_day_passes()
+        assert await charged_as(fixture, film, old[0]) == [old[0]], "nobody has taken its place"
+        assert await charged_as(fixture, film, new[0]) == ["other"], "the team has its half"
+        assert await charged_as(fixture, PLAIN, *new) == [new[0], new[1], "other", "other"]
+        assert await charged_as(fixture, PLAIN, old[0], old[1], old[3], new[0]) == [old[0], "other", old[3], new[0]]
+
+    run_scenario(any_store_url, scenario)
+    kept = {old[0], *old[3:], *new[:2]}
+    assert server.smembers(KEYS.models) == {name.encode() for name in kept}
+    uses: Any = server.hgetall(KEYS.model_uses)
+    assert {name for name in uses if not name.startswith(b":")} == {name.encode() for name in kept}
+    assert uses[old[0].encode()] == uses[old[3].encode()] == b"%d:design" % today
+    assert uses[old[4].encode()] == b"%d:design" % (today - 30)
+
+
+def test_models_of_an_older_version_keep_their_places(any_store_url: str, server: redis.Redis) -> None:
+    """It kept their names alone."""
+    server.sadd(KEYS.models, *(f"old {number}" for number in range(MAX_MODELS)))
+
+    async def scenario(fixture: LedgerFixture) -> None:
+        assert await charged_as(fixture, PLAIN, "old 1", "new") == ["old 1", "other"]
+
+    run_scenario(any_store_url, scenario)
+    today = int(server.time()[0]) // 86_400
+    uses: Any = server.hgetall(KEYS.model_uses)
+    assert (uses[b"old 1"], uses[b"old 2"]) == (b"%d:" % today, b"%d:" % today)
+    assert server.scard(KEYS.models) == MAX_MODELS

@@ -115,7 +115,9 @@ def test_what_is_written_expires(any_store_url: str, server: redis.Redis) -> Non
     run_scenario(any_store_url, scenario)
     names: Any = server.keys("*")
     ends_ms = {name.decode(): int(server.pexpiretime(name)) for name in names}
-    assert {name for name, end_ms in ends_ms.items() if end_ms == -1} == {KEYS.id, KEYS.models, KEYS.teams}
+    assert {name for name, end_ms in ends_ms.items() if end_ms == -1} == {
+        *(KEYS.id, KEYS.models, KEYS.model_uses, KEYS.teams)
+    }
     now_s = int(server.time()[0])
     day = day_of(now_s, ZONE)
     for team in ("design", "film"):

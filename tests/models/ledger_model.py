@@ -19,6 +19,8 @@ LASTING = ("day", "week", "month")
 
 MILLION = 1_000_000
 PENDING = ("-", "cancelled")
+DAYS_KEPT = 30
+"""For how long a model keeps its name without being used, in days of UTC."""
 
 
 @cache
@@ -128,7 +130,9 @@ class Books:
 
     now_us: int
     most_names: int
-    names: list[str] = field(default_factory=list)
+    names: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Of each model with a name of its own: the day of its last use, and the team that brought it."""
+
     entries: list[Entry] = field(default_factory=list)
     refused: Counter[tuple[date, str, str]] = field(default_factory=Counter)
     seen: set[str] = field(default_factory=set)
@@ -182,7 +186,7 @@ class Books:
 
     def enter(self, entry: Entry, bill: Bill) -> str:
         """Books a request with its price, whatever the limits; the name under which that is counted."""
-        model = "-" if bill.micro is None else self._named(bill.model)
+        model = "-" if bill.micro is None else self._named(bill.model, entry.team)
         entry.row, entry.micro = (model, bill.outcome), bill.micro or 0
         self._write(entry)
         return model
@@ -242,12 +246,17 @@ class Books:
         self._note(deal.team, said.word)
         return said
 
-    def _named(self, model: str) -> str:
-        if model in ("-", "mixed", "other", *self.names):
+    def _named(self, model: str, team: str) -> str:
+        if model in ("-", "mixed", "other"):
             return model
-        if len(self.names) == self.most_names:
-            return "other"
-        self.names.append(model)
+        today = self.now_us // (86_400 * MILLION)
+        if model not in self.names:
+            self.names = {name: use for name, use in self.names.items() if today - use[0] <= DAYS_KEPT}
+            own = sum(brought_by == team for _, brought_by in self.names.values())
+            if len(self.names) == self.most_names or own == self.most_names // 2:
+                return "other"
+            self.names[model] = today, team
+        self.names[model] = today, self.names[model][1]
         return model
 
     def say(self, deal: Deal, model: str = "-") -> Said:

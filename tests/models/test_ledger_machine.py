@@ -210,7 +210,7 @@ class LedgerMachine(RuleBasedStateMachine):
         counters: dict[tuple[str, str, int], dict[str, int]] = {}
         for name, (amounts, expires) in self._world.keys().items():
             kind, *rest = name.removeprefix("ep1:{acme}:").split(":")
-            assert expires == (kind not in ("id", "models", "teams"))
+            assert expires == (kind not in ("id", "models", "model-uses", "teams"))
             if amounts and kind == "u":
                 usage[date.fromisoformat(rest[0]), rest[1]] = amounts
             elif amounts and kind == "q":
@@ -392,3 +392,24 @@ def test_with_one_request_to_settle_the_first_settlement_takes_it(harness: Harne
         "ep1:{acme}:u:2031-10-25:design": {"Flux:hit:requests": 1, "Flux:hit:credits": 5},
         "ep1:{acme}:u:2031-10-25:film": {"-:cancelled:requests": 2},
     }
+
+
+def test_a_model_gives_its_place_to_a_new_one_after_30_days(harness: Harness) -> None:
+    """Of two places, each team can have one."""
+    machine = LedgerMachine(harness)
+
+    def charge(team: str, *models: str) -> None:
+        machine.turn(0, [Act("charge", team, Bill("hit", 5, model), 0) for model in models])
+        machine.names_are_few()
+
+    charge("design", "Flux", "Flux dev.1")
+    charge("film", "style", "Flux dev.1")
+    assert set(machine._books.names) == {"Flux", "style"}
+    machine.time_passes(30 * 86_400 * MILLION)
+    charge("film", "Flux")
+    charge("design", "Flux dev.1")
+    machine.time_passes(86_400 * MILLION)
+    charge("design", "Flux dev.1")
+    assert set(machine._books.names) == {"Flux"}
+    charge("film", "Flux dev.1")
+    assert set(machine._books.names) == {"Flux", "Flux dev.1"}

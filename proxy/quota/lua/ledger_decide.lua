@@ -2,7 +2,8 @@
 -- Decides requests in order, and books what it admits: all of a request or nothing.
 -- A *counter set* is what a team's requests, or the organisation's, are booked on while none of its windows ends.
 -- `proxy/quota/ledger_script.py` writes the arguments and reads the reply.
---   KEYS  1 ledger's id, 2 models, 3 teams, 4 marker that makes a second run a no-op (or KEYS[1]: no marker)
+--   KEYS  1 ledger's id, 2 models, 3 teams, 4 marker that makes a second run a no-op (or KEYS[1]: no marker), 5 use of
+--         models
 --         of each counter set: the team's usage and rate (not for the organisation's), and its counters
 --   ARGV  1 start and 2 end in µs of the time in which the counter sets are valid, 3 id for a new ledger,
 --         4 limit on models, 5 lifetime in ms of KEYS[4], 6 number of counter sets, 7 number of entries
@@ -35,6 +36,12 @@
 --   The sums that a call adds are below 2^53, where Lua's numbers are exact: `ledger_script.py` limits the amounts. The
 --   limits of quotas are, too. A counter may be above: then it is read inexactly, but as above its limit, and HINCRBY
 --   still adds to it exactly.
+
+-- Models:
+--   KEYS[2] has the models that count under a name of their own. KEYS[5] has for each `<day of its last use>:<team that
+--   brought it>`, in days since 1970, and for `:<team>` `<day on which the team found no place>:`.
+--   A new model gets a place while there are fewer than ARGV[4], and while its team holds less than half of them. A
+--   model that was not used for 30 days loses its place when a new one looks for a place.
 
 -- The limit for the organisation's month. Its week can be twice as high, and the store's integers end at 9.2e18.
 local MAX_COUNTER = 4e18
@@ -99,7 +106,7 @@ local function used(counter, field)
   return counter.stored[field] + counter[field]
 end
 
-local key_at, arg_at = 4, 7
+local key_at, arg_at = 5, 7
 
 local function read_set(sets)
   local set = { org = sets[tonumber(ARGV[arg_at + 1])], counters = {}, quotas = {}, team = ARGV[arg_at + 3] }
@@ -195,28 +202,94 @@ local function admissible(set, requests, credits)
   return admitted
 end
 
-local models, model_count, new_models = {}, nil, {}
+local MODEL_KEPT_DAYS = 30
+local model_limit, today = tonumber(ARGV[4]), math.floor(now / 86400000000)
+-- Models that have a place, those that lose theirs, and fields of KEYS[5] to write, each by name.
+local models, forgotten, uses = {}, {}, {}
+-- The number of places that are taken, in all and by team; nil until a new model looks for a place.
+local places, places_of
 
--- The name that a model counts under: its own if it is one of the first ones, else 'other'.
-local function named(model)
+local used_today = string.format('%.0f:', today)
+
+local function split_use(use)
+  local day, team = string.match(use, '^(%-?%d+):(.*)$')
+  return tonumber(day), team
+end
+
+local function is_today(use)
+  return string.sub(use, 1, #used_today) == used_today
+end
+
+-- Counts the places, and frees those of models that were not used for a while.
+local function count_places()
+  local stored, found = {}, call('HGETALL', KEYS[5])
+  for i = 1, #found, 2 do
+    stored[found[i]] = found[i + 1]
+    if string.sub(found[i], 1, 1) == ':' and not is_today(found[i + 1]) then
+      forgotten[found[i]] = true
+    end
+  end
+  places, places_of = 0, {}
+  for _, model in ipairs(call('SMEMBERS', KEYS[2])) do
+    if not (uses[model] or stored[model]) then -- an older version of the gateway has added it
+      uses[model] = used_today
+    end
+    local day, team = split_use(uses[model] or stored[model])
+    if today - day > MODEL_KEPT_DAYS then
+      forgotten[model] = true
+    else
+      places, places_of[team] = places + 1, (places_of[team] or 0) + 1
+    end
+  end
+end
+
+-- Whether a new model of the team gets a place. A team that found none is not counted again on the same day, because no
+-- place becomes free before the next one.
+local function takes_place(model, team)
+  local found_none = uses[':' .. team] or call('HGET', KEYS[5], ':' .. team)
+  if found_none and is_today(found_none) then
+    return false
+  end
+  if not places then
+    count_places()
+    if uses[model] then -- it had a place in an older version
+      return true
+    end
+  end
+  local own = places_of[team] or 0
+  if places >= model_limit or own >= math.floor(model_limit / 2) then
+    uses[':' .. team] = used_today
+    return false
+  end
+  places, places_of[team] = places + 1, own + 1
+  uses[model] = used_today .. team
+  return true
+end
+
+-- Whether the model has a place of its own. Notes that it was used today.
+local function has_place(model, team)
+  local use = not forgotten[model] and (uses[model] or call('HGET', KEYS[5], model))
+  if not use then
+    return takes_place(model, team)
+  end
+  if not is_today(use) then
+    local _, brought_by = split_use(use)
+    uses[model] = used_today .. brought_by
+  end
+  return true
+end
+
+-- The name that a model counts under: its own if it has a place, else 'other'.
+local function named(model, team)
   if model == '-' or model == 'mixed' or model == 'other' then
     return model
   end
-  if models[model] == nil then
-    models[model] = call('SISMEMBER', KEYS[2], model) == 1
-    if not models[model] then
-      model_count = model_count or call('SCARD', KEYS[2])
-      if model_count < tonumber(ARGV[4]) then
-        model_count, models[model] = model_count + 1, true
-        new_models[#new_models + 1] = model
-      end
-    end
-  end
+  models[model] = models[model] or has_place(model, team)
   return models[model] and model or 'other'
 end
 
 local function book(set, entry, requests, credits)
-  entry.named = credits and named(entry.model) or '-'
+  entry.named = credits and named(entry.model, set.team) or '-'
   count(set, requests, credits or 0)
   add_usage(set, entry.named, entry.outcome, 'requests', requests)
   add_usage(set, entry.named, entry.outcome, 'credits', credits or 0)
@@ -349,8 +422,15 @@ end
 for key, tat in pairs(new_tats) do
   call('SET', key, string.format('%.0f', tat), 'PX', math.ceil((tat - now) / 1000))
 end
-for _, model in ipairs(new_models) do
-  call('SADD', KEYS[2], model)
+for name in pairs(forgotten) do
+  call('SREM', KEYS[2], name)
+  call('HDEL', KEYS[5], name)
+end
+for name, use in pairs(uses) do
+  call('HSET', KEYS[5], name, use)
+  if models[name] then
+    call('SADD', KEYS[2], name)
+  end
 end
 
 -- Notes in `starts` whether a field starts with this amount: only then its hash, or its team, can be new.

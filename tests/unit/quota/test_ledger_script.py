@@ -48,6 +48,7 @@ def test_keys_and_arguments_are_in_the_order_that_the_script_documents() -> None
         KEYS.models,
         KEYS.teams,
         KEYS.id,
+        KEYS.model_uses,
         *ORG.expires_ms,
         TEAM.team.usage_key,
         TEAM.team.rate_key,
