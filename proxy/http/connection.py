@@ -1,11 +1,12 @@
 """An HTTP/1.1 connection: an asyncio protocol that reads requests, runs the application and writes responses.
 
-It replaces uvicorn's protocol, which takes the bytes after an offered upgrade for a new request, does not limit what a
-client sends besides bodies, and queues pipelined requests without limit. Here:
+It replaces uvicorn's protocol, which parses the bytes after a request with `Upgrade` as a new request, has no limit on
+heads and trailers, and queues pipelined requests without limit. Here:
 
 * Requests are read and answered one at a time. When bytes of the next request arrive meanwhile, they are buffered, and
   reading from the socket is paused.
-* A malformed request is answered with a problem document, and the connection is closed.
+* A malformed request is answered with a problem document, and the connection is closed. The connection answers a
+  malformed head; the application answers a malformed body, which its `receive` raises as `BadRequest`.
 * A client that is still sending its body when the response is written gets time to read the response.
 * Parsed request heads are cached, because a client's requests mostly have the same head.
 
@@ -129,7 +130,7 @@ class Connection(asyncio.Protocol):
             self.transport.close()
 
     def eof_received(self) -> bool:
-        """The client closed its side. If its request is complete, it still gets the response.
+        """The client closed its side. If its request is complete or refused, it still gets the response.
 
         Returns True to keep the connection open for writing.
         """
@@ -319,15 +320,14 @@ class Connection(asyncio.Protocol):
             self.transport.close()
 
     def _refuse(self, problem: Problem) -> None:
-        """Answers a malformed request, unless its response has begun, and closes the connection."""
-        is_in_head = not self._is_in_body
+        """Answers a malformed request, and closes the connection after the answer."""
         self._is_closing = True
-        if is_in_head or not (self._cycle is None or self._cycle.response_started):
+        if not self._is_in_body:
             self._write_problem(problem)
-        if self._cycle is not None:
-            self._cycle.abandon()
-        if is_in_head:
             self._linger()
+        elif self._cycle is not None and self._is_answering:
+            self._chunked_body = None  # so that `close` does not wait for the end of a body that may have none
+            self._cycle.refuse_body(problem)
         else:
             self.transport.close()
 

@@ -16,6 +16,7 @@ from uvicorn.server import ServerState
 
 from proxy.http.framing import RequestHead
 from proxy.http.headers import Lines
+from proxy.problems import BadRequest, Problem
 
 SCOPE_REPLY = "estimate_proxy.reply"
 """The scope's key for `Cycle.reply`, which sends a complete response at once. `send` works too."""
@@ -62,12 +63,14 @@ class Cycle(RequestResponseCycle):
     expected_content_length = 0
     access_log = False
     logger = log
+    body_problem: Problem | None = None
+    """Why the body cannot be read. Not the exception: its traceback would keep the received bytes in memory."""
     task: asyncio.Task[None]
 
     def __init__(self, scope: Any, connection: ClientConnection, head: RequestHead, body: bytes | None) -> None:
         """body: None if it has not arrived completely."""
         self.scope = scope
-        self.transport = connection  # type: ignore[assignment] # its `close` waits for the client
+        self.transport = connection  # type: ignore[assignment] # our connection: its `close` waits for the client
         self._write = connection.transport.write
         self.flow = connection.flow
         self.default_headers = connection.server_state.default_headers
@@ -109,9 +112,15 @@ class Cycle(RequestResponseCycle):
             await self.send_500_response()
 
     async def receive(self) -> Any:
-        """As in uvicorn, but also returns `http.disconnect` when the client has only closed its side."""
+        """As in uvicorn, but also returns `http.disconnect` when the client has only closed its side.
+
+        Raises `BadRequest` if the body is malformed.
+        """
         if not self.has_given_body:
-            message = await super().receive()
+            if self.body_problem is None:
+                message = await super().receive()
+            if self.body_problem is not None:
+                raise BadRequest(self.body_problem.code, self.body_problem.detail)
             self.has_given_body = message["type"] == "http.request" and not message["more_body"]
             return message
         if not (self.is_half_closed or self.disconnected or self.response_complete):
@@ -149,8 +158,14 @@ class Cycle(RequestResponseCycle):
         self.is_half_closed = True
         self.message_event.set()
 
+    def refuse_body(self, problem: Problem) -> None:
+        """The rest of the body cannot be read: makes `receive` raise, and closes the connection after the response."""
+        self.body_problem = problem
+        self.keep_alive = False
+        self.message_event.set()
+
     def abandon(self) -> None:
-        """The client is gone, or was answered without the application: makes `receive` return a disconnect."""
+        """The client is gone: makes `receive` return a disconnect."""
         if not self.response_complete:
             self.disconnected = True
         self.message_event.set()

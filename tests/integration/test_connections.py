@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from prometheus_client.samples import Sample
 
 from gateway_fixture import DESIGN, PATH, GatewayFixture, UpstreamFixture
 from gateway_process import address_of, gateway_runner
@@ -39,6 +40,10 @@ def price_of(body: bytes) -> float:
 def statuses(reply: bytes) -> list[int]:
     """Of all answers in what a connection brought."""
     return [int(part[:3]) for part in reply.split(b"HTTP/1.1 ")[1:]]
+
+
+def samples_of(gateway: GatewayFixture, name: str) -> list[Sample]:
+    return [one for family in gateway.metrics.collect() for one in family.samples if one.name == name]
 
 
 def assert_cut_off(connection: socket.socket, piece: bytes, *, times: int) -> None:
@@ -137,6 +142,46 @@ def test_a_malformed_request_has_a_log_line_under_its_id(
 def test_a_malformed_chunked_body_is_refused_and_what_follows_is_not_read(gateway: GatewayFixture, text: bytes) -> None:
     assert_refused(gateway.raw(post(text + SMUGGLED, "Transfer-Encoding: chunked", length=False)), 400)
     assert gateway.simulator.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("rest", "status"),
+    [
+        pytest.param(b"nonsense\r\n", 400, id="malformed chunk"),
+        pytest.param(b"0\r\n" + b"A: b\r\n" * 20_000, 431, id="trailers too large"),
+        pytest.param(b"1;" + b"a" * 100_000, 431, id="chunk extension too large"),
+    ],
+)
+@pytest.mark.parametrize("half_closes", [False, True])
+def test_a_malformed_body_is_logged_and_counted_once_as_invalid(
+    gateway: GatewayFixture, caplog: pytest.LogCaptureFixture, rest: bytes, status: int, *, half_closes: bool
+) -> None:
+    with caplog.at_level(logging.INFO, "proxy"), talking(gateway) as (connection, reader):
+        connection.sendall(post(b"1\r\n[\r\n", "Transfer-Encoding: chunked", length=False))
+        wait_until(lambda: gateway.tracker.arriving_bytes)
+        connection.sendall(rest)
+        if half_closes:
+            connection.shutdown(socket.SHUT_WR)
+        got, headers, body = reader.response()
+        assert connection.recv(1) == b"", "the connection closes"
+        wait_until(lambda: any(hasattr(record, "facts") for record in caplog.records))
+        gateway.metrics.flush()
+    (counted,) = (sample for sample in samples_of(gateway, "estimate_proxy_requests_total") if sample.value)
+    assert (counted.labels["outcome"], counted.value) == ("invalid", 1)
+    assert (got, headers["connection"], json.loads(body)["status"]) == (status, "close", status)
+    (facts,) = (record.__dict__["facts"] for record in caplog.records if hasattr(record, "facts"))
+    assert (facts["request_id"], facts["team"], facts["outcome"], facts["status"]) == (
+        headers["x-request-id"],
+        "design",
+        "invalid",
+        status,
+    )
+    assert json.loads(body)["request_id"] == headers["x-request-id"]
+
+
+def test_a_malformed_body_does_not_replace_an_answer_that_needs_no_body(gateway: GatewayFixture) -> None:
+    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    assert_refused(gateway.raw(head + b"nonsense\r\n" + SMUGGLED), 401)
 
 
 def test_a_head_that_is_too_large_is_refused(gateway: GatewayFixture) -> None:
