@@ -1,8 +1,8 @@
 """Account books: one hash per account in the store, with the state that all prices of the account share.
 
-* Generations. A price carries the two generations that the book had when upstream was asked. A new purge generation
-  removes all older prices; a new reprice generation makes them stale. If the store evicts a book, the next read creates
-  it with new generations, so every older price is gone, purged or not.
+* Generations: two random ids in the account's book. A price is stored with the ids that were current when upstream was
+  asked. A new purge generation removes all older prices; a new reprice generation makes them stale. If the store evicts
+  a book, the next read creates it with new generations, so every older price is gone, purged or not.
 * Invalidations: a count of questions that were purged, or whose price changed while it was fresh. When the count grows,
   processes stop serving the account's prices from memory.
 * The newest balance. A balance belongs to an account, never to a price.
@@ -160,7 +160,7 @@ class AccountBooks:
         return book
 
     def read_in_turn(self, account: str) -> Awaitable[BookSnapshot]:
-        """Like `read`, but callers in the same turn of the event loop share one read. The result must be awaited."""
+        """Like `read`, but callers in one iteration of the event loop share one read. The result must be awaited."""
         return self._same_turn_reads.share(account, lambda: self.read(account))
 
     async def invalidate(self, account: str) -> None:
@@ -185,8 +185,8 @@ class AccountBooks:
     def record_balance(self, account: str, amount: bytes) -> Awaitable[None]:
         """Records a balance that upstream has just reported. The result must be awaited.
 
-        This process has it at once, the store when the awaitable is done. A repeated amount is written once per turn
-        of the event loop.
+        This process has it at once, the store when the awaitable is done. A repeated amount is written once per
+        iteration of the event loop.
         """
         previous, seen = self.cached_balances.get(account), CachedBalance(amount, monotonic(), None)
         self.cached_balances[account] = seen

@@ -3,8 +3,8 @@
 * The holder is the leader, processes that wait for its answer are followers.
 * Fencing: only the current holder can store a price. So an older answer never replaces a newer one, and an answer that
   was requested before a purge is not stored after it.
-* A lease carries the generations that the account's book has when the lease is taken. The book is always read again for
-  that: with outdated generations the answer would count as purged, and every other process would ask upstream again.
+* A lease carries the generations that the account's book has when the lease is taken. `take` always reads the book
+  again for that: a price stored with old generations would count as purged, and each process would ask upstream again.
 * The lease of a leader that died expires after `LEASE_S`; a follower then takes it.
 """
 
@@ -69,7 +69,7 @@ class Leases:
         found. With `force` the lease is taken from its holder, and stored prices do not count.
         """
         token, version = secrets.token_urlsafe(9), _version(lookup)
-        while True:  # ends: each pass ignores the record that the last pass found not to be fresh
+        while True:  # terminates: each pass skips the record that the last one found stale
             read_at, invalidations = monotonic(), self._accounts.invalidations(account)
             args = (token, round(LEASE_S * 1000), "" if version is None else version, int(force))
             reading = self._accounts.read_in_turn(account)

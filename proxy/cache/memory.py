@@ -35,7 +35,7 @@ class MemoryEntry:
 
 
 def decode_entry(text: bytes | None, now_ms: int, read_at: float, invalidations: int) -> MemoryEntry | None:
-    """Decodes the text of a price key. None if the key does not exist or its encoding is another."""
+    """Decodes the text of a price key. None if the key does not exist or has another encoding."""
     record = None if text is None else decode_price(text)
     return None if record is None else MemoryEntry(record, now_ms, read_at, invalidations)
 

@@ -2,8 +2,8 @@
 
 * Ages are measured on the store's clock only, so gateways whose clocks differ report the same age.
 * Only the holder of a question's lease stores its price: see `proxy.cache.leases`.
-* The account's book decides whether a stored price still counts, and has the balance that is served with every price:
-  see `proxy.cache.account_book`.
+* The account book, another key in the store, decides whether a stored price is still valid, and has the balance that is
+  sent with it: see `proxy.cache.account_book`.
 """
 
 import asyncio
@@ -74,7 +74,8 @@ class PriceBook:
         if cached is None:
             return Lookup(None, accounts.balance(account), None)
         if book.may_lag(cached.record) or accounts.balance(account) is None:
-            # The leader read the book before it put the price, and put the balance together with it.
+            # Our snapshot is too old, and one more read is enough: the leader read the book before it stored the price,
+            # and stored the balance in the same round trip.
             book = await accounts.read(account)
         return Lookup(book.as_of(cached, monotonic()), accounts.balance(account), cached.record.put_at_ms)
 

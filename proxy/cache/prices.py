@@ -66,7 +66,7 @@ class Balance:
 
 @dataclass(slots=True)
 class Lookup:
-    """The result of a look-up. A fetch takes it, to wait only for a price that is another than the one found.
+    """The result of a look-up. A fetch uses `version` to recognise a price that was stored after this look-up.
 
     version: `put_at_ms` of the record in the store, also if that was purged; None if there is no record.
     """

@@ -49,9 +49,9 @@ class SingleFlight(Generic[T]):
 
 
 class TurnCoalescer(Generic[T]):
-    """Shares work between callers in the same turn of the event loop.
+    """Shares work between callers in the same iteration of the event loop.
 
-    The store client sends all calls of one turn together, so each caller gets the result that its own call would have
+    The store client sends all calls of an iteration together, so a caller gets the result that its own call would have
     had. Results must be awaited.
     """
 
@@ -59,12 +59,12 @@ class TurnCoalescer(Generic[T]):
         self._tasks: dict[str, asyncio.Task[T]] = {}
 
     def share(self, key: str, work: Callable[[], Coroutine[Any, Any, T]]) -> Awaitable[T]:
-        """The result of the work that was last started for `key` in this turn; if there is none, of `work`."""
+        """The result of the work that was last started for `key` in this iteration; if there is none, of `work`."""
         task = self._tasks.get(key)
         return self.start(key, work) if task is None else asyncio.shield(task)
 
     def start(self, key: str, work: Callable[[], Coroutine[Any, Any, T]]) -> Awaitable[T]:
-        """The result of `work`, which is always started. Later callers of this turn share it."""
+        """The result of `work`, which is always started. Later callers of this iteration share it."""
         loop = asyncio.get_running_loop()
         task = self._tasks[key] = loop.create_task(work())
         loop.call_soon(self._tasks.pop, key, None)
