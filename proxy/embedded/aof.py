@@ -6,9 +6,9 @@ What Valkey 9.1 does when it starts:
 * It starts without any data if the manifest is missing, and without the base file's data if that file is empty.
   `find_damage` therefore checks the files before the server is started.
 * It exits on everything else that it cannot read, and advises `valkey-check-aof --fix MANIFEST`. That advice does not
-  work here: the package has no program of this name, and 9.1's check takes a base file with the magic VALKEY for
-  commands and reports damage. The server's program is that check when it is run under this name, and works on a file
-  of commands. `damage_of_tail` therefore names that file and the commands that run the check.
+  work here: the package has no such program, and 9.1's check fails on a base file with the magic VALKEY, because it
+  parses the file as commands. The server's binary, run under the name `valkey-check-aof`, is that check, and works on
+  command files. `damage_of_tail` therefore names the damaged command file and the commands that run the check.
 """
 
 import errno
@@ -108,7 +108,7 @@ def has_files(directory: Path) -> bool:
 
 
 def set_aside(directory: Path, now: datetime) -> Path:
-    """Renames the folder of the files, and returns its new path."""
+    """Renames the directory of the files, and returns its new path."""
     folder = directory / _FOLDER
     return folder.rename(f"{folder}{_ASIDE}{now:%Y%m%dT%H%M%S.%fZ}")
 

@@ -25,7 +25,8 @@ def die_with_parent(parent_pid: int) -> Callable[[], None] | None:
     * Python warns about `preexec_fn` when there are other threads, because a lock that one of them holds stays locked
       in the child. `proxy.telemetry.log_writer` has such a thread, and this function takes none of its locks: it does
       not import, log or print. Python itself takes care of the locks for imports and logging during the fork.
-    * Race: fork; the parent dies; prctl. The signal would never come, but the parent's pid has changed by then.
+    * Race: if the parent dies between fork and prctl, no signal comes. The child notices because its parent pid has
+      changed.
     """
     if sys.platform != "linux":
         return None

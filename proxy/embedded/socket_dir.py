@@ -1,8 +1,8 @@
 """A private directory for unix sockets, with a path that is short enough for them.
 
-* It is created in the first of these folders in which a socket can be made: `$XDG_RUNTIME_DIR`, `$RUNTIME_DIRECTORY`
-  (systemd sets it for a unit with `RuntimeDirectory=`), the data directory, the folder for temporary files.
-* It is locked while it is used, because systemd-tmpfiles cleans the folder for temporary files and skips locked
+* It is created in the first directory of these in which a socket works: `$XDG_RUNTIME_DIR`, `$RUNTIME_DIRECTORY`
+  (systemd sets it for a unit with `RuntimeDirectory=`), the data directory, the directory for temporary files.
+* It is locked while it is used, because systemd-tmpfiles cleans the directory for temporary files and skips locked
   directories.
 * If it is removed nevertheless, `restore` creates it again at the same path.
 * Its name has a prefix of its own, so that the next start can recognise and remove what a killed gateway has left.
@@ -31,7 +31,7 @@ class SocketDir:
 
     @classmethod
     def make(cls, data_dir: Path, longest_name: str) -> "SocketDir | None":
-        """A new directory in which a socket of that name can be made; None if that works in no folder."""
+        """A new directory in which a socket of that name can be made; None if that works in none."""
         for parent in _parents(data_dir):
             longest = parent / f"{_PREFIX}{'x' * 8}" / longest_name  # mkdtemp appends 8 characters
             if len(os.fsencode(longest)) <= _MAX_PATH_BYTES:
@@ -92,7 +92,7 @@ def _parents(data_dir: Path) -> Iterator[Path]:
     yield data_dir
     with suppress(FileNotFoundError):
         yield Path(tempfile.gettempdir())
-    yield Path("/tmp")  # noqa: S108 -- mkdtemp makes a folder in it, with mode 0700
+    yield Path("/tmp")  # noqa: S108 -- mkdtemp makes a directory in it, with mode 0700
 
 
 def _remove(directory: Path) -> None:

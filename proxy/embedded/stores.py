@@ -65,7 +65,7 @@ class EmbeddedStores:
         self._servers: dict[Role, Valkey] = {}
         """Empty before the start."""
         self._aside: dict[Role, _Aside] = {}
-        """The files of stores that start empty, until these have started."""
+        """Damaged files that were moved away, by role. Emptied once all servers have started."""
 
     @property
     def urls(self) -> dict[Role, str]:
@@ -76,7 +76,7 @@ class EmbeddedStores:
         """Locks the data directory, starts the servers and returns when all answer PING: after 33 s at most.
 
         Raises:
-            EmbeddedStoreError: and nothing is left running or locked.
+            EmbeddedStoreError: if a store cannot start. Nothing is left running or locked.
 
         """
         if not self._roles:

@@ -3,9 +3,9 @@
 * All methods are called by one thread: the kernel sends the parent-death signal when the *thread* that forked ends.
   `end` may block up to its timeout; the others do not block, except for a PING, which may take a second.
 * The caller must not reap children in general (`waitpid(-1)`): the exit status of this one would be lost.
-* The child is killed (SIGKILL) when its parent ends, and that loses nothing: Valkey hands each write to the kernel
-  before it sends the reply (or up to 2 s later, while the disk is busy with an fsync), and what the kernel has
-  survives the process. An incomplete command is cut off at the next start.
+* The child is killed (SIGKILL) when its parent ends. This loses no write that Valkey has given to the kernel. Valkey
+  does that before it replies, but up to 2 s later while the disk is busy with an fsync. An incomplete command is cut
+  off at the next start.
 * Every failure to start is an `EmbeddedStoreError` that says what to do.
 """
 
