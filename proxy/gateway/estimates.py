@@ -4,7 +4,7 @@
 2. Look the price up: in this process's memory, then in the price book.
 3. Decide, by the price's age and the request's `Cache-Control`, to serve it or to ask upstream.
 4. Serving: charge the team's quotas and answer. A stale price or an old balance is refreshed in the background.
-5. Asking upstream: admit the request to the quotas, fetch, turn the reply into an answer, and settle the admission.
+5. Asking upstream: check rate and quotas and book the request (admit), fetch the price, then book the result (settle).
 
 A request that fails or is denied becomes a `Problem`. Exceptions are for malformed requests, clients that have gone,
 overload and defects: `proxy.http.endpoint` maps them to responses.
@@ -113,7 +113,7 @@ class Gateway:
                 return None
 
     async def _refuse_uncached(self, team: Team, trace: Trace) -> Problem:
-        """The client wants only a stored answer, and none is usable. The request still takes from the rate."""
+        """The client wants only a stored answer, and none is usable. The request still uses one request of the rate."""
         with trace.timing_store():
             admission = await self._ledger.record_uncached(team.limits, Outcome.NOT_CACHED)
         trace.record_admission(admission)

@@ -5,7 +5,8 @@
   or leaves its failure. Followers poll for either. If the leader dies, its lease expires within `LEASE_S` and a
   follower takes over.
 * With the store unavailable, each process calls upstream for itself.
-* Refreshes of stale prices and audits run in the background, after the response. There is at most one audit at a time
+* Two things run in the background after the response: refreshes of stale prices, and audits (see Audits in
+  docs/architecture.md). There is at most one audit at a time
   for each account, over all processes. Refreshes are limited in each process, so that a repriced account is fetched
   again gradually.
 """
@@ -56,7 +57,7 @@ class FetchResult:
     stored: the price is in the price book.
     upstream_s: the duration of the upstream call; None if another process made it.
     collapsed: another process called upstream.
-    superseded: by a purge or another leader during the upstream call; the reply is not stored.
+    superseded: a purge happened, or another process took the lease, during the call; the reply is not stored.
     """
 
     reply: Reply
@@ -98,7 +99,9 @@ class Fetcher:
             fetched, joined = await self._coalesce(request.key, lambda: self._lead_or_follow(request, lookup))
             if not (joined and fetched.superseded):
                 return fetched, joined or fetched.collapsed
-            await asyncio.sleep(0)  # a fetch that is done is removed in the next turn; until then it would be joined
+            await asyncio.sleep(
+                0
+            )  # a fetch that is done is removed in the next iteration; until then it would be joined
 
     async def fetch_uncoalesced(self, request: CanonicalRequest, *, store: bool) -> FetchResult:
         """Calls upstream for this request alone. With `store` the reply replaces what is stored."""
@@ -170,7 +173,10 @@ class Fetcher:
         return FetchResult(Failed(Problem(Code.UPSTREAM_TIMEOUT, detail)))
 
     async def _from_leader(self, request: CanonicalRequest, price: Price) -> FetchResult:
-        """The result for a price that another process stored. Reads the account's book: it has the reply's balance."""
+        """The result for a price that another process stored.
+
+        Reads the account's book, because the leader stored the reply's balance there.
+        """
         await self._book.accounts.read(request.account)
         return FetchResult(Priced(price, None), stored=True, collapsed=True)
 

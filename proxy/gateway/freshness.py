@@ -1,6 +1,6 @@
 """Decides whether to serve a stored price, fresh or stale, or to ask upstream.
 
-Parses the request's `Cache-Control` (RFC 9111 §5.2.1) for that decision. Pure: ages are in the `Lookup`.
+Parses the request's `Cache-Control` (RFC 9111 §5.2.1) for that decision. No clock, no I/O: the `Lookup` has the ages.
 """
 
 import re

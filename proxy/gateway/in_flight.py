@@ -71,7 +71,7 @@ class InFlightTracker:
     """When a stopping process must have finished, on the monotonic clock."""
 
     def is_overloaded(self) -> bool:
-        """Whether a limit is passed. The request that checks this must be counted as in flight."""
+        """Whether a limit is passed. Count the request as in flight before you call this."""
         return self.in_flight > MAX_IN_FLIGHT or self.in_flight - self.waiting > MAX_ACTIVE
 
     @contextmanager

@@ -35,8 +35,6 @@ class RuntimeConfig:
 
 @dataclass(slots=True)
 class ConfigHolder:
-    """Holds the configuration in force."""
-
     config: RuntimeConfig
 
 

@@ -109,7 +109,7 @@ class Trace:
         self.team, self.token_label = credential.team.id, credential.label
 
     def record_admission(self, admission: Admitted | Denied) -> None:
-        """Keeps the team's state. A denied request exceeds no quota, so it carries no warnings."""
+        """Keeps the team's state. A denied request is not booked, so it exceeds no `warn` quota."""
         self.quota_state = admission.quota_state or self.quota_state
         if isinstance(admission, Denied):
             self.warnings = ()
