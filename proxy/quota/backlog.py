@@ -1,6 +1,6 @@
-"""Buffers debits of requests that were admitted while the ledger was out of reach.
+"""Buffers debits of requests that were admitted while the ledger was unavailable.
 
-* Debits of the same kind are added up, so memory depends on the number of kinds, which is limited.
+* Debits with the same counters, outcome and model are added up. The number of such sums is limited, so memory is too.
 * The ledger books them in batches. A batch keeps its name and its rows until it is dropped, so a repeated flush is
   recognised and books nothing: flushing is idempotent.
 """
@@ -17,7 +17,7 @@ from proxy.quota.quotas import Charge
 
 @dataclass(frozen=True, slots=True)
 class BufferedDebit:
-    """A sum of debits: so many requests and all their credits. Below 0, `requests` takes back earlier admissions."""
+    """A sum of debits: so many requests and all their credits. A negative `requests` undoes earlier admissions."""
 
     counters: CounterSet
     charge: Charge

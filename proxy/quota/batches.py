@@ -2,7 +2,8 @@
 
 * Equal requests (same team, operation and charge) share one entry of a batch. The script admits the first ones, as
   many as rate and quotas allow.
-* Admitted requests report the team's state after the batch; refused ones, its state when they were refused.
+* The `RateLimit` header of an admitted request shows the state after the whole batch; that of a refused one, the state
+  at its refusal.
 * Windows are computed here and verified in the store. If the store's clock is in another window, the script does
   nothing and returns its time; the windows are computed again, and the call is repeated once.
 * A call whose reply was lost is not repeated, because it may have debited. Its requests fail and are counted.
@@ -55,7 +56,7 @@ class Admitted(NamedTuple):
     """A request that may proceed, or whose credits are booked.
 
     counters: on which the request is booked.
-    quota_state: None if the ledger is out of reach.
+    quota_state: None if the ledger is unavailable.
     booked: False if nothing is on the counters yet.
     model: the name under which credits were counted.
     """
@@ -123,7 +124,7 @@ class LedgerBatcher:
         """The decision about one request; `lua/ledger_decide.lua` describes the operations."""
         future: asyncio.Future[Admitted | Denied] = self._loop.create_future()
         self._entry(operation, limits, charge, admitted_on).futures.append(future)
-        if self._running is None:  # the task starts in the loop's next turn and takes all requests of this turn
+        if self._running is None:  # the task starts in the loop's next iteration and takes all requests of this one
             self._running = self._loop.create_task(self._run_batches())
         return future
 

@@ -11,8 +11,8 @@ PRICE_DECIMALS = 12
 """Of the price of a credit in a currency: a credit can cost a small part of a cent."""
 
 _UP = Context(rounding=ROUND_CEILING)
-"""Limits digits and exponents. Rounding up to these limits, and then to an integer, equals rounding up to the integer
-at once, so numbers of many digits are right, too, and a tiny number does not become 0."""
+"""Limits digits and exponents. Rounding up twice gives the same integer as rounding up once, so long numbers are exact
+and a tiny one does not become 0."""
 
 
 @lru_cache(maxsize=1000)

@@ -2,9 +2,9 @@
 
 * The store decides: one script checks the rate and the quotas of team and organisation, and books all of a request or
   nothing.
-* An admitted request is booked at once and settled later. Settling runs in a task of its own, so cancelling the request
-  does not cancel its accounting.
-* While the store is out of reach, the ledger refuses requests or, with `admits_on_outage`, admits them and buffers
+* An admitted request is booked at once as `cancelled`. When its result is known, it is settled: it gets its
+  outcome and its credits. Settling runs in a task of its own, so cancelling the request does not cancel its accounting.
+* While the store is unavailable, the ledger refuses requests or, with `admits_on_outage`, admits them and buffers
   their debits. A debit whose reply was lost is neither repeated nor buffered, because it may have been booked.
 """
 
@@ -55,7 +55,7 @@ class Ledger:
         self._settling: set[asyncio.Future[Any]] = set()
 
     async def open(self) -> None:
-        """Checks whether the ledger exists, and creates it if not. Logs a warning if it is out of reach."""
+        """Checks whether the ledger exists, and creates it if not. Logs a warning if it is unavailable."""
         try:
             await self._batcher.open()
         except StoreUnavailable:
@@ -70,11 +70,11 @@ class Ledger:
         return self._decide("admit", limits, _PENDING)
 
     def record_uncached(self, limits: TeamLimits, outcome: Outcome) -> Admission:
-        """Records an estimate that is neither answered nor sent upstream. It takes from the rate."""
+        """Records an estimate that is neither answered nor sent upstream. It uses one request of the rate."""
         return self._decide("record_uncached", limits, Charge(outcome))
 
     async def peek(self, limits: TeamLimits, credits_micro: int | None) -> Admitted | Denied:
-        """The decision that an estimate of this price would get. Takes from the rate, and debits nothing.
+        """The decision that an estimate of this price would get. Uses one request of the rate, and debits nothing.
 
         Raises `StoreUnavailable`.
         """

@@ -55,7 +55,7 @@ class _Plan:
 
 @dataclass(frozen=True, slots=True)
 class _LedgerValues:
-    """The values at `now_us`, by key. `tats_us` are theoretical arrival times, 0 for a team without."""
+    """The values at `now_us`, by key. `tats_us` are theoretical arrival times, 0 for a team that has none."""
 
     plan: _Plan
     now_us: int

@@ -196,7 +196,7 @@ def csv_of(
     currency: Currency | None = None,
     dialect: Dialect = "rfc4180",
 ) -> bytes:
-    """Usage as CSV. Without the total, which a sum over a column would count twice."""
+    """Usage as CSV. No total row: summing a column would count it twice."""
     return write_csv(cells_of(usage, by, directory, currency), names=("team", "model", "team_name"), dialect=dialect)
 
 

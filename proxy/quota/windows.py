@@ -3,8 +3,8 @@
 * The windows of one period cover time without gaps or overlaps. Each lies in exactly one window of the next longer
   period, except that a week can lie in two months.
 * Days, weeks (from Monday) and months are those of the zone's calendar, so a day can have 23 or 25 hours.
-* Hours and minutes are elapsed time since the start of the day. Where clocks change by whole hours, they are the hours
-  that the clock shows; the hour that the clock shows twice is two windows.
+* Hours and minutes are counted in elapsed time from the start of the day. If clocks go back one hour, the repeated hour
+  is two windows.
 * Instants are whole seconds since 1970 UTC.
 """
 

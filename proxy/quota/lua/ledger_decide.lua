@@ -23,10 +23,10 @@
 --   charge           stored answers of one price: rate, requests and credits
 --   admit            requests to upstream: rate and requests; refused if no credits are left
 --   settle           the result of an admitted request, in the windows of now: books request and credits, or refuses it
---                    and gives the request back
---   refund           an admitted request that was not sent upstream: gives it back
---   peek             takes from the rate and checks the quotas
---   record_uncached  takes from the rate, for an estimate that the client did not want from upstream
+--                    and undoes the request's booking
+--   refund           an admitted request that was not sent upstream: undoes its booking
+--   peek             uses one request of the rate and checks the quotas
+--   record_uncached  uses one request of the rate, for an estimate that the client did not want from upstream
 --   apply            books requests that were admitted without the ledger, and the sum of their credits, unchecked
 -- `charge` and `admit` take several equal requests: the first ones are admitted, as many as rate and quotas allow, and
 -- the rest is refused with the entry's verdict.
@@ -162,7 +162,8 @@ local function advance_tat(set, requests)
   tats[set.rate], new_tats[set.rate] = tat, tat
 end
 
--- The numbers of the quotas that this would exceed, or 'ok'. A request that `starts` also needs some credits left.
+-- The numbers of the quotas that this would exceed, or 'ok'. `starts`: also refuse if nothing is left, even for a
+-- request that costs nothing.
 local function violated(set, requests, credits, starts)
   local found
   for i = 1, #set.quotas do
@@ -402,7 +403,8 @@ for i = 1, tonumber(ARGV[7]) do
 end
 for i = 1, #sets do
   states[i] = sets[i].org and state_of(sets[i]) or {}
-  if not sets[i].org then -- the month is the last counter, and the highest, except that a week can lie in two months
+  if not sets[i].org then
+    -- The month is last and has the largest sums, except for a week in two months; MAX_COUNTER leaves room for that.
     local month = sets[i].counters[#sets[i].counters]
     if used(month, 'requests') > MAX_COUNTER or used(month, 'credits') > MAX_COUNTER then
       return redis.error_reply('FULL a counter of the ledger is about to overflow')
