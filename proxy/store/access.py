@@ -1,4 +1,7 @@
-"""How to reach a store: role, credentials, certificates and time limits. Plain values."""
+"""How to reach a store: role, credentials, certificates and time limits.
+
+Only dataclasses and constants: the supervisor imports this without the client.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

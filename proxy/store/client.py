@@ -1,9 +1,9 @@
 """The Redis and Valkey client of one role: calls Lua scripts, in batches.
 
-* Calls made in the same turn of the event loop are sent together: one round trip to each server that they need.
+* Calls made in the same iteration of the event loop are sent together: one round trip to each server that they need.
 * A call is sent again only if that is harmless. A call whose reply was lost fails, unless its script only reads. A call
-  that a server refused without running it is sent again: to where the redirect points, or to the server that the
-  topology or the host name leads to by then.
+  that a server refused without running it is sent again: to the redirect's target, or to the server that the
+  refreshed topology or host name gives.
 * A failed call says whether a server may have run it: `StoreOutcomeUnknown` if it was sent.
 * A try takes at most `access.timeout_s` and two ticks, including the wait for a connection and topology refreshes.
 """
@@ -268,7 +268,10 @@ class Store:
                 await asyncio.sleep(rounds * RETRY_PAUSE_S)
 
     async def _group_by_node(self, calls: Sequence[Call]) -> dict[Node, list[Call]]:
-        """The calls by their next server. Calls without one, or that could not reach this same one, are left out."""
+        """The calls by the server that gets them next.
+
+        Without calls that have no server, and calls that this server could not be sent in the last round.
+        """
         no_node_error = await self._refresh_if_needed(calls)
         groups: dict[Node, list[Call]] = {}
         for call in calls:

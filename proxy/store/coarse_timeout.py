@@ -1,7 +1,7 @@
 """One shared timer for short timeouts: a timer per call costs more than the calls.
 
-The timer ticks. A timeout that has passed takes effect one tick later: if the event loop was blocked, its timers and
-the replies that arrived meanwhile are due in the same turn, and a reply that has arrived must count.
+The timer ticks. A timeout raises one tick after its deadline was found to have passed. After a blocked event loop,
+timers and replies are handled in the same iteration; a reply that is already there must win.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ from math import inf
 from typing import Any
 
 _LATE, _EXPIRED = -inf, inf
-"""Stand for a deadline that passed before the last tick, and for one whose timeout has been raised."""
+"""`_LATE`: the last tick found that the deadline had passed. `_EXPIRED`: the timeout was raised."""
 
 
 class CoarseTimeout:

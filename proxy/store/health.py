@@ -1,9 +1,9 @@
 """Health of one role's servers: for readiness, the gauge `store_up`, the log and cool-downs.
 
-A *part* fails and recovers on its own: the connection to a server; writing to it, which a server can refuse as a whole;
-and one script, such as by an ACL. A role is up while no part is down.
+A *part* fails and recovers on its own. Parts are the connection to a server; writes to a server; and one script, for
+example if an ACL forbids it. A role is up while no part is down.
 
-* Only a script that is refused whenever the server refuses writes shows that writing works again.
+* Only a script with `proves_writes` shows that writes work again.
 * A call that failed after a wait, for a reply or for the next primary, starts a cool-down: calls to that server fail at
   once for `COOLDOWN_S`. So a server that hangs costs one wait per cool-down, not one per request.
 """

@@ -1,7 +1,8 @@
-"""Classifies the errors of servers: redirects, errors worth a retry, and final ones. Pure.
+"""Classifies the errors of servers: redirects, errors worth a retry, and final ones.
 
 Each error that leads to another try guarantees that the script did not run: a cluster node checks the keys before it
-looks up the script, and a script that begins with `#!lua` and writes is refused before its first line.
+looks up the script, and a server that does not accept writes refuses a `#!lua` script without the flag `no-writes`
+before it runs a line.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Lua scripts, and calls of them over one connection.
 
-A call always knows whether the server may have run it: it was sent, and no reply says that it was refused. So a call is
-not sent where it is likely to be lost: on a connection that was closed while it was idle, or on one that was idle while
-another connection to the same server broke or timed out.
+A call always knows whether the server may have run it: yes if it was sent and no reply says that it was refused.
+A call is not sent where it is likely to be lost: on a connection that was closed while it was idle, or on one that was
+idle while another connection to the same server broke or timed out.
 """
 
 import asyncio
@@ -119,7 +119,8 @@ class Call:
 async def execute(node: Node, calls: Sequence[Call]) -> None:
     """Sends the calls to a server in one batch, and sets the result of each.
 
-    A call that this server refused as not serving, and that cannot be sent now, keeps that error: it says more.
+    A call that this server refused as not serving, and that cannot be sent now, keeps that refusal: it explains more
+    than the failed retry.
     """
     for call in calls:
         if node is not call.node or not is_not_serving(call.result):
