@@ -1,9 +1,9 @@
-"""Decides which failures to log: an incident is a few log lines, not one per request. Pure.
+"""Decides which failures to log: an incident is a few log lines, not one per request.
 
 * The beginning and the end of an incident are logged. In between, each further reason is logged once, even if reasons
   alternate.
-* For `quiet_s` after its end, an incident that comes back is not logged, unless it lasts longer. Otherwise an upstream
-  that fails one request in five would cause two lines for every five requests.
+* An incident that reopens within `quiet_s` is logged only if the failures go on after `quiet_s` is over. Otherwise an
+  upstream that fails one request in five would cause two lines for every five requests.
 
 Times are seconds on one monotonic clock, passed in.
 """

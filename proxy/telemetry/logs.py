@@ -57,7 +57,7 @@ def configure(level: str, style: str, fd: int = STDERR) -> Writer:
 def event(logger: logging.Logger, level: int, message: str, facts: Mapping[str, Any]) -> None:
     """Logs a message with named facts. The facts must not be changed afterwards.
 
-    If lines go only to the queue, no LogRecord is made: it would cost more than the line.
+    If lines go only to the queue, no LogRecord is made, because making one is slower than writing the line.
     """
     if not logger.isEnabledFor(level):
         return

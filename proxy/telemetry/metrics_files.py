@@ -2,7 +2,7 @@
 
 * On Linux a file is in memory and has no name, so nothing can remove it while the gateway runs, and nothing is left
   afterwards.
-* `proxy.telemetry.multiprocess` reads and writes them. It is a module of its own because it imports
+* `proxy.telemetry.multiprocess` reads and writes them. It is separate because that module imports
   prometheus_client, which would cost the supervisor memory and start-up time.
 """
 

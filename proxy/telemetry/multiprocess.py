@@ -178,7 +178,7 @@ def _content(descriptor: int) -> bytes:
 
 
 def _counting(content: bytes) -> Iterator[tuple[bytes, _Reading]]:
-    """The numbers to add up: of a vacant slot, only its counters."""
+    """The numbers to add up; a vacant slot contributes only counters."""
     _, alive = HEADER.unpack_from(content.ljust(HEADER.size, b"\0"))
     return ((key, reading) for key, _, reading in _entries(content) if alive or not key.startswith(_GAUGE))
 
