@@ -1,4 +1,4 @@
-"""Circuit breaker for upstream requests, and the back-off that upstream asks for. Pure.
+"""Circuit breaker for upstream requests, and the back-off that upstream asks for.
 
 * Closed: all requests are admitted. It opens for `OPEN_S` when at least `MIN_ANSWERS` answers arrived within `WINDOW_S`
   and half of them were failures.
@@ -28,7 +28,7 @@ MAX_BACK_OFF_S = 3600.0
 
 
 class Decision(Enum):
-    """The result of `CircuitBreaker.admit`: the first two admit the request."""
+    """The result of `CircuitBreaker.admit`. ADMIT and PROBE admit the request, BACK_OFF and OPEN do not."""
 
     ADMIT = auto()
     PROBE = auto()

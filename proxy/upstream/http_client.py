@@ -2,7 +2,7 @@
 
 aiohttp's connector opens and pools the connections (name resolution, TLS, proxies, a limit on their number), and
 httptools parses the responses. There is no client session, and so no cookies, redirects, decompression or settings from
-the environment. The connector is used without documentation: tests/integration/test_private_apis.py lists its parts.
+the environment. We use undocumented parts of the connector: tests/integration/test_private_apis.py lists them.
 
 * A connection is reused only after exactly one whole response, and is closed if anything arrives while it is idle:
   bytes after a response must not be taken for the response to the next request.

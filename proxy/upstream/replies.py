@@ -1,4 +1,4 @@
-"""Parses upstream's responses into replies: a price, an unpriced answer, a rejection or a failure. Pure.
+"""Parses upstream's responses into replies: a price, an unpriced answer, a rejection or a failure.
 
 Amounts stay the JSON numbers that upstream wrote and are never converted to floats: `5`, `5.0` and `0.10` keep their
 spelling. An estimate that cannot be read makes the answer *unpriced*; it never counts as 0.
