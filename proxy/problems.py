@@ -189,7 +189,7 @@ class Problem:
 
 
 class ProxyError(Exception):
-    """The root of the exceptions."""
+    pass
 
 
 class BadRequest(ProxyError):  # noqa: N818 -- named as HTTP names it

@@ -4,7 +4,7 @@
 * Some URLs are refused that redis-py accepts: it ignores a database that is not a number, for example, and takes query
   parameters for options of its own.
 
-Messages of `ValueError` are for the operator; they continue the name of the setting.
+The text of a `ValueError` has no subject: it is shown after the setting's name.
 """
 
 import re

@@ -159,7 +159,6 @@ class IncomingRequest:
         return body
 
     async def _collect(self) -> bytes:
-        """Receives the body piece by piece."""
         pieces, size, more = [], 0, True
         with self._tracker.arriving(self._context.team) as arrival:
             self._reserve(arrival, ARRIVING_REQUEST_BYTES)

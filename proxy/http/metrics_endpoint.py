@@ -1,4 +1,4 @@
-"""`GET /metrics`: the instruments of all workers, and gauges that are read from the stores.
+"""`GET /metrics`: the metrics of all workers, and gauges that are read from the stores.
 
 * Windows, quotas and balances are read from the stores on a scrape, at most once per `SNAPSHOT_S`. So they are exact,
   the same on every gateway, and present for idle teams too.

@@ -1,7 +1,7 @@
 """Renders results as HTTP responses, and keeps the per-request context for headers, metrics and the log line.
 
-Header fields are rendered as complete lines, `name: value`, which `Cycle.reply` writes as they are. The connection adds
-the content length and whether it closes.
+Header fields are rendered as complete lines, `name: value`, which `Cycle.reply` writes as they are. The cycle adds
+`Content-Length`, and `Connection: close` where needed.
 """
 
 import logging

@@ -2,8 +2,8 @@
 
 Run as `python -m proxy.processes.worker <listener fd> <channel fd> <metrics fd> [<metrics fd of another worker>...]`.
 
-* The supervisor first sends the settings and the URLs of the embedded stores. At the gateway's start, the worker waits
-  for them while the stores start. Later messages are new settings and `proxy.processes.messages`.
+* The first message has the settings and the URLs of the embedded stores. A worker that starts with the gateway imports
+  its modules while the stores start, and then gets it. Later messages are new settings and `proxy.processes.messages`.
 * When the channel closes, the supervisor is dead, and the worker exits.
 """
 

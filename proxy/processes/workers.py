@@ -140,7 +140,7 @@ class WorkerPool:
         self.send(RELOAD_FAILED)
 
     def stop_restarting(self) -> None:
-        """From now on no worker is replaced. A slot that is empty now counts as stopped in order."""
+        """From now on no worker is replaced. An empty slot counts as stopped with status 0."""
         self._stopping = True
         for slot in self._slots:
             slot.status = 0 if slot.worker is None else None
@@ -212,7 +212,7 @@ class WorkerPool:
 
 
 def _path_options() -> list[str]:
-    """`-P`, unless this process itself looks for modules in the current folder first, as `python -m` does."""
+    """`-P`, unless this process itself looks for modules in the current directory first, as `python -m` does."""
     return [] if sys.path[0] == os.getcwd() else ["-P"]  # noqa: PTH109 -- compared with what Python itself put there
 
 

@@ -4,8 +4,9 @@
   `ESTIMATE_PROXY_<SECTION>__<KEY>`, command-line options.
 * Environment variables without `__` are ignored: Kubernetes injects `ESTIMATE_PROXY_PORT` and the like for a service of
   this name. A value that begins with `[` or `{` is read as JSON, unless it is a secret.
-* Paths are relative to the config's folder.
-* A secret may be in a file of its own, `<key>_file`. A source that sets either key replaces both of earlier sources.
+* Paths are relative to the config's directory.
+* A secret may be in a file of its own, `<key>_file`. If a source sets `<key>` or `<key>_file`, both are removed from
+  the sources before it.
 * All problems are reported at once, each with its path. If there is any, the settings are not used.
 """
 
