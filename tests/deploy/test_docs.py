@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from deploy_files import PROJECT
+from metric_names import families
 
 PAGES = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")])
 FOLDERS = "bench|deploy|docs|grafana|proxy|scripts|tests"
@@ -64,6 +65,17 @@ def test_the_architecture_page_names_every_folder_and_top_level_module() -> None
 def test_log_lines_that_a_page_quotes_are_in_the_code(page: str, line: str) -> None:
     assert line in re.sub(r"\s+", " ", (PROJECT / "docs" / page).read_text())
     assert any(line in file.read_text() for file in (PROJECT / "proxy").rglob("*.py"))
+
+
+def test_the_metrics_page_lists_every_metric_with_its_type_and_labels() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| (counter|gauge|histogram) \|([^|]*)\|",
+        (PROJECT / "docs/metrics.md").read_text(),
+        re.MULTILINE,
+    )
+    listed = {f"estimate_proxy_{name}": (kind, frozenset(re.findall(r"\w+", labels))) for name, kind, labels in rows}
+    assert listed == {name: (family.kind, family.labels) for name, family in families().items()}
+    assert len(rows) == len(listed)
 
 
 def test_the_readme_has_at_most_150_lines() -> None:
