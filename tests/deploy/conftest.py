@@ -1,4 +1,4 @@
-"""Fixtures of the tests of what is deployed."""
+"""Fixtures of the deployment tests."""
 
 from shared_fixtures import close_servers, gateway, open_gateway, quick_gateways, simulator, upstream, valkey_url
 

@@ -1,7 +1,7 @@
-"""Prometheus' config, recording rules and alerts: what Prometheus' own promtool says of them, and what it cannot know.
+"""Prometheus' config, recording rules and alerts, checked by promtool and by rules that promtool lacks.
 
-It cannot know which metrics and labels there are, whether each alert was tried in both directions, and whether somebody
-who is woken up finds a page to read.
+These are: every metric and label exists, a test case makes each alert fire and another one does not, and each alert has
+a section in the runbook.
 """
 
 import re
@@ -31,7 +31,7 @@ SHORT = {"quota": ("scope", "team", "measure", "per")}
 """What stands for several labels in the level of a recorded name."""
 
 
-# --- what the files hold ----------------------------------------------------------------------------------------
+# --- content of the files ----------------------------------------------------------------------------------------
 
 
 each_alert = pytest.mark.parametrize("alert", ALERTS, ids=lambda alert: alert["alert"])
@@ -40,7 +40,7 @@ each_rule = pytest.mark.parametrize("rule", RECORDED + ALERTS, ids=lambda rule: 
 
 
 def labels_of(metric: str) -> set[str]:
-    """The labels of a series; those of a recorded one stand in the level of its name."""
+    """Returns the labels of a series. The name of a recorded series lists them in its level."""
     if metric == "up":
         return SCRAPED
     if ":" not in metric:
@@ -67,35 +67,35 @@ _WORD = re.compile(r"\b[a-z][\w:]*\b(?!\s*\()")
 _OPERATORS = {"and", "or", "unless", "bool"}
 
 
-def bare(expression: str) -> str:
-    """An expression without its strings: what is left has no other quotation marks, braces or brackets in it."""
+def without_strings(expression: str) -> str:
+    """Returns an expression without its strings, so no quotation mark, brace or bracket of a string is left."""
     return _STRING.sub('""', expression)
 
 
 def metrics_in(expression: str) -> set[str]:
-    text = _LABEL_LIST.sub("", bare(expression))
+    text = _LABEL_LIST.sub("", without_strings(expression))
     text = _SELECTOR.sub(r"\1", _DURATION.sub("", text))
     return set(_WORD.findall(text)) - _OPERATORS
 
 
 def matched_labels(expression: str) -> Iterator[tuple[str, str]]:
-    """Each metric with a label by which its series are chosen."""
-    for metric, matchers in _SELECTOR.findall(bare(expression)):
+    """Yields each metric with a label that a matcher uses."""
+    for metric, matchers in _SELECTOR.findall(without_strings(expression)):
         for label in re.findall(r"(\w+)\s*[=!]", matchers):
             yield metric, label
 
 
 def grouped_labels(expression: str) -> set[str]:
-    lists = (labels for _, labels in _LABEL_LIST.findall(bare(expression)))
+    lists = (labels for _, labels in _LABEL_LIST.findall(without_strings(expression)))
     return {label.strip() for labels in lists for label in labels.split(",") if label.strip()}
 
 
 def queries_in(rule: dict[str, Any]) -> list[str]:
-    """The expressions that the texts of an alert ask."""
+    """Returns the queries in an alert's annotations."""
     return re.findall(r'\bquery \(printf\s+"([^"]*)"', " ".join(rule.get("annotations", {}).values()))
 
 
-def test_expressions_are_read_as_prometheus_reads_them() -> None:
+def test_expressions_are_parsed_like_prometheus_parses_them() -> None:
     expression = """
         sum by (job, team) (increase(a_total{x="}(y", z!~"b"}[5m])) > 0
         unless on (job) l:b:max offset 1w
@@ -106,14 +106,14 @@ def test_expressions_are_read_as_prometheus_reads_them() -> None:
     assert grouped_labels(expression) == {"job", "team"}
 
 
-def test_queries_of_texts_are_found() -> None:
+def test_queries_in_annotations_are_found() -> None:
     rule = {"annotations": {"summary": "a", "description": '{{ with query (printf\n  "a{b=%q}" .c) }}x{{ end }}'}}
     assert queries_in(rule) == ["a{b=%q}"]
     texts = [note for alert in ALERTS for note in alert["annotations"].values()]
     assert sum(len(queries_in(alert)) for alert in ALERTS) == sum(text.count("query") for text in texts) > 0
 
 
-# --- what promtool says -----------------------------------------------------------------------------------------
+# --- checked by promtool -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +126,12 @@ def test_rules_are_well_formed(promtool: str) -> None:
 
 
 @each_file
-def test_rules_do_what_their_cases_say(promtool: str, file: Path) -> None:
+def test_rules_pass_their_promtool_cases(promtool: str, file: Path) -> None:
     assert "SUCCESS" in said_by(promtool, "test", "rules", file)
 
 
 def test_the_config_is_well_formed(promtool: str, tmp_path: Path) -> None:
-    """With a token, and with nothing else changed: promtool looks for the file."""
+    """Creates the token file, because promtool checks that it exists."""
     folder = shutil.copytree(FOLDER, tmp_path / "prometheus")
     config, token = folder / "prometheus.yml", tmp_path / "token"
     token.write_text("ep_token")
@@ -142,11 +142,11 @@ def test_the_config_is_well_formed(promtool: str, tmp_path: Path) -> None:
     assert said.count("rules found") == len(RULES)
 
 
-# --- what promtool cannot know ----------------------------------------------------------------------------------
+# --- not checked by promtool ----------------------------------------------------------------------------------
 
 
 @each_rule
-def test_expressions_use_what_gateways_serve(rule: dict[str, Any]) -> None:
+def test_expressions_use_only_metrics_of_the_gateway(rule: dict[str, Any]) -> None:
     for expression in (rule["expr"], *queries_in(rule)):
         metrics = metrics_in(expression)
         assert metrics <= known_metrics()
@@ -155,21 +155,21 @@ def test_expressions_use_what_gateways_serve(rule: dict[str, Any]) -> None:
         assert grouped_labels(expression) <= union(map(labels_of, metrics))
 
 
-def test_recorded_names_say_level_metric_and_operations() -> None:
+def test_names_of_recorded_series_consist_of_level_metric_and_operations() -> None:
     labels = union(metric_labels().values()) | SCRAPED
     for name in (rule["record"] for rule in RECORDED):
         assert re.fullmatch(r"[a-z_]+:estimate_proxy_[a-z_]+:[a-z0-9_]+", name)
         assert labels_of(name) <= labels, name
 
 
-def test_alerts_have_names_of_their_own() -> None:
+def test_names_of_alerts_are_unique() -> None:
     names = [alert["alert"] for alert in ALERTS]
     assert len(set(names)) == len(names)
     assert all(name.startswith("EstimateProxy") for name in names)
 
 
 @each_alert
-def test_alerts_say_how_urgent_what_and_where_to_read_on(alert: dict[str, Any]) -> None:
+def test_alerts_have_a_severity_texts_and_a_runbook_link(alert: dict[str, Any]) -> None:
     assert alert["labels"]["severity"] in SEVERITIES
     assert alert["for"]
     notes = alert["annotations"]
@@ -179,17 +179,17 @@ def test_alerts_say_how_urgent_what_and_where_to_read_on(alert: dict[str, Any]) 
 
 
 def sections() -> dict[str, str]:
-    """The runbook by headings of alerts."""
+    """The runbook's sections, by alert."""
     parts = re.split(r"^### (\w+)\n", RUNBOOK.read_text(), flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def test_the_runbook_has_a_section_for_each_alert_and_no_other() -> None:
+def test_the_runbook_has_exactly_one_section_for_each_alert() -> None:
     assert sorted(sections()) == sorted(alert["alert"] for alert in ALERTS)
 
 
 @each_alert
-def test_sections_say_what_it_means_where_to_look_and_what_to_do(alert: dict[str, Any]) -> None:
+def test_sections_have_meaning_diagnosis_and_action(alert: dict[str, Any]) -> None:
     for question in ("Means", "Look", "Do"):
         assert f"* **{question}.** " in sections()[alert["alert"]]
 
@@ -201,17 +201,17 @@ def test_links_within_the_runbook_lead_to_sections() -> None:
     assert links <= anchors
 
 
-# --- what the cases try -----------------------------------------------------------------------------------------
+# --- coverage of the cases -----------------------------------------------------------------------------------------
 
 
 def cases() -> Iterator[dict[str, Any]]:
-    """All tests of all files."""
+    """Returns all promtool test cases of all files."""
     for file in CASES:
         yield from yaml.safe_load(file.read_text())["tests"]
 
 
-def tried() -> dict[str, set[bool]]:
-    """Each alert with whether there is a case in which it fires, and one in which it does not."""
+def alerts_with_cases() -> dict[str, set[bool]]:
+    """Returns each tested alert with whether the case expects it to fire."""
     found: dict[str, set[bool]] = defaultdict(set)
     for test in cases():
         for case in test.get("alert_rule_test", ()):
@@ -220,31 +220,31 @@ def tried() -> dict[str, set[bool]]:
 
 
 @each_alert
-def test_each_alert_was_seen_to_fire_and_to_keep_quiet(alert: dict[str, Any]) -> None:
-    assert tried()[alert["alert"]] == {True, False}
+def test_each_alert_has_a_case_that_fires_and_one_that_does_not(alert: dict[str, Any]) -> None:
+    assert alerts_with_cases()[alert["alert"]] == {True, False}
 
 
-def test_cases_are_about_alerts_that_exist() -> None:
-    assert tried().keys() <= {alert["alert"] for alert in ALERTS}
+def test_cases_name_alerts_that_exist() -> None:
+    assert alerts_with_cases().keys() <= {alert["alert"] for alert in ALERTS}
 
 
-def test_cases_feed_series_that_gateways_serve() -> None:
-    """A series with a label too few, or of another name, would try a rule on what never comes."""
+def test_cases_feed_only_series_of_the_gateway() -> None:
+    """A series with a missing label or a wrong name would test a rule on data that never exists."""
     for series in (given["series"] for test in cases() for given in test["input_series"]):
         metric, _, matchers = series.partition("{")
         assert metric in known_metrics(), series
-        assert set(re.findall(r"(\w+)=", bare(matchers))) <= labels_of(metric), series
+        assert set(re.findall(r"(\w+)=", without_strings(matchers))) <= labels_of(metric), series
 
 
-def test_each_recorded_series_is_tried_or_feeds_an_alert() -> None:
+def test_each_recorded_series_is_tested_or_feeds_an_alert() -> None:
     asked = [test["expr"] for case in cases() for test in case.get("promql_expr_test", ())]
     used = union(metrics_in(expression) for expression in (*asked, *(alert["expr"] for alert in ALERTS)))
     assert {rule["record"] for rule in RECORDED} <= used | union(metrics_in(rule["expr"]) for rule in RECORDED)
 
 
 @each_file
-def test_an_order_of_groups_names_all_of_them(file: Path) -> None:
-    """Promtool evaluates first what an order leaves out."""
+def test_an_evaluation_order_names_all_groups(file: Path) -> None:
+    """Promtool evaluates groups that the order leaves out first."""
     order = yaml.safe_load(file.read_text()).get("group_eval_order")
     groups = {group["name"] for rules_file in RULES for group in yaml.safe_load(rules_file.read_text())["groups"]}
     assert order is None or set(order) == groups

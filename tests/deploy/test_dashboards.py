@@ -1,4 +1,4 @@
-"""The dashboards: what is committed is what the code makes, and each query could be answered."""
+"""The dashboards: the committed files equal the generated ones, and each query uses metrics and labels that exist."""
 
 import importlib.util
 import itertools
@@ -20,20 +20,20 @@ SELECTOR = re.compile(r"\b(\w+)\{([^}]*)\}")
 
 
 def metrics_of_kind(*kinds: str) -> set[str]:
-    """The series whose family is of one of those kinds; `ledger` is a gauge that is equal on every replica."""
+    """Returns the series of these types; type `ledger` is a gauge with the same value on every replica."""
     found = (family for family in families().values() if ("ledger" if family.from_ledger else family.kind) in kinds)
     return {name for family in found for name in family.series()}
 
 
 def targets() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each query as it is committed, with its panel."""
+    """Returns each committed query with its panel."""
     for panel in itertools.chain.from_iterable(map(panels, dashboards())):
         for target in panel["targets"]:
             yield panel, target
 
 
 def texts(value: object) -> Iterator[str]:
-    """Every string in a JSON value."""
+    """Yields every string in a JSON value."""
     match value:
         case str():
             yield value
@@ -48,8 +48,8 @@ def texts(value: object) -> Iterator[str]:
 every_dashboard = pytest.mark.parametrize("dashboard", dashboards(), ids=FILES)
 
 
-@pytest.mark.filterwarnings("ignore:Prefer using dashboardv2:DeprecationWarning")  # its old schema is everybody's
-def test_the_committed_dashboards_are_what_the_code_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore:Prefer using dashboardv2:DeprecationWarning")  # the old schema is a known warning
+def test_the_committed_dashboards_equal_the_generated_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(GRAFANA)
     spec = importlib.util.spec_from_file_location("build", GRAFANA / "build.py")
     assert spec is not None
@@ -60,14 +60,14 @@ def test_the_committed_dashboards_are_what_the_code_makes(monkeypatch: pytest.Mo
     assert build.rendered() == committed, "run `python grafana/build.py`"
 
 
-def test_both_can_be_found_by_the_names_that_others_link_to() -> None:
+def test_both_have_the_uids_that_links_use() -> None:
     assert [(dashboard["uid"], dashboard["title"]) for dashboard in dashboards()] == [
         ("estimate-proxy-spend", "Estimated spend"),
         ("estimate-proxy-gateway", "Gateway"),
     ]
 
 
-def test_each_links_to_the_other_with_the_readers_choice() -> None:
+def test_each_links_to_the_other_and_keeps_the_selected_variables() -> None:
     spend, gateway = dashboards()
     for here, there in ((spend, gateway), (gateway, spend)):
         (link,) = here["links"]
@@ -86,7 +86,7 @@ def test_ids_are_unique(dashboard: dict[str, Any]) -> None:
 
 
 @every_dashboard
-def test_every_panel_says_what_it_shows(dashboard: dict[str, Any]) -> None:
+def test_every_panel_has_a_description(dashboard: dict[str, Any]) -> None:
     for panel in panels(dashboard):
         assert panel["title"]
         assert len(panel["description"]) > 50, panel["title"]
@@ -97,7 +97,7 @@ def test_every_panel_says_what_it_shows(dashboard: dict[str, Any]) -> None:
 
 
 @every_dashboard
-def test_panels_lie_side_by_side(dashboard: dict[str, Any]) -> None:
+def test_panels_do_not_overlap(dashboard: dict[str, Any]) -> None:
     taken: dict[tuple[int, int], str] = {}
     for panel in dashboard["panels"]:
         place = panel["gridPos"]
@@ -118,7 +118,7 @@ def test_the_data_source_is_a_variable(dashboard: dict[str, Any]) -> None:
 
 
 @every_dashboard
-def test_a_reader_chooses_several_or_all(dashboard: dict[str, Any]) -> None:
+def test_variables_allow_several_values_and_all(dashboard: dict[str, Any]) -> None:
     choices = dashboard["templating"]["list"][1:]
     assert tuple(choice["name"] for choice in choices) == VARIABLES
     for choice in choices:
@@ -133,8 +133,8 @@ def test_a_reader_chooses_several_or_all(dashboard: dict[str, Any]) -> None:
 
 
 @every_dashboard
-def test_it_says_estimated(dashboard: dict[str, Any]) -> None:
-    """A credit that was estimated has not been taken from anybody."""
+def test_credits_are_never_called_spent(dashboard: dict[str, Any]) -> None:
+    """An estimated credit has not been spent."""
     for text in texts(dashboard):
         assert not re.search(r"\b(spent|spending|costs?|charged for)\b", text, re.IGNORECASE), text
 
@@ -155,7 +155,7 @@ def test_every_metric_and_label_exists() -> None:
         assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= union, panel["title"]
 
 
-def test_every_query_heeds_the_readers_choice() -> None:
+def test_every_query_filters_by_the_variables() -> None:
     for panel, target in targets():
         for _, matchers in SELECTOR.findall(target["expr"]):
             assert 'job=~"$job", instance=~"$instance"' in matchers, panel["title"]
@@ -165,8 +165,8 @@ def test_every_query_heeds_the_readers_choice() -> None:
             assert re.search(r'team=~"\$team(\|-)?"', of_a_team[0][1]), panel["title"]
 
 
-def test_functions_over_time_take_the_time_that_fits() -> None:
-    """`$__range` ends where the reader's range ends only in an instant query, or with `@ end()`."""
+def test_functions_over_time_use_the_matching_range() -> None:
+    """`$__range` only ends at the end of the reader's range in an instant query, or with `@ end()`."""
     for panel, target in targets():
         calls = FUNCTION_OVER_RANGE.findall(target["expr"])
         assert len(calls) == target["expr"].count("[")
@@ -177,29 +177,29 @@ def test_functions_over_time_take_the_time_that_fits() -> None:
                 assert target["instant"] or at_the_end, panel["title"]
 
 
-def test_counters_are_only_read_as_they_grow() -> None:
+def test_counters_are_only_read_through_rate_or_increase() -> None:
     for panel, target in targets():
         for before, metric in re.findall(r"(\w+)?\(?\b(estimate_proxy_\w+)\{", target["expr"]):
             growing = before in {"rate", "increase", "resets"}
             assert growing == (metric in metrics_of_kind("counter", "histogram")), panel["title"]
 
 
-def test_what_the_ledger_says_is_never_added_up_over_replicas() -> None:
+def test_gauges_of_the_ledger_are_never_summed_over_replicas() -> None:
     for panel, target in targets():
         for before, metric in re.findall(r"((?:\w+ by \([^)]*\) |\w+)\()(estimate_proxy_\w+)\{", target["expr"]):
             if metric in metrics_of_kind("ledger"):
                 assert re.match(r"(max|min)( by |\()", before), panel["title"]
 
 
-def test_no_query_hides_that_there_is_nothing() -> None:
+def test_no_query_replaces_missing_data_by_zero() -> None:
     for panel, target in targets():
         assert "vector(" not in target["expr"], panel["title"]
         assert "absent" not in target["expr"], panel["title"]
         assert ":" not in target["expr"], "recording rules may not be loaded"
 
 
-def test_sixty_teams_can_be_read() -> None:
-    """What grows with an installation is cut to the greatest few in a picture, and comes in pages in a table."""
+def test_dashboards_stay_readable_with_sixty_teams() -> None:
+    """Graphs show only the largest teams, and tables have pages."""
     for panel, target in targets():
         if panel["type"] == "table":
             assert panel["options"]["footer"]["enablePagination"]
@@ -210,14 +210,14 @@ def test_sixty_teams_can_be_read() -> None:
             assert re.search(r"\b(topk|bottomk)\(10, ", target["expr"]), panel["title"]
 
 
-def test_what_has_no_time_axis_is_asked_once() -> None:
+def test_panels_without_a_time_axis_use_instant_queries() -> None:
     for dashboard in dashboards():
         once = {panel["title"]: panel["type"] in {"stat", "table", "piechart"} for panel in panels(dashboard)}
         assert all(query.instant == once[query.panel] for query in queries(dashboard))
         assert all(target["range"] != target["instant"] for panel in panels(dashboard) for target in panel["targets"])
 
 
-def test_variables_are_replaced_by_the_readers_choice() -> None:
+def test_variables_are_replaced_by_the_selected_values() -> None:
     for dashboard in dashboards():
         for query in queries(dashboard, {"job": "gateway", "instance": ".*", "team": "design|web"}):
             assert "$" not in query.expr

@@ -1,4 +1,4 @@
-"""What `deploy/` promises of compose: its services, who reaches them, what they keep, and what watches them."""
+"""The compose file of `deploy/`: its services, their networks, volumes, secrets and monitoring."""
 
 import re
 import shutil
@@ -25,7 +25,7 @@ SERVICES: dict[str, Any] = COMPOSE["services"]
 
 
 def mounts(service: str) -> dict[PurePosixPath, tuple[str, bool]]:
-    """By path: what is mounted there, and whether it may only be read."""
+    """Returns the source of each mount by its path, and whether it is read-only."""
     found = {}
     for volume in SERVICES[service].get("volumes", []):
         source, target, *mode = volume.split(":")
@@ -48,7 +48,7 @@ def compose_settings(tmp_path: Path) -> Settings:
     return settings_of(DEPLOY / source / CONFIG.name, image_environment(), secrets_of("gateway"), tmp_path)
 
 
-def test_compose_starts_all_of_it() -> None:
+def test_compose_starts_all_services() -> None:
     assert SERVICES.keys() == {"gateway", "ledger", "price-book", "prometheus", "grafana"}
     assert not any("profiles" in service for service in SERVICES.values())
     build = SERVICES["gateway"]["build"]
@@ -61,7 +61,7 @@ def test_images_of_compose_are_pinned() -> None:
         assert "build" in service or re.fullmatch(r"[a-z]+/[a-z]+:v?\d+\.\d+\.\d+", service["image"]), name
 
 
-def test_what_compose_mounts_is_there_and_read_only() -> None:
+def test_files_that_compose_mounts_exist_and_are_read_only() -> None:
     for name in SERVICES:
         for source, read_only in mounts(name).values():
             if source[0] == ".":
@@ -72,11 +72,11 @@ def test_what_compose_mounts_is_there_and_read_only() -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_services_of_compose_cannot_change_themselves(name: str) -> None:
+def test_services_of_compose_have_read_only_root_file_systems(name: str) -> None:
     service = SERVICES[name]
     assert service["read_only"] is True
     assert service["security_opt"] == ["no-new-privileges:true"]
-    is_valkey = name in ("ledger", "price-book")  # its image begins as root, and takes a user of its own
+    is_valkey = name in ("ledger", "price-book")  # its image starts as root and switches to its own user
     assert is_valkey or service["cap_drop"] == ["ALL"]
     assert "privileged" not in service
 
@@ -100,7 +100,7 @@ def test_the_gateway_of_compose_uses_the_stores_beside_it(compose_settings: Sett
         assert SERVICES[host]["networks"] == ["stores"]
 
 
-def test_nobody_but_the_gateway_reaches_the_stores_of_compose() -> None:
+def test_only_the_gateway_reaches_the_stores_of_compose() -> None:
     assert COMPOSE["networks"]["stores"] == {"internal": True}
     assert {name for name, service in SERVICES.items() if "stores" in service["networks"]} == {
         "gateway",
@@ -110,12 +110,12 @@ def test_nobody_but_the_gateway_reaches_the_stores_of_compose() -> None:
     assert not any("ports" in SERVICES[name] for name in ("ledger", "price-book"))
 
 
-def test_compose_publishes_to_this_machine_alone() -> None:
+def test_compose_publishes_ports_on_loopback_only() -> None:
     published = [port for service in SERVICES.values() for port in service.get("ports", [])]
     assert published == ["127.0.0.1:8080:8080", "127.0.0.1:9090:9090", "127.0.0.1:3000:3000"]
 
 
-def test_the_ledger_of_compose_is_kept_and_the_price_book_is_not() -> None:
+def test_the_ledger_of_compose_is_persistent_and_the_price_book_is_not() -> None:
     assert mounts("ledger") == {PurePosixPath("/data"): ("ledger", False)}
     assert mounts("price-book") == {}
 
@@ -123,8 +123,8 @@ def test_the_ledger_of_compose_is_kept_and_the_price_book_is_not() -> None:
 @pytest.mark.parametrize(
     ("name", "policy", "appendonly"), [("ledger", "noeviction", "yes"), ("price-book", "allkeys-lru", "no")]
 )
-def test_the_stores_of_compose_are_what_their_roles_need(name: str, policy: str, appendonly: str) -> None:
-    """As a real server understands the command."""
+def test_the_stores_of_compose_have_the_settings_that_their_roles_need(name: str, policy: str, appendonly: str) -> None:
+    """Starts real servers with the commands of the compose file."""
     program, *options = SERVICES[name]["command"]
     assert program == "valkey-server"
     with server(options) as client:

@@ -1,4 +1,4 @@
-"""The configs in `deploy/`: secrets are in files of their own."""
+"""The configs in `deploy/` read secrets from separate files."""
 
 import tomllib
 from pathlib import Path
@@ -11,7 +11,7 @@ from proxy.urls import parse_store_url
 
 
 @pytest.mark.parametrize("config", sorted(DEPLOY.glob("*/config.toml")), ids=lambda path: path.parent.name)
-def test_no_config_has_a_secret_in_it(config: Path) -> None:
+def test_no_config_contains_a_secret(config: Path) -> None:
     tree = tomllib.loads(config.read_text())
     tables = [*tree["accounts"].values(), tree["store"], tree.get("cache", {})]
     assert not any(key in table for table in tables for key in SECRET_KEYS)

@@ -1,4 +1,4 @@
-"""What `deploy/` promises of the image: what it is built from, whose it is, and when it is healthy."""
+"""The container image of `deploy/`: its content, its user, its signals and its health check."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def health_code() -> str:
     return str(code)
 
 
-def test_the_image_has_pinned_bases_and_no_instruction_that_hides_something() -> None:
+def test_the_image_has_pinned_bases_and_only_plain_instructions() -> None:
     bases = [rest.split()[0] for word, rest in instructions() if word == "FROM"]
     assert len(bases) == 2
     assert len(set(bases)) == 1, "what is built for one Python would run on another"
@@ -33,7 +33,7 @@ def test_the_image_has_pinned_bases_and_no_instruction_that_hides_something() ->
     assert words == {"FROM", "WORKDIR", "COPY", "RUN", "ENV", "USER", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT", "CMD"}
 
 
-def test_every_dependency_of_the_image_is_a_wheel_whose_hash_is_in_the_lock() -> None:
+def test_every_dependency_of_the_image_is_a_wheel_with_a_hash_in_the_lock() -> None:
     fetched, *others = [
         command for _, rest in instructions() for command in re.findall(r"-m pip (?!uninstall)[^&]+", rest)
     ]
@@ -58,7 +58,7 @@ def test_the_image_has_no_build_tools() -> None:
     assert any("venv --without-pip /opt/estimate-proxy" in rest for _, rest in stages()[0])
 
 
-def test_the_image_runs_as_a_user_of_a_fixed_number() -> None:
+def test_the_image_runs_as_a_fixed_user_id() -> None:
     assert of_image("USER") == ["10001:10001"]
     assert [word for word, _ in stages()[-1]].index("USER") > [word for word, _ in stages()[-1]].index("RUN")
     data_dir = image_environment()["ESTIMATE_PROXY_STORE__DATA_DIR"]
@@ -71,36 +71,36 @@ def test_signals_reach_the_supervisor_of_the_image() -> None:
     assert image_environment()["PATH"].startswith("/opt/estimate-proxy/bin:")
 
 
-def test_the_image_listens_where_it_says() -> None:
+def test_the_image_listens_on_its_exposed_port() -> None:
     environment = image_environment()
     assert environment["ESTIMATE_PROXY_SERVER__HOST"] == "0.0.0.0"  # noqa: S104 -- of a container
     assert of_image("EXPOSE") == [environment["ESTIMATE_PROXY_SERVER__PORT"]]
 
 
 @pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False)])
-def test_the_image_is_as_healthy_as_its_gateway(status: int, *, healthy: bool) -> None:
+def test_the_health_check_follows_the_gateways_readiness(status: int, *, healthy: bool) -> None:
     with serving(Starlette(routes=[Route("/healthz", lambda _: Response(status_code=status))])) as url:
         assert is_healthy(int(url.rpartition(":")[2])) == healthy
 
 
-def test_the_image_is_not_healthy_where_nobody_listens() -> None:
+def test_the_health_check_fails_if_nothing_listens() -> None:
     assert not is_healthy(free_port())
 
 
 def is_healthy(port: int) -> bool:
-    """What the image's check says, where the environment has a proxy that it must not ask."""
+    """Runs the image's health check in an environment with a proxy, which it must not use."""
     environ = {"ESTIMATE_PROXY_SERVER__PORT": str(port), "http_proxy": "http://127.0.0.1:1"}
     command = [sys.executable, "-c", health_code()]
     return subprocess.run(command, env=environ, stderr=subprocess.DEVNULL, check=False).returncode == 0
 
 
 def copied() -> list[str]:
-    """What the image is built from."""
+    """Returns the paths that the Dockerfile copies."""
     sources = [rest.split()[:-1] for word, rest in stages()[0] if word == "COPY"]
     return [source for group in sources for source in group]
 
 
-def test_nothing_gets_to_the_builder_but_what_is_copied() -> None:
+def test_the_build_context_contains_only_copied_files() -> None:
     lines = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     assert rules[0] == "*"
@@ -108,7 +108,7 @@ def test_nothing_gets_to_the_builder_but_what_is_copied() -> None:
     assert [rule for rule in rules[1:] if rule[0] != "!"] == ["**/__pycache__"]
 
 
-def test_what_is_copied_is_all_that_the_wheel_needs(tmp_path: Path) -> None:
+def test_the_copied_files_are_all_that_the_wheel_needs(tmp_path: Path) -> None:
     for name in copied():
         source, target = PROJECT / name, tmp_path / name
         if source.is_dir():

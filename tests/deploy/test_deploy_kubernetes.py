@@ -1,4 +1,4 @@
-"""What `deploy/` promises of Kubernetes: manifests, secrets, rights, probes, draining, scaling and the network."""
+"""The Kubernetes manifests of `deploy/`: secrets, rights, probes, draining, scaling and the network."""
 
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,7 +30,7 @@ def volume(name: str) -> dict[str, Any]:
 
 
 def mounted_secrets() -> set[PurePosixPath]:
-    """The files that pods get out of Secrets."""
+    """Returns the files that pods mount from Secrets."""
     found = set()
     for mount in CONTAINER["volumeMounts"]:
         for item in volume(mount["name"]).get("secret", {}).get("items", []):
@@ -68,7 +68,7 @@ def test_kustomize_has_every_manifest_in_the_folder() -> None:
 
 
 def test_kustomize_builds_them() -> None:
-    """A ConfigMap comes in addition; kubectl is in no Debian package."""
+    """Kustomize adds a ConfigMap. kubectl is not in any Debian package."""
     kubectl = program("kubectl", "the manifests were read, not built", on_ci=False)
     built = {made["kind"]: made for made in yaml.safe_load_all(said_by(kubectl, "kustomize", KUBERNETES))}
     assert built.keys() == {"ConfigMap", *MANIFESTS}
@@ -78,12 +78,12 @@ def test_kustomize_builds_them() -> None:
     assert image == f"{CONTAINER['image']}:{__version__}"
 
 
-def test_the_image_on_kubernetes_is_of_this_version() -> None:
+def test_kubernetes_uses_the_image_of_this_version() -> None:
     assert KUSTOMIZATION["images"] == [{"name": CONTAINER["image"], "newTag": __version__}]
 
 
-def test_a_changed_config_map_reaches_pods_that_run() -> None:
-    """By its name, which stays; and in a folder, for what is mounted by subPath is never updated."""
+def test_a_changed_config_map_reaches_running_pods() -> None:
+    """Its name stays the same, and it is mounted as a folder, because subPath mounts are never updated."""
     (generated,) = KUSTOMIZATION["configMapGenerator"]
     assert generated["options"]["disableNameSuffixHash"] is True
     assert volume("config")["configMap"] == {"name": generated["name"]}
@@ -99,7 +99,7 @@ def test_secrets_on_kubernetes_are_references(kubernetes_settings: Settings) -> 
     assert kubernetes_settings.accounts["default"].api_key.get_secret_value() == "secret"
 
 
-def test_pods_keep_nothing_and_use_stores_outside(kubernetes_settings: Settings) -> None:
+def test_pods_are_stateless_and_use_external_stores(kubernetes_settings: Settings) -> None:
     for url in (kubernetes_settings.store.url, kubernetes_settings.cache.url):
         assert url is not None
         assert parse_store_url(url.get_secret_value()).tls
@@ -108,7 +108,7 @@ def test_pods_keep_nothing_and_use_stores_outside(kubernetes_settings: Settings)
     assert kinds == ["configMap", "secret"]
 
 
-def test_pods_have_no_rights() -> None:
+def test_pods_run_without_privileges() -> None:
     assert POD["automountServiceAccountToken"] is False
     assert POD["enableServiceLinks"] is False
     assert not POD.keys() & {"hostNetwork", "hostPID", "hostIPC"}
@@ -170,7 +170,7 @@ def test_the_autoscaler_decides_about_replicas() -> None:
     assert spec["metrics"][0]["resource"]["name"] in CONTAINER["resources"]["requests"]
 
 
-def test_everything_on_kubernetes_is_about_these_pods() -> None:
+def test_every_selector_matches_these_pods() -> None:
     assert DEPLOYMENT["selector"] == {"matchLabels": POD_LABELS}
     assert MANIFESTS["Service"]["spec"]["selector"] == POD_LABELS
     assert MANIFESTS["PodDisruptionBudget"]["spec"]["selector"] == {"matchLabels": POD_LABELS}
@@ -182,7 +182,7 @@ def test_everything_on_kubernetes_is_about_these_pods() -> None:
     assert (port["name"], port["targetPort"]) == ("http", "http")
 
 
-def test_the_network_policy_opens_what_is_needed(kubernetes_settings: Settings) -> None:
+def test_the_network_policy_allows_only_the_needed_traffic(kubernetes_settings: Settings) -> None:
     spec = MANIFESTS["NetworkPolicy"]["spec"]
     assert spec["policyTypes"] == ["Ingress", "Egress"]
     (ingress,) = spec["ingress"]
@@ -195,7 +195,7 @@ def test_the_network_policy_opens_what_is_needed(kubernetes_settings: Settings) 
     assert opened == [(53, "UDP"), (53, "TCP"), (store_port, "TCP"), (443, "TCP")]
 
 
-def test_the_service_monitor_scrapes_the_job_that_the_alerts_know() -> None:
+def test_the_service_monitor_scrapes_the_job_that_the_alerts_use() -> None:
     (endpoint,) = MANIFESTS["ServiceMonitor"]["spec"]["endpoints"]
     assert (endpoint["port"], endpoint["path"]) == ("http", "/metrics")
     assert endpoint["authorization"]["credentials"].keys() == {"name", "key"}

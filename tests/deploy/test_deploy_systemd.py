@@ -1,4 +1,4 @@
-"""What `deploy/` promises of the systemd unit: how it ends, where its data is, its key, and what it may do."""
+"""The systemd unit of `deploy/`: how it stops, where its data is, its key, and its hardening."""
 
 import sys
 from collections import defaultdict
@@ -15,7 +15,7 @@ CREDENTIALS = PurePosixPath("/run/credentials", UNIT.name)
 
 
 def unit() -> dict[str, list[str]]:
-    """What the unit says, by name; a name may stand there twice."""
+    """Returns the unit's directives by name; a name may occur more than once."""
     found = defaultdict(list)
     for line in UNIT.read_text().splitlines():
         if line and line[0] not in "#[":
@@ -30,20 +30,20 @@ def machine_settings(tmp_path: Path) -> Settings:
     return settings_of(UNIT.parent / "config.toml", {}, [CREDENTIALS / name for name in loaded], tmp_path)
 
 
-def test_the_unit_runs_the_config_that_is_installed() -> None:
+def test_the_unit_uses_the_installed_config() -> None:
     assert unit()["ExecStart"] == [f"/opt/estimate-proxy/bin/estimate-proxy serve --config {CONFIG}"]
     assert unit()["ExecReload"] == ["/bin/kill -HUP $MAINPID"]
 
 
-def test_the_unit_leaves_ending_to_the_supervisor(machine_settings: Settings) -> None:
-    """Stores that got the first SIGTERM too would be gone before the workers have drained."""
+def test_the_unit_sends_sigterm_only_to_the_supervisor(machine_settings: Settings) -> None:
+    """If the stores also got the first SIGTERM, they would stop before the workers have drained."""
     assert unit()["KillMode"] == ["mixed"]
     assert int(unit()["TimeoutStopSec"][0]) > drain_of(machine_settings) + STORES_GRACE_S
     assert unit()["OOMPolicy"] == ["continue"]
     assert unit()["Restart"] == ["on-failure"]
 
 
-def test_the_unit_has_a_place_for_data_and_sockets(machine_settings: Settings) -> None:
+def test_the_unit_has_directories_for_data_and_sockets(machine_settings: Settings) -> None:
     (name,) = unit()["StateDirectory"]
     assert machine_settings.store.data_dir == Path("/var/lib", name)
     assert machine_settings.store.url is machine_settings.cache.url is None, "the stores that come along"
@@ -51,7 +51,7 @@ def test_the_unit_has_a_place_for_data_and_sockets(machine_settings: Settings) -
     assert unit()["StateDirectoryMode"] == unit()["RuntimeDirectoryMode"] == ["0700"]
 
 
-def test_the_unit_gives_the_key_as_a_credential(machine_settings: Settings) -> None:
+def test_the_unit_passes_the_key_as_a_credential(machine_settings: Settings) -> None:
     assert machine_settings.accounts["default"].api_key.get_secret_value() == "secret"
     assert "Environment" not in unit()
 
@@ -65,7 +65,7 @@ def test_the_unit_is_hardened_as_far_as_the_gateway_allows() -> None:
     assert "AF_UNIX" in unit()["RestrictAddressFamilies"][0].split(), "the embedded stores have no other sockets"
 
 
-def test_systemd_understands_the_unit_and_finds_little_to_take_away(tmp_path: Path) -> None:
+def test_systemd_accepts_the_unit_and_rates_its_exposure_low(tmp_path: Path) -> None:
     analyze = program("systemd-analyze", "the unit was not tried")
     copy = tmp_path / UNIT.name
     copy.write_text(UNIT.read_text().replace("/opt/estimate-proxy/bin/estimate-proxy", sys.executable))

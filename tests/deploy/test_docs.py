@@ -1,4 +1,4 @@
-"""The documentation: its links lead somewhere, the files that it names exist, and so do the log lines it quotes."""
+"""The documentation: its links, the files that it names and the log lines that it quotes exist."""
 
 import re
 from collections.abc import Iterator
@@ -20,18 +20,18 @@ LOG_LINES = {
 
 
 def prose(page: Path) -> str:
-    """A page without its code blocks."""
+    """Returns a page without its code blocks."""
     return re.sub("^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """Returns the anchors of a page's headings, made by GitHub's rules."""
     headings = re.findall("^#+ (.*)", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def links(page: Path) -> Iterator[tuple[Path, str]]:
-    """The file and the anchor of each link within the project."""
+    """Yields the file and the anchor of each link within the project."""
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if "://" not in target:
             file, _, anchor = target.partition("#")
@@ -39,7 +39,7 @@ def links(page: Path) -> Iterator[tuple[Path, str]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+def test_every_link_has_an_existing_file_and_heading(page: Path) -> None:
     broken = [f"{file}#{anchor}" for file, anchor in links(page) if not file.exists()]
     assert not broken
     missing = [f"{file}#{anchor}" for file, anchor in links(page) if anchor and anchor not in anchors(file)]

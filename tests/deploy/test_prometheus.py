@@ -1,10 +1,10 @@
-"""Dashboards, rules and alerts show something: a real Prometheus that scrapes a real gateway answers their queries.
+"""Queries of the dashboards, rules and alerts, run by a real Prometheus that scrapes a real gateway.
 
-One performance for all tests of this file, in three acts:
+All tests of this file read the result of one scenario with three phases:
 
 * `busy`: three teams had hits, misses, refusals, warnings and answers without a price; then upstream failed.
-* `shut`: the stores do not answer, and debits wait.
-* `lost`: the ledger has begun anew, and a changed config is refused.
+* `outage`: the stores do not answer, and debits wait.
+* `lost`: the ledger was created again, and a changed config is refused.
 """
 
 import re
@@ -37,13 +37,13 @@ from serving import free_port, wait_until
 ADMIN, WEB = token_of("a" * 32), token_of("w" * 32)
 
 FLUX, ONE, ONE_AGAIN, VIDEO = b'[{"model":"Flux"}]', b"[{}]", b'[{"seed":7}]', b'[{"video_anyone":{}}]'
-"""2.75, 1, 1 and 30 credits at the simulator's."""
+"""The simulator's prices for them are 2.75, 1, 1 and 30 credits."""
 
-ACT_S = 20.0
-"""Until Prometheus has seen what an act is about."""
+PHASE_TIMEOUT_S = 20.0
+"""How long to wait until Prometheus has scraped and evaluated the changes of a phase."""
 
 RANGE_S = 30
-"""What a reader of the dashboards looks at, and the ranges of rates: longer than the performance so far."""
+"""Time range of the dashboards and of their rates. It is longer than the scenario up to `busy`."""
 
 Alerts = list[dict[str, Any]]
 
@@ -53,7 +53,7 @@ def quota(limit: int, per: str, measure: str = "estimated_credits", on_exceed: s
 
 
 def sections(ledger: StoreProcess, book: StoreProcess) -> dict[str, Tree]:
-    """Design comes near a quota, marketing uses one up and has a token that expires, and web passes one that warns."""
+    """Design nearly uses up a quota, marketing uses one up with a token that expires, and web exceeds one that warns."""
     in_a_week = str(datetime.now(UTC).date() + timedelta(days=7))
     return {
         "store": {"url": ledger.url, "on_outage": "admit"},
@@ -76,46 +76,46 @@ def sections(ledger: StoreProcess, book: StoreProcess) -> dict[str, Tree]:
     }
 
 
-def renders(**faults: float) -> Simulator:
-    """A RenderNet with these faults, by their probability. What is left of the balance is little."""
+def rendernet(**faults: float) -> Simulator:
+    """A RenderNet with these faults, given as probabilities, and a low balance."""
     return Simulator(api_key=API_KEY, balance=900, spend_every=0, faults={Fault[n]: p for n, p in faults.items()})
 
 
 @dataclass(frozen=True)
-class Stand:
-    """What the performance is played with."""
+class Setup:
+    """The gateway under test, and the processes around it."""
 
     config: Path
     client: httpx2.Client
     upstream: UpstreamFixture
     ledger: StoreProcess
     book: StoreProcess
-    seen_by: Prometheus
+    server: Prometheus
 
     def ask(self, token: str, body: bytes = FLUX, **headers: str) -> int:
-        """The status of an estimate."""
+        """Requests an estimate and returns its HTTP status."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         return self.client.post(PATH, content=body, headers={"x-api-key": token, **named}).status_code
 
     def ask_each(self, token: str, *bodies: bytes, **headers: str) -> list[int]:
         return [self.ask(token, body, **headers) for body in bodies]
 
-    def moment(self) -> float:
-        """When the gateway was scraped last."""
-        (point,) = self.seen_by.at(None, "max(timestamp(estimate_proxy_build_info))")
+    def last_scrape(self) -> float:
+        """Returns the Unix time of the gateway's last scrape."""
+        (point,) = self.server.at(None, "max(timestamp(estimate_proxy_build_info))")
         return point.value
 
-    def until_seen(self, *, behind_s: float = 0.0) -> float:
-        """The moment of a scrape that began so long behind now."""
-        now = time.time() + behind_s
-        wait_until(lambda: self.moment() > now, within_s=ACT_S)
-        return self.moment()
+    def wait_for_scrape(self, *, after_s: float = 0.0) -> float:
+        """Waits for a scrape at least `after_s` from now, and returns its time."""
+        now = time.time() + after_s
+        wait_until(lambda: self.last_scrape() > now, within_s=PHASE_TIMEOUT_S)
+        return self.last_scrape()
 
     def alerts(self, wanted: Collection[str]) -> Alerts:
-        """What is true by Prometheus' own evaluation, as soon as that is all of `wanted`, or has had the time to be."""
-        with suppress(AssertionError):  # a test says which are missing
-            wait_until(lambda: set(wanted) <= _names(self.seen_by.alerts()), within_s=ACT_S)
-        return self.seen_by.alerts()
+        """Waits until all of `wanted` are firing or the timeout has passed, and returns the alerts that are."""
+        with suppress(AssertionError):  # a test reports which are missing
+            wait_until(lambda: set(wanted) <= _names(self.server.alerts()), within_s=PHASE_TIMEOUT_S)
+        return self.server.alerts()
 
 
 def _names(alerts: Alerts) -> set[str]:
@@ -123,13 +123,13 @@ def _names(alerts: Alerts) -> set[str]:
 
 
 @dataclass(frozen=True)
-class Performance:
-    """What Prometheus saw, which alerts were true in each act, and what `GET /v1/usage` said when it was busy.
+class ScenarioResult:
+    """What Prometheus recorded, the alerts of each phase, and `GET /v1/usage` at the end of `busy`.
 
-    before, busy: moments to ask for.
+    before, busy: Unix times at which to evaluate queries.
     """
 
-    seen_by: Prometheus
+    server: Prometheus
     before: float
     busy: float
     usage: Mapping[tuple[str, str], tuple[float, float]]
@@ -137,8 +137,8 @@ class Performance:
 
 
 @pytest.fixture(scope="module")
-def performance(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture) -> Iterator[Performance]:
-    upstream.simulator = renders()
+def scenario(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture) -> Iterator[ScenarioResult]:
+    upstream.simulator = rendernet()
     with ExitStack() as opened:
         runner = opened.enter_context(gateway_runner(tmp_path_factory.mktemp("gateway"), upstream.url))
         ledger, book = opened.enter_context(store_process()), opened.enter_context(store_process())
@@ -147,98 +147,99 @@ def performance(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixt
         served = runner.start(**sections(ledger, book))
         client = opened.enter_context(served.client())
         targets = ("{}:{}".format(*address_of(served.url)), f"127.0.0.1:{free_port()}")
-        seen_by = opened.enter_context(prometheus(*targets))
-        yield _perform(Stand(runner.folder / "estimate-proxy.toml", client, upstream, ledger, book, seen_by))
+        server = opened.enter_context(prometheus(*targets))
+        yield _run_scenario(Setup(runner.folder / "estimate-proxy.toml", client, upstream, ledger, book, server))
 
 
-def _perform(stand: Stand) -> Performance:
+def _run_scenario(setup: Setup) -> ScenarioResult:
     before = time.time() - 600
-    wait_until(lambda: stand.seen_by.at(None, "estimate_proxy_build_info"), within_s=START_S)
-    stand.until_seen()
-    _be_busy(stand)
-    _fail_upstream(stand)
-    stand.until_seen(behind_s=SNAPSHOT_S)
-    alerts = {"busy": stand.alerts(ALERTING["busy"])}
-    busy, told = time.time(), usage(stand.client, ADMIN, ("design", "marketing", "web", "retired"))
-    stand.upstream.simulator = renders()
-    wait_until(lambda: _lose_a_reply(stand))
-    with stand.ledger.hanging(), stand.book.hanging():
-        wait_until(lambda: stand.ask(DESIGN, ONE) == 200)  # when upstream is asked again and answers, a debit waits
-        alerts["shut"] = stand.alerts(ALERTING["shut"])
-    _lose_the_ledger(stand)
-    stand.config.write_text("[nonsense]\n")
-    alerts["lost"] = stand.alerts(ALERTING["lost"])
-    return Performance(stand.seen_by, before, busy, told, alerts)
+    wait_until(lambda: setup.server.at(None, "estimate_proxy_build_info"), within_s=START_S)
+    setup.wait_for_scrape()
+    _make_traffic(setup)
+    _fail_upstream(setup)
+    setup.wait_for_scrape(after_s=SNAPSHOT_S)
+    alerts = {"busy": setup.alerts(ALERTING["busy"])}
+    busy, amounts = time.time(), usage(setup.client, ADMIN, ("design", "marketing", "web", "retired"))
+    setup.upstream.simulator = rendernet()
+    wait_until(lambda: _lose_a_reply(setup))
+    with setup.ledger.hanging(), setup.book.hanging():
+        # once upstream is called again and answers, a debit is waiting
+        wait_until(lambda: setup.ask(DESIGN, ONE) == 200)
+        alerts["outage"] = setup.alerts(ALERTING["outage"])
+    _lose_the_ledger(setup)
+    setup.config.write_text("[nonsense]\n")
+    alerts["lost"] = setup.alerts(ALERTING["lost"])
+    return ScenarioResult(setup.server, before, busy, amounts, alerts)
 
 
-def _be_busy(stand: Stand) -> None:
-    """Series that begin with an event need another scrape before they can be seen to grow: there are two rounds."""
+def _make_traffic(setup: Setup) -> None:
+    """Makes two rounds of requests: the first event of a series creates it, only later ones show as growth."""
     for _ in range(2):
-        assert stand.ask_each(DESIGN, *[FLUX] * 5) == [200] * 5
-        assert stand.ask_each(WEB, *[FLUX] * 4) == [200] * 4
-        stand.until_seen()
-    _answer_oddly(stand)
-    assert stand.ask_each(WEB, FLUX, FLUX) == [200, 429]
-    assert stand.ask_each(MARKETING, *[FLUX] * 7) == [*[200] * 5, 429, 429]
-    assert [stand.ask("ep_nobody"), stand.ask(RETIRED), stand.ask(DESIGN, b"{}")] == [401, 403, 400]
-    stand.until_seen(behind_s=AUDIT_PAUSE_S)
-    _change_prices(stand)
-    assert stand.ask(DESIGN, VIDEO) == 402
+        assert setup.ask_each(DESIGN, *[FLUX] * 5) == [200] * 5
+        assert setup.ask_each(WEB, *[FLUX] * 4) == [200] * 4
+        setup.wait_for_scrape()
+    _answer_without_prices(setup)
+    assert setup.ask_each(WEB, FLUX, FLUX) == [200, 429]
+    assert setup.ask_each(MARKETING, *[FLUX] * 7) == [*[200] * 5, 429, 429]
+    assert [setup.ask("ep_nobody"), setup.ask(RETIRED), setup.ask(DESIGN, b"{}")] == [401, 403, 400]
+    setup.wait_for_scrape(after_s=AUDIT_PAUSE_S)
+    _change_prices(setup)
+    assert setup.ask(DESIGN, VIDEO) == 402
 
 
-def _answer_oddly(stand: Stand) -> None:
-    """Upstream gives no price, and refuses the key."""
-    stand.upstream.simulator.script(*[Fault.UNPRICED_NULL] * 4, Fault.REFUSED_KEY)
+def _answer_without_prices(setup: Setup) -> None:
+    """Makes upstream answer without a price, and refuse the key."""
+    setup.upstream.simulator.script(*[Fault.UNPRICED_NULL] * 4, Fault.REFUSED_KEY)
     bodies = [b'[{"narrator":{"script":"%d"}}]' % number for number in range(5)]
-    assert stand.ask_each(WEB, *bodies) == [*[200] * 4, 502]
+    assert setup.ask_each(WEB, *bodies) == [*[200] * 4, 502]
 
 
-def _change_prices(stand: Stand) -> None:
-    """Behind a hit upstream says another price, and then one for a body whose ignored member differs."""
-    assert stand.ask(DESIGN, ONE) == 200
+def _change_prices(setup: Setup) -> None:
+    """Makes audits find a changed price, and another price for a body whose ignored member differs."""
+    assert setup.ask(DESIGN, ONE) == 200
     for body, estimated, result in ((ONE, 2, "changed"), (ONE_AGAIN, 3, "ignored-member")):
-        _let_a_hit_be_checked(stand)
-        stand.upstream.simulator.script(priced(estimated))
-        assert stand.ask(DESIGN, body) == 200
+        _end_audit_pause(setup)
+        setup.upstream.simulator.script(priced(estimated))
+        assert setup.ask(DESIGN, body) == 200
         line = f'price_audits_total{{account="default",result="{result}"}} 1.0'
-        wait_until(lambda line=line: line in _metrics(stand))  # type: ignore[misc]  # a default
+        wait_until(lambda line=line: line in _metrics(setup))  # type: ignore[misc]  # a default
 
 
-def _let_a_hit_be_checked(stand: Stand) -> None:
-    """Another one was a moment ago, and there are some seconds between two."""
-    with redis.Redis.from_url(stand.book.url) as store:
+def _end_audit_pause(setup: Setup) -> None:
+    """Ends the pause of some seconds between two audits."""
+    with redis.Redis.from_url(setup.book.url) as store:
         for key in store.scan_iter("ep1:book:*"):
             store.hdel(key, "audit_until_ms")
 
 
-def _fail_upstream(stand: Stand) -> None:
-    """Until it is not asked any more."""
-    stand.upstream.simulator = renders(SERVER_ERROR=1.0)
-    wait_until(lambda: stand.ask(DESIGN, ONE, cache_control="no-cache") == 503)
+def _fail_upstream(setup: Setup) -> None:
+    """Makes upstream fail until the circuit breaker opens."""
+    setup.upstream.simulator = rendernet(SERVER_ERROR=1.0)
+    wait_until(lambda: setup.ask(DESIGN, ONE, cache_control="no-cache") == 503)
 
 
-def _lose_a_reply(stand: Stand) -> bool:
-    """Whether a debit was sent before the gateway had noticed that its connections lead nowhere."""
-    with stand.ledger.hanging():
-        return stand.ask(DESIGN, ONE) == 503 and not _has(stand, "unanswered_debits_total", 0)
+def _lose_a_reply(setup: Setup) -> bool:
+    """Returns whether a debit was sent before the gateway noticed that the store is hanging."""
+    with setup.ledger.hanging():
+        return setup.ask(DESIGN, ONE) == 503 and not _has_metric(setup, "unanswered_debits_total", 0)
 
 
-def _lose_the_ledger(stand: Stand) -> None:
-    wait_until(lambda: _has(stand, "buffered_debits", 0))
-    with redis.Redis.from_url(stand.ledger.url) as store:
+def _lose_the_ledger(setup: Setup) -> None:
+    wait_until(lambda: _has_metric(setup, "buffered_debits", 0))
+    with redis.Redis.from_url(setup.ledger.url) as store:
         store.flushall()
-    wait_until(lambda: stand.ask(DESIGN, b"[{},{}]") == 200)
+    wait_until(lambda: setup.ask(DESIGN, b"[{},{}]") == 200)
 
 
-def _has(stand: Stand, name: str, value: float) -> bool:
-    return f"estimate_proxy_{name} {value:.1f}\n" in _metrics(stand)
+def _has_metric(setup: Setup, name: str, value: float) -> bool:
+    return f"estimate_proxy_{name} {value:.1f}\n" in _metrics(setup)
 
 
-def _metrics(stand: Stand) -> str:
-    return text_of(stand.client)
+def _metrics(setup: Setup) -> str:
+    return text_of(setup.client)
 
 
-# --- what is seen -----------------------------------------------------------------------------------------------
+# --- queries ----------------------------------------------------------------------------------------------------
 
 ALERTING: dict[str, set[str]] = {
     "busy": {
@@ -255,7 +256,7 @@ ALERTING: dict[str, set[str]] = {
         "EstimateProxyDown",
         "EstimateProxyTokenExpires",
     },
-    "shut": {
+    "outage": {
         "EstimateProxyLedgerDown",
         "EstimateProxyPriceBookDown",
         "EstimateProxyUnansweredDebits",
@@ -263,90 +264,90 @@ ALERTING: dict[str, set[str]] = {
     },
     "lost": {"EstimateProxyLedgerLost", "EstimateProxyReloadFailed"},
 }
-"""Alerts whose expressions are true in an act."""
+"""The alerts that fire in each phase."""
 
-NOBODY_THERE = "EstimateProxyAllDown"
-"""True before anything was scraped."""
+ALL_DOWN = "EstimateProxyAllDown"
+"""Fires before the first scrape."""
 
-EASED: dict[str, list[tuple[str, str]]] = {
-    # It takes two days of a month, and a pace that depends on today's date.
+RELAXED: dict[str, list[tuple[str, str]]] = {
+    # It needs two days of a month, and a pace that depends on today's date.
     "EstimateProxyMonthQuotaPace": [("} > 1", "}"), (" > 2 * 86400", "")],
-    # It takes gateways that were set up wrongly, on two ledgers.
+    # It needs gateways that were misconfigured to use two ledgers.
     "EstimateProxyLedgersDiffer": [(") > 1", ")")],
-    # It takes many refusals, where this gateway admits.
+    # It needs many refusals, but this gateway admits requests in an outage.
     "EstimateProxyStoreUnavailable": [('outcome="store-unavailable"', 'outcome="hit"')],
-    # It takes a week, and a hundred answers an hour.
+    # It needs a week, and a hundred answers an hour.
     "EstimateProxyHitRatioCollapsed": [(" offset 1w", ""), ("- 0.25", "+ 0.25"), (">= 100", ">= 10")],
 }
-"""Alerts that no performance of some seconds makes true, with what is changed in their expressions."""
+"""Alerts that no scenario of some seconds can make fire, with replacements in their expressions."""
 
-CHOICES: list[Mapping[str, str]] = [EVERYTHING, {**EVERYTHING, "job": "estimate-proxy", "team": "design|web"}]
+SELECTIONS: list[Mapping[str, str]] = [EVERYTHING, {**EVERYTHING, "job": "estimate-proxy", "team": "design|web"}]
 
 
 def is_data(points: Sequence[Point]) -> bool:
-    """At least one number: what is divided by nothing is none."""
+    """Returns whether there is at least one finite number; 0/0 gives NaN."""
     return any(isfinite(point.value) for point in points)
 
 
-def shown(performance: Performance, query: Query) -> list[Point]:
-    """What Grafana would draw."""
+def plotted(scenario: ScenarioResult, query: Query) -> list[Point]:
+    """Returns the points that Grafana would draw."""
     if query.instant:
-        return performance.seen_by.at(performance.busy, query.expr)
-    return performance.seen_by.until(performance.busy, query.expr, since_s=RANGE_S)
+        return scenario.server.at(scenario.busy, query.expr)
+    return scenario.server.until(scenario.busy, query.expr, since_s=RANGE_S)
 
 
-@pytest.mark.parametrize("chosen", CHOICES, ids=["everything", "a choice"])
+@pytest.mark.parametrize("selection", SELECTIONS, ids=["everything", "a selection"])
 @pytest.mark.parametrize("dashboard", dashboards(), ids=lambda dashboard: dashboard["uid"])
-def test_every_panel_shows_data(dashboard: Tree, chosen: Mapping[str, str], performance: Performance) -> None:
-    asked = queries(dashboard, chosen, range_s=RANGE_S, rate_interval_s=RANGE_S)
-    assert asked
-    assert [str(query) for query in asked if not is_data(shown(performance, query))] == []
+def test_every_panel_shows_data(dashboard: Tree, selection: Mapping[str, str], scenario: ScenarioResult) -> None:
+    panel_queries = queries(dashboard, selection, range_s=RANGE_S, rate_interval_s=RANGE_S)
+    assert panel_queries
+    assert [str(query) for query in panel_queries if not is_data(plotted(scenario, query))] == []
 
 
-def test_the_windows_panels_show_what_usage_says(performance: Performance) -> None:
+def test_the_windows_panels_equal_the_usage_endpoint(scenario: ScenarioResult) -> None:
     spend = queries(dashboards()[0])
     titles = ("Estimated today", "Estimated this week", "Estimated this month")
     for per, title in zip(PERS, titles, strict=True):
         (query,) = (query for query in spend if query.panel == title)
-        (point,) = shown(performance, query)
-        assert point.value == sum(amount for (_, p), (_, amount) in performance.usage.items() if p == per) > 40
+        (point,) = plotted(scenario, query)
+        assert point.value == sum(amount for (_, p), (_, amount) in scenario.usage.items() if p == per) > 40
 
 
-def test_the_windows_are_what_usage_says_team_by_team(performance: Performance) -> None:
+def test_each_teams_window_gauges_equal_the_usage_endpoint(scenario: ScenarioResult) -> None:
     for number, name in enumerate(("requests", "estimated_credits")):
-        points = performance.seen_by.at(performance.busy, f"estimate_proxy_window_{name}")
+        points = scenario.server.at(scenario.busy, f"estimate_proxy_window_{name}")
         found = {(point.labels["team"], point.labels["per"]): point.value for point in points}
-        assert found == {key: told[number] for key, told in performance.usage.items()}
+        assert found == {key: amounts[number] for key, amounts in scenario.usage.items()}
 
 
-def test_every_recorded_series_is_there(performance: Performance) -> None:
+def test_every_recording_rule_has_data(scenario: ScenarioResult) -> None:
     names = {rule["record"] for rule in RECORDED}
     assert len(names) > 10
-    assert {name for name in names if not is_data(performance.seen_by.at(performance.busy, name))} == set()
+    assert {name for name in names if not is_data(scenario.server.at(scenario.busy, name))} == set()
 
 
-def test_every_rule_can_be_evaluated(performance: Performance) -> None:
-    rules = [rule for group in performance.seen_by.groups() for rule in group["rules"]]
+def test_every_rule_evaluates_without_an_error(scenario: ScenarioResult) -> None:
+    rules = [rule for group in scenario.server.groups() for rule in group["rules"]]
     assert len(rules) == len(RECORDED) + len(ALERTS)
     assert {rule["name"]: rule.get("lastError") for rule in rules if rule["health"] != "ok"} == {}
 
 
-def test_every_alert_is_true_when_it_should_be(performance: Performance) -> None:
-    named = [NOBODY_THERE, *EASED, *set().union(*ALERTING.values())]
+def test_every_alert_fires_in_its_phase(scenario: ScenarioResult) -> None:
+    named = [ALL_DOWN, *RELAXED, *set().union(*ALERTING.values())]
     assert sorted(named) == sorted(alert["alert"] for alert in ALERTS)
-    missing = {act: names - _names(performance.alerts[act]) for act, names in ALERTING.items()}
-    assert missing == {act: set() for act in ALERTING}
-    assert is_data(performance.seen_by.at(performance.before, _expression(NOBODY_THERE)))
-    assert not is_data(performance.seen_by.at(performance.busy, _expression(NOBODY_THERE)))
+    missing = {phase: names - _names(scenario.alerts[phase]) for phase, names in ALERTING.items()}
+    assert missing == {phase: set() for phase in ALERTING}
+    assert is_data(scenario.server.at(scenario.before, _expression(ALL_DOWN)))
+    assert not is_data(scenario.server.at(scenario.busy, _expression(ALL_DOWN)))
 
 
-@pytest.mark.parametrize("alert", EASED)
-def test_the_other_alerts_look_at_series_that_are_there(alert: str, performance: Performance) -> None:
+@pytest.mark.parametrize("alert", RELAXED)
+def test_the_relaxed_alerts_query_series_that_exist(alert: str, scenario: ScenarioResult) -> None:
     expression = _expression(alert)
-    for condition, eased in EASED[alert]:
+    for condition, relaxed in RELAXED[alert]:
         assert condition in expression
-        expression = expression.replace(condition, eased)
-    assert is_data(performance.seen_by.at(performance.busy, expression))
+        expression = expression.replace(condition, relaxed)
+    assert is_data(scenario.server.at(scenario.busy, expression))
 
 
 def _expression(alert: str) -> str:
@@ -354,7 +355,7 @@ def _expression(alert: str) -> str:
     return str(found)
 
 
-def test_the_texts_of_alerts_have_their_numbers(performance: Performance) -> None:
-    found = [alert for alerts in performance.alerts.values() for alert in alerts]
+def test_the_annotations_of_alerts_render_their_values(scenario: ScenarioResult) -> None:
+    found = [alert for alerts in scenario.alerts.values() for alert in alerts]
     for text in (text for alert in found for text in alert["annotations"].values()):
         assert not re.search(r"error expanding|<no value>|NaN|%!|\{\{", text), text

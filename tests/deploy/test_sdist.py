@@ -1,4 +1,4 @@
-"""The source distribution: what is in it, and that the wheel can be built from it."""
+"""The source distribution has all tracked files, and the wheel can be built from it."""
 
 import shutil
 import subprocess
@@ -28,7 +28,7 @@ STRAY = (
 
 @pytest.fixture(scope="module")
 def tracked() -> frozenset[str]:
-    """The files that git knows."""
+    """Returns the files that git tracks."""
     git = program("git", "the source distribution was not compared with what is tracked")
     if not (PROJECT / ".git").exists():
         pytest.skip("this is no checkout: the source distribution was not compared with what is tracked")
@@ -38,7 +38,7 @@ def tracked() -> frozenset[str]:
 
 @pytest.fixture(scope="module")
 def sdist(tracked: frozenset[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built in a copy of what is tracked, with stray files beside it, and unpacked."""
+    """Builds the distribution in a copy of the tracked files plus some stray ones, and unpacks it."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
     for name in tracked:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -61,16 +61,16 @@ def files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_it_has_what_is_tracked_and_nothing_else(sdist: Path, tracked: frozenset[str]) -> None:
+def test_it_has_exactly_the_tracked_files(sdist: Path, tracked: frozenset[str]) -> None:
     assert files_in(sdist) == tracked | {"PKG-INFO"}
 
 
-def test_its_programs_can_be_run(sdist: Path) -> None:
+def test_its_scripts_are_executable(sdist: Path) -> None:
     programs = {path.name for path in (sdist / "scripts").iterdir() if path.stat().st_mode & 0o100}
     assert programs == {path.name for path in (PROJECT / "scripts").iterdir()} - {"_environment"}
 
 
-def test_the_wheel_is_built_from_it(sdist: Path, tmp_path: Path) -> None:
+def test_the_wheel_can_be_built_from_it(sdist: Path, tmp_path: Path) -> None:
     (wheel,) = built("wheel", sdist, tmp_path)
     with zipfile.ZipFile(wheel) as packed:
         names = {name for name in packed.namelist() if ".dist-info/" not in name}
