@@ -1,4 +1,4 @@
-"""What both state machines share: real gateways on one real store, on a clock that only moves when a test sets it."""
+"""Shared parts of both state machines: a clock that only a test moves, scripts that read it, hypothesis settings."""
 
 import os
 from functools import cache
@@ -15,9 +15,9 @@ MILLION = 1_000_000
 
 
 class Clock:
-    """The time of the store's scripts and of the gateways in this process.
+    """The clock of the store's scripts and of the gateways in this process.
 
-    skew_us: how far the clock of the gateway that runs now is ahead of the store's.
+    skew_us: how far the running gateway's clock is ahead of the store's.
     """
 
     def __init__(self, store: redis.Redis, us: int) -> None:
@@ -37,19 +37,19 @@ class Clock:
 
 
 def use_clocked_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scripts read the time from the key `clock` instead of calling `TIME`."""
+    """Makes scripts read the time from the key `clock` instead of calling `TIME`."""
     for number, name in enumerate(("text", "digest")):
         monkeypatch.setattr(Script, name, _clocked_attribute(number), raising=False)
 
 
 def _clocked_attribute(number: int) -> property:
-    """Has a setter, which does nothing: scripts are also made while it is in force."""
+    """Returns a property whose setter does nothing, so that scripts can be constructed during a test."""
     return property(lambda script: _clocked_script(script.name)[number], lambda script, value: None)  # noqa: ARG005
 
 
 @cache
 def _clocked_script(name: str) -> tuple[bytes, str]:
-    """A script's text and digest. Rates get a longer TTL, because the store's own clock goes on during a test."""
+    """Returns a script's text and digest. Rates get a longer TTL, because the store's own clock runs during a test."""
     text = LUA_SCRIPTS[name].read_bytes()
     clocked = text.replace(b"redis.call('TIME')", b"redis.call('HMGET', 'clock', 's', 'us')")
     clocked = clocked.replace(b"'PX', math.ceil(", b"'PX', 1e9 + math.ceil(")
@@ -59,7 +59,7 @@ def _clocked_script(name: str) -> tuple[bytes, str]:
 
 
 def machine_settings(variable: str, examples: int) -> hypothesis.settings:
-    """Tries `examples` fixed sequences of steps; or as many random ones as the environment variable says."""
+    """Runs `examples` fixed sequences of steps, or as many random ones as the environment variable says."""
     return hypothesis.settings(
         max_examples=int(os.environ.get(variable, examples)),
         stateful_step_count=30,

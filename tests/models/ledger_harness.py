@@ -23,7 +23,7 @@ from proxy.store.client import Store
 from proxy.store.topology import CONNECTION
 from proxy.telemetry.metrics import Metrics
 
-MOST_NAMES = 2
+MAX_NAMES = 2
 KEYS = LedgerKeys("acme")
 START_US = int(datetime(2031, 10, 25, 22, 30, tzinfo=ZONE).timestamp()) * MILLION
 """A Saturday evening: the clocks are set back in the night, and the month ends with the next week's Friday."""
@@ -32,7 +32,7 @@ Answer = Admitted | Denied | QuotaState | None
 
 
 class Gateway:
-    """One of those that share the ledger, with a loop of its own that turns only while it is asked."""
+    """One gateway's ledger, on an event loop that only runs during a call."""
 
     def __init__(self, url: str, clock: Clock) -> None:
         self._clock = clock
@@ -41,8 +41,8 @@ class Gateway:
         self._reports = LedgerReader(self._store, KEYS, ZONE)
         self.ledger = self._new_ledger()
 
-    def begin(self) -> None:
-        """Anew, and knowing nothing; what the last example still owed is lost."""
+    def reset(self) -> None:
+        """Starts again with empty caches. Debits that the last example buffered are dropped."""
         self._store.cooldowns[CONNECTION] = inf
         self._runner.run(self.ledger.close(1))
         self._store.cooldowns[CONNECTION] = 0
@@ -50,32 +50,32 @@ class Gateway:
         self.ledger = self._new_ledger()
         self._runner.run(self.ledger.open())
 
-    def run(self, process: Process, asked: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
-        """The answers to what is asked in one turn of the loop."""
-        self._let(process)
-        return self._runner.run(_in_one_turn(asked))
+    def run(self, process: Process, coroutines: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+        """Starts all calls in one iteration of the event loop, and returns their answers."""
+        self._apply(process)
+        return self._runner.run(_in_one_iteration(coroutines))
 
-    def pay(self, process: Process) -> None:
-        """Returns when nothing is owed any more."""
-        self.run(process, [_none(self.ledger._flushing)])
+    def flush(self, process: Process) -> None:
+        """Waits until all buffered debits are booked."""
+        self.run(process, [_wait_for_flush(self.ledger._flushing)])
 
-    def flush(self, process: Process, name: str, terms: TeamLimits, charge: Charge) -> None:
-        """Books as many credits as one call can, as of the moment that the gateway takes it for."""
-        self._let(process)
+    def book_largest_flush(self, process: Process, name: str, team_limits: TeamLimits, charge: Charge) -> None:
+        """Books as many credits as one call can, at the gateway's estimate of the time."""
+        self._apply(process)
         batcher = self.ledger._batcher
-        self._runner.run(batcher.book(largest_flush(name, batcher.counters(terms), charge)))
+        self._runner.run(batcher.book(largest_flush(name, batcher.counters(team_limits), charge)))
 
-    def quota_states(self, process: Process, terms: list[TeamLimits]) -> list[QuotaState]:
-        self._let(process)
-        return self._runner.run(self._reports.quota_states(terms))
+    def quota_states(self, process: Process, team_limits: list[TeamLimits]) -> list[QuotaState]:
+        self._apply(process)
+        return self._runner.run(self._reports.quota_states(team_limits))
 
     def close(self) -> None:
         self._runner.run(self._store.close())
         self._runner.close()
 
-    def _let(self, process: Process) -> None:
-        """Whether there is a ledger, and what time it is, are this process's own matters."""
-        self._store.cooldowns[CONNECTION] = inf if process.out else 0
+    def _apply(self, process: Process) -> None:
+        """Applies the process's outage and its clock skew."""
+        self._store.cooldowns[CONNECTION] = inf if process.ledger_down else 0
         self._clock.skew_us = process.skew_us
 
     def _new_ledger(self) -> Ledger:
@@ -87,41 +87,41 @@ async def _store(url: str) -> Store:
     return Store(url, "ledger", access=StoreAccess(timeout_s=10))
 
 
-async def _none(flushing: asyncio.Task[None] | None) -> None:
+async def _wait_for_flush(flushing: asyncio.Task[None] | None) -> None:
     assert flushing is not None
     await asyncio.wait_for(flushing, 10)
 
 
-async def _in_one_turn(asked: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
-    return await asyncio.gather(*asked)
+async def _in_one_iteration(coroutines: Sequence[Coroutine[Any, Any, Answer]]) -> list[Answer]:
+    return await asyncio.gather(*coroutines)
 
 
-async def later(asked: Coroutine[Any, Any, Answer]) -> Answer:
-    """One turn later: that is when a settlement, which has a task of its own, gets to the ledger."""
+async def one_iteration_later(call: Coroutine[Any, Any, Answer]) -> Answer:
+    """Waits one iteration of the event loop: a settlement has its own task, so it reaches the ledger one later."""
     await asyncio.sleep(0)
-    return await asked
+    return await call
 
 
 class Harness:
-    """What all examples use."""
+    """The store, the clock and the gateways that all examples share."""
 
     def __init__(self, store: redis.Redis, clock: Clock, gateways: list[Gateway]) -> None:
         self.store = store
         self.clock = clock
         self.gateways = gateways
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         self.store.flushall()
         self.clock.set(START_US)
         for gateway in self.gateways:
-            gateway.begin()
+            gateway.reset()
 
     def calls(self) -> int:
-        """How many scripts were called so far."""
+        """Returns how often the store has run scripts."""
         return int(self.store.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"])
 
     def keys(self) -> dict[str, tuple[dict[str, int], bool]]:
-        """The hashes of usage and counters with their fields that are not 0, and of all keys whether they expire."""
+        """Returns all keys with whether they expire; usage and counters with their fields that are not 0."""
         names: Any = sorted(self.store.keys("ep1:{acme}:*"))
         pipeline = self.store.pipeline(transaction=False)
         for name in names:
@@ -144,7 +144,7 @@ def _amounts(held: Any) -> dict[str, int]:
 @contextmanager
 def open_harness(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]:
     use_clocked_scripts(monkeypatch)
-    monkeypatch.setattr("proxy.quota.ledger_script.MAX_MODELS", MOST_NAMES)
+    monkeypatch.setattr("proxy.quota.ledger_script.MAX_MODELS", MAX_NAMES)
     monkeypatch.setattr("proxy.quota.ledger.FLUSH_EVERY_S", 0)
     with ExitStack() as opened:
         store = opened.enter_context(redis.Redis.from_url(url))

@@ -1,8 +1,8 @@
-"""What a ledger is expected to say and to hold: a small model that knows nothing of the package.
+"""Reference model of the ledger: its expected verdicts and counters, without any code of the package.
 
-* It has no counters. It is a list of entries, each with its moment, and every sum is added up anew.
-* Windows are read off a calendar: the same day, the same week, the same month of one time zone.
-* The rate is a leaky bucket: each request pours an interval into it, and it leaks as time goes by.
+* It has no counters, only a list of entries with their times. Every sum is computed from the list.
+* Windows are calendar days, weeks and months of one time zone.
+* The rate is a leaky bucket: each request adds one interval, and the level falls with the time that passes.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 ZONE = ZoneInfo("Europe/Berlin")
 PERS = ("minute", "hour", "day", "week", "month")
 LASTING = ("day", "week", "month")
-"""Counted whether anybody limits them or not."""
+"""Windows that are counted with or without a limit."""
 
 MILLION = 1_000_000
 PENDING = ("-", "cancelled")
@@ -24,8 +24,8 @@ DAYS_KEPT = 30
 
 
 @cache
-def span(per: str, at_s: int) -> tuple[int, int]:
-    """The window of a moment. The zone's clocks are shifted by whole hours, so hours and minutes are those of UTC."""
+def window_of(per: str, at_s: int) -> tuple[int, int]:
+    """Returns begin and end of the window at `at_s`. The zone's offset is whole hours, so hours and minutes are UTC's."""
     if per in ("minute", "hour"):
         length_s = 60 if per == "minute" else 3600
         return at_s - at_s % length_s, at_s - at_s % length_s + length_s
@@ -50,12 +50,12 @@ def _midnight(day: date) -> int:
 
 @dataclass(frozen=True)
 class Limit:
-    """At most so much of a measure in each window; one that does not refuse is there to be shown."""
+    """The highest amount of a measure in each window; `refuses` false: it only warns."""
 
     scope: str
     measure: str
     per: str
-    most: int
+    max_amount: int
     refuses: bool
 
     @property
@@ -65,8 +65,8 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Deal:
-    """What holds for a team: its rate, its limits, and then the organisation's."""
+class TeamPolicy:
+    """A team's rate and limits: first its own, then the organisation's."""
 
     team: str
     interval_us: int
@@ -75,14 +75,14 @@ class Deal:
 
     @property
     def counted(self) -> frozenset[tuple[str, str]]:
-        """The scopes and windows in which its requests are counted."""
+        """The scopes and windows that count its requests."""
         lasting = {(scope, per) for scope in ("team", "org") for per in LASTING}
         return frozenset(lasting | {(limit.scope, limit.per) for limit in self.limits})
 
 
 @dataclass(frozen=True)
-class Bill:
-    """What a request has come to."""
+class Cost:
+    """A request's outcome, and its price in micro-credits if it has one."""
 
     outcome: str
     micro: int | None = None
@@ -91,7 +91,7 @@ class Bill:
 
 @dataclass(eq=False)
 class Entry:
-    """A request that counts, in the windows of its moment."""
+    """A counted request, in the windows of its time."""
 
     team: str
     at_us: int
@@ -103,16 +103,16 @@ class Entry:
         return 1 if measure == "requests" else self.micro
 
     def windows(self) -> Iterator[tuple[str, str, int]]:
-        """The counters that it is in: whose, of which kind, beginning when."""
+        """Yields the counters that include it: owner (`""` is the organisation), period, begin."""
         for scope, per in self.counted:
-            yield ("" if scope == "org" else self.team), per, span(per, self.at_us // MILLION)[0]
+            yield ("" if scope == "org" else self.team), per, window_of(per, self.at_us // MILLION)[0]
 
 
 @dataclass(frozen=True)
-class Said:
-    """All that is compared of a verdict. `resets_s` and `used` go with the limits."""
+class Verdict:
+    """The compared parts of a verdict. `resets_s` and `used` are in the order of the limits."""
 
-    word: str
+    code: str
     now_us: int
     tat_offset_us: int
     rate_left: int
@@ -125,76 +125,76 @@ class Said:
 
 
 @dataclass
-class Books:
-    """The ledger, and the clock that it goes by."""
+class ModelLedger:
+    """The ledger, and the store's clock."""
 
     now_us: int
-    most_names: int
+    max_names: int
     names: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Of each model with a name of its own: the day of its last use, and the team that brought it."""
 
     entries: list[Entry] = field(default_factory=list)
     refused: Counter[tuple[date, str, str]] = field(default_factory=Counter)
-    seen: set[str] = field(default_factory=set)
-    """Teams that have ever had usage."""
+    teams: set[str] = field(default_factory=set)
+    """Teams with any usage so far."""
     _buckets: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    # -- What can be asked of it
+    # -- Operations
 
-    def charge(self, deal: Deal, bill: Bill) -> Said:
-        if not self._has_room(deal):
-            return self._refuse(deal, self._too_often(deal))
-        if violated := self._violated(deal, 1, bill.micro or 0, begins=True):
-            return self._refuse(deal, self._exceeded(deal, violated))
-        self._pour(deal)
-        return self.say(deal, self.enter(Entry(deal.team, self.now_us, deal.counted), bill))
+    def charge(self, policy: TeamPolicy, cost: Cost) -> Verdict:
+        if not self._conforms(policy):
+            return self._refuse(policy, self._too_often(policy))
+        if violated := self._violated(policy, 1, cost.micro or 0, begins=True):
+            return self._refuse(policy, self._exceeded(policy, violated))
+        self._pour(policy)
+        return self.ok_verdict(policy, self.book(Entry(policy.team, self.now_us, policy.counted), cost))
 
-    def admit(self, deal: Deal) -> tuple[Said, Entry | None]:
-        if not self._has_room(deal):
-            return self._refuse(deal, self._too_often(deal)), None
-        if violated := self._violated(deal, 1, 0, begins=True):
-            return self._refuse(deal, self._exceeded(deal, violated)), None
-        self._pour(deal)
-        entry = Entry(deal.team, self.now_us, deal.counted)
+    def admit(self, policy: TeamPolicy) -> tuple[Verdict, Entry | None]:
+        if not self._conforms(policy):
+            return self._refuse(policy, self._too_often(policy)), None
+        if violated := self._violated(policy, 1, 0, begins=True):
+            return self._refuse(policy, self._exceeded(policy, violated)), None
+        self._pour(policy)
+        entry = Entry(policy.team, self.now_us, policy.counted)
         self._write(entry)
-        return self.say(deal), entry
+        return self.ok_verdict(policy), entry
 
-    def settle(self, deal: Deal, entry: Entry, bill: Bill) -> Said:
+    def settle(self, policy: TeamPolicy, entry: Entry, cost: Cost) -> Verdict:
         self.entries.remove(entry)
-        if bill.micro is not None and (violated := self._violated(deal, 1, bill.micro, begins=False)):
-            return self._refuse(deal, self._exceeded(deal, violated))
-        return self.say(deal, self.enter(Entry(deal.team, self.now_us, deal.counted), bill))
+        if cost.micro is not None and (violated := self._violated(policy, 1, cost.micro, begins=False)):
+            return self._refuse(policy, self._exceeded(policy, violated))
+        return self.ok_verdict(policy, self.book(Entry(policy.team, self.now_us, policy.counted), cost))
 
-    def refund(self, deal: Deal, entry: Entry, outcome: str) -> Said:
+    def refund(self, policy: TeamPolicy, entry: Entry, outcome: str) -> Verdict:
         self.entries.remove(entry)
-        self._note(deal.team, outcome)
-        return self.say(deal)
+        self._record_refusal(policy.team, outcome)
+        return self.ok_verdict(policy)
 
-    def peek(self, deal: Deal, micro: int | None) -> Said:
-        if not self._has_room(deal):
-            return self._too_often(deal)
-        self._pour(deal)
-        violated = self._violated(deal, 1, micro or 0, begins=True)
-        return self._exceeded(deal, violated) if violated else self.say(deal)
+    def peek(self, policy: TeamPolicy, micro: int | None) -> Verdict:
+        if not self._conforms(policy):
+            return self._too_often(policy)
+        self._pour(policy)
+        violated = self._violated(policy, 1, micro or 0, begins=True)
+        return self._exceeded(policy, violated) if violated else self.ok_verdict(policy)
 
-    def record_uncached(self, deal: Deal, outcome: str) -> Said:
-        if not self._has_room(deal):
-            return self._refuse(deal, self._too_often(deal))
-        self._pour(deal)
-        self._note(deal.team, outcome)
-        return self.say(deal)
+    def record_uncached(self, policy: TeamPolicy, outcome: str) -> Verdict:
+        if not self._conforms(policy):
+            return self._refuse(policy, self._too_often(policy))
+        self._pour(policy)
+        self._record_refusal(policy.team, outcome)
+        return self.ok_verdict(policy)
 
-    def enter(self, entry: Entry, bill: Bill) -> str:
-        """Books a request with its price, whatever the limits; the name under which that is counted."""
-        model = "-" if bill.micro is None else self._named(bill.model, entry.team)
-        entry.row, entry.micro = (model, bill.outcome), bill.micro or 0
+    def book(self, entry: Entry, cost: Cost) -> str:
+        """Books a request without a check of the limits, and returns the model's name in the usage."""
+        model = "-" if cost.micro is None else self._usage_name(cost.model, entry.team)
+        entry.row, entry.micro = (model, cost.outcome), cost.micro or 0
         self._write(entry)
         return model
 
-    # -- What it holds
+    # -- Stored state
 
     def usage(self) -> dict[tuple[date, str], Counter[str]]:
-        """Of each day and team, in the store's spelling."""
+        """Returns the usage rows by day and team, with the store's field names."""
         rows: dict[tuple[date, str], Counter[str]] = {}
         for entry in self.entries:
             row, name = rows.setdefault((day_of(entry.at_us // MILLION), entry.team), Counter()), ":".join(entry.row)
@@ -211,125 +211,127 @@ class Books:
         return {window: +counter for window, counter in counters.items()}
 
     def used(self, team: str, limit: Limit) -> int:
-        counter = "" if limit.scope == "org" else team, limit.per, span(limit.per, self.now_us // MILLION)[0]
+        counter = "" if limit.scope == "org" else team, limit.per, window_of(limit.per, self.now_us // MILLION)[0]
         return sum(entry.amount(limit.measure) for entry in self.entries if counter in entry.windows())
 
-    # -- How it is worked out
+    # -- Rules
 
-    def _has_room(self, deal: Deal) -> bool:
-        return self._level(deal) + deal.interval_us <= deal.interval_us * deal.burst
+    def _conforms(self, policy: TeamPolicy) -> bool:
+        return self._level(policy) + policy.interval_us <= policy.interval_us * policy.burst
 
-    def _pour(self, deal: Deal) -> None:
-        self._buckets[deal.team] = (self._level(deal) + deal.interval_us, self.now_us)
+    def _pour(self, policy: TeamPolicy) -> None:
+        self._buckets[policy.team] = (self._level(policy) + policy.interval_us, self.now_us)
 
-    def _level(self, deal: Deal) -> int:
-        """Never more than it holds now, whatever it held: nobody waits longer than for one interval."""
-        level, at_us = self._buckets.get(deal.team, (0, 0))
-        return min(max(0, level - (self.now_us - at_us)), deal.interval_us * deal.burst)
+    def _level(self, policy: TeamPolicy) -> int:
+        """The level is capped at the current size of the bucket, so nobody waits longer than one interval."""
+        level, at_us = self._buckets.get(policy.team, (0, 0))
+        return min(max(0, level - (self.now_us - at_us)), policy.interval_us * policy.burst)
 
-    def _violated(self, deal: Deal, requests: int, micro: int, *, begins: bool) -> list[Limit]:
-        def passes(limit: Limit) -> bool:
-            used, wanted = self.used(deal.team, limit), requests if limit.measure == "requests" else micro
-            return used + wanted > limit.most or (begins and used == limit.most)
+    def _violated(self, policy: TeamPolicy, requests: int, micro: int, *, begins: bool) -> list[Limit]:
+        def exceeds(limit: Limit) -> bool:
+            used, requested = self.used(policy.team, limit), requests if limit.measure == "requests" else micro
+            return used + requested > limit.max_amount or (begins and used == limit.max_amount)
 
-        return [limit for limit in deal.limits if limit.refuses and passes(limit)]
+        return [limit for limit in policy.limits if limit.refuses and exceeds(limit)]
 
     def _write(self, entry: Entry) -> None:
-        self.seen.add(entry.team)
+        self.teams.add(entry.team)
         self.entries.append(entry)
 
-    def _note(self, team: str, outcome: str) -> None:
-        self.seen.add(team)
+    def _record_refusal(self, team: str, outcome: str) -> None:
+        self.teams.add(team)
         self.refused[day_of(self.now_us // MILLION), team, outcome] += 1
 
-    def _refuse(self, deal: Deal, said: Said) -> Said:
-        self._note(deal.team, said.word)
-        return said
+    def _refuse(self, policy: TeamPolicy, verdict: Verdict) -> Verdict:
+        self._record_refusal(policy.team, verdict.code)
+        return verdict
 
-    def _named(self, model: str, team: str) -> str:
+    def _usage_name(self, model: str, team: str) -> str:
         if model in ("-", "mixed", "other"):
             return model
         today = self.now_us // (86_400 * MILLION)
         if model not in self.names:
             self.names = {name: use for name, use in self.names.items() if today - use[0] <= DAYS_KEPT}
             own = sum(brought_by == team for _, brought_by in self.names.values())
-            if len(self.names) == self.most_names or own == self.most_names // 2:
+            if len(self.names) == self.max_names or own == self.max_names // 2:
                 return "other"
             self.names[model] = today, team
         self.names[model] = today, self.names[model][1]
         return model
 
-    def say(self, deal: Deal, model: str = "-") -> Said:
-        used = tuple(self.used(deal.team, limit) for limit in deal.limits)
-        resets_s = tuple(span(limit.per, self.now_us // MILLION)[1] for limit in deal.limits)
-        tat_offset_us = self._level(deal)
-        rate_left = deal.burst - _divided_up(tat_offset_us, deal.interval_us)
-        return Said("ok", self.now_us, tat_offset_us, rate_left, used, resets_s, model=model)
+    def ok_verdict(self, policy: TeamPolicy, model: str = "-") -> Verdict:
+        used = tuple(self.used(policy.team, limit) for limit in policy.limits)
+        resets_s = tuple(window_of(limit.per, self.now_us // MILLION)[1] for limit in policy.limits)
+        tat_offset_us = self._level(policy)
+        rate_left = policy.burst - _ceil_div(tat_offset_us, policy.interval_us)
+        return Verdict("ok", self.now_us, tat_offset_us, rate_left, used, resets_s, model=model)
 
-    def _too_often(self, deal: Deal) -> Said:
-        too_full_us = self._level(deal) + deal.interval_us - deal.interval_us * deal.burst
-        retry_after_s = _divided_up(too_full_us, MILLION)
-        return replace(self.say(deal), word="rate-limited", status=429, retry_after_s=retry_after_s)
+    def _too_often(self, policy: TeamPolicy) -> Verdict:
+        too_full_us = self._level(policy) + policy.interval_us - policy.interval_us * policy.burst
+        retry_after_s = _ceil_div(too_full_us, MILLION)
+        return replace(self.ok_verdict(policy), code="rate-limited", status=429, retry_after_s=retry_after_s)
 
-    def _exceeded(self, deal: Deal, violated: list[Limit]) -> Said:
-        said = replace(self.say(deal), word="quota-exceeded", violated=tuple(limit.name for limit in violated))
+    def _exceeded(self, policy: TeamPolicy, violated: list[Limit]) -> Verdict:
+        verdict = replace(
+            self.ok_verdict(policy), code="quota-exceeded", violated=tuple(limit.name for limit in violated)
+        )
         if violated[0].measure == "estimated_credits":
-            return replace(said, status=402)
-        left_us = span(violated[0].per, self.now_us // MILLION)[1] * MILLION - self.now_us
-        return replace(said, status=429, retry_after_s=_divided_up(left_us, MILLION))
+            return replace(verdict, status=402)
+        left_us = window_of(violated[0].per, self.now_us // MILLION)[1] * MILLION - self.now_us
+        return replace(verdict, status=429, retry_after_s=_ceil_div(left_us, MILLION))
 
 
-def _divided_up(number: int, by: int) -> int:
+def _ceil_div(number: int, by: int) -> int:
     return -(-number // by)
 
 
 @dataclass(eq=False)
-class Ticket:
-    """An admitted request. `entry` is None until something of it is on the books."""
+class Admission:
+    """An admitted request. `entry` is None while the ledger has not booked it."""
 
-    deal: Deal
+    policy: TeamPolicy
     at_us: int
     entry: Entry | None
 
 
 @dataclass
 class Process:
-    """A gateway's side: what it takes for the time, and what it owes while the ledger is out of reach."""
+    """A gateway's state: its clock, and the debits that it buffers while the ledger is unreachable."""
 
-    books: Books
+    model_ledger: ModelLedger
     skew_us: int = 0
-    """By how much its clock is ahead of the ledger's."""
-    out: bool = False
-    _known_skew_us: int = 0
-    _owed: list[tuple[Ticket, Bill | None]] = field(default_factory=list)
+    """How far its clock is ahead of the ledger's."""
+    ledger_down: bool = False
+    _synced_skew_us: int = 0
+    _buffered: list[tuple[Admission, Cost | None]] = field(default_factory=list)
 
     @property
-    def knows_the_time(self) -> bool:
-        return self.skew_us == self._known_skew_us
+    def clock_is_synced(self) -> bool:
+        return self.skew_us == self._synced_skew_us
 
     @property
-    def owes(self) -> bool:
-        return bool(self._owed)
+    def has_buffered(self) -> bool:
+        return bool(self._buffered)
 
-    def hear(self) -> None:
-        """Of the ledger's clock."""
-        self._known_skew_us = self.skew_us
+    def sync_clock(self) -> None:
+        """Learns the offset of the ledger's clock from a reply."""
+        self._synced_skew_us = self.skew_us
 
-    def ticket(self, deal: Deal) -> Ticket:
-        """Of a request that is admitted unseen, in the windows of the moment that this process takes it for."""
-        return Ticket(deal, self.books.now_us + self.skew_us - self._known_skew_us, None)
+    def admission(self, policy: TeamPolicy) -> Admission:
+        """Admits a request without the ledger, in the windows of this process's estimate of the time."""
+        return Admission(policy, self.model_ledger.now_us + self.skew_us - self._synced_skew_us, None)
 
-    def owe(self, ticket: Ticket, bill: Bill | None) -> None:
-        """What has become of it is booked later; None: nothing has."""
-        if bill is not None or ticket.entry is not None:
-            self._owed.append((ticket, bill))
+    def buffer(self, admission: Admission, cost: Cost | None) -> None:
+        """Buffers a settlement, or a refund if `bill` is None."""
+        if cost is not None or admission.entry is not None:
+            self._buffered.append((admission, cost))
 
-    def pay(self) -> None:
-        """Everything that is owed, in the windows in which it was admitted."""
-        for ticket, bill in self._owed:
-            if ticket.entry is not None:
-                self.books.entries.remove(ticket.entry)
-            if bill is not None:
-                entry = Entry(ticket.deal.team, ticket.at_us, ticket.deal.counted)
-                self.books.enter(entry, bill)
-        self._owed.clear()
+    def flush(self) -> None:
+        """Books everything that is buffered, in the windows of its admission."""
+        for admission, cost in self._buffered:
+            if admission.entry is not None:
+                self.model_ledger.entries.remove(admission.entry)
+            if cost is not None:
+                entry = Entry(admission.policy.team, admission.at_us, admission.policy.counted)
+                self.model_ledger.book(entry, cost)
+        self._buffered.clear()

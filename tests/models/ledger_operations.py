@@ -1,4 +1,4 @@
-"""What is asked of a ledger by chance, and how its answers and its counters compare with what `ledger_model` says."""
+"""Random operations on a ledger, and the comparison of its answers and counters with `ledger_model`."""
 
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from hypothesis import strategies as st
 
 from ledger_harness import Answer
-from ledger_model import LASTING, MILLION, PERS, ZONE, Bill, Deal, Entry, Said, Ticket, span
+from ledger_model import LASTING, MILLION, PERS, ZONE, Admission, Cost, Entry, TeamPolicy, Verdict, window_of
 from proxy.problems import Outcome
 from proxy.quota.ledger import Admitted, Denied
 from proxy.quota.quotas import Charge, Quota, QuotaState, Rate, TeamLimits
@@ -26,31 +26,31 @@ MAX_LIMIT = 9 * 10**15
 
 
 class Expected(NamedTuple):
-    """What is to be asked, what the model has said to it, if anything, and how an answer is compared with that.
+    """A call, the model's verdict on it, if there is one, and the function that compares the answer with it.
 
-    deal: whose standing it is to tell.
+    deal: the team whose state the answer reports.
     """
 
-    asked: Coroutine[Any, Any, Answer]
-    said: Said | None
-    check: Callable[[Said | None, Answer], None]
-    deal: Deal | None = None
+    call: Coroutine[Any, Any, Answer]
+    verdict: Verdict | None
+    check: Callable[[Verdict | None, Answer], None]
+    policy: TeamPolicy | None = None
 
 
-def limits_of(deal: Deal) -> TeamLimits:
-    quotas = tuple(Quota(one.scope, one.measure, one.per, one.most, one.refuses) for one in deal.limits)  # type: ignore[arg-type]  # they are spelled alike
-    terms = TeamLimits(deal.team, Rate(MILLION / deal.interval_us, deal.burst), quotas)
-    assert terms.rate.interval_us == deal.interval_us
-    return terms
+def limits_of(policy: TeamPolicy) -> TeamLimits:
+    quotas = tuple(Quota(one.scope, one.measure, one.per, one.max_amount, one.refuses) for one in policy.limits)  # type: ignore[arg-type]  # they are spelled alike
+    team_limits = TeamLimits(policy.team, Rate(MILLION / policy.interval_us, policy.burst), quotas)
+    assert team_limits.rate.interval_us == policy.interval_us
+    return team_limits
 
 
-def charge_of(bill: Bill) -> Charge:
-    return Charge(Outcome(bill.outcome), bill.micro, bill.model)
+def charge_of(cost: Cost) -> Charge:
+    return Charge(Outcome(cost.outcome), cost.micro, cost.model)
 
 
-def shown_by(quota_state: QuotaState) -> Said:
-    """How a team stands, as the model would put it."""
-    return Said(
+def state_of(quota_state: QuotaState) -> Verdict:
+    """Converts a team's state to the model's form."""
+    return Verdict(
         "ok",
         quota_state.now_us,
         quota_state.tat_offset_us,
@@ -60,42 +60,42 @@ def shown_by(quota_state: QuotaState) -> Said:
     )
 
 
-def said_by(answer: Answer) -> Said:
-    """A verdict, as the model would put it."""
+def verdict_of(answer: Answer) -> Verdict:
+    """Converts a verdict to the model's form."""
     assert isinstance(answer, Admitted | Denied)
     assert answer.quota_state is not None
-    shown = shown_by(answer.quota_state)
+    shown = state_of(answer.quota_state)
     if isinstance(answer, Admitted):
         return replace(shown, model=answer.model)
     problem = answer.problem
     violated = tuple(problem.members.get("violated-policies", ()))
-    word, retry_after_s = problem.outcome.value, problem.retry_after_s
-    return replace(shown, word=word, violated=violated, status=problem.status, retry_after_s=retry_after_s)
+    code, retry_after_s = problem.outcome.value, problem.retry_after_s
+    return replace(shown, code=code, violated=violated, status=problem.status, retry_after_s=retry_after_s)
 
 
-def agree(said: Said, expected: Said) -> bool:
-    """Where more is used than a number of Lua can hold exactly, which is over any limit, a verdict may say it so."""
-    pairs = zip(said.used, expected.used, strict=True)
-    used = (right if right > 2**53 and abs(told - right) <= right >> 50 else told for told, right in pairs)
-    return replace(said, used=tuple(used)) == expected
+def verdicts_match(verdict: Verdict, expected: Verdict) -> bool:
+    """Compares verdicts. Above 2**53, which is above any limit, `used` may be rounded: Lua's numbers are doubles."""
+    pairs = zip(verdict.used, expected.used, strict=True)
+    used = (right if right > 2**53 and abs(actual - right) <= right >> 50 else actual for actual, right in pairs)
+    return replace(verdict, used=tuple(used)) == expected
 
 
 class Draft(NamedTuple):
-    """A limit, or how far it lies from what is used when it comes into force."""
+    """A limit: absolute, or relative to the amount that is used when it takes effect."""
 
     measure: str
     per: str
     refuses: bool
-    most: int
+    max_amount: int
     is_relative: bool
 
 
-class Act(NamedTuple):
-    """What somebody wants; `pick` is which of those that have been admitted is settled, or refunded."""
+class Operation(NamedTuple):
+    """One operation; `pick` selects the admitted request that is settled or refunded."""
 
     kind: str
     team: str
-    bill: Bill
+    cost: Cost
     pick: int
 
 
@@ -118,10 +118,10 @@ DRAFT = st.one_of(
 DRAFTS = st.lists(DRAFT, max_size=4, unique_by=lambda draft: (draft.measure, draft.per))
 ANY_TEAM = st.sampled_from(TEAMS)
 _AMOUNTS = st.sampled_from([0, 1, 2, 999_999, MILLION, HUGE - 1, HUGE]) | st.integers(0, 5 * MILLION)
-_PRICED = st.builds(Bill, st.sampled_from(["hit", "miss"]), _AMOUNTS, st.sampled_from(MODELS))
-_FAILED = st.builds(Bill, st.sampled_from(["upstream-error", "unpriced", "cancelled"]), st.none(), st.just("Flux"))
-BILLS = st.one_of(_PRICED, _PRICED, _PRICED, _FAILED)
-MANY_BILLS = st.lists(BILLS, min_size=4, max_size=8)
+_PRICED = st.builds(Cost, st.sampled_from(["hit", "miss"]), _AMOUNTS, st.sampled_from(MODELS))
+_FAILED = st.builds(Cost, st.sampled_from(["upstream-error", "unpriced", "cancelled"]), st.none(), st.just("Flux"))
+COSTS = st.one_of(_PRICED, _PRICED, _PRICED, _FAILED)
+MANY_COSTS = st.lists(COSTS, min_size=4, max_size=8)
 _KINDS = (
     "charge",
     "charge",
@@ -136,54 +136,54 @@ _KINDS = (
     "peek",
 )
 PICKS = st.integers(0, 99)
-ACTS = st.lists(
+OPERATIONS = st.lists(
     st.one_of(
-        *[st.builds(Act, st.sampled_from(_KINDS), ANY_TEAM, _PRICED, PICKS)] * 5,
-        st.builds(Act, st.just("settle"), ANY_TEAM, _FAILED, PICKS),
+        *[st.builds(Operation, st.sampled_from(_KINDS), ANY_TEAM, _PRICED, PICKS)] * 5,
+        st.builds(Operation, st.just("settle"), ANY_TEAM, _FAILED, PICKS),
     ),
     min_size=1,
     max_size=8,
 )
 
 
-def standing_as(last: Said | None, said: Said | None) -> Said:
+def with_state_of(last: Verdict | None, verdict: Verdict | None) -> Verdict:
     assert last is not None
-    assert said is not None
-    return replace(said, tat_offset_us=last.tat_offset_us, rate_left=last.rate_left, used=last.used)
+    assert verdict is not None
+    return replace(verdict, tat_offset_us=last.tat_offset_us, rate_left=last.rate_left, used=last.used)
 
 
-def check(said: Said | None, answer: Answer) -> None:
-    assert said is not None
-    assert agree(said_by(answer), said), f"{said_by(answer)} is not {said}"
+def check(verdict: Verdict | None, answer: Answer) -> None:
+    assert verdict is not None
+    assert verdicts_match(verdict_of(answer), verdict), f"{verdict_of(answer)} is not {verdict}"
 
 
-def check_shown(said: Said | None, answer: Answer) -> None:
-    assert said is not None
+def check_shown(verdict: Verdict | None, answer: Answer) -> None:
+    assert verdict is not None
     assert isinstance(answer, QuotaState)
-    assert agree(shown_by(answer), said), f"{shown_by(answer)} is not {said}"
+    assert verdicts_match(state_of(answer), verdict), f"{state_of(answer)} is not {verdict}"
 
 
-def check_nothing(_: Said | None, answer: Answer) -> None:
+def check_nothing(_: Verdict | None, answer: Answer) -> None:
     assert answer is None
 
 
-def entry_of(ticket: Ticket) -> Entry:
-    assert ticket.entry is not None
-    return ticket.entry
+def entry_of(admission: Admission) -> Entry:
+    assert admission.entry is not None
+    return admission.entry
 
 
 def lasting(counters: Mapping[tuple[str, str, int], Mapping[str, int]]) -> dict[tuple[str, str, int], Counter[str]]:
-    """What is counted by the day, week and month."""
+    """Returns the counters of days, weeks and months."""
     return {of: Counter(amounts) for of, amounts in counters.items() if of[1] in LASTING}
 
 
-def summed_up(usage: Mapping[tuple[date, str], Mapping[str, int]]) -> dict[tuple[str, str, int], Counter[str]]:
-    """What these counters must hold, by the rows of usage."""
+def counters_of(usage: Mapping[tuple[date, str], Mapping[str, int]]) -> dict[tuple[str, str, int], Counter[str]]:
+    """Computes these counters from the rows of usage."""
     sums: dict[tuple[str, str, int], Counter[str]] = {}
     for (day, team), row in usage.items():
         noon_s = int(datetime(day.year, day.month, day.day, 12, tzinfo=ZONE).timestamp())
         for owner, per in product(("", team), LASTING):
-            counter = sums.setdefault((owner, per, span(per, noon_s)[0]), Counter())
+            counter = sums.setdefault((owner, per, window_of(per, noon_s)[0]), Counter())
             for name, amount in row.items():
                 *_, measure = name.split(":")
                 counter[measure] += amount if measure != "refused" else 0

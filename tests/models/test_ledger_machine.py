@@ -1,7 +1,7 @@
-"""The ledger against what `ledger_model` says of it: verdict for verdict, key for key, on Valkey and on Redis 7.0.
+"""State machine that compares each verdict and key of the ledger with `ledger_model`, on Valkey and on Redis 7.0.
 
-Everything is real but time. The scripts read it from a key where they would call `TIME`; it lies in the future, so that
-no window of theirs ever expires. Two gateways share the ledger, each with a clock that may be wrong.
+Everything is real except time. The scripts read it from a key instead of calling `TIME`; it is in the future, so no key
+of a window expires. Two gateways share the ledger, each with a clock that may be wrong.
 """
 
 from dataclasses import replace
@@ -13,33 +13,45 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from harness import machine_settings
-from ledger_acts import (
-    ACTS,
+from ledger_harness import KEYS, MAX_NAMES, START_US, Answer, Harness, one_iteration_later
+from ledger_model import (
+    MILLION,
+    PERS,
+    Admission,
+    Cost,
+    Entry,
+    Limit,
+    ModelLedger,
+    Process,
+    TeamPolicy,
+    Verdict,
+    window_of,
+)
+from ledger_operations import (
     ANY_TEAM,
-    BILLS,
+    COSTS,
     DRAFT,
     DRAFTS,
     HUGE,
-    MANY_BILLS,
+    MANY_COSTS,
     MAX_LIMIT,
+    OPERATIONS,
     PICKS,
     TEAMS,
-    Act,
     Draft,
     Expected,
+    Operation,
     charge_of,
     check,
     check_nothing,
     check_shown,
+    counters_of,
     entry_of,
     lasting,
     limits_of,
-    shown_by,
-    standing_as,
-    summed_up,
+    state_of,
+    with_state_of,
 )
-from ledger_harness import KEYS, MOST_NAMES, START_US, Answer, Harness, later
-from ledger_model import MILLION, PERS, Bill, Books, Deal, Entry, Limit, Process, Said, Ticket, span
 from proxy.problems import Outcome
 from proxy.quota.ledger import Admitted
 from proxy.quota.ledger_script import MAX_BATCH_ENTRIES, MAX_ENTRY_MICRO
@@ -60,333 +72,390 @@ _SKEWS_US = st.sampled_from(
 class LedgerMachine(RuleBasedStateMachine):
     def __init__(self, harness: Harness) -> None:
         super().__init__()
-        self._world = harness
-        harness.begin()
-        self._books = Books(START_US, MOST_NAMES)
-        self._processes = [Process(self._books) for _ in harness.gateways]
-        self._waiting: list[list[tuple[Ticket, Admitted]]] = [[] for _ in harness.gateways]
-        """What each gateway has admitted and not settled."""
+        self._harness = harness
+        harness.reset()
+        self._model_ledger = ModelLedger(START_US, MAX_NAMES)
+        self._processes = [Process(self._model_ledger) for _ in harness.gateways]
+        self._waiting: list[list[tuple[Admission, Admitted]]] = [[] for _ in harness.gateways]
+        """The requests that each gateway has admitted and not settled."""
         self._rates = dict.fromkeys(TEAMS, (20, 10**6))
         self._limits: dict[str, tuple[Limit, ...]] = dict.fromkeys(("", *TEAMS), ())
         """Of the organisation, and of each team."""
         self._flushes = 0
-        self._agree()
+        self._update_policies()
 
     def teardown(self) -> None:
-        for gateway, process in zip(self._world.gateways, self._processes, strict=True):
-            process.out = False
-            if process.owes:
-                gateway.pay(process)
+        for gateway, process in zip(self._harness.gateways, self._processes, strict=True):
+            process.ledger_down = False
+            if process.has_buffered:
+                gateway.flush(process)
 
     # -- Steps
 
-    @initialize(drafts=DRAFTS, much=st.sampled_from([False, False, False, False, True]))
-    def start(self, drafts: list[Draft], *, much: bool) -> None:
-        if much:
-            self.much_is_used(0, TEAMS[0])
+    @initialize(drafts=DRAFTS, exceeds_2_to_the_53=st.sampled_from([False, False, False, False, True]))
+    def start(self, drafts: list[Draft], *, exceeds_2_to_the_53: bool) -> None:
+        if exceeds_2_to_the_53:
+            self.usage_exceeds_2_to_the_53(0, TEAMS[0])
         self.limits_change("", drafts)
 
     @rule(us=_PAUSES_US)
     def time_passes(self, us: int) -> None:
-        self._books.now_us += us
-        self._world.clock.set(self._books.now_us)
+        self._model_ledger.now_us += us
+        self._harness.clock.set(self._model_ledger.now_us)
 
     @rule(per=_PER, edge=_EDGES, us=_AROUND_US)
-    def time_comes_to_an_edge(self, per: str, edge: int, us: int) -> None:
-        """Of the running window: to its end, or back to its begin, or one step further."""
-        edge_s = span(per, self._books.now_us // MILLION)[edge]
-        self.time_passes(edge_s * MILLION + us - self._books.now_us)
+    def time_reaches_an_edge(self, per: str, edge: int, us: int) -> None:
+        """Moves the time to the end or the begin of the current window, plus `us`."""
+        edge_s = window_of(per, self._model_ledger.now_us // MILLION)[edge]
+        self.time_passes(edge_s * MILLION + us - self._model_ledger.now_us)
 
     @rule(where=_WHERE, us=_SKEWS_US)
-    def clock_is_wrong(self, where: int, us: int) -> None:
+    def clock_is_skewed(self, where: int, us: int) -> None:
         self._processes[where].skew_us = us
 
     @rule(team=ANY_TEAM, rate=_RATES)
     def rate_changes(self, team: str, rate: tuple[int, int]) -> None:
         self._rates[team] = rate
-        self._agree()
+        self._update_policies()
 
     @rule(owner=_OWNERS, drafts=DRAFTS)
     def limits_change(self, owner: str, drafts: list[Draft]) -> None:
-        """A team's, or the organisation's: set, raised, lowered, even below what is used."""
+        """Sets, raises or lowers limits of a team or the organisation, even below the used amount."""
         self._limits[owner] = tuple(self._limit(owner, draft) for draft in drafts)
-        self._agree()
+        self._update_policies()
 
-    @rule(where=_WHERE, acts=ACTS)
-    def turn(self, where: int, acts: list[Act]) -> None:
-        """Several things are asked in one turn of the loop, and decided in one call: or in two, where a clock is wrong.
+    @rule(where=_WHERE, operations=OPERATIONS)
+    def run_operations(self, where: int, operations: list[Operation]) -> None:
+        """Runs operations in one iteration of the event loop: one call decides them, or two if the clock is wrong.
 
-        Without the ledger, nothing is called.
+        Without the ledger, no script is called.
         """
-        process, calls = self._processes[where], self._world.calls()
-        expected = self._expect_all(where, acts)
-        answers = self._world.gateways[where].run(process, [one.asked for one in expected])
-        called = self._world.calls() - calls
-        assert called == 0 if process.out else called == 1 or (called == 2 and not process.knows_the_time)
+        process, calls = self._processes[where], self._harness.calls()
+        expected = self._expect_all(where, operations)
+        answers = self._harness.gateways[where].run(process, [one.call for one in expected])
+        called = self._harness.calls() - calls
+        assert called == 0 if process.ledger_down else called == 1 or (called == 2 and not process.clock_is_synced)
         for answer, one in zip(answers, expected, strict=True):
-            one.check(one.said, answer)
-        if not process.out:
-            process.hear()
+            one.check(one.verdict, answer)
+        if not process.ledger_down:
+            process.sync_clock()
 
-    @rule(where=_WHERE, team=ANY_TEAM, draft=DRAFT, owned=st.booleans(), bills=MANY_BILLS, ends=st.booleans())
-    def questions(self, where: int, team: str, draft: Draft, *, owned: bool, bills: list[Bill], ends: bool) -> None:
-        """Several are admitted under a limit, and settled; perhaps in the next window, where others have come first."""
-        self.limits_change(team if owned else "", [draft])
-        half = len(bills) // 2
-        self.turn(where, [Act("admit", team, bill, 0) for bill in bills[:half]])
-        if ends:
-            self.time_comes_to_an_edge(draft.per, 1, 0)
-            self.turn(where, [Act("charge", team, bill, 0) for bill in bills[half:]])
-        self.turn(where, [Act("settle", team, bill, 0) for bill in bills])
+    @rule(where=_WHERE, team=ANY_TEAM, draft=DRAFT, for_team=st.booleans(), costs=MANY_COSTS, next_window=st.booleans())
+    def admissions_are_settled(
+        self, where: int, team: str, draft: Draft, *, for_team: bool, costs: list[Cost], next_window: bool
+    ) -> None:
+        """Admits and settles several requests under a limit, perhaps in the next window after other requests."""
+        self.limits_change(team if for_team else "", [draft])
+        half = len(costs) // 2
+        self.run_operations(where, [Operation("admit", team, cost, 0) for cost in costs[:half]])
+        if next_window:
+            self.time_reaches_an_edge(draft.per, 1, 0)
+            self.run_operations(where, [Operation("charge", team, cost, 0) for cost in costs[half:]])
+        self.run_operations(where, [Operation("settle", team, cost, 0) for cost in costs])
 
-    @rule(where=_WHERE, acts=ACTS, per=_PER, us=_AROUND_US, off_us=st.sampled_from([-1, 1, -MILLION, MILLION]))
-    def clocks_differ_at_an_edge(self, where: int, acts: list[Act], per: str, us: int, off_us: int) -> None:
-        """A gateway that knew the time takes itself to be just before, or just behind, the end of a window."""
-        self.turn(where, acts)
-        self.time_comes_to_an_edge(per, 1, us)
+    @rule(
+        where=_WHERE, operations=OPERATIONS, per=_PER, us=_AROUND_US, off_us=st.sampled_from([-1, 1, -MILLION, MILLION])
+    )
+    def clock_is_skewed_at_an_edge(
+        self, where: int, operations: list[Operation], per: str, us: int, off_us: int
+    ) -> None:
+        """Moves a synchronised gateway's clock to just before or just after the end of a window."""
+        self.run_operations(where, operations)
+        self.time_reaches_an_edge(per, 1, us)
         self._processes[where].skew_us += off_us
-        self.turn(where, acts)
+        self.run_operations(where, operations)
 
-    @rule(where=_WHERE, acts=ACTS, per=_PER, edge=_EDGES, us=_AROUND_US, more_acts=ACTS)
-    def an_outage(self, where: int, acts: list[Act], per: str, edge: int, us: int, more_acts: list[Act]) -> None:
-        """From something admitted before it to something settled behind it, over the end of a window."""
-        self.turn(where, acts)
-        self.ledger_is_out(where)
-        self.turn(where, acts)
-        self.time_comes_to_an_edge(per, edge, us)
-        self.turn(where, more_acts)
-        self.ledger_is_back(where)
+    @rule(where=_WHERE, operations=OPERATIONS, per=_PER, edge=_EDGES, us=_AROUND_US, more_operations=OPERATIONS)
+    def outage_over_an_edge(
+        self, where: int, operations: list[Operation], per: str, edge: int, us: int, more_operations: list[Operation]
+    ) -> None:
+        """Runs operations before, during and after an outage that contains the edge of a window."""
+        self.run_operations(where, operations)
+        self.ledger_goes_down(where)
+        self.run_operations(where, operations)
+        self.time_reaches_an_edge(per, edge, us)
+        self.run_operations(where, more_operations)
+        self.ledger_comes_back(where)
 
     @rule(where=_WHERE, team=ANY_TEAM)
-    def much_is_used(self, where: int, team: str) -> None:
-        """Two flushes book as much as they can, together more than 2**53; then one answer more."""
-        process, (deal, terms) = self._processes[where], self._deals[team]
-        if process.out:
+    def usage_exceeds_2_to_the_53(self, where: int, team: str) -> None:
+        """Books two largest flushes, together more than 2**53, and then one more answer."""
+        process, (policy, team_limits) = self._processes[where], self._policies[team]
+        if process.ledger_down:
             return
-        bill = Bill("stale", MAX_BATCH_ENTRIES * MAX_ENTRY_MICRO, "Flux")
+        cost = Cost("stale", MAX_BATCH_ENTRIES * MAX_ENTRY_MICRO, "Flux")
         for name in ("first", "second"):
-            ticket = process.ticket(deal)
-            self._world.gateways[where].flush(process, f"{name} {self._flushes}", terms, charge_of(bill))
-            self._books.enter(Entry(deal.team, ticket.at_us, deal.counted), bill)
-            process.hear()
+            admission = process.admission(policy)
+            self._harness.gateways[where].book_largest_flush(
+                process, f"{name} {self._flushes}", team_limits, charge_of(cost)
+            )
+            self._model_ledger.book(Entry(policy.team, admission.at_us, policy.counted), cost)
+            process.sync_clock()
         self._flushes += 1
-        self.turn(where, [Act("charge", team, Bill("stale", HUGE - 1, "Flux"), 0)])
+        self.run_operations(where, [Operation("charge", team, Cost("stale", HUGE - 1, "Flux"), 0)])
 
     @rule(where=_WHERE)
-    def ledger_is_out(self, where: int) -> None:
-        self._processes[where].out = True
+    def ledger_goes_down(self, where: int) -> None:
+        self._processes[where].ledger_down = True
 
     @rule(where=_WHERE)
-    def ledger_is_back(self, where: int) -> None:
-        self._processes[where].out = False
-        self._pay(where)
+    def ledger_comes_back(self, where: int) -> None:
+        self._processes[where].ledger_down = False
+        self._flush(where)
 
-    @rule(where=_WHERE, bill=BILLS, pick=PICKS)
-    def what_was_admitted_unseen_is_settled(self, where: int, bill: Bill, pick: int) -> None:
-        """Whether the ledger is back or not."""
-        process, gateway = self._processes[where], self._world.gateways[where]
-        if (found := self._pick(where, pick, unseen=True)) is not None:
-            ticket, admitted = found
-            process.owe(ticket, bill)
-            (answer,) = gateway.run(process, [gateway.ledger.settle(admitted, charge_of(bill))])
-            self._on_credit(bill, None, answer)
-            self._pay(where)
+    @rule(where=_WHERE, cost=COSTS, pick=PICKS)
+    def admission_of_an_outage_is_settled(self, where: int, cost: Cost, pick: int) -> None:
+        """The ledger may be back or still down."""
+        process, gateway = self._processes[where], self._harness.gateways[where]
+        if (found := self._pick(where, pick, in_outage=True)) is not None:
+            admission, admitted = found
+            process.buffer(admission, cost)
+            (answer,) = gateway.run(process, [gateway.ledger.settle(admitted, charge_of(cost))])
+            self._check_buffered(cost, None, answer)
+            self._flush(where)
 
     @rule(where=_WHERE)
-    def look(self, where: int) -> None:
-        """What is shown is exact, and books nothing."""
-        if self._processes[where].out:
+    def reports_are_exact(self, where: int) -> None:
+        """Reports are exact, and book nothing."""
+        if self._processes[where].ledger_down:
             return
-        terms = [terms for _, terms in self._deals.values()]
-        quota_states = self._world.gateways[where].quota_states(self._processes[where], terms)
-        for quota_state, (deal, _) in zip(quota_states, self._deals.values(), strict=True):
-            assert shown_by(quota_state) == self._books.say(deal)
+        team_limits = [team_limits for _, team_limits in self._policies.values()]
+        quota_states = self._harness.gateways[where].quota_states(self._processes[where], team_limits)
+        for quota_state, (policy, _) in zip(quota_states, self._policies.values(), strict=True):
+            assert state_of(quota_state) == self._model_ledger.ok_verdict(policy)
 
-    # -- What always holds
+    # -- Invariants
 
     @invariant()
-    def all_adds_up(self) -> None:
+    def usage_and_counters_match_the_model(self) -> None:
         usage: dict[tuple[date, str], dict[str, int]] = {}
         counters: dict[tuple[str, str, int], dict[str, int]] = {}
-        for name, (amounts, expires) in self._world.keys().items():
+        for name, (amounts, expires) in self._harness.keys().items():
             kind, *rest = name.removeprefix("ep1:{acme}:").split(":")
             assert expires == (kind not in ("id", "models", "model-uses", "teams"))
             if amounts and kind == "u":
                 usage[date.fromisoformat(rest[0]), rest[1]] = amounts
             elif amounts and kind == "q":
                 counters[rest[1] if rest[0] == "t" else "", rest[-2], int(rest[-1])] = amounts
-        assert usage == self._books.usage()
-        assert counters == self._books.counters()
-        assert lasting(counters) == summed_up(usage)
+        assert usage == self._model_ledger.usage()
+        assert counters == self._model_ledger.counters()
+        assert lasting(counters) == counters_of(usage)
 
     @invariant()
-    def names_are_few(self) -> None:
-        for key, names in ((KEYS.models, set(self._books.names)), (KEYS.teams, self._books.seen)):
-            assert self._world.store.smembers(key) == {name.encode() for name in names}
+    def names_match_the_model(self) -> None:
+        for key, names in ((KEYS.models, set(self._model_ledger.names)), (KEYS.teams, self._model_ledger.teams)):
+            assert self._harness.store.smembers(key) == {name.encode() for name in names}
 
-    # -- How it is done
+    # -- Helpers
 
-    def _agree(self) -> None:
-        """Everybody knows the new terms."""
-        self._deals: dict[str, tuple[Deal, TeamLimits]] = {}
+    def _update_policies(self) -> None:
+        """Gives the current rates and limits to all teams."""
+        self._policies: dict[str, tuple[TeamPolicy, TeamLimits]] = {}
         for team in TEAMS:
-            deal = Deal(team, *self._rates[team], (*self._limits[team], *self._limits[""]))
-            self._deals[team] = deal, limits_of(deal)
+            policy = TeamPolicy(team, *self._rates[team], (*self._limits[team], *self._limits[""]))
+            self._policies[team] = policy, limits_of(policy)
 
     def _limit(self, owner: str, draft: Draft) -> Limit:
-        limit = Limit("team" if owner else "org", draft.measure, draft.per, draft.most, draft.refuses)
+        limit = Limit("team" if owner else "org", draft.measure, draft.per, draft.max_amount, draft.refuses)
         if not draft.is_relative:
             return limit
-        most = self._books.used(owner, limit) + draft.most
-        return replace(limit, most=min(max(0, most), MAX_LIMIT))
+        max_amount = self._model_ledger.used(owner, limit) + draft.max_amount
+        return replace(limit, max_amount=min(max(0, max_amount), MAX_LIMIT))
 
-    def _expect_all(self, where: int, acts: list[Act]) -> list[Expected]:
-        """In the order of `acts`. Those alike are decided in the place of the first one.
+    def _expect_all(self, where: int, operations: list[Operation]) -> list[Expected]:
+        """Returns expectations in the order of `operations`. Mergeable ones are decided in the place of the first one.
 
-        Who is refused is told what was so then, who is admitted what is so behind them all.
+        A refused request reports the team's state at its decision, an admitted one the state after the batch.
         """
         expected: dict[int, Expected] = {}
-        # The requests to settle are given out in the order of `acts`, as the gateway asks. Given out in the order of
-        # decisions, an act that is grouped with an earlier one could take the request of an act between the two.
-        ended = [self._ended(where, act) for act in acts]
-        out = self._processes[where].out
-        for numbers in [[number] for number in range(len(acts))] if out else self._alike(acts, ended):
-            found = [self._expect(where, acts[number], ended[number]) for number in numbers]
+        # Requests to settle are picked in the order of `operations`, like the gateway does. In the order of decisions,
+        # an operation merged with an earlier one could take the request of an operation between the two.
+        to_settle = [self._to_settle(where, operation) for operation in operations]
+        ledger_down = self._processes[where].ledger_down
+        for numbers in (
+            [[number] for number in range(len(operations))] if ledger_down else self._mergeable(operations, to_settle)
+        ):
+            found = [self._expect(where, operations[number], to_settle[number]) for number in numbers]
             if len(found) > 1:
-                found = [one._replace(said=standing_as(found[-1].said, one.said)) for one in found]
+                found = [one._replace(verdict=with_state_of(found[-1].verdict, one.verdict)) for one in found]
             expected.update(zip(numbers, found, strict=True))
-        return [self._behind_all(expected[number]) for number in range(len(acts))]
+        return [self._after_batch(expected[number]) for number in range(len(operations))]
 
-    def _behind_all(self, one: Expected) -> Expected:
-        if one.said is None or one.deal is None or one.said.word != "ok":
+    def _after_batch(self, one: Expected) -> Expected:
+        if one.verdict is None or one.policy is None or one.verdict.code != "ok":
             return one
-        if not all(limit.refuses for limit in one.deal.limits):
+        if not all(limit.refuses for limit in one.policy.limits):
             return one
-        return one._replace(said=standing_as(self._books.say(one.deal), one.said))
+        return one._replace(verdict=with_state_of(self._model_ledger.ok_verdict(one.policy), one.verdict))
 
-    def _ended(self, where: int, act: Act) -> tuple[Ticket, Admitted] | None:
-        return self._pick(where, act.pick, unseen=False) if act.kind in ("settle", "refund") else None
+    def _to_settle(self, where: int, operation: Operation) -> tuple[Admission, Admitted] | None:
+        return self._pick(where, operation.pick, in_outage=False) if operation.kind in ("settle", "refund") else None
 
-    def _alike(self, acts: list[Act], ended: list[tuple[Ticket, Admitted] | None]) -> list[list[int]]:
-        """The numbers of those that are decided as one, which a sum beyond what Lua holds exactly would not be."""
+    def _mergeable(
+        self, operations: list[Operation], to_settle: list[tuple[Admission, Admitted] | None]
+    ) -> list[list[int]]:
+        """Returns groups of indices that the ledger merges. It does not merge above Lua's largest exact number."""
         groups: list[list[int]] = []
-        known: dict[object, list[int]] = {}
-        for number, act in enumerate(acts):
-            alike = ended[number] is None and act.kind not in ("peek", "record_uncached")
-            alike = alike and all(one.refuses for one in self._deals[act.team][0].limits)
-            bill = act.bill if act.kind == "charge" else None  # all others are admitted
-            kind = (act.team, bill) if alike else number
-            micro = (bill and bill.micro) or 0
-            group = known.get(kind)
+        open_groups: dict[object, list[int]] = {}
+        for number, operation in enumerate(operations):
+            mergeable = to_settle[number] is None and operation.kind not in ("peek", "record_uncached")
+            mergeable = mergeable and all(one.refuses for one in self._policies[operation.team][0].limits)
+            cost = operation.cost if operation.kind == "charge" else None  # all others are admissions
+            kind = (operation.team, cost) if mergeable else number
+            micro = (cost and cost.micro) or 0
+            group = open_groups.get(kind)
             if group is None or (len(group) + 1) * micro > MAX_ENTRY_MICRO:
-                group = known[kind] = []
+                group = open_groups[kind] = []
                 groups.append(group)
             group.append(number)
         return groups
 
-    def _expect(self, where: int, act: Act, ended: tuple[Ticket, Admitted] | None) -> Expected:
-        """What is to be asked, and what must come of it."""
-        if ended is not None:
-            return self._expect_end(where, act, *ended)
-        return self._expect_unseen(where, act) if self._processes[where].out else self._expect_begin(where, act)
+    def _expect(self, where: int, operation: Operation, to_settle: tuple[Admission, Admitted] | None) -> Expected:
+        """Returns the call for an operation, and its expected answer."""
+        if to_settle is not None:
+            return self._expect_settlement(where, operation, *to_settle)
+        return (
+            self._expect_in_outage(where, operation)
+            if self._processes[where].ledger_down
+            else self._expect_decision(where, operation)
+        )
 
-    def _expect_begin(self, where: int, act: Act) -> Expected:
-        ledger, (deal, terms), bill = self._world.gateways[where].ledger, self._deals[act.team], act.bill
-        match act.kind:
+    def _expect_decision(self, where: int, operation: Operation) -> Expected:
+        ledger, (policy, team_limits), cost = (
+            self._harness.gateways[where].ledger,
+            self._policies[operation.team],
+            operation.cost,
+        )
+        match operation.kind:
             case "charge":
                 return Expected(
-                    later(ledger.charge(terms, charge_of(bill))), self._books.charge(deal, bill), check, deal
+                    one_iteration_later(ledger.charge(team_limits, charge_of(cost))),
+                    self._model_ledger.charge(policy, cost),
+                    check,
+                    policy,
                 )
             case "peek":
-                return Expected(later(ledger.peek(terms, bill.micro)), self._books.peek(deal, bill.micro), check, deal)
+                return Expected(
+                    one_iteration_later(ledger.peek(team_limits, cost.micro)),
+                    self._model_ledger.peek(policy, cost.micro),
+                    check,
+                    policy,
+                )
             case "record_uncached":
-                said = self._books.record_uncached(deal, "not-cached")
-                return Expected(later(ledger.record_uncached(terms, Outcome.NOT_CACHED)), said, check, deal)
+                verdict = self._model_ledger.record_uncached(policy, "not-cached")
+                return Expected(
+                    one_iteration_later(ledger.record_uncached(team_limits, Outcome.NOT_CACHED)), verdict, check, policy
+                )
             case _:
-                said, entry = self._books.admit(deal)
-                ticket = Ticket(deal, self._books.now_us, entry)
-                return Expected(later(ledger.admit(terms)), said, partial(self._check_admission, where, ticket), deal)
+                verdict, entry = self._model_ledger.admit(policy)
+                admission = Admission(policy, self._model_ledger.now_us, entry)
+                return Expected(
+                    one_iteration_later(ledger.admit(team_limits)),
+                    verdict,
+                    partial(self._check_admission, where, admission),
+                    policy,
+                )
 
-    def _expect_unseen(self, where: int, act: Act) -> Expected:
-        """Without the ledger everybody is admitted."""
-        process, ledger, (deal, terms) = (
+    def _expect_in_outage(self, where: int, operation: Operation) -> Expected:
+        """Without the ledger, every request is admitted."""
+        process, ledger, (policy, team_limits) = (
             self._processes[where],
-            self._world.gateways[where].ledger,
-            self._deals[act.team],
+            self._harness.gateways[where].ledger,
+            self._policies[operation.team],
         )
-        ticket = process.ticket(deal)
-        match act.kind:
+        admission = process.admission(policy)
+        match operation.kind:
             case "charge" | "peek":
-                process.owe(ticket, act.bill)
-                asked = ledger.charge(terms, charge_of(act.bill))
-                return Expected(later(asked), None, partial(self._on_credit, act.bill))
+                process.buffer(admission, operation.cost)
+                coroutine = ledger.charge(team_limits, charge_of(operation.cost))
+                return Expected(one_iteration_later(coroutine), None, partial(self._check_buffered, operation.cost))
             case "record_uncached":
-                asked = ledger.record_uncached(terms, Outcome.NOT_CACHED)
-                return Expected(later(asked), None, partial(self._on_credit, Bill("not-cached")))
+                coroutine = ledger.record_uncached(team_limits, Outcome.NOT_CACHED)
+                return Expected(one_iteration_later(coroutine), None, partial(self._check_buffered, Cost("not-cached")))
             case _:
-                check = partial(self._on_credit, Bill("cancelled"), waiting=(where, ticket))
-                return Expected(later(ledger.admit(terms)), None, check)
+                check = partial(self._check_buffered, Cost("cancelled"), waiting=(where, admission))
+                return Expected(one_iteration_later(ledger.admit(team_limits)), None, check)
 
-    def _expect_end(self, where: int, act: Act, ticket: Ticket, admitted: Admitted) -> Expected:
-        process, ledger = self._processes[where], self._world.gateways[where].ledger
-        if act.kind == "refund":
-            asked = ledger.refund(admitted, Outcome.UPSTREAM_BUSY)
-            if process.out:
-                process.owe(ticket, None)
-                return Expected(asked, None, check_nothing)
+    def _expect_settlement(
+        self, where: int, operation: Operation, admission: Admission, admitted: Admitted
+    ) -> Expected:
+        process, ledger = self._processes[where], self._harness.gateways[where].ledger
+        if operation.kind == "refund":
+            coroutine = ledger.refund(admitted, Outcome.UPSTREAM_BUSY)
+            if process.ledger_down:
+                process.buffer(admission, None)
+                return Expected(coroutine, None, check_nothing)
             return Expected(
-                asked, self._books.refund(ticket.deal, entry_of(ticket), "upstream-busy"), check_shown, ticket.deal
+                coroutine,
+                self._model_ledger.refund(admission.policy, entry_of(admission), "upstream-busy"),
+                check_shown,
+                admission.policy,
             )
-        settled = ledger.settle(admitted, charge_of(act.bill))
-        if process.out:
-            process.owe(ticket, act.bill)
-            return Expected(settled, None, partial(self._on_credit, act.bill))
-        return Expected(settled, self._books.settle(ticket.deal, entry_of(ticket), act.bill), check, ticket.deal)
+        settled = ledger.settle(admitted, charge_of(operation.cost))
+        if process.ledger_down:
+            process.buffer(admission, operation.cost)
+            return Expected(settled, None, partial(self._check_buffered, operation.cost))
+        return Expected(
+            settled,
+            self._model_ledger.settle(admission.policy, entry_of(admission), operation.cost),
+            check,
+            admission.policy,
+        )
 
-    def _pick(self, where: int, pick: int, *, unseen: bool) -> tuple[Ticket, Admitted] | None:
-        """One of those that have been admitted: from now on it is not there any more."""
-        found = [one for one in self._waiting[where] if (one[0].entry is None) == unseen]
+    def _pick(self, where: int, pick: int, *, in_outage: bool) -> tuple[Admission, Admitted] | None:
+        """Removes and returns one admitted request, None if there is none."""
+        found = [one for one in self._waiting[where] if (one[0].entry is None) == in_outage]
         if not found:
             return None
         picked = found[pick % len(found)]
         self._waiting[where].remove(picked)
         return picked
 
-    def _check_admission(self, where: int, ticket: Ticket, said: Said | None, answer: Answer) -> None:
-        check(said, answer)
+    def _check_admission(self, where: int, admission: Admission, verdict: Verdict | None, answer: Answer) -> None:
+        check(verdict, answer)
         if isinstance(answer, Admitted):
-            self._waiting[where].append((ticket, answer))
+            self._waiting[where].append((admission, answer))
 
-    def _on_credit(self, bill: Bill, _: Said | None, answer: Answer, waiting: tuple[int, Ticket] | None = None) -> None:
+    def _check_buffered(
+        self, cost: Cost, _: Verdict | None, answer: Answer, waiting: tuple[int, Admission] | None = None
+    ) -> None:
         assert isinstance(answer, Admitted)
         assert (answer.quota_state, answer.booked) == (None, False)
-        assert answer.model == ("-" if bill.micro is None else "other")
+        assert answer.model == ("-" if cost.micro is None else "other")
         if waiting is not None:
-            where, ticket = waiting
-            self._waiting[where].append((ticket, answer))
+            where, admission = waiting
+            self._waiting[where].append((admission, answer))
 
-    def _pay(self, where: int) -> None:
+    def _flush(self, where: int) -> None:
         process = self._processes[where]
-        if process.owes and not process.out:
-            self._world.gateways[where].pay(process)
-            process.pay()
-            process.hear()
+        if process.has_buffered and not process.ledger_down:
+            self._harness.gateways[where].flush(process)
+            process.flush()
+            process.sync_clock()
 
 
-def test_the_ledger_does_as_its_model(harness: Harness) -> None:
+def test_the_ledger_behaves_like_its_model(harness: Harness) -> None:
     profile = machine_settings("LEDGER_EXAMPLES", 40)
     machine: Any = partial(LedgerMachine, harness)
     run_state_machine_as_test(machine, settings=profile)
 
 
-def test_with_one_request_to_settle_the_first_settlement_takes_it(harness: Harness) -> None:
-    """The second one is an admission, which the ledger decides together with the one before both."""
-    machine, bill = LedgerMachine(harness), Bill("hit", 5, "Flux")
-    warning = Draft("requests", "day", refuses=False, most=9, is_relative=False)
-    machine.limits_change("design", [warning])  # each request of the team is told how it stood at that step
-    machine.turn(0, [Act("admit", "design", bill, 0)])
-    machine.turn(0, [Act("admit", "film", bill, 0), Act("settle", "design", bill, 0), Act("settle", "film", bill, 0)])
-    machine.all_adds_up()
+def test_the_first_of_two_settlements_takes_the_only_admitted_request(harness: Harness) -> None:
+    """The second settlement becomes an admission, which the ledger merges with the one before both."""
+    machine, cost = LedgerMachine(harness), Cost("hit", 5, "Flux")
+    warning = Draft("requests", "day", refuses=False, max_amount=9, is_relative=False)
+    # with a warning quota, each request reports the state at its own decision
+    machine.limits_change("design", [warning])
+    machine.run_operations(0, [Operation("admit", "design", cost, 0)])
+    machine.run_operations(
+        0,
+        [
+            Operation("admit", "film", cost, 0),
+            Operation("settle", "design", cost, 0),
+            Operation("settle", "film", cost, 0),
+        ],
+    )
+    machine.usage_and_counters_match_the_model()
     used = {name: amounts for name, (amounts, _) in harness.keys().items() if ":u:" in name}
     assert used == {
         "ep1:{acme}:u:2031-10-25:design": {"Flux:hit:requests": 1, "Flux:hit:credits": 5},
