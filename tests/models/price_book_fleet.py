@@ -1,6 +1,6 @@
-"""What the processes of the price book's model share, and the plain values they deal in.
+"""The shared state of the price book's model, and its value classes.
 
-Those are: what is stored, what a process has read of that, what is on its way to upstream, and what clients are told.
+These are stored prices and books, a process's copies of them, fetches in flight, and answers to clients.
 """
 
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ CHANGES, CHANGES_WITHIN_MS, REPRICE_EVERY_MS = 3, 3_600_000, 600_000
 
 
 @dataclass(frozen=True)
-class Wants:
-    """A request's directives."""
+class Directives:
+    """A request's `Cache-Control` directives."""
 
     header: str | None = None
-    anew: bool = False
+    bypass_cache: bool = False
     store: bool = True
     only_if_cached: bool = False
     max_age_s: int | None = None
@@ -47,33 +47,33 @@ class Price:
 
 @dataclass
 class Book:
-    """An account's. It may be evicted at any time."""
+    """An account's book. The store may evict it at any time."""
 
     purge: int | None = None
     reprice: int | None = None
     repriced_at: int | None = None
     balance: Balance | None = None
     audit_until: int = 0
-    drops: int = 0
-    """How many questions have been purged, or have got another price before their time."""
+    invalidations: int = 0
+    """Number of requests whose price was purged, or was replaced while it was fresh."""
     changed: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
 class Fleet:
-    """What all processes see: the store, upstream, and the test's clock.
+    """The state that all processes share: the store, upstream, and the test's clock.
 
-    hot_ms, book_ms: for how long a process may go by what it remembers of prices, and of the book.
+    memory_ms, book_ms: how long a process may use its copies of prices, and of the book.
     """
 
     upstream: Upstream
-    hot_ms: int
+    memory_ms: int
     book_ms: int
     now: int
     prices: dict[int, Price] = field(default_factory=dict)
     book: Book = field(default_factory=Book)
     leases: dict[int, int] = field(default_factory=dict)
-    words: dict[int, Reply] = field(default_factory=dict)
+    leader_replies: dict[int, Reply] = field(default_factory=dict)
     calls: int = 0
     serial: int = 0
     generations: Iterator[int] = field(default_factory=count)
@@ -82,15 +82,15 @@ class Fleet:
         self.now += ms
         self.prices = {key: price for key, price in self.prices.items() if self.now - price.put_at < LIFETIME_MS}
 
-    def purge_question(self, key: int) -> bool:
+    def purge_request(self, key: int) -> bool:
         self.leases.pop(key, None)
-        self.words.pop(key, None)
-        self.drop()
+        self.leader_replies.pop(key, None)
+        self.invalidate()
         return self.prices.pop(key, None) is not None
 
-    def drop(self) -> None:
-        """Whoever remembers a price looks again. A book that is made anew says so by its nonces."""
-        self.book.drops += self.book.purge is not None
+    def invalidate(self) -> None:
+        """Makes processes read remembered prices again. A recreated book shows that by its generations instead."""
+        self.book.invalidations += self.book.purge is not None
 
     def purge_account(self) -> None:
         self.book.purge, self.book.reprice, self.book.repriced_at = next(self.generations), next(self.generations), None
@@ -98,8 +98,8 @@ class Fleet:
     def reprice(self) -> None:
         self.book.reprice, self.book.repriced_at = next(self.generations), self.now
 
-    def note_change(self, key: int) -> bool:
-        """Three bodies within the hour make a new price list, every ten minutes at the most."""
+    def record_change(self, key: int) -> bool:
+        """Returns whether this is a new price list: changes of three bodies in an hour, at most every ten minutes."""
         book = self.book
         book.changed[key] = self.now
         book.changed = {key: at for key, at in book.changed.items() if self.now - at <= CHANGES_WITHIN_MS}
@@ -112,19 +112,19 @@ class Fleet:
 
 
 @dataclass(frozen=True)
-class Page:
-    """The book, as a process read it."""
+class BookSnapshot:
+    """A process's copy of the book."""
 
     purge: int
     reprice: int
     repriced_at: int | None
-    drops: int
+    invalidations: int
     read_at: int
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A price as a process sees it."""
+class Lookup:
+    """A price with its age and remaining lifetime for one process."""
 
     price: Price
     age_ms: int
@@ -140,7 +140,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class Answer:
-    """All that a client is told and that is compared."""
+    """The compared parts of a response."""
 
     status: int
     body: str
@@ -151,8 +151,8 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Told:
-    """What comes of a flight. `elsewhere`: another process asked. `overtaken`: by another lease, or a purge."""
+class FetchResult:
+    """A fetch's result. `elsewhere`: another process called upstream. `overtaken`: by another lease, or a purge."""
 
     reply: Reply
     stored: bool = False
@@ -161,30 +161,30 @@ class Told:
 
 
 @dataclass(eq=False)
-class Flight:
-    """A question on its way. `refusal` is set where upstream is not asked; without a `lease` nothing is stored."""
+class Fetch:
+    """A fetch. `refusal` is set if upstream is not called; without a `lease` nothing is stored."""
 
     body: Body
     lease: Lease | None = None
     refusal: Failed | None = None
     follows: bool = False
-    known: Price | None = None
+    known_price: Price | None = None
     audited: Price | None = None
-    told: Told | None = None
-    """Once it has landed."""
+    result: FetchResult | None = None
+    """None until the fetch is complete."""
 
     @property
     def waits(self) -> bool:
-        """For upstream, or for another process."""
-        return self.told is None and (self.follows or self.refusal is None)
+        """Returns whether it waits for upstream, or for another process."""
+        return self.result is None and (self.follows or self.refusal is None)
 
 
 @dataclass
 class Pending:
-    """A request that waits for a flight."""
+    """A request that waits for a fetch."""
 
-    flight: Flight
+    fetch: Fetch
     reason: str
-    known: Price | None = None
-    fallback: Seen | None = None
+    known_price: Price | None = None
+    fallback: Lookup | None = None
     joined: bool = False

@@ -33,8 +33,8 @@ ADMIN = token_of("a" * 32)
 START_MS = 1_700_000_000_000
 
 
-def soon(condition: Callable[[], bool]) -> None:
-    """As `wait_until`, for what comes true in less than its pauses."""
+def wait_briefly_until(condition: Callable[[], bool]) -> None:
+    """Like `wait_until`, with shorter pauses."""
     deadline = time.monotonic() + 10
     while not condition():
         assert time.monotonic() < deadline, "it did not come true"
@@ -42,7 +42,7 @@ def soon(condition: Callable[[], bool]) -> None:
 
 
 class CountingFetcher(Fetcher):
-    """Shows who waits."""
+    """Counts the requests that join or follow a fetch."""
 
     joined = 0
     followed = 0
@@ -57,7 +57,7 @@ class CountingFetcher(Fetcher):
 
 
 class Replica:
-    """A place in the fleet, for a gateway that comes and goes."""
+    """One gateway of the fleet; it can be restarted."""
 
     fetcher: CountingFetcher
 
@@ -67,7 +67,7 @@ class Replica:
         self.client = client
 
     def restart(self) -> None:
-        """Another gateway in the place of this one."""
+        """Replaces the gateway by a new one."""
         self.close()
         app, self.fetcher = self._make()
         self.client.base_url = self._gateway.enter_context(serving(app))
@@ -75,13 +75,13 @@ class Replica:
     def close(self) -> None:
         self._gateway.close()
 
-    def wait_until_flying(self, flights: int) -> None:
-        """Until so many questions are on their way."""
-        soon(lambda: len(self.fetcher._fetches) + len(self.fetcher._audits) == flights)
+    def wait_for_fetches(self, fetches: int) -> None:
+        """Waits until this number of fetches is running."""
+        wait_briefly_until(lambda: len(self.fetcher._fetches) + len(self.fetcher._audits) == fetches)
 
 
 class Harness:
-    """What all examples use: the servers, and the clock."""
+    """The servers and the clock that all examples share."""
 
     def __init__(
         self,
@@ -99,8 +99,8 @@ class Harness:
         self.keys: list[str] = []
         self.book_key = ""
 
-    def begin(self) -> None:
-        """An empty store, and gateways that remember nothing."""
+    def reset(self) -> None:
+        """Empties the store, and starts new gateways."""
         self.store.flushall()
         self.set_clock(START_MS)
         for replica in self.replicas:
@@ -111,18 +111,18 @@ class Harness:
         self._clock.set(ms * 1000)
 
     def learn_keys(self) -> None:
-        """The keys of the questions; upstream is not asked."""
-        self.begin()
+        """Learns the store keys of all requests, without a call of upstream."""
+        self.reset()
         documents = (self.replicas[0].client.post("/v1/explain", content=content(Body(key, 0))) for key in range(KEYS))
         self.keys = [document.json()["key"] for document in documents]
         assert len(set(self.keys)) == KEYS
         (book,) = self.store.scan_iter("ep1:book:*")
         self.book_key = book.decode()
 
-    def texts(self) -> dict[int, bytes]:
-        """The prices in the store."""
-        texts: Any = self.store.mget([self.price_key(key) for key in range(KEYS)])
-        return {key: text for key, text in enumerate(texts) if text is not None}
+    def stored_prices(self) -> dict[int, bytes]:
+        """Returns the stored prices."""
+        prices: Any = self.store.mget([self.price_key(key) for key in range(KEYS)])
+        return {key: price for key, price in enumerate(prices) if price is not None}
 
     def price_key(self, key: int) -> str:
         return f"ep1:{{{self.keys[key]}}}:price"
@@ -146,7 +146,7 @@ def _configured(store_url: str, upstream_url: str) -> Settings:
 
 
 def _clocked(clock: Clock) -> type[CircuitBreaker]:
-    """A circuit that goes by `clock` instead of the event loop's."""
+    """Returns a circuit breaker that uses `clock` instead of the event loop's clock."""
 
     class ClockedCircuitBreaker(CircuitBreaker):
         def admit(self, _: float, *, probe_s: float) -> Decision:
@@ -169,7 +169,7 @@ def _clocked(clock: Clock) -> type[CircuitBreaker]:
 
 @contextmanager
 def open_harness(valkey_url: str, monkeypatch: pytest.MonkeyPatch, upstream: UpstreamFixture) -> Iterator[Harness]:
-    """Gateways, circuit breakers and the store go by one clock, so no timeout depends on how busy the machine is."""
+    """Gateways, circuit breakers and the store share one clock, so no timeout depends on how busy the machine is."""
     monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_PAUSE_S", 0)
     fetchers: list[CountingFetcher] = []
 

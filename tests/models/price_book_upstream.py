@@ -1,4 +1,4 @@
-"""The upstream of the price book's model: what it is asked, what it says to that, and the circuit before it."""
+"""The upstream of the price book's model: its requests, its replies, and the circuit breaker for it."""
 
 from dataclasses import dataclass
 from itertools import count
@@ -10,7 +10,7 @@ BUSY_S = 30
 
 
 class Body(NamedTuple):
-    """Bodies with the same `key` are one question; `seed` is declared neutral."""
+    """Bodies with the same `key` are equal requests; the member `seed` is ignored."""
 
     key: int
     seed: int
@@ -46,19 +46,19 @@ class Failed:
 
 Reply = Priced | Unpriced | Rejected | Failed
 
-TROUBLES: dict[str, Failed] = {
+FAILURES: dict[str, Failed] = {
     "fails": Failed("upstream-error", 500),
     "sends a page": Failed("upstream-error", 200),
     "hangs up": Failed("upstream-error", 200),
     "is busy": Failed("upstream-busy", 429, retry_after_s=BUSY_S, outage=False),
     "refuses the key": Failed("upstream-refused", 401, outage=False),
 }
-MOODS = (*TROUBLES, "rejects", "gives no price")
+FAULTS = (*FAILURES, "rejects", "gives no price")
 REJECTION = '{"data":null,"error":{"code":"invalid","message":"no"}}'
 
 
 class Upstream:
-    """What upstream says, each answer numbered. `mood` None: it answers as it should."""
+    """Upstream's numbered replies. `fault` None: normal answers."""
 
     def __init__(self, keys: int, seeds: int) -> None:
         self._amounts = count(1)
@@ -66,34 +66,34 @@ class Upstream:
         for key in range(keys):
             self.change(*(body for body in self.prices if body.key == key))
         self.balance: int | None = 1000
-        self.mood: str | None = None
+        self.fault: str | None = None
 
     def change(self, *bodies: Body) -> None:
         amount = next(self._amounts)
         self.prices.update(dict.fromkeys(bodies, amount))
 
     def reply(self, body: Body, serial: int) -> Reply:
-        if self.mood == "rejects":
+        if self.fault == "rejects":
             return Rejected(422, REJECTION)
-        if self.mood == "gives no price":
+        if self.fault == "gives no price":
             return Unpriced(document("null", self.balance, serial), self.balance)
-        if self.mood is not None:
-            return TROUBLES[self.mood]
+        if self.fault is not None:
+            return FAILURES[self.fault]
         return Priced(self.prices[body], serial, self.balance)
 
 
 def document(amount: str, balance: int | None, serial: int) -> str:
-    """An answer of upstream's, and of the gateway's."""
+    """Returns the body of an answer of upstream, which is also the gateway's."""
     shown = "" if balance is None else f',"balance":{balance}'
     return f'{{"data":{{"estimated":{amount}{shown},"serial":{serial}}},"error":{{}}}}'
 
 
-def spelled(amount: int) -> str:
-    """An amount as upstream writes it, in a spelling that would not survive a parser."""
+def amount_text(amount: int) -> str:
+    """Returns an amount as upstream writes it; a float parser would drop the trailing zero."""
     return f"{amount}.50"
 
 
-class Circuit:
+class ModelCircuitBreaker:
     def __init__(self) -> None:
         self._answers: list[tuple[int, bool]] = []
         self._open_until: int | None = None
@@ -101,7 +101,7 @@ class Circuit:
         self._probe_until: int | None = None
 
     def refusal(self, now: int) -> Failed | None:
-        """Why upstream is not asked now."""
+        """Returns why upstream is not called now, None if it is."""
         until = [self._paused_until]
         if self._open_until is not None:
             until += [self._open_until, self._probe_until or 0]
@@ -111,7 +111,7 @@ class Circuit:
             self._probe_until = now + PROBE_MS
         return None
 
-    def note(self, now: int, reply: Reply) -> None:
+    def record(self, now: int, reply: Reply) -> None:
         failed = isinstance(reply, Failed) and reply.outage
         if isinstance(reply, Failed) and reply.retry_after_s is not None:
             self._paused_until = now + reply.retry_after_s * 1000
