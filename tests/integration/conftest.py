@@ -40,14 +40,14 @@ __all__ = [
 
 @pytest.fixture
 def cold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process keeps no prices or books in memory: it reads the store for each request."""
+    """Disables the process's memory: each request reads prices and books from the store."""
     monkeypatch.setattr("proxy.cache.memory.MAX_AGE_S", -1.0)
     monkeypatch.setattr("proxy.cache.account_book.BOOK_REREAD_S", -1.0)
 
 
 @pytest.fixture
 def open_scraped_gateway(open_gateway: OpenGateway) -> OpenGateway:
-    """Opens gateways that may be scraped."""
+    """Opens gateways with a metrics token."""
 
     def enter(**sections: Tree) -> GatewayFixture:
         return open_gateway(**{**GUARD, **sections})
@@ -57,7 +57,7 @@ def open_scraped_gateway(open_gateway: OpenGateway) -> OpenGateway:
 
 @pytest.fixture
 def within_a_minute() -> None:
-    """Starts the test at least 5 seconds before the next whole minute, when windows begin and end."""
+    """Waits until the next whole minute, where windows begin and end, is at least 5 seconds away."""
     wait_until(lambda: time.time() % 60 < 55)
 
 
@@ -74,7 +74,7 @@ def limited(open_gateway: OpenGateway) -> Limited:
 
 @pytest.fixture
 def fast_recovery(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short pauses after an outage."""
+    """Makes the pauses after an outage short."""
     monkeypatch.setattr("proxy.store.health.COOLDOWN_S", COOLDOWN_S)
     monkeypatch.setattr("proxy.quota.ledger.FLUSH_EVERY_S", 0.02)
 

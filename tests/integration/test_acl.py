@@ -1,4 +1,4 @@
-"""The least permissions in docs/configuration.md: a gateway needs all of them, and no others."""
+"""The minimal ACL rules in docs/configuration.md: a gateway needs all of them, and no others."""
 
 import asyncio
 import re
@@ -50,7 +50,7 @@ GET, PUT = Script("proxy.cache", "price_get", repeatable=True), Script("proxy.ca
 
 
 def acl_line(line: str, *changes: str) -> str:
-    """The documented line with its password filled in, without what `-` takes away and with what `+` adds."""
+    """Returns the documented ACL line with a password; options with `-` remove a right, with `+` add one."""
     taken = {f"+{change[1:]}" for change in changes if change[0] == "-"}
     assert taken <= set(line.split())
     words = [word for word in line.split() if word not in taken] + [change for change in changes if change[0] == "+"]
@@ -62,7 +62,7 @@ def rights_of(line: str) -> set[str]:
 
 
 def commands(member: Member, statistic: str) -> set[str]:
-    """The commands of which the server counts some `calls`, `rejected_calls` or `failed_calls`."""
+    """Returns the commands whose counter `calls`, `rejected_calls` or `failed_calls` is not 0."""
     counted: dict[str, Any] = member.client.info("commandstats")
     return {name.removeprefix("cmdstat_").lower() for name, found in counted.items() if found[statistic]}
 
@@ -73,7 +73,7 @@ def access(url: str) -> str:
 
 @contextmanager
 def opened(upstream: UpstreamFixture, *, cache: str | None = None, **store: str) -> Iterator[GatewayFixture]:
-    """A gateway that has passed the checks of its start. `store`: that section; `cache`: where the price book is."""
+    """Opens a gateway that has passed its start checks. `store`: settings section; `cache`: the price book's place."""
     upstream.simulator = Simulator(api_key=API_KEY, spend_every=0, latency_s=(0.1, 0.1))
     configured = settings(
         store.pop("url"),
@@ -89,7 +89,7 @@ def opened(upstream: UpstreamFixture, *, cache: str | None = None, **store: str)
 
 
 def works(gateway: GatewayFixture) -> None:
-    """All that a gateway does with its stores, as teams and an operator see it."""
+    """Uses everything that a gateway does with its stores, over HTTP as teams and operator."""
     assert gateway.client.get("/readyz").json() == {"status": "ready", "degraded": []}
     assert cache_status(gateway.ask(FLUX)).startswith("fwd=miss; fwd-status=200; stored")
     assert cache_status(gateway.ask(FLUX)).startswith("hit")
@@ -123,15 +123,15 @@ def place(member: Member) -> str:
     return access(f"redis://{LOCAL}:{member.port}")
 
 
-def give(line: str, *members: Member) -> None:
-    """Makes the line's user what the line says, on servers that run."""
+def set_user(line: str, *members: Member) -> None:
+    """Applies an ACL line to running servers."""
     _, name, *rules = line.split()
     for member in members:
         member.ask("ACL", "SETUSER", name, "reset", *rules)
 
 
 def is_served(url: str, key: str, *, sentinel_password: str | None = None) -> bool:
-    """Whether scripts that read and write run on this key."""
+    """Returns whether scripts that read and write can run on this key."""
 
     async def scenario() -> bool:
         store = Store(url, "ledger", access=StoreAccess(sentinel_password=sentinel_password))
@@ -147,14 +147,14 @@ def is_served(url: str, key: str, *, sentinel_password: str | None = None) -> bo
 
 @pytest.fixture(autouse=True)
 def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leases are renewed, and the store is asked, each time."""
+    """Makes every wait renew its lease and read the store."""
     monkeypatch.setattr("proxy.gateway.fetcher.LEASE_S", 0.2)
     monkeypatch.setattr("proxy.cache.memory.MAX_AGE_S", -1.0)
     monkeypatch.setattr("proxy.cache.account_book.BOOK_REREAD_S", -1.0)
 
 
 @pytest.mark.parametrize("brand", BRANDS)
-def test_a_server_with_both_roles_needs_what_the_line_says_and_nothing_else(
+def test_a_server_with_both_roles_needs_exactly_the_documented_rights(
     brand: str, upstream: UpstreamFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     line = acl_line(GATEWAY)
@@ -168,7 +168,7 @@ def test_a_server_with_both_roles_needs_what_the_line_says_and_nothing_else(
 
 
 @pytest.mark.parametrize("brand", BRANDS)
-def test_each_role_alone_needs_less(brand: str, upstream: UpstreamFixture) -> None:
+def test_each_role_alone_needs_fewer_rights(brand: str, upstream: UpstreamFixture) -> None:
     of_ledger, of_book = (acl_line(GATEWAY, *CHANGES[where]) for where in (LEDGER_ALONE, BOOK_ALONE))
     with server_group(brand) as group:
         ledger, book = ready(group, of_ledger), ready(group, of_book)
@@ -179,24 +179,24 @@ def test_each_role_alone_needs_less(brand: str, upstream: UpstreamFixture) -> No
             ledger.kill()
             assert gateway.ask(FLUX, x_api_key=MARKETING).status_code == 200
             ledger.start()
-            wait_until(lambda: "exists" in commands(ledger, "calls"))  # so no debit of an outage counts twice
+            wait_until(lambda: "exists" in commands(ledger, "calls"))  # so a debit from an outage is not counted twice
         assert called | {"exists"} >= rights_of(of_ledger)
         assert commands(book, "calls") >= rights_of(of_book)
         assert rejected | commands(ledger, "rejected_calls") <= REFUSABLE
 
 
 @pytest.mark.parametrize("brand", BRANDS)
-def test_without_one_of_the_rights_it_does_not_work(brand: str) -> None:
-    """As for the commands within scripts, that each of them is called is seen above."""
+def test_without_any_one_of_the_rights_it_fails(brand: str) -> None:
+    """The tests above show that each command within the scripts is called."""
     with server_group(brand) as group:
         member = ready(group, acl_line(GATEWAY))
         url = place(member)
         assert is_served(url, "ep1:a")
         for missing in ("~ep1:*", "+evalsha", "+script|load", "+time"):
             member.client.script_flush()
-            give(acl_line(GATEWAY).replace(f" {missing} ", " "), member)
+            set_user(acl_line(GATEWAY).replace(f" {missing} ", " "), member)
             assert not is_served(url, "ep1:a"), missing
-        give(acl_line(GATEWAY), member)
+        set_user(acl_line(GATEWAY), member)
         assert not is_served(url, "ep2:a"), "the keys of others are out of reach"
 
 
@@ -207,7 +207,7 @@ def test_another_database_needs_select(brand: str, upstream: UpstreamFixture) ->
         url = f"{place(member)}/1"
         with opened(upstream, url=url) as gateway:
             works(gateway)
-        give(acl_line(GATEWAY), member)
+        set_user(acl_line(GATEWAY), member)
         assert not is_served(url, "ep1:a")
 
 
@@ -228,7 +228,7 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 def test_a_cluster_needs_its_slots_and_asking(fleet: Cluster, upstream: UpstreamFixture) -> None:
     added, url = CHANGES[CLUSTER], access(fleet.url)
-    give(acl_line(GATEWAY, *added), *fleet.members)
+    set_user(acl_line(GATEWAY, *added), *fleet.members)
     with opened(upstream, url=url) as gateway:
         works(gateway)
     key, slot = "ep1:{asked}:price", key_slot(b"asked")
@@ -238,13 +238,13 @@ def test_a_cluster_needs_its_slots_and_asking(fleet: Cluster, upstream: Upstream
     source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", fleet.names[target.port])
     assert is_served(url, key)
     for missing in added:
-        give(acl_line(GATEWAY, *(right for right in added if right != missing)), *fleet.members)
+        set_user(acl_line(GATEWAY, *(right for right in added if right != missing)), *fleet.members)
         assert not is_served(url, key), f"{missing} is not needed"
 
 
 @pytest.mark.parametrize("brand", BRANDS)
 def test_a_sentinel_needs_one_command(brand: str, upstream: UpstreamFixture) -> None:
-    """The Sentinels, and who looks after them, are another user there."""
+    """The Sentinels use another user."""
     keeper = {"username": "keeper", "password": "keeper"}
     lines = (
         "user keeper on >keeper ~* &* +@all",
@@ -253,7 +253,7 @@ def test_a_sentinel_needs_one_command(brand: str, upstream: UpstreamFixture) -> 
         acl_line(SENTINEL_USER),
     )
     with sentinel_setup(brand, sentinel_lines=lines, sentinel_access=keeper) as setup:
-        give(acl_line(GATEWAY), *setup.servers)
+        set_user(acl_line(GATEWAY), *setup.servers)
         url, secret = access(setup.url), {"sentinel_password": PASSWORD}
         with opened(upstream, url=url, **secret) as gateway:
             works(gateway)
@@ -263,5 +263,5 @@ def test_a_sentinel_needs_one_command(brand: str, upstream: UpstreamFixture) -> 
             wait_until(lambda: gateway.ask(FLUX, x_api_key=MARKETING).status_code == 200)
         assert is_served(url, "ep1:a", **secret)
         for sentinel in setup.sentinels:
-            give(acl_line(SENTINEL_USER, "-sentinel|get-master-addr-by-name"), sentinel)
+            set_user(acl_line(SENTINEL_USER, "-sentinel|get-master-addr-by-name"), sentinel)
         assert not is_served(url, "ep1:a", **secret)

@@ -1,4 +1,4 @@
-"""Clients that are not ours, byte by byte: what they send, in the pieces in which they send it."""
+"""Requests of other HTTP clients, sent byte for byte in the pieces that these clients send."""
 
 import contextlib
 import json
@@ -14,7 +14,7 @@ from wire import chunked, talking
 
 TOKEN = DESIGN.encode()
 
-# The same question as each client library spells it.
+# The same request as each client library sends it.
 REQUESTS = b'[{"model": "Flux", "prompt": {"positive": "caf\\u00e9 + bar", "negative": ""}, "batch_size": 2}]'
 FETCH = '[{"model":"Flux","prompt":{"positive":"café + bar","negative":""},"batch_size":2}]'.encode()
 DOTNET = b'[{"model":"Flux","prompt":{"positive":"caf\\u00E9 \\u002B bar","negative":""},"batch_size":2}]'
@@ -60,7 +60,7 @@ def head(text: bytes, *values: object) -> bytes:
     return text.replace(b"\n", b"\r\n") % values
 
 
-def test_three_clients_ask_one_question_over_one_connection(gateway: GatewayFixture) -> None:
+def test_requests_of_three_clients_share_one_price(gateway: GatewayFixture) -> None:
     with talking(gateway) as (connection, reader):
         outcomes = []
         for request in (
@@ -78,7 +78,7 @@ def test_three_clients_ask_one_question_over_one_connection(gateway: GatewayFixt
     )
 
 
-def test_requests_sent_ahead_are_answered_in_order(gateway: GatewayFixture) -> None:
+def test_pipelined_requests_are_answered_in_order(gateway: GatewayFixture) -> None:
     bodies = [b'[{"batch_size":%d}]' % size for size in (1, 2, 3)]
     with talking(gateway) as (connection, reader):
         connection.sendall(b"".join(head(FETCH_HEAD, TOKEN, len(body)) + body for body in bodies))
@@ -86,7 +86,7 @@ def test_requests_sent_ahead_are_answered_in_order(gateway: GatewayFixture) -> N
     assert estimates == [1, 2, 3]
 
 
-def test_a_byte_at_a_time(gateway: GatewayFixture) -> None:
+def test_a_request_sent_byte_by_byte_is_answered(gateway: GatewayFixture) -> None:
     with talking(gateway) as (connection, reader):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for byte in head(DOTNET_HEAD, TOKEN) + chunked(DOTNET):
@@ -94,14 +94,14 @@ def test_a_byte_at_a_time(gateway: GatewayFixture) -> None:
         assert reader.response()[0] == 200
 
 
-def test_a_trailer_is_no_credential(gateway: GatewayFixture) -> None:
+def test_a_token_in_a_trailer_is_ignored(gateway: GatewayFixture) -> None:
     request = head(DOTNET_HEAD, b"ep_nobody") + chunked(DOTNET, trailer=b"X-API-KEY: %s\r\n" % TOKEN)
     with talking(gateway) as (connection, reader):
         connection.sendall(request)
         assert reader.response()[0] == 401
 
 
-def test_expect_100_continue_is_told_to_go_on(gateway: GatewayFixture) -> None:
+def test_expect_100_continue_gets_a_100_response(gateway: GatewayFixture) -> None:
     expecting = head(FETCH_HEAD, TOKEN, len(FETCH)).replace(b"accept: */*", b"expect: 100-continue")
     with talking(gateway) as (connection, reader):
         connection.sendall(expecting)
@@ -118,13 +118,13 @@ def test_expect_100_continue_with_a_body_far_too_large_is_refused_before_it_is_s
     assert (status, headers["connection"]) == (413, "close")
 
 
-def test_http_1_0_gets_an_answer_and_a_closed_connection(gateway: GatewayFixture) -> None:
+def test_an_http_1_0_request_is_answered_and_its_connection_closed(gateway: GatewayFixture) -> None:
     request = head(REQUESTS_HEAD, TOKEN, len(REQUESTS)).replace(b"HTTP/1.1", b"HTTP/1.0")
     reply = gateway.raw(request.replace(b"Connection: keep-alive", b"Connection: close") + REQUESTS)
     assert reply.startswith(b"HTTP/1.1 200 ")
 
 
-def test_a_client_that_leaves_in_the_middle_of_its_body_asks_nothing(gateway: GatewayFixture) -> None:
+def test_a_client_that_leaves_during_its_body_causes_no_upstream_call(gateway: GatewayFixture) -> None:
     with gateway.connect() as connection:
         connection.sendall(head(FETCH_HEAD, TOKEN, len(FETCH)) + FETCH[:10])
         wait_until(lambda: gateway.tracker.arriving_bytes)
@@ -154,7 +154,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_asks_nothing(gateway: Ga
         "*",
     ],
 )
-def test_a_path_never_steers_where_upstream_is(gateway: GatewayFixture, target: str) -> None:
+def test_a_path_never_changes_the_upstream_host(gateway: GatewayFixture, target: str) -> None:
     head_bytes = f"POST {target} HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\nX-API-KEY: {DESIGN}\r\n"
     reply = gateway.raw(head_bytes.encode() + b"Content-Length: 4\r\n\r\n[{}]")
     status = int(reply.split()[1])
@@ -231,7 +231,7 @@ def test_a_content_type_that_the_client_added_is_explained(gateway: GatewayFixtu
 @pytest.mark.parametrize(
     "what", [b"\x16\x03\x01\x02\x00\x01\x00", b"GET\r\n\r\n", b"POST / HTTP/1.1\r\nHost: x\r\nA B: c\r\n\r\n"]
 )
-def test_what_is_no_http_is_told_so(gateway: GatewayFixture, what: bytes) -> None:
+def test_bytes_that_are_not_http_get_a_400(gateway: GatewayFixture, what: bytes) -> None:
     head_bytes, _, body = gateway.raw(what).partition(b"\r\n\r\n")
     assert head_bytes.startswith(b"HTTP/1.1 400 ")
     assert {b"connection: close", b"cache-control: no-store"} <= set(head_bytes.split(b"\r\n"))
@@ -241,7 +241,7 @@ def test_what_is_no_http_is_told_so(gateway: GatewayFixture, what: bytes) -> Non
 
 
 @pytest.mark.parametrize("line", [b"GET /healthz?", b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: "])
-def test_a_head_without_end_is_cut_off(gateway: GatewayFixture, line: bytes) -> None:
+def test_an_endless_head_is_cut_off(gateway: GatewayFixture, line: bytes) -> None:
     with gateway.connect() as connection, contextlib.suppress(ConnectionError):
         connection.sendall(line)
         for _ in range(200):
@@ -255,7 +255,7 @@ def test_a_head_of_many_headers_is_cut_off(gateway: GatewayFixture) -> None:
     assert json.loads(reply.partition(b"\r\n\r\n")[2])["detail"] == TOO_LARGE
 
 
-def test_a_large_body_is_no_large_head(gateway: GatewayFixture) -> None:
+def test_a_large_body_does_not_count_as_head(gateway: GatewayFixture) -> None:
     body = b'[{"prompt":{"positive":"%s"}}]' % (b"x" * 200_000)
     with talking(gateway) as (connection, reader):
         for _ in range(3):
@@ -275,7 +275,7 @@ def test_a_large_body_is_no_large_head(gateway: GatewayFixture) -> None:
         ("", False),
     ],
 )
-def test_a_callers_request_id_is_kept_if_it_is_a_plain_one(gateway: GatewayFixture, given: str, *, kept: bool) -> None:
+def test_a_valid_request_id_of_the_client_is_kept(gateway: GatewayFixture, given: str, *, kept: bool) -> None:
     responses = [
         gateway.client.post(PATH, content=b"[{}]", headers=[(b"x-request-id", given.encode())]),
         gateway.client.get("/nowhere", headers=[(b"x-request-id", given.encode())]),
@@ -286,11 +286,11 @@ def test_a_callers_request_id_is_kept_if_it_is_a_plain_one(gateway: GatewayFixtu
         assert 1 <= len(found) <= 128
 
 
-def test_two_request_ids_are_none(gateway: GatewayFixture) -> None:
+def test_two_request_ids_are_ignored(gateway: GatewayFixture) -> None:
     response = gateway.client.post(PATH, content=b"[{}]", headers=[("x-request-id", "a"), ("x-request-id", "b")])
     assert response.headers["x-request-id"] not in {"a", "b", "a, b"}
 
 
-def test_a_query_that_is_too_long(gateway: GatewayFixture) -> None:
+def test_a_query_that_is_too_long_is_refused(gateway: GatewayFixture) -> None:
     assert gateway.client.post(f"{PATH}?{'x' * 8192}", content=b"[{}]").status_code == 200
     assert gateway.client.post(f"{PATH}?{'x' * 8193}", content=b"[{}]").status_code == 400

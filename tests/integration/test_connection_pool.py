@@ -1,4 +1,4 @@
-"""The connection pool before servers that are slow, hang up, say too much or nothing, and calls on its connections."""
+"""The connection pool with servers that are slow, hang up, or send too much or nothing."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -23,7 +23,7 @@ SCRIPT = Script("proxy.cache", "price_get")
 
 
 class Server:
-    """Says to each connection a greeting, and then its answers to whatever comes, the last one again and again."""
+    """Sends a greeting on each connection, then its answers in turn; it repeats the last one."""
 
     def __init__(self, *answers: bytes) -> None:
         self.answers = answers
@@ -84,8 +84,8 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.001)
 
 
-async def called(pool: ConnectionPool, count: int) -> list[Call]:
-    """Calls that went out together, with the words that they got."""
+async def make_calls(pool: ConnectionPool, count: int) -> list[Call]:
+    """Makes calls at the same time, and returns their replies."""
     loop = asyncio.get_running_loop()
     calls = [Call(SCRIPT, ("k",), (), loop.create_future(), loop.time()) for _ in range(count)]
     await execute(Node("it", "connection", "127.0.0.1", pool), calls)
@@ -95,12 +95,12 @@ async def called(pool: ConnectionPool, count: int) -> list[Call]:
 # Calls
 
 
-def test_replies_come_in_any_pieces_and_errors_are_replies() -> None:
+def test_replies_can_arrive_in_any_pieces_and_errors_are_replies() -> None:
     async def scenario() -> None:
         server = Server(b"+PONG\r\n*2\r\n$2\r\nab\r\n:5\r\n-LOADING wait\r\n-OOM full\r\n$-1\r\n")
         server.pieces = True
         async with pool_of(server) as pool:
-            first, second, third, fourth, fifth = (call.result for call in await called(pool, 5))
+            first, second, third, fourth, fifth = (call.result for call in await make_calls(pool, 5))
             assert (first, second, fifth) == (b"PONG", [b"ab", 5], None)
             assert isinstance(third, BusyLoadingError)
             assert isinstance(fourth, ResponseError)
@@ -109,12 +109,12 @@ def test_replies_come_in_any_pieces_and_errors_are_replies() -> None:
 
 
 @pytest.mark.parametrize(("word", "connections"), [(b"OOM full", 1), (b"READONLY replica", 2), (b"LOADING wait", 2)])
-def test_a_server_that_does_not_serve_now_is_connected_to_again(word: bytes, connections: int) -> None:
+def test_after_a_reply_that_says_not_serving_the_pool_reconnects(word: bytes, connections: int) -> None:
     async def scenario() -> None:
         server = Server(b"-%b\r\n+PONG\r\n" % word)
         async with pool_of(server) as pool:
-            await called(pool, 2)
-            (_, call) = await called(pool, 2)
+            await make_calls(pool, 2)
+            (_, call) = await make_calls(pool, 2)
             assert call.result == b"PONG"
             assert len(server.clients) == connections
 
@@ -122,22 +122,22 @@ def test_a_server_that_does_not_serve_now_is_connected_to_again(word: bytes, con
 
 
 @pytest.mark.parametrize("more", [b"+PONG\r\n", b"-ERR max number of clients reached\r\n", b"!nonsense\r\n"])
-def test_after_something_that_nobody_asked_for_a_connection_is_not_used_again(more: bytes) -> None:
+def test_after_an_unexpected_reply_a_connection_is_not_reused(more: bytes) -> None:
     async def scenario() -> None:
         server = Server(b"+PONG\r\n" + more)
         async with pool_of(server) as pool:
             for count in (1, 2):
-                (call,) = await called(pool, 1)
+                (call,) = await make_calls(pool, 1)
                 assert call.result == b"PONG"
                 assert len(server.clients) == count
 
     run_scenario(scenario())
 
 
-def test_what_is_not_a_reply_ends_the_connection() -> None:
+def test_malformed_replies_end_the_connection() -> None:
     async def scenario() -> None:
         async with pool_of(Server(b"!nonsense\r\n")) as pool:
-            (call,) = await called(pool, 1)
+            (call,) = await make_calls(pool, 1)
             assert isinstance(call.result, InvalidResponse)
             assert call.sent
             assert not pool.is_in_use
@@ -145,12 +145,12 @@ def test_what_is_not_a_reply_ends_the_connection() -> None:
     run_scenario(scenario())
 
 
-def test_replies_that_came_before_the_end_count() -> None:
+def test_replies_received_before_the_end_of_a_connection_count() -> None:
     async def scenario() -> None:
         server = Server(b"+PONG\r\n+PO")
         server.hangs_up = True
         async with pool_of(server) as pool:
-            served, lost = await called(pool, 2)
+            served, lost = await make_calls(pool, 2)
             assert served.result == b"PONG"
             assert isinstance(lost.result, NotConnectedError)
             assert lost.sent
@@ -158,21 +158,21 @@ def test_replies_that_came_before_the_end_count() -> None:
     run_scenario(scenario())
 
 
-def test_a_script_that_cannot_be_loaded_says_why() -> None:
+def test_a_script_that_cannot_be_loaded_raises_the_servers_error() -> None:
     async def scenario() -> None:
         server = Server(b"-NOSCRIPT none\r\n", b"-NOPERM no 'script|load'\r\n-NOSCRIPT none\r\n")
         async with pool_of(server) as pool:
-            (call,) = await called(pool, 1)
+            (call,) = await make_calls(pool, 1)
             assert "script|load" in str(call.result)
 
     run_scenario(scenario())
 
 
-def test_a_script_that_is_flushed_again_at_once_has_an_error_and_not_its_digest_as_the_reply() -> None:
+def test_a_script_flushed_again_at_once_raises_an_error_instead_of_its_digest() -> None:
     async def scenario() -> None:
         server = Server(b"-NOSCRIPT none\r\n", b"$2\r\nab\r\n-NOSCRIPT none\r\n")
         async with pool_of(server) as pool:
-            (call,) = await called(pool, 1)
+            (call,) = await make_calls(pool, 1)
             assert isinstance(call.result, NoScriptError)
 
     run_scenario(scenario())
@@ -191,7 +191,7 @@ def test_a_script_that_is_flushed_again_at_once_has_an_error_and_not_its_digest_
         (b"-LOADING wait\r\n", "wait"),
     ],
 )
-def test_a_greeting(greeting: bytes, refusal: str | None) -> None:
+def test_refusals_during_the_handshake_are_raised(greeting: bytes, refusal: str | None) -> None:
     async def scenario() -> None:
         server = Server(PONG)
         server.greeting = greeting
@@ -205,15 +205,15 @@ def test_a_greeting(greeting: bytes, refusal: str | None) -> None:
     run_scenario(scenario())
 
 
-def test_a_call_that_gives_up_leaves_its_connection_to_the_next() -> None:
+def test_a_connection_opened_for_a_cancelled_call_serves_the_next() -> None:
     async def scenario() -> None:
         server = Server(b"+PONG\r\n")
         server.may_greet.clear()
         async with pool_of(server) as pool:
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(called(pool, 1), 0.05)
+                await asyncio.wait_for(make_calls(pool, 1), 0.05)
             server.may_greet.set()
-            (call,) = await called(pool, 1)
+            (call,) = await make_calls(pool, 1)
             assert call.result == b"PONG"
             await until(lambda: not pool._opening)
             assert len(pool._idle) == len(server.clients) <= 2
@@ -221,8 +221,8 @@ def test_a_call_that_gives_up_leaves_its_connection_to_the_next() -> None:
     run_scenario(scenario())
 
 
-def test_a_call_takes_what_is_free_first() -> None:
-    """A connection that is released before the one that was opened for it is there."""
+def test_a_call_takes_the_first_free_connection() -> None:
+    """It takes a connection that is released before its own one is open."""
 
     async def scenario() -> None:
         server = Server(PONG)
@@ -240,19 +240,19 @@ def test_a_call_takes_what_is_free_first() -> None:
     run_scenario(scenario())
 
 
-def test_a_set_up_without_an_answer_ends() -> None:
+def test_a_handshake_without_an_answer_times_out() -> None:
     async def scenario() -> None:
         server = Server(PONG)
         server.may_greet.clear()
         async with pool_of(server, connect_timeout_s=0.05) as pool:
-            (call,) = await called(pool, 1)
+            (call,) = await make_calls(pool, 1)
             assert isinstance(call.result, NotConnectedError)
             assert not call.sent
 
     run_scenario(scenario())
 
 
-def test_connections_are_used_again_and_bounded() -> None:
+def test_connections_are_reused_and_their_number_is_bounded() -> None:
     async def scenario() -> None:
         server = Server(PONG)
         async with pool_of(server) as pool:
@@ -276,7 +276,7 @@ def test_connections_are_used_again_and_bounded() -> None:
     run_scenario(scenario())
 
 
-def test_one_who_leaves_at_the_last_moment_hands_the_connection_on() -> None:
+def test_a_call_cancelled_at_the_last_moment_passes_its_connection_on() -> None:
     async def scenario() -> None:
         async with pool_of(Server(PONG)) as pool:
             held = [await pool.acquire() for _ in range(MAX_CONNECTIONS)]
@@ -290,7 +290,7 @@ def test_one_who_leaves_at_the_last_moment_hands_the_connection_on() -> None:
     run_scenario(scenario())
 
 
-def test_room_is_kept_where_nobody_answers() -> None:
+def test_connections_that_cannot_be_opened_do_not_use_up_the_pool() -> None:
     async def scenario() -> None:
         server = Server(PONG)
         async with pool_of(server) as pool:
@@ -302,7 +302,7 @@ def test_room_is_kept_where_nobody_answers() -> None:
     run_scenario(scenario())
 
 
-def test_a_refused_connection_fails_nobody_while_another_may_come_back() -> None:
+def test_a_refused_connection_fails_no_call_while_another_may_be_released() -> None:
     async def scenario() -> None:
         server = Server(PONG)
         async with pool_of(server) as pool:
@@ -320,7 +320,7 @@ def test_a_refused_connection_fails_nobody_while_another_may_come_back() -> None
 
 
 def test_a_refused_connection_fails_every_call_that_no_connection_can_serve() -> None:
-    """The connection that is in use ends, and one is opened for the two calls that wait for it."""
+    """The connection in use ends, and one is opened for the two calls that wait for it."""
 
     async def scenario() -> None:
         server = Server(PONG)
@@ -338,25 +338,25 @@ def test_a_refused_connection_fails_every_call_that_no_connection_can_serve() ->
 
 
 @pytest.mark.parametrize("how", [asyncio.StreamWriter.close, lambda writer: writer.transport.abort()])
-def test_what_ended_while_idle_is_not_used(how: Callable[[asyncio.StreamWriter], None]) -> None:
+def test_a_connection_that_ended_while_idle_is_not_used(how: Callable[[asyncio.StreamWriter], None]) -> None:
     async def scenario() -> None:
         server = Server(b"+PONG\r\n")
         async with pool_of(server) as pool:
-            await called(pool, 1)
+            await make_calls(pool, 1)
             how(server.clients[0])
-            await asyncio.sleep(0.02)  # the loop is told of it, as of anything else
-            (call,) = await called(pool, 1)
+            await asyncio.sleep(0.02)  # the event loop handles the end of the connection first
+            (call,) = await make_calls(pool, 1)
             assert call.result == b"PONG"
 
     run_scenario(scenario())
 
 
-def test_calls_that_never_got_a_connection_were_not_sent() -> None:
+def test_calls_that_never_got_a_connection_count_as_not_sent() -> None:
     async def scenario() -> None:
         server = Server(PONG)
         server.greeting = b"-NOAUTH Authentication required.\r\n"
         async with pool_of(server) as pool:
-            (call,) = await called(pool, 1)
+            (call,) = await make_calls(pool, 1)
             assert isinstance(call.result, NotConnectedError)
             assert not call.sent
 

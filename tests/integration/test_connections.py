@@ -1,4 +1,4 @@
-"""HTTP/1.1 by hand: nothing that a client sends is read as something else, or reaches another request."""
+"""HTTP/1.1 requests written by hand: request smuggling, malformed heads, size limits, timeouts and half-closing."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ def price_of(body: bytes) -> float:
 
 
 def statuses(reply: bytes) -> list[int]:
-    """Of all answers in what a connection brought."""
+    """Returns the status of each answer in the received bytes."""
     return [int(part[:3]) for part in reply.split(b"HTTP/1.1 ")[1:]]
 
 
@@ -47,7 +47,7 @@ def samples_of(gateway: GatewayFixture, name: str) -> list[Sample]:
 
 
 def assert_cut_off(connection: socket.socket, piece: bytes, *, times: int) -> None:
-    """Not all of this is taken."""
+    """Asserts that the gateway ends the connection before it has read everything."""
     with contextlib.suppress(ConnectionError):
         for _ in range(times):
             connection.sendall(piece)
@@ -76,20 +76,20 @@ class TestAnOfferedUpgradeIsIgnored:
             connection.sendall(post(chunked(BODY), *offer, "Transfer-Encoding: chunked", length=False))
             assert price_of(reader.response()[2]) == PRICE
 
-    def test_a_body_that_waits_for_a_continue_is_read(self, gateway: GatewayFixture, offer: tuple[str, ...]) -> None:
+    def test_a_body_sent_after_100_continue_is_read(self, gateway: GatewayFixture, offer: tuple[str, ...]) -> None:
         with talking(gateway) as (connection, reader):
             connection.sendall(post(BODY, *offer, "Expect: 100-continue")[: -len(BODY)])
             assert reader.response()[0] == 100
             connection.sendall(BODY)
             assert price_of(reader.response()[2]) == PRICE
 
-    def test_a_request_behind_it_is_served_in_its_turn(self, gateway: GatewayFixture, offer: tuple[str, ...]) -> None:
+    def test_a_request_after_it_is_served(self, gateway: GatewayFixture, offer: tuple[str, ...]) -> None:
         other = b'[{"batch_size":7}]'
         with talking(gateway) as (connection, reader):
             connection.sendall(post(BODY, *offer) + post(other, *offer) + post(BODY))
             assert [price_of(reader.response()[2]) for _ in range(3)] == [PRICE, 7, PRICE]
 
-    def test_its_body_is_never_run_as_a_request(self, gateway: GatewayFixture, offer: tuple[str, ...]) -> None:
+    def test_its_body_is_never_handled_as_a_request(self, gateway: GatewayFixture, offer: tuple[str, ...]) -> None:
         with talking(gateway) as (connection, reader):
             connection.sendall(post(SMUGGLED, *offer)[: -len(SMUGGLED)])
             wait_until(lambda: gateway.tracker.arriving_bytes)
@@ -99,14 +99,14 @@ class TestAnOfferedUpgradeIsIgnored:
             assert price_of(reader.response()[2]) == PRICE
 
 
-def test_http_2_without_asking_is_refused(gateway: GatewayFixture) -> None:
+def test_http_2_with_prior_knowledge_is_refused(gateway: GatewayFixture) -> None:
     reply = gateway.raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x12\x04")
     assert statuses(reply) == [505]
     assert b"version-not-supported" in reply
 
 
 def assert_refused(reply: bytes, status: int) -> None:
-    """One problem document, and nothing after it."""
+    """Asserts that there is one problem document, and nothing after it."""
     assert statuses(reply) == [status]
     head, _, body = reply.partition(b"\r\n\r\n")
     fields = {line.split(b":")[0] for line in head.split(b"\r\n")}
@@ -116,13 +116,13 @@ def assert_refused(reply: bytes, status: int) -> None:
 
 
 @pytest.mark.parametrize(("text", "status"), refused_heads().items())
-def test_a_malformed_head_is_refused_and_what_follows_is_not_read(
+def test_a_malformed_head_is_refused_and_the_following_bytes_are_not_read(
     gateway: GatewayFixture, text: bytes, status: int
 ) -> None:
     assert_refused(gateway.raw(text + SMUGGLED), status)
 
 
-def test_a_malformed_request_has_a_log_line_under_its_id(
+def test_a_malformed_request_has_a_log_line_with_its_id(
     gateway: GatewayFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "proxy"):
@@ -139,7 +139,9 @@ def test_a_malformed_request_has_a_log_line_under_its_id(
 
 
 @pytest.mark.parametrize("text", NOT_CHUNKED)
-def test_a_malformed_chunked_body_is_refused_and_what_follows_is_not_read(gateway: GatewayFixture, text: bytes) -> None:
+def test_a_malformed_chunked_body_is_refused_and_the_following_bytes_are_not_read(
+    gateway: GatewayFixture, text: bytes
+) -> None:
     assert_refused(gateway.raw(post(text + SMUGGLED, "Transfer-Encoding: chunked", length=False)), 400)
     assert gateway.simulator.calls == 0
 
@@ -188,20 +190,20 @@ def test_a_head_that_is_too_large_is_refused(gateway: GatewayFixture) -> None:
     assert_refused(gateway.raw(post(BODY, f"A: {'a' * MAX_HEAD_BYTES}") + SMUGGLED), 431)
 
 
-def test_a_known_method_on_another_path_or_of_another_path_is_no_malformed_request(gateway: GatewayFixture) -> None:
+def test_a_known_method_on_another_path_is_not_a_malformed_request(gateway: GatewayFixture) -> None:
     assert statuses(gateway.raw(f"TRACE {PATH} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())) == [405]
     assert statuses(gateway.raw(b"OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")) == [404]
 
 
-def test_http_1_0_is_answered_without_a_host_and_cut_off(gateway: GatewayFixture) -> None:
+def test_http_1_0_without_a_host_is_answered_and_the_connection_closed(gateway: GatewayFixture) -> None:
     assert statuses(gateway.raw(b"GET /healthz HTTP/1.0\r\n\r\n" + SMUGGLED)) == [200]
 
 
-class TestWhatIsNotTheBody:
-    """Trailers, chunk extensions and the head have one budget."""
+class TestTrailersAndChunkExtensions:
+    """Trailers, chunk extensions and the head share one size limit."""
 
     @pytest.mark.parametrize("flood", [b"0\r\n" + b"A: b\r\n" * 20_000, b"1;" + b"a" * 100_000, b"0" * 100_000])
-    def test_a_flood_is_refused_and_cut_off_at_once(self, gateway: GatewayFixture, flood: bytes) -> None:
+    def test_a_flood_of_them_is_refused_and_cut_off_at_once(self, gateway: GatewayFixture, flood: bytes) -> None:
         request = post(flood, "Transfer-Encoding: chunked", length=False)
         reply = gateway.raw(request)
         assert statuses(reply) == [431]
@@ -209,20 +211,20 @@ class TestWhatIsNotTheBody:
         wait_until(lambda: not gateway.tracker.arriving_bytes)
         assert gateway.simulator.calls == 0
 
-    def test_nobody_needs_a_token_to_be_refused(self, gateway: GatewayFixture) -> None:
-        """The answer is there before the flood: then the connection is cut off."""
+    def test_a_flood_without_a_token_is_refused_too(self, gateway: GatewayFixture) -> None:
+        """The answer is sent before the flood, then the connection is cut off."""
         head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
         with talking(gateway) as (connection, reader):
             connection.sendall(head)
             assert reader.response()[0] == 401
             assert_cut_off(connection, b"0\r\n" + b"A: b\r\n" * 20_000, times=100)
 
-    def test_trailers_are_no_headers(self, gateway: GatewayFixture) -> None:
+    def test_trailers_are_not_read_as_headers(self, gateway: GatewayFixture) -> None:
         head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
         trailer = f"X-API-KEY: {DESIGN}\r\n".encode()
         assert statuses(gateway.raw(head.encode() + chunked(BODY, trailer=trailer))) == [401]
 
-    def test_a_body_in_many_small_chunks_is_no_flood(self, gateway: GatewayFixture) -> None:
+    def test_a_body_in_many_small_chunks_is_accepted(self, gateway: GatewayFixture) -> None:
         body = b'[{"prompt":{"positive":"%b"}}]' % (b"x" * 50_000)
         pieces = b"".join(b"1\r\n%c\r\n" % byte for byte in body)
         with talking(gateway) as (connection, reader):
@@ -231,7 +233,7 @@ class TestWhatIsNotTheBody:
 
 
 class TestHalfClosing:
-    """A client that has said all it wants to say may still listen."""
+    """A client that has closed its sending side still receives answers."""
 
     @pytest.mark.parametrize("count", [1, 3])
     def test_complete_requests_are_answered(self, gateway: GatewayFixture, count: int) -> None:
@@ -243,7 +245,7 @@ class TestHalfClosing:
             assert [price_of(reader.response()[2]) for _ in range(count)] == [PRICE] * count
             assert connection.recv(1) == b""
 
-    def test_an_incomplete_one_is_not(self, gateway: GatewayFixture) -> None:
+    def test_an_incomplete_request_is_not_answered(self, gateway: GatewayFixture) -> None:
         with talking(gateway) as (connection, _):
             connection.sendall(post(BODY)[:-1])
             wait_until(lambda: gateway.tracker.arriving_bytes)
@@ -255,7 +257,7 @@ class TestHalfClosing:
 
 class TestBodiesThatAreTooLarge:
     @pytest.mark.parametrize("fields", [(), ("Expect: 100-continue",)])
-    def test_are_refused_by_their_length(self, gateway: GatewayFixture, fields: tuple[str, ...]) -> None:
+    def test_they_are_refused_by_their_length(self, gateway: GatewayFixture, fields: tuple[str, ...]) -> None:
         with talking(gateway) as (connection, reader):
             connection.sendall(post(b"", *fields, "Content-Length: 262145", length=False))
             status, headers, body = reader.response()
@@ -264,7 +266,7 @@ class TestBodiesThatAreTooLarge:
             assert connection.recv(1) == b"", "the answer has an end that a client can see"
 
     @pytest.mark.parametrize("megabytes", [6, 60])
-    def test_are_read_to_their_end_so_that_the_client_reads_the_answer(
+    def test_they_are_read_to_their_end_so_that_the_client_reads_the_answer(
         self, gateway: GatewayFixture, megabytes: int
     ) -> None:
         with talking(gateway) as (connection, reader):
@@ -272,7 +274,7 @@ class TestBodiesThatAreTooLarge:
             connection.sendall(post(b" " * (megabytes * 10**6)))
             assert reader.response()[0] == 413
 
-    def test_are_not_read_without_end(self, gateway: GatewayFixture) -> None:
+    def test_reading_of_an_endless_body_stops(self, gateway: GatewayFixture) -> None:
         piece = b"10000\r\n" + b" " * 2**16 + b"\r\n"
         with talking(gateway) as (connection, reader):
             connection.settimeout(30)
@@ -280,7 +282,7 @@ class TestBodiesThatAreTooLarge:
             assert reader.response()[0] == 413
             assert_cut_off(connection, piece, times=2 * MAX_DISCARDED_BYTES // 2**16)
 
-    def test_one_that_was_refused_for_its_token_leaves_the_connection_usable(self, gateway: GatewayFixture) -> None:
+    def test_after_a_401_the_connection_stays_usable(self, gateway: GatewayFixture) -> None:
         request = post(BODY).replace(DESIGN.encode(), b"ep_nobody")
         with talking(gateway) as (connection, reader):
             connection.sendall(request[:-5])
@@ -291,17 +293,17 @@ class TestBodiesThatAreTooLarge:
 
 @pytest.fixture(scope="module")
 def impatient(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture) -> Iterator[tuple[str, int]]:
-    """A gateway that waits for a head for a moment only."""
+    """Makes the timeout for a head short."""
     with gateway_runner(tmp_path_factory.mktemp("impatient"), upstream.url) as runner:
         yield address_of(runner.start(server={"head_timeout_s": PATIENCE_S}).url)
 
 
 class TestHeadsThatDoNotArrive:
-    def test_have_ten_seconds_unless_the_settings_say_otherwise(self) -> None:
+    def test_the_default_timeout_is_ten_seconds(self) -> None:
         assert ServerSettings().head_timeout_s == 10
 
     @pytest.mark.parametrize("beginning", [b"", b"\r\n", b"POST /", b"POST / HTTP/1.1\r\nHost: x\r\n"])
-    def test_are_cut_off(self, impatient: tuple[str, int], beginning: bytes) -> None:
+    def test_they_are_cut_off(self, impatient: tuple[str, int], beginning: bytes) -> None:
         began = time.monotonic()
         with socket.create_connection(impatient, timeout=10) as connection, Reader(connection) as reader:
             connection.sendall(beginning)
@@ -319,7 +321,7 @@ class TestHeadsThatDoNotArrive:
                     return
         pytest.fail("it was never cut off")
 
-    def test_a_later_request_has_its_full_time(self, impatient: tuple[str, int]) -> None:
+    def test_each_later_request_has_the_full_timeout(self, impatient: tuple[str, int]) -> None:
         with socket.create_connection(impatient, timeout=10) as connection, Reader(connection) as reader:
             for _ in range(3):
                 connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -341,8 +343,8 @@ def test_a_client_that_does_not_read_its_answers_is_cut_off(
     wait_until(lambda: not gateway.tracker.in_flight)
 
 
-def test_requests_sent_ahead_wait_as_bytes(gateway: GatewayFixture) -> None:
-    """However many they are, one at a time is read."""
+def test_pipelined_requests_wait_unparsed(gateway: GatewayFixture) -> None:
+    """The gateway reads one request at a time, however many are pipelined."""
     with gateway.simulator.hold() as hold, talking(gateway) as (connection, reader):
         connection.sendall(post(BODY) * 200)
         assert gateway.simulator.arrived(1)

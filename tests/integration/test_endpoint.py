@@ -1,4 +1,4 @@
-"""The endpoint when its handler fails, is late or is cancelled."""
+"""The endpoint when its handler fails, is late or is cancelled, and its log lines."""
 
 import asyncio
 import logging
@@ -27,7 +27,7 @@ from serving import NO_TLS, ServerThread, serving, wait_until
 
 @contextmanager
 def serving_handler(handler: Handler, *, timeout_s: float = 5.0) -> Iterator[tuple[httpx2.Client, InFlightTracker]]:
-    """A server that calls `handler` for each request."""
+    """Starts a server that calls `handler` for each request."""
     tracker = InFlightTracker()
     endpoint = Endpoint(
         "estimate", handler, tracker=tracker, metrics=Metrics(), max_body_bytes=1000, timeout_s=timeout_s
@@ -49,7 +49,7 @@ async def fine(ask: ClientRequest, trace: Trace) -> Result:
     return Answer(Outcome.MISS, 200, b"{}")
 
 
-def test_a_defect_of_ours_is_a_500_that_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unexpected_exception_is_a_500_without_details(caplog: pytest.LogCaptureFixture) -> None:
     async def broken(_ask: ClientRequest, _trace: Trace) -> Result:
         raise RuntimeError("the reason is for the log")
 
@@ -62,7 +62,7 @@ def test_a_defect_of_ours_is_a_500_that_tells_nothing(caplog: pytest.LogCaptureF
     assert facts_of(caplog)[0]["outcome"] == "internal-error"
 
 
-def test_each_request_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_each_request_has_one_log_line(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "proxy"), serving_handler(fine) as (client, _):
         client.post("/", headers={"x-request-id": "r1"})
     (facts,) = facts_of(caplog)
@@ -79,13 +79,13 @@ def test_each_request_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     }
 
 
-def test_the_log_line_of_an_estimate_names_what_upstream_took(
+def test_the_log_line_of_an_estimate_has_upstreams_duration(
     gateway: GatewayFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "proxy"):
         gateway.ask()
         gateway.ask()
-        wait_until(lambda: len(facts_of(caplog)) == 2)  # a line is written behind its answer
+        wait_until(lambda: len(facts_of(caplog)) == 2)  # the line is written after the answer
     miss, hit = facts_of(caplog)
     assert [miss["outcome"], hit["outcome"]] == ["miss", "hit"]
     assert "upstream_ms" in miss
@@ -172,7 +172,7 @@ class TestTheLogLineOfARequest:
         assert (refused["code"], "key" in refused) == ("invalid-request", False)
 
 
-def test_more_than_it_can_serve_is_told_to_come_back() -> None:
+def test_requests_above_the_limit_get_a_503_with_retry_after() -> None:
     with serving_handler(fine) as (client, tracker):
         for in_flight, waiting, status in (
             (MAX_ACTIVE, 0, 503),
@@ -188,7 +188,7 @@ def test_more_than_it_can_serve_is_told_to_come_back() -> None:
                 assert response.headers["retry-after"] == "1"
 
 
-def test_a_body_that_does_not_arrive(gateway: GatewayFixture) -> None:
+def test_a_body_that_does_not_arrive_times_out(gateway: GatewayFixture) -> None:
     with serving_handler(fine, timeout_s=0.2) as (client, tracker):
         slow = replace(gateway, url=str(client.base_url), tracker=tracker)
         reply = slow.raw(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n[{}")
@@ -208,7 +208,7 @@ def test_while_draining_connections_are_closed(gateway: GatewayFixture) -> None:
     assert gateway.ask().status_code == 200
 
 
-def test_a_request_that_is_cut_off_is_told_why() -> None:
+def test_a_request_cut_off_by_the_shutdown_gets_a_503() -> None:
     async def endless(_ask: ClientRequest, _trace: Trace) -> Result:
         raise asyncio.CancelledError
 
@@ -235,7 +235,7 @@ def test_a_client_that_breaks_off_is_logged_as_cancelled(
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
-def test_probes_take_get_and_head(gateway: GatewayFixture, path: str) -> None:
+def test_probes_accept_get_and_head(gateway: GatewayFixture, path: str) -> None:
     assert gateway.client.get(path).status_code == 200
     assert gateway.client.head(path).status_code == 200
     refused = gateway.client.post(path)
@@ -243,14 +243,14 @@ def test_probes_take_get_and_head(gateway: GatewayFixture, path: str) -> None:
     assert refused.headers["allow"] == "GET, HEAD"
 
 
-def test_readiness_tells_of_a_lost_store(gateway: GatewayFixture) -> None:
+def test_readiness_reports_a_lost_store(gateway: GatewayFixture) -> None:
     assert gateway.client.get("/readyz").json() == {"status": "ready", "degraded": []}
     gateway.store.client_pause(700)
     assert gateway.client.get("/readyz").json() == {"status": "ready", "degraded": ["ledger", "price-book"]}
     wait_until(lambda: gateway.client.get("/readyz").json()["degraded"] == [])
 
 
-def test_two_requests_in_one_piece_have_each_their_answer(gateway: GatewayFixture) -> None:
+def test_two_requests_in_one_segment_get_one_answer_each(gateway: GatewayFixture) -> None:
     token, first, last = gateway.client.headers["x-api-key"], b'[{"model":"Flux"}]', b'[{"model":"Flux","steps":30}]'
     pieces = []
     for body, connection in ((first, "keep-alive"), (last, "close")):
@@ -262,7 +262,7 @@ def test_two_requests_in_one_piece_have_each_their_answer(gateway: GatewayFixtur
     assert [exchange.body for exchange in gateway.simulator.received] == [first, last]
 
 
-def test_a_field_that_would_break_the_head_goes_nowhere(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_header_that_would_break_the_head_is_never_sent(caplog: pytest.LogCaptureFixture) -> None:
     async def broken(_ask: ClientRequest, trace: Trace) -> Result:
         trace.cache_status = "hit\r\nset-cookie: a=b"
         return Answer(Outcome.HIT, 200, b"{}")
@@ -274,13 +274,13 @@ def test_a_field_that_would_break_the_head_goes_nowhere(caplog: pytest.LogCaptur
     assert "a response header contains a line break or NUL" in caplog.text
 
 
-def test_a_head_is_answered_without_a_body(gateway: GatewayFixture) -> None:
+def test_a_head_request_is_answered_without_a_body(gateway: GatewayFixture) -> None:
     wanted, told = gateway.client.get("/v1/quota"), gateway.client.head("/v1/quota")
     assert (told.status_code, told.content) == (200, b"")
     assert told.headers["content-length"] == str(len(wanted.content))
 
 
-def test_a_connection_is_closed_when_it_has_been_idle_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_connection_is_closed_after_its_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.http.connection.KEEP_ALIVE_S", 1)
     server = ServerThread()
     try:

@@ -1,4 +1,4 @@
-"""`POST /v1/explain`: what the gateway makes of a body."""
+"""`POST /v1/explain`: the canonical body, its key and its stored price."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def explained(gateway: GatewayFixture, body: bytes = BODY, query: str = "") -> d
     return document
 
 
-def test_a_body_that_nobody_has_asked(gateway: GatewayFixture) -> None:
+def test_a_body_without_a_stored_price(gateway: GatewayFixture) -> None:
     canonical = canonicalise(BODY)
     gateway.ask(b'[{"batch_size":1}]')
     origin = f"http://{dict(gateway.simulator.received[0].headers)[b'host'].decode()}"
@@ -31,7 +31,7 @@ def test_a_body_that_nobody_has_asked(gateway: GatewayFixture) -> None:
     }
 
 
-def test_a_body_whose_price_is_known(gateway: GatewayFixture) -> None:
+def test_a_body_with_a_stored_price(gateway: GatewayFixture) -> None:
     gateway.ask(BODY)
     found = explained(gateway)
     assert found["stored"] is True
@@ -47,7 +47,7 @@ def test_its_key_is_the_one_in_the_store(gateway: GatewayFixture) -> None:
     assert gateway.store.keys("ep1:*:price") == [f"ep1:{{{explained(gateway)['key']}}}:price".encode()]
 
 
-def test_without_a_store_it_says_that_it_does_not_know(open_gateway: OpenGateway) -> None:
+def test_without_a_store_it_reports_no_stored_price(open_gateway: OpenGateway) -> None:
     gateway = open_gateway(cache={"url": f"redis://127.0.0.1:{free_port()}"})
     found = explained(gateway)
     assert found["stored"] is None
@@ -64,13 +64,13 @@ def test_without_a_store_it_says_that_it_does_not_know(open_gateway: OpenGateway
         ({"content-type": "text/plain"}, BODY, "unsupported-media-type"),
     ],
 )
-def test_it_refuses_as_an_estimate_would(
+def test_it_refuses_the_same_bodies_as_an_estimate(
     gateway: GatewayFixture, headers: dict[str, str], body: bytes, code: str
 ) -> None:
     assert code_of(gateway.client.post("/v1/explain", content=body, headers=headers)) == code
 
 
-def test_it_asks_upstream_nothing(gateway: GatewayFixture) -> None:
+def test_it_makes_no_upstream_call(gateway: GatewayFixture) -> None:
     explained(gateway)
     assert gateway.simulator.calls == 0
     assert cache_status(gateway.ask(BODY)).startswith("fwd=miss")

@@ -1,4 +1,4 @@
-"""Stores that are far away, or behind something that forgets connections: TLS and passwords at 100 ms, quiet hours."""
+"""Remote stores: TLS and passwords at 100 ms latency, and firewalls that drop idle connections."""
 
 import asyncio
 import socket
@@ -33,7 +33,7 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 @pytest.fixture(scope="module")
 def guarded(certified: Certificates) -> Iterator[Member]:
-    """Redis that speaks TLS alone, and wants a password."""
+    """Starts a Redis with TLS only, and a password."""
     with server_group("redis") as group:
         lines = (
             f"tls-cert-file {certified.cert('server')}",
@@ -64,7 +64,7 @@ def configured(far: FaultyProxy, certified: Certificates, upstream: UpstreamFixt
 def test_a_store_that_is_100_ms_away_behind_tls_and_a_password(
     configured: Settings, simulator: Simulator, valkey_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """From the first request on, alone and eight at a time, hits and misses."""
+    """Serves hits and misses from the first request on, one and eight at a time."""
     with running_gateway(configured, valkey_url, simulator) as gateway, ThreadPoolExecutor(8) as pool:
         assert gateway.ask().status_code == 200
         until = time.monotonic() + 3
@@ -79,7 +79,7 @@ def test_a_store_that_is_100_ms_away_behind_tls_and_a_password(
 
         said = sum(pool.map(crowd, range(8)), Counter[str]())
         priced = sum(count for words, count in said.items() if words.startswith("200 "))
-        if priced < said.total():  # a call has two and a half round trips' time, also where a script is sent first
+        if priced < said.total():  # a call may take two and a half round trips, also when it sends the script first
             raise LateError(f"{said.total() - priced} of {said.total()} were not priced: {said}; {caplog.text}")
         assert not any("bypass" in words for words in said), said
         assert said.total() > 40
@@ -90,7 +90,7 @@ def test_the_command_line_reads_a_ledger_that_is_far_away(configured: Settings) 
     assert len(asyncio.run(read_quota_states(configured, "design"))) == 1
 
 
-def test_a_store_whose_timeout_is_longer_than_usual_is_waited_for(far: FaultyProxy, configured: Settings) -> None:
+def test_a_longer_store_timeout_is_respected(far: FaultyProxy, configured: Settings) -> None:
     far.set_conditions(Conditions(latency_s=0.4))
     patient = configured.model_copy(
         update={"store": configured.store.model_copy(update={"timeout_s": 1.0, "connect_timeout_s": 4.0})}
@@ -98,13 +98,13 @@ def test_a_store_whose_timeout_is_longer_than_usual_is_waited_for(far: FaultyPro
     assert len(asyncio.run(read_quota_states(patient, "design"))) == 1
 
 
-# Connections that nothing passes over
+# Idle connections
 
 
 def run_scenario(
     store_proxy: FaultyProxy, count: int, scenario: Callable[[list[Store]], Coroutine[object, object, None]]
 ) -> None:
-    """Runs a scenario with the stores of `count` gateways."""
+    """Runs a scenario with `count` stores."""
 
     async def tell() -> None:
         stores = [Store(store_proxy.url, "ledger") for _ in range(count)]
@@ -121,8 +121,8 @@ async def put(store: Store) -> None:
     await store.call(PUT, "ep1:{idle}:price", "ep1:{idle}:lease")
 
 
-def test_connections_outlive_something_that_forgets_them_after_five_seconds(store_proxy: FaultyProxy) -> None:
-    """Of 100 calls after a quiet while none is refused, and none is without an answer."""
+def test_keepalive_holds_connections_through_a_firewall_with_a_five_second_timeout(store_proxy: FaultyProxy) -> None:
+    """After an idle period, none of 100 calls is refused, and each gets an answer."""
 
     async def scenario(stores: list[Store]) -> None:
         store_proxy.set_conditions(Conditions(patience_s=5))
@@ -131,13 +131,13 @@ def test_connections_outlive_something_that_forgets_them_after_five_seconds(stor
         for _ in range(10):
             putting += [asyncio.create_task(put(store)) for store in stores]
             await asyncio.sleep(0)
-            await asyncio.sleep(0)  # one turn of the loop each: they go out on connections of their own
+            await asyncio.sleep(0)  # one iteration of the event loop each, so each call uses its own connection
         await asyncio.gather(*putting)
 
     run_scenario(store_proxy, 10, scenario)
 
 
-def test_connections_that_lead_nowhere_are_replaced_before_a_call_needs_them(store_proxy: FaultyProxy) -> None:
+def test_dead_connections_are_replaced_before_a_call_needs_them(store_proxy: FaultyProxy) -> None:
     async def scenario(stores: list[Store]) -> None:
         (store,) = stores
         pool = store._topology.primaries()[0].pool
@@ -151,7 +151,7 @@ def test_connections_that_lead_nowhere_are_replaced_before_a_call_needs_them(sto
     run_scenario(store_proxy, 1, scenario)
 
 
-def test_the_kernel_asks_too_whether_a_connection_is_alive(store_proxy: FaultyProxy) -> None:
+def test_connections_use_tcp_keepalive(store_proxy: FaultyProxy) -> None:
     async def scenario(stores: list[Store]) -> None:
         connection = await stores[0]._topology.primaries()[0].pool.acquire()
         assert connection._writer is not None

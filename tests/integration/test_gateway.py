@@ -1,4 +1,4 @@
-"""The estimate as a team sees it: over a socket, with a real store, the simulator as upstream."""
+"""Estimates over a socket, with a real store and the simulator as upstream."""
 
 import contextlib
 import random
@@ -28,7 +28,7 @@ FLUX = b'[{"model":"Flux"}]'
 """2.75 credits at the simulator's."""
 
 
-def test_a_miss_then_a_hit_for_another_team_in_another_spelling(gateway: GatewayFixture) -> None:
+def test_the_second_request_is_a_hit_for_another_team_and_spelling(gateway: GatewayFixture) -> None:
     miss = gateway.ask(b'[{"steps":20,"model":"JuggernautXL"}]')
     assert (miss.status_code, cache_status(miss)) == (200, "fwd=miss; fwd-status=200; stored; ttl=3600")
     assert "age" not in miss.headers
@@ -42,7 +42,7 @@ def test_a_miss_then_a_hit_for_another_team_in_another_spelling(gateway: Gateway
     assert gateway.simulator.calls == 1
 
 
-def test_upstream_gets_the_canonical_bytes_and_our_key_alone(gateway: GatewayFixture) -> None:
+def test_upstream_gets_the_canonical_body_and_only_our_key(gateway: GatewayFixture) -> None:
     gateway.ask(b'[ {"b":1.0,"a":"\\u002b"} ]', authorization="Bearer team", cookie="c=1", x_forwarded_for="10.0.0.1")
     (received,) = gateway.simulator.received
     assert received.body == b'[{"a":"+","b":1}]'
@@ -70,7 +70,7 @@ def test_every_body_is_a_miss_then_a_hit_in_five_spellings(gateway: GatewayFixtu
     assert gateway.simulator.calls == len(questions)
 
 
-def test_a_hit_shows_the_newest_balance_that_any_answer_has_shown(gateway: GatewayFixture) -> None:
+def test_a_hit_shows_the_newest_balance_of_any_answer(gateway: GatewayFixture) -> None:
     assert gateway.ask().json() == {"data": {"estimated": 2.75, "balance": 10_000}, "error": {}}
     gateway.simulator.balance = 41
     assert gateway.ask(b"[{}]").json()["data"]["balance"] == 41
@@ -95,7 +95,7 @@ def test_another_gateway_on_the_store_finds_price_and_balance(open_gateway: Open
     assert cache_status(hit).startswith("hit")
 
 
-def test_without_a_known_balance_a_stored_price_is_asked_again(open_gateway: OpenGateway) -> None:
+def test_without_a_known_balance_a_stored_price_is_fetched_again(open_gateway: OpenGateway) -> None:
     open_gateway().ask()
     gateway = open_gateway()
     for book in gateway.store.keys("ep1:book:*"):
@@ -104,7 +104,7 @@ def test_without_a_known_balance_a_stored_price_is_asked_again(open_gateway: Ope
     assert cache_status(gateway.ask()).startswith("hit")
 
 
-def test_numbers_and_whatever_else_is_in_data_come_out_as_they_went_in(gateway: GatewayFixture) -> None:
+def test_numbers_and_other_members_of_data_are_returned_unchanged(gateway: GatewayFixture) -> None:
     answer = b'{"data":{"balance":20.00,"note":"\\u00e9","estimated":5.10,"parts":[1.50,1E2]},"error":{},"x":1}'
     gateway.simulator.script(answers(answer))
     expected = '{"data":{"estimated":5.10,"balance":20.00,"note":"é","parts":[1.50,1E2]},"error":{}}'
@@ -144,11 +144,11 @@ class TestCredentials:
             {"x_api_key": "", "authorization": ""},
         ],
     )
-    def test_x_api_key(self, gateway: GatewayFixture, headers: dict[str, str]) -> None:
+    def test_a_token_in_x_api_key_is_accepted(self, gateway: GatewayFixture, headers: dict[str, str]) -> None:
         expected = 200 if headers["x_api_key"] else 401
         assert gateway.ask(**headers).status_code == expected
 
-    def test_bearer(self, gateway: GatewayFixture) -> None:
+    def test_a_bearer_token_is_accepted(self, gateway: GatewayFixture) -> None:
         for scheme in ("Bearer", "bearer", "BEARER"):
             response = httpx2.post(
                 gateway.url + PATH,
@@ -160,7 +160,7 @@ class TestCredentials:
             assert response.status_code == 200
 
     @pytest.mark.parametrize("authorization", [None, "Bearer", f"Basic {DESIGN}", DESIGN, "Bearer x y"])
-    def test_no_token(self, gateway: GatewayFixture, authorization: str | None) -> None:
+    def test_a_missing_token_is_refused(self, gateway: GatewayFixture, authorization: str | None) -> None:
         headers = {} if authorization is None else {"authorization": authorization}
         response = httpx2.post(gateway.url + PATH, content=FLUX, headers=headers, trust_env=False, verify=NO_TLS)
         assert (response.status_code, code_of(response)) == (401, "unknown-token")
@@ -168,7 +168,7 @@ class TestCredentials:
         assert "cache-status" not in response.headers
 
     @pytest.mark.parametrize("token", [DESIGN[:-1], DESIGN + "x", EXPIRED, "ep_" + "x" * 38, "\xe9", API_KEY])
-    def test_unknown_token(self, gateway: GatewayFixture, token: str) -> None:
+    def test_an_unknown_token_is_refused(self, gateway: GatewayFixture, token: str) -> None:
         response = gateway.client.post(PATH, content=FLUX, headers=[(b"x-api-key", token.encode("latin-1"))])
         assert (response.status_code, code_of(response)) == (401, "unknown-token")
 
@@ -182,12 +182,12 @@ class TestCredentials:
         )
         assert details[1].startswith("The token is unknown or mistyped: ")
 
-    def test_x_api_key_counts_before_bearer(self, gateway: GatewayFixture) -> None:
+    def test_x_api_key_takes_precedence_over_bearer(self, gateway: GatewayFixture) -> None:
         assert gateway.ask(x_api_key="ep_wrong", authorization=f"Bearer {DESIGN}").status_code == 401
         assert gateway.ask(x_api_key=DESIGN, authorization="Bearer ep_wrong").status_code == 200
 
     @pytest.mark.parametrize("name", [b"X-API-KEY", b"Authorization"])
-    def test_one_sent_twice(self, gateway: GatewayFixture, name: bytes) -> None:
+    def test_a_header_sent_twice_is_refused(self, gateway: GatewayFixture, name: bytes) -> None:
         header = b"%s: Bearer %s\r\n" % (name, DESIGN.encode())
         reply = gateway.raw(
             b"POST %s HTTP/1.1\r\nHost: x\r\nConnection: close\r\n%s%sContent-Length: 4\r\n\r\n[{}]"
@@ -196,7 +196,7 @@ class TestCredentials:
         assert reply.startswith(b"HTTP/1.1 400 ")
         assert b'"code":"invalid-request"' in reply
 
-    def test_a_disabled_team(self, gateway: GatewayFixture) -> None:
+    def test_a_disabled_team_is_refused(self, gateway: GatewayFixture) -> None:
         response = gateway.ask(x_api_key=RETIRED)
         assert (response.status_code, code_of(response)) == (403, "team-disabled")
         assert gateway.simulator.calls == 0
@@ -204,13 +204,13 @@ class TestCredentials:
 
 class TestBodies:
     @pytest.mark.parametrize("body", [b"", b"{", b"{}", b"[]", b"[1]", b"\xef\xbb\xbf[{}]", b"[{}]x", b"[" * 100_000])
-    def test_what_is_no_array_of_objects(self, gateway: GatewayFixture, body: bytes) -> None:
+    def test_a_body_that_is_not_an_array_of_objects_is_refused(self, gateway: GatewayFixture, body: bytes) -> None:
         response = gateway.ask(body)
         assert (response.status_code, code_of(response)) == (400, "invalid-body")
         assert gateway.simulator.calls == 0
 
     @pytest.mark.parametrize("content_type", ["application/json; charset=utf-8", "APPLICATION/JSON", None])
-    def test_json_or_nothing_is_a_content_type_for_it(self, gateway: GatewayFixture, content_type: str | None) -> None:
+    def test_json_or_no_content_type_is_accepted(self, gateway: GatewayFixture, content_type: str | None) -> None:
         headers = {} if content_type is None else {"content-type": content_type}
         assert gateway.client.post(PATH, content=FLUX, headers=headers).status_code == 200
 
@@ -224,11 +224,13 @@ class TestBodies:
             {"content_encoding": "br, identity"},
         ],
     )
-    def test_other_types_and_codings(self, gateway: GatewayFixture, headers: dict[str, str]) -> None:
+    def test_other_content_types_and_codings_are_refused(
+        self, gateway: GatewayFixture, headers: dict[str, str]
+    ) -> None:
         response = gateway.ask(**headers)
         assert (response.status_code, code_of(response)) == (415, "unsupported-media-type")
 
-    def test_the_cap_is_on_the_body_as_sent(self, open_gateway: OpenGateway) -> None:
+    def test_the_size_limit_applies_to_the_body_as_sent(self, open_gateway: OpenGateway) -> None:
         gateway = open_gateway(server={"max_body_bytes": 1000})
         body = b'[{"prompt":{"positive":"%s"}}]'
         fits = body % (b"x" * (1000 - len(body) + 2))
@@ -243,7 +245,7 @@ class TestBodies:
         )
 
     @pytest.mark.parametrize("size", [300_000, 5_000_000, 50_000_000])
-    def test_a_body_far_too_large_is_told_so(self, gateway: GatewayFixture, size: int) -> None:
+    def test_a_body_far_too_large_gets_a_413(self, gateway: GatewayFixture, size: int) -> None:
         head = b"POST %s HTTP/1.1\r\nHost: x\r\nX-API-KEY: %s\r\nContent-Length: %d\r\n\r\n"
         with gateway.connect() as connection:
             connection.sendall(head % (PATH.encode(), DESIGN.encode(), size))

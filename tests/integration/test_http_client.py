@@ -1,4 +1,4 @@
-"""How RenderNet is asked: what goes over the wire, and what connections may do to an answer."""
+"""The HTTP client for upstream: requests on the wire, broken connections, TLS and proxies."""
 
 import ssl
 import time
@@ -24,12 +24,12 @@ def raw() -> Iterator[RawUpstream]:
 
 
 @pytest.fixture
-def asked(open_gateway: OpenGateway, raw: RawUpstream) -> GatewayFixture:
+def gateway(open_gateway: OpenGateway, raw: RawUpstream) -> GatewayFixture:
     return open_gateway(upstream={"base_url": raw.url})
 
 
 def estimate(gateway: GatewayFixture, steps: int) -> int:
-    """The price of a question about `steps`, whose right price is the same number."""
+    """Requests the price of a body with `steps`; the correct price is the same number."""
     response = gateway.ask(b'[{"steps":%d}]' % steps)
     assert response.status_code == 200, response.text
     price: int = response.json()["data"]["estimated"]
@@ -47,102 +47,106 @@ BEHIND = {
 }
 
 
-class TestBehindAnAnswer:
+class TestBytesAfterAnAnswer:
     @pytest.mark.parametrize("late", [False, True], ids=["in the same segment", "50 ms later"])
     @pytest.mark.parametrize("behind", BEHIND.values(), ids=BEHIND)
-    def test_what_comes_behind_an_answer_is_nobodys_and_ends_its_connection(
+    def test_bytes_after_an_answer_are_dropped_with_their_connection(
         self,
-        asked: GatewayFixture,
+        gateway: GatewayFixture,
         raw: RawUpstream,
         behind: bytes,
         late: bool,  # noqa: FBT001 -- a row of a table
     ) -> None:
         raw.script(Turn((answer(2), behind) if late else (answer(2) + behind,)))
-        assert estimate(asked, 2) == 2
+        assert estimate(gateway, 2) == 2
         wait_until(lambda: raw.closed == 1)
-        assert [estimate(asked, steps) for steps in (3, 4, 2)] == [3, 4, 2]
+        assert [estimate(gateway, steps) for steps in (3, 4, 2)] == [3, 4, 2]
         assert [request.connection for request in raw.requests] == [0, 1, 1]
 
     @pytest.mark.parametrize("behind", [b"", OTHER, b"\r\n", b"0\r\n\r\n"])
-    def test_behind_chunks_too(self, asked: GatewayFixture, raw: RawUpstream, behind: bytes) -> None:
+    def test_bytes_after_a_chunked_answer_too(self, gateway: GatewayFixture, raw: RawUpstream, behind: bytes) -> None:
         body = b'{"data":{"estimated":2,"balance":20},"error":{}}'
         chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
         raw.script(Turn((chunked + behind,)))
-        assert [estimate(asked, steps) for steps in (2, 3)] == [2, 3]
+        assert [estimate(gateway, steps) for steps in (2, 3)] == [2, 3]
         assert [request.connection for request in raw.requests] == [0, int(behind != b"")]
 
-    def test_an_answer_in_pieces_leaves_its_connection_for_the_next(
-        self, asked: GatewayFixture, raw: RawUpstream
+    def test_after_an_answer_in_pieces_the_connection_is_reused(
+        self, gateway: GatewayFixture, raw: RawUpstream
     ) -> None:
         whole = answer(2)
         raw.script(Turn((whole[:10], whole[10:40], whole[40:-3], whole[-3:])))
-        assert [estimate(asked, steps) for steps in (2, 3, 4)] == [2, 3, 4]
+        assert [estimate(gateway, steps) for steps in (2, 3, 4)] == [2, 3, 4]
         assert raw.connections == 1
 
 
 class TestClosedConnections:
-    """An estimate changes nothing upstream, so it may be asked twice, where the first connection was an old one."""
+    """An estimate changes nothing upstream, so it can be repeated if it failed on a reused connection."""
 
     @pytest.mark.parametrize("end", ["close", "reset"])
-    def test_one_that_is_closed_before_the_first_byte_of_an_answer_is_replaced(
-        self, asked: GatewayFixture, raw: RawUpstream, end: str
+    def test_a_reused_connection_that_closes_before_the_answer_is_replaced(
+        self, gateway: GatewayFixture, raw: RawUpstream, end: str
     ) -> None:
-        assert estimate(asked, 1) == 1
+        assert estimate(gateway, 1) == 1
         raw.script(Turn(end=end))  # type: ignore[arg-type]  # a row of a table
-        response = asked.ask(b'[{"steps":2}]')
+        response = gateway.ask(b'[{"steps":2}]')
         assert response.json()["data"]["estimated"] == 2
         assert cache_status(response) == "fwd=miss; fwd-status=200; stored; ttl=3600"
         assert [request.connection for request in raw.requests] == [0, 0, 1]
         assert raw.requests[1].body == raw.requests[2].body
-        assert asked.client.get("/v1/usage").json()["total"]["requests"] == 2
-        assert asked.client.get("/readyz").json()["degraded"] == []
+        assert gateway.client.get("/v1/usage").json()["total"]["requests"] == 2
+        assert gateway.client.get("/readyz").json()["degraded"] == []
 
-    def test_the_new_one_is_no_other_old_one(self, asked: GatewayFixture, raw: RawUpstream) -> None:
+    def test_the_second_attempt_uses_a_new_connection(self, gateway: GatewayFixture, raw: RawUpstream) -> None:
         with ThreadPoolExecutor(4) as pool:
             raw.script(*[Turn((b"", answer(7)))] * 4)
-            assert list(pool.map(lambda steps: estimate(asked, steps), range(4))) == [7] * 4
+            assert list(pool.map(lambda steps: estimate(gateway, steps), range(4))) == [7] * 4
         assert raw.connections == 4
         raw.script(Turn(end="close"))
-        assert estimate(asked, 5) == 5
+        assert estimate(gateway, 5) == 5
         assert raw.requests[-1].connection == 4
 
-    def test_it_is_asked_again_once(self, asked: GatewayFixture, raw: RawUpstream) -> None:
-        estimate(asked, 1)
+    def test_a_request_is_repeated_only_once(self, gateway: GatewayFixture, raw: RawUpstream) -> None:
+        estimate(gateway, 1)
         raw.script(Turn(end="close"), Turn(end="close"))
-        response = asked.ask(b'[{"steps":2}]')
+        response = gateway.ask(b'[{"steps":2}]')
         assert (response.status_code, code_of(response)) == (502, "upstream-error")
         assert len(raw.requests) == 3
 
-    def test_a_new_connection_that_is_closed_is_not_replaced(self, asked: GatewayFixture, raw: RawUpstream) -> None:
+    def test_a_new_connection_that_is_closed_is_not_replaced(self, gateway: GatewayFixture, raw: RawUpstream) -> None:
         raw.script(Turn(end="close"))
-        response = asked.ask()
+        response = gateway.ask()
         assert (response.status_code, code_of(response)) == (502, "upstream-error")
         assert len(raw.requests) == 1
 
     @pytest.mark.parametrize("begun", [b"H", b"HTTP/1.1 100 Continue\r\n\r\n", OTHER[:-1]])
-    def test_nor_one_that_has_begun_to_answer(self, asked: GatewayFixture, raw: RawUpstream, begun: bytes) -> None:
-        estimate(asked, 1)
+    def test_a_connection_that_has_begun_to_answer_is_not_replaced(
+        self, gateway: GatewayFixture, raw: RawUpstream, begun: bytes
+    ) -> None:
+        estimate(gateway, 1)
         raw.script(Turn((begun,), "close"))
-        response = asked.ask(b'[{"steps":2}]')
+        response = gateway.ask(b'[{"steps":2}]')
         assert (response.status_code, code_of(response)) == (502, "upstream-error")
         assert "broke before its answer was complete" in response.json()["detail"]
         assert len(raw.requests) == 2
 
-    def test_both_have_the_time_of_one(self, open_gateway: OpenGateway, raw: RawUpstream) -> None:
+    def test_both_attempts_share_one_timeout(self, open_gateway: OpenGateway, raw: RawUpstream) -> None:
         gateway = open_gateway(upstream={"base_url": raw.url, "timeout_s": 0.3})
         estimate(gateway, 1)
         raw.script(Turn(end="close"), Turn())
         response = gateway.ask(b'[{"steps":2}]')
         assert (response.status_code, code_of(response)) == (504, "upstream-timeout")
 
-    def test_at_upstreams_idle_limit_every_question_is_answered(self, asked: GatewayFixture, raw: RawUpstream) -> None:
+    def test_every_request_is_answered_at_upstreams_idle_timeout(
+        self, gateway: GatewayFixture, raw: RawUpstream
+    ) -> None:
         raw.idle_s = idle_s = 0.03
         with ThreadPoolExecutor(6) as pool:
 
             def ask(client: int) -> list[int]:
                 told = []
                 for number in range(50):
-                    told.append(estimate(asked, client * 100 + number))
+                    told.append(estimate(gateway, client * 100 + number))
                     time.sleep(idle_s)
                 return told
 
@@ -168,9 +172,11 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_an_answer_in_any_form_of_http_is_one(asked: GatewayFixture, raw: RawUpstream, form: tuple[bytes, str]) -> None:
+def test_answers_in_every_form_of_http_are_accepted(
+    gateway: GatewayFixture, raw: RawUpstream, form: tuple[bytes, str]
+) -> None:
     raw.script(Turn((form[0],), form[1]))  # type: ignore[arg-type]  # a row of a table
-    assert [estimate(asked, steps) for steps in (2, 3)] == [2, 3]
+    assert [estimate(gateway, steps) for steps in (2, 3)] == [2, 3]
     assert b"cookie" not in raw.requests[1].headers
 
 
@@ -187,23 +193,21 @@ NO_FORMS = {
 
 
 @pytest.mark.parametrize("sent", NO_FORMS.values(), ids=NO_FORMS)
-def test_anything_else_is_an_error_at_once(asked: GatewayFixture, raw: RawUpstream, sent: bytes) -> None:
+def test_malformed_answers_are_an_error_at_once(gateway: GatewayFixture, raw: RawUpstream, sent: bytes) -> None:
     raw.script(Turn((sent,)))
-    response = asked.ask(b'[{"steps":2}]')
+    response = gateway.ask(b'[{"steps":2}]')
     assert (response.status_code, code_of(response)) == (502, "upstream-error")
-    assert estimate(asked, 2) == 2
+    assert estimate(gateway, 2) == 2
     assert [request.connection for request in raw.requests] == [0, 1]
 
 
 @pytest.mark.parametrize("sent", [NO_FORMS["a long body"], OTHER[:-1]])
-def test_a_status_is_told_though_the_answer_is_not_complete(
-    asked: GatewayFixture, raw: RawUpstream, sent: bytes
-) -> None:
+def test_the_status_of_an_incomplete_answer_is_reported(gateway: GatewayFixture, raw: RawUpstream, sent: bytes) -> None:
     raw.script(Turn((sent,), "close"))
-    assert cache_status(asked.ask(b'[{"steps":2}]')) == "fwd=miss; fwd-status=200"
+    assert cache_status(gateway.ask(b'[{"steps":2}]')) == "fwd=miss; fwd-status=200"
 
 
-def test_what_is_sent_is_the_question_and_our_own_headers(open_gateway: OpenGateway, raw: RawUpstream) -> None:
+def test_a_request_has_only_the_body_and_our_own_headers(open_gateway: OpenGateway, raw: RawUpstream) -> None:
     gateway = open_gateway(upstream={"base_url": raw.url + "/a%2fb/"})
     body, query = '[{"prompt":"é","steps":2}]'.encode(), "type=image&q=%zz'\"+{}|"
     headers = {
@@ -238,14 +242,14 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 @pytest.fixture
 def served(certified: Certificates) -> ssl.SSLContext:
-    """For servers of that authority."""
+    """Returns the server's TLS context with a certificate of the test's CA."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certified.cert("server"), certified.key("server"))
     return context
 
 
 @pytest.mark.parametrize("trusted", [True, False])
-def test_a_ca_file_is_trusted_instead_of_the_systems_and_of_the_environments(
+def test_a_ca_file_replaces_the_cas_of_the_system_and_the_environment(
     open_gateway: OpenGateway,
     certified: Certificates,
     served: ssl.SSLContext,
@@ -271,7 +275,7 @@ WAYS = [(proxy, upstream) for proxy in ("http", "https") for upstream in ("http"
 
 
 @pytest.mark.parametrize(("proxy_scheme", "upstream_scheme"), WAYS)
-def test_a_proxy_on_the_way(
+def test_requests_go_through_a_configured_proxy(
     open_gateway: OpenGateway, certified: Certificates, served: ssl.SSLContext, proxy_scheme: str, upstream_scheme: str
 ) -> None:
     credentials = b"Basic dTpww6TDn3c6QC9vcmQ="
@@ -302,7 +306,7 @@ def test_a_proxy_without_credentials_gets_none(open_gateway: OpenGateway, raw: R
     assert b"proxy-authorization" not in proxy.requests[0].headers
 
 
-def test_a_proxy_that_refuses_is_an_error_and_no_word_of_it_is_logged(
+def test_a_refusal_of_the_proxy_is_an_error_and_is_not_logged(
     open_gateway: OpenGateway, certified: Certificates, served: ssl.SSLContext, caplog: pytest.LogCaptureFixture
 ) -> None:
     refusal = b"HTTP/1.1 407 Who is pass-word?\r\ncontent-length: 0\r\nproxy-authenticate: Basic\r\n\r\n"

@@ -1,4 +1,4 @@
-"""Connections to a store that were lost while nobody used them: they cost as little as can be, and never a debit."""
+"""Store connections that were lost while they were idle."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -36,12 +36,12 @@ async def put(store: Store) -> None:
 
 
 async def spread(store: Store) -> None:
-    """Leaves several connections idle."""
+    """Opens several connections, and leaves them idle."""
     putting = []
     for _ in range(CONNECTIONS):
         putting.append(asyncio.create_task(put(store)))
         await asyncio.sleep(0)
-        await asyncio.sleep(0)  # one turn of the loop each: they do not go out together
+        await asyncio.sleep(0)  # one iteration of the event loop each, so the calls are not sent together
     await asyncio.gather(*putting)
 
 
@@ -49,19 +49,19 @@ def calls(server: redis.Redis) -> int:
     return int(server.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0))
 
 
-def test_one_that_was_reset_costs_nothing(store_proxy: FaultyProxy, server: redis.Redis) -> None:
+def test_a_connection_that_was_reset_fails_no_call(store_proxy: FaultyProxy, server: redis.Redis) -> None:
     async def scenario(store: Store) -> None:
         await spread(store)
         before = calls(server)
         await asyncio.to_thread(store_proxy.reset_connections)
-        await asyncio.sleep(0.05)  # the loop is told of it, as of anything else
+        await asyncio.sleep(0.05)  # the event loop handles the reset first
         await put(store)
         assert calls(server) == before + 1
 
     run_scenario(store_proxy, scenario)
 
 
-def test_of_those_that_a_firewall_has_forgotten_only_the_first_costs_a_debit(
+def test_of_several_dead_connections_only_the_first_fails_a_debit(
     store_proxy: FaultyProxy, server: redis.Redis
 ) -> None:
     async def scenario(store: Store) -> None:
@@ -79,7 +79,7 @@ def test_of_those_that_a_firewall_has_forgotten_only_the_first_costs_a_debit(
     run_scenario(store_proxy, scenario)
 
 
-def test_what_only_looks_is_answered_though_a_firewall_has_forgotten_the_way(store_proxy: FaultyProxy) -> None:
+def test_reads_are_answered_although_all_connections_are_dead(store_proxy: FaultyProxy) -> None:
     async def scenario(store: Store) -> None:
         await spread(store)
         store_proxy.drop_silently()

@@ -1,4 +1,4 @@
-"""The ledger's batches: what is asked in one turn is decided in one call, and each has its own fate."""
+"""The ledger's batches: requests of one event loop iteration are decided in one call, each on its own."""
 
 import asyncio
 from collections import Counter
@@ -26,7 +26,9 @@ from proxy.quota.ledger_script import MAX_BATCH_ENTRIES
 from proxy.quota.quotas import Charge, Quota
 
 
-def test_what_is_asked_in_one_turn_is_decided_in_one_call_and_in_order(any_store_url: str, server: redis.Redis) -> None:
+def test_requests_of_one_iteration_are_decided_in_one_call_and_in_order(
+    any_store_url: str, server: redis.Redis
+) -> None:
     async def scenario(fixture: LedgerFixture) -> None:
         before = calls(server)
         asked = [fixture.ledger.charge(terms(quota(3), team=team), HIT) for team in ("design", "film") * 5]
@@ -37,7 +39,7 @@ def test_what_is_asked_in_one_turn_is_decided_in_one_call_and_in_order(any_store
     run_scenario(any_store_url, scenario)
 
 
-def test_requests_alike_are_one_entry_and_who_is_admitted_hears_how_the_team_stands_behind_all(
+def test_equal_requests_share_one_entry_and_report_the_state_after_the_batch(
     any_store_url: str, server: redis.Redis
 ) -> None:
     limited, dear = terms(quota(4), quota(19 * CREDIT, "estimated_credits")), Charge(Outcome.HIT, 5 * CREDIT, "Flux")
@@ -56,7 +58,7 @@ def test_requests_alike_are_one_entry_and_who_is_admitted_hears_how_the_team_sta
     }
 
 
-def test_where_a_quota_warns_each_hears_for_itself(any_store_url: str, server: redis.Redis) -> None:
+def test_with_a_warning_quota_each_request_reports_its_own_state(any_store_url: str, server: redis.Redis) -> None:
     warned = terms(Quota("team", "requests", "month", 2, refuse=False))
 
     async def scenario(fixture: LedgerFixture) -> None:
@@ -73,7 +75,7 @@ def test_where_a_quota_warns_each_hears_for_itself(any_store_url: str, server: r
     assert used(server) == (4, 16 * CREDIT)
 
 
-def test_a_defect_of_ours_costs_its_batch_alone(
+def test_an_unexpected_exception_fails_only_its_batch(
     any_store_url: str, server: redis.Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario(fixture: LedgerFixture) -> None:
@@ -93,7 +95,7 @@ async def _break(*_: object) -> None:
     raise RuntimeError("the reason is for the log")
 
 
-def test_a_batch_has_a_limit(any_store_url: str, server: redis.Redis) -> None:
+def test_the_size_of_a_batch_is_limited(any_store_url: str, server: redis.Redis) -> None:
     async def scenario(fixture: LedgerFixture) -> None:
         before, limited = calls(server), terms(quota(2 * MAX_BATCH_ENTRIES + 1))
         asked = (
@@ -107,8 +109,8 @@ def test_a_batch_has_a_limit(any_store_url: str, server: redis.Redis) -> None:
     assert used(server)[0] == 2 * MAX_BATCH_ENTRIES + 1
 
 
-def test_each_in_a_batch_has_its_own_fate(any_store_url: str, server: redis.Redis) -> None:
-    """What one gives back, the next one may have; and who has gone away was still counted."""
+def test_each_request_of_a_batch_is_decided_on_its_own(any_store_url: str, server: redis.Redis) -> None:
+    """A refund makes room for the next request of the batch, and a cancelled request is still counted."""
     limited = terms(quota(1))
 
     async def scenario(fixture: LedgerFixture) -> None:

@@ -1,4 +1,4 @@
-"""The ledger on real servers, Valkey and Redis 7.0: what is booked, what is not, and in which amounts and names."""
+"""The ledger's bookings, exact amounts and model names, on Valkey and on Redis 7.0."""
 
 import asyncio
 from collections import Counter
@@ -31,7 +31,7 @@ from proxy.quota.ledger_script import MAX_BATCH_ENTRIES, MAX_ENTRY_MICRO
 from proxy.quota.model_names import MAX_MODELS
 from proxy.quota.quotas import Charge, Quota, Rate, TeamLimits
 
-# --- What is booked --------------------------------------------------------------------------------------------------
+# --- Bookings --------------------------------------------------------------------------------------------------------
 
 
 def test_a_charge_counts_for_the_team_and_the_organisation(any_store_url: str, server: redis.Redis) -> None:
@@ -55,7 +55,7 @@ def test_a_charge_counts_for_the_team_and_the_organisation(any_store_url: str, s
         (Charge(Outcome.CANCELLED), {"-:cancelled:requests": 1}, 0),
     ],
 )
-def test_a_question_counts_once_whatever_becomes_of_it(
+def test_a_request_counts_once_whatever_its_outcome(
     any_store_url: str, server: redis.Redis, charge: Charge, row: dict[str, int], credits_micro: int
 ) -> None:
     async def scenario(fixture: LedgerFixture) -> None:
@@ -71,7 +71,7 @@ def test_a_question_counts_once_whatever_becomes_of_it(
     assert used(server) == used(server, None) == (1, credits_micro)
 
 
-def test_what_is_not_answered_takes_no_quota(any_store_url: str, server: redis.Redis) -> None:
+def test_an_unanswered_request_uses_no_quota(any_store_url: str, server: redis.Redis) -> None:
     limited = terms(quota(1), quota(1, scope="org"))
 
     async def scenario(fixture: LedgerFixture) -> None:
@@ -88,7 +88,7 @@ def test_what_is_not_answered_takes_no_quota(any_store_url: str, server: redis.R
 
 
 def test_a_denied_request_debits_nothing(any_store_url: str, server: redis.Redis) -> None:
-    """Its own quota would have let it pass."""
+    """The team's own quota would have admitted it."""
     limited = terms(quota(9), quota(10 * CREDIT, "estimated_credits", "day", scope="org"))
 
     async def scenario(fixture: LedgerFixture) -> None:
@@ -106,7 +106,7 @@ def test_a_denied_request_debits_nothing(any_store_url: str, server: redis.Redis
     assert used(server, None) == (2, 8 * CREDIT)
 
 
-def test_a_price_that_passes_a_quota_gives_its_request_back(any_store_url: str, server: redis.Redis) -> None:
+def test_a_price_that_exceeds_a_quota_refunds_its_request(any_store_url: str, server: redis.Redis) -> None:
     limited = terms(quota(2), quota(6 * CREDIT, "estimated_credits"))
 
     async def scenario(fixture: LedgerFixture) -> None:
@@ -124,7 +124,7 @@ def test_a_price_that_passes_a_quota_gives_its_request_back(any_store_url: str, 
 
 
 @pytest.mark.usefixtures("server")
-def test_who_has_used_up_all_credits_asks_nobody(any_store_url: str) -> None:
+def test_a_team_without_credits_is_refused_before_the_upstream_call(any_store_url: str) -> None:
     limited = terms(quota(4 * CREDIT, "estimated_credits"))
 
     async def scenario(fixture: LedgerFixture) -> None:
@@ -163,7 +163,7 @@ def test_a_rate_refuses_before_any_quota(any_store_url: str, server: redis.Redis
     assert used(server) == (2, 8 * CREDIT)
 
 
-def test_a_quota_that_warns_is_passed_and_counted(any_store_url: str, server: redis.Redis) -> None:
+def test_a_warning_quota_admits_and_counts(any_store_url: str, server: redis.Redis) -> None:
     warned = terms(Quota("team", "requests", "day", 1, refuse=False))
     name, labels = "estimate_proxy_quota_warned_total", {"team": "design", "measure": "requests", "per": "day"}
 
@@ -183,8 +183,8 @@ def test_a_quota_that_warns_is_passed_and_counted(any_store_url: str, server: re
     assert used(server)[0] == 3
 
 
-def test_many_gateways_together_pass_no_quota(any_store_url: str, server: redis.Redis) -> None:
-    """Amounts that do not divide the limit, over three teams of one organisation."""
+def test_many_gateways_together_exceed_no_quota(any_store_url: str, server: redis.Redis) -> None:
+    """The amounts do not divide the limit, and three teams share the organisation's quota."""
     limit = quota(100 * CREDIT, "estimated_credits", scope="org")
 
     async def gateway(number: int) -> list[str]:
@@ -204,7 +204,7 @@ def test_many_gateways_together_pass_no_quota(any_store_url: str, server: redis.
 
 
 def test_amounts_stay_exact_from_the_lowest_to_the_highest(any_store_url: str, server: redis.Redis) -> None:
-    """In one batch, and in counters beyond 2**53, from where on Lua's numbers are not exact."""
+    """In one batch, and in counters above 2**53, where Lua's numbers are not exact any more."""
     amounts = [DEAREST - 1, 1] * 20
 
     async def scenario(fixture: LedgerFixture) -> None:

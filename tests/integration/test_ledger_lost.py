@@ -1,4 +1,4 @@
-"""A ledger that is new, or lost: what is told of it, and how often."""
+"""Log lines and metrics about a new or lost ledger."""
 
 import asyncio
 from time import time_ns
@@ -14,7 +14,7 @@ NEW = ("WARNING", "a new ledger begins: usage and quotas count from zero")
 LOST = ("ERROR", "the ledger was lost: usage and quotas count from zero")
 
 
-def test_a_new_ledger_is_told_once(any_store_url: str, server: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_new_ledger_is_logged_once(any_store_url: str, server: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(fixture: LedgerFixture) -> None:
         created_s = fixture.metric("ledger_created_timestamp_seconds")
         assert abs(created_s - time_ns() / 1e9) < 60
@@ -28,7 +28,7 @@ def test_a_new_ledger_is_told_once(any_store_url: str, server: redis.Redis, capl
     assert told(caplog) == []
 
 
-def test_gateways_that_begin_together_raise_no_alarm(
+def test_gateways_that_start_together_report_no_loss(
     any_store_url: str, server: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def gateway() -> None:
@@ -44,7 +44,7 @@ def test_gateways_that_begin_together_raise_no_alarm(
     assert used(server)[0] == 15
 
 
-def test_a_lost_ledger_is_an_error_once_for_each_gateway(
+def test_each_gateway_logs_a_lost_ledger_once_as_an_error(
     any_store_url: str, server: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario() -> None:
@@ -64,7 +64,7 @@ def test_a_lost_ledger_is_an_error_once_for_each_gateway(
 
 
 @pytest.mark.usefixtures("server", "fast_recovery")
-def test_a_ledger_that_is_out_of_reach_at_first_is_no_lost_one(
+def test_a_ledger_that_is_unreachable_at_the_start_is_not_lost(
     store_proxy: FaultyProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     store_proxy.cut()

@@ -1,4 +1,4 @@
-"""What the ledger's store objects to: memory full, a replica, a sum too great. Nothing is written then."""
+"""Writes that the ledger's store refuses: memory full, a replica, an overflow. Nothing is written then."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -54,7 +54,7 @@ def replica(server: redis.Redis) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("trouble", [full_of_memory, replica])
-def test_a_store_that_objects_writes_nothing(
+def test_a_store_that_refuses_a_write_writes_nothing(
     any_store_url: str, server: redis.Redis, trouble: Callable[[redis.Redis], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario(fixture: LedgerFixture) -> None:
@@ -103,7 +103,7 @@ def test_a_counter_that_would_overflow_refuses_before_any_write(
 
 
 @pytest.mark.usefixtures("fast_recovery")
-def test_what_a_read_only_store_refuses_is_owed_to_it(any_store_url: str, server: redis.Redis) -> None:
+def test_debits_that_a_read_only_store_refuses_are_buffered(any_store_url: str, server: redis.Redis) -> None:
     async def scenario(fixture: LedgerFixture) -> None:
         with replica(server):
             assert word(await fixture.ledger.charge(PLAIN, HIT)) == "admitted"

@@ -1,4 +1,4 @@
-"""The ledger's store is out of reach, and the gateway admits: what is owed is booked once, behind the outage."""
+"""An unreachable ledger with `on_outage = "admit"`: buffered debits are booked once after the outage."""
 
 import asyncio
 from datetime import date, timedelta
@@ -38,7 +38,7 @@ from proxy.quota.windows import day_of, start_of, window_of
 
 
 @pytest.mark.usefixtures("fast_recovery")
-def test_what_is_admitted_in_an_outage_is_booked_once_behind_it(store_proxy: FaultyProxy, server: redis.Redis) -> None:
+def test_requests_admitted_in_an_outage_are_booked_once_after_it(store_proxy: FaultyProxy, server: redis.Redis) -> None:
     async def scenario(fixture: LedgerFixture) -> None:
         settled, failed, refunded, cancelled = [await fixture.admitted(terms(quota(4))) for _ in range(4)]
         await cut(store_proxy)
@@ -75,7 +75,7 @@ def test_what_is_admitted_in_an_outage_is_booked_once_behind_it(store_proxy: Fau
 
 
 @pytest.mark.usefixtures("fast_recovery")
-def test_what_was_admitted_in_an_outage_is_booked_in_the_windows_of_then(
+def test_requests_admitted_in_an_outage_are_booked_in_the_windows_of_their_admission(
     store_proxy: FaultyProxy, server: redis.Redis, clock: SkewedClock
 ) -> None:
     days: list[date] = []
@@ -116,7 +116,7 @@ def test_what_was_admitted_in_an_outage_is_booked_in_the_windows_of_then(
 
 
 @pytest.mark.usefixtures("fast_recovery")
-def test_a_flush_without_a_reply_is_repeated_and_books_once(store_proxy: FaultyProxy, server: redis.Redis) -> None:
+def test_a_flush_without_a_reply_is_repeated_and_booked_once(store_proxy: FaultyProxy, server: redis.Redis) -> None:
     async def scenario(fixture: LedgerFixture) -> None:
         await cut(store_proxy)
         for _ in range(3):
@@ -138,7 +138,7 @@ def test_a_flush_without_a_reply_is_repeated_and_books_once(store_proxy: FaultyP
     assert 23 * 3600 < server.ttl(flush) <= 86_400
 
 
-def test_what_is_owed_is_booked_when_the_gateway_closes(
+def test_buffered_debits_are_booked_when_the_gateway_closes(
     store_proxy: FaultyProxy, server: redis.Redis, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("proxy.store.health.COOLDOWN_S", 0.0)
@@ -191,10 +191,10 @@ def test_a_full_backlog_refuses(store_proxy: FaultyProxy, server: redis.Redis, m
 
 
 @pytest.mark.usefixtures("fast_recovery")
-def test_a_settlement_that_finds_no_room_leaves_its_request_as_it_stands(
+def test_a_settlement_that_does_not_fit_the_backlog_leaves_its_request_pending(
     store_proxy: FaultyProxy, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would take two sums: what has been admitted is taken back, and what it has come to is counted."""
+    """It would need two buffered debits: a refund of the admission, and the charge."""
     monkeypatch.setattr("proxy.quota.ledger.MAX_BACKLOG_ROWS", 1)
 
     async def scenario(fixture: LedgerFixture) -> None:
@@ -212,7 +212,7 @@ def test_a_settlement_that_finds_no_room_leaves_its_request_as_it_stands(
 
 @pytest.mark.usefixtures("fast_recovery")
 def test_buffered_debits_stay_exact(store_proxy: FaultyProxy, server: redis.Redis) -> None:
-    """Together they are more than 2**53, from where on Lua's numbers are not exact: several calls book them."""
+    """Together they exceed 2**53, where Lua's numbers are not exact any more, so several calls book them."""
 
     async def scenario(fixture: LedgerFixture) -> None:
         await cut(store_proxy)

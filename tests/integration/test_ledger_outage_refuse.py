@@ -1,4 +1,4 @@
-"""The ledger's store is out of reach, and the gateway refuses: what that costs, and what is counted of it."""
+"""An unreachable ledger with `on_outage = "refuse"`: the time a refusal takes, and the metrics."""
 
 import asyncio
 import os
@@ -24,7 +24,7 @@ SCHEDULING_S = 0.05
 
 @contextmanager
 def stopped(server: redis.Redis) -> Iterator[None]:
-    """A server that hangs."""
+    """Stops the server, so that it hangs."""
     pid = int(server.info("server")["process_id"])
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -39,7 +39,7 @@ async def timed(asked: Coroutine[Any, Any, Admitted | Denied]) -> tuple[str, flo
     return word(await asked), loop.time() - begun
 
 
-def test_a_store_that_hangs_costs_a_moment_and_is_asked_nothing_twice(
+def test_a_hanging_store_delays_only_the_first_requests_and_gets_no_call_twice(
     any_store_url: str, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rest_s = 0.2
@@ -72,7 +72,7 @@ def test_a_store_that_hangs_costs_a_moment_and_is_asked_nothing_twice(
 
 
 @pytest.mark.usefixtures("fast_recovery")
-def test_a_store_that_refuses_costs_nothing(store_proxy: FaultyProxy, server: redis.Redis) -> None:
+def test_a_store_that_refuses_connections_causes_no_delay(store_proxy: FaultyProxy, server: redis.Redis) -> None:
     async def scenario(fixture: LedgerFixture) -> None:
         if store_proxy.url == url:
             admitted = await fixture.admitted()
@@ -101,7 +101,7 @@ def test_a_store_that_refuses_costs_nothing(store_proxy: FaultyProxy, server: re
 )
 @pytest.mark.parametrize("admits", [False, True])
 @pytest.mark.usefixtures("fast_recovery")
-def test_a_debit_without_a_reply_is_refused_and_counted_and_not_repeated(
+def test_a_debit_without_a_reply_is_refused_counted_and_not_repeated(
     store_proxy: FaultyProxy, server: redis.Redis, bad: Conditions, *, admits: bool
 ) -> None:
     async def scenario(fixture: LedgerFixture) -> None:
@@ -129,7 +129,7 @@ def test_a_debit_without_a_reply_is_refused_and_counted_and_not_repeated(
 
 
 @pytest.mark.usefixtures("fast_recovery")
-def test_a_connection_that_is_torn_under_a_debit_is_a_reply_that_is_lost(
+def test_a_connection_closed_during_a_debit_counts_as_a_lost_reply(
     store_proxy: FaultyProxy, server: redis.Redis
 ) -> None:
     async def scenario(fixture: LedgerFixture) -> None:
@@ -137,7 +137,7 @@ def test_a_connection_that_is_torn_under_a_debit_is_a_reply_that_is_lost(
         before = calls(server)
         store_proxy.set_conditions(Conditions(latency_s=60))
         refunded = asyncio.ensure_future(fixture.ledger.refund(admitted, Outcome.UPSTREAM_BUSY))
-        await asyncio.sleep(0)  # it has a task of its own, and goes out with what comes now
+        await asyncio.sleep(0)  # it has its own task, and is sent with the next calls
         charged, left = (asyncio.ensure_future(fixture.ledger.charge(PLAIN, HIT)) for _ in range(2))
         await fixture.until(lambda: calls(server) == before + 1)
         left.cancel()

@@ -1,4 +1,4 @@
-"""The ledger's windows: whose clock decides, and when what is written expires."""
+"""The ledger's windows: the store's clock decides, and keys expire after their window."""
 
 import asyncio
 from collections.abc import Callable
@@ -52,7 +52,7 @@ def _before_this_minute(now_s: float) -> float:
 def test_the_stores_clock_decides(
     any_store_url: str, server: redis.Redis, clock: SkewedClock, wrong_s: Callable[[float], float]
 ) -> None:
-    """A gateway whose clock is wrong asks once more, and knows from then on."""
+    """A gateway with a wrong clock makes one more call, and knows the offset afterwards."""
     limited = terms(quota(9, per="minute"))
 
     async def scenario(fixture: LedgerFixture) -> None:
@@ -79,14 +79,16 @@ def test_the_stores_clock_decides(
 
 
 async def _away_from_edges() -> None:
-    """A minute must not end within the next seconds."""
+    """Waits until the minute does not end within the next seconds."""
     left_s = 60 - time_ns() / 1e9 % 60
     if left_s < 3:
         await asyncio.sleep(left_s + 0.01)
 
 
-def test_clocks_that_never_agree(any_store_url: str, server: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gateway's clock that is elsewhere at each look."""
+def test_a_clock_that_never_agrees_with_the_stores_is_refused(
+    any_store_url: str, server: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gateway's clock jumps at each reading."""
     hours = count(1)
 
     async def scenario(fixture: LedgerFixture) -> None:
@@ -103,7 +105,7 @@ def test_clocks_that_never_agree(any_store_url: str, server: redis.Redis, monkey
     run_scenario(any_store_url, scenario)
 
 
-def test_what_is_written_expires(any_store_url: str, server: redis.Redis) -> None:
+def test_written_keys_expire(any_store_url: str, server: redis.Redis) -> None:
     pers: tuple[Period, ...] = ("minute", "hour", *BASE_PERIODS)
     limited = terms(*(quota(9, per=per) for per in pers), quota(9, per="hour", scope="org"), rate=Rate(0.01, 5))
 
