@@ -1,4 +1,4 @@
-"""The queue of log lines: nobody waits for the reader, what is lost is counted, no line is torn."""
+"""The queue of log lines: no caller waits for the reader, dropped lines are counted, no line is torn."""
 
 import os
 import select
@@ -18,7 +18,7 @@ WAIT_S = 10.0
 
 
 class Pipe:
-    """A pipe that is read when a test says so."""
+    """A pipe that is only read when a test calls `read`."""
 
     def __init__(self, flags: int = 0) -> None:
         self.reader, self.writer = os.pipe2(flags)
@@ -28,7 +28,7 @@ class Pipe:
         return os.read(self.reader, 2**20)
 
     def lines_until(self, end: bytes) -> list[bytes]:
-        """All lines, up to one that ends with `end`."""
+        """Reads lines up to one that ends with `end`."""
         text = b""
         while not text.endswith(end + b"\n"):
             text += self.read()
@@ -43,7 +43,7 @@ class Pipe:
         self.reader = -1
 
     def close(self) -> None:
-        """Its writer may go on for a while, and must not write into what gets its descriptor next."""
+        """Its writer may run on for a while, and must not write into the next file with the same descriptor."""
         if self.reader >= 0:
             os.close(self.reader)
         with Path(os.devnull).open("wb") as nowhere:
@@ -62,7 +62,7 @@ def writing_to(fd: int) -> LogWriter[str]:
 
 
 def stalled(pipe: Pipe) -> tuple[LogWriter[str], int]:
-    """A writer that waits for the reader of a full pipe, and how many lines it was given."""
+    """Returns a writer that waits for the reader of a full pipe, and the number of lines it got."""
     writer = writing_to(pipe.writer)
     count = 0
     while not pipe.is_full:
@@ -73,7 +73,7 @@ def stalled(pipe: Pipe) -> tuple[LogWriter[str], int]:
     return writer, count
 
 
-def test_a_line_alone_comes_at_once(pipe: Pipe) -> None:
+def test_a_single_line_is_written_at_once(pipe: Pipe) -> None:
     writer = writing_to(pipe.writer)
     took_s = []
     for _ in range(5):
@@ -84,8 +84,8 @@ def test_a_line_alone_comes_at_once(pipe: Pipe) -> None:
     assert min(took_s) < 0.1
 
 
-def test_lines_come_whole_in_order_and_many_at_a_time() -> None:
-    packets = Pipe(os.O_DIRECT)  # a read returns what one write has written
+def test_lines_are_written_whole_in_order_and_in_batches() -> None:
+    packets = Pipe(os.O_DIRECT)  # one read returns the bytes of one write
     writer = writing_to(packets.writer)
     given = [f"{number} {'x' * (number % 300)}\n".encode() for number in range(2000)]
     for line in given:
@@ -100,14 +100,14 @@ def test_lines_come_whole_in_order_and_many_at_a_time() -> None:
     assert len(came) < len(given) / 10
 
 
-def test_a_line_longer_than_a_write_of_others_is_one_of_its_own(pipe: Pipe) -> None:
+def test_a_line_longer_than_a_batch_is_written_on_its_own(pipe: Pipe) -> None:
     writer = writing_to(pipe.writer)
     for line in ("before\n", "x" * 10_000 + "\n", "after\n"):
         writer.write(line)
     assert pipe.lines_until(b"after") == [b"before", b"x" * 10_000, b"after"]
 
 
-def test_what_does_not_fit_is_dropped_and_counted_and_a_line_says_so_in_its_place(pipe: Pipe) -> None:
+def test_lines_that_do_not_fit_are_dropped_counted_and_replaced_by_one_line(pipe: Pipe) -> None:
     writer, count = stalled(pipe)
     began = monotonic()
     for number in range(count, count + 3 * MAX_LINES):
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_dropped_and_counted_and_a_line_says_so_in_its_plac
     assert writer.take_dropped() == 0
 
 
-def test_each_gap_has_its_line(pipe: Pipe) -> None:
+def test_each_gap_has_its_own_line(pipe: Pipe) -> None:
     writer = writing_to(pipe.writer)
     for gap in range(3):
         while not (lost := writer.take_dropped()):
@@ -137,7 +137,7 @@ def test_each_gap_has_its_line(pipe: Pipe) -> None:
         assert set(lines) == {f"gap {gap}".encode()}
 
 
-def test_threads_that_write_at_once_lose_nothing_uncounted(pipe: Pipe) -> None:
+def test_with_many_threads_every_lost_line_is_counted(pipe: Pipe) -> None:
     writer, count = stalled(pipe)
     names = range(4)
 
@@ -168,7 +168,7 @@ def test_flush_waits_for_the_last_line_but_not_for_a_reader_that_has_stalled(pip
     assert 0.1 <= monotonic() - began < WAIT_S / 2
 
 
-def test_a_closed_pipe_is_not_tried_for_each_line(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_pipe_is_not_retried_for_each_line(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     writes = []
     write = os.write
 
@@ -188,7 +188,7 @@ def test_a_closed_pipe_is_not_tried_for_each_line(pipe: Pipe, monkeypatch: pytes
     assert writer.take_dropped() == 1001
 
 
-def test_where_another_process_has_made_the_pipe_non_blocking_nothing_is_lost(pipe: Pipe) -> None:
+def test_nothing_is_lost_if_another_process_makes_the_pipe_non_blocking(pipe: Pipe) -> None:
     os.set_blocking(pipe.writer, False)
     writer, count = stalled(pipe)
     writer.write("end\n")
@@ -196,7 +196,7 @@ def test_where_another_process_has_made_the_pipe_non_blocking_nothing_is_lost(pi
     assert writer.take_dropped() == 0
 
 
-def test_a_line_that_cannot_be_encoded_is_missing_and_others_are_not(pipe: Pipe) -> None:
+def test_a_line_that_cannot_be_encoded_drops_only_itself(pipe: Pipe) -> None:
     writer = writing_to(pipe.writer)
     for line in ("before\n", "\ud800\n"):
         writer.write(line)
@@ -232,7 +232,7 @@ def run(program: str, *args: object) -> None:
     subprocess.run([sys.executable, "-c", program, *map(str, args)], check=True, timeout=60)
 
 
-def test_a_full_disk_that_has_room_again_goes_on_in_a_line_of_its_own(tmp_path: Path) -> None:
+def test_after_a_full_disk_has_room_again_writing_goes_on_in_a_new_line(tmp_path: Path) -> None:
     run(FULL_DISK, tmp_path / "log")
     lines = (tmp_path / "log").read_text().splitlines()
     assert lines == ["line 0", "line 1", "line 2", "line", "8 missing", "there is room"]

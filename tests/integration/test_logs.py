@@ -1,4 +1,4 @@
-"""Log lines: one a record, whatever it holds; JSON for machines, text on a terminal; libraries quiet."""
+"""Log lines: one per record, JSON or text, from the configured level, with warnings of libraries."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ WAIT_S = 5.0
 
 
 @pytest.fixture(autouse=True)
-def logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def restore_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     root, ours = logging.getLogger(), logging.getLogger(logs.OURS)
     handlers, levels = root.handlers[:], (root.level, ours.level)
     monkeypatch.setattr(sys, "stderr", sys.stderr)
@@ -50,7 +50,7 @@ def logging_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Log:
-    """What a configured process has written into a file."""
+    """The log lines of a configured process, read from a file."""
 
     def __init__(self, level: str, style: str) -> None:
         self._fd, path = tempfile.mkstemp()
@@ -107,7 +107,7 @@ ODD_TEXTS = [
 
 
 @pytest.mark.parametrize("text", ODD_TEXTS)
-def test_a_json_line_is_one_line_whatever_it_says(text: str) -> None:
+def test_a_json_record_is_one_line_whatever_its_text(text: str) -> None:
     stream = configured()
     logs.event(log, logging.WARNING, text, {"fact": text})
     line = json.loads(only_line(stream))
@@ -115,7 +115,7 @@ def test_a_json_line_is_one_line_whatever_it_says(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ODD_TEXTS)
-def test_a_text_line_is_one_line_whatever_it_says(text: str) -> None:
+def test_a_text_record_is_one_line_whatever_its_text(text: str) -> None:
     stream = configured(style="text")
     logs.event(log, logging.WARNING, text, {"fact": text})
     line = only_line(stream)
@@ -154,7 +154,7 @@ def test_an_exception_is_in_its_line() -> None:
     assert line["exception"].endswith("ValueError: first\nsecond\n")
 
 
-def test_text_shows_an_exception_below_its_line() -> None:
+def test_text_format_has_the_traceback_after_the_line() -> None:
     stream = configured(style="text")
     log.error("it failed", exc_info=raised("why"))
     first, *rest = stream.getvalue().splitlines()
@@ -163,7 +163,7 @@ def test_text_shows_an_exception_below_its_line() -> None:
     assert rest[-1] == "ValueError: why"
 
 
-def test_text_is_for_people() -> None:
+def test_text_format_has_local_time_level_and_facts() -> None:
     stream = configured(style="text")
     logs.event(log, logging.INFO, "request", {"team": "design", "ms": 1.5})
     clock, level, rest = only_line(stream).split(maxsplit=2)
@@ -191,7 +191,7 @@ def pipe() -> Iterator[tuple[int, int]]:
     ("style", "target", "text"),
     [("auto", terminal, True), ("auto", pipe, False), ("text", pipe, True), ("json", terminal, False)],
 )
-def test_which_form(style: str, target: Any, text: bool) -> None:  # noqa: FBT001 -- a parameter of the test
+def test_auto_format_is_text_only_on_a_terminal(style: str, target: Any, text: bool) -> None:  # noqa: FBT001 -- a parameter of the test
     with target() as (ours, theirs):
         writer = logs.configure("debug", style, theirs)
         log.info("hello")
@@ -216,11 +216,11 @@ def test_our_loggers_follow_the_level(level: str, heard: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
-def test_libraries_are_heard_from_warning_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_log_from_warning_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At debug level some of them print headers, and a header may be a secret."""
     stream = configured("debug")
     library = logging.getLogger(name)
-    monkeypatch.setattr(library, "propagate", True)  # a server in another test may have shut one up
+    monkeypatch.setattr(library, "propagate", True)  # a server in another test may have silenced one
     library.debug("header: secret")
     library.info("header: secret")
     assert stream.getvalue() == ""
@@ -228,7 +228,7 @@ def test_libraries_are_heard_from_warning_on(name: str, monkeypatch: pytest.Monk
     assert json.loads(only_line(stream))["message"] == "trouble"
 
 
-def test_configuring_again_replaces() -> None:
+def test_configuring_again_replaces_the_handler() -> None:
     first = configured("debug")
     second = configured("error", "text")
     log.info("quiet")
@@ -291,7 +291,7 @@ raise RuntimeError("the reason")
 """
 
 
-def test_whatever_a_process_prints_is_there_before_it_has_crashed() -> None:
+def test_output_before_a_crash_is_not_lost() -> None:
     done = subprocess.run([sys.executable, "-c", PRINTS], capture_output=True, check=False, text=True)
     assert done.returncode == 1
     lines = done.stderr.splitlines()
@@ -306,7 +306,7 @@ def test_whatever_a_process_prints_is_there_before_it_has_crashed() -> None:
     ]
 
 
-def test_an_event_is_a_record_for_others_who_listen(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_event_is_a_record_for_other_handlers(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "proxy"):
         logs.event(log, logging.INFO, "request", {"team": "design"})
         logs.event(log, logging.DEBUG, "too low", {})
@@ -314,7 +314,7 @@ def test_an_event_is_a_record_for_others_who_listen(caplog: pytest.LogCaptureFix
     assert (record.getMessage(), record.__dict__["facts"]) == ("request", {"team": "design"})
 
 
-def test_standard_error_is_where_lines_go(capfd: pytest.CaptureFixture[str]) -> None:
+def test_lines_go_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
     writer = logs.configure("info", "json")
     log.info("hello")
     writer.flush(WAIT_S)

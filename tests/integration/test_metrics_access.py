@@ -1,4 +1,4 @@
-"""Who may read `/metrics`, and in which format."""
+"""Access to `/metrics`, and its formats."""
 
 import httpx2
 import pytest
@@ -22,7 +22,7 @@ class TestAccess:
             ({"authorization": f"Bearer {DESIGN}"}, 403, "forbidden"),
         ],
     )
-    def test_it_is_not_for_everybody(
+    def test_metrics_need_a_token(
         self, headers: dict[str, str], status: int, code: str, open_scraped_gateway: OpenGateway
     ) -> None:
         answer = httpx2.get(open_scraped_gateway().url + METRICS_PATH, headers=headers, trust_env=False, verify=NO_TLS)
@@ -32,7 +32,7 @@ class TestAccess:
 
     @pytest.mark.parametrize("token", [SCRAPER, ADMIN])
     @pytest.mark.parametrize("header", [("x-api-key", "{}"), ("authorization", "Bearer {}")])
-    def test_a_metrics_token_and_an_admin_token_open_it(
+    def test_a_metrics_token_and_an_admin_token_give_access(
         self, token: str, header: tuple[str, str], open_scraped_gateway: OpenGateway
     ) -> None:
         named = {header[0]: header[1].format(token)}
@@ -42,15 +42,13 @@ class TestAccess:
         assert "estimate_proxy_store_up" in answer.text
 
     @pytest.mark.parametrize("headers", [{}, {"x-api-key": DESIGN}, {"x-api-key": "ep_nobody"}])
-    def test_where_it_is_public_anybody_may_read_it(
-        self, headers: dict[str, str], open_scraped_gateway: OpenGateway
-    ) -> None:
+    def test_public_metrics_need_no_token(self, headers: dict[str, str], open_scraped_gateway: OpenGateway) -> None:
         gateway = open_scraped_gateway(metrics={"public": True})
         assert (
             httpx2.get(gateway.url + METRICS_PATH, headers=headers, trust_env=False, verify=NO_TLS).status_code == 200
         )
 
-    def test_a_metrics_token_opens_nothing_else(self, open_scraped_gateway: OpenGateway) -> None:
+    def test_a_metrics_token_gives_access_to_nothing_else(self, open_scraped_gateway: OpenGateway) -> None:
         gateway = open_scraped_gateway()
         assert code_of(gateway.ask(x_api_key=SCRAPER)) == "forbidden"
         for path in ("/v1/usage", "/v1/quota"):

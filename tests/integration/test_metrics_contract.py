@@ -1,4 +1,4 @@
-"""What `/metrics` names: each metric, type and label of the contract, before the first event and after many."""
+"""`/metrics` has each metric, type and label of the contract, before the first event and after many."""
 
 import re
 import time
@@ -63,15 +63,15 @@ class TestContract:
         assert declared == {f"estimate_proxy_{name}": entry for name, entry in CONTRACT.items()}
 
     @pytest.mark.parametrize("read", [scrape, scrape_openmetrics])
-    def test_it_is_all_there_in_both_formats(
+    def test_both_formats_have_all_metrics(
         self, read: Callable[[httpx2.Client], Scraped], open_scraped_gateway: OpenGateway
     ) -> None:
         assert_as_declared(read(toured(open_scraped_gateway(**EVERYTHING)).client))
 
-    def test_promtool_finds_nothing_to_say(self, open_scraped_gateway: OpenGateway) -> None:
+    def test_promtool_reports_no_problem(self, open_scraped_gateway: OpenGateway) -> None:
         assert said_by_promtool(toured(open_scraped_gateway(**EVERYTHING)).client) == ""
 
-    def test_outcomes_are_those_of_the_contract(self) -> None:
+    def test_outcomes_equal_the_contracts(self) -> None:
         named = """
             hit stale miss collapsed bypass unpriced upstream-rejected rate-limited quota-exceeded unauthenticated
             team-disabled invalid upstream-error upstream-refused upstream-busy upstream-timeout store-unavailable
@@ -81,7 +81,7 @@ class TestContract:
 
 
 class TestBeforeTheFirstEvent:
-    """A series that begins with its first event hides that event from `rate` and `increase`."""
+    """Series exist before their first event, because `rate` and `increase` miss an event that creates a series."""
 
     @pytest.fixture
     def first(self, open_scraped_gateway: OpenGateway) -> Scraped:
@@ -110,7 +110,7 @@ class TestBeforeTheFirstEvent:
             ("org", "-", "estimated_credits", "month"): 0
         }
 
-    def test_the_process_says_what_it_is(self, first: Scraped) -> None:
+    def test_build_info_and_ledger_metrics_exist(self, first: Scraped) -> None:
         assert first.series("build_info", "version") == {(__version__,): 1}
         assert first.value("config_last_reload_successful") == 1
         assert [first.value(f"{name}_total") for name in ("ledger_lost", "unanswered_debits")] == [0, 0]
@@ -123,7 +123,7 @@ class TestBeforeTheFirstEvent:
 class TestLabels:
     CANARY = "CaNaRy"
 
-    def test_no_value_comes_from_a_request_but_the_model(self, open_scraped_gateway: OpenGateway) -> None:
+    def test_only_the_label_model_has_values_from_requests(self, open_scraped_gateway: OpenGateway) -> None:
         gateway = open_scraped_gateway(**EVERYTHING)
         for ask in (self._odd_estimates, self._odd_requests, self._odd_purges):
             ask(toured(gateway))

@@ -1,4 +1,4 @@
-"""What counters count: each request once, by team and outcome; credits, warnings, calls of upstream and store."""
+"""Counters: each request once by team and outcome, credits, warnings, and calls of upstream and store."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +36,7 @@ def _nothing(_: GatewayFixture) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """How an outcome comes about: `act` makes it, and others `besides`; `before` is one request or nothing."""
+    """How to cause an outcome. `act` causes it, and also the outcomes `besides`; `before` runs first."""
 
     act: Act
     before: Act = _nothing
@@ -69,7 +69,7 @@ def _ask_two_at_once(gateway: GatewayFixture) -> None:
 
 
 def _decisions(gateway: GatewayFixture) -> float:
-    """How often the ledger has decided."""
+    """Returns how many decisions the ledger has made."""
     name = "estimate_proxy_store_duration_seconds_count"
     return gateway.metrics.registry.get_sample_value(name, {"call": "ledger_decide"}) or 0
 
@@ -117,7 +117,7 @@ CASES: dict[Outcome, Case] = {
 
 
 def ended(gateway: GatewayFixture) -> tuple[Counter[tuple[str, str]], Counter[str]]:
-    """The estimates so far, by team and outcome, and those whose duration is known, by outcome."""
+    """Returns the estimates by team and outcome, and the observed durations by outcome."""
     scraped, requests, durations = scrape(gateway.client), Counter[tuple[str, str]](), Counter[str]()
     for (team, operation, outcome), value in scraped.series("requests_total", "team", "operation", "outcome").items():
         requests[team, outcome] += int(value) * (operation == "estimate")
@@ -147,7 +147,7 @@ class TestCounters:
         )
         assert scrape(gateway.client).value("unpriced_total", team="design") == (outcome is Outcome.UNPRICED)
 
-    def test_a_defect_counts_too(self) -> None:
+    def test_an_unexpected_exception_counts_too(self) -> None:
         metrics = Metrics(TEAMS)
 
         async def broken(_: ClientRequest, trace: Trace) -> Result:
@@ -163,7 +163,7 @@ class TestCounters:
         assert metrics.registry.get_sample_value("estimate_proxy_requests_total", labels) == 1
         assert {*CASES, Outcome.INTERNAL_ERROR} == {*Outcome}
 
-    def test_what_is_no_estimate_is_told_apart(self, open_scraped_gateway: OpenGateway) -> None:
+    def test_other_requests_are_counted_by_their_kind(self, open_scraped_gateway: OpenGateway) -> None:
         gateway = open_scraped_gateway()
         asked = [
             ("design", "hit", gateway.client.get("/v1/quota")),
@@ -180,9 +180,7 @@ class TestCounters:
         assert others == Counter((team, outcome) for team, outcome, _ in asked)
         assert ended(gateway)[0].total() == 0
 
-    def test_credits_are_counted_by_team_and_model_each_time_they_are_told(
-        self, open_scraped_gateway: OpenGateway
-    ) -> None:
+    def test_credits_are_counted_by_team_and_model_with_every_answer(self, open_scraped_gateway: OpenGateway) -> None:
         gateway = open_scraped_gateway()
         for body, token in ((FLUX, DESIGN), (FLUX, DESIGN), (FLUX, MARKETING), (ONE, DESIGN)):
             assert gateway.ask(body, x_api_key=token).status_code == 200
@@ -195,12 +193,12 @@ class TestCounters:
         }
 
     @pytest.mark.parametrize("model", ["ünï", "x" * 65, 'a"b', "a\\nb", "-", "mixed", "{}"])
-    def test_a_model_with_a_name_that_is_none_is_another(self, model: str, open_scraped_gateway: OpenGateway) -> None:
+    def test_a_model_with_an_invalid_name_counts_as_other(self, model: str, open_scraped_gateway: OpenGateway) -> None:
         gateway = open_scraped_gateway()
         assert gateway.ask('[{"model":"' + model.replace('"', '\\"') + '"}]').status_code == 200
         assert scrape(gateway.client).series("estimated_credits_total", "team", "model") == {("design", "other"): 1}
 
-    def test_models_are_bounded_as_in_usage(self, open_scraped_gateway: OpenGateway) -> None:
+    def test_the_number_of_models_is_limited_like_in_usage(self, open_scraped_gateway: OpenGateway) -> None:
         gateway, half = open_scraped_gateway(), MAX_MODELS // 2
         for number in range(half + 5):
             assert gateway.ask(b'[{"model":"model %d"}]' % number).status_code == 200
@@ -223,7 +221,7 @@ class TestCounters:
             ("-", "estimated_credits", "month"): 2,
         }
 
-    def test_upstream_is_counted_by_what_it_said(self, open_scraped_gateway: OpenGateway) -> None:
+    def test_upstream_calls_are_counted_by_status(self, open_scraped_gateway: OpenGateway) -> None:
         gateway = open_scraped_gateway(upstream={"timeout_s": 0.3})
         faults = [Fault.SERVER_ERROR, Fault.HANG, Fault.BUSY_FOR_NO_TIME, Fault.REDIRECT, Fault.HTML_IN_200]
         gateway.simulator.script(None, None, *faults)
@@ -233,19 +231,19 @@ class TestCounters:
             gateway.ask(b'[{"seed":%d}]' % number)
         assert _statuses(gateway) == {"2xx": 1, "4xx": 2, "5xx": 1, "timeout": 1, "error": 2}
 
-    def test_an_upstream_out_of_reach_is_an_error(self, open_scraped_gateway: OpenGateway) -> None:
+    def test_an_unreachable_upstream_is_counted_as_an_error(self, open_scraped_gateway: OpenGateway) -> None:
         gateway = open_scraped_gateway(upstream={"base_url": f"http://127.0.0.1:{free_port()}"})
         assert code_of(gateway.ask()) == "upstream-error"
         assert _statuses(gateway) == {"error": 1}
 
-    def test_the_stores_calls_have_the_names_of_their_scripts(self, open_scraped_gateway: OpenGateway) -> None:
+    def test_store_calls_are_counted_by_script_name(self, open_scraped_gateway: OpenGateway) -> None:
         found = scrape(toured(open_scraped_gateway()).client).series("store_duration_seconds_count", "call")
         assert {("ledger_decide",), ("price_get",), ("price_put",), ("ledger_read",)} < found.keys()
         assert {call for (call,) in found} <= LUA_SCRIPTS.keys()
 
 
 def _statuses(gateway: GatewayFixture) -> dict[str, float]:
-    """How often upstream was asked for `default`, by what it said; it never was for another account."""
+    """Returns the upstream calls of account `default` by status; other accounts have none."""
     series = scrape(gateway.client).series("upstream_request_duration_seconds_count", "account", "status")
     asked = {key: value for key, value in series.items() if value}
     assert {account for account, _ in asked} == {"default"}

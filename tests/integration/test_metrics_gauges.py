@@ -1,4 +1,4 @@
-"""What gauges show: each number as it is now, and none of a store that is out of reach."""
+"""Gauges show current values, and are absent while their store is unreachable."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ LEDGER_GAUGES = {family.name for family in families().values() if family.from_le
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each scrape reads the stores."""
+    """Makes each scrape read the stores."""
     monkeypatch.setattr("proxy.http.metrics_endpoint.SNAPSHOT_S", -1.0)
 
 
@@ -59,7 +59,7 @@ def dead(store: StoreProcess) -> Iterator[None]:
 @pytest.mark.usefixtures("fresh")
 class TestStores:
     @pytest.mark.parametrize("out_of_reach", [hanging, dead])
-    def test_without_its_ledger_a_gateway_shows_no_old_numbers(
+    def test_without_its_ledger_a_gateway_shows_no_stale_values(
         self,
         out_of_reach: Callable[[StoreProcess], AbstractContextManager[None]],
         ledger: StoreProcess,
@@ -81,7 +81,7 @@ class TestStores:
         after = scrape(gateway.client)
         assert after.value("window_estimated_credits", team="design", per="day") == 1
 
-    def test_without_its_price_book_it_shows_no_old_balance(
+    def test_without_its_price_book_it_shows_no_stale_balance(
         self, ledger: StoreProcess, valkey_url: str, open_scraped_gateway: OpenGateway
     ) -> None:
         ledger.start()
@@ -96,7 +96,7 @@ class TestStores:
         wait_until(lambda: scrape(gateway.client).series("balance_credits", "account") == {("default",): 10_000})
         assert up(scrape(gateway.client)) == {"ledger": 1, "price-book": 1}
 
-    def test_a_debit_without_a_reply_and_one_that_waits(
+    def test_unanswered_and_buffered_debits_are_shown(
         self, ledger: StoreProcess, valkey_url: str, open_scraped_gateway: OpenGateway
     ) -> None:
         ledger.start()
@@ -108,7 +108,7 @@ class TestStores:
             assert (during.value("unanswered_debits_total"), during.value("buffered_debits")) == (1, 2)
         wait_until(lambda: scrape(gateway.client).value("buffered_debits") == 0)
 
-    def test_a_ledger_that_was_lost(self, open_scraped_gateway: OpenGateway) -> None:
+    def test_a_lost_ledger_is_counted(self, open_scraped_gateway: OpenGateway) -> None:
         gateway = open_scraped_gateway()
         gateway.ask(ONE)
         created = scrape(gateway.client).value("ledger_created_timestamp_seconds")
@@ -125,12 +125,14 @@ def up(scraped: Scraped) -> dict[str, float]:
 
 
 def _present(scraped: Scraped) -> set[str]:
-    """Which of the ledger's gauges have numbers."""
+    """Returns which of the ledger's gauges have samples."""
     return {name for name, _ in scraped.samples} & LEDGER_GAUGES
 
 
 class TestGauges:
-    def test_the_circuit(self, open_scraped_gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_circuit_breakers_state_is_shown(
+        self, open_scraped_gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr("proxy.upstream.circuit_breaker.OPEN_S", 0.1)
         gateway = open_scraped_gateway()
         gateway.simulator.script(*[Fault.SERVER_ERROR] * MIN_ANSWERS)
@@ -141,7 +143,7 @@ class TestGauges:
         wait_until(lambda: gateway.ask().status_code == 200)
         assert _circuits(gateway) == {"default": 0, "second": 0}
 
-    def test_what_is_in_flight(self, open_scraped_gateway: OpenGateway) -> None:
+    def test_requests_in_flight_are_shown(self, open_scraped_gateway: OpenGateway) -> None:
         gateway = open_scraped_gateway()
         assert scrape(gateway.client).value("requests_in_flight") == 1, "the scrape itself"
         with ThreadPoolExecutor() as pool, gateway.simulator.hold() as hold:
@@ -152,7 +154,7 @@ class TestGauges:
             assert [future.result().status_code for future in asked] == [200] * 3
         wait_until(lambda: scrape(gateway.client).value("requests_in_flight") == 1)
 
-    def test_windows_are_what_usage_says(self, open_scraped_gateway: OpenGateway) -> None:
+    def test_windows_equal_the_usage_endpoint(self, open_scraped_gateway: OpenGateway) -> None:
         gateway = open_scraped_gateway(org={"timezone": MORNING})
         for body, token in ((FLUX, DESIGN), (FLUX, DESIGN), (ONE, MARKETING), (b"[{},{}]", DESIGN)):
             assert gateway.ask(body, x_api_key=token).status_code == 200
@@ -162,7 +164,7 @@ class TestGauges:
         assert booked(scraped)["design", "day"] == (3, 7.5)
         assert booked(scraped)["retired", "month"] == (0, 0)
 
-    def test_each_window_has_its_own_number(self, open_scraped_gateway: OpenGateway) -> None:
+    def test_each_window_has_its_own_value(self, open_scraped_gateway: OpenGateway) -> None:
         gateway, keys, zone = open_scraped_gateway(org={"timezone": MORNING}), LedgerKeys("default"), ZoneInfo(MORNING)
         for number, per in enumerate(PERS, 1):
             counter = keys.counter("design", per, window_of(per, int(time.time()), zone))
@@ -171,8 +173,8 @@ class TestGauges:
         assert [found["design", per] for per in PERS] == [(1, 1.5), (2, 3.0), (3, 4.5)]
         assert found["marketing", "month"] == (0, 0)
 
-    def test_quotas_are_what_their_teams_are_shown(self, open_scraped_gateway: OpenGateway) -> None:
-        wait_until(lambda: time.time() % 60 < 55)  # no minute may end meanwhile
+    def test_quota_gauges_equal_the_quota_endpoint(self, open_scraped_gateway: OpenGateway) -> None:
+        wait_until(lambda: time.time() % 60 < 55)  # no minute may end in between
         quotas = [quota(100.5), quota(7, "minute", "requests"), quota(0, "hour", on_exceed="warn")]
         gateway = open_scraped_gateway(
             teams=limited(*quotas), org={"quotas": [quota(9000, "week", "requests")], "timezone": MORNING}
@@ -192,7 +194,7 @@ class TestGauges:
             assert {per for (per,) in found} == {"minute", "hour", "day", "week", "month"}
         assert scraped.value("quota_used", scope="org", team="-", measure="requests", per="week") == 3
 
-    def test_the_balance_is_the_fleets(self, open_scraped_gateway: OpenGateway) -> None:
+    def test_the_balance_is_shared_by_all_gateways(self, open_scraped_gateway: OpenGateway) -> None:
         asked = open_scraped_gateway()
         assert asked.ask().status_code == 200
         asked.age(100)
@@ -205,7 +207,7 @@ class TestGauges:
         assert scraped.series("balance_age_seconds", "account").keys() == {("default",)}
 
     @pytest.mark.usefixtures("fresh")
-    def test_a_balance_that_another_gateway_has_seen_is_shown_here(self, open_scraped_gateway: OpenGateway) -> None:
+    def test_a_balance_received_by_another_gateway_is_shown(self, open_scraped_gateway: OpenGateway) -> None:
         asked, idle = open_scraped_gateway(), open_scraped_gateway()
         for number, balance in enumerate((41, 17)):
             asked.simulator.balance = balance
@@ -213,7 +215,7 @@ class TestGauges:
             wait_until(lambda: scrape(idle.client).value("balance_credits", account="default") == balance)  # noqa: B023
 
     def test_stores_are_read_at_most_every_few_seconds(self, open_scraped_gateway: OpenGateway) -> None:
-        scrape(open_scraped_gateway().client)  # the store knows the scripts now
+        scrape(open_scraped_gateway().client)  # the scripts are loaded now
         gateway = open_scraped_gateway()
         first, calls = _scrapes_until_read(gateway), _script_calls(gateway)
         next_ = _scrapes_until_read(gateway)
@@ -249,7 +251,7 @@ def _circuits(gateway: GatewayFixture) -> dict[str, float]:
 
 
 def _script_calls(gateway: GatewayFixture) -> int:
-    """How many scripts the store has run."""
+    """Returns how many scripts the store has run."""
     stats: Any = gateway.store.info("commandstats")
     return int(stats["cmdstat_evalsha"]["calls"])
 
@@ -260,7 +262,7 @@ class Took(NamedTuple):
 
 
 def _scrapes_until_read(gateway: GatewayFixture) -> list[Took]:
-    """Scrapes, the last of which has read the stores."""
+    """Scrapes until a scrape has read the stores."""
     calls, scrapes = _script_calls(gateway), list[Took]()
     while _script_calls(gateway) == calls:
         began = time.monotonic()
@@ -270,5 +272,5 @@ def _scrapes_until_read(gateway: GatewayFixture) -> list[Took]:
 
 
 def _key(team: str, quota: Tree) -> tuple[str, str, str, str]:
-    """A quota's labels; the organisation's is shown to each team."""
+    """Returns a quota's labels; the organisation's quota has a series for each team."""
     return quota["scope"], team if quota["scope"] == "team" else "-", quota["measure"], quota["per"]

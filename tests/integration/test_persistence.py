@@ -1,4 +1,4 @@
-"""A ledger's server that may lose its data is an error in the log at the start; what is unknown is not claimed."""
+"""Log lines at the start about a ledger's server that may lose its data."""
 
 import asyncio
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ SETTINGS: dict[str, list[tuple[dict[str, str], list[str]]]] = {
 }
 
 
-def said_at_start(url: str, caplog: pytest.LogCaptureFixture, **store: str) -> list[str]:
+def logged_at_start(url: str, caplog: pytest.LogCaptureFixture, **store: str) -> list[str]:
     caplog.clear()
     assert asyncio.run(startup_errors(settings(url, "http://127.0.0.1:1", store=store), {})) is None
     assert {record.levelname for record in caplog.records} <= {"ERROR"}
@@ -49,16 +49,16 @@ def configurable(server: redis.Redis) -> Iterator[redis.Redis]:
 
 
 @pytest.mark.parametrize("kept", SETTINGS)
-def test_what_a_server_may_lose_is_said_at_the_start(
+def test_possible_data_loss_is_logged_at_the_start(
     any_store_url: str, configurable: redis.Redis, caplog: pytest.LogCaptureFixture, kept: str
 ) -> None:
     for wanted, said in SETTINGS[kept]:
         for name, value in wanted.items():
             configurable.config_set(name, value)
-        assert said_at_start(any_store_url, caplog) == said
+        assert logged_at_start(any_store_url, caplog) == said
 
 
-def test_where_config_is_forbidden_nothing_is_claimed(
+def test_without_access_to_config_nothing_is_logged(
     any_store_url: str, configurable: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     configurable.config_set("appendonly", "no")
@@ -66,7 +66,7 @@ def test_where_config_is_forbidden_nothing_is_claimed(
     access = {"username": "narrow", "password": "secret"}
     for rights, said in (("-config", []), ("+config", [NOTHING_WRITTEN]), ("-info", [])):
         configurable.execute_command("ACL", "SETUSER", "narrow", "on", ">secret", "~*", "+@all", rights)  # type: ignore[no-untyped-call]  # redis-py's
-        assert said_at_start(any_store_url, caplog, **access) == said
+        assert logged_at_start(any_store_url, caplog, **access) == said
     configurable.acl_deluser("narrow")
 
 
@@ -76,26 +76,26 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[Cluster]:
         yield opened
 
 
-def test_of_several_servers_the_worst_one_counts(fleet: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_worst_of_several_servers_counts(fleet: Cluster, caplog: pytest.LogCaptureFixture) -> None:
     primaries = [fleet.home(slot).client for slot in (0, SLOTS // 2, SLOTS - 1)]
     for primary in primaries:
         primary.config_set("appendonly", "yes")
-    assert said_at_start(fleet.url, caplog) == []
+    assert logged_at_start(fleet.url, caplog) == []
     primaries[1].config_set("appendfsync", "no")
-    assert said_at_start(fleet.url, caplog) == [WRITTEN_LATE]
+    assert logged_at_start(fleet.url, caplog) == [WRITTEN_LATE]
     primaries[2].config_set("appendonly", "no")
-    assert said_at_start(fleet.url, caplog) == [NOTHING_WRITTEN]
+    assert logged_at_start(fleet.url, caplog) == [NOTHING_WRITTEN]
 
 
-def test_a_server_that_cannot_be_reached_is_not_judged(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreachable_server_causes_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     with server_group("valkey") as group:
         member = group.member()
         member.kill()
-        assert said_at_start(f"redis://127.0.0.1:{member.port}", caplog) == []
+        assert logged_at_start(f"redis://127.0.0.1:{member.port}", caplog) == []
 
 
-def test_only_what_is_known_of_one_server_is_claimed() -> None:
-    """Facts of two servers never add up to a warning that neither deserves."""
+def test_warnings_use_the_facts_of_one_server_only() -> None:
+    """Facts of two servers are never combined into a warning that applies to neither."""
     for append_only, save, appendfsync in product((None, True, False), (None, "", "60 1"), (None, "no", "everysec")):
         one = data_loss_warning([Persistence(append_only, save, appendfsync)])
         nothing_written, written_late = (append_only, save) == (False, ""), (append_only, appendfsync) == (True, "no")

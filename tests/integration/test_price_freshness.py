@@ -1,4 +1,4 @@
-"""Prices that age: directives of the request, stale answers, audits, members that do not count, purges."""
+"""Freshness of prices: request directives, stale answers, audits, ignored members, purges."""
 
 import logging
 import subprocess
@@ -34,13 +34,13 @@ def amount(response: httpx2.Response) -> float:
 
 
 def settled(gateway: GatewayFixture, calls: int) -> None:
-    """Waits until upstream has been asked so often, and what it said is stored."""
+    """Waits until upstream has had this number of calls, and its answers are stored."""
     wait_until(lambda: gateway.simulator.calls >= calls and not gateway.store.keys("ep1:*:lease"))
     assert gateway.simulator.calls == calls
 
 
 class TestDirectives:
-    def test_no_cache_asks_and_stores(self, gateway: GatewayFixture) -> None:
+    def test_no_cache_fetches_and_stores(self, gateway: GatewayFixture) -> None:
         gateway.simulator.script(priced("1"), priced("2"))
         gateway.ask()
         fresh = gateway.ask(cache_control="no-cache")
@@ -48,21 +48,21 @@ class TestDirectives:
         hit = gateway.ask()
         assert (amount(hit), cache_status(hit)[:3]) == (2, "hit")
 
-    def test_no_store_asks_and_leaves_what_is_stored(self, gateway: GatewayFixture) -> None:
+    def test_no_store_fetches_and_keeps_the_stored_price(self, gateway: GatewayFixture) -> None:
         gateway.simulator.script(priced("1"), priced("2", "77"))
         gateway.ask()
         fresh = gateway.ask(cache_control="max-stale, No-Store")
         assert (amount(fresh), cache_status(fresh)) == (2, "fwd=request; fwd-status=200")
         assert gateway.ask().json()["data"] == {"estimated": 1, "balance": 77}
 
-    def test_max_age_takes_what_is_young_enough(self, gateway: GatewayFixture) -> None:
+    def test_max_age_accepts_prices_that_are_young_enough(self, gateway: GatewayFixture) -> None:
         gateway.ask()
         gateway.age(10)
         assert cache_status(gateway.ask(cache_control="max-age=60")).startswith("hit")
         assert cache_status(gateway.ask(cache_control="max-age=5")) == "fwd=request; fwd-status=200; stored; ttl=3600"
         assert cache_status(gateway.ask(cache_control="max-age=5")).startswith("hit")
 
-    def test_only_if_cached(self, gateway: GatewayFixture) -> None:
+    def test_only_if_cached_never_calls_upstream(self, gateway: GatewayFixture) -> None:
         refused = gateway.ask(cache_control="only-if-cached")
         assert (refused.status_code, code_of(refused)) == (504, "not-cached")
         assert gateway.simulator.calls == 0
@@ -71,15 +71,15 @@ class TestDirectives:
         assert code_of(gateway.ask(cache_control="only-if-cached, no-cache")) == "not-cached"
 
     @pytest.mark.parametrize("value", ["max-age=soon", "max-age", "max-age=-1", "max-age=1.5"])
-    def test_a_max_age_that_is_none(self, gateway: GatewayFixture, value: str) -> None:
+    def test_an_invalid_max_age_is_refused(self, gateway: GatewayFixture, value: str) -> None:
         assert code_of(gateway.ask(cache_control=value)) == "invalid-request"
 
     @pytest.mark.parametrize("value", ["", "no-transform", "max-stale=5", "min-fresh=1", 'x="no-cache, y"', "public"])
-    def test_others_are_ignored(self, gateway: GatewayFixture, value: str) -> None:
+    def test_other_directives_are_ignored(self, gateway: GatewayFixture, value: str) -> None:
         gateway.ask()
         assert cache_status(gateway.ask(cache_control=value)).startswith("hit")
 
-    def test_a_failed_no_cache_is_no_stale_answer(self, gateway: GatewayFixture) -> None:
+    def test_a_failed_no_cache_request_gets_no_stale_answer(self, gateway: GatewayFixture) -> None:
         gateway.ask()
         gateway.simulator.script(Fault.SERVER_ERROR)
         assert code_of(gateway.ask(cache_control="no-cache")) == "upstream-error"
@@ -87,7 +87,7 @@ class TestDirectives:
 
 
 class TestStale:
-    def test_while_it_is_revalidated(self, gateway: GatewayFixture) -> None:
+    def test_a_stale_price_is_served_while_it_is_revalidated(self, gateway: GatewayFixture) -> None:
         gateway.simulator.script(priced("1"), priced("2"))
         gateway.ask()
         gateway.age(3612)
@@ -98,7 +98,7 @@ class TestStale:
         fresh = gateway.ask()
         assert (amount(fresh), cache_status(fresh)[:3]) == (2, "hit")
 
-    def test_after_that_window_upstream_is_asked(self, gateway: GatewayFixture) -> None:
+    def test_after_that_window_upstream_is_called(self, gateway: GatewayFixture) -> None:
         gateway.ask()
         gateway.age(3600 + 301)
         assert cache_status(gateway.ask()) == "fwd=stale; fwd-status=200; stored; ttl=3600"
@@ -112,7 +112,9 @@ class TestStale:
             (Fault.HANG, ""),
         ],
     )
-    def test_if_upstream_fails(self, open_gateway: OpenGateway, fault: Fault, status: str) -> None:
+    def test_a_stale_price_is_served_if_upstream_fails(
+        self, open_gateway: OpenGateway, fault: Fault, status: str
+    ) -> None:
         gateway = open_gateway(upstream={"timeout_s": 0.5})
         gateway.ask()
         gateway.age(3600 + 400)
@@ -121,20 +123,20 @@ class TestStale:
         assert (stale.status_code, amount(stale), stale.headers["age"]) == (200, 2.75, "4000")
         assert cache_status(stale).replace("-401", "-400") == f"fwd=stale{status}; ttl=-400; detail=stale-if-error"
 
-    def test_if_the_deadline_passes(self, open_gateway: OpenGateway) -> None:
+    def test_a_stale_price_is_served_if_the_deadline_passes(self, open_gateway: OpenGateway) -> None:
         gateway = open_gateway(server={"request_timeout_s": 0.2}, upstream={"timeout_s": 5})
         gateway.ask()
         gateway.age(3600 + 400)
         with gateway.simulator.hold():
             assert cache_status(gateway.ask()).endswith("detail=stale-if-error")
 
-    def test_not_beyond_its_window(self, gateway: GatewayFixture) -> None:
+    def test_a_price_older_than_its_window_is_not_served(self, gateway: GatewayFixture) -> None:
         gateway.ask()
         gateway.age(3600 + 86_401)
         gateway.simulator.script(Fault.SERVER_ERROR)
         assert code_of(gateway.ask()) == "upstream-error"
 
-    def test_a_refusal_of_the_body_ends_the_price(self, gateway: GatewayFixture) -> None:
+    def test_a_refusal_of_the_body_deletes_the_price(self, gateway: GatewayFixture) -> None:
         gateway.ask()
         gateway.age(3610)
         gateway.simulator.script(answers(b"{}", 422))
@@ -143,7 +145,7 @@ class TestStale:
         wait_until(lambda: not gateway.store.keys("ep1:*:price"))
         assert cache_status(gateway.ask()) == "fwd=miss; fwd-status=200; stored; ttl=3600"
 
-    def test_an_unpriced_refresh_leaves_it(self, gateway: GatewayFixture) -> None:
+    def test_an_unpriced_refresh_keeps_the_price(self, gateway: GatewayFixture) -> None:
         gateway.ask()
         gateway.age(3610)
         gateway.simulator.script(Fault.UNPRICED_NULL)
@@ -158,7 +160,7 @@ class TestCircuit:
         for number in range(10):
             gateway.ask(b'[{"seed":%d}]' % number)
 
-    def test_it_opens_and_answers_without_asking(self, gateway: GatewayFixture) -> None:
+    def test_it_opens_and_answers_without_an_upstream_call(self, gateway: GatewayFixture) -> None:
         self.open(gateway)
         calls = gateway.simulator.calls
         refused = gateway.ask()
@@ -166,24 +168,24 @@ class TestCircuit:
         assert 1 <= int(refused.headers["retry-after"]) <= 5
         assert gateway.simulator.calls == calls
 
-    def test_while_it_is_open_stale_prices_serve(self, gateway: GatewayFixture) -> None:
+    def test_while_it_is_open_stale_prices_are_served(self, gateway: GatewayFixture) -> None:
         gateway.ask()
         gateway.age(3600 + 400)
         self.open(gateway)
         assert cache_status(gateway.ask()).replace("-401", "-400") == "hit; ttl=-400; detail=stale-if-error"
 
-    def test_it_closes_by_a_probe(self, gateway: GatewayFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_successful_probe_closes_it(self, gateway: GatewayFixture, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("proxy.upstream.circuit_breaker.OPEN_S", 0.2)
         self.open(gateway)
         wait_until(lambda: gateway.ask().status_code == 200)
         assert gateway.ask(b"[{}]").status_code == 200
 
-    def test_it_is_an_accounts(self, open_gateway: OpenGateway) -> None:
+    def test_each_account_has_its_own(self, open_gateway: OpenGateway) -> None:
         gateway = open_gateway(teams={"marketing": {"tokens": [digest_of(MARKETING)], "account": "second"}})
         self.open(gateway)
         assert code_of(gateway.ask(x_api_key=MARKETING)) == "upstream-refused"
 
-    def test_upstreams_own_pause_is_kept(self, gateway: GatewayFixture) -> None:
+    def test_upstreams_retry_after_is_respected(self, gateway: GatewayFixture) -> None:
         gateway.simulator.script(answers(b"{}", 429, retry_after="30"))
         assert gateway.ask().headers["retry-after"] == "30"
         calls = gateway.simulator.calls
@@ -195,7 +197,7 @@ class TestCircuit:
 class TestAudits:
     @pytest.fixture
     def gateway(self, open_gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch) -> GatewayFixture:
-        """A gateway to which every balance is old."""
+        """Opens a gateway for which every balance is old."""
         monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_CLAIM_S", 0.0)
         return open_gateway(cache={"balance_max_age_s": 0})
 
@@ -206,7 +208,7 @@ class TestAudits:
         return value or 0.0
 
     def audited(self, gateway: GatewayFixture, result: str, body: bytes = FLUX) -> httpx2.Response:
-        """A hit, once what it has set off is over."""
+        """Requests a hit, and waits until its audit is over."""
         calls, before = gateway.simulator.calls, self.audits(gateway, result)
         hit = gateway.ask(body)
         assert cache_status(hit).startswith("hit")
@@ -217,13 +219,13 @@ class TestAudits:
     def ttl_s(self, gateway: GatewayFixture, body: bytes) -> int:
         return int(gateway.client.post("/v1/explain", content=body).json()["ttl_s"])
 
-    def test_an_old_balance_is_asked_again_behind_the_answer(self, gateway: GatewayFixture) -> None:
+    def test_an_old_balance_is_fetched_again_after_the_answer(self, gateway: GatewayFixture) -> None:
         gateway.ask()
         gateway.simulator.balance = 41
         assert self.audited(gateway, "same").json()["data"]["balance"] == 10_000
         assert self.audited(gateway, "same").json()["data"]["balance"] == 41
 
-    def test_how_old_it_is_stands_in_the_answer(self, open_gateway: OpenGateway) -> None:
+    def test_the_answer_has_the_balances_age(self, open_gateway: OpenGateway) -> None:
         open_gateway().ask()
         gateway = open_gateway(cache={"balance_max_age_s": 60})
         gateway.age(70)
@@ -231,14 +233,14 @@ class TestAudits:
         settled(gateway, calls=2)
         wait_until(lambda: gateway.ask().headers["estimate-proxy-balance-age"] == "0")
 
-    def test_a_young_one_is_not_asked_again(self, open_gateway: OpenGateway) -> None:
+    def test_a_fresh_balance_is_not_fetched_again(self, open_gateway: OpenGateway) -> None:
         gateway = open_gateway(cache={"balance_max_age_s": 60})
         gateway.ask()
         gateway.ask()
         gateway.ask(b"[{}]")
         settled(gateway, calls=2)
 
-    def test_a_price_that_differs_is_replaced_and_told(
+    def test_a_price_that_differs_is_replaced_and_logged(
         self, gateway: GatewayFixture, caplog: pytest.LogCaptureFixture
     ) -> None:
         gateway.simulator.script(priced("5"), priced("5.0"), priced("6"), priced("6"))
@@ -252,7 +254,7 @@ class TestAudits:
         assert facts.items() <= record.facts.items()  # type: ignore[attr-defined] # ours
         assert amount(self.audited(gateway, "same")) == 6
 
-    def test_three_bodies_that_differ_make_every_older_price_stale(self, gateway: GatewayFixture) -> None:
+    def test_three_changed_bodies_make_every_older_price_stale(self, gateway: GatewayFixture) -> None:
         bodies = [b'[{"seed":%d}]' % number for number in range(4)]
         gateway.simulator.script(*[priced("5")] * 4, *[priced("6")] * 4)
         for body in bodies:
@@ -266,7 +268,7 @@ class TestAudits:
         settled(gateway, calls=8)
         assert self.ttl_s(gateway, bodies[3]) > 3500
 
-    def test_one_body_that_keeps_changing_is_no_new_price_list(self, gateway: GatewayFixture) -> None:
+    def test_one_body_that_keeps_changing_is_not_a_new_price_list(self, gateway: GatewayFixture) -> None:
         gateway.simulator.script(*[priced(str(number)) for number in range(1, 6)])
         gateway.ask()
         for _ in range(4):
@@ -280,7 +282,7 @@ class TestIgnoredMembers:
         monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_CLAIM_S", 0.0)
         return open_gateway(cache={"ignore": ["seed", "prompt.positive"], "balance_max_age_s": 0})
 
-    def test_they_are_left_out_of_the_key_and_not_out_of_what_is_sent(self, gateway: GatewayFixture) -> None:
+    def test_they_are_left_out_of_the_key_but_sent_to_upstream(self, gateway: GatewayFixture) -> None:
         first = b'[{"model":"Flux","seed":1,"prompt":{"positive":"a","negative":"b"}}]'
         gateway.ask(first)
         for other in (b'"seed":2,"prompt":{"positive":"c","negative":"b"}', b'"prompt":{"negative":"b"}'):
@@ -295,7 +297,7 @@ class TestIgnoredMembers:
         body = b'[{"seed":1,"prompt":{"negative":"b"}}]'
         assert gateway.client.post("/v1/explain", content=body).json()["ignored_members"] == ["seed"]
 
-    def test_one_that_decides_a_price_is_found_out(
+    def test_one_that_changes_a_price_is_detected(
         self, gateway: GatewayFixture, caplog: pytest.LogCaptureFixture
     ) -> None:
         gateway.simulator.script(priced("5"), priced("6"))
@@ -319,7 +321,7 @@ class TestPurge:
     def purge(self, gateway: GatewayFixture, content: str, token: str = ADMIN) -> httpx2.Response:
         return gateway.client.post(PURGE, content=content, headers={"x-api-key": token})
 
-    def test_one_question(self, gateway: GatewayFixture) -> None:
+    def test_one_request_can_be_purged(self, gateway: GatewayFixture) -> None:
         gateway.ask()
         gateway.ask(b"[{}]")
         answer = self.purge(gateway, '{"account":"default","body":[ {"model":"Fl\\u0075x"} ]}')
@@ -329,7 +331,7 @@ class TestPurge:
         assert cache_status(gateway.ask(b"[{}]")).startswith("hit")
         assert self.purge(gateway, '{"body":[{"never":"asked"}]}').json()["was_stored"] is False
 
-    def test_the_whole_book_of_an_account(self, gateway: GatewayFixture) -> None:
+    def test_all_prices_of_an_account_can_be_purged(self, gateway: GatewayFixture) -> None:
         gateway.ask()
         gateway.ask(b"[{}]")
         assert self.purge(gateway, '{"account":"default","all":true}').json() == {"account": "default", "purged": "all"}
@@ -337,7 +339,9 @@ class TestPurge:
         assert cache_status(gateway.ask(b"[{}]")).startswith("fwd=miss")
         assert cache_status(gateway.ask()).startswith("hit")
 
-    def test_half_a_purge_is_told_as_none(self, gateway: GatewayFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_partial_purge_is_reported_as_failed(
+        self, gateway: GatewayFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         gateway.ask()
         call = Store.call
 
@@ -353,7 +357,7 @@ class TestPurge:
         assert "the purge may not have happened" in refused.json()["detail"]
         assert self.purge(gateway, '{"body":[{"model":"Flux"}]}').status_code == 200
 
-    def test_a_request_that_joins_a_purged_fetch_asks_again_even_without_the_store(
+    def test_a_request_that_joins_a_purged_fetch_fetches_again_even_without_the_store(
         self, gateway: GatewayFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         gateway.simulator.script(priced("1"), priced("2"))
@@ -375,7 +379,7 @@ class TestPurge:
             assert [amount(before.result()), amount(after.result())] == [1, 2]
         assert gateway.simulator.calls == 2
 
-    def test_a_question_with_its_query(self, gateway: GatewayFixture) -> None:
+    def test_a_request_with_a_query_can_be_purged(self, gateway: GatewayFixture) -> None:
         path = "/pub/v1/generations/estimate?type=image"
         gateway.client.post(path, content=FLUX)
         assert self.purge(gateway, '{"body":[{"model":"Flux"}]}').json()["was_stored"] is False
@@ -384,11 +388,11 @@ class TestPurge:
     @pytest.mark.parametrize(
         ("token", "status", "code"), [(DESIGN, 403, "forbidden"), ("ep_nobody", 401, "unknown-token")]
     )
-    def test_it_needs_an_admin_token(self, gateway: GatewayFixture, token: str, status: int, code: str) -> None:
+    def test_a_purge_needs_an_admin_token(self, gateway: GatewayFixture, token: str, status: int, code: str) -> None:
         refused = self.purge(gateway, '{"all":true}', token)
         assert (refused.status_code, code_of(refused)) == (status, code)
 
-    def test_an_admin_token_asks_no_estimates(self, gateway: GatewayFixture) -> None:
+    def test_an_admin_token_gives_no_estimates(self, gateway: GatewayFixture) -> None:
         assert code_of(gateway.ask(x_api_key=ADMIN)) == "forbidden"
 
     @pytest.mark.parametrize(
@@ -404,16 +408,18 @@ class TestPurge:
             ('{"account":"nobody","all":true}', "invalid-request"),
         ],
     )
-    def test_what_it_does_not_understand(self, gateway: GatewayFixture, content: str, code: str) -> None:
+    def test_an_invalid_purge_request_is_refused(self, gateway: GatewayFixture, content: str, code: str) -> None:
         refused = self.purge(gateway, content)
         assert (refused.status_code, code_of(refused)) == (400, code)
 
-    def test_a_lost_store_is_told(self, gateway: GatewayFixture) -> None:
+    def test_a_purge_without_the_store_gets_a_503(self, gateway: GatewayFixture) -> None:
         gateway.store.client_pause(600)
         refused = self.purge(gateway, '{"all":true}')
         assert (refused.status_code, code_of(refused)) == (503, "store-unavailable")
 
-    def test_from_the_command_line(self, gateway: GatewayFixture, valkey_url: str, tmp_path: Path) -> None:
+    def test_prices_can_be_purged_from_the_command_line(
+        self, gateway: GatewayFixture, valkey_url: str, tmp_path: Path
+    ) -> None:
         gateway.ask()
         config, body = tmp_path / "config.toml", tmp_path / "body.json"
         host = dict(gateway.simulator.received[0].headers)[b"host"].decode()

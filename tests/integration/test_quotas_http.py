@@ -1,4 +1,4 @@
-"""Quotas as a team meets them: over sockets, with a real ledger, the simulator as upstream."""
+"""Quotas over HTTP, with a real ledger and the simulator as upstream."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +46,7 @@ def limiting(limited: Limited, scope: str, *quotas: Tree, **sections: Tree) -> G
 class TestQuotas:
     @pytest.mark.parametrize("scope", SCOPES)
     @pytest.mark.parametrize(("measure", "status"), [("requests", 429), ("estimated_credits", 402)])
-    def test_one_that_is_used_up_refuses(self, scope: str, measure: str, status: int, limited: Limited) -> None:
+    def test_a_used_up_quota_refuses(self, scope: str, measure: str, status: int, limited: Limited) -> None:
         gateway = limiting(limited, scope, quota(2, "month", measure), org_quota := requests(50, "week"))
         assert [gateway.ask(ONE).status_code for _ in range(2)] == [200, 200]
         for body in (ONE, FLUX):
@@ -64,7 +64,7 @@ class TestQuotas:
 
     @pytest.mark.parametrize("scope", SCOPES)
     @pytest.mark.parametrize("measure", ["requests", "estimated_credits"])
-    def test_one_that_warns_counts_flags_and_admits(self, scope: str, measure: str, limited: Limited) -> None:
+    def test_a_warning_quota_counts_marks_and_admits(self, scope: str, measure: str, limited: Limited) -> None:
         gateway = limiting(limited, scope, quota(2, "month", measure, "warn"), quota(100, "day"))
         answers_ = [gateway.ask(ONE) for _ in range(4)]
         assert [answer.status_code for answer in answers_] == [200] * 4
@@ -77,7 +77,9 @@ class TestQuotas:
         assert usage(gateway) == row(4, 4, hit=3, miss=1)
 
     @pytest.mark.parametrize("per", ["minute", "hour", "day", "week", "month"])
-    def test_its_end_is_told_and_to_come_back_only_within_the_hour(self, per: str, limited: Limited) -> None:
+    def test_a_refusal_has_the_windows_end_and_retry_after_only_within_the_hour(
+        self, per: str, limited: Limited
+    ) -> None:
         gateway = limited(requests(1, per), org={"timezone": MORNING})
         now = datetime.now(ZoneInfo(MORNING))
         gateway.ask()
@@ -92,7 +94,7 @@ class TestQuotas:
         else:
             assert "retry-after" not in refused.headers
 
-    def test_credits_are_not_to_be_waited_for(self, limited: Limited) -> None:
+    def test_a_refusal_for_credits_has_no_retry_after(self, limited: Limited) -> None:
         gateway = limited(quota(1, "minute"))
         assert [gateway.ask(ONE).status_code, gateway.ask(ONE).status_code] == [200, 402]
         assert "retry-after" not in gateway.ask(ONE).headers
@@ -114,9 +116,7 @@ class TestQuotas:
         assert answer.status_code == 200
         assert list(field(answer, "estimate-proxy-warning")) == ["credits-month", "requests-month"]
 
-    def test_a_hit_that_would_pass_it_is_refused_and_shows_no_more_than_what_it_asked_for(
-        self, limited: Limited
-    ) -> None:
+    def test_a_hit_that_would_exceed_it_is_refused_and_shows_only_its_own_price(self, limited: Limited) -> None:
         gateway = limited(quota(5), requests(10))
         assert gateway.ask(FLUX).status_code == 200
         refused = gateway.ask(FLUX)
@@ -136,7 +136,7 @@ class TestQuotas:
         assert "balance" not in refused.text
         assert used(gateway) == [Decimal("2.75"), 1]
 
-    def test_a_miss_that_passes_it_debits_nothing_and_leaves_its_price_to_others(self, limited: Limited) -> None:
+    def test_a_miss_that_exceeds_it_is_not_debited_and_its_price_is_stored(self, limited: Limited) -> None:
         gateway = limited(quota(2), requests(10))
         problem = exceeded(refused := gateway.ask(FLUX))
         assert (problem["quota"]["used"], problem["quota"]["requested"]) == (0, Decimal("2.75"))
@@ -147,22 +147,22 @@ class TestQuotas:
         assert [gateway.ask(ONE).status_code for _ in range(3)] == [200, 200, 402]
         assert (gateway.simulator.calls, used(gateway)) == (2, [2, 2])
 
-    def test_a_miss_whose_price_would_not_fit_is_asked_and_one_with_nothing_left_is_not(self, limited: Limited) -> None:
+    def test_a_miss_calls_upstream_unless_nothing_is_left(self, limited: Limited) -> None:
         gateway = limited(quota(2.75))
         assert gateway.ask(FLUX).status_code == 200, "the very last credit may be used"
         problem = exceeded(gateway.ask(ONE))
         assert (problem["quota"]["used"], problem["quota"]["requested"]) == (Decimal("2.75"), None)
         assert gateway.simulator.calls == 1
 
-    def test_nothing_of_a_refused_request_is_counted_anywhere(self, limited: Limited) -> None:
+    def test_a_refused_request_uses_no_quota(self, limited: Limited) -> None:
         org = {"quotas": [quota(3), requests(9, "day", "warn")]}
         gateway = limited(requests(9, "week"), quota(9, "day"), org=org)
         assert gateway.ask(ONE).status_code == 200
-        for body in (FLUX, FLUX):  # a miss, and then a hit
+        for body in (FLUX, FLUX):  # a miss, then a hit
             assert exceeded(gateway.ask(body))["violated-policies"] == ["org-credits-month"]
         assert used(gateway) == [1, 1, 1, 1]
 
-    def test_all_that_are_violated_are_named_and_the_teams_first_is_explained(self, limited: Limited) -> None:
+    def test_all_violated_quotas_are_named_and_the_teams_first_is_explained(self, limited: Limited) -> None:
         org = {"quotas": [requests(2, "day"), quota(2, "week", on_exceed="warn"), quota(2)]}
         gateway = limited(quota(2), requests(5), requests(2, "week"), org=org)
         assert [gateway.ask(ONE).status_code for _ in range(2)] == [200, 200]
@@ -171,7 +171,7 @@ class TestQuotas:
         assert problem["violated-policies"] == expected
         assert (problem["quota"]["scope"], problem["quota"]["per"]) == ("team", "month")
 
-    def test_a_teams_quotas_stand_in_place_of_the_defaults(self, limited: Limited) -> None:
+    def test_a_teams_quotas_replace_the_defaults(self, limited: Limited) -> None:
         defaults = {"rate": rate(100), "quotas": [requests(1)]}
         teams = {"marketing": {"tokens": [digest_of(MARKETING)]}, "retired": team(RETIRED)}
         gateway = limited(quota(100), team_defaults=defaults, teams=teams)
@@ -179,7 +179,7 @@ class TestQuotas:
         assert [gateway.ask(x_api_key=MARKETING).status_code for _ in range(2)] == [200, 429]
         assert [gateway.ask(x_api_key=RETIRED).status_code for _ in range(2)] == [200, 200], "its own are none"
 
-    def test_the_organisations_counts_all_teams(self, limited: Limited) -> None:
+    def test_the_organisations_quota_counts_all_teams(self, limited: Limited) -> None:
         gateway = limited(org={"quotas": [quota(6), requests(100)]})
         assert [gateway.ask(FLUX, x_api_key=token).status_code for token in (DESIGN, MARKETING)] == [200, 200]
         for token in (DESIGN, MARKETING):
@@ -190,7 +190,7 @@ class TestQuotas:
         assert usage(gateway, ADMIN) == row(2, Decimal("5.5"), refused=2, hit=1, miss=1, quota_exceeded=2)
 
     @pytest.mark.parametrize("measure", ["requests", "estimated_credits"])
-    def test_many_at_once_do_not_pass_it(self, measure: str, limited: Limited) -> None:
+    def test_many_simultaneous_requests_do_not_exceed_it(self, measure: str, limited: Limited) -> None:
         gateway = limited(quota(20, "month", measure))
         with ThreadPoolExecutor(50) as pool, gateway.simulator.hold() as hold:
             asked = [pool.submit(gateway.ask, b'[{"seed":%d}]' % (number % 40)) for number in range(200)]

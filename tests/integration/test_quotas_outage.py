@@ -1,4 +1,4 @@
-"""Quotas while the ledger is away, hangs or dies: what is refused, what is admitted, and that all of it is booked."""
+"""Quotas while the ledger is down, hangs or dies: refusals, admissions and their bookings."""
 
 import time
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ def ledger() -> Iterator[StoreProcess]:
 
 
 class TestWithoutTheLedger:
-    def test_it_refuses_within_the_time_that_was_said(self, limited: Limited, valkey_url: str) -> None:
+    def test_requests_are_refused_within_the_timeout(self, limited: Limited, valkey_url: str) -> None:
         dead = f"redis://127.0.0.1:{free_port()}"
         gateway = limited(quota(100), store={"url": dead}, cache={"url": valkey_url})
         for body in (FLUX, ONE):
@@ -40,7 +40,7 @@ class TestWithoutTheLedger:
             assert_in_time(refused.elapsed.total_seconds(), IN_TIME_S)
         assert gateway.simulator.calls == 0
 
-    def test_it_refuses_in_time_also_if_the_ledger_hangs(
+    def test_requests_are_refused_in_time_if_the_ledger_hangs(
         self, limited: Limited, ledger: StoreProcess, valkey_url: str
     ) -> None:
         ledger.start()
@@ -55,7 +55,7 @@ class TestWithoutTheLedger:
         assert_in_time(waited[0], IN_TIME_S)
         wait_until(lambda: gateway.ask(FLUX).status_code == 200)
 
-    def test_it_admits_if_that_is_wanted_and_books_when_the_ledger_is_back(
+    def test_with_on_outage_admit_requests_are_admitted_and_booked_later(
         self, limited: Limited, ledger: StoreProcess, valkey_url: str
     ) -> None:
         store = {"url": ledger.url, "on_outage": "admit"}
@@ -72,7 +72,7 @@ class TestWithoutTheLedger:
         assert exceeded(gateway.ask(FLUX))["violated-policies"] == ["credits-month", "requests-month"]
 
     @pytest.mark.parametrize("on_outage", ["refuse", "admit"])
-    def test_one_under_way_when_it_dies_is_counted_once(
+    def test_a_request_in_flight_when_the_ledger_dies_is_counted_once(
         self, on_outage: str, limited: Limited, ledger: StoreProcess, valkey_url: str
     ) -> None:
         ledger.start()
@@ -96,7 +96,7 @@ class TestWithoutTheLedger:
             assert used(gateway) == [0, 1]
         assert cache_status(gateway.ask(FLUX)).startswith("hit; "), "the price is not lost"
 
-    def test_a_debit_that_may_have_been_booked_is_neither_repeated_nor_answered(
+    def test_a_debit_with_unknown_outcome_is_neither_repeated_nor_answered(
         self, limited: Limited, ledger: StoreProcess, valkey_url: str
     ) -> None:
         ledger.start()
@@ -111,7 +111,7 @@ class TestWithoutTheLedger:
         assert used(gateway)[0] in {2, 3}
         assert usage(gateway)["requests"] == used(gateway)[0]
 
-    def test_what_is_explained_has_no_price(self, limited: Limited, valkey_url: str) -> None:
+    def test_an_explanation_has_no_price(self, limited: Limited, valkey_url: str) -> None:
         limited().ask(FLUX)
         dead = f"redis://127.0.0.1:{free_port()}"
         gateway = limited(store={"url": dead}, cache={"url": valkey_url})
@@ -119,7 +119,7 @@ class TestWithoutTheLedger:
         assert (told["stored"], told["admitted"], told["degraded"]) == (True, None, ["ledger"])
         assert "estimated" not in told, "an estimate would be refused"
 
-    def test_without_the_price_book_alone_estimates_go_on_and_count(self, limited: Limited) -> None:
+    def test_without_only_the_price_book_estimates_are_served_and_counted(self, limited: Limited) -> None:
         gateway = limited(quota(6), requests(100), cache={"url": f"redis://127.0.0.1:{free_port()}"})
         told = [gateway.ask(FLUX) for _ in range(3)]
         assert [answer.status_code for answer in told] == [200, 200, 402]

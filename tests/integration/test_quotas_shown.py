@@ -1,4 +1,4 @@
-"""What a team is shown of its rate and its quotas: the fields of each answer, an explanation, and its views."""
+"""How a team sees its rate and quotas: in response headers, explanations, and the usage endpoints."""
 
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -40,7 +40,7 @@ def policies(response: httpx2.Response) -> dict[str, dict[str, Any]]:
 
 
 class TestFields:
-    def test_say_what_holds_and_what_is_left(self, limited: Limited) -> None:
+    def test_they_have_limits_and_remaining_amounts(self, limited: Limited) -> None:
         org = {"quotas": [quota(100, "week", on_exceed="warn"), requests(7, "minute")]}
         gateway = limited(requests(10, "day"), quota(10.5), rate=rate(20, per_s=0.5), org=org)
         now = datetime.now(UTC)
@@ -63,7 +63,7 @@ class TestFields:
             seconds = (end_of(per, now) - now).total_seconds()
             assert seconds - 3 <= limits(first)[name]["t"] <= seconds + 1
 
-    def test_stand_on_refusals_and_explanations_too(self, limited: Limited) -> None:
+    def test_refusals_and_explanations_have_them_too(self, limited: Limited) -> None:
         gateway = limited(quota(3), requests(9), rate=rate(5))
         answered = gateway.ask(FLUX)
         refused, absent = gateway.ask(FLUX), gateway.ask(ONE, cache_control="only-if-cached")
@@ -78,9 +78,9 @@ class TestFields:
         for answer in told:
             assert left(answer) == {"credits-month": 0, "requests-month": 8}
 
-    def test_a_warning_is_for_an_answer_and_not_for_a_refusal(self, limited: Limited) -> None:
+    def test_a_warning_is_on_answers_but_not_on_refusals(self, limited: Limited) -> None:
         gateway = limited(requests(0, "day", "warn"), quota(2))
-        exceeded(gateway.ask(FLUX))  # it looks that there is none
+        exceeded(gateway.ask(FLUX))  # asserts that there is no warning
         gateway.simulator.script(answers(b"{}", 429, retry_after="30"))
         assert field(gateway.ask(ONE), "estimate-proxy-warning") == {"requests-day": {}}
         unasked = gateway.ask(ONE)
@@ -89,7 +89,7 @@ class TestFields:
 
 
 class TestExplain:
-    def test_debits_no_quota_and_takes_from_the_rate(self, limited: Limited) -> None:
+    def test_it_uses_no_quota_but_counts_for_the_rate(self, limited: Limited) -> None:
         gateway = limited(quota(100), requests(2), rate=rate(5))
         gateway.ask(FLUX)
         before = usage(gateway), used(gateway)
@@ -101,7 +101,7 @@ class TestExplain:
         assert used(gateway) == before[1]
         assert usage(gateway) == row(1, Decimal("2.75"), refused=1, miss=1, rate_limited=1)
 
-    def test_shows_no_price_that_an_estimate_would_be_refused(self, limited: Limited) -> None:
+    def test_it_shows_no_price_if_an_estimate_would_be_refused(self, limited: Limited) -> None:
         gateway = limited(quota(5))
         gateway.ask(FLUX)
         response = gateway.client.post("/v1/explain", content=FLUX)
@@ -112,7 +112,7 @@ class TestExplain:
         assert "estimated" not in told
         assert "2.75" not in response.text
 
-    def test_a_price_that_nobody_knows_may_pass_and_nothing_left_may_not(self, limited: Limited) -> None:
+    def test_an_unknown_price_is_admitted_unless_nothing_is_left(self, limited: Limited) -> None:
         gateway = limited(quota(2.75))
         assert explained(gateway, SEGMENT)["admitted"] is True
         gateway.ask(FLUX)
@@ -128,7 +128,7 @@ class TestExplain:
 
 
 class TestViews:
-    def test_to_look_debits_nothing_and_takes_no_rate(self, limited: Limited) -> None:
+    def test_views_use_no_quota_and_do_not_count_for_the_rate(self, limited: Limited) -> None:
         gateway = limited(quota(100), requests(100), rate=rate(2))
         gateway.ask(FLUX)
         before = shown(gateway, "/v1/quota")
@@ -139,7 +139,7 @@ class TestViews:
         assert shown(gateway, "/v1/quota") == before
         assert before["rate"] == {"per_s": Decimal(str(SLOW)), "burst": 2, "remaining": 1}
 
-    def test_a_team_that_is_disabled_sees_what_it_used(self, limited: Limited) -> None:
+    def test_a_disabled_team_sees_its_usage(self, limited: Limited) -> None:
         retired = team(RETIRED, requests(10))
         limited(teams={"retired": retired}).ask(FLUX, x_api_key=RETIRED)
         gateway = limited(teams={"retired": {**retired, "disabled": True}})
@@ -147,7 +147,7 @@ class TestViews:
         assert usage(gateway, RETIRED) == row(1, Decimal("2.75"), miss=1)
         assert used(gateway, RETIRED) == [1]
 
-    def test_a_quota_that_is_set_later_knows_what_was_used_before(self, limited: Limited) -> None:
+    def test_a_quota_that_is_added_later_includes_earlier_usage(self, limited: Limited) -> None:
         limited().ask(FLUX)
         gateway = limited(quota(5), requests(2, "week"), org={"quotas": [quota(100, "day")]})
         assert used(gateway) == [Decimal("2.75"), 1, Decimal("2.75")]

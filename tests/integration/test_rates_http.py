@@ -1,4 +1,4 @@
-"""Rates as a team meets them: over sockets, with a real ledger, the simulator as upstream."""
+"""Rate limits over HTTP, with a real ledger and the simulator as upstream."""
 
 import time
 from collections import Counter
@@ -24,12 +24,12 @@ def rate_left(gateway: GatewayFixture) -> int:
 
 
 def rest(gateway: GatewayFixture, seconds: int) -> None:
-    """As if `design` had last asked so much longer ago."""
+    """Ages the rate's state of `design`, as if time had passed."""
     gateway.store.incrby(KEYS.rate("design"), -1_000_000 * seconds)
 
 
 class TestRate:
-    def test_after_its_burst_a_team_is_told_to_wait_and_nothing_is_used(self, limited: Limited) -> None:
+    def test_after_its_burst_a_team_is_refused_and_uses_nothing(self, limited: Limited) -> None:
         gateway = limited(quota(100), requests(100), rate=rate(3, per_s=0.1))
         assert [gateway.ask(FLUX).status_code for _ in range(3)] == [200] * 3
         before = used(gateway), gateway.simulator.calls
@@ -41,7 +41,7 @@ class TestRate:
         assert (used(gateway), gateway.simulator.calls) == before == ([Decimal("8.25"), 3], 1)
         assert usage(gateway) == row(3, Decimal("8.25"), refused=2, hit=2, miss=1, rate_limited=2)
 
-    def test_it_comes_back_when_it_was_told_to_and_not_before(self, limited: Limited) -> None:
+    def test_a_request_is_admitted_after_retry_after_and_not_before(self, limited: Limited) -> None:
         gateway = limited(rate=rate(2, per_s=0.1))
         assert [gateway.ask().status_code for _ in range(3)] == [200, 200, 429]
         rest(gateway, 8)
@@ -52,7 +52,7 @@ class TestRate:
         rest(gateway, 1000)
         assert [gateway.ask().status_code for _ in range(3)] == [200, 200, 429], "more than a burst was saved up"
 
-    def test_in_any_time_no_more_than_the_rate_and_a_burst(self, limited: Limited) -> None:
+    def test_no_more_requests_are_admitted_than_the_rate_and_a_burst(self, limited: Limited) -> None:
         gateway = limited(rate=rate(5, per_s=20))
         started, statuses = time.monotonic(), Counter[int]()
         while (elapsed_s := time.monotonic() - started) < 0.5:
@@ -61,12 +61,12 @@ class TestRate:
         assert 5 < statuses[200] <= 5 + 20 * elapsed_s + 1
         assert statuses[429] > 0
 
-    def test_a_rate_is_a_teams_own(self, limited: Limited) -> None:
+    def test_each_team_has_its_own_rate(self, limited: Limited) -> None:
         gateway = limited(rate=rate(1))
         assert [gateway.ask().status_code for _ in range(2)] == [200, 429]
         assert gateway.ask(x_api_key=MARKETING).status_code == 200
 
-    def test_what_takes_from_it(self, limited: Limited) -> None:
+    def test_which_requests_count_for_the_rate(self, limited: Limited) -> None:
         gateway = limited(requests(3), rate=rate(100))
         gateway.simulator.script(None, Fault.SERVER_ERROR)
         taken = [

@@ -1,4 +1,4 @@
-"""What the ledger says when it is asked, on real servers: one suite over Valkey and Redis 7.0."""
+"""The ledger's reports on usage, quotas and windows, on Valkey and on Redis 7.0."""
 
 import asyncio
 import time
@@ -33,7 +33,7 @@ RunScenario = Callable[[Callable[[LedgerReader], Coroutine[Any, Any, None]]], No
 
 @pytest.fixture
 def run_scenario(any_store_url: str) -> RunScenario:
-    """Runs a scenario with a reader of reports, and closes its store."""
+    """Runs a scenario with a `LedgerReader`, and closes its store."""
 
     def run(scenario: Callable[[LedgerReader], Coroutine[Any, Any, None]]) -> None:
         async def with_store() -> None:
@@ -49,12 +49,12 @@ def run_scenario(any_store_url: str) -> RunScenario:
 
 
 def calls(server: redis.Redis, command: str) -> int:
-    """How often the server ran a command since the test began."""
+    """Returns how often the server has run a command since the test began."""
     return int(server.info("commandstats").get(f"cmdstat_{command}", {"calls": 0})["calls"])
 
 
 def keep(server: redis.Redis, day: date, team: str, **fields: int) -> None:
-    """Writes what the ledger would; `Flux__hit__credits` is `Flux:hit:credits`, and a leading `none` is `-`."""
+    """Writes usage like the ledger; `Flux__hit__credits` is `Flux:hit:credits`, and a leading `none` is `-`."""
     named: dict[Any, Any] = {
         name.replace("__", ":").replace("none", "-").replace("_", "-"): amount for name, amount in fields.items()
     }
@@ -99,7 +99,7 @@ def test_usage_of_teams_and_days(server: redis.Redis, run_scenario: RunScenario)
     run_scenario(scenario)
 
 
-def test_usage_of_nobody(server: redis.Redis, run_scenario: RunScenario) -> None:
+def test_usage_without_any_booking_is_empty(server: redis.Redis, run_scenario: RunScenario) -> None:
     assert server.dbsize() == 0
 
     async def scenario(reports: LedgerReader) -> None:
@@ -126,7 +126,7 @@ def test_a_year_of_usage_is_read_in_parts(server: redis.Redis, run_scenario: Run
     assert calls(server, "hgetall") == 400
 
 
-# --- How things stand ------------------------------------------------------------------------------------------------
+# --- Quotas and windows ----------------------------------------------------------------------------------------------
 
 
 def now_s(server: redis.Redis) -> int:
@@ -134,13 +134,13 @@ def now_s(server: redis.Redis) -> int:
 
 
 def count(server: redis.Redis, team: str | None, per: Period, requests: int = 0, **credit: int) -> None:
-    """Writes a counter of now; one that has seen no credits has no such field."""
+    """Writes a counter of the current window; without credits it has no such field."""
     key = KEYS.counter(team, per, window_of(per, now_s(server), ZONE))
     for field, amount in ({"requests": requests} | credit).items():
         server.hset(key, field, amount)
 
 
-def test_how_teams_stand(server: redis.Redis, run_scenario: RunScenario) -> None:
+def test_quota_states_of_teams(server: redis.Redis, run_scenario: RunScenario) -> None:
     credits_month, requests_week = quota("team", "estimated_credits", "month"), quota("team", "requests", "week")
     org_day = quota("org", "requests", "day")
     design = TeamLimits("design", Rate(2, 5), (credits_month, requests_week, org_day))
@@ -167,7 +167,7 @@ def test_how_teams_stand(server: redis.Redis, run_scenario: RunScenario) -> None
     run_scenario(scenario)
 
 
-def test_a_rate_of_a_moment_ago(server: redis.Redis, run_scenario: RunScenario) -> None:
+def test_a_rate_that_was_used_a_moment_ago(server: redis.Redis, run_scenario: RunScenario) -> None:
     terms = [TeamLimits(team, Rate(0.1, 5), ()) for team in ("ahead", "behind")]
     now_us = 1_000_000 * now_s(server)
     server.set(KEYS.rate("ahead"), now_us + 20_500_000)
@@ -183,7 +183,7 @@ def test_a_rate_of_a_moment_ago(server: redis.Redis, run_scenario: RunScenario) 
     run_scenario(scenario)
 
 
-def test_nothing_was_counted_yet(server: redis.Redis, run_scenario: RunScenario) -> None:
+def test_quota_states_without_any_booking(server: redis.Redis, run_scenario: RunScenario) -> None:
     terms = TeamLimits(
         "design", Rate(1, 3), tuple(quota("team", "requests", per) for per in ("minute", "hour", "month"))
     )
@@ -198,7 +198,7 @@ def test_nothing_was_counted_yet(server: redis.Redis, run_scenario: RunScenario)
     assert server.dbsize() == 0, "to look leaves nothing behind"
 
 
-def test_half_a_counter(server: redis.Redis, run_scenario: RunScenario) -> None:
+def test_a_counter_without_credits_has_0_credits(server: redis.Redis, run_scenario: RunScenario) -> None:
     count(server, "design", "day", requests=3)
 
     async def scenario(reports: LedgerReader) -> None:
@@ -208,7 +208,7 @@ def test_half_a_counter(server: redis.Redis, run_scenario: RunScenario) -> None:
 
 
 @pytest.mark.parametrize("wrong_by_s", [-86400, 86400, 40 * 86400, -(10**9)])
-def test_a_clock_that_is_wrong_is_told_by_the_stores(
+def test_a_wrong_clock_is_corrected_by_the_stores(
     server: redis.Redis, run_scenario: RunScenario, monkeypatch: pytest.MonkeyPatch, wrong_by_s: int
 ) -> None:
     count(server, "design", "day", requests=3)
@@ -226,11 +226,11 @@ def test_a_clock_that_is_wrong_is_told_by_the_stores(
     run_scenario(scenario)
 
 
-def test_a_clock_that_is_right_asks_once(server: redis.Redis, run_scenario: RunScenario) -> None:
+def test_with_a_correct_clock_one_call_is_enough(server: redis.Redis, run_scenario: RunScenario) -> None:
     terms = [TeamLimits(f"team-{number}", Rate(1, 1), (quota("team", "requests", "day"),)) for number in range(60)]
 
     async def scenario(reports: LedgerReader) -> None:
-        await reports.quota_states(terms)  # the server may not know the script yet
+        await reports.quota_states(terms)  # the script may not be loaded yet
         server.config_resetstat()
         assert len(await reports.quota_states(terms)) == 60
         assert calls(server, "evalsha") == 1
@@ -257,7 +257,7 @@ def test_window_totals(server: redis.Redis, run_scenario: RunScenario) -> None:
     run_scenario(scenario)
 
 
-def test_out_of_reach() -> None:
+def test_an_unreachable_store_raises() -> None:
     async def scenario() -> None:
         store = Store(f"redis://127.0.0.1:{free_port()}", "ledger")
         reports = LedgerReader(store, KEYS, ZONE)
@@ -272,10 +272,10 @@ def test_out_of_reach() -> None:
     asyncio.run(scenario())
 
 
-# --- What the ledger has booked --------------------------------------------------------------------------------------
+# --- Reports on the ledger's bookings --------------------------------------------------------------------------------
 
 
-def test_reports_say_what_the_ledger_has_booked(any_store_url: str, server: redis.Redis) -> None:
+def test_reports_equal_the_ledgers_bookings(any_store_url: str, server: redis.Redis) -> None:
     quotas = quota("team", "estimated_credits", "month"), quota("team", "requests", "day", 5)
     design = TeamLimits("design", Rate(0.001, 8), (*quotas, quota("org", "requests", "week")))
 
@@ -321,6 +321,6 @@ def test_reports_say_what_the_ledger_has_booked(any_store_url: str, server: redi
 
 
 def _today(*by: Any) -> UsageQuery:
-    """Of yesterday and tomorrow too: a test may run over midnight."""
+    """Includes yesterday and tomorrow, because a test may run over midnight."""
     today = datetime.now(UTC).date()
     return usage_query(today - timedelta(days=1), today + timedelta(days=1), *by)

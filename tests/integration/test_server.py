@@ -1,4 +1,4 @@
-"""One connection, fed by hand: in whatever pieces requests come, each is read and answered in its turn."""
+"""The HTTP protocol without a socket: requests in any pieces are read and answered in order."""
 
 import asyncio
 import re
@@ -56,7 +56,7 @@ requests = st.one_of(
 
 
 class Transport(asyncio.Transport):
-    """A connection's other end, which keeps what it is sent."""
+    """A transport that records the written bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,25 +82,25 @@ class Transport(asyncio.Transport):
         return True
 
     def write_eof(self) -> None:
-        """What was written is all there is."""
+        """Marks the end of the written bytes."""
 
     def pause_reading(self) -> None:
-        """All the pieces are fed anyway."""
+        """Does nothing: the test feeds all pieces."""
 
     def resume_reading(self) -> None:
-        """All the pieces are fed anyway."""
+        """Does nothing: the test feeds all pieces."""
 
 
-class Forgetful(dict[bytes, Any]):
+class NoCache(dict[bytes, Any]):
     def __setitem__(self, head: bytes, cached: Any) -> None:
-        """Forgets each head."""
+        """Stores nothing."""
 
 
-async def told(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with all that a request says: with its body, at once, or later than the next one would be."""
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers with everything that a request contains, at once or a few iterations later."""
     body, more = b"", scope["path"] != "/early"
     if scope["path"] == "/late":
-        await _turn(3)
+        await _iterate(3)
     while more:
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -116,7 +116,7 @@ async def told(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 class Connection:
-    """A connection to a server with these cached heads."""
+    """A connection of a server with the given cache of heads."""
 
     def __init__(self, head_cache: dict[bytes, Any], app: ASGIApp) -> None:
         server = Server(app, head_timeout_s=10, drain_s=1, announce=lambda: None)
@@ -130,28 +130,28 @@ class Connection:
         self._protocol.connection_made(self._transport)
 
     async def feed(self, piece: bytes, *, turns: int) -> None:
-        """Gives the server so many turns of the loop to answer before more comes."""
+        """Feeds one piece, and then runs a number of iterations of the event loop."""
         if not self._transport.closed:
             self._protocol.data_received(piece)
-        await _turn(turns)
+        await _iterate(turns)
 
     async def end(self) -> tuple[bytes, bool]:
-        """What came back, and whether it was closed."""
-        await _turn(TURNS)
+        """Returns the received bytes, and whether the connection was closed."""
+        await _iterate(TURNS)
         said = ONE_ID.sub(b"<id>", self._transport.written), self._transport.closed
         self._protocol.connection_lost(None)
-        await _turn(TURNS)
+        await _iterate(TURNS)
         assert not self._tasks
         return said
 
 
-async def _turn(turns: int) -> None:
+async def _iterate(turns: int) -> None:
     for _ in range(turns):
         await asyncio.sleep(0)
 
 
 async def answers(
-    head_cache: dict[bytes, Any], pieces: list[tuple[bytes, int]], app: ASGIApp = told
+    head_cache: dict[bytes, Any], pieces: list[tuple[bytes, int]], app: ASGIApp = echo
 ) -> tuple[bytes, bool]:
     connection = Connection(head_cache, app)
     for piece, turns in pieces:
@@ -161,7 +161,7 @@ async def answers(
 
 @st.composite
 def conversations(draw: st.DrawFn) -> list[tuple[bytes, int]]:
-    """Requests that mostly come whole, one after the other; else cut and joined at any place."""
+    """Draws requests that mostly arrive whole, one by one, else cut and joined anywhere."""
     sent = draw(st.lists(requests, min_size=1, max_size=8))
     if draw(st.booleans()):
         return [(piece, TURNS) for piece in sent]
@@ -178,17 +178,17 @@ def conversations(draw: st.DrawFn) -> list[tuple[bytes, int]]:
 @example([[(post(path="/late"), TURNS), (post(), TURNS), (post(path="/late"), 1), (post(), TURNS)]])
 @example([[(post(), TURNS), (post(path="/early", declared=99), TURNS), (post(), TURNS)]])
 @example([[(CHUNKED, TURNS)] * 2, [(UPGRADE, TURNS), (post(), TURNS)], [(b"\r\n" + post(), TURNS)] * 2])
-def test_a_cached_head_is_read_like_a_new_one(talks: list[list[tuple[bytes, int]]]) -> None:
+def test_a_cached_head_is_parsed_like_a_new_one(talks: list[list[tuple[bytes, int]]]) -> None:
     async def both() -> None:
         head_cache: dict[bytes, Any] = {}
         for pieces in talks:
-            assert await answers(head_cache, pieces) == await answers(Forgetful(), pieces)
+            assert await answers(head_cache, pieces) == await answers(NoCache(), pieces)
 
     asyncio.run(both())
 
 
 def heads_of(*sent: bytes) -> list[bytes]:
-    """The heads that are cached after these requests."""
+    """Returns the heads that are cached after these requests."""
     head_cache: dict[bytes, Any] = {}
     asyncio.run(answers(head_cache, [(piece, TURNS) for piece in sent]))
     return list(head_cache)
@@ -202,7 +202,7 @@ def test_a_head_is_cached_however_it_arrives() -> None:
     assert heads_of(TWICE) == []
 
 
-def test_the_cache_of_heads_is_bounded() -> None:
+def test_the_size_of_the_head_cache_is_limited() -> None:
     assert heads_of(post(fields=f"B: {'b' * MAX_CACHED_HEAD_BYTES}\r\n")) == []
     many = [post(path=f"/{number}") for number in range(MAX_CACHED_HEADS + 1)]
     found = heads_of(*many)
@@ -212,7 +212,7 @@ def test_the_cache_of_heads_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("line", [b"a: b\r\nc: d", b"a: b\nc: d", b"a: b\rc: d", b"a: b\0"])
-def test_a_line_that_would_break_the_head_is_a_failure(line: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_header_that_would_break_the_head_is_an_error(line: bytes, caplog: pytest.LogCaptureFixture) -> None:
     async def app(scope: Scope, _: Receive, __: Send) -> None:
         scope[SCOPE_REPLY](200, [line], b"", close=False)
 
@@ -222,7 +222,7 @@ def test_a_line_that_would_break_the_head_is_a_failure(line: bytes, caplog: pyte
     assert "a response header contains a line break or NUL" in caplog.text
 
 
-def test_an_application_that_says_nothing_has_failed(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_application_without_a_response_is_a_500(caplog: pytest.LogCaptureFixture) -> None:
     async def app(_: Scope, __: Receive, ___: Send) -> None:
         pass
 
@@ -232,7 +232,7 @@ def test_an_application_that_says_nothing_has_failed(caplog: pytest.LogCaptureFi
     assert "a request ended without a response" in caplog.text
 
 
-def test_an_answer_that_breaks_off_is_cut_off() -> None:
+def test_an_incomplete_answer_closes_the_connection() -> None:
     async def app(_: Scope, __: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"9")]})
         await send({"type": "http.response.body", "body": b"[", "more_body": True})

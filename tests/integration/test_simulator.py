@@ -1,7 +1,7 @@
-"""The simulator over a real socket, and its price function as a pure one.
+"""The simulator over a real socket, and its price function on its own.
 
-One server runs for all tests, and each puts a simulator of its own behind it. The socket listens before the
-server runs, so a client may connect at once and nothing waits for a start.
+One server runs for all tests, and each test gives it its own simulator. The socket listens before the server runs, so
+a client can connect at once.
 """
 
 import socket
@@ -30,7 +30,7 @@ KEY = "rn-canary/+key"
 LEAVING = httpx2.Timeout(5, read=0.2)
 PLUS = {"model": "JuggernautXL", "quality": "Plus", "steps": 20}
 
-# Bodies in the shapes that public clients send, less what no price depends on.
+# Bodies in the shapes that public clients send, without members that change no price.
 EVERY_MODE = {
     **PLUS,
     "batch_size": 1,
@@ -87,7 +87,7 @@ PRICED = [
     ([{}], b"1"),
 ]
 
-# A short alphabet: the whole of Unicode costs hypothesis a second to set up.
+# A short alphabet: setting up all of Unicode takes hypothesis a second.
 TEXT = st.text("09.-+_e Flux\ud800\u0663あ", max_size=8)
 NUMBERS = st.sampled_from([*"0123", "20", "1.5", "1e9999", "-1e9999", "1e99999999999999999999", "nan", "sNaN", "1_0"])
 JSON = st.recursive(
@@ -104,7 +104,7 @@ ITEMS = st.dictionaries(
 
 
 class SimulatorServer:
-    """The ASGI app that the server runs: whatever simulator is on."""
+    """The ASGI app of the server; it calls the current simulator."""
 
     def __init__(self, base_url: str) -> None:
         self.base_url = base_url
@@ -161,17 +161,17 @@ def ask(client: httpx2.Client, body: Any = (PLUS,), **headers: str) -> httpx2.Re
 
 class TestPrices:
     @pytest.mark.parametrize(("body", "price"), PRICED)
-    def test_known_shapes(self, body: list[dict[str, Any]], price: bytes) -> None:
+    def test_bodies_of_public_clients_have_their_prices(self, body: list[dict[str, Any]], price: bytes) -> None:
         assert json_number(estimate(body)) == price
 
     @given(item=ITEMS)
-    def test_anything_has_a_positive_price_in_quarters(self, item: dict[str, Any]) -> None:
+    def test_any_body_has_a_positive_price_in_quarters(self, item: dict[str, Any]) -> None:
         price = price_of(item)
         assert price > 0
         assert price % Decimal("0.25") == 0
 
     @given(items=st.lists(ITEMS, min_size=1, max_size=4))
-    def test_an_array_costs_its_items(self, items: list[dict[str, Any]]) -> None:
+    def test_the_price_of_an_array_is_the_sum_of_its_items(self, items: list[dict[str, Any]]) -> None:
         assert estimate(items) == sum(price_of(item) for item in items)
 
     @given(item=ITEMS, seed=JSON, prompt=JSON, sampler=JSON)
@@ -192,7 +192,7 @@ class TestPrices:
         assert price_of({"true_touch": {"scale_factor": unusable}}) == 2
         assert price_of({"video_anyone": {"duration": unusable}}) == 30
 
-    def test_an_empty_mode_is_present(self) -> None:
+    def test_an_empty_mode_counts_as_present(self) -> None:
         assert price_of({"segment": "", "model": "Flux"}) == 5
         assert price_of({"style": "", "model": "Flux"}) == Decimal("3.25")
 
@@ -212,11 +212,11 @@ class TestPrices:
             ({"steps": 41}, "2.75"),
         ],
     )
-    def test_quality_model_and_steps_count(self, more: dict[str, Any], price: str) -> None:
+    def test_quality_model_and_steps_change_the_price(self, more: dict[str, Any], price: str) -> None:
         assert price_of({**PLUS, **more}) == Decimal(price)
 
     @given(quarters=st.integers(1, 10**12))
-    def test_only_a_fraction_is_spelled_as_one(self, quarters: int) -> None:
+    def test_only_fractions_have_a_decimal_point(self, quarters: int) -> None:
         text = json_number(Decimal(quarters) / 4)
         assert Decimal(text.decode()) * 4 == quarters
         assert (b"." in text) == (quarters % 4 != 0)
@@ -231,7 +231,7 @@ class TestOrdinaryAnswers:
         assert ask(client, [{"model": "Flux"}]).content == b'{"data":{"estimated":2.75,"balance":20},"error":{}}'
         assert simulator.calls == 2
 
-    def test_what_arrived_is_kept(self, simulator: Simulator, client: httpx2.Client) -> None:
+    def test_received_requests_are_recorded(self, simulator: Simulator, client: httpx2.Client) -> None:
         client.post(f"{ESTIMATE_PATH}?type=image", content=b"[{}]", headers={"X-Team": "a"})
         (received,) = simulator.received
         assert (received.path, received.query, received.body) == (ESTIMATE_PATH, b"type=image", b"[{}]")
@@ -259,7 +259,7 @@ class TestOrdinaryAnswers:
         assert "ast_missing01" in answer.json()["error"]["message"]
         assert ask(client, [{"ast_missing": 1, "facelock": "not ast_missing"}]).status_code == 200
 
-    def test_deep_nesting_is_no_defect(self, client: httpx2.Client) -> None:
+    def test_deep_nesting_is_handled(self, client: httpx2.Client) -> None:
         nested = b'[{"batch_size":' + b"[" * 1000 + b"]" * 1000 + b"}]"
         assert client.post(ESTIMATE_PATH, content=nested).status_code == 200
 
@@ -281,12 +281,12 @@ class TestOrdinaryAnswers:
 
 
 class TestBalance:
-    def test_it_falls_with_the_calls_and_stops_at_zero(self, host: SimulatorServer) -> None:
+    def test_it_decreases_with_each_call_and_stops_at_zero(self, host: SimulatorServer) -> None:
         with host.serving(Simulator(api_key=KEY, balance=8, spend_every=2)) as client:
             balances = [ask(client).json()["data"]["balance"] for _ in range(8)]
         assert balances == [8, 5, 5, 2, 2, 0, 0, 0]
 
-    def test_it_can_be_kept(self, host: SimulatorServer) -> None:
+    def test_it_can_stay_constant(self, host: SimulatorServer) -> None:
         with host.serving(Simulator(api_key=KEY, balance=8, spend_every=0)) as client:
             assert {ask(client).json()["data"]["balance"] for _ in range(3)} == {8}
 
@@ -418,12 +418,12 @@ class TestFaults:
         assert [answer.status_code for answer in answers] == [200, 418, 429, 200]
         assert answers[1].json() == {"ordinary": 200, "sent": 4}
 
-    def test_a_fault_leaves_a_refusal_as_it_is(self, simulator: Simulator, client: httpx2.Client) -> None:
+    def test_a_fault_does_not_change_a_refusal(self, simulator: Simulator, client: httpx2.Client) -> None:
         simulator.script(Fault.EXTRA_DATA, Fault.OVERSIZED, Fault.UNPRICED_NULL, Fault.CHUNKED, None)
         answers = [ask(client, []) for _ in range(5)]
         assert {(answer.status_code, answer.content) for answer in answers} == {(400, answers[-1].content)}
 
-    def test_chance_repeats_with_its_seed(self, host: SimulatorServer) -> None:
+    def test_random_faults_repeat_with_their_seed(self, host: SimulatorServer) -> None:
         faults: dict[Responder, float] = {Fault.BUSY: 0.25, Fault.SERVER_ERROR: 0.25}
 
         def statuses(seed: int) -> list[int]:
@@ -436,7 +436,7 @@ class TestFaults:
         assert statuses(1) == first
         assert statuses(2) != first
 
-    def test_a_certain_fault_comes_always(self, host: SimulatorServer) -> None:
+    def test_a_fault_of_probability_1_always_occurs(self, host: SimulatorServer) -> None:
         with host.serving(Simulator(api_key=KEY, faults={Fault.BUSY: 1.0})) as client:
             assert {ask(client).status_code for _ in range(10)} == {429}
 
@@ -462,7 +462,7 @@ class TestHold:
                 assert simulator.arrived(calls)
                 assert not answer.done()
 
-    def test_a_client_that_leaves_takes_nobody_with_it(self, simulator: Simulator, client: httpx2.Client) -> None:
+    def test_a_client_that_leaves_affects_no_other(self, simulator: Simulator, client: httpx2.Client) -> None:
         with ThreadPoolExecutor(1) as pool, simulator.hold():
             answer = pool.submit(ask, client)
             with pytest.raises(httpx2.ReadTimeout):
@@ -471,5 +471,5 @@ class TestHold:
             assert not answer.done()
         assert answer.result().status_code == 200
 
-    def test_waiting_for_calls_that_never_come_ends(self, simulator: Simulator) -> None:
+    def test_waiting_for_calls_that_never_arrive_ends(self, simulator: Simulator) -> None:
         assert not simulator.arrived(1, within_s=0.01)

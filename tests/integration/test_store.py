@@ -1,4 +1,4 @@
-"""The store and the price book on real servers, one suite over Valkey and Redis 7.0."""
+"""The store and the price book on Valkey and on Redis 7.0."""
 
 import asyncio
 import contextlib
@@ -59,7 +59,7 @@ def book_of(store: Store, ttl_s: float = 60) -> PriceBook:
 
 
 async def stored(book: PriceBook) -> bool:
-    """Whether a price could be put under a lease of its own."""
+    """Takes a lease, and returns whether a price could be stored with it."""
     try:
         lease = await book.leases.take(KEY, "default", force=True)
         assert isinstance(lease, Lease)
@@ -69,11 +69,11 @@ async def stored(book: PriceBook) -> bool:
 
 
 def calls(server: redis.Redis, command: str) -> int:
-    """How often the server ran a command since the test began."""
+    """Returns how often the server has run a command since the test began."""
     return int(server.info("commandstats").get(f"cmdstat_{command}", {"calls": 0})["calls"])
 
 
-def test_what_was_put_is_found_with_its_age(any_store_url: str, server: redis.Redis) -> None:
+def test_a_stored_price_is_found_with_its_age(any_store_url: str, server: redis.Redis) -> None:
     async def scenario(store: Store) -> None:
         book = book_of(store)
         assert await book.look_up(KEY, "default") == Lookup(None, None, None)
@@ -93,7 +93,7 @@ def test_what_was_put_is_found_with_its_age(any_store_url: str, server: redis.Re
     assert server.hgetall("ep1:book:https://upstream.example:default")[b"balance"] == b"19.5"
 
 
-def test_scripts_that_the_server_forgot_are_loaded_and_run_once(any_store_url: str, server: redis.Redis) -> None:
+def test_scripts_flushed_by_the_server_are_loaded_again_and_run_once(any_store_url: str, server: redis.Redis) -> None:
     async def scenario(store: Store) -> None:
         notes = [store.call(BALANCE, f"book{n}", args=(b"1",)) for n in range(3)]
         await asyncio.gather(*notes)
@@ -118,18 +118,18 @@ def test_scripts_are_loaded_before_the_first_call(any_store_url: str, server: re
     assert "errorstat_NOSCRIPT" not in server.info("errorstats")
 
 
-def test_calls_of_one_turn_go_out_together(any_store_url: str, server: redis.Redis) -> None:
+def test_calls_of_one_iteration_are_sent_together(any_store_url: str, server: redis.Redis) -> None:
     async def scenario(store: Store) -> None:
         await store.call(GET, "warm")
         before = int(server.info("stats")["total_reads_processed"])
         await asyncio.gather(*(store.call(GET, f"{n}") for n in range(100)))
         reads = int(server.info("stats")["total_reads_processed"]) - before
-        assert reads <= 3  # the batch, which may come in two pieces, and this question itself
+        assert reads <= 3  # the batch, which may arrive in two pieces, and the INFO call itself
 
     run(any_store_url, scenario)
 
 
-def test_a_caller_that_goes_away_leaves_the_others_their_replies(any_store_url: str, server: redis.Redis) -> None:
+def test_a_cancelled_call_does_not_affect_other_replies(any_store_url: str, server: redis.Redis) -> None:
     server.set("present", "1 text")
 
     async def scenario(store: Store) -> None:
@@ -143,7 +143,7 @@ def test_a_caller_that_goes_away_leaves_the_others_their_replies(any_store_url: 
     run(any_store_url, scenario)
 
 
-def test_a_full_store_loses_no_answer(
+def test_with_a_full_store_every_request_is_answered(
     any_store_url: str, server: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     policy = server.config_get("maxmemory-policy")["maxmemory-policy"]
@@ -168,7 +168,7 @@ def test_a_full_store_loses_no_answer(
     assert messages[1] == "the price-book's writing works again"
 
 
-def test_a_store_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreachable_store_raises(caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(store: Store) -> None:
         book = book_of(store)
         for _ in range(3):
@@ -183,7 +183,7 @@ def test_a_store_that_is_not_there(caplog: pytest.LogCaptureFixture) -> None:
     assert "connection fails" in caplog.text
 
 
-def test_the_balance_is_known_here_even_when_the_store_is_not() -> None:
+def test_the_balance_is_known_in_the_process_without_the_store() -> None:
     async def scenario(store: Store) -> None:
         book = book_of(store)
         with pytest.raises(StoreUnavailable):
@@ -195,7 +195,7 @@ def test_the_balance_is_known_here_even_when_the_store_is_not() -> None:
     run(f"redis://127.0.0.1:{free_port()}", scenario)
 
 
-def test_a_balance_that_another_process_saw_is_read_and_an_older_one_is_not(
+def test_a_newer_balance_of_another_process_is_read_but_not_an_older_one(
     any_store_url: str, server: redis.Redis
 ) -> None:
     async def scenario(store: Store) -> None:
@@ -211,9 +211,7 @@ def test_a_balance_that_another_process_saw_is_read_and_an_older_one_is_not(
     run(any_store_url, scenario)
 
 
-def test_what_many_questions_of_a_turn_need_of_their_account_is_asked_of_the_store_once(
-    any_store_url: str, server: redis.Redis
-) -> None:
+def test_many_requests_of_one_iteration_read_their_book_once(any_store_url: str, server: redis.Redis) -> None:
     async def scenario(store: Store) -> None:
         book = book_of(store)
         await store.call(GET, "warm")
@@ -223,7 +221,7 @@ def test_what_many_questions_of_a_turn_need_of_their_account_is_asked_of_the_sto
         assert calls(server, "hmget") == 1
         amounts = [b"20", b"20", b"19", b"20", b"20"]
         await asyncio.gather(*(book.accounts.record_balance("default", amount) for amount in amounts))
-        assert calls(server, "hset") == 1 + 3  # the new book, and the balance whenever it is another
+        assert calls(server, "hset") == 1 + 3  # the new book, and the balance whenever it changes
         assert server.hget("ep1:book:https://upstream.example:default", "balance") == b"20"
         await book.leases.take("9" * 64, "default")
         assert calls(server, "hmget") == 2
@@ -232,12 +230,12 @@ def test_what_many_questions_of_a_turn_need_of_their_account_is_asked_of_the_sto
 
 
 async def newest(book: PriceBook) -> bytes | None:
-    """The balance that goes with an estimate now."""
+    """Returns the balance that an estimate shows now."""
     balance = (await book.look_up(KEY, "default")).balance
     return None if balance is None else balance.amount
 
 
-def test_a_reply_that_is_late_is_a_failure_and_nothing_is_sent_again(any_store_url: str, server: redis.Redis) -> None:
+def test_a_late_reply_is_a_failure_and_the_call_is_not_repeated(any_store_url: str, server: redis.Redis) -> None:
     async def scenario(store: Store) -> None:
         loop = asyncio.get_running_loop()
         started = loop.time()
@@ -258,7 +256,7 @@ def test_a_reply_that_is_late_is_a_failure_and_nothing_is_sent_again(any_store_u
     assert calls(server, "hset") == 1
 
 
-def test_what_only_looks_has_a_second_try(any_store_url: str, server: redis.Redis) -> None:
+def test_reads_are_repeated_once(any_store_url: str, server: redis.Redis) -> None:
     async def scenario(store: Store) -> None:
         await book_of(store).look_up(KEY, "default")
         server.client_pause(350)
@@ -267,7 +265,7 @@ def test_what_only_looks_has_a_second_try(any_store_url: str, server: redis.Redi
     run(any_store_url, scenario)
 
 
-def test_it_recovers_by_itself(any_store_url: str, server: redis.Redis) -> None:
+def test_the_store_recovers_by_itself(any_store_url: str, server: redis.Redis) -> None:
     async def scenario(store: Store) -> None:
         server.client_pause(600)
         with pytest.raises(StoreUnavailable):
@@ -282,10 +280,10 @@ def test_it_recovers_by_itself(any_store_url: str, server: redis.Redis) -> None:
     run(any_store_url, scenario)
 
 
-def test_an_old_calls_failure_is_no_news_of_a_server_that_has_answered_since(
+def test_a_failure_of_an_older_call_starts_no_cooldown_after_a_newer_reply(
     any_store_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its connection led nowhere; the server is none the worse."""
+    """Its connection was dead, but the server is healthy."""
     caplog.set_level("INFO", "proxy.store.health")
 
     async def scenario(store: Store) -> None:
@@ -304,9 +302,7 @@ def test_an_old_calls_failure_is_no_news_of_a_server_that_has_answered_since(
         run(store_proxy.url, scenario)
 
 
-def test_a_server_that_fails_in_one_role_is_left_alone_in_the_other(
-    any_store_url: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failing_server_is_in_cooldown_for_both_roles(any_store_url: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "proxy.store.health")
     metrics = Metrics()
 
@@ -336,7 +332,7 @@ def test_a_server_that_fails_in_one_role_is_left_alone_in_the_other(
         asyncio.run(scenario())
 
 
-def test_credentials_of_the_settings_are_used(any_store_url: str, server: redis.Redis) -> None:
+def test_the_configured_credentials_are_used(any_store_url: str, server: redis.Redis) -> None:
     server.acl_setuser("gateway", enabled=True, passwords=["+pa:ss/wörd"], keys="*", commands=["+@all"])
     for password, works in (("pa:ss/wörd", True), ("wrong", False)):
         configured = settings(any_store_url, "http://127.0.0.1:1", store={"username": "gateway", "password": password})
@@ -353,7 +349,7 @@ def test_credentials_of_the_settings_are_used(any_store_url: str, server: redis.
     server.acl_deluser("gateway")
 
 
-def test_an_old_server_is_objected_to(any_store_url: str) -> None:
+def test_an_old_server_version_is_refused(any_store_url: str) -> None:
     configured = settings(any_store_url, "http://127.0.0.1:1")
     assert asyncio.run(startup_errors(configured, {})) is None
     with answering(b"redis_version:6.2.14\r\n") as url:
@@ -361,7 +357,7 @@ def test_an_old_server_is_objected_to(any_store_url: str) -> None:
     assert said == "the store is Redis 6.2.14: use Redis 7.0 or newer, or Valkey 7.2 or newer"
 
 
-def test_a_ledger_that_may_evict_is_warned_of_and_a_price_book_is_not(
+def test_only_a_ledger_that_may_evict_causes_a_warning(
     any_store_url: str, server: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     policy = server.config_get("maxmemory-policy")["maxmemory-policy"]
@@ -375,7 +371,7 @@ def test_a_ledger_that_may_evict_is_warned_of_and_a_price_book_is_not(
     server.config_set("maxmemory-policy", str(policy))
 
 
-def test_the_price_book_has_a_store_of_its_own_or_the_ledgers_or_an_embedded_one() -> None:
+def test_the_price_book_uses_its_own_store_or_the_ledgers_or_an_embedded_one() -> None:
     def where(embedded: EmbeddedUrls, **sections: dict[str, str]) -> list[str]:
         configured = settings("redis://ledger/0", "http://127.0.0.1:1", **sections)
         if "store" in sections:
@@ -392,7 +388,7 @@ def test_the_price_book_has_a_store_of_its_own_or_the_ledgers_or_an_embedded_one
 
 @contextlib.contextmanager
 def withholding_replies(server: Path) -> Iterator[str]:
-    """A proxy to a unix socket that passes all requests, and of the replies only the greeting's."""
+    """A proxy to a unix socket that passes all requests, but no reply after the handshake's."""
     over = threading.Event()
 
     def proxy_to(client: socket.socket) -> None:
@@ -424,7 +420,7 @@ def withholding_replies(server: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def answering(info: bytes) -> Iterator[str]:
-    """A server that says this to INFO, and OK to everything else, on its first connection."""
+    """Starts a server with this answer to INFO, and OK to everything else, for one connection."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer() -> None:

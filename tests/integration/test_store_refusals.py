@@ -1,4 +1,4 @@
-"""A store that answers and refuses writes is down: estimates, readiness, gauge and log say so, and that it is back."""
+"""A store that refuses writes counts as down in estimates, readiness, gauge and log, until it recovers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,8 +15,8 @@ Refusal = Callable[[Member], AbstractContextManager[None]]
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is down is checked often."""
+def _frequent_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes checks of a down store frequent."""
     monkeypatch.setattr("proxy.store.client.WRITE_CHECK_AFTER_S", 0.3)
     monkeypatch.setattr("proxy.store.client.HEALTH_CHECK_S", 0.1)
 
@@ -31,7 +31,7 @@ def member(request: pytest.FixtureRequest) -> Iterator[Member]:
 
 @contextmanager
 def configured(member: Member, **values: str) -> Iterator[None]:
-    """With other values of the server's settings, for a while."""
+    """Changes settings of the server for a while."""
     before = {name: str(member.client.config_get(name)[name]) for name in values}
     for name, value in values.items():
         member.client.config_set(name, value)
@@ -65,7 +65,7 @@ def replica(member: Member) -> Iterator[None]:
 
 @contextmanager
 def without_a_disk(member: Member) -> Iterator[None]:
-    """A snapshot cannot be written, for something else has its name."""
+    """Makes snapshots fail: a folder has the name of the file."""
     obstacle = member.folder / "dump.rdb"
     with configured(member, save="3600 1"):
         obstacle.mkdir()
@@ -136,7 +136,7 @@ def assert_refused(gateway: GatewayFixture) -> None:
 
 
 @pytest.mark.parametrize("refusal", REFUSALS)
-def test_a_ledger_that_refuses_writes_is_down_until_it_takes_them_though_nobody_asks(
+def test_a_ledger_that_refuses_writes_is_down_until_it_recovers_even_without_requests(
     gateway: GatewayFixture, member: Member, refusal: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "proxy.store.health")
@@ -151,7 +151,7 @@ def test_a_ledger_that_refuses_writes_is_down_until_it_takes_them_though_nobody_
     assert len([message for message in caplog.messages if message.startswith("the ledger's ")]) == 2
 
 
-def test_what_a_script_may_not_do_is_found_out_by_the_script_alone(
+def test_a_right_that_only_a_script_needs_is_noticed_by_the_script(
     gateway: GatewayFixture, member: Member, caplog: pytest.LogCaptureFixture
 ) -> None:
     with INSIDE(member):
@@ -163,7 +163,7 @@ def test_what_a_script_may_not_do_is_found_out_by_the_script_alone(
     assert (degraded(gateway), is_up(gateway)) == ([], True)
 
 
-def test_a_price_book_that_refuses_writes_serves_what_it_has(
+def test_a_price_book_that_refuses_writes_serves_its_stored_prices(
     member: Member, valkey_url: str, upstream: UpstreamFixture, simulator: Simulator
 ) -> None:
     member.client.flushall()

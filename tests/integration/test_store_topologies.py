@@ -1,4 +1,4 @@
-"""The store on Sentinels, on clusters and behind TLS, with real servers that fail, move and change their roles."""
+"""The store with Sentinels, clusters and TLS, on real servers that fail, move and change their roles."""
 
 import asyncio
 import logging
@@ -74,7 +74,7 @@ LATE_S = 0.3
 
 @dataclass
 class LedgerFixture:
-    """A gateway's ledger under traffic: what became of each charge."""
+    """A gateway's ledger under load; it records the result of each charge."""
 
     store: Store
     ledger: Ledger
@@ -98,13 +98,13 @@ class LedgerFixture:
             self.refused += 1
 
     async def busy(self, over: asyncio.Event) -> None:
-        """Charges until it is over, a few at a time."""
+        """Makes charges, a few at a time, until the change is over."""
         while not over.is_set():
             await self.charge()
             await asyncio.sleep(0.002)
 
     async def during(self, change: Callable[[], object], *, then_s: float = 0.3) -> Any:
-        """What `change` returns, made in mid-traffic."""
+        """Runs `change` under load, and returns its result."""
         over, self._last = asyncio.Event(), time.monotonic()
         traffic = [asyncio.create_task(self.busy(over)) for _ in range(4)]
         await asyncio.sleep(0.2)
@@ -128,7 +128,7 @@ class LedgerFixture:
 
 
 def script_of(text: str) -> Script:
-    """A script that is not in a package."""
+    """Returns a script from text."""
     script = Script("proxy.store", "write_check")
     script.text = f"#!lua\n{text}".encode()
     script.digest = sha1(script.text, usedforsecurity=False).hexdigest()
@@ -167,7 +167,7 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 @pytest.fixture(autouse=True)
 def _empty(request: pytest.FixtureRequest) -> None:
-    """Each test on the cluster begins with an empty ledger."""
+    """Empties the ledger before each test on the cluster."""
     if "fleet" in request.fixturenames:
         found: Cluster = request.getfixturevalue("fleet")
         for slot in (0, SLOTS // 2, SLOTS - 1, LEDGER_SLOT):
@@ -175,7 +175,7 @@ def _empty(request: pytest.FixtureRequest) -> None:
 
 
 def assert_counted_once(fixture: LedgerFixture, booked: int, *, lost: int = 0) -> None:
-    """`lost`: what a primary that was killed may have acknowledged and not passed on to its replica."""
+    """`lost`: how many debits a killed primary may have acknowledged and not replicated."""
     assert fixture.admitted - lost <= booked <= fixture.admitted + fixture.unanswered
     assert_in_time(fixture.longest_s, TIMEOUT_S + 2 * TICK_S + LATE_S)
 
@@ -244,7 +244,7 @@ def test_a_server_is_unreachable_if_nothing_was_sent(result: object, sent: bool,
     asyncio.run(story())
 
 
-def test_the_slot_owners_slots() -> None:
+def test_slot_owners_are_parsed() -> None:
     homes = slot_owners([[0, 1, [b"h", 1, b"id"]], [3, 4, [None, 2], [b"replica", 3]], [5, 5, [b"?", 4]]], "asked")
     assert homes[:6] == [Address("h", 1)] * 2 + [None] + [Address("asked", 2)] * 2 + [Address("asked", 4)]
     assert homes[6:] == [None] * (SLOTS - 6)
@@ -253,8 +253,8 @@ def test_the_slot_owners_slots() -> None:
 # A cluster
 
 
-class _Noting(Store):
-    """Notes the keys that each script is called with."""
+class _RecordingStore(Store):
+    """Records the keys of each script call."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url, "ledger")
@@ -298,12 +298,12 @@ async def _use_everything(store: Store) -> None:
 
 def test_each_script_has_its_keys_in_one_slot(fleet: Cluster) -> None:
     async def scenario() -> None:
-        store = _Noting(fleet.url)
+        store = _RecordingStore(fleet.url)
         try:
             await _use_everything(store)
         finally:
             await store.close()
-        others = LUA_SCRIPTS.keys() - {"write_check"}  # it takes the keys of another script
+        others = LUA_SCRIPTS.keys() - {"write_check"}  # it uses the keys of another script
         assert {name for name, _ in store.noted} == others
         for name, keys in store.noted:
             assert len({key_slot(key.encode()) for key in keys}) == 1, (name, keys)
@@ -311,7 +311,7 @@ def test_each_script_has_its_keys_in_one_slot(fleet: Cluster) -> None:
     asyncio.run(scenario())
 
 
-def test_calls_of_one_turn_go_out_together_to_each_server(fleet: Cluster) -> None:
+def test_calls_of_one_iteration_are_sent_together_to_each_server(fleet: Cluster) -> None:
     primaries = [fleet.home(slot) for slot in (0, SLOTS // 2, SLOTS - 1)]
 
     def reads() -> int:
@@ -322,12 +322,12 @@ def test_calls_of_one_turn_go_out_together_to_each_server(fleet: Cluster) -> Non
         before = reads()
         replies = await asyncio.gather(*(fixture.store.call(GET, str(n)) for n in range(100)))
         assert [reply[0] for reply in replies] == [None] * 100
-        assert reads() - before < 60  # the servers talk to each other and to this test as well
+        assert reads() - before < 60  # the servers also send traffic to each other and to this test
 
     run_scenario(fleet.url, scenario)
 
 
-def test_all_primaries_are_asked_how_they_are(fleet: Cluster) -> None:
+def test_all_primaries_are_checked(fleet: Cluster) -> None:
     evicting = fleet.home(SLOTS - 1)
 
     async def scenario(fixture: LedgerFixture) -> None:
@@ -345,8 +345,8 @@ def test_all_primaries_are_asked_how_they_are(fleet: Cluster) -> None:
     evicting.client.config_set("maxmemory-policy", "noeviction")
 
 
-def test_a_slot_that_moves_in_mid_traffic(fleet: Cluster, caplog: pytest.LogCaptureFixture) -> None:
-    """One key after the other: MOVED, ASK and TRYAGAIN."""
+def test_a_slot_that_moves_under_load_loses_no_debit(fleet: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+    """Keys move one by one: MOVED, ASK and TRYAGAIN."""
     source = fleet.home(LEDGER_SLOT)
     target = fleet.home(0 if fleet.home(0) is not source else SLOTS - 1)
     answered: Counter[str] = Counter()
@@ -375,7 +375,7 @@ def test_a_slot_that_moves_in_mid_traffic(fleet: Cluster, caplog: pytest.LogCapt
 
 
 def test_a_call_whose_key_expires_as_it_starts_in_a_moving_slot_is_repeated(fleet: Cluster) -> None:
-    """The server checks the keys of the second call with the time at which the first one began."""
+    """The server checks the keys of the second call with the start time of the first one."""
     source = fleet.home(LEDGER_SLOT)
     target = fleet.home(0 if fleet.home(0) is not source else SLOTS - 1)
     lives, expires = "ep1:{acme}:lives", "ep1:{acme}:expires"
@@ -405,7 +405,7 @@ def test_a_call_whose_key_expires_as_it_starts_in_a_moving_slot_is_repeated(flee
     asyncio.run(scenario())
 
 
-def test_a_planned_failover_in_mid_traffic(fleet: Cluster) -> None:
+def test_a_planned_failover_under_load_loses_no_debit(fleet: Cluster) -> None:
     old = fleet.home(LEDGER_SLOT)
     new = fleet.replica_of(old)
 
@@ -420,9 +420,7 @@ def test_a_planned_failover_in_mid_traffic(fleet: Cluster) -> None:
     run_scenario(fleet.url, scenario)
 
 
-def test_a_dead_primary_is_replaced_and_the_others_serve_meanwhile(
-    fleet: Cluster, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_dead_primary_is_replaced_while_the_others_serve(fleet: Cluster, caplog: pytest.LogCaptureFixture) -> None:
     dead = fleet.home(LEDGER_SLOT)
     new = fleet.replica_of(dead)
     wait_until(lambda: new.info("replication", "master_link_status") == "up")
@@ -457,7 +455,7 @@ def test_a_dead_primary_is_replaced_and_the_others_serve_meanwhile(
     dead.start()
 
 
-def test_a_url_that_does_not_say_that_it_is_a_cluster(fleet: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cluster_with_a_url_for_a_single_server_is_refused(fleet: Cluster, caplog: pytest.LogCaptureFixture) -> None:
     one = fleet.home(0)
     key = next(key for key in map(str, range(40)) if fleet.home(key_slot(key.encode())) is not one)
 
@@ -471,7 +469,7 @@ def test_a_url_that_does_not_say_that_it_is_a_cluster(fleet: Cluster, caplog: py
     assert "redis+cluster" in caplog.text
 
 
-def test_a_hanging_primary_keeps_only_its_own_callers_waiting(fleet: Cluster) -> None:
+def test_a_hanging_primary_delays_only_its_own_calls(fleet: Cluster) -> None:
     hanging = fleet.home(0)
     keys = list(map(str, range(40)))
     theirs = [key for key in keys if fleet.home(key_slot(key.encode())) is hanging]
@@ -521,7 +519,7 @@ def sets(member: Member) -> int:
 
 
 @pytest.mark.parametrize(("brand", "is_planned"), [("valkey", False), ("redis", False), ("valkey", True)])
-def test_sentinels_name_the_next_primary_in_mid_traffic(
+def test_a_sentinel_failover_under_load_loses_no_acknowledged_debit(
     brand: str,
     is_planned: bool,  # noqa: FBT001 -- a row
     caplog: pytest.LogCaptureFixture,
@@ -570,7 +568,7 @@ async def _is_refused(fixture: LedgerFixture) -> None:
     assert not isinstance(caught.value, StoreOutcomeUnknown)
 
 
-def test_a_gateway_rides_a_failover_out(tmp_path: Path, upstream: UpstreamFixture, simulator: object) -> None:
+def test_a_gateway_survives_a_failover(tmp_path: Path, upstream: UpstreamFixture, simulator: object) -> None:
     assert simulator
     with sentinel_setup("valkey") as setup, gateway_runner(tmp_path, upstream.url) as runner:
         served = runner.start(store={"url": setup.url})
@@ -588,17 +586,17 @@ def test_a_gateway_rides_a_failover_out(tmp_path: Path, upstream: UpstreamFixtur
         assert served.stop() == 0
 
 
-# One name, behind which servers change
+# One host name, whose servers change
 
 
 FAILOVER_S = 4
 
 
 @pytest.mark.parametrize("brand", BRANDS)
-def test_a_failover_behind_one_name_costs_no_answer(brand: str) -> None:
-    """As of a managed service: the old primary stays up as a replica, and old connections stay on it.
+def test_a_failover_of_a_host_name_loses_no_answer(brand: str) -> None:
+    """Like a managed service: the old primary stays up as a replica, and old connections stay on it.
 
-    Writes are paused meanwhile, for longer than the default timeout now and then.
+    Writes are paused during the failover, sometimes for longer than the default timeout.
     """
     with server_group(brand) as group:
         old = group.member()
@@ -625,7 +623,7 @@ def test_a_failover_behind_one_name_costs_no_answer(brand: str) -> None:
             run_scenario(store_proxy.url, scenario, StoreAccess(timeout_s=FAILOVER_S))
 
 
-# One server, and who may speak to it
+# One server, with TLS and passwords
 
 
 @pytest.fixture(scope="module")
@@ -635,7 +633,7 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 @pytest.fixture(scope="module")
 def guarded(certified: Certificates) -> Iterator[Member]:
-    """Redis that speaks TLS alone, and with those alone whom it knows."""
+    """Starts a Redis with TLS only, which requires client certificates."""
     program("redis-server")
     with server_group("redis") as group:
         lines = (*tls_lines(certified), "tls-auth-clients yes", "user gateway on >pa:ss ~* +@all")
@@ -657,14 +655,14 @@ def access_with(certified: Certificates) -> StoreAccess:
     return StoreAccess(ca_file=certified.ca, cert_file=certified.cert("client"), key_file=certified.key("client"))
 
 
-def test_tls_with_a_certificate_of_ones_own(guarded: Member, certified: Certificates) -> None:
+def test_tls_with_a_client_certificate(guarded: Member, certified: Certificates) -> None:
     own = access_with(certified)
     run_scenario(f"rediss://localhost:{guarded.port}", _charges, replace(own, username="gateway", password="pa:ss"))
     guarded.client.flushall()
     run_scenario(f"rediss://gateway:pa%3Ass@{LOCAL}:{guarded.port}/3", _charges, own)
 
 
-def test_sentinels_and_a_cluster_behind_tls(certified: Certificates) -> None:
+def test_sentinels_and_a_cluster_with_tls(certified: Certificates) -> None:
     lines = (*tls_lines(certified), "tls-auth-clients no", "tls-replication yes", "tls-cluster yes")
     asked: dict[str, Any] = {"ssl": True, "ssl_ca_certs": str(certified.ca)}
     with server_group("redis") as group:
@@ -681,7 +679,7 @@ def test_sentinels_and_a_cluster_behind_tls(certified: Certificates) -> None:
         run_scenario(f"rediss+cluster://{LOCAL}:{clustered.port}", _is_refused)
 
 
-def test_a_slot_without_a_server_keeps_nobody_from_the_others() -> None:
+def test_a_slot_without_a_server_does_not_affect_other_slots() -> None:
     with server_group("valkey") as group:
         server = group.member("cluster-enabled yes", f"cluster-port {free_port()}", "cluster-require-full-coverage no")
         wait_until(server.answers)
@@ -707,11 +705,14 @@ def test_a_slot_without_a_server_keeps_nobody_from_the_others() -> None:
     ("without", "reason"),
     [
         (("ca_file", "cert_file"), "CERTIFICATE_VERIFY_FAILED"),
-        (("cert_file",), "CERTIFICATE_REQUIRED|SERVER_CLOSED|RESET_BY_PEER"),  # TLS 1.3: it says so late, or hangs up
+        (
+            ("cert_file",),
+            "CERTIFICATE_REQUIRED|SERVER_CLOSED|RESET_BY_PEER",
+        ),  # with TLS 1.3 the server reports it late, or closes the connection
         (("ca_file",), "CERTIFICATE_VERIFY_FAILED"),
     ],
 )
-def test_tls_that_is_not_trusted(
+def test_untrusted_tls_is_refused_with_its_reason(
     guarded: Member, certified: Certificates, without: tuple[str, ...], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     nothing: dict[str, Any] = dict.fromkeys(without)
@@ -722,7 +723,7 @@ def test_tls_that_is_not_trusted(
     assert re.search(reason, said.upper().replace(" ", "_"))
 
 
-def test_a_socket_with_user_and_password(any_store_url: str) -> None:
+def test_a_unix_socket_with_user_and_password(any_store_url: str) -> None:
     with redis.Redis.from_url(any_store_url) as client:
         client.flushall()  # other tests leave rates in the future
         client.acl_setuser("guest", enabled=True, passwords=["+pa:ss"], keys="*", commands=["+@all"])

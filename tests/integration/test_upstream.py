@@ -1,4 +1,4 @@
-"""What upstream can do to a gateway, and what the client then hears."""
+"""Failures and unusual answers of upstream, and the gateway's responses to clients."""
 
 import contextlib
 import re
@@ -72,7 +72,7 @@ def test_an_unpriced_answer_passes_through_and_is_not_stored(open_gateway: OpenG
 
 
 @pytest.mark.parametrize("status", [400, 404, 409, 413, 422, 451])
-def test_its_own_refusals_of_a_body_pass_through_as_they_are(gateway: GatewayFixture, status: int) -> None:
+def test_refusals_of_a_body_pass_through_unchanged(gateway: GatewayFixture, status: int) -> None:
     body = b'{ "data": null, "error": {"code": "bad", "message": "\\u00e9"} }'
     gateway.simulator.script(answers(body, status, set_cookie="a=b", x_upstream="1", cache_control="max-age=60"))
     response = gateway.ask()
@@ -87,7 +87,7 @@ def test_its_own_refusals_of_a_body_pass_through_as_they_are(gateway: GatewayFix
 BOOM = b'{"data":null,"error":{"code":"internal","message":"boom"}}'
 
 
-def test_its_own_words_about_a_failure_are_in_the_problem_and_in_the_log(
+def test_its_error_message_is_in_the_problem_and_in_the_log(
     gateway: GatewayFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     gateway.simulator.script(answers(BOOM, 500))
@@ -104,7 +104,7 @@ def test_its_own_words_about_a_failure_are_in_the_problem_and_in_the_log(
     ("status", "code"),
     [(401, "upstream-refused"), (403, "upstream-refused"), (429, "upstream-busy"), (503, "upstream-error")],
 )
-def test_its_own_words_reach_everybody_who_waits(gateway: GatewayFixture, status: int, code: str) -> None:
+def test_its_error_message_reaches_every_waiting_request(gateway: GatewayFixture, status: int, code: str) -> None:
     gateway.simulator.script(answers(BOOM, status))
     with ThreadPoolExecutor(3) as pool, gateway.simulator.hold() as hold:
         asked = [pool.submit(gateway.ask) for _ in range(3)]
@@ -116,7 +116,7 @@ def test_its_own_words_reach_everybody_who_waits(gateway: GatewayFixture, status
     assert gateway.simulator.calls <= 1
 
 
-def test_its_own_words_are_withheld_if_they_show_our_key(
+def test_its_error_message_is_withheld_if_it_contains_our_key(
     gateway: GatewayFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     for status in (401, 429, 500):
@@ -126,7 +126,7 @@ def test_its_own_words_are_withheld_if_they_show_our_key(
         assert API_KEY not in failed.text + caplog.text
 
 
-def test_a_status_is_told_as_it_was(gateway: GatewayFixture) -> None:
+def test_its_status_is_reported_unchanged(gateway: GatewayFixture) -> None:
     gateway.simulator.script(answers(PRICED, 201), answers(b"{}", 203))
     assert cache_status(gateway.ask()) == "fwd=miss; fwd-status=201; stored; ttl=3600"
     assert cache_status(gateway.ask(b"[{}]")) == "fwd=miss; fwd-status=203"
@@ -135,7 +135,7 @@ def test_a_status_is_told_as_it_was(gateway: GatewayFixture) -> None:
 def test_the_circuit_breaker_says_when_it_opens_and_closes_and_why(
     open_gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each time, though other lines about an upstream that has just recovered are left out for a while."""
+    """It logs each change, although other log lines are suppressed for a while after a recovery."""
     monkeypatch.setattr("proxy.upstream.circuit_breaker.OPEN_S", 0.2)
     caplog.set_level("INFO", "proxy.upstream.client")
     gateway, body = open_gateway(), iter(b'[{"steps":%d}]' % n for n in range(1000))
@@ -162,12 +162,12 @@ def test_the_circuit_breaker_says_when_it_opens_and_closes_and_why(
     ]
 
 
-def test_a_chunked_answer_is_an_answer(gateway: GatewayFixture) -> None:
+def test_a_chunked_answer_is_accepted(gateway: GatewayFixture) -> None:
     gateway.simulator.script(Fault.CHUNKED)
     assert gateway.ask().json()["data"]["estimated"] == 2.75
 
 
-def test_no_cookie_comes_back_to_it(gateway: GatewayFixture) -> None:
+def test_its_cookies_are_not_sent_back(gateway: GatewayFixture) -> None:
     gateway.simulator.script(answers(PRICED, set_cookie="session=1; Path=/"))
     gateway.ask()
     gateway.ask(b"[{}]")
@@ -194,7 +194,7 @@ def test_its_retry_after_may_be_a_date(gateway: GatewayFixture) -> None:
     assert 85 <= int(gateway.ask().headers["retry-after"]) <= 90
 
 
-def test_the_query_goes_along_and_counts(gateway: GatewayFixture) -> None:
+def test_the_query_is_sent_and_is_part_of_the_key(gateway: GatewayFixture) -> None:
     path = "/pub/v1/generations/estimate"
     for query in (b"", b"type=image", b"type=video", b"a=%2F&b=%zz&c='\xff\""):
         response = gateway.client.post(f"{path}?{query.decode('latin-1')}" if query else path, content=b"[{}]")
@@ -206,7 +206,7 @@ def test_the_query_goes_along_and_counts(gateway: GatewayFixture) -> None:
 
 
 class TestTime:
-    def test_one_that_hangs(self, open_gateway: OpenGateway) -> None:
+    def test_a_hanging_upstream_times_out(self, open_gateway: OpenGateway) -> None:
         gateway = open_gateway(upstream={"timeout_s": 0.2})
         gateway.simulator.script(Fault.HANG)
         response = gateway.ask()
@@ -226,13 +226,13 @@ class TestTime:
             gateway = open_gateway(upstream={"timeout_s": 0.3, "base_url": url})
             assert code_of(gateway.ask()) == "upstream-timeout"
 
-    def test_one_that_cannot_be_reached(self, open_gateway: OpenGateway) -> None:
+    def test_an_unreachable_upstream_is_a_502(self, open_gateway: OpenGateway) -> None:
         gateway = open_gateway(upstream={"base_url": f"http://127.0.0.1:{free_port()}"})
         response = gateway.ask()
         assert (response.status_code, code_of(response)) == (502, "upstream-error")
         assert gateway.client.get("/readyz").json() == {"status": "ready", "degraded": ["upstream"]}
 
-    def test_readiness_recovers_with_it(self, gateway: GatewayFixture) -> None:
+    def test_readiness_recovers_with_upstream(self, gateway: GatewayFixture) -> None:
         gateway.simulator.script(Fault.SERVER_ERROR)
         gateway.ask()
         assert gateway.client.get("/readyz").json()["degraded"] == ["upstream"]
@@ -241,7 +241,7 @@ class TestTime:
 
 
 class TestCollapsing:
-    def test_equal_questions_at_once_make_one_call(self, gateway: GatewayFixture) -> None:
+    def test_equal_requests_at_once_make_one_call(self, gateway: GatewayFixture) -> None:
         spellings = [b'[{"model":"Flux","steps":7}]', b'[{"steps":7.0,"model":"Fl\\u0075x"}]']
         with ThreadPoolExecutor(20) as pool, gateway.simulator.hold() as hold:
             tokens: tuple[dict[str, str], ...] = ({"x_api_key": MARKETING}, {})
@@ -256,7 +256,7 @@ class TestCollapsing:
         assert statuses.count("fwd=miss; fwd-status=200; stored; ttl=3600; collapsed") == 19
         assert all("age" not in response.headers for response in responses)
 
-    def test_a_leader_that_hangs_up_still_answers_its_followers(self, gateway: GatewayFixture) -> None:
+    def test_followers_are_answered_if_the_leaders_client_leaves(self, gateway: GatewayFixture) -> None:
         with ThreadPoolExecutor(1) as pool, gateway.simulator.hold() as hold:
             leader = gateway.connect()
             head = f"POST /pub/v1/generations/estimate HTTP/1.1\r\nHost: x\r\nX-API-KEY: {MARKETING}\r\n"
@@ -271,7 +271,7 @@ class TestCollapsing:
         assert cache_status(response).endswith("collapsed")
         assert gateway.simulator.calls == 1
 
-    def test_a_lone_leader_that_hangs_up_leaves_a_price(self, gateway: GatewayFixture) -> None:
+    def test_a_price_is_stored_although_its_only_client_has_left(self, gateway: GatewayFixture) -> None:
         with gateway.simulator.hold() as hold:
             leader = gateway.connect()
             head = f"POST /pub/v1/generations/estimate HTTP/1.1\r\nHost: x\r\nX-API-KEY: {MARKETING}\r\n"
@@ -283,7 +283,7 @@ class TestCollapsing:
         assert cache_status(gateway.ask()).startswith("hit")
         assert gateway.simulator.calls == 1
 
-    def test_a_failure_reaches_every_follower_and_is_asked_once(self, gateway: GatewayFixture) -> None:
+    def test_a_failure_reaches_every_follower_after_one_call(self, gateway: GatewayFixture) -> None:
         gateway.simulator.script(answers(b"{}", 429, retry_after="9"))
         with ThreadPoolExecutor(5) as pool, gateway.simulator.hold() as hold:
             asked = [pool.submit(gateway.ask) for _ in range(5)]
@@ -295,7 +295,7 @@ class TestCollapsing:
         }
         assert len(gateway.simulator.received) == 1
 
-    def test_a_lease_lasts_as_long_as_its_question_and_a_quick_one_renews_none(
+    def test_a_lease_lasts_as_long_as_its_fetch_and_a_quick_one_is_not_renewed(
         self, open_gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         lease_s = 0.4
@@ -306,7 +306,7 @@ class TestCollapsing:
         with ThreadPoolExecutor(2) as pool, one.simulator.hold() as hold:
             asked = [pool.submit(one.ask)]
             assert one.simulator.arrived(1)
-            wait_until(lambda: renewals(one) >= 8)  # two leases' time
+            wait_until(lambda: renewals(one) >= 8)  # the lifetime of two leases
             asked.append(pool.submit(other.ask))
             wait_until(lambda: renewals(one) >= 16)
             hold.release()
@@ -316,7 +316,7 @@ class TestCollapsing:
         assert one.ask(b"[{}]").status_code == 200
         assert renewals(one) == before
 
-    def test_different_questions_do_not_wait_for_each_other(self, gateway: GatewayFixture) -> None:
+    def test_different_requests_do_not_wait_for_each_other(self, gateway: GatewayFixture) -> None:
         with ThreadPoolExecutor(2) as pool, gateway.simulator.hold() as hold:
             asked = [pool.submit(gateway.ask, body) for body in (b"[{}]", b'[{"a":null}]')]
             assert gateway.simulator.arrived(2)
@@ -325,14 +325,14 @@ class TestCollapsing:
 
 
 def renewals(gateway: GatewayFixture) -> float:
-    """How often the gateway has renewed a lease."""
+    """Returns how often the gateway has renewed a lease."""
     name = "estimate_proxy_store_duration_seconds_count"
     return gateway.metrics.registry.get_sample_value(name, {"call": "lease_keep"}) or 0
 
 
 @contextlib.contextmanager
 def dripping() -> Iterator[str]:
-    """An upstream that sends its answer a byte at a time and never ends."""
+    """Starts an upstream that sends its answer byte by byte and never ends."""
     over = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
 

@@ -1,4 +1,4 @@
-"""What a team sees of itself, and the operator of all: over real sockets, out of a real ledger."""
+"""The usage and quota endpoints for teams and operators, with a real ledger."""
 
 import csv
 import logging
@@ -59,7 +59,7 @@ def shown(response: httpx2.Response) -> Any:
 
 
 def ask_some(gateway: GatewayFixture) -> float:
-    """Four estimates of two teams, three of them of `design`. Their credits, of `design`."""
+    """Requests four estimates, three of them as `design`, and returns the credits of `design`."""
     answers = [gateway.ask(FLUX), gateway.ask(FLUX), gateway.ask(SEGMENT)]
     assert gateway.ask(FLUX, x_api_key=MARKETING).status_code == 200
     return sum(float(answer.json()["data"]["estimated"]) for answer in answers)
@@ -107,7 +107,7 @@ def test_a_team_without_usage(gateway: GatewayFixture) -> None:
 
 
 @pytest.mark.parametrize("query", ["team=marketing", "team=nobody", "by=team", "by=day,team", "by=team&team=design"])
-def test_a_team_sees_no_other(gateway: GatewayFixture, query: str) -> None:
+def test_a_team_does_not_see_other_teams(gateway: GatewayFixture, query: str) -> None:
     refused = get(gateway, f"/v1/usage?{query}")
     assert (refused.status_code, code_of(refused)) == (403, "forbidden")
     assert "'design'" in refused.json()["detail"]
@@ -156,7 +156,7 @@ def test_usage_of_an_earlier_id_is_shown_under_the_current_one(open_gateway: Ope
         assert (row["team"], row["requests"]) == ("design", 3)
 
 
-def test_csv(gateway: GatewayFixture) -> None:
+def test_usage_as_csv(gateway: GatewayFixture) -> None:
     planned = ask_some(gateway)
     answer = get(gateway, "/v1/usage?by=day,model", accept="text/csv")
     assert answer.headers["content-type"] == "text/csv; charset=utf-8; header=present"
@@ -190,7 +190,7 @@ def test_csv_for_spreadsheets_with_a_decimal_comma(gateway: GatewayFixture) -> N
 
 
 @pytest.mark.parametrize("query", ["from=yesterday", "by=hour", "form=x", "team=", "from=2020-01-01", "dialect=xls"])
-def test_a_bad_query_is_refused_with_a_sentence(gateway: GatewayFixture, query: str) -> None:
+def test_an_invalid_query_is_refused_with_a_reason(gateway: GatewayFixture, query: str) -> None:
     for token in (DESIGN, ADMIN):
         refused = get(gateway, f"/v1/usage?{query}", token)
         assert (refused.status_code, code_of(refused)) == (400, "invalid-query")
@@ -198,7 +198,7 @@ def test_a_bad_query_is_refused_with_a_sentence(gateway: GatewayFixture, query: 
 
 
 def test_days_are_those_of_the_organisations_zone(open_gateway: OpenGateway) -> None:
-    for name in ("Pacific/Kiritimati", "Pacific/Niue"):  # never the same day
+    for name in ("Pacific/Kiritimati", "Pacific/Niue"):  # the two zones never have the same day
         gateway = open_gateway(org={"timezone": name})
         gateway.ask()
         today = datetime.now(ZoneInfo(name)).date()
@@ -251,7 +251,7 @@ def test_a_teams_quotas(gateway: GatewayFixture) -> None:
     assert shown(get(gateway, "/v1/quota?team=design"))["quotas"] == document["quotas"]
 
 
-def test_a_quota_that_only_warns_and_is_passed(open_gateway: OpenGateway) -> None:
+def test_an_exceeded_warning_quota(open_gateway: OpenGateway) -> None:
     team = {"tokens": [digest_of(DESIGN)], "quotas": [quota("requests", 1, "day", "warn")]}
     gateway = open_gateway(teams={"design": team})
     assert [gateway.ask().status_code for _ in range(3)] == [200, 200, 200]
@@ -259,14 +259,14 @@ def test_a_quota_that_only_warns_and_is_passed(open_gateway: OpenGateway) -> Non
     assert (own["limit"], own["used"], own["remaining"]) == (1, 3, 0)
 
 
-def test_quotas_agree_with_the_fields_of_an_answer(gateway: GatewayFixture) -> None:
+def test_quotas_equal_the_headers_of_an_answer(gateway: GatewayFixture) -> None:
     limits = gateway.ask().headers["ratelimit"]
     own, org = shown(get(gateway, "/v1/quota"))["quotas"]
     assert f'"credits-month";r={int(own["remaining"])};' in limits
     assert f'"org-requests-week";r={org["remaining"]};' in limits
 
 
-def test_to_look_takes_nothing(gateway: GatewayFixture) -> None:
+def test_views_use_nothing(gateway: GatewayFixture) -> None:
     team = get(gateway, "/v1/quota", RETIRED)
     for _ in range(5):
         assert get(gateway, "/v1/quota", RETIRED).json() == team.json(), "its rate of one would be used up"
@@ -281,7 +281,7 @@ def test_a_rate_of_fractions(gateway: GatewayFixture) -> None:
 
 
 @pytest.mark.parametrize("team", ["marketing", "nobody"])
-def test_a_team_sees_no_others_quotas(gateway: GatewayFixture, team: str) -> None:
+def test_a_team_does_not_see_quotas_of_others(gateway: GatewayFixture, team: str) -> None:
     refused = get(gateway, f"/v1/quota?team={team}")
     assert (refused.status_code, code_of(refused)) == (403, "forbidden")
 
@@ -297,11 +297,11 @@ def test_the_operator_sees_all_quotas(gateway: GatewayFixture) -> None:
         assert (refused.status_code, code_of(refused)) == (400, "invalid-query")
 
 
-# --- Who may look, and when nobody can -------------------------------------------------------------------------------
+# --- Access, and an unreachable ledger -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/v1/usage", "/v1/quota"])
-def test_who_may_look(gateway: GatewayFixture, path: str) -> None:
+def test_access_depends_on_the_token(gateway: GatewayFixture, path: str) -> None:
     assert get(gateway, path, RETIRED).status_code == 200, "a disabled team may look, and not ask"
     assert code_of(gateway.ask(x_api_key=RETIRED)) == "team-disabled"
     for token in (EXPIRED, token_of("x" * 32), "nonsense"):
@@ -316,14 +316,14 @@ def test_who_may_look(gateway: GatewayFixture, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/usage", "/v1/quota"])
-def test_head_is_get_without_its_body(gateway: GatewayFixture, path: str) -> None:
+def test_head_answers_like_get_without_the_body(gateway: GatewayFixture, path: str) -> None:
     answer = gateway.client.head(path)
     assert (answer.status_code, answer.content) == (200, b"")
     assert answer.headers["content-type"] == "application/json"
 
 
 @pytest.mark.parametrize("path", ["/v1/usage", "/v1/usage?format=csv", "/v1/quota"])
-def test_a_ledger_out_of_reach(open_gateway: OpenGateway, path: str) -> None:
+def test_an_unreachable_ledger_is_a_503(open_gateway: OpenGateway, path: str) -> None:
     url = f"redis://127.0.0.1:{free_port()}"
     gateway = open_gateway(store={"url": url, "on_outage": "admit"}, admin={"tokens": [digest_of(ADMIN)]})
     for token in (DESIGN, ADMIN):
@@ -332,18 +332,18 @@ def test_a_ledger_out_of_reach(open_gateway: OpenGateway, path: str) -> None:
         assert refused.headers["retry-after"] == "1"
 
 
-def test_a_report_that_takes_too_long(open_gateway: OpenGateway) -> None:
+def test_a_report_that_takes_too_long_is_a_503(open_gateway: OpenGateway) -> None:
     gateway = open_gateway(server={"request_timeout_s": 1e-6})
     refused = get(gateway, f"/v1/usage?from={datetime.now(UTC).date() - timedelta(days=300)}")
     assert (refused.status_code, code_of(refused)) == (503, "store-unavailable")
     assert "fewer days" in refused.json()["detail"]
 
 
-def test_its_log_line_names_the_team(gateway: GatewayFixture, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_line_has_the_team(gateway: GatewayFixture, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "proxy.http.responses"):
         get(gateway, "/v1/usage", RETIRED)
         wait_until(lambda: caplog.records)
         get(gateway, "/v1/quota", ADMIN)
-        wait_until(lambda: len(caplog.records) == 2)  # a line is written behind its answer
+        wait_until(lambda: len(caplog.records) == 2)  # the line is written after the answer
     facts = [record.__dict__["facts"] for record in caplog.records]
     assert [(fact["team"], fact["operation"]) for fact in facts] == [("retired", "other"), ("-", "other")]

@@ -1,4 +1,4 @@
-"""What counts, over sockets and in a real ledger: which answers, how much each of them, and under which model."""
+"""Usage over HTTP with a real ledger: which answers count, their credits, and their models."""
 
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -43,7 +43,7 @@ FAILURES: dict[str, tuple[Fault | Responder, int]] = {
 
 
 class TestWhatCounts:
-    def test_every_answer_each_time(self, limited: Limited) -> None:
+    def test_every_answer_counts_each_time(self, limited: Limited) -> None:
         gateway = limited(quota(100), requests(100))
         for directives in ("", "", "max-age=0", "no-cache", "no-store"):
             assert gateway.ask(FLUX, cache_control=directives).status_code == 200
@@ -51,7 +51,7 @@ class TestWhatCounts:
         assert by_model(gateway) == {"Flux": row(5, Decimal("13.75"), hit=1, miss=4)}
 
     @pytest.mark.usefixtures("cold")
-    def test_stale_ones_too_and_not_what_is_asked_behind_them(self, limited: Limited) -> None:
+    def test_stale_answers_count_but_their_refresh_does_not(self, limited: Limited) -> None:
         gateway = limited(quota(100), requests(100))
         gateway.ask(FLUX)
         gateway.age(3600 + 100)
@@ -63,7 +63,7 @@ class TestWhatCounts:
         assert used(gateway) == [Decimal("8.25"), 3]
         assert by_model(gateway) == {"Flux": row(3, Decimal("8.25"), stale=2, miss=1)}
 
-    def test_one_that_waited_for_anothers(self, limited: Limited) -> None:
+    def test_an_answer_shared_with_another_request_counts(self, limited: Limited) -> None:
         gateway = limited(quota(100), requests(100))
         with ThreadPoolExecutor() as pool, gateway.simulator.hold() as hold:
             asked = [pool.submit(gateway.ask, FLUX) for _ in range(3)]
@@ -74,7 +74,7 @@ class TestWhatCounts:
         assert used(gateway) == [Decimal("8.25"), 3]
         assert by_model(gateway) == {"Flux": row(3, Decimal("8.25"), miss=1, collapsed=2)}
 
-    def test_one_under_way_is_a_request_already(self, limited: Limited) -> None:
+    def test_a_request_in_flight_counts_already(self, limited: Limited) -> None:
         gateway = limited(quota(1), requests(1))
         with ThreadPoolExecutor() as pool, gateway.simulator.hold() as hold:
             asked = pool.submit(gateway.ask, ONE)
@@ -86,7 +86,7 @@ class TestWhatCounts:
         assert usage(gateway) == row(1, 1, refused=1, miss=1, quota_exceeded=1)
 
     @pytest.mark.parametrize("failure", FAILURES)
-    def test_a_failure_is_a_request_without_credits(self, failure: str, limited: Limited) -> None:
+    def test_a_failure_counts_as_a_request_without_credits(self, failure: str, limited: Limited) -> None:
         gateway = limited(quota(100), requests(100), upstream={"timeout_s": 0.2})
         answer, status = FAILURES[failure]
         gateway.simulator.script(answer)
@@ -96,13 +96,13 @@ class TestWhatCounts:
         assert used(gateway) == [0, 1]
         assert by_model(gateway) == {"-": row(1, **{failure: 1})}
 
-    def test_an_answer_without_a_price_that_is_refused(self, limited: Limited) -> None:
+    def test_a_refused_answer_without_a_price_counts_without_credits(self, limited: Limited) -> None:
         gateway = limited(quota(100), upstream={"on_unpriced": "refuse"})
         gateway.simulator.script(Fault.UNPRICED_NEGATIVE)
         assert code_of(gateway.ask()) == "unpriced"
         assert usage(gateway) == row(1, unpriced=1)
 
-    def test_one_whose_time_is_over_before_upstream_answers(self, limited: Limited) -> None:
+    def test_a_timeout_counts_as_a_request_without_credits(self, limited: Limited) -> None:
         gateway = limited(quota(100), requests(100), server={"request_timeout_s": 0.2})
         with gateway.simulator.hold() as hold:
             assert code_of(gateway.ask(FLUX)) == "upstream-timeout"
@@ -110,7 +110,7 @@ class TestWhatCounts:
             hold.release()
         wait_until(lambda: usage(gateway) == row(1, upstream_timeout=1))
 
-    def test_what_upstream_did_not_want_to_be_asked_is_no_request(self, limited: Limited) -> None:
+    def test_a_request_during_upstreams_retry_after_does_not_count(self, limited: Limited) -> None:
         gateway = limited(quota(100), requests(100))
         gateway.simulator.script(answers(b"{}", 429, retry_after="30"))
         asked, unasked = gateway.ask(FLUX), gateway.ask(ONE)
@@ -119,7 +119,7 @@ class TestWhatCounts:
         assert (gateway.simulator.calls, used(gateway)) == (1, [0, 1])
         assert by_model(gateway) == {"-": row(1, refused=1, upstream_busy=2)}
 
-    def test_behind_an_open_circuit_there_is_no_request(self, limited: Limited) -> None:
+    def test_requests_during_an_open_circuit_do_not_count(self, limited: Limited) -> None:
         gateway = limited(requests(100))
         gateway.simulator.script(*[Fault.SERVER_ERROR] * MIN_ANSWERS)
         for number in range(MIN_ANSWERS):
@@ -129,7 +129,7 @@ class TestWhatCounts:
         assert (gateway.simulator.calls, used(gateway)) == (MIN_ANSWERS, [MIN_ANSWERS])
         assert usage(gateway) == row(MIN_ANSWERS, refused=1, upstream_error=MIN_ANSWERS, upstream_busy=1)
 
-    def test_what_was_not_to_be_asked_is_no_request(self, limited: Limited) -> None:
+    def test_requests_with_only_if_cached_and_no_price_do_not_count(self, limited: Limited) -> None:
         gateway = limited(quota(100), requests(100))
         absent = gateway.ask(FLUX, cache_control="only-if-cached")
         assert (code_of(absent), left(absent)) == ("not-cached", {"credits-month": 100, "requests-month": 100})
@@ -138,7 +138,7 @@ class TestWhatCounts:
         assert gateway.ask(FLUX, cache_control="only-if-cached").status_code == 200
         assert used(gateway) == [Decimal("5.5"), 2]
 
-    def test_what_is_no_question_is_not_counted_at_all(self, limited: Limited) -> None:
+    def test_invalid_requests_are_not_counted_at_all(self, limited: Limited) -> None:
         gateway = limited(quota(100), requests(100))
         bad = [
             gateway.ask(b"{}"),
@@ -152,7 +152,7 @@ class TestWhatCounts:
             assert {"ratelimit", "ratelimit-policy", "estimate-proxy-warning"}.isdisjoint(response.headers)
         assert (usage(gateway), used(gateway)) == (row(), [0, 0])
 
-    def test_a_client_that_goes_away_is_charged_for_what_it_asked(self, limited: Limited) -> None:
+    def test_a_client_that_leaves_is_charged_for_its_request(self, limited: Limited) -> None:
         gateway = limited(quota(100), requests(100))
         head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-API-KEY: {DESIGN}\r\nContent-Length: {len(FLUX)}\r\n\r\n"
         with gateway.simulator.hold() as hold:
@@ -165,7 +165,7 @@ class TestWhatCounts:
         wait_until(lambda: by_model(gateway) == {"Flux": row(2, Decimal("5.5"), miss=1, collapsed=1)})
         assert used(gateway) == [Decimal("5.5"), 2]
 
-    def test_a_client_that_goes_away_before_its_body_is_there_is_not(self, limited: Limited) -> None:
+    def test_a_client_that_leaves_before_its_body_is_complete_is_not_charged(self, limited: Limited) -> None:
         gateway = limited(requests(100))
         with gateway.connect() as connection:
             head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-API-KEY: {DESIGN}\r\nContent-Length: 4\r\n\r\n["
@@ -175,8 +175,8 @@ class TestWhatCounts:
         assert (usage(gateway), used(gateway)) == (row(), [0])
 
     @pytest.mark.usefixtures("cold")
-    def test_usage_is_exactly_what_was_asked(self, limited: Limited) -> None:
-        """A day's life of a team, by its outcomes; the quotas and the sum of all rows say the same."""
+    def test_usage_equals_the_requests_exactly(self, limited: Limited) -> None:
+        """Makes requests with all outcomes; quotas and the sum of all rows agree."""
         gateway = limited(quota(21.5), requests(100), rate=rate(15), upstream={"timeout_s": 0.3})
         simulator = gateway.simulator
         _ask_for(gateway, [(FLUX, "200"), (FLUX, "200"), (b"[1]", "invalid-body")])
@@ -216,7 +216,7 @@ class TestWhatCounts:
 
 
 def _ask_for(gateway: GatewayFixture, expected: list[tuple[bytes, str]]) -> None:
-    """Asks one body after the other, for a problem's code, or else a status."""
+    """Sends one body after the other, and returns each problem's code or the status."""
     for body, word in expected:
         response = gateway.ask(body)
         told = code_of(response) if "problem" in response.headers["content-type"] else str(response.status_code)
@@ -241,7 +241,7 @@ def priced(estimated: str) -> Responder:
 
 
 class TestAmounts:
-    def test_are_exact_and_shown_as_upstream_wrote_them(self, limited: Limited) -> None:
+    def test_they_are_exact_and_shown_as_upstream_wrote_them(self, limited: Limited) -> None:
         gateway = limited(quota(9e6), requests(100))
         gateway.simulator.script(*map(priced, AMOUNTS))
         for number, written in enumerate(AMOUNTS):
@@ -256,14 +256,14 @@ class TestAmounts:
         assert left(gateway.ask(b'[{"model":"m6"}]'))["credits-month"] == 4_999_789
 
     @pytest.mark.parametrize(("limit", "status"), [(1_000_000.100002, 200), (1_000_000.100001, 402)])
-    def test_a_micro_credit_decides(self, limit: float, status: int, limited: Limited) -> None:
+    def test_a_quota_is_exact_to_a_micro_credit(self, limit: float, status: int, limited: Limited) -> None:
         gateway = limited(quota(limit))
         gateway.simulator.script(priced("1e6"), priced("0.1"), priced("0.0000015"))
         assert [gateway.ask(body).status_code for body in (ONE, FLUX, SEGMENT)] == [200, 200, status]
 
 
 class TestModels:
-    def test_are_named_by_what_decides_the_price(self, limited: Limited) -> None:
+    def test_they_are_named_by_the_member_that_decides_the_price(self, limited: Limited) -> None:
         expected = {
             "segment": b'[{"style":"Anime","segment":{},"model":"Flux"}]',
             "Anime": b'[{"model":"Flux","style":"Anime"}]',
@@ -281,7 +281,7 @@ class TestModels:
             model: row(1, exactly(answer)["data"]["estimated"], miss=1) for model, answer in answers_.items()
         }
 
-    def test_have_so_many_names_and_the_rest_are_others(self, limited: Limited) -> None:
+    def test_names_are_limited_and_the_rest_count_as_other(self, limited: Limited) -> None:
         gateway, half = limited(teams={"marketing": team(MARKETING)}), MAX_MODELS // 2
         for number in range(half + 2):
             gateway.ask(b'[{"model":"m%d"}]' % number)
