@@ -236,12 +236,12 @@ def test_an_error_tells_whether_another_try_may_help(result: object, kind: str) 
     ],
 )
 def test_a_server_is_unreachable_if_nothing_was_sent(result: object, sent: bool, unreachable: bool) -> None:  # noqa: FBT001 -- a row
-    async def story() -> None:
+    async def scenario() -> None:
         future = asyncio.get_running_loop().create_future()
         call = Call(GET, ("key",), (), future, 0.0, sent=sent, result=result)
         assert was_unreachable(call) == unreachable
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 def test_slot_owners_are_parsed() -> None:
@@ -455,7 +455,7 @@ def test_a_dead_primary_is_replaced_while_the_others_serve(fleet: Cluster, caplo
     dead.start()
 
 
-def test_a_cluster_with_a_url_for_a_single_server_is_refused(fleet: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cluster_with_a_single_servers_url_logs_the_right_scheme(fleet: Cluster, caplog: pytest.LogCaptureFixture) -> None:
     one = fleet.home(0)
     key = next(key for key in map(str, range(40)) if fleet.home(key_slot(key.encode())) is not one)
 

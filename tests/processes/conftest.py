@@ -1,4 +1,4 @@
-"""Fixtures of the tests that start several processes."""
+"""Fixtures of the tests that start gateways as processes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +36,6 @@ __all__ = [
 
 @pytest.fixture
 def runner(tmp_path: Path, upstream: UpstreamFixture) -> Iterator[GatewayRunner]:
-    """Starts gateways of one test, as processes."""
+    """Starts the gateways of one test as processes."""
     with gateway_runner(tmp_path, upstream.url) as opened:
         yield opened

@@ -1,4 +1,4 @@
-"""What docs/operations.md says about copying a ledger, done as it stands there, with nothing but what is installed."""
+"""The backup and restore commands of docs/operations.md, run exactly as written, with installed programs only."""
 
 import os
 import re
@@ -35,7 +35,7 @@ BACKUP, RESTORE, DUMP, RESTORE_DUMP = blocks("Backups")
 
 
 def shell(script: str, folder: Path, *programs: Path, **variables: str | Path) -> None:
-    """Runs a block as a user would paste it, in `folder`; `programs` are folders that stand first on the PATH."""
+    """Runs a code block of the page in `folder`; the folders `programs` come first in the PATH."""
     path = ":".join(map(str, (*programs, Path(sys.executable).parent, SYSTEM)))
     env = {"PATH": path, **{name: str(value) for name, value in variables.items()}}
     done = subprocess.run(["/bin/sh", "-eu", "-c", script], cwd=folder, env=env, capture_output=True, check=False)
@@ -51,7 +51,7 @@ def back_up(data_dir: Path, folder: Path, *programs: Path) -> Path:
 
 
 def usage(served: GatewayProcess) -> Any:
-    """Of each team, model and outcome."""
+    """Returns the usage by team, model and outcome."""
     with served.client() as asking:
         answer = asking.get("/v1/usage?by=day,team,model", headers={"x-api-key": ADMIN})
     assert answer.status_code == 200
@@ -67,9 +67,7 @@ def ask(served: GatewayProcess, times: int) -> None:
         assert served.ask().status_code == 200
 
 
-def test_a_ledger_that_was_copied_while_it_ran_is_restored_into_a_new_data_dir(
-    runner: GatewayRunner, tmp_path: Path
-) -> None:
+def test_a_ledger_copied_while_running_is_restored_into_a_new_data_dir(runner: GatewayRunner, tmp_path: Path) -> None:
     first = start(runner)
     ask(first, 5)
     expected = usage(first)
@@ -87,7 +85,7 @@ def test_a_ledger_that_was_copied_while_it_ran_is_restored_into_a_new_data_dir(
     assert second.stop() == 0
 
 
-def test_a_ledger_is_restored_in_place_of_another_and_keeps_its_owner(tmp_path: Path) -> None:
+def test_a_restored_ledger_replaces_another_and_keeps_its_owner(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
     with running(data_dir) as stores, client(stores) as connected:
         connected.set("written", "before")
@@ -103,8 +101,8 @@ def test_a_ledger_is_restored_in_place_of_another_and_keeps_its_owner(tmp_path: 
         assert connected.get("written") == "before"
 
 
-def test_a_rewrite_during_the_copy_is_noticed(tmp_path: Path) -> None:
-    """A `cp` that has the ledger rewritten after its first file, by when the manifest has been copied."""
+def test_a_rewrite_during_the_copy_is_detected(tmp_path: Path) -> None:
+    """Installs a `cp` that causes a rewrite of the ledger after it has copied the manifest."""
     data_dir, programs = tmp_path / "data", tmp_path / "programs"
     programs.mkdir()
     rewrite = programs / "rewrite.py"
@@ -135,8 +133,8 @@ with redis.Redis.from_url(sys.argv[1]) as client:
 """
 
 
-def test_a_dump_of_a_server_becomes_an_append_only_file(tmp_path: Path) -> None:
-    """With the programs that such a server comes with."""
+def test_a_servers_dump_is_converted_to_an_append_only_file(tmp_path: Path) -> None:
+    """Uses the programs of that server's package."""
     programs = tmp_path / "programs"
     programs.mkdir()
     (programs / "redis-cli").symlink_to(program("redis-cli"))
@@ -154,7 +152,7 @@ def test_a_dump_of_a_server_becomes_an_append_only_file(tmp_path: Path) -> None:
 
 
 def start_again_with(server: Member, files: Path) -> None:
-    """Has a server read these append-only files."""
+    """Starts a server on these append-only files."""
     wait_until(server.answers)
     server.kill()
     shutil.rmtree(server.folder / "appendonlydir")
@@ -164,7 +162,7 @@ def start_again_with(server: Member, files: Path) -> None:
 
 
 @pytest.mark.parametrize("brand", ["valkey", "redis"])
-def test_an_embedded_ledger_moves_to_a_server(runner: GatewayRunner, tmp_path: Path, brand: str) -> None:
+def test_an_embedded_ledger_can_be_moved_to_a_server(runner: GatewayRunner, tmp_path: Path, brand: str) -> None:
     first = start(runner)
     ask(first, 5)
     expected = usage(first)

@@ -1,4 +1,4 @@
-"""The bench's smallest run, end to end. What it measures is no matter here: a benchmark is not a test."""
+"""The bench's smallest run, end to end, without any check of the measured values."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from bench.__main__ import run
 from bench.machine import ROOT
 
 
-def test_a_run_tells_what_it_measured_and_where(tmp_path: Path) -> None:
+def test_a_run_prints_its_results_and_the_machine(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     done = subprocess.run(
         [sys.executable, "-m", "bench", *f"--only hit --rounds 1 --seconds 0.3 --load own --json {file}".split()],
@@ -35,7 +35,9 @@ def test_a_run_tells_what_it_measured_and_where(tmp_path: Path) -> None:
     assert measured["hit"]["admission_us"] > 0
 
 
-def test_what_it_does_not_know_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_case_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["bench", "--only", "hits"])
     with pytest.raises(SystemExit, match="2"):
         run()

@@ -1,4 +1,4 @@
-"""The command line as its users meet it: a few real processes, the rest in this one."""
+"""The command line, in a few real processes and otherwise in this one."""
 
 import csv
 import importlib.metadata
@@ -45,7 +45,7 @@ Run = Callable[..., Result]
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def empty_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(("ESTIMATE_PROXY_", "RENDERNET_", "REDIS_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(config, "DEFAULT_PATHS", config.DEFAULT_PATHS[:1])
@@ -54,7 +54,7 @@ def nothing_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run() -> Run:
-    """Runs a command line in this process; no exception may get out of it."""
+    """Runs a command line in this process, and asserts that no exception is raised."""
 
     def invoke(*args: str, stdin: bytes = b"", **environ: str) -> Result:
         result = CliRunner(catch_exceptions=False).invoke(
@@ -67,7 +67,7 @@ def run() -> Run:
 
 
 def refusal(result: Result) -> str:
-    """The one line that says why a command line was refused."""
+    """Returns the one line that says why a command line was refused."""
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
@@ -116,7 +116,7 @@ def test_help(run: Run, command: str, mentions: list[str]) -> None:
     text = " ".join(result.stdout.split())
     assert result.exit_code == 0
     assert text.startswith(f"Usage: estimate-proxy {command}".strip())
-    squeezed = text.replace(" ", "")  # lines are broken at hyphens too
+    squeezed = text.replace(" ", "")  # lines are also broken at hyphens
     assert [words for words in mentions if words.replace(" ", "") not in squeezed] == []
     assert not re.search(r"INTEGER|PATH|FILENAME|None|\.\.\.(?! in)", text.replace("[ARGS]...", "")), (
         "an unset metavar, or a cut text"
@@ -131,7 +131,7 @@ def test_version(run: Run) -> None:
 
 
 @pytest.mark.parametrize("command", [[], ["token"]])
-def test_no_command_is_shown_what_there_is(run: Run, command: list[str]) -> None:
+def test_without_a_command_the_help_is_shown(run: Run, command: list[str]) -> None:
     result = run(*command)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("Usage: estimate-proxy")
@@ -166,7 +166,7 @@ def test_a_port_out_of_range_is_refused_before_anything_starts(run: Run) -> None
     assert refusal(run("demo", "--port", "65536")).startswith("Invalid value for '--port'")
 
 
-def test_both_programs_are_one() -> None:
+def test_both_entry_points_are_the_same_program() -> None:
     Path("body.json").write_bytes(BODY)
     for args in (["--help"], ["--version"], ["check"], ["explain", "body.json"], ["explain", "missing"], ["bogus"]):
         one, other = (process(*program, *args) for program in PROGRAMS)
@@ -228,21 +228,21 @@ def test_check_prints_toml(run: Run) -> None:
 
 
 @pytest.mark.parametrize("reader", ["", "[metrics]\npublic = true\n", f'[admin]\ntokens = ["{DIGEST[:-1]}0"]\n'])
-def test_check_warns_when_nobody_can_read_the_metrics(run: Run, reader: str) -> None:
+def test_check_warns_if_no_token_can_read_the_metrics(run: Run, reader: str) -> None:
     Path("here.toml").write_text(CONFIG + reader)
     result = run("check", "--config", "here.toml")
     assert result.exit_code == 0
     assert ("nobody can read /metrics" in result.stderr) is (not reader)
 
 
-def test_check_without_a_file_says_so(run: Run) -> None:
+def test_check_without_a_file_reports_it(run: Run) -> None:
     result = run("check", RENDERNET_API_KEY=CANARY, ESTIMATE_PROXY_TEAMS__A__NAME="A")
     assert result.exit_code == 0
     assert result.stdout.startswith("# from no file: defaults and the environment\n")
 
 
-def test_what_check_prints_can_be_checked(run: Run) -> None:
-    """With the secrets put back it is a config, and the same one, though nothing is a default any more."""
+def test_the_output_of_check_is_a_valid_config(run: Run) -> None:
+    """With the secrets filled in, the output is a config with the same settings, without defaults."""
     Path("a.toml").write_text(CONFIG)
     shown = run("check", "--config", "a.toml").stdout
     Path("b.toml").write_text(shown.replace(MASK, CANARY))
@@ -250,7 +250,7 @@ def test_what_check_prints_can_be_checked(run: Run) -> None:
     assert tomllib.loads(again) == tomllib.loads(shown)
 
 
-def test_check_says_where_values_come_from(run: Run) -> None:
+def test_check_shows_the_source_of_each_value(run: Run) -> None:
     Path("key").write_text(CANARY)
     Path("here.toml").write_text(
         "[accounts.default]\napi_key_file = 'key'\n[accounts.second]\napi_key_file = 'key'\n"
@@ -304,7 +304,7 @@ def test_check_warns(run: Run, text: str, environ: dict[str, str], line: str) ->
     assert result.stderr.count("\n") == 1
 
 
-def test_check_says_which_variable_and_which_file_is_wrong(run: Run) -> None:
+def test_check_names_the_variable_or_file_with_the_error(run: Run) -> None:
     Path("here.toml").write_text(CONFIG)
     result = run("check", "--config", "here.toml", ESTIMATE_PROXY_SERVER__PORT="x")
     said = "estimate-proxy: server.port must be a whole number (set by the variable ESTIMATE_PROXY_SERVER__PORT)\n"
@@ -343,7 +343,7 @@ def test_check_reports_all_problems_and_no_value(run: Run) -> None:
     assert all(line.startswith("estimate-proxy: ") for line in result.stderr.splitlines())
 
 
-def test_check_says_what_to_set_instead_of_an_option_in_a_stores_url(run: Run) -> None:
+def test_check_names_the_setting_that_replaces_an_option_in_a_stores_url(run: Run) -> None:
     Path("c.toml").write_text(CONFIG)
     result = run("check", "--config", "c.toml", REDIS_URL=f"rediss://:{CANARY}@redis:6379/0?ssl_cert_reqs=none")
     assert result.exit_code == 2
@@ -364,7 +364,7 @@ def test_check_of_a_broken_file_as_a_process(program: list[str]) -> None:
 
 
 def on_terminal(*args: str, columns: int = 300) -> str:
-    """What a command line shows on a terminal."""
+    """Returns the output of a command line on a terminal."""
     ours, theirs = pty.openpty()
     environ = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
     with subprocess.Popen([*PROGRAMS[0], *args], stdout=theirs, env=environ) as child:
@@ -373,7 +373,7 @@ def on_terminal(*args: str, columns: int = 300) -> str:
         try:
             while more := os.read(ours, 65536):
                 shown += more
-        except OSError:  # how Linux says that nobody holds the other end any more
+        except OSError:  # Linux: the other end of the terminal is closed
             pass
         os.close(ours)
     assert child.returncode == 0
@@ -398,14 +398,14 @@ def test_check_on_a_terminal_is_a_table() -> None:
 
 
 def connected(result: Result) -> list[str]:
-    """What was found, in lines; the settings stand above them."""
+    """Returns the lines of the results, which come after the settings."""
     return [
         line for line in result.stdout.splitlines() if line.startswith(("# the ledger", "# the price", "# RenderN"))
     ]
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_connect_says_what_it_finds(run: Run, valkey_url: str, tmp_path: Path, scheme: str) -> None:
+def test_connect_reports_what_it_finds(run: Run, valkey_url: str, tmp_path: Path, scheme: str) -> None:
     made = make_certificates(tmp_path)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(made.cert("server"), made.key("server"))
@@ -432,7 +432,7 @@ def test_connect_says_what_it_finds(run: Run, valkey_url: str, tmp_path: Path, s
     assert tomllib.loads(result.stdout)["server"]["port"] == 8080
 
 
-def test_connect_says_what_fails(run: Run, valkey_url: str) -> None:
+def test_connect_reports_failures(run: Run, valkey_url: str) -> None:
     Path("here.toml").write_text(
         f"metrics.public = true\n{CONFIG}[store]\nurl = 'redis://u:{CANARY}@127.0.0.1:{free_port()}'\n"
         f"[cache]\nurl = '{valkey_url}'\n[upstream]\nbase_url = 'http://127.0.0.1:{free_port()}'"
@@ -447,7 +447,7 @@ def test_connect_says_what_fails(run: Run, valkey_url: str) -> None:
     assert re.match(r"estimate-proxy: RenderNet \(http://127.0.0.1:\d+\) cannot be connected to: Conn", rendernet)
 
 
-def test_connect_warns_of_a_ledger_that_loses_data(run: Run) -> None:
+def test_connect_warns_about_a_ledger_that_may_lose_data(run: Run) -> None:
     with debian_redis() as url, redis.Redis.from_url(url) as client, raw_upstream() as upstream:
         client.config_set("maxmemory-policy", "allkeys-lru")
         Path("here.toml").write_text(
@@ -461,7 +461,7 @@ def test_connect_warns_of_a_ledger_that_loses_data(run: Run) -> None:
     assert connected(result)[1] == "# the price book: in the ledger's store"
 
 
-def test_connect_needs_no_gateway_for_embedded_stores(run: Run) -> None:
+def test_connect_needs_no_running_gateway_for_embedded_stores(run: Run) -> None:
     with raw_upstream() as upstream:
         Path("here.toml").write_text(
             f"metrics.public = true\n{CONFIG}[store]\ndata_dir = 'data'\n[upstream]\nbase_url = '{upstream.url}'"
@@ -491,7 +491,7 @@ on_exceed = "warn"
 
 @pytest.fixture
 def ledger(valkey_url: str) -> None:
-    """A ledger with some usage of three days ago, of two teams, and the counters of now."""
+    """A ledger with usage of two teams three days ago, and counters of the current windows."""
     Path("estimate-proxy.toml").write_text(f'{CONFIG}{NAME}{LIMITS}[store]\nurl = "{valkey_url}"\n')
     with redis.Redis.from_url(valkey_url) as client:
         client.flushall()
@@ -541,7 +541,7 @@ def test_usage_when_piped(run: Run) -> None:
 
 
 @pytest.mark.usefixtures("ledger")
-def test_usage_as_the_endpoint_answers_it(run: Run) -> None:
+def test_usage_as_json_equals_the_endpoint(run: Run) -> None:
     told_json = reported(run("usage", "--from", str(DAY), "--by", "team", "--format", "json"))
     document = json.loads(told_json)
     assert '"estimated_credits":18014398509.481986,' in told_json
@@ -685,13 +685,13 @@ def test_usage_of_an_earlier_id_is_shown_under_the_current_one(run: Run) -> None
     ],
 )
 @pytest.mark.usefixtures("ledger")
-def test_usage_that_cannot_be(run: Run, options: str, line: str) -> None:
+def test_an_invalid_usage_query_is_refused(run: Run, options: str, line: str) -> None:
     assert refusal(run("usage", *options.split(" "))).startswith(line)
 
 
 @pytest.mark.usefixtures("ledger")
 def test_quota_when_piped(run: Run) -> None:
-    header, org, own = fields(told(run("quota")))  # the organisation's once, though both teams have it
+    header, org, own = fields(told(run("quota")))  # the organisation's quota once, although both teams have it
     assert header == [
         *("scope", "team", "measure", "per", "limit", "used", "remaining", "on_exceed", "resets_at"),
         *("used_percent", "team_name"),
@@ -733,7 +733,7 @@ def test_quota_on_a_terminal() -> None:
         assert "Not shown, for lack of width: " in text
 
 
-def test_no_quota_is_said_and_no_failure(run: Run, valkey_url: str) -> None:
+def test_no_quotas_are_reported_without_an_error(run: Run, valkey_url: str) -> None:
     Path("estimate-proxy.toml").write_text(f'{CONFIG}[store]\nurl = "{valkey_url}"\n')
     result = run("quota")
     assert (result.exit_code, result.stderr) == (0, "estimate-proxy: no quota is set\n")
@@ -741,14 +741,14 @@ def test_no_quota_is_said_and_no_failure(run: Run, valkey_url: str) -> None:
 
 
 @pytest.mark.parametrize("command", [["usage"], ["usage", "--team", "nobody"], ["quota"], ["quota", "design"]])
-def test_a_store_that_nobody_finds(run: Run, command: list[str]) -> None:
+def test_an_unreachable_store_is_one_line(run: Run, command: list[str]) -> None:
     Path("estimate-proxy.toml").write_text(f'{CONFIG}[store]\nurl = "redis://127.0.0.1:{free_port()}"\n')
     assert refusal(run(*command)) == "the store is unreachable"
     Path("estimate-proxy.toml").write_text(f'{CONFIG}[store]\ndata_dir = "data"\n')
     assert "data" in refusal(run(*command))
 
 
-def test_the_embedded_ledger_of_a_gateway_that_runs(run: Run) -> None:
+def test_the_embedded_ledger_of_a_running_gateway_is_read(run: Run) -> None:
     Path("estimate-proxy.toml").write_text(f'{CONFIG}{LIMITS}[store]\ndata_dir = "data"\n')
     stores = EmbeddedStores(Path("data"), ["ledger"])
     stores.start()
@@ -766,7 +766,7 @@ def test_the_embedded_ledger_of_a_gateway_that_runs(run: Run) -> None:
 
 
 @pytest.mark.parametrize("team", ["design", "a", "0", "a-b-1", "a" * 64])
-def test_a_new_token_and_its_line_for_the_config(run: Run, team: str) -> None:
+def test_a_new_token_is_printed_with_its_line_for_the_config(run: Run, team: str) -> None:
     result = run("token", "new", team)
     assert (result.exit_code, result.stderr) == (0, "")
     token, _, rest = result.stdout.partition("\n")
@@ -832,7 +832,7 @@ def test_no_two_tokens_are_equal(run: Run) -> None:
 
 
 @pytest.mark.parametrize("team", ["Design", "a_b", "-a", "a-", "a" * 65, "", "é", "a b", "a\n", "a.b", '"', "\udcff"])
-def test_a_token_for_a_team_that_cannot_be(run: Run, team: str) -> None:
+def test_a_token_for_an_invalid_team_is_refused(run: Run, team: str) -> None:
     assert refusal(run("token", "new", "--", team)).startswith("TEAM must be an id: 1 to 64 of a-z, 0-9 and -")
 
 
@@ -846,7 +846,7 @@ def explained(result: Result) -> tuple[bytes, str]:
     return found[1], found[2].decode()
 
 
-def test_explain_tells_the_canonical_body_and_its_key(run: Run) -> None:
+def test_explain_prints_the_canonical_body_and_its_key(run: Run) -> None:
     Path("body.json").write_bytes(BODY)
     canonical, key = explained(run("explain", "body.json"))
     assert canonical == canonicalise(BODY) == '[{"a":"é","b":7}]'.encode()
@@ -867,7 +867,7 @@ def test_every_spelling_has_one_key(run: Run, spelling: str) -> None:
     assert explained(run("explain", "-", stdin=spelling.encode())) == explained(run("explain", "-", stdin=BODY))
 
 
-def test_what_changes_a_key(run: Run) -> None:
+def test_changes_that_give_another_key(run: Run) -> None:
     Path("other.toml").write_text("[upstream]\nbase_url = 'https://other.example/base'\n")
     options: list[list[str]] = [
         [],
@@ -920,7 +920,7 @@ def test_a_bad_body_on_standard_input() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (2, b"", said)
 
 
-def test_explain_of_what_cannot_be_read(run: Run, tmp_path: Path) -> None:
+def test_explain_of_an_unreadable_file_is_one_line(run: Run, tmp_path: Path) -> None:
     assert "'missing.json': No such file or directory" in refusal(run("explain", "missing.json"))
     assert f"'{tmp_path}': Is a directory" in refusal(run("explain", str(tmp_path)))
     assert refusal(run("explain", "-", "--config", "missing.toml", stdin=BODY)).startswith(
@@ -934,7 +934,7 @@ def test_explain_of_what_cannot_be_read(run: Run, tmp_path: Path) -> None:
     )
 
 
-def test_arguments_that_are_no_text_or_long() -> None:
+def test_arguments_that_are_not_utf_8_or_very_long() -> None:
     program = PROGRAMS[0]
     odd = process(*program, "explain", "-", "--query", "a=\udcff", stdin=BODY)
     assert (odd.returncode, odd.stderr) == (0, b"")
@@ -947,7 +947,7 @@ def test_arguments_that_are_no_text_or_long() -> None:
     assert process(*program, "check", "--config", "x" * 5000).stderr.endswith(b" cannot be read: File name too long\n")
 
 
-def test_a_closed_pipe_is_no_accident() -> None:
+def test_a_closed_pipe_ends_quietly() -> None:
     body = json.dumps([{"a": "x" * 200_000}]).encode()
     Path("body.json").write_bytes(body)
     with subprocess.Popen(

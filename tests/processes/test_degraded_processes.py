@@ -1,7 +1,7 @@
-"""A gateway some of whose processes or clients are gone or hang, or that begins and ends without its ledger.
+"""A gateway with hanging or lost processes and clients, and its start and stop without a ledger.
 
-Who dies while it leads, or with debits on the books, is in test_fleet and test_quotas_fleet; the supervisor's and the
-embedded stores' deaths are in test_serve.
+Deaths of a leader are tested in test_fleet, deaths during debits in test_quotas_fleet, and deaths of the supervisor and
+the embedded stores in test_serve.
 """
 
 import signal
@@ -35,20 +35,20 @@ def served(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture) 
 
 
 def used(served: GatewayProcess) -> tuple[int, int]:
-    """Credits and requests."""
+    """Returns the team's credits and requests."""
     spent, requests = LedgerSnapshot.of(served, DESIGN).used
     return int(spent), int(requests)
 
 
 def leaving(served: GatewayProcess, body: bytes) -> socket.socket:
-    """The connection of a client that has asked."""
+    """Opens a connection that has sent a request."""
     head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nx-api-key: {DESIGN}\r\ncontent-length: {len(body)}\r\n\r\n"
     connection = socket.create_connection(address_of(served.url), timeout=SOON_S)
     connection.sendall(head.encode() + body)
     return connection
 
 
-def test_a_client_that_leaves_takes_nobodys_answer_along(served: GatewayProcess, simulator: Simulator) -> None:
+def test_a_client_that_leaves_does_not_affect_other_answers(served: GatewayProcess, simulator: Simulator) -> None:
     body, (spent, requests) = new_body(), used(served)
     with ThreadPoolExecutor() as pool:
         with simulator.hold(), leaving(served, body) as connection:
@@ -66,7 +66,7 @@ def test_a_client_that_leaves_takes_nobodys_answer_along(served: GatewayProcess,
 
 
 @pytest.mark.usefixtures("simulator")
-def test_a_worker_that_hangs_keeps_nobody_waiting_who_comes_after_it(served: GatewayProcess) -> None:
+def test_a_hanging_worker_does_not_delay_later_clients(served: GatewayProcess) -> None:
     hung = served.workers()[0]
     hung.suspend()
     try:
@@ -79,7 +79,7 @@ def test_a_worker_that_hangs_keeps_nobody_waiting_who_comes_after_it(served: Gat
 
 
 @pytest.mark.usefixtures("simulator")
-def test_it_begins_and_ends_in_order_without_its_ledger_and_says_what_is_lost(
+def test_without_its_ledger_it_starts_and_stops_cleanly_and_logs_lost_debits(
     runner: GatewayRunner, valkey_url: str
 ) -> None:
     with store_process() as ledger:

@@ -1,5 +1,6 @@
-"""A gateway whose price book or ledger is killed, hangs, or is behind a bad way: what it answers, how soon, what it
-says and books meanwhile, and that it recovers by itself.
+"""A gateway whose price book or ledger is killed, hangs, or has a bad network.
+
+The tests check the answers, their latency, the log lines, the bookings, and the recovery.
 """
 
 import time
@@ -54,43 +55,43 @@ REFUSES, ADMITS = range(2)
 
 
 @dataclass(frozen=True)
-class Place:
-    """A store, and the way to it."""
+class ProxiedStore:
+    """A store, and the proxy in front of it."""
 
     server: StoreProcess
     store_proxy: FaultyProxy
 
 
 @dataclass(frozen=True)
-class WorkerContext:
+class Setup:
     fleet: Fleet
-    ledger: Place
-    book: Place
+    ledger: ProxiedStore
+    book: ProxiedStore
 
     def log(self, at: int) -> LogTail:
         return LogTail(self.fleet.gateways[at])
 
 
 @contextmanager
-def _killed(place: Place) -> Iterator[None]:
-    place.server.kill()
+def _killed(proxied_store: ProxiedStore) -> Iterator[None]:
+    proxied_store.server.kill()
     try:
         yield
     finally:
-        place.server.start()
+        proxied_store.server.start()
 
 
 @contextmanager
-def _stopped(place: Place) -> Iterator[None]:
-    with place.server.hanging():
+def _stopped(proxied_store: ProxiedStore) -> Iterator[None]:
+    with proxied_store.server.hanging():
         yield
 
 
-def _conditions(bad: Conditions) -> Callable[[Place], AbstractContextManager[None]]:
-    return lambda place: place.store_proxy.under(bad)
+def _conditions(bad: Conditions) -> Callable[[ProxiedStore], AbstractContextManager[None]]:
+    return lambda proxied_store: proxied_store.store_proxy.under(bad)
 
 
-BOTH: dict[str, Callable[[Place], AbstractContextManager[None]]] = {
+BOTH: dict[str, Callable[[ProxiedStore], AbstractContextManager[None]]] = {
     "killed": _killed,
     "stopped": _stopped,
     "resets": _conditions(Conditions(accepts=False)),
@@ -106,17 +107,17 @@ OF_BOTH_ROLES = {name: OF_THE_LEDGER[name] for name in ("killed", "loses replies
 
 
 @contextmanager
-def place() -> Iterator[Place]:
+def proxied_store() -> Iterator[ProxiedStore]:
     with store_process() as server:
         server.start()
         with proxy_to(server.url) as store_proxy:
-            yield Place(server, store_proxy)
+            yield ProxiedStore(server, store_proxy)
 
 
 @pytest.fixture(scope="module")
-def premises(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture) -> Iterator[WorkerContext]:
+def setup(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture) -> Iterator[Setup]:
     with ExitStack() as opened:
-        ledger, book = opened.enter_context(place()), opened.enter_context(place())
+        ledger, book = opened.enter_context(proxied_store()), opened.enter_context(proxied_store())
         limits = limiting(team_defaults=[CREDITS, REQUESTS])
         refuses, admits = {f"{PREFIX}CACHE__URL": book.store_proxy.url}, {f"{PREFIX}STORE__ON_OUTAGE": "admit"}
         how: dict[str, Any] = {
@@ -126,95 +127,97 @@ def premises(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture
             "metrics": {"public": True},
         }
         fleet = opened.enter_context(fleet_of(2, tmp_path_factory.mktemp("stores"), **how))
-        yield WorkerContext(fleet, ledger, book)
+        yield Setup(fleet, ledger, book)
 
 
 # The price book
 
 
 @pytest.mark.parametrize("fault", OF_THE_BOOK)
-def test_without_its_price_book_it_asks_for_itself(fault: str, premises: WorkerContext, simulator: Simulator) -> None:
-    team, client, log = premises.fleet.team(), premises.fleet.clients[REFUSES], premises.log(REFUSES)
+def test_without_its_price_book_each_request_calls_upstream(fault: str, setup: Setup, simulator: Simulator) -> None:
+    team, client, log = setup.fleet.team(), setup.fleet.clients[REFUSES], setup.log(REFUSES)
     assert [timed(team, REFUSES, BODY).says for _ in range(2)] == ["200 fwd=miss", "200 hit"]
-    with OF_THE_BOOK[fault](premises.book):
+    with OF_THE_BOOK[fault](setup.book):
         assert timed(team, REFUSES, BODY).says == "200 hit", "out of memory"
-        equal = _asked_together(team, simulator)
-        told = LoadGenerator(team, REFUSES, new_body, for_s=OUTAGE_S / 2).answers()
+        equal = _equal_requests(team, simulator)
+        responses = LoadGenerator(team, REFUSES, new_body, for_s=OUTAGE_S / 2).answers()
         assert degraded(client) == ["price-book"]
-        assert simulator.calls == 1 + 1 + len(told)
-    assert {one.says for one in told} == {"200 fwd=bypass"}
-    assert_in_time(slowest_s(told), 3 * WAIT_S, "To look has two tries, and nothing has a third: in peace 0.65 s.")
-    recovered = _asked_until_all_is_well(team, REFUSES)
+        assert simulator.calls == 1 + 1 + len(responses)
+    assert {one.says for one in responses} == {"200 fwd=bypass"}
+    assert_in_time(slowest_s(responses), 3 * WAIT_S, "Reads are tried twice, never three times: without load 0.65 s.")
+    recovered = _ask_until_recovered(team, REFUSES)
     log.assert_one_incident("the price-book's connection fails: ", "the price-book's connection works again")
-    assert_booked(team, 3 + equal + len(told) + recovered)
+    assert_booked(team, 3 + equal + len(responses) + recovered)
 
 
-def _asked_together(team: TeamClient, simulator: Simulator) -> int:
-    """So many, of a question that is asked once."""
+def _equal_requests(team: TeamClient, simulator: Simulator) -> int:
+    """Sends a number of equal requests at once, and asserts that upstream is called once."""
     calls, body = simulator.calls, new_body()
     with simulator.hold():
         asked = [team.asking(REFUSES, body) for _ in range(LANES)]
         assert simulator.arrived(calls + 1)
-        time.sleep(0.1)  # nothing tells that the others wait
+        time.sleep(0.1)  # there is no signal that the other requests are waiting
     assert kinds(results(asked)) == [BYPASS] + [f"{BYPASS}; collapsed"] * (LANES - 1)
     assert simulator.calls == calls + 1
     return len(asked)
 
 
-def _asked_until_all_is_well(team: TeamClient, at: int) -> int:
-    """How many were answered by then."""
-    told: list[TimedAnswer] = []
+def _ask_until_recovered(team: TeamClient, at: int) -> int:
+    """Sends requests until the gateway has recovered, and returns how many were answered."""
+    responses: list[TimedAnswer] = []
 
     def is_over() -> bool:
-        told.append(timed(team, at, new_body()))
-        return told[-1].says == "200 fwd=miss"
+        responses.append(timed(team, at, new_body()))
+        return responses[-1].says == "200 fwd=miss"
 
     wait_until(is_over, within_s=BACK_S)
-    return answered(told)
+    return answered(responses)
 
 
 # The ledger
 
 
 @pytest.mark.parametrize("fault", OF_THE_LEDGER)
-def test_without_its_ledger_it_refuses(fault: str, premises: WorkerContext, simulator: Simulator) -> None:
-    team, client, log = premises.fleet.team(), premises.fleet.clients[REFUSES], premises.log(REFUSES)
+def test_without_its_ledger_requests_are_refused(fault: str, setup: Setup, simulator: Simulator) -> None:
+    team, client, log = setup.fleet.team(), setup.fleet.clients[REFUSES], setup.log(REFUSES)
     unanswered = metric(client, UNANSWERED)
     assert timed(team, REFUSES, BODY).says == "200 fwd=miss"
-    with OF_THE_LEDGER[fault](premises.ledger):
+    with OF_THE_LEDGER[fault](setup.ledger):
         hits = LoadGenerator(team, REFUSES, lambda: BODY, for_s=OUTAGE_S)
         misses = LoadGenerator(team, REFUSES, new_body, for_s=OUTAGE_S)
-        told = hits.answers() + misses.answers()
+        responses = hits.answers() + misses.answers()
         assert degraded(client) == ["ledger"]
-    assert {(one.says, one.answer.headers["retry-after"]) for one in told} == {("503 store-unavailable", "1")}
-    assert_in_time(slowest_s(told), 2 * WAIT_S, "Nobody waits twice: in peace the slowest take 0.31 s.")
+    assert {(one.says, one.answer.headers["retry-after"]) for one in responses} == {("503 store-unavailable", "1")}
+    assert_in_time(slowest_s(responses), 2 * WAIT_S, "No request waits twice: without load the slowest take 0.31 s.")
     assert simulator.calls == 1
-    recovered = _asked_until_all_is_well(team, REFUSES)
+    recovered = _ask_until_recovered(team, REFUSES)
     log.assert_one_incident("the ledger's connection fails: ", "the ledger's connection works again")
     assert_booked(team, 1 + recovered, perhaps=round(metric(client, UNANSWERED) - unanswered))
 
 
 @pytest.mark.parametrize("fault", OF_BOTH_ROLES)
-def test_without_its_ledger_it_admits_if_that_is_wanted(
-    fault: str, premises: WorkerContext, simulator: Simulator
+def test_without_its_ledger_requests_are_admitted_with_on_outage_admit(
+    fault: str, setup: Setup, simulator: Simulator
 ) -> None:
-    """Here the price book is away as well."""
-    team, client, log = premises.fleet.team(), premises.fleet.clients[ADMITS], premises.log(ADMITS)
+    """The price book is unavailable too."""
+    team, client, log = setup.fleet.team(), setup.fleet.clients[ADMITS], setup.log(ADMITS)
     unanswered = metric(client, UNANSWERED)
     assert timed(team, ADMITS, BODY).says == "200 fwd=miss"
-    with OF_BOTH_ROLES[fault](premises.ledger):
-        told = LoadGenerator(team, ADMITS, new_body, for_s=OUTAGE_S).answers()
+    with OF_BOTH_ROLES[fault](setup.ledger):
+        responses = LoadGenerator(team, ADMITS, new_body, for_s=OUTAGE_S).answers()
         assert degraded(client) == ["ledger", "price-book"]
-        assert metric(client, "buffered_debits") == len(told)
-    assert {one.says for one in told} == {"200 fwd=bypass"}
+        assert metric(client, "buffered_debits") == len(responses)
+    assert {one.says for one in responses} == {"200 fwd=bypass"}
     assert_in_time(
-        slowest_s(told), 3 * WAIT_S, "A server with both roles is waited for as the price book, and no more."
+        slowest_s(responses), 3 * WAIT_S, "A server with both roles is waited for as the price book, and no more."
     )
-    assert simulator.calls == 1 + len(told)
+    assert simulator.calls == 1 + len(responses)
     wait_until(lambda: metric(client, "buffered_debits") == 0, within_s=BACK_S)
-    recovered = _asked_until_all_is_well(team, ADMITS)
+    recovered = _ask_until_recovered(team, ADMITS)
     back = "the ledger is back: all buffered debits are booked"
-    wait_until(lambda: log.messages(back))  # lines are written a moment later
+    wait_until(lambda: log.messages(back))  # log lines are written a moment later
     assert len(log.messages(back)) == 1
     assert len(log.said()) <= MOST_LINES
-    assert_booked(team, 1 + len(told) + recovered, at=ADMITS, perhaps=round(metric(client, UNANSWERED) - unanswered))
+    assert_booked(
+        team, 1 + len(responses) + recovered, at=ADMITS, perhaps=round(metric(client, UNANSWERED) - unanswered)
+    )

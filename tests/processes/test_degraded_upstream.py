@@ -1,5 +1,6 @@
-"""A gateway whose upstream is killed, hangs, wants a pause, or is behind a bad way: what it answers, how soon, what it
-says and books meanwhile, and that it recovers by itself.
+"""A gateway whose upstream is killed, hangs, asks for a pause, or has a bad network.
+
+The tests check the answers, their latency, the log lines, the bookings, and the recovery.
 """
 
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ TTL_S = 1
 
 
 @dataclass(frozen=True)
-class WorkerContext:
+class Setup:
     fleet: Fleet
     upstream: UpstreamProcess
     store_proxy: FaultyProxy
@@ -59,7 +60,7 @@ class WorkerContext:
     """While it is there, the time that circuits are open is over."""
 
     @contextmanager
-    def being_over(self) -> Iterator[None]:
+    def recovery(self) -> Iterator[None]:
         self.over.touch()
         try:
             yield
@@ -68,25 +69,25 @@ class WorkerContext:
 
 
 @contextmanager
-def _killed(premises: WorkerContext) -> Iterator[None]:
-    premises.upstream.kill()
+def _killed(setup: Setup) -> Iterator[None]:
+    setup.upstream.kill()
     try:
         yield
     finally:
-        premises.upstream.start()
+        setup.upstream.start()
 
 
 @contextmanager
-def _stopped(premises: WorkerContext) -> Iterator[None]:
-    with premises.upstream.hanging():
+def _stopped(setup: Setup) -> Iterator[None]:
+    with setup.upstream.hanging():
         yield
 
 
-def _conditions(bad: Conditions) -> Callable[[WorkerContext], AbstractContextManager[None]]:
-    return lambda premises: premises.store_proxy.under(bad)
+def _conditions(bad: Conditions) -> Callable[[Setup], AbstractContextManager[None]]:
+    return lambda setup: setup.store_proxy.under(bad)
 
 
-FAULTS: dict[str, tuple[Callable[[WorkerContext], AbstractContextManager[None]], str]] = {
+FAULTS: dict[str, tuple[Callable[[Setup], AbstractContextManager[None]], str]] = {
     "killed": (_killed, "502 upstream-error"),
     "resets": (_conditions(Conditions(accepts=False)), "502 upstream-error"),
     "stopped": (_stopped, "504 upstream-timeout"),
@@ -100,32 +101,32 @@ PROBED = ("killed", "half open")
 
 
 @dataclass
-class Talk:
-    """What a team asks, and all that it was told."""
+class Client:
+    """A team's requests and all responses to them."""
 
     team: TeamClient
-    told: list[TimedAnswer] = field(default_factory=list)
+    responses: list[TimedAnswer] = field(default_factory=list)
 
     def ask(self, body: bytes | None = None) -> TimedAnswer:
-        self.told.append(timed(self.team, 0, body or new_body()))
-        return self.told[-1]
+        self.responses.append(timed(self.team, 0, body or new_body()))
+        return self.responses[-1]
 
-    def ask_at_once(self, count: int) -> list[TimedAnswer]:
-        asked = [self.team.fleet.pool.submit(self.ask) for _ in range(count)]
-        return [one.result(15) for one in asked]
+    def ask_many(self, count: int) -> list[TimedAnswer]:
+        calls_before = [self.team.fleet.pool.submit(self.ask) for _ in range(count)]
+        return [one.result(15) for one in calls_before]
 
-    def asked_upstream(self) -> float:
+    def upstream_calls(self) -> float:
         return self._metric("upstream_request_duration_seconds_count")
 
     def has_open_circuit(self) -> bool:
         return self._metric("upstream_circuit_open") == 1
 
     def assert_booked(self, *, failures: int) -> None:
-        """An answer is a request with credits, a failure one without; what was not to be asked is none."""
-        requests, spent = answered(self.told) + failures, answered(self.told) * PRICE
+        """An answer counts as a request with credits, a failure as one without; refused requests do not count."""
+        requests, spent = answered(self.responses) + failures, answered(self.responses) * PRICE
         books = snapshot_of(self.team)
         usage = {name: books.usage[name] for name in ("requests", "estimated_credits", "refused")}
-        refused = len(self.told) - requests
+        refused = len(self.responses) - requests
         assert usage == {"requests": requests, "estimated_credits": spent, "refused": refused}
         assert books.used == [spent, requests]
 
@@ -134,7 +135,7 @@ class Talk:
 
 
 @pytest.fixture(scope="module")
-def premises(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> Iterator[WorkerContext]:
+def setup(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> Iterator[Setup]:
     folder: Path = tmp_path_factory.mktemp("upstream")
     over = folder / "over"
     (folder / "sitecustomize.py").write_text(HURRIED.format(over=str(over)))
@@ -150,90 +151,90 @@ def premises(tmp_path_factory: pytest.TempPathFactory, valkey_url: str) -> Itera
         proxy_to(upstream.url) as store_proxy,
         fleet_of(1, folder, store_url=valkey_url, upstream_url=store_proxy.url, **how) as fleet,
     ):
-        yield WorkerContext(fleet, upstream, store_proxy, over)
+        yield Setup(fleet, upstream, store_proxy, over)
 
 
 @pytest.fixture(scope="module")
-def talks(premises: WorkerContext) -> dict[str, Talk]:
-    """Of teams that have a price already, soon a stale one."""
-    talks = {fault: Talk(premises.fleet.team()) for fault in FAULTS}
-    assert [talk.ask(BODY).says for talk in talks.values()] == ["200 fwd=miss"] * len(talks)
-    return talks
+def team_clients(setup: Setup) -> dict[str, Client]:
+    """Clients of teams that have a stored price, which is soon stale."""
+    team_clients = {fault: Client(setup.fleet.team()) for fault in FAULTS}
+    assert [team_client.ask(BODY).says for team_client in team_clients.values()] == ["200 fwd=miss"] * len(team_clients)
+    return team_clients
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_without_upstream_stale_prices_serve_and_it_is_left_alone(
-    fault: str, premises: WorkerContext, talks: dict[str, Talk]
+def test_without_upstream_stale_prices_are_served_and_upstream_is_not_called(
+    fault: str, setup: Setup, team_clients: dict[str, Client]
 ) -> None:
-    talk, (made, failure) = talks[fault], FAULTS[fault]
-    client, log, account = premises.fleet.clients[0], LogTail(premises.fleet.gateways[0]), talk.team.account
-    wait_until(lambda: talk.team.explain(0)["ttl_s"] < 0)
-    with made(premises):
-        _fails(talk, failure)
-        _is_left_alone(talk)
+    team_client, (made, failure) = team_clients[fault], FAULTS[fault]
+    client, log, account = setup.fleet.clients[0], LogTail(setup.fleet.gateways[0]), team_client.team.account
+    wait_until(lambda: team_client.team.explain(0)["ttl_s"] < 0)
+    with made(setup):
+        _check_failures(team_client, failure)
+        _check_no_calls(team_client)
         if fault in PROBED:
-            _is_tried_again(talk, premises, failure)
+            _check_probe(team_client, setup, failure)
         assert degraded(client) == ["upstream"]
-    with premises.being_over():
-        wait_until(lambda: talk.ask().says == "200 fwd=miss", within_s=5)
-    assert cache_status(talk.ask(BODY).answer) == f"fwd=stale; fwd-status=200; stored; ttl={TTL_S}"
-    assert not talk.has_open_circuit()
+    with setup.recovery():
+        wait_until(lambda: team_client.ask().says == "200 fwd=miss", within_s=5)
+    assert cache_status(team_client.ask(BODY).answer) == f"fwd=stale; fwd-status=200; stored; ttl={TTL_S}"
+    assert not team_client.has_open_circuit()
     assert degraded(client) == []
-    assert_in_time(slowest_s(talk.told), DEADLINE_S)
+    assert_in_time(slowest_s(team_client.responses), DEADLINE_S)
     log.assert_one_incident(
         f"upstream fails for the account {account}: ", f"upstream answers again for the account {account}"
     )
-    talk.assert_booked(failures=sum(one.says == failure for one in talk.told))
+    team_client.assert_booked(failures=sum(one.says == failure for one in team_client.responses))
 
 
-def _fails(talk: Talk, failure: str) -> None:
-    """Until the circuit opens."""
-    stale = cache_status(talk.ask(BODY).answer)
+def _check_failures(team_client: Client, failure: str) -> None:
+    """Sends requests until the circuit breaker opens."""
+    stale = cache_status(team_client.ask(BODY).answer)
     assert stale.startswith("fwd=stale; ttl=-")
     assert stale.endswith("; detail=stale-if-error")
-    failed = talk.ask_at_once(MIN_ANSWERS)
+    failed = team_client.ask_many(MIN_ANSWERS)
     assert {one.says for one in failed} <= {failure, "503 upstream-busy"}
     assert sum(one.says == failure for one in failed) >= MIN_ANSWERS / 2
 
 
-def _is_left_alone(talk: Talk) -> None:
-    assert talk.has_open_circuit()
-    asked = talk.asked_upstream()
-    refused, stale = talk.ask(), talk.ask(BODY)
+def _check_no_calls(team_client: Client) -> None:
+    assert team_client.has_open_circuit()
+    calls_before = team_client.upstream_calls()
+    refused, stale = team_client.ask(), team_client.ask(BODY)
     assert refused.says == "503 upstream-busy"
     assert 1 <= int(refused.answer.headers["retry-after"]) <= 60
     assert cache_status(stale.answer).startswith("hit; ttl=-")
     assert cache_status(stale.answer).endswith("; detail=stale-if-error")
     assert_in_time(slowest_s([refused, stale]), TIMEOUT_S, "Nobody waits for it.")
-    assert talk.asked_upstream() == asked
+    assert team_client.upstream_calls() == calls_before
 
 
-def _is_tried_again(talk: Talk, premises: WorkerContext, failure: str) -> None:
-    """By one, and left alone again."""
-    asked = talk.asked_upstream()
-    with premises.being_over():
-        assert talk.ask().says == failure
-    assert talk.ask().says == "503 upstream-busy"
-    assert talk.asked_upstream() == asked + 1
+def _check_probe(team_client: Client, setup: Setup, failure: str) -> None:
+    """One probe is sent; after its failure, upstream is not called again."""
+    calls_before = team_client.upstream_calls()
+    with setup.recovery():
+        assert team_client.ask().says == failure
+    assert team_client.ask().says == "503 upstream-busy"
+    assert team_client.upstream_calls() == calls_before + 1
 
 
-def test_a_busy_upstream_is_not_asked_again_before_its_time(premises: WorkerContext) -> None:
-    talk, busy = Talk(premises.fleet.team()), b'[{"model":"busy"}]'
-    log = LogTail(premises.fleet.gateways[0])
-    told = [talk.ask(busy), *talk.ask_at_once(4)]
-    assert {(one.says, one.answer.headers["retry-after"]) for one in told} == {("503 upstream-busy", "1")}
-    assert talk.asked_upstream() == 1
-    wait_until(lambda: talk.ask().says == "200 fwd=miss", within_s=5)
-    assert talk.asked_upstream() == 2
+def test_a_busy_upstream_is_not_called_before_its_retry_after(setup: Setup) -> None:
+    team_client, busy = Client(setup.fleet.team()), b'[{"model":"busy"}]'
+    log = LogTail(setup.fleet.gateways[0])
+    responses = [team_client.ask(busy), *team_client.ask_many(4)]
+    assert {(one.says, one.answer.headers["retry-after"]) for one in responses} == {("503 upstream-busy", "1")}
+    assert team_client.upstream_calls() == 1
+    wait_until(lambda: team_client.ask().says == "200 fwd=miss", within_s=5)
+    assert team_client.upstream_calls() == 2
     assert len(log.said()) == 2
-    talk.assert_booked(failures=1)
+    team_client.assert_booked(failures=1)
 
 
-def test_connections_that_upstream_has_closed_or_reset_cost_nothing(premises: WorkerContext) -> None:
-    talk = Talk(premises.fleet.team())
-    for end in (premises.store_proxy.reset_connections, premises.store_proxy.cut):
-        assert talk.ask().says == "200 fwd=miss"
+def test_connections_that_upstream_has_closed_or_reset_fail_no_request(setup: Setup) -> None:
+    team_client = Client(setup.fleet.team())
+    for end in (setup.store_proxy.reset_connections, setup.store_proxy.cut):
+        assert team_client.ask().says == "200 fwd=miss"
         end()
-        premises.store_proxy.set_conditions(HEALTHY)
-    assert talk.ask().says == "200 fwd=miss"
-    assert talk.asked_upstream() == 3
+        setup.store_proxy.set_conditions(HEALTHY)
+    assert team_client.ask().says == "200 fwd=miss"
+    assert team_client.upstream_calls() == 3

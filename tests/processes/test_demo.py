@@ -1,4 +1,4 @@
-"""The demo as a user meets it: a real process, its commands pasted into a real shell, and every way for it to end."""
+"""The demo as a real process: its commands run in a real shell, and every way in which it can end."""
 
 import json
 import os
@@ -52,8 +52,8 @@ GONE_S = 5.0
 
 
 @dataclass
-class Show:
-    """A demo on its way. `folder` is where it has all its files."""
+class RunningDemo:
+    """A running demo. `folder` has all its files."""
 
     process: psutil.Popen
     folder: Path
@@ -62,8 +62,8 @@ class Show:
     _printed: bytearray = field(default_factory=bytearray)
 
     def printed(self) -> str:
-        """All that it has printed so far."""
-        with suppress(OSError):  # nothing yet; or a terminal that nobody writes to any more
+        """Returns everything that it has printed so far."""
+        with suppress(OSError):  # nothing yet, or a terminal whose other end is closed
             while chunk := os.read(self.screen, 65536):
                 self._printed += chunk
         return self._printed.decode().replace("\r\n", "\n")
@@ -72,13 +72,13 @@ class Show:
         wait_until(lambda: text in self.printed() or self.process.poll() is not None, within_s=20)
         assert text in self.printed(), self.errors.read_text()
 
-    def leave(self) -> None:
-        """From now on nobody reads what it prints, and it is made to notice."""
+    def stop_reading(self) -> None:
+        """Closes the reading end of its output, and makes it write."""
         with Path(os.devnull).open() as nowhere:
             os.dup2(nowhere.fileno(), self.screen)
 
     def commands(self) -> list[str]:
-        """What it invites to paste."""
+        """Returns the commands that it suggests."""
         return re.findall(r"^(?:curl|echo|\S*estimate-proxy|\S+ -m proxy) (?:.*\\\n)*.*$", self.printed(), re.MULTILINE)
 
     def estimates_logged(self) -> int:
@@ -86,7 +86,7 @@ class Show:
         return log.read_text().count('"operation":"estimate"')
 
     def end(self, *signals: int) -> int:
-        """The exit status after these signals. Nobody and nothing may be left."""
+        """Sends these signals, returns the exit status, and asserts that no process or file is left."""
         everybody = self.process.children(recursive=True)
         assert len(everybody) >= 3, "supervisor, worker, store"
         for number in signals:
@@ -98,7 +98,7 @@ class Show:
 
 
 def gone(process: psutil.Process) -> bool:
-    """Whether it ended; whoever inherits an orphan may be slow to collect it."""
+    """Returns whether a process has ended; the parent of an orphan may be slow to collect it."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -106,13 +106,13 @@ def gone(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def demo(*options: str, terminal: bool = False) -> Iterator[Show]:
-    """Starts a demo that prints into a pipe, or on a terminal; kills it if the test has not ended it."""
+def demo(*options: str, terminal: bool = False) -> Iterator[RunningDemo]:
+    """Starts a demo that prints to a pipe or a terminal, and kills it at the end of the test."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     command = [sys.executable, "-W", "always::ResourceWarning", "-m", "proxy", "demo", *options]
     screen, theirs = pty.openpty() if terminal else os.pipe()
     os.set_blocking(screen, False)
-    # Short, and nobody else's: what a killed demo leaves behind goes with it.
+    # Short and private: files that a killed demo leaves are deleted with it.
     with tempfile.TemporaryDirectory(prefix="ep-") as outer:
         folder, errors = Path(outer) / "t", Path(outer) / "stderr"
         folder.mkdir()
@@ -121,7 +121,7 @@ def demo(*options: str, terminal: bool = False) -> Iterator[Show]:
             process = psutil.Popen(command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=stderr, env=environ)
         os.close(theirs)
         try:
-            yield Show(process, folder, screen, errors)
+            yield RunningDemo(process, folder, screen, errors)
         finally:
             if process.poll() is None:
                 process.kill()
@@ -130,7 +130,7 @@ def demo(*options: str, terminal: bool = False) -> Iterator[Show]:
 
 
 def paste(command: str) -> str:
-    """What a user sees who pastes the command."""
+    """Runs a command in a shell, and returns its output."""
     if command.startswith("curl") and shutil.which("curl") is None:
         return sent_without_curl(command)
     environ = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
@@ -156,10 +156,10 @@ def cache_status(response: str) -> str:
     return head.lower().partition("cache-status: ")[2].partition("\n")[0]
 
 
-def test_pasted_commands_show_a_miss_then_a_hit_then_what_is_known() -> None:
-    with demo("--port", "0", "--no-traffic") as show:
-        show.wait_for(INVITATION)
-        question, respelled, explain, own, quotas, all_teams, offline = show.commands()
+def test_pasted_commands_show_a_miss_then_a_hit_then_the_stored_price() -> None:
+    with demo("--port", "0", "--no-traffic") as running_demo:
+        running_demo.wait_for(INVITATION)
+        question, respelled, explain, own, quotas, all_teams, offline = running_demo.commands()
 
         first, second = paste(question), paste(respelled)
         explained = json.loads(paste(explain))
@@ -177,80 +177,82 @@ def test_pasted_commands_show_a_miss_then_a_hit_then_what_is_known() -> None:
         assert {quota_state["scope"]: quota_state["used"] for quota_state in quota["quotas"]} == {"team": 4, "org": 8}
         assert "design" in paste(all_teams)
 
-        assert show.end(signal.SIGTERM) == 0
-        assert show.printed().endswith(f"{INVITATION}\n{ENDED}\n")
-        assert show.errors.read_text() == ""
+        assert running_demo.end(signal.SIGTERM) == 0
+        assert running_demo.printed().endswith(f"{INVITATION}\n{ENDED}\n")
+        assert running_demo.errors.read_text() == ""
 
 
 def test_ctrl_c_ends_the_traffic_with_totals() -> None:
     port = free_port()
-    with demo("--port", str(port)) as show:
-        show.wait_for(INVITATION)
-        [own_folder] = show.folder.iterdir()
+    with demo("--port", str(port)) as running_demo:
+        running_demo.wait_for(INVITATION)
+        [own_folder] = running_demo.folder.iterdir()
         assert own_folder.stat().st_mode & 0o777 == 0o700
-        wait_until(lambda: show.estimates_logged() >= 10, within_s=15)
+        wait_until(lambda: running_demo.estimates_logged() >= 10, within_s=15)
 
-        assert show.end(signal.SIGINT, signal.SIGINT) == 0
+        assert running_demo.end(signal.SIGINT, signal.SIGINT) == 0
 
-        totals = show.printed().splitlines()[-1]
-        assert f"http://127.0.0.1:{port}\n" in show.printed()
+        totals = running_demo.printed().splitlines()[-1]
+        assert f"http://127.0.0.1:{port}\n" in running_demo.printed()
         assert re.match(re.escape(ENDED) + r" requests \d\d+: hits \d+, misses \d+, collapsed \d+, failed \d+", totals)
         assert re.search(r"upstream calls saved \d+; estimated credits [\d,]+\.\d\d; balance [\d,]+$", totals)
-        assert "\x1b" not in show.printed()
-        assert show.errors.read_text() == ""
+        assert "\x1b" not in running_demo.printed()
+        assert running_demo.errors.read_text() == ""
 
 
-def test_a_killed_demo_leaves_nobody_behind() -> None:
-    with demo("--port", "0") as show:
-        show.wait_for(INVITATION)
-        everybody = show.process.children(recursive=True)
+def test_a_killed_demo_leaves_no_process() -> None:
+    with demo("--port", "0") as running_demo:
+        running_demo.wait_for(INVITATION)
+        everybody = running_demo.process.children(recursive=True)
         assert len(everybody) >= 3
 
-        show.process.kill()
+        running_demo.process.kill()
 
         wait_until(lambda: all(map(gone, everybody)), within_s=GONE_S)
 
 
-def test_a_port_in_use_is_said_in_one_line() -> None:
+def test_a_port_in_use_is_reported_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with demo("--port", str(port)) as show:
-            assert show.process.wait(STOP_S) == 2
+        with demo("--port", str(port)) as running_demo:
+            assert running_demo.process.wait(STOP_S) == 2
 
-            assert show.errors.read_text() == (
+            assert running_demo.errors.read_text() == (
                 f"estimate-proxy: cannot listen on 127.0.0.1:{port}: Address already in use; "
                 "choose another port with --port\n"
             )
-            assert show.printed() == ""
-            assert list(show.folder.iterdir()) == []
+            assert running_demo.printed() == ""
+            assert list(running_demo.folder.iterdir()) == []
 
 
 def test_a_gateway_that_dies_ends_the_demo() -> None:
-    with demo("--port", "0") as show:
-        show.wait_for(INVITATION)
-        [gateway] = show.process.children()
+    with demo("--port", "0") as running_demo:
+        running_demo.wait_for(INVITATION)
+        [gateway] = running_demo.process.children()
 
         gateway.kill()
 
-        assert show.process.wait(STOP_S) == 1
-        assert show.errors.read_text().startswith("estimate-proxy: the gateway ended unexpectedly, with status -9")
-        assert list(show.folder.iterdir()) == []
+        assert running_demo.process.wait(STOP_S) == 1
+        assert running_demo.errors.read_text().startswith(
+            "estimate-proxy: the gateway ended unexpectedly, with status -9"
+        )
+        assert list(running_demo.folder.iterdir()) == []
 
 
 def test_a_terminal_shows_a_live_line() -> None:
-    with demo("--port", "0", terminal=True) as show:
-        show.wait_for("requests 3")
+    with demo("--port", "0", terminal=True) as running_demo:
+        running_demo.wait_for("requests 3")
 
-        assert show.commands()[0].endswith(f"\n  -d '{SAMPLE_BODY}'"), "neither wrapped nor coloured"
+        assert running_demo.commands()[0].endswith(f"\n  -d '{SAMPLE_BODY}'"), "neither wrapped nor coloured"
 
-        assert show.end(signal.SIGINT) == 0
-        assert "\x1b[?25h" in show.printed(), "the cursor is back"
-        assert ENDED in show.printed()
+        assert running_demo.end(signal.SIGINT) == 0
+        assert "\x1b[?25h" in running_demo.printed(), "the cursor is back"
+        assert ENDED in running_demo.printed()
 
 
 @pytest.fixture
 def sighup_not_ignored() -> Iterator[None]:
-    """What starts here is ended by SIGHUP, though the tests may run under nohup."""
+    """Lets SIGHUP end the started processes, even if the tests run under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -258,23 +260,23 @@ def sighup_not_ignored() -> Iterator[None]:
 
 @pytest.mark.usefixtures("sighup_not_ignored")
 def test_a_closed_terminal_ends_it() -> None:
-    with demo("--port", "0", terminal=True) as show:
-        show.wait_for("requests 1")
+    with demo("--port", "0", terminal=True) as running_demo:
+        running_demo.wait_for("requests 1")
 
-        show.leave()
+        running_demo.stop_reading()
 
-        assert show.end(signal.SIGHUP) == 0
-        assert show.errors.read_text() == ""
+        assert running_demo.end(signal.SIGHUP) == 0
+        assert running_demo.errors.read_text() == ""
 
 
-def test_a_reader_who_leaves_ends_it_without_a_trace() -> None:
-    with demo("--port", "0") as show:
-        show.wait_for(INVITATION)
-        show.leave()
+def test_a_closed_output_pipe_ends_it_without_a_traceback() -> None:
+    with demo("--port", "0") as running_demo:
+        running_demo.wait_for(INVITATION)
+        running_demo.stop_reading()
 
-        show.end(signal.SIGINT)
+        running_demo.end(signal.SIGINT)
 
-        assert show.errors.read_text() == ""
+        assert running_demo.errors.read_text() == ""
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -287,23 +289,23 @@ json_values = st.recursive(
 
 
 @given(st.lists(st.dictionaries(texts, json_values, max_size=4), min_size=1, max_size=3), st.randoms())
-def test_respelling_keeps_the_question(body: Body, random: Random) -> None:
+def test_respelling_keeps_the_request(body: Body, random: Random) -> None:
     plain = json.dumps(body).encode()
 
     assert canonicalise(respell(body, random).encode()) == canonicalise(plain)
 
 
-def test_respelling_is_seldom_the_same() -> None:
+def test_respelling_is_rarely_the_same() -> None:
     random = Random(7)
 
     assert len({respell(POOL[0], random) for _ in range(50)}) == 50
 
 
-def test_the_pool_has_forty_different_questions() -> None:
+def test_the_pool_has_forty_different_requests() -> None:
     assert len({canonicalise(json.dumps(body).encode()) for body in POOL}) == len(POOL) == 40
 
 
-def test_popular_questions_are_asked_again_and_bursts_are_new() -> None:
+def test_popular_requests_repeat_and_bursts_are_new() -> None:
     random = Random(7)
     moments = [next_burst(random) for _ in range(2000)]
     bursts = [body for body, times in moments if times > 1]
@@ -316,7 +318,7 @@ def test_popular_questions_are_asked_again_and_bursts_are_new() -> None:
     assert again.count(POOL[0]) > 10 * again.count(POOL[-1]) > 0
 
 
-def test_both_spellings_are_one_question() -> None:
+def test_both_spellings_are_one_request() -> None:
     assert canonicalise(SAMPLE_BODY.encode()) == canonicalise(RESPELLED_BODY.encode())
     assert SAMPLE_BODY not in RESPELLED_BODY
 
@@ -345,7 +347,7 @@ PRICED = {"data": {"estimated": 2.75, "balance": 9000}, "error": {}}
         (500, "", None, "failed 1 (status 500 1); upstream calls saved 0; estimated credits 0.00; balance unknown"),
     ],
 )
-def test_a_response_is_counted_as_what_it_is(status: int, header: str, answer: Any, told: str) -> None:
+def test_responses_are_counted_by_kind(status: int, header: str, answer: Any, told: str) -> None:
     traffic_totals = TrafficTotals()
 
     traffic_totals.record(status, header, answer)
@@ -363,14 +365,14 @@ def test_credits_add_up_exactly() -> None:
     assert str(traffic_totals).endswith("estimated credits 1,100.00; balance 9,001")
 
 
-def stage(folder: Path) -> DemoEnvironment:
+def demo_environment(folder: Path) -> DemoEnvironment:
     return DemoEnvironment(folder, "http://127.0.0.1:4711", {team: token() for team in TEAMS})
 
 
-def test_the_config_is_one_that_the_gateway_takes(tmp_path: Path) -> None:
+def test_the_gateway_accepts_the_generated_config(tmp_path: Path) -> None:
     odd = tmp_path / 'a "quoted" földer'
     odd.mkdir()
-    there = stage(odd)
+    there = demo_environment(odd)
     there.config.write_text(config_text(there, port=8080), encoding="utf-8")
 
     settings = load(there.config, {})
@@ -383,7 +385,9 @@ def test_the_config_is_one_that_the_gateway_takes(tmp_path: Path) -> None:
 
 
 def test_commands_can_be_pasted_anywhere(tmp_path: Path) -> None:
-    told = "\n".join(line for entry in introduction(stage(tmp_path), "http://127.0.0.1:8080") for line in entry)
+    told = "\n".join(
+        line for entry in introduction(demo_environment(tmp_path), "http://127.0.0.1:8080") for line in entry
+    )
 
     assert told.isascii()
     assert "spent" not in told
@@ -396,14 +400,14 @@ def test_the_environment_changes_no_setting(tmp_path: Path) -> None:
     assert environment(environ, tmp_path) == {"LANG": "C.UTF-8", "TMPDIR": str(tmp_path)}
 
 
-def test_last_words_are_errors_alone() -> None:
+def test_last_errors_are_only_errors() -> None:
     log = '{"level":"info","message":"request"}\n{"level":"error","message":"first"}\nestimate-proxy: second\n'
 
     assert last_errors(log) == "first | second"
     assert last_errors("") == ""
 
 
-def test_chance_never_fails_what_a_user_pastes() -> None:
+def test_random_faults_never_affect_pasted_commands() -> None:
     simulator = Simulator(api_key="k", faults=dict.fromkeys(FAULTS, 1.0))
     simulator.is_spared = lambda received: received.query != QUERY.encode()
     with (

@@ -1,4 +1,4 @@
-"""A gateway that runs out of file descriptors says so, blames nobody else for it, and goes on afterwards."""
+"""A gateway that runs out of file descriptors reports that, blames no store or upstream, and recovers."""
 
 import asyncio
 import errno
@@ -50,7 +50,7 @@ GET = Script("proxy.cache", "price_get", repeatable=True)
 
 @contextmanager
 def no_descriptor_left() -> Iterator[None]:
-    """In this process."""
+    """Uses up the descriptors of this process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     newest = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
     taken: list[int] = []
@@ -67,7 +67,7 @@ def no_descriptor_left() -> Iterator[None]:
 
 
 def run_scenario(scenario: Callable[[], Awaitable[None]]) -> None:
-    """On the event loop that workers have."""
+    """Runs a scenario on the event loop of workers."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as event_loop:
         event_loop.run(scenario())  # type: ignore[arg-type] # it is a coroutine function
 
@@ -77,7 +77,7 @@ def exhausted(metrics: Metrics) -> float | None:
 
 
 def wrapped(error: Exception, *, explicit: bool) -> Exception:
-    """As a library raises its own error for another one, with `from` or without."""
+    """Raises an error from another one like a library, with `from` or without."""
     outer = httpx2.ConnectError("failed")
     outer.__context__ = error
     outer.__cause__ = error if explicit else None
@@ -87,20 +87,20 @@ def wrapped(error: Exception, *, explicit: bool) -> Exception:
 class TestRecognised:
     @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
     @pytest.mark.parametrize("explicit", [True, False])
-    def test_through_other_errors(self, number: int, *, explicit: bool) -> None:
+    def test_the_cause_of_another_error_is_recognised(self, number: int, *, explicit: bool) -> None:
         lack = OSError(number, os.strerror(number))
         assert ran_out(lack)
         assert ran_out(wrapped(wrapped(lack, explicit=explicit), explicit=explicit))
         assert ran_out(wrapped(ExceptionGroup("all failed", [ConnectionRefusedError(), lack]), explicit=explicit))
 
-    def test_not_where_something_else_failed(self) -> None:
+    def test_other_errors_are_not_taken_for_it(self) -> None:
         refused = ConnectionRefusedError(errno.ECONNREFUSED, "refused")
         for error in (refused, redis.ConnectionError("Too many open files"), ExceptionGroup("all failed", [refused])):
             assert not ran_out(wrapped(error, explicit=True))
         refused.__context__ = wrapped(refused, explicit=True)
         assert not ran_out(refused), "nor does it look for ever"
 
-    def test_a_name_that_is_not_found_is_another_thing(self) -> None:
+    def test_an_unknown_host_name_is_not_taken_for_it(self) -> None:
         unknown = wrapped(socket.gaierror(socket.EAI_NONAME, "unknown"), explicit=True)
         assert is_one_left()
         assert not ran_out(unknown)
@@ -110,7 +110,7 @@ class TestRecognised:
 
 
 class TestWarning:
-    def test_it_says_what_is_there_what_is_needed_and_what_to_do(self, valkey_url: str) -> None:
+    def test_it_has_the_limit_the_need_and_the_fix(self, valkey_url: str) -> None:
         configured = settings(valkey_url, "http://127.0.0.1:1", upstream={"max_connections": 300})
         assert descriptor_warning(1024, configured) == (
             "a process may have only 1024 file descriptors here, but a busy worker needs 10624: "
@@ -135,7 +135,7 @@ class TestWarning:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
     @pytest.mark.parametrize(("soft", "told"), [(256, 256), (resource.RLIM_INFINITY, sys.maxsize)])
-    def test_a_limit_that_cannot_be_raised_is_told_as_it_is(
+    def test_a_limit_that_cannot_be_raised_is_reported(
         self, monkeypatch: pytest.MonkeyPatch, soft: int, told: int
     ) -> None:
         def refuse(*_: Any) -> None:
@@ -151,11 +151,11 @@ def _unit() -> Sequence[str]:
 
 
 class TestConnections:
-    """New ones, from this process, which has no descriptor left for a moment."""
+    """New connections while this process has no descriptor left."""
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
     def test_to_upstream(self, host: str, upstream: UpstreamFixture, simulator: Simulator) -> None:
-        """By its address, and by a name, which takes descriptors to be resolved."""
+        """Uses an address and a name, because resolving a name needs descriptors."""
         url = upstream.url.replace("127.0.0.1", host)
         configured = settings("redis://unused", url)
         keys = {name: account.api_key for name, account in configured.accounts.items()}
@@ -197,7 +197,7 @@ class TestConnections:
 
 
 class TestMonitor:
-    def test_it_says_once_that_there_is_none_and_once_that_there_are_some(
+    def test_exhaustion_and_recovery_are_logged_once_each(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level(logging.INFO)
@@ -220,8 +220,8 @@ class TestMonitor:
 
 
 @contextmanager
-def crowded(served: GatewayProcess) -> Iterator[None]:
-    """Clients connect and ask nothing until the gateway accepts no more of them."""
+def exhausted_gateway(served: GatewayProcess) -> Iterator[None]:
+    """Opens idle connections until the gateway accepts no more."""
     with ExitStack() as opened:
 
         def closes() -> bool:
@@ -236,14 +236,14 @@ def crowded(served: GatewayProcess) -> Iterator[None]:
 
 
 class TestServe:
-    def test_it_says_at_the_start_that_the_limit_is_too_low(self, runner: GatewayRunner, valkey_url: str) -> None:
+    def test_it_warns_at_the_start_that_the_limit_is_too_low(self, runner: GatewayRunner, valkey_url: str) -> None:
         served = runner.start(command=WITH_FEW, store={"url": valkey_url})
         (told,) = served.messages("file descriptors")
         assert told.startswith(f"a process may have only {FEW} file descriptors here, but a busy worker needs 10424: ")
         (level,) = [line["level"] for line in served.lines() if line["message"] == told]
         assert level == "warning"
 
-    def test_with_the_limits_of_this_machine_it_says_nothing_and_raises_the_soft_one(
+    def test_with_a_sufficient_limit_it_raises_the_soft_limit_without_a_warning(
         self, runner: GatewayRunner, valkey_url: str
     ) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -252,7 +252,7 @@ class TestServe:
         assert served.worker().rlimit(resource.RLIMIT_NOFILE) == (hard, hard)
         assert served.messages("file descriptors") == []
 
-    def test_without_descriptors_it_is_overloaded_and_blames_nobody(
+    def test_without_descriptors_it_is_overloaded_and_blames_no_store(
         self, runner: GatewayRunner, valkey_url: str, simulator: Simulator
     ) -> None:
         sections = {"store": {"url": valkey_url}, "metrics": {"tokens": [digest_of(SCRAPER)]}}
@@ -261,9 +261,9 @@ class TestServe:
             assert [client.post(PATH, content=new_body()).status_code for client in (first, second)] == [200] * 2
             calls = simulator.calls
             with simulator.hold():
-                held = pool.submit(first.post, PATH, content=new_body())  # on the connection that there is
+                held = pool.submit(first.post, PATH, content=new_body())  # on the existing connection
                 assert simulator.arrived(calls + 1)
-                with crowded(served):
+                with exhausted_gateway(served):
                     answers = [second.post(PATH, content=new_body()) for _ in range(2 * MIN_ANSWERS)]
                     assert {(answer.status_code, code_of(answer)) for answer in answers} == {(503, "overloaded")}
                     assert {answer.headers["retry-after"] for answer in answers} == {"1"}
@@ -283,13 +283,11 @@ class TestServe:
         assert served.stop() == 0
 
     @pytest.mark.usefixtures("simulator")
-    def test_a_worker_that_the_system_refuses_to_start_is_started_later(
-        self, runner: GatewayRunner, valkey_url: str
-    ) -> None:
+    def test_a_worker_that_cannot_be_started_is_started_later(self, runner: GatewayRunner, valkey_url: str) -> None:
         served = runner.start(store={"url": valkey_url})
         supervisor = psutil.Process(served.process.pid)
         soft, hard = supervisor.rlimit(resource.RLIMIT_NOFILE)
-        supervisor.rlimit(resource.RLIMIT_NOFILE, (3, hard))  # it has those that it has, and gets no other
+        supervisor.rlimit(resource.RLIMIT_NOFILE, (3, hard))  # it keeps its open descriptors and gets no new ones
         kill(served.worker())
         refused = "the worker cannot be started (Too many open files): trying again in"
         served.wait_for_message(refused, times=MAX_FAILED_STARTS + 1)

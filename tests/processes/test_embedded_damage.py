@@ -1,6 +1,6 @@
-"""What a power loss or a failing disk can leave of an embedded store's files, and what becomes of it.
+"""Embedded stores with files that were damaged by a power loss or a failing disk.
 
-A ledger is started with all that was booked, or refused with what to do; a price book starts empty, and says so.
+A ledger starts with all bookings, or is refused with instructions. A price book starts empty, with a log line.
 """
 
 import errno
@@ -72,7 +72,7 @@ def written_over(*content: bytes, at: float = 0.5) -> Harm:
 
 
 def misspelled(path: Path) -> None:
-    """In the middle stands a command that is well-formed, and that does not exist."""
+    """Writes a well-formed command that does not exist into the middle."""
     before, word, after = path.read_bytes().partition(b"SET\r\n$5\r\nnew25")
     path.write_bytes(before + word.replace(b"SET", b"SXT") + after)
 
@@ -141,7 +141,7 @@ ALL: dict[str, tuple[str, Harm]] = {
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a server that has written 50 keys, has rewritten its files, and has written 50 more."""
+    """The folder of a server that wrote 50 keys, rewrote its files, and wrote 50 more."""
     data_dir = tmp_path_factory.mktemp("intact")
     with running(data_dir) as stores, client(stores) as connected:
         connected.mset(dict.fromkeys(OLD, "1"))
@@ -155,7 +155,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
-    """With a name that a shell would take apart."""
+    """A data directory whose name needs quoting in a shell."""
     return tmp_path / "it's a $HOME"
 
 
@@ -166,7 +166,7 @@ def files_of(data_dir: Path, role: Role, intact: Path) -> Files:
 
 
 def keys(data_dir: Path, role: Role) -> set[str]:
-    """What a store holds that is started on these files."""
+    """Starts a store on these files, and returns its number of keys."""
     with running(data_dir, [role]) as stores, client(stores, role) as connected:
         return set(map(str, connected.keys()))
 
@@ -181,7 +181,7 @@ def refusal(data_dir: Path) -> str:
 
 
 def follow(message: str) -> None:
-    """Does what the message says, with nothing but a shell."""
+    """Runs the commands of the message in a shell."""
     command = re.search(r": ((?:cp|printf) .*)$", message)
     assert command is not None, message
     env = {"PATH": "/usr/bin:/bin"}
@@ -193,7 +193,7 @@ def follow(message: str) -> None:
 
 
 @pytest.mark.parametrize("name", CAN_BE_CUT)
-def test_a_ledger_whose_commands_are_damaged_is_refused_and_cut_off_only_by_hand(
+def test_a_ledger_with_damaged_commands_is_refused_and_only_truncated_by_hand(
     data_dir: Path, intact: Path, name: str
 ) -> None:
     harm, readable = CAN_BE_CUT[name]
@@ -214,7 +214,7 @@ def test_a_ledger_whose_commands_are_damaged_is_refused_and_cut_off_only_by_hand
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_a_ledger_without_a_manifest_is_refused_and_loses_nothing(data_dir: Path, intact: Path, name: str) -> None:
+def test_a_ledger_without_a_manifest_is_refused_and_keeps_its_data(data_dir: Path, intact: Path, name: str) -> None:
     """Valkey would start empty without one."""
     files = files_of(data_dir, "ledger", intact)
     before = files.content()
@@ -230,8 +230,8 @@ def test_a_ledger_without_a_manifest_is_refused_and_loses_nothing(data_dir: Path
     assert keys(data_dir, "ledger") == OLD | NEW
 
 
-def test_a_manifest_of_files_that_may_be_out_of_use_is_not_guessed(data_dir: Path, intact: Path) -> None:
-    """To replay commands that the base file holds already would count debits twice."""
+def test_no_manifest_is_proposed_for_files_that_may_be_outdated(data_dir: Path, intact: Path) -> None:
+    """Replaying commands that the base file already contains would count debits twice."""
     files = files_of(data_dir, "ledger", intact)
     (files.folder / "appendonly.aof.1.incr.aof").write_bytes(files.commands.read_bytes())
     files.manifest.unlink()
@@ -240,7 +240,9 @@ def test_a_manifest_of_files_that_may_be_out_of_use_is_not_guessed(data_dir: Pat
 
 
 @pytest.mark.parametrize("name", BEYOND_REPAIR)
-def test_a_ledger_that_nothing_repairs_is_refused_and_left_as_it_is(data_dir: Path, intact: Path, name: str) -> None:
+def test_a_ledger_that_cannot_be_repaired_is_refused_and_left_unchanged(
+    data_dir: Path, intact: Path, name: str
+) -> None:
     """Valkey would start without the base file's data if that is empty."""
     part, harm = BEYOND_REPAIR[name]
     files = files_of(data_dir, "ledger", intact)
@@ -255,7 +257,7 @@ def test_a_ledger_that_nothing_repairs_is_refused_and_left_as_it_is(data_dir: Pa
     assert keys(data_dir, "ledger") == set()
 
 
-def test_an_incomplete_command_is_dropped_and_told(
+def test_an_incomplete_last_command_is_dropped_and_logged(
     data_dir: Path, intact: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     files = files_of(data_dir, "ledger", intact)
@@ -269,10 +271,10 @@ def test_an_incomplete_command_is_dropped_and_told(
     )
 
 
-def test_commands_that_end_with_a_whole_one_cannot_be_missed(
+def test_a_file_that_ends_with_a_complete_command_is_accepted(
     data_dir: Path, intact: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A file without any is what a rewrite leaves."""
+    """A rewrite leaves a file without any command."""
     emptied(files_of(data_dir, "ledger", intact).commands)
     assert keys(data_dir, "ledger") == OLD
     assert caplog.records == []
@@ -285,8 +287,8 @@ def test_a_ledger_of_a_newer_valkey_is_refused(data_dir: Path, intact: Path) -> 
     )
 
 
-def test_a_full_disk_is_not_taken_for_damage(data_dir: Path, intact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The line is Valkey's on a disk that has room for the gateway's files and for none of its own."""
+def test_a_full_disk_is_not_reported_as_damage(data_dir: Path, intact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log line is Valkey's on a disk that has room for the gateway's files only."""
     files_of(data_dir, "ledger", intact)
     program = data_dir / "program"
     program.write_text(
@@ -301,7 +303,7 @@ def test_a_full_disk_is_not_taken_for_damage(data_dir: Path, intact: Path, monke
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_damaged_price_book_is_set_aside_and_begins_empty(
+def test_a_damaged_price_book_is_moved_aside_and_starts_empty(
     data_dir: Path, intact: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     part, harm = ALL[name]
@@ -320,7 +322,7 @@ def test_a_damaged_price_book_is_set_aside_and_begins_empty(
     assert caplog.records == []
 
 
-def test_of_price_books_set_aside_the_newest_is_kept(data_dir: Path, intact: Path) -> None:
+def test_only_the_newest_damaged_price_book_is_kept(data_dir: Path, intact: Path) -> None:
     for expected in (b"first", b"second"):
         shutil.rmtree(data_dir / "price-book" / "appendonlydir", ignore_errors=True)
         files = files_of(data_dir, "price-book", intact)
@@ -330,13 +332,13 @@ def test_of_price_books_set_aside_the_newest_is_kept(data_dir: Path, intact: Pat
     assert Files(aside).manifest.read_bytes() == b"second"
 
 
-def test_an_incomplete_command_costs_a_price_book_nothing_else(data_dir: Path, intact: Path) -> None:
+def test_an_incomplete_command_of_a_price_book_drops_only_itself(data_dir: Path, intact: Path) -> None:
     cut(files_of(data_dir, "price-book", intact).commands)
     assert keys(data_dir, "price-book") == OLD | NEW - {"new49"}
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])
-def test_files_that_are_not_to_blame_are_put_back(
+def test_undamaged_files_are_moved_back(
     data_dir: Path, intact: Path, monkeypatch: pytest.MonkeyPatch, *, is_damaged: bool
 ) -> None:
     files = files_of(data_dir, "price-book", intact)
@@ -355,7 +357,7 @@ def test_files_that_are_not_to_blame_are_put_back(
     assert keys(data_dir, "price-book") == (set() if is_damaged else OLD | NEW)
 
 
-def test_files_are_not_suspected_when_somebody_kills_the_server(
+def test_a_killed_server_is_not_taken_for_damaged_files(
     data_dir: Path, intact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = files_of(data_dir, "price-book", intact)
@@ -368,7 +370,7 @@ def test_files_are_not_suspected_when_somebody_kills_the_server(
     assert files.content() == before
 
 
-def test_a_ledger_that_is_refused_leaves_the_price_book_alone(data_dir: Path, intact: Path) -> None:
+def test_a_refused_ledger_does_not_change_the_price_book(data_dir: Path, intact: Path) -> None:
     ledger, book = (files_of(data_dir, role, intact) for role in ("ledger", "price-book"))
     garbage(ledger.commands)
     garbage(book.commands)
@@ -381,8 +383,8 @@ def test_a_ledger_that_is_refused_leaves_the_price_book_alone(data_dir: Path, in
 
 
 @contextmanager
-def somebody_else() -> Iterator[None]:
-    """Root may read everything; others may not."""
+def other_user() -> Iterator[None]:
+    """Returns a user without access; root could read everything."""
     if os.geteuid() != 0:
         yield
         return
@@ -402,18 +404,18 @@ def test_files_of_another_user_are_named(tmp_path: Path, intact: Path, part: str
         for opened in (runner.runtime, data_dir, *data_dir.rglob("*")):
             if opened != path and os.geteuid() == 0:
                 os.chown(opened, 65534, -1)
-        with somebody_else():
+        with other_user():
             message, uid = refusal(data_dir), os.geteuid()
     assert f"Permission denied: '{path}'" in message
     assert f"all of it must belong to the user that runs the gateway (uid {uid})" in message
 
 
-def test_what_to_do_about_too_few_descriptors_has_nothing_to_do_with_damage(tmp_path: Path) -> None:
+def test_too_few_descriptors_are_not_reported_as_damage(tmp_path: Path) -> None:
     message = "Your current 'ulimit -n' of 24 is not enough for the server to start."
     assert advice_for(message, tmp_path).startswith("allow the gateway more file descriptors: ulimit -n")
 
 
-def test_what_to_do_about_a_directory_is_said_by_what_is_wrong_with_it() -> None:
+def test_instructions_for_a_directory_depend_on_its_problem() -> None:
     assert embedded._advice_for(OSError(errno.ENOSPC, "")) == "free some space there"
     assert embedded._advice_for(OSError(errno.EROFS, "")) == "make it writable"
 

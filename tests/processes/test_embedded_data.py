@@ -1,4 +1,4 @@
-"""What stays of embedded stores, with real servers and real deaths: their data, and the log of one start."""
+"""Data and log files of embedded stores after stops and crashes, with real servers."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def test_data_survive_stop_and_start(tmp_path: Path) -> None:
         assert kept(stores) == list(BOTH)
 
 
-def test_data_wait_for_a_role_that_is_not_run(tmp_path: Path) -> None:
+def test_data_of_a_role_that_is_not_used_are_kept(tmp_path: Path) -> None:
     with running(tmp_path, BOTH) as stores:
         put(stores)
     with running(tmp_path, LEDGER) as stores:
@@ -36,7 +36,7 @@ def test_data_wait_for_a_role_that_is_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dies", "lives"), [BOTH, BOTH[::-1]])
-def test_data_survive_the_death_of_a_child_and_the_other_notices_nothing(
+def test_data_survive_the_death_of_a_store_and_the_other_store_is_not_affected(
     tmp_path: Path, dies: Role, lives: Role
 ) -> None:
     with running(tmp_path, BOTH) as stores, client(stores, lives) as undisturbed:
@@ -55,7 +55,7 @@ def test_data_survive_the_death_of_a_child_and_the_other_notices_nothing(
         assert stores.poll() == []
 
 
-def test_a_tail_cut_off_is_dropped(tmp_path: Path) -> None:
+def test_a_truncated_tail_is_dropped(tmp_path: Path) -> None:
     with running(tmp_path) as stores, client(stores) as connected:
         connected.set("a", "1")
     with appended_file(tmp_path).open("ab") as appended:
@@ -92,7 +92,7 @@ def test_a_server_that_is_loading_is_not_ready() -> None:
         replying.join()
 
 
-def test_the_log_is_that_of_one_start(tmp_path: Path) -> None:
+def test_the_log_file_has_the_lines_of_one_start(tmp_path: Path) -> None:
     log = tmp_path / "ledger" / "valkey.log"
     with running(tmp_path):
         log.write_text("from the first start")
@@ -100,7 +100,7 @@ def test_the_log_is_that_of_one_start(tmp_path: Path) -> None:
         assert "from the first start" not in log.read_text()
 
 
-def test_a_log_that_is_gone_does_not_hide_the_story(tmp_path: Path) -> None:
+def test_a_deleted_log_file_does_not_hide_the_error(tmp_path: Path) -> None:
     with running(tmp_path) as stores:
         (tmp_path / "ledger" / "valkey.log").unlink()
         assert stores._servers["ledger"]._describe_end(1).endswith("valkey.log ends: (unreadable)")

@@ -1,4 +1,4 @@
-"""One gateway a directory, and none left behind, with real deaths. What a test starts, it ends by its own pid."""
+"""One gateway per data directory, and no orphaned stores, with real process deaths."""
 
 import json
 import os
@@ -86,14 +86,14 @@ def test_a_second_gateway_is_refused(tmp_path: Path) -> None:
         }
 
 
-def test_a_second_gateway_is_refused_whatever_it_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_gateway_is_refused_whatever_its_roles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "_TIMEOUT_S", 0.2)
     with running(tmp_path, LEDGER), pytest.raises(EmbeddedStoreError, match=f"pid {os.getpid()}"):
         EmbeddedStores(tmp_path, ["price-book"]).start()
     assert not (tmp_path / "price-book").exists()
 
 
-def test_no_orphan_and_a_quick_takeover_when_the_gateway_is_killed(tmp_path: Path) -> None:
+def test_a_killed_gateway_leaves_no_orphan_and_is_replaced_quickly(tmp_path: Path) -> None:
     with gateway(tmp_path) as first:
         first.kill()
         began = time.monotonic()
@@ -104,7 +104,7 @@ def test_no_orphan_and_a_quick_takeover_when_the_gateway_is_killed(tmp_path: Pat
             assert not first.socket_dir.exists()
 
 
-def test_no_orphan_without_a_successor(tmp_path: Path) -> None:
+def test_a_killed_gateway_leaves_no_orphan_without_a_successor(tmp_path: Path) -> None:
     with gateway(tmp_path) as first:
         first.kill()
         until(lambda: all(gone(server.pid) for server in first.servers))
@@ -123,7 +123,7 @@ def test_each_store_that_outlives_its_gateway_keeps_the_lock(tmp_path: Path, mon
             assert all(answers(stores, role) for role in BOTH)
 
 
-def test_a_gateway_that_ends_in_order_leaves_nothing(tmp_path: Path) -> None:
+def test_an_orderly_stop_leaves_nothing(tmp_path: Path) -> None:
     with gateway(tmp_path) as first:
         assert first.process.stdin is not None
         first.process.stdin.close()
@@ -133,22 +133,20 @@ def test_a_gateway_that_ends_in_order_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("pids_off", "status"), [(0, 0), (1, 1)])
-def test_a_child_whose_parent_is_gone_before_it_runs_ends(pids_off: int, status: int) -> None:
+def test_a_child_whose_parent_died_before_it_runs_ends(pids_off: int, status: int) -> None:
     guard = die_with_parent(os.getpid() + pids_off)
     ended = subprocess.run([sys.executable, "-c", ""], preexec_fn=guard, check=False)
     assert ended.returncode == status
 
 
-def test_without_a_parent_death_signal_the_child_starts_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_parent_death_signal_the_child_starts_anyway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     assert die_with_parent(os.getpid()) is None
     with running(tmp_path) as stores:
         assert answers(stores)
 
 
-def test_only_a_directory_of_ours_is_cleaned_up(tmp_path: Path) -> None:
+def test_only_our_own_directories_are_cleaned_up(tmp_path: Path) -> None:
     ours, foreign = tmp_path / "estimate-proxy-ours", tmp_path / "foreign"
     for directory in (ours, foreign):
         directory.mkdir()
@@ -163,7 +161,7 @@ def test_only_a_directory_of_ours_is_cleaned_up(tmp_path: Path) -> None:
     assert not ours.exists()
 
 
-def test_a_directory_of_somebody_else_is_not_cleaned_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_of_another_user_is_not_cleaned_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = tmp_path / "estimate-proxy-theirs"
     theirs.mkdir()
     monkeypatch.setattr(os, "geteuid", lambda: theirs.stat().st_uid + 1)
@@ -171,7 +169,7 @@ def test_a_directory_of_somebody_else_is_not_cleaned_up(tmp_path: Path, monkeypa
     assert theirs.exists()
 
 
-def test_a_directory_with_something_else_in_it_stays(tmp_path: Path) -> None:
+def test_a_directory_with_other_files_is_kept(tmp_path: Path) -> None:
     ours = tmp_path / "estimate-proxy-ours"
     ours.mkdir()
     (ours / "notes.txt").touch()
@@ -180,7 +178,7 @@ def test_a_directory_with_something_else_in_it_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{" * 1000, b"[1]", b"\xff", b'{"socket_dir": "estimate-proxy-\\u0000"}'])
-def test_a_lock_file_that_says_nothing(tmp_path: Path, content: bytes) -> None:
+def test_a_lock_file_without_an_owner_is_overwritten(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "lock").write_bytes(content)
     with running(tmp_path) as stores:
         owner = {"pid": os.getpid(), "socket_dir": str(socket_dir_of(stores))}

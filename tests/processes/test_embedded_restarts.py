@@ -1,4 +1,4 @@
-"""Embedded stores that die are started again, with real deaths: each on its own, and ever more slowly."""
+"""Restarts of embedded stores that die: each independently, with growing delays."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def test_the_delays() -> None:
     assert restart_delay_s(1_000_000) == 10
 
 
-def test_a_child_that_keeps_dying_is_restarted_ever_more_slowly(tmp_path: Path) -> None:
+def test_a_store_that_keeps_dying_is_restarted_with_growing_delays(tmp_path: Path) -> None:
     with running(tmp_path) as stores:
         intact = manifest(tmp_path).read_bytes()
         manifest(tmp_path).write_text("garbage\n")
@@ -53,7 +53,7 @@ def test_a_child_that_keeps_dying_is_restarted_ever_more_slowly(tmp_path: Path) 
         assert stores.poll() == []
 
 
-def test_one_that_keeps_dying_does_not_hold_up_the_other(tmp_path: Path) -> None:
+def test_a_store_that_keeps_dying_does_not_delay_the_other(tmp_path: Path) -> None:
     with running(tmp_path, BOTH) as stores:
         stores._servers["ledger"]._backoff._quick_deaths = 1_000
         os.kill(pid_of(stores, "ledger"), signal.SIGKILL)
@@ -64,24 +64,24 @@ def test_one_that_keeps_dying_does_not_hold_up_the_other(tmp_path: Path) -> None
         assert not answers(stores, "ledger")
 
 
-def test_two_deaths_at_once_are_two_lines(tmp_path: Path) -> None:
+def test_two_deaths_at_once_are_two_log_lines(tmp_path: Path) -> None:
     with running(tmp_path, BOTH) as stores:
         pids = [pid_of(stores, role) for role in BOTH]
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         told: list[str] = []
 
-        def all_are_told() -> bool:
+        def both_are_logged() -> bool:
             told.extend(stores.poll())
             return len(told) == len(BOTH)
 
-        until(all_are_told)
+        until(both_are_logged)
         assert sorted(told) == [
             f"embedded store {role} was killed by signal 9 (Killed); embedded store {role} restarted" for role in BOTH
         ]
 
 
-def test_a_long_life_forgives_earlier_deaths(tmp_path: Path) -> None:
+def test_a_long_run_resets_the_delay(tmp_path: Path) -> None:
     with running(tmp_path) as stores:
         stores._servers["ledger"]._backoff._quick_deaths = 5
         stores._servers["ledger"]._backoff._started_at -= STABLE_S
@@ -130,10 +130,10 @@ def test_a_server_whose_socket_was_removed_is_restarted_with_its_data(tmp_path: 
 
 
 @pytest.mark.parametrize("levels", [0, 1])
-def test_so_are_all_if_their_directory_was_removed(
+def test_all_servers_are_restarted_if_their_directory_was_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, levels: int
 ) -> None:
-    """Alone, or with the folder that it is in."""
+    """Removes the directory alone, or with its parent."""
     with tempfile.TemporaryDirectory(dir="/tmp") as runtime_dir:
         monkeypatch.setenv("XDG_RUNTIME_DIR", runtime_dir)
         with running(tmp_path, BOTH) as stores:
@@ -148,8 +148,8 @@ def test_so_are_all_if_their_directory_was_removed(
         assert list(Path(runtime_dir).iterdir()) == []
 
 
-def test_in_the_place_of_another_nothing_is_made(tmp_path: Path) -> None:
-    """Whoever puts a link there does not get the sockets, and open connections go on."""
+def test_nothing_is_created_in_a_replaced_directory(tmp_path: Path) -> None:
+    """A link in its place does not receive the sockets, and open connections keep working."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     with running(tmp_path / "data") as stores, client(stores) as connected:
@@ -177,7 +177,7 @@ def test_a_directory_that_others_may_read_is_not_used(tmp_path: Path) -> None:
 
 
 def test_systemd_tmpfiles_leaves_the_sockets_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it cleans /tmp, but whatever the age; a directory beside it shows that it does."""
+    """Runs its /tmp rules for any age; a second directory proves that they delete something."""
     tmpfiles = program("systemd-tmpfiles", "sockets were not tried against it")
     with tempfile.TemporaryDirectory(dir="/tmp") as runtime_dir:
         monkeypatch.setenv("XDG_RUNTIME_DIR", runtime_dir)

@@ -1,4 +1,4 @@
-"""How embedded stores start and stop, with real servers: their settings, their sockets, and what cannot start."""
+"""Start and stop of embedded stores, with real servers: settings, sockets and failed starts."""
 
 import errno
 import os
@@ -27,8 +27,8 @@ from proxy.store.access import Role
 
 
 @contextmanager
-def nothing_left(data_dir: Path, socket_parent: Path) -> Iterator[None]:
-    """Whatever happens inside, no process, descriptor or socket is left of it, and the data directory is free."""
+def assert_nothing_left(data_dir: Path, socket_parent: Path) -> Iterator[None]:
+    """Asserts that no process, descriptor or socket is left after the block, and that the data directory is free."""
     this = psutil.Process()
     children, open_files = this.children(), this.num_fds()
     yield
@@ -40,7 +40,7 @@ def nothing_left(data_dir: Path, socket_parent: Path) -> Iterator[None]:
 
 @pytest.fixture
 def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where sockets go, with a short name and nothing in it."""
+    """An empty directory with a short name for the sockets."""
     with tempfile.TemporaryDirectory(dir="/tmp") as directory:
         monkeypatch.setenv("XDG_RUNTIME_DIR", directory)
         yield Path(directory)
@@ -65,7 +65,7 @@ def test_start_returns_when_the_servers_answer(tmp_path: Path) -> None:
 
 def test_stop_leaves_no_process_no_directory_and_no_lock(tmp_path: Path, runtime_dir: Path) -> None:
     stores = EmbeddedStores(tmp_path, BOTH)
-    with nothing_left(tmp_path, runtime_dir):
+    with assert_nothing_left(tmp_path, runtime_dir):
         stores.start()
         began = time.monotonic()
         stores.stop()
@@ -76,7 +76,7 @@ def test_stop_leaves_no_process_no_directory_and_no_lock(tmp_path: Path, runtime
         pass
 
 
-def test_without_a_role_nothing_is_taken_or_made(tmp_path: Path) -> None:
+def test_without_a_role_nothing_is_locked_or_created(tmp_path: Path) -> None:
     data_dir = tmp_path / "never"
     with running(data_dir, ()) as stores:
         assert stores.urls == {}
@@ -93,7 +93,7 @@ def test_stop_before_start_and_without_an_address(tmp_path: Path) -> None:
         _ = stores.urls
 
 
-def test_stop_kills_children_that_do_not_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_kills_children_that_ignore_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "_STOP_TIMEOUT_S", 0.1)
     with running(tmp_path, BOTH) as stores:
         pids = [pid_of(stores, role) for role in BOTH]
@@ -115,7 +115,7 @@ def test_stop_kills_children_that_do_not_listen(tmp_path: Path, monkeypatch: pyt
         ("loglevel", "warning"),
     ],
 )
-def test_settings_are_in_force(small: EmbeddedStores, name: str, value: str) -> None:
+def test_settings_are_applied(small: EmbeddedStores, name: str, value: str) -> None:
     assert [configured(small, role, name) for role in BOTH] == [value, value]
 
 
@@ -127,7 +127,7 @@ def test_only_the_price_book_evicts(small: EmbeddedStores, role: Role, policy: s
     assert configured(small, role, "maxmemory") == str(mebibytes * 1024 * 1024)
 
 
-def test_a_full_ledger_loses_nothing_and_refuses_what_writes(tmp_path: Path) -> None:
+def test_a_full_ledger_loses_nothing_and_refuses_writes(tmp_path: Path) -> None:
     script = "#!lua\nreturn redis.call('INCRBY', KEYS[1], '1')"
     with running(tmp_path) as stores, client(stores) as connected:
         connected.mset({"used": 1, **dict.fromkeys(map(str, range(99)), "x")})
@@ -166,7 +166,7 @@ def test_each_child_has_a_session_of_its_own(tmp_path: Path) -> None:
 
 
 def test_the_child_gets_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Valkey writes its title over the environment that /proc shows, so a program that tells stands in for it."""
+    """A program that prints its environment replaces Valkey, because Valkey overwrites the one in /proc."""
     program = tmp_path / "program"
     program.write_text("#!/bin/sh\nexport -p\nexit 1\n")
     program.chmod(0o700)
@@ -188,7 +188,7 @@ def test_a_long_data_dir_has_a_short_socket(tmp_path: Path) -> None:
         assert all(answers(stores, role) for role in BOTH)
 
 
-def test_the_longest_name_decides_whether_a_directory_will_do(
+def test_the_longest_socket_name_decides_whether_a_directory_is_used(
     tmp_path: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fits = len(str(runtime_dir / "estimate-proxy-12345678" / "ledger.sock"))
@@ -200,7 +200,7 @@ def test_the_longest_name_decides_whether_a_directory_will_do(
 
 
 @pytest.mark.usefixtures("no_runtime_dir")
-def test_a_long_data_dir_and_a_long_temp_dir_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_data_dir_and_a_long_temp_dir_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long_dir = tmp_path / ("t" * 100)
     long_dir.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long_dir))
@@ -218,7 +218,7 @@ def test_a_runtime_dir_comes_first_and_its_name_is_quoted(tmp_path: Path, monkey
             assert answers(stores)
 
 
-def test_then_the_runtime_directory_of_a_systemd_unit(
+def test_the_runtime_directory_of_a_systemd_unit_comes_second(
     tmp_path: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR")
@@ -228,7 +228,7 @@ def test_then_the_runtime_directory_of_a_systemd_unit(
         assert answers(stores)
 
 
-def test_a_runtime_dir_of_somebody_else_is_passed_over(
+def test_a_runtime_dir_of_another_user_is_not_used(
     tmp_path: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stranger = runtime_dir.stat().st_uid + 1
@@ -243,15 +243,15 @@ def _stat_of_another_owner(path: Path, owner: int, real: Callable[[Path], os.sta
 
 
 @pytest.mark.parametrize("named", ["", ".", "/missing", "/proc/self"])
-def test_a_runtime_dir_that_is_none_is_passed_over(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
-    """The last one is ours, and nothing can be made in it."""
+def test_an_unusable_runtime_dir_is_skipped(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    """The last one is our own, but nothing can be created in it."""
     for variable in ("XDG_RUNTIME_DIR", "RUNTIME_DIRECTORY"):
         monkeypatch.setenv(variable, named)
     with tempfile.TemporaryDirectory(dir="/tmp") as data_dir, running(Path(data_dir)) as stores:
         assert socket_dir_of(stores).parent == Path(data_dir)
 
 
-def test_a_file_system_without_sockets_is_passed_over(
+def test_a_file_system_without_sockets_is_skipped(
     tmp_path: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Socket(socket.socket):
@@ -276,7 +276,7 @@ def test_a_running_store_is_found_by_its_role(tmp_path: Path) -> None:
             running_url(tmp_path, role=role)
 
 
-def test_no_place_for_the_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_directory_for_sockets_the_start_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket_dir, "_MAX_PATH_BYTES", 10)
     with pytest.raises(EmbeddedStoreError, match="set TMPDIR to one"):
         EmbeddedStores(tmp_path, LEDGER).start()
@@ -285,7 +285,7 @@ def test_no_place_for_the_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 # What cannot start
 
 
-def test_a_data_dir_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_data_dir_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(EmbeddedStoreError) as raised:
         EmbeddedStores(tmp_path / "file" / "data", LEDGER).start()
@@ -296,7 +296,7 @@ def test_a_data_dir_that_cannot_be_made(tmp_path: Path) -> None:
     )
 
 
-def test_a_death_is_noticed_while_another_is_waited_for(
+def test_a_death_is_noticed_while_another_start_is_pending(
     tmp_path: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running(tmp_path, BOTH):
@@ -306,35 +306,35 @@ def test_a_death_is_noticed_while_another_is_waited_for(
     ping = valkey._answers_ping
     monkeypatch.setattr(valkey, "_answers_ping", lambda path: path.name != "price-book.sock" and ping(path))
     began = time.monotonic()
-    with nothing_left(tmp_path, runtime_dir), pytest.raises(EmbeddedStoreError, match="embedded store ledger"):
+    with assert_nothing_left(tmp_path, runtime_dir), pytest.raises(EmbeddedStoreError, match="embedded store ledger"):
         EmbeddedStores(tmp_path, BOTH).start()
     assert_in_time(time.monotonic() - began, embedded._READY_TIMEOUT_S / 2)
 
 
 @pytest.mark.parametrize("silent", BOTH)
-def test_a_server_that_does_not_answer(
+def test_a_server_that_does_not_answer_is_refused(
     tmp_path: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, silent: Role
 ) -> None:
     ping = valkey._answers_ping
     monkeypatch.setattr(valkey, "_answers_ping", lambda path: path.name != f"{silent}.sock" and ping(path))
     monkeypatch.setattr(embedded, "_READY_TIMEOUT_S", 1.0)
     expected = f"embedded store {silent} did not answer within 1 s: see "
-    with nothing_left(tmp_path, runtime_dir), pytest.raises(EmbeddedStoreError, match=expected):
+    with assert_nothing_left(tmp_path, runtime_dir), pytest.raises(EmbeddedStoreError, match=expected):
         EmbeddedStores(tmp_path, BOTH).start()
 
 
 @pytest.mark.parametrize("nth", [0, 1])
-def test_a_server_that_cannot_be_run(
+def test_a_server_that_cannot_be_run_is_refused(
     tmp_path: Path, runtime_dir: Path, monkeypatch: pytest.MonkeyPatch, nth: int
 ) -> None:
     programs = [get_binary_path(), get_binary_path()]
     programs[nth] = tmp_path / "missing"
     monkeypatch.setattr(valkey, "find_server", lambda: programs.pop(0))
-    with nothing_left(tmp_path, runtime_dir), pytest.raises(EmbeddedStoreError, match="reinstall the package"):
+    with assert_nothing_left(tmp_path, runtime_dir), pytest.raises(EmbeddedStoreError, match="reinstall the package"):
         EmbeddedStores(tmp_path, BOTH).start()
 
 
-def test_a_place_that_is_taken_by_something_else(tmp_path: Path, runtime_dir: Path) -> None:
+def test_a_file_in_place_of_a_stores_folder_is_refused(tmp_path: Path, runtime_dir: Path) -> None:
     (tmp_path / "price-book").touch()
-    with nothing_left(tmp_path, runtime_dir), pytest.raises(EmbeddedStoreError, match="Not a directory"):
+    with assert_nothing_left(tmp_path, runtime_dir), pytest.raises(EmbeddedStoreError, match="Not a directory"):
         EmbeddedStores(tmp_path, BOTH).start()

@@ -1,4 +1,4 @@
-"""What breaks around several gateways: an upstream that misbehaves on its connections, a store that evicts."""
+"""Several gateways with an upstream that misbehaves on its connections, and with a store that evicts."""
 
 import asyncio
 import socket
@@ -24,10 +24,10 @@ ANSWER = b'{"data":{"estimated":5,"balance":20},"error":{}}'
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
 
 
-class RoughUpstream:
-    """Speaks HTTP by hand. The first question about a model gets what the model's name says, all others an answer.
+class FaultyConnections:
+    """A hand-written HTTP server. The first request for a model gets the fault that the model names, others an answer.
 
-    A rough answer is held until `release` is set.
+    A fault is held until `release` is set.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class RoughUpstream:
 
 
 async def _model(reader: asyncio.StreamReader) -> str | None:
-    """The model that the next request asks for; None at the end of the connection."""
+    """Returns the model of the next request; None at the end of the connection."""
     try:
         head = await reader.readuntil(b"\r\n\r\n")
     except asyncio.IncompleteReadError:
@@ -87,8 +87,8 @@ async def _closing(writer: asyncio.StreamWriter) -> AsyncIterator[None]:
 
 
 @contextmanager
-def rough_upstream() -> Iterator[RoughUpstream]:
-    upstream, listener = RoughUpstream(), socket.create_server(("127.0.0.1", 0))
+def faulty_connections() -> Iterator[FaultyConnections]:
+    upstream, listener = FaultyConnections(), socket.create_server(("127.0.0.1", 0))
     upstream.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     loop = asyncio.new_event_loop()
 
@@ -111,13 +111,13 @@ def rough_upstream() -> Iterator[RoughUpstream]:
 
 
 @pytest.fixture(scope="module")
-def rough() -> Iterator[RoughUpstream]:
-    with rough_upstream() as upstream:
+def rough() -> Iterator[FaultyConnections]:
+    with faulty_connections() as upstream:
         yield upstream
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory, valkey_url: str, rough: RoughUpstream) -> Iterator[Fleet]:
+def pair(tmp_path_factory: pytest.TempPathFactory, valkey_url: str, rough: FaultyConnections) -> Iterator[Fleet]:
     folder, patience = tmp_path_factory.mktemp("pair"), {"timeout_s": 2}
     with fleet_of(2, folder, store_url=valkey_url, upstream_url=rough.url, upstream=patience) as opened:
         yield opened
@@ -132,8 +132,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_rough_answer_fails_all_who_wait_for_it_and_nobody_after_them(
-    fault: str, pair: Fleet, rough: RoughUpstream
+def test_a_broken_answer_fails_the_waiting_requests_and_no_later_one(
+    fault: str, pair: Fleet, rough: FaultyConnections
 ) -> None:
     team, body = pair.team(), b'[{"model":"%b"}]' % fault.encode()
     memory = pair.gateways[0].worker().memory_info().rss
@@ -142,9 +142,9 @@ def test_a_rough_answer_fails_all_who_wait_for_it_and_nobody_after_them(
     wait_until(lambda: rough.calls[fault])
     asked += team.waiting(0, 1, content=body)
     rough.release.set()
-    told = results(asked)
-    assert {(answer.status_code, code_of(answer)) for answer in told} == {FAULTS[fault]}
-    assert len({answer.json()["detail"] for answer in told}) == 1
+    responses = results(asked)
+    assert {(answer.status_code, code_of(answer)) for answer in responses} == {FAULTS[fault]}
+    assert len({answer.json()["detail"] for answer in responses}) == 1
     assert rough.calls[fault] == 1
     assert pair.gateways[0].worker().memory_info().rss - memory < 2**24
     assert rough.sent_bytes < HUGE_BYTES // 2
@@ -157,7 +157,7 @@ def test_a_rough_answer_fails_all_who_wait_for_it_and_nobody_after_them(
 
 @contextmanager
 def small_store(folder: Path, policy: str) -> Iterator[str]:
-    """A Valkey with room for little; its URL."""
+    """Starts a Valkey with little memory, and yields its URL."""
     path = folder / "small.sock"
     memory = ["--maxmemory", "8mb", "--maxmemory-policy", policy, "--lazyfree-lazy-user-flush", "no"]
     command = [
@@ -180,7 +180,7 @@ def small_store(folder: Path, policy: str) -> Iterator[str]:
             process.terminate()
 
 
-def test_a_store_that_evicts_everything_costs_asks_and_brings_nothing_back(
+def test_a_store_that_evicts_everything_causes_fetches_and_restores_no_purged_price(
     tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture, simulator: Simulator
 ) -> None:
     folder = tmp_path_factory.mktemp("s")
@@ -197,12 +197,12 @@ def test_a_store_that_evicts_everything_costs_asks_and_brings_nothing_back(
         statuses = Counter[int]()
         for round_ in range(3):
             _fill(pair.store, book, round_)
-            told = [team.ask(at, b'[{"model":"Flux","seed":%d}]' % n) for n in range(10) for at in (0, 1)]
-            statuses += Counter(answer.status_code for answer in told)
+            responses = [team.ask(at, b'[{"model":"Flux","seed":%d}]' % n) for n in range(10) for at in (0, 1)]
+            statuses += Counter(answer.status_code for answer in responses)
         assert statuses == {200: 60}
         assert isinstance(written, bytes)
         pair.store.flushdb()
-        pair.store.set(price, written)  # as if it alone had survived
+        pair.store.set(price, written)  # as if only this key had survived
         wait_until(lambda: not team.has(0) and not team.has(1), within_s=2.2)
         calls = simulator.calls
         assert team.ask(0).status_code == 200
@@ -212,7 +212,7 @@ def test_a_store_that_evicts_everything_costs_asks_and_brings_nothing_back(
 
 
 def _fill(store: redis.Redis, book: bytes, round_: int) -> None:
-    """Writes until that book has been evicted."""
+    """Writes until the book has been evicted."""
     for number in range(10_000):
         store.mset({f"filler {round_} {number} {part}": b"x" * 1000 for part in range(10)})
         if not store.exists(book):
@@ -220,7 +220,7 @@ def _fill(store: redis.Redis, book: bytes, round_: int) -> None:
     pytest.fail("the book was never evicted")
 
 
-def test_a_full_store_that_does_not_evict_costs_asks_and_no_answer(
+def test_a_full_store_that_does_not_evict_causes_fetches_but_no_failure(
     tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstream: UpstreamFixture, simulator: Simulator
 ) -> None:
     folder = tmp_path_factory.mktemp("f")

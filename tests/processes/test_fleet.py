@@ -1,4 +1,4 @@
-"""Several gateways on one store ask as one, and agree: about prices, balances, failures and what was purged."""
+"""Several gateways on one store: one upstream call for equal requests, and the same prices, balances and purges."""
 
 import asyncio
 import json
@@ -43,14 +43,14 @@ def team(fleet: Fleet, simulator: Simulator) -> TeamClient:
 
 @pytest.fixture(scope="module")
 def suspicious(tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstream: UpstreamFixture) -> Iterator[Fleet]:
-    """Balances are old after a moment."""
+    """Makes balances old after a moment."""
     cache = {"balance_max_age_s": 0.1}
     folder = tmp_path_factory.mktemp("suspicious")
     with fleet_of(4, folder, store_url=valkey_url, upstream_url=upstream.url, cache=cache) as opened:
         yield opened
 
 
-# Asked once
+# One upstream call
 
 
 @pytest.fixture(scope="module", params=["valkey", "redis"])
@@ -65,20 +65,20 @@ def any_fleet(
         yield opened
 
 
-def test_a_thousand_equal_questions_at_once_are_asked_once(any_fleet: Fleet, simulator: Simulator) -> None:
+def test_a_thousand_equal_requests_at_once_make_one_upstream_call(any_fleet: Fleet, simulator: Simulator) -> None:
     team = any_fleet.team()
-    replies = asyncio.run(_crowd(team, simulator))
-    told = Counter(map(_status_of, replies))
-    assert simulator.calls == 1, told
+    replies = asyncio.run(_equal_requests(team, simulator))
+    responses = Counter(map(_status_of, replies))
+    assert simulator.calls == 1, responses
     assert Counter(reply.partition(b"\r\n")[0] for reply in replies) == {b"HTTP/1.1 200 OK": CALLERS}
     bodies = {reply.partition(b"\r\n\r\n")[2] for reply in replies}
     assert bodies == {b'{"data":{"estimated":3,"balance":10000},"error":{}}'}
-    assert told.pop(MISS) == 1
-    assert all(status.endswith("; collapsed") or status.startswith("hit; ") for status in told), told
+    assert responses.pop(MISS) == 1
+    assert all(status.endswith("; collapsed") or status.startswith("hit; ") for status in responses), responses
 
 
-async def _crowd(team: TeamClient, simulator: Simulator) -> Sequence[bytes]:
-    """The answers to requests that all arrived before upstream answered the first."""
+async def _equal_requests(team: TeamClient, simulator: Simulator) -> Sequence[bytes]:
+    """Returns the answers to requests that all arrived before upstream answered the first."""
     urls = [served.url for served in team.fleet.gateways]
     with simulator.hold():
         asked = [asyncio.create_task(_raw(team, urls[n % len(urls)])) for n in range(CALLERS)]
@@ -100,7 +100,7 @@ async def _raw(team: TeamClient, url: str) -> bytes:
 
 
 def _connections(urls: Sequence[str]) -> int:
-    """The gateways' ends of them, accepted or not."""
+    """Returns the gateways' ends of the connections, accepted or not."""
     ports = {f":{urlsplit(url).port:04X}" for url in urls}
     rows = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
     return sum(row[1][-5:] in ports and row[3] == "01" for row in rows)
@@ -112,7 +112,7 @@ def _status_of(reply: bytes) -> str:
     return status
 
 
-def test_a_leader_that_is_killed_is_replaced_by_one_who_waits(team: TeamClient, simulator: Simulator) -> None:
+def test_a_killed_leader_is_replaced_by_a_waiting_gateway(team: TeamClient, simulator: Simulator) -> None:
     simulator.script(Fault.HANG)
     lost = team.asking(0)
     assert simulator.arrived(1)
@@ -120,12 +120,12 @@ def test_a_leader_that_is_killed_is_replaced_by_one_who_waits(team: TeamClient, 
     restarts = len(team.fleet.gateways[0].messages("serving on "))
     kill(team.fleet.gateways[0].worker())
     killed_at = time.monotonic()
-    told = results(waiting)
+    responses = results(waiting)
     longest_s = time.monotonic() - killed_at
     assert lost.exception(5) is not None
-    assert {answer.json()["data"]["estimated"] for answer in told} == {3}
+    assert {answer.json()["data"]["estimated"] for answer in responses} == {3}
     assert simulator.calls == 2
-    assert kinds(told) == [MISS] + [f"{MISS}; collapsed"] * 3
+    assert kinds(responses) == [MISS] + [f"{MISS}; collapsed"] * 3
     assert_in_time(longest_s, LEASE_S + 1.5)
     team.fleet.gateways[0].wait_until_serving(times=restarts + 1)
     assert team.has(0)
@@ -140,7 +140,7 @@ FAILURES: dict[str, tuple[Responder, int]] = {
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_what_upstream_refuses_to_one_it_is_not_asked_again_by_those_who_wait(
+def test_a_refusal_of_upstream_is_shared_with_all_waiting_gateways(
     failure: str, team: TeamClient, simulator: Simulator
 ) -> None:
     release, (handler, status) = threading.Event(), FAILURES[failure]
@@ -149,12 +149,12 @@ def test_what_upstream_refuses_to_one_it_is_not_asked_again_by_those_who_wait(
     assert simulator.arrived(1)
     asked += team.waiting(0, 1, 2, 3)
     release.set()
-    told = results(asked)
+    responses = results(asked)
     assert simulator.calls == 1
-    assert {answer.status_code for answer in told} == {status}
-    assert len({json.dumps(_without_id(answer.json())) for answer in told}) == 1
-    assert {answer.headers.get("retry-after") for answer in told} == {"7" if failure == "busy" else None}
-    assert Counter("collapsed" in cache_status(answer) for answer in told) == {False: 1, True: 4}
+    assert {answer.status_code for answer in responses} == {status}
+    assert len({json.dumps(_without_id(answer.json())) for answer in responses}) == 1
+    assert {answer.headers.get("retry-after") for answer in responses} == {"7" if failure == "busy" else None}
+    assert Counter("collapsed" in cache_status(answer) for answer in responses) == {False: 1, True: 4}
     if failure != "busy":
         assert team.ask(1).json()["data"]["estimated"] == 3, "a failure is not remembered"
 
@@ -163,7 +163,7 @@ def _without_id(answer: dict[str, object]) -> dict[str, object]:
     return {name: value for name, value in answer.items() if name != "request_id"}
 
 
-def test_an_answer_that_comes_after_its_lease_was_taken_over_replaces_nothing(
+def test_an_answer_that_arrives_after_its_lease_was_taken_over_replaces_nothing(
     team: TeamClient, simulator: Simulator
 ) -> None:
     release = threading.Event()
@@ -176,7 +176,7 @@ def test_an_answer_that_comes_after_its_lease_was_taken_over_replaces_nothing(
         second = team.ask(1)
     finally:
         leader.resume()
-    time.sleep(0.8)  # until it dares to call the store again: the fence is to refuse it, not the call
+    time.sleep(0.8)  # until the store's cool-down is over, so that the fence refuses the write
     release.set()
     assert (second.json()["data"]["estimated"], cache_status(second)) == (2, MISS)
     late = first.result(5)
@@ -211,7 +211,7 @@ def test_another_price_reaches_every_gateway(team: TeamClient, simulator: Simula
 
 
 @pytest.mark.parametrize("purge", PURGES)
-def test_an_ask_under_way_does_not_revive_what_was_purged(purge: str, team: TeamClient, simulator: Simulator) -> None:
+def test_a_fetch_in_flight_does_not_restore_a_purged_price(purge: str, team: TeamClient, simulator: Simulator) -> None:
     release = threading.Event()
     simulator.script(after(release, priced(1)), priced(2))
     before = team.asking(0)
@@ -227,12 +227,12 @@ def test_an_ask_under_way_does_not_revive_what_was_purged(purge: str, team: Team
     assert simulator.calls == 2
 
 
-def test_right_after_a_purge_nobody_asks_what_another_one_has_asked_since(
-    team: TeamClient, simulator: Simulator
-) -> None:
+def test_right_after_a_purge_no_gateway_repeats_anothers_fetch(team: TeamClient, simulator: Simulator) -> None:
     known, new = b'[{"model":"Flux","seed":1}]', b'[{"model":"Flux","seed":2}]'
     assert team.ask(0).status_code == 200
-    assert [team.ask(at, known).status_code for at in (1, 2, 3)] == [200] * 3  # they know the book of before the purge
+    assert [team.ask(at, known).status_code for at in (1, 2, 3)] == [
+        200
+    ] * 3  # they have read the book before the purge
     team.purge(0, PURGES["account"])
     assert cache_status(team.ask(0)) == MISS
     assert cache_status(team.ask(1, new)) == MISS, "the one that leads does not know of the purge"
@@ -241,7 +241,7 @@ def test_right_after_a_purge_nobody_asks_what_another_one_has_asked_since(
     assert simulator.calls == 4
 
 
-def test_a_book_that_the_store_has_lost_brings_no_purged_price_back(team: TeamClient, simulator: Simulator) -> None:
+def test_the_loss_of_a_book_restores_no_purged_price(team: TeamClient, simulator: Simulator) -> None:
     assert team.ask(0).status_code == 200
     team.purge(0, PURGES["account"])
     team.fleet.store.delete(team.book)
@@ -260,9 +260,9 @@ def test_a_stale_price_is_refreshed_once_for_all(team: TeamClient, simulator: Si
     simulator.script(priced(1), after(release, priced(2)))
     assert team.ask(0).status_code == 200
     team.age(3600 + 100)
-    told = results([team.asking(at) for at in (0, 1, 2, 3) * 3])
-    assert {answer.json()["data"]["estimated"] for answer in told} == {1}
-    assert set(kinds(told)) <= {f"hit; ttl=-{late}; detail=stale-while-revalidate" for late in range(100, 105)}
+    responses = results([team.asking(at) for at in (0, 1, 2, 3) * 3])
+    assert {answer.json()["data"]["estimated"] for answer in responses} == {1}
+    assert set(kinds(responses)) <= {f"hit; ttl=-{late}; detail=stale-while-revalidate" for late in range(100, 105)}
     assert simulator.arrived(2)
     release.set()
     wait_until(lambda: all(team.ask(at).json()["data"]["estimated"] == 2 for at in range(4)), within_s=1)
@@ -270,7 +270,7 @@ def test_a_stale_price_is_refreshed_once_for_all(team: TeamClient, simulator: Si
     assert team.fleet.store.hget(team.book.decode(), "drops") == b"1", "it was stale: what made it so is all there is"
 
 
-def test_a_failure_is_asked_once_and_the_stale_price_serves_everywhere(team: TeamClient, simulator: Simulator) -> None:
+def test_after_one_failed_call_all_gateways_serve_the_stale_price(team: TeamClient, simulator: Simulator) -> None:
     release = threading.Event()
     assert team.ask(0).status_code == 200
     simulator.script(after(release, answers(b"{}", 500)))
@@ -279,30 +279,30 @@ def test_a_failure_is_asked_once_and_the_stale_price_serves_everywhere(team: Tea
     assert simulator.arrived(2)
     asked += team.waiting(1, 2, 3)
     release.set()
-    told = results(asked)
-    assert {(answer.status_code, answer.json()["data"]["estimated"]) for answer in told} == {(200, 3)}
+    responses = results(asked)
+    assert {(answer.status_code, answer.json()["data"]["estimated"]) for answer in responses} == {(200, 3)}
     expected = {f"fwd=stale; fwd-status=500; ttl=-{late}; detail=stale-if-error" for late in range(400, 405)}
-    assert set(kinds(told)) <= expected
+    assert set(kinds(responses)) <= expected
     assert simulator.calls == 2
 
 
 # Audited
 
 
-def test_one_gateway_asks_for_a_fresh_balance(suspicious: Fleet, simulator: Simulator) -> None:
+def test_only_one_gateway_fetches_a_fresh_balance(suspicious: Fleet, simulator: Simulator) -> None:
     team = suspicious.team()
     assert team.ask(0).json()["data"]["balance"] == 10_000
     simulator.balance = 9_000
     until = time.monotonic() + 2
     while time.monotonic() < until:
-        told = results([team.asking(at) for at in range(4)])
-        assert {answer.status_code for answer in told} == {200}
+        responses = results([team.asking(at) for at in range(4)])
+        assert {answer.status_code for answer in responses} == {200}
         time.sleep(0.02)
     assert simulator.calls == 2
-    assert {answer.json()["data"]["balance"] for answer in told} == {9_000}
+    assert {answer.json()["data"]["balance"] for answer in responses} == {9_000}
 
 
-def test_a_changed_price_list_is_noticed_everywhere_and_asked_again_without_a_storm(
+def test_a_changed_price_list_is_noticed_by_all_and_fetched_without_a_burst(
     suspicious: Fleet, simulator: Simulator
 ) -> None:
     team = suspicious.team()
@@ -310,7 +310,7 @@ def test_a_changed_price_list_is_noticed_everywhere_and_asked_again_without_a_st
     changed = bodies[:3]
     for body in bodies:
         assert team.ask(0, body).status_code == 200
-    crowd = LoadGenerator()
+    crowd = CountingUpstream()
     simulator.script(*[crowd.handler] * 1000)
     for at, body in enumerate(changed):
         _audit(team, at, body, simulator)
@@ -327,8 +327,8 @@ def test_a_changed_price_list_is_noticed_everywhere_and_asked_again_without_a_st
     assert simulator.calls - calls <= len(bodies)
 
 
-class LoadGenerator:
-    """Answers after a moment with another price than before, and knows how many it answered at a time."""
+class CountingUpstream:
+    """Answers with a new price after a delay, and counts the requests at a time."""
 
     def __init__(self) -> None:
         self.largest = self._now = 0
@@ -345,7 +345,7 @@ class LoadGenerator:
 
 
 def _audit(team: TeamClient, at: int, body: bytes, simulator: Simulator) -> None:
-    """Has that gateway audit that body now, though another has audited the account a moment ago."""
+    """Makes a gateway audit a body now, although another one has just audited the account."""
     time.sleep(0.15)
     calls = simulator.calls
     team.fleet.store.hdel(team.book, "audit_until_ms")
@@ -373,16 +373,18 @@ def test_a_clock_that_jumps_changes_nothing(
         assert team.ask(0).status_code == 200
         jumped.touch()
         assert team.ask(0, other).status_code == 200
-        for told in (team.ask(at, body) for at in (0, 1, 0, 1) for body in (BODY, other)):
-            assert 0 <= int(told.headers["age"]) <= 3
-            assert int(told.headers["estimate-proxy-balance-age"]) <= 3
-            assert 3596 <= int(cache_status(told).removeprefix("hit; ttl=")) <= 3600
-        wait_until(lambda: len(_days(opened.gateways[0])) > len(_days(opened.gateways[1])))  # else it did not jump
+        for responses in (team.ask(at, body) for at in (0, 1, 0, 1) for body in (BODY, other)):
+            assert 0 <= int(responses.headers["age"]) <= 3
+            assert int(responses.headers["estimate-proxy-balance-age"]) <= 3
+            assert 3596 <= int(cache_status(responses).removeprefix("hit; ttl=")) <= 3600
+        wait_until(
+            lambda: len(_days(opened.gateways[0])) > len(_days(opened.gateways[1]))
+        )  # else the clock did not jump
     assert simulator.calls == 2
 
 
 def _days(served: GatewayProcess) -> set[str]:
-    """Of its log lines."""
+    """Returns the days of its log lines."""
     return {line["time"][:10] for line in served.lines()}
 
 

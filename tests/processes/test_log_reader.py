@@ -1,4 +1,4 @@
-"""A gateway whose standard error nobody reads, or nobody can: it goes on, and tells what is missing."""
+"""A gateway whose standard error is not read or cannot be written: it keeps serving, and counts lost lines."""
 
 import os
 import select
@@ -37,7 +37,7 @@ IDLE_S = 1.0
 
 
 class Reader:
-    """Copies a pipe into a gateway's log, while it is not stalled. `stderr` is the gateway's end."""
+    """Copies a pipe to a gateway's log, unless it is stalled. `stderr` is the gateway's end."""
 
     def __init__(self) -> None:
         self._pipe, self.stderr = os.pipe()
@@ -52,20 +52,20 @@ class Reader:
         self._thread.start()
 
     def stall(self) -> None:
-        """Returns when nothing is read any more."""
+        """Stops reading; returns when it has stopped."""
         self._reads.clear()
         assert self._pauses.wait(SOON_S)
 
     def go_on(self) -> None:
         self._reads.set()
 
-    def leave(self) -> None:
-        """Closes the pipe, whatever is in it."""
+    def close_pipe(self) -> None:
+        """Closes the pipe without reading the rest."""
         self._leaves = True
         self.finish()
 
     def finish(self) -> None:
-        """Returns when the gateway has closed its end, and everything has been read."""
+        """Waits until the gateway has closed its end, and everything is read."""
         self.go_on()
         if self._thread is not None:
             self._thread.join()
@@ -101,7 +101,7 @@ def served(runner: GatewayRunner, reader: Reader, simulator: Simulator) -> Itera
 
 
 def ask_many(served: GatewayProcess, count: int) -> None:
-    """Asks the same over and over on one connection; each time the answer is 200."""
+    """Repeats a request on one connection, and asserts that each answer is a 200."""
     body = b'[{"model":"Flux"}]'
     head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nx-api-key: {DESIGN}\r\ncontent-length: {len(body)}\r\n\r\n"
     with socket.create_connection(address_of(served.url), timeout=SOON_S) as connection:
@@ -130,7 +130,7 @@ def answers(served: GatewayProcess) -> bool:
     return False
 
 
-def test_a_stalled_reader_stops_nothing_and_hears_how_much_it_has_missed(
+def test_a_stalled_reader_stops_nothing_and_later_gets_the_number_of_lost_lines(
     served: GatewayProcess, reader: Reader
 ) -> None:
     reader.stall()
@@ -151,7 +151,7 @@ def test_a_stalled_reader_stops_nothing_and_hears_how_much_it_has_missed(
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
 
 
-def test_sigterm_ends_a_gateway_whose_reader_has_stalled(served: GatewayProcess, reader: Reader) -> None:
+def test_sigterm_ends_a_gateway_with_a_stalled_reader(served: GatewayProcess, reader: Reader) -> None:
     reader.stall()
     ask_many(served, PIPE_LINES)
     assert served.stop() == 0
@@ -169,7 +169,7 @@ def test_dead_workers_and_stores_are_replaced_while_the_reader_stalls(served: Ga
     served.wait_for_message("embedded store ledger was killed by signal 9")
 
 
-def test_a_line_comes_at_once(served: GatewayProcess) -> None:
+def test_a_line_is_written_at_once(served: GatewayProcess) -> None:
     def took_s(request_id: str) -> float:
         served.ask(x_request_id=request_id)
         began = monotonic()
@@ -181,13 +181,13 @@ def test_a_line_comes_at_once(served: GatewayProcess) -> None:
 
 @contextmanager
 def unreadable(runner: GatewayRunner, how: str) -> Iterator[GatewayProcess]:
-    """A gateway whose standard error takes nothing: from the start, or once it serves."""
+    """Starts a gateway whose standard error cannot be written, from the start or once it serves."""
     if how == "a pipe that its reader has left":
         reader = Reader()
         served = runner.begin(stderr=reader.stderr, **OPEN)
         reader.follow(served.log)
         served.wait_until_serving()
-        reader.leave()
+        reader.close_pipe()
         yield served
         reader.finish()
         return
@@ -209,9 +209,7 @@ def unreadable(runner: GatewayRunner, how: str) -> Iterator[GatewayProcess]:
     ("how", "counts"),
     [("a pipe that its reader has left", True), ("a full disk", True), ("closed", False)],
 )
-def test_where_nothing_can_be_written_a_gateway_serves_all_the_same(
-    runner: GatewayRunner, how: str, *, counts: bool
-) -> None:
+def test_a_gateway_that_cannot_write_its_log_keeps_serving(runner: GatewayRunner, how: str, *, counts: bool) -> None:
     with unreadable(runner, how) as served:
         ask_many(served, PIPE_LINES)
         wait_until(lambda: (dropped(scraped(served)) > 0) == counts)

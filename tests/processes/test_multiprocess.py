@@ -1,4 +1,4 @@
-"""Metrics of several workers: how they become one, that they lie in no folder, and that they outlive a worker."""
+"""Metrics of several workers: merging, memory files without a name, and survival of a worker's death."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ TEAMS = ("design", "marketing", "retired")
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where this process and its gateways have their temporary files."""
+    """The folder for temporary files of this process and its gateways."""
     found = tmp_path / "tmp"
     found.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(found))
@@ -59,7 +59,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 class TestFiles:
     @pytest.mark.parametrize("platform", ["linux", "darwin"])
-    def test_they_have_no_name_and_end_with_their_user(
+    def test_they_have_no_name_and_end_with_their_process(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, platform: str
     ) -> None:
         monkeypatch.setattr(sys, "platform", platform)
@@ -70,9 +70,7 @@ class TestFiles:
             assert list(folder.iterdir()) == []
         assert psutil.Process().num_fds() == before
 
-    def test_where_the_system_has_no_files_in_memory_they_are_temporary_ones(
-        self, folder: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_without_memory_files_temporary_files_are_used(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "memfd_create", _refuse)
         with metrics_files(1) as (descriptor,):
             assert os.fstat(descriptor).st_dev == folder.stat().st_dev
@@ -90,7 +88,7 @@ def _refuse(*_: Any) -> int:
 
 @dataclass(frozen=True)
 class Gateways:
-    """Gateways on one store that have their temporary files in `folder`."""
+    """Gateways on one store, with their temporary files in `folder`."""
 
     runner: GatewayRunner
     folder: Path
@@ -103,7 +101,7 @@ class Gateways:
         return served
 
     def files(self) -> list[Path]:
-        """What lies where anybody but the store could remove it."""
+        """Returns the files in `folder` except the stores'."""
         return [*self.folder.iterdir(), *self.runner.runtime.iterdir()]
 
 
@@ -128,7 +126,7 @@ def scraped_at(served: GatewayProcess) -> Scraped:
 
 
 class TestServe:
-    def test_it_counts_in_no_folder(self, gateways: Gateways) -> None:
+    def test_it_uses_no_folder(self, gateways: Gateways) -> None:
         served = gateways.start(workers=2)
         assert served.ask(FLUX).status_code == 200
         assert scraped_at(served).value("config_last_reload_successful") == 1
@@ -142,7 +140,7 @@ class TestServe:
         assert served.ask(FLUX).status_code == 200
         assert scraped_at(served).value("config_last_reload_successful") == 1
 
-    def test_counting_goes_on_whatever_is_removed_and_whoever_is_killed(self, gateways: Gateways) -> None:
+    def test_counting_survives_removed_files_and_killed_workers(self, gateways: Gateways) -> None:
         served = gateways.start(workers=2)
         assert [served.ask(FLUX).status_code for _ in range(5)] == [200] * 5
         wait_until(lambda: hits(scraped_at(served)) == 4)
@@ -166,7 +164,7 @@ class TestServe:
         wait_until_gone(worker)
         assert gateways.files() == []
 
-    def test_it_shows_what_the_code_declares(self, gateways: Gateways) -> None:
+    def test_all_declared_metrics_are_shown(self, gateways: Gateways) -> None:
         served = gateways.start()
         assert [served.ask(FLUX).status_code for _ in range(2)] == [200, 200]
         wait_until(lambda: hits(scraped_at(served)))
@@ -175,7 +173,7 @@ class TestServe:
             assert_as_declared(scrape_openmetrics(client))
             assert said_by_promtool(client) == ""
 
-    def test_a_killed_worker_takes_its_gauges_along_and_leaves_its_counters(
+    def test_a_killed_workers_gauges_disappear_and_its_counters_stay(
         self, gateways: Gateways, simulator: Simulator
     ) -> None:
         served = gateways.start()
@@ -195,10 +193,12 @@ class TestServe:
         assert served.ask(FLUX).status_code == 200
         wait_until(lambda: hits(scraped_at(served)) == hits(before) + 1 == 3)
 
-    def test_whichever_worker_is_scraped_it_tells_of_all(self, gateways: Gateways) -> None:
+    def test_every_worker_shows_the_metrics_of_all(self, gateways: Gateways) -> None:
         served = gateways.start(workers=2)
         asked = 0
-        while asked < 10 or not all(map(_has_hits, served.workers())):  # connections choose their worker
+        while asked < 10 or not all(
+            map(_has_hits, served.workers())
+        ):  # the kernel chooses a worker for each connection
             asked += 1
             assert asked < 500, "one worker answers everything"
             assert served.ask(FLUX).status_code == 200
@@ -208,7 +208,7 @@ class TestServe:
             assert scraped.value("config_last_reload_successful") == 1
         wait_until(lambda: scraped_at(served).value("requests_in_flight") == 1)
 
-    def test_a_team_that_a_reload_brings_begins_at_0(self, gateways: Gateways) -> None:
+    def test_a_team_added_by_a_reload_starts_at_0(self, gateways: Gateways) -> None:
         served = gateways.start(workers=2)
         gateways.runner.config(**gateways.sections, teams={"newcomer": {"tokens": [digest_of(token_of("n" * 32))]}})
         served.send(signal.SIGHUP)
@@ -247,7 +247,7 @@ def hits(scraped: Scraped, team: str = "design") -> float:
 
 
 def _has_hits(worker: psutil.Process) -> bool:
-    """Whether that worker has, as its own file says."""
+    """Returns whether the worker's own file has the hits."""
     _, _, descriptor, *_ = worker.cmdline()[worker.cmdline().index("proxy.processes.worker") + 1 :]
     content = Path(f"/proc/{worker.pid}/fd/{descriptor}").read_bytes()
     return any(
@@ -255,7 +255,7 @@ def _has_hits(worker: psutil.Process) -> bool:
     )
 
 
-# --- how those of many become one -------------------------------------------------------------------------------
+# --- merging ----------------------------------------------------------------------------------------------------
 
 WORKER = """
 import sys
@@ -285,7 +285,7 @@ sys.stdin.read()
 
 @contextmanager
 def worker(own: int, *, hits: int, running: int, fails: bool, created: int) -> Iterator[None]:
-    """A process that counts so much in the file `own`, and lives on."""
+    """Starts a process that counts in the file `own`, and keeps running."""
     numbers = map(str, (hits, running, int(fails), created, own))
     command = [sys.executable, "-c", WORKER, *numbers]
     with subprocess.Popen(command, pass_fds=[own], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -296,13 +296,13 @@ def worker(own: int, *, hits: int, running: int, fails: bool, created: int) -> I
 
 @pytest.fixture
 def restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `SharedValues.install` changes in prometheus_client is as before after the test."""
+    """Restores prometheus_client after `SharedValues.install`."""
     monkeypatch.setattr(values, "ValueClass", values.ValueClass)
     monkeypatch.setattr(prometheus_client.metrics, "_use_created", True)
 
 
 def counting(own: int, *others: int) -> Metrics:
-    """The instruments of a worker in this process."""
+    """Yields the instruments of a worker in this process."""
     shared = SharedValues(own, others)
     shared.install()
     metrics = Metrics(["design"], ["default"], shared)
@@ -315,7 +315,7 @@ def seen_by(metrics: Metrics) -> Scraped:
 
 
 def _sums(scraped: Scraped) -> dict[str, Any]:
-    """What several workers have counted together."""
+    """Checks counters that several workers have in common."""
     counts = {
         "hits": hits(scraped),
         "durations": scraped.value("request_duration_seconds_count", operation="estimate", outcome="hit"),
@@ -327,7 +327,7 @@ def _sums(scraped: Scraped) -> dict[str, Any]:
 
 
 def _states(scraped: Scraped) -> list[float | None]:
-    """In flight, waiting, circuit open, store up, config taken, ledger created."""
+    """Sets the gauges for in flight, waiting, circuit open, store up, config loaded and ledger created."""
     return [
         scraped.value("requests_in_flight"),
         scraped.value("buffered_debits"),
@@ -340,7 +340,7 @@ def _states(scraped: Scraped) -> list[float | None]:
 
 @pytest.mark.usefixtures("restored")
 class TestMerging:
-    def test_counters_add_up_and_gauges_merge_as_each_must(self) -> None:
+    def test_counters_are_summed_and_gauges_merged_by_their_mode(self) -> None:
         together = {"hits": 5, "durations": 5, "fast ones": 5, "credits": 1.25, "errors": 0}
         with metrics_files(3) as (first, second, third):
             own = counting(first, second, third)
@@ -355,8 +355,8 @@ class TestMerging:
                     assert _sums(seen_by(own)) == {name: value * 6 / 5 for name, value in together.items()}
                     assert _states(seen_by(own)) == [2, 2, 0, 1, 1, 3000]
 
-    def test_a_worker_shows_what_the_one_before_has_counted(self) -> None:
-        """Also series that it has not begun itself."""
+    def test_a_new_worker_shows_its_predecessors_counters(self) -> None:
+        """Predecessors may have series that it has not created itself."""
         with metrics_files(1) as (only,):
             with worker(only, hits=2, running=1, fails=True, created=2000):
                 pass
@@ -365,7 +365,7 @@ class TestMerging:
         assert _sums(scraped) == {"hits": 2, "durations": 2, "fast ones": 2, "credits": 0.5, "errors": 0}
         assert _states(scraped) == [0, 0, 0, 0, 1, 0]
 
-    def test_where_nothing_can_be_written_it_counts_for_itself(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_a_writable_file_it_counts_in_its_own_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with metrics_files(2) as (first, second):
             own = counting(first, second)
             with monkeypatch.context() as full:
@@ -381,7 +381,7 @@ class TestMerging:
             assert _sums(seen_by(other)) == {"hits": 2, "durations": 2, "fast ones": 2, "credits": 0.5, "errors": 0}
 
     @pytest.mark.parametrize("size", [0, 1, 16, 17, 1000, 1003])
-    def test_a_file_that_has_lost_its_end_is_read_as_far_as_it_goes(self, size: int) -> None:
+    def test_a_truncated_file_is_read_up_to_its_end(self, size: int) -> None:
         with metrics_files(2) as (first, second):
             own = counting(first, second)
             with worker(second, hits=2, running=1, fails=False, created=2000):

@@ -1,4 +1,4 @@
-"""Clients and servers that nobody here wrote: nginx in front, and the HTTP clients of Java, curl, Node and Python."""
+"""Third-party software: nginx as reverse proxy, and the HTTP clients of Java, curl, Node and Python."""
 
 import http.client
 import json
@@ -64,7 +64,7 @@ fetch(url, {method: "POST", headers: {"X-API-KEY": token}, body: Buffer.alloc(Nu
 
 @pytest.fixture
 def nginx(gateway: GatewayFixture, tmp_path: Path) -> Iterator[tuple[str, int]]:
-    """The address of an nginx in front of the gateway, with the lines that its manual gives for websockets."""
+    """Starts nginx in front of the gateway, with its manual's lines for websockets; yields the address."""
     binary, port, config = program("nginx"), free_port(), tmp_path / "nginx.conf"
     address = "{}:{}".format(*address_of(gateway.url))
     config.write_text(NGINX.format(folder=tmp_path, address=address, port=port))
@@ -90,7 +90,7 @@ def estimate(token: str, request_id: str, body: bytes, *fields: str) -> bytes:
 
 
 def ask_many(nginx: tuple[str, int], token: str, times: int) -> Counter[str]:
-    """How many answers were the right one, and what the others were."""
+    """Returns the number of correct answers, and the other answers."""
     found: Counter[str] = Counter()
     with socket.create_connection(nginx, timeout=30) as connection, Reader(connection) as reader:
         for number in range(times):
@@ -103,8 +103,8 @@ def ask_many(nginx: tuple[str, int], token: str, times: int) -> Counter[str]:
     return found
 
 
-def be_hostile(nginx: tuple[str, int], times: int) -> None:
-    """Offers upgrades whose bodies look like requests, and come later than their heads."""
+def send_smuggled_requests(nginx: tuple[str, int], times: int) -> None:
+    """Sends upgrade requests whose bodies look like requests and arrive later than the heads."""
     smuggled = estimate(MARKETING, "smuggled", BODY) + b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     for number in range(times):
         fields = ("Connection: Upgrade", f"Upgrade: {('h2c', 'websocket', 'TLS/1.2')[number % 3]}")
@@ -119,7 +119,7 @@ def be_hostile(nginx: tuple[str, int], times: int) -> None:
 def test_behind_nginx_no_answer_reaches_the_wrong_client(gateway: GatewayFixture, nginx: tuple[str, int]) -> None:
     gateway.ask(BODY)
     with ThreadPoolExecutor() as pool:
-        hostile = pool.submit(be_hostile, nginx, 1000)
+        hostile = pool.submit(send_smuggled_requests, nginx, 1000)
         asking = [pool.submit(ask_many, nginx, token, 2500) for token in (DESIGN, MARKETING, DESIGN, MARKETING)]
         found = sum((future.result() for future in asking), Counter[str]())
         hostile.result()
@@ -152,14 +152,14 @@ def test_curl_is_answered(gateway: GatewayFixture, option: str) -> None:
 
 
 @pytest.mark.parametrize("megabytes", [1, 6, 60])
-def test_the_fetch_of_node_reads_that_its_body_is_too_large(gateway: GatewayFixture, megabytes: int) -> None:
+def test_nodes_fetch_receives_the_413(gateway: GatewayFixture, megabytes: int) -> None:
     command = [program("node"), "-e", NODE, gateway.url + PATH, DESIGN, str(megabytes * 10**6)]
     told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     assert told == "413 body-too-large\n"
 
 
 @pytest.mark.parametrize("megabytes", [1, 6, 60])
-def test_the_http_client_of_python_does_too(gateway: GatewayFixture, megabytes: int) -> None:
+def test_pythons_http_client_receives_the_413(gateway: GatewayFixture, megabytes: int) -> None:
     connection = http.client.HTTPConnection(*address_of(gateway.url), timeout=60)
     connection.request("POST", PATH, body=b" " * (megabytes * 10**6), headers={"X-API-KEY": DESIGN})
     assert connection.getresponse().status == 413

@@ -1,4 +1,4 @@
-"""More than a gateway can do: what is too much is told so at once, and what is admitted is answered as ever."""
+"""Overload: excess requests are refused at once, and admitted ones are answered as usual."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ from proxy.upstream.client import QUEUED_PER_CONNECTION
 from serving import wait_until
 from wire import talking
 
-CROWD = MAX_ACTIVE + 500
+CLIENTS = MAX_ACTIVE + 500
 """Clients that all ask in the same moment."""
 
 BODY = b'[{"model":"Flux"}]'
@@ -32,7 +32,7 @@ REQUEST = (
 
 @contextmanager
 def many_files() -> Iterator[None]:
-    """As many open as the system lets this process have."""
+    """Raises this process's limit of open files to the maximum."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
     try:
@@ -48,8 +48,8 @@ class TimedAnswer:
     after_s: float
 
 
-async def crowd(served: GatewayProcess, size: int) -> list[TimedAnswer]:
-    """What so many are told who all ask before anything is answered: the worker stands still until then."""
+async def send_at_once(served: GatewayProcess, size: int) -> list[TimedAnswer]:
+    """Returns the answers to a number of requests that are all sent while the worker is stopped."""
     worker = served.worker()
     clients = [await asyncio.open_connection(*address_of(served.url)) for _ in range(size)]
     worker.suspend()
@@ -61,13 +61,13 @@ async def crowd(served: GatewayProcess, size: int) -> list[TimedAnswer]:
         worker.resume()
     began = monotonic()
     try:
-        return await asyncio.gather(*(_told(reader, began) for reader, _ in clients))
+        return await asyncio.gather(*(_timed_answer(reader, began) for reader, _ in clients))
     finally:
         for _, writer in clients:
             writer.close()
 
 
-async def _told(reader: asyncio.StreamReader, began: float) -> TimedAnswer:
+async def _timed_answer(reader: asyncio.StreamReader, began: float) -> TimedAnswer:
     head = (await reader.readuntil(b"\r\n\r\n")).decode()
     fields = dict(line.split(": ", 1) for line in head.splitlines()[1:] if line)
     await reader.readexactly(int(fields["content-length"]))
@@ -75,16 +75,16 @@ async def _told(reader: asyncio.StreamReader, began: float) -> TimedAnswer:
 
 
 @pytest.mark.usefixtures("simulator")
-def test_a_crowd_is_served_as_far_as_it_goes_and_the_rest_is_told_to_come_back(runner: GatewayRunner) -> None:
+def test_requests_up_to_the_limit_are_served_and_the_rest_get_a_503(runner: GatewayRunner) -> None:
     served = runner.start()
     assert served.ask(BODY).status_code == 200
     with many_files():
-        told = asyncio.run(crowd(served, CROWD))
-    statuses = Counter(one.status for one in told)
+        answers = asyncio.run(send_at_once(served, CLIENTS))
+    statuses = Counter(one.status for one in answers)
     assert set(statuses) == {200, 503}
     assert statuses[200] >= MAX_ACTIVE
-    assert {one.retry_after for one in told if one.status == 503} == {"1"}
-    refused_s, answered_s = (median(one.after_s for one in told if one.status == status) for status in (503, 200))
+    assert {one.retry_after for one in answers if one.status == 503} == {"1"}
+    refused_s, answered_s = (median(one.after_s for one in answers if one.status == status) for status in (503, 200))
     assert refused_s < answered_s, "nobody waits for a refusal"
     assert served.ask(BODY).status_code == 200, "it is over as soon as they are served"
     usage = served.get("/v1/usage").json()
@@ -92,7 +92,7 @@ def test_a_crowd_is_served_as_far_as_it_goes_and_the_rest_is_told_to_come_back(r
     assert served.stop() == 0
 
 
-def test_upstream_has_a_short_queue_and_stored_prices_are_served_beside_it(open_gateway: OpenGateway) -> None:
+def test_a_full_upstream_queue_does_not_affect_hits(open_gateway: OpenGateway) -> None:
     connections = 4
     gateway = open_gateway(upstream={"max_connections": connections, "timeout_s": 9})  # a busy machine takes seconds
     gateway.ask(BODY)
@@ -127,7 +127,7 @@ SILENT = 8000
 
 
 @pytest.mark.usefixtures("simulator")
-def test_bodies_that_arrive_slowly_and_silent_connections_are_nobody_elses_trouble(runner: GatewayRunner) -> None:
+def test_slow_bodies_and_silent_connections_do_not_affect_other_clients(runner: GatewayRunner) -> None:
     served = runner.start()
     assert served.ask(BODY).status_code == 200
     with many_files(), ExitStack() as opened:
@@ -146,7 +146,7 @@ def test_bodies_that_arrive_slowly_and_silent_connections_are_nobody_elses_troub
     assert served.stop() == 0
 
 
-def test_one_team_holds_half_of_what_can_arrive_and_the_rest_is_refused(
+def test_one_team_may_use_half_of_the_places_for_arriving_bodies(
     gateway: GatewayFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("proxy.gateway.in_flight.MAX_ARRIVING_BYTES", 8 * ARRIVING_REQUEST_BYTES)
@@ -168,15 +168,15 @@ def test_one_team_holds_half_of_what_can_arrive_and_the_rest_is_refused(
             assert reader.response()[0] == 200, "another team has its own half"
         with talking(gateway) as (connection, reader):
             connection.sendall(REQUEST)
-            assert reader.response()[0] == 200, "a body that comes with its head takes no place"
+            assert reader.response()[0] == 200, "a body that arrives with its head does not count as arriving"
         for connection in slow[:3]:
             connection.sendall(BODY[1:])
             assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
     wait_until(lambda: not gateway.tracker.arriving_bytes)
 
 
-def test_bodies_that_arrive_all_at_once_are_work_like_any(gateway: GatewayFixture) -> None:
-    """They were admitted while they were none."""
+def test_bodies_that_arrive_all_at_once_are_limited_too(gateway: GatewayFixture) -> None:
+    """They were admitted while no body was there."""
     with talking(gateway) as (connection, reader):
         connection.sendall(REQUEST[: 1 - len(BODY)])
         wait_until(lambda: gateway.tracker.arriving_bytes)
@@ -189,7 +189,7 @@ def test_bodies_that_arrive_all_at_once_are_work_like_any(gateway: GatewayFixtur
 
 @pytest.mark.usefixtures("simulator")
 @pytest.mark.parametrize("with_token", [True, False])
-def test_trailers_without_end_take_no_memory(runner: GatewayRunner, *, with_token: bool) -> None:
+def test_endless_trailers_use_no_memory(runner: GatewayRunner, *, with_token: bool) -> None:
     served = runner.start()
     assert served.ask(BODY).status_code == 200
     worker, line = served.worker(), b"A: %b\r\n" % (b"b" * 1000)

@@ -1,6 +1,6 @@
-"""Several gateways on one ledger: a quota holds whoever is asked at once, and whoever dies meanwhile.
+"""Several gateways on one ledger: quotas hold under simultaneous requests and while processes die.
 
-What deaths have cost is logged: see `-o log_cli=true`.
+The number of requests that deaths cut off is logged: see `-o log_cli=true`.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ DISTINCT: dict[int, Bodies] = {
 
 @dataclass(frozen=True)
 class Caller:
-    """An estimate that is about to be asked: by whom, where and what."""
+    """A prepared estimate: its team, gateway and body."""
 
     url: str
     token: str
@@ -70,7 +70,7 @@ class Caller:
 
 @asynccontextmanager
 async def connected(caller: Caller) -> AsyncIterator[Coroutine[Any, Any, int]]:
-    """A connection, and what asks on it and gives the status."""
+    """Opens a connection, and returns a function that sends the request and returns the status."""
     reader, writer = await asyncio.open_connection(*address_of(caller.url))
     head = f"POST {PATH} HTTP/1.1\r\nhost: x\r\nx-api-key: {caller.token}\r\nconnection: close\r\n"
 
@@ -87,14 +87,14 @@ async def connected(caller: Caller) -> AsyncIterator[Coroutine[Any, Any, int]]:
 
 
 async def at_once(callers: Sequence[Caller]) -> Counter[int]:
-    """The statuses of estimates that are asked when all have a connection."""
+    """Connects all, then sends all estimates at once, and returns their statuses."""
     async with asyncio.timeout(40), AsyncExitStack() as opened:
         asks = [await opened.enter_async_context(connected(caller)) for caller in callers]
         return Counter(await asyncio.gather(*asks))
 
 
 def callers(teams: Sequence[TeamClient], body: Bodies) -> list[Caller]:
-    """Requests of all teams to all gateways."""
+    """Returns requests of all teams to all gateways."""
     urls = [served.url for served in teams[0].fleet.gateways]
     pairs = [(team.token, url) for team in teams for url in urls]
     return [Caller(url, token, body(n)) for n in range(CALLERS) for token, url in [pairs[n % len(pairs)]]]
@@ -102,7 +102,7 @@ def callers(teams: Sequence[TeamClient], body: Bodies) -> list[Caller]:
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstream: UpstreamFixture) -> Iterator[Fleet]:
-    """Each team has its own hundred credits."""
+    """Gateways where each team has a quota of a hundred credits."""
     env = [limiting(team_defaults=[QUOTA, COUNTED])] * 4
     folder = tmp_path_factory.mktemp("quotas")
     with fleet_of(4, folder, store_url=valkey_url, upstream_url=upstream.url, env=env, **PATIENT) as opened:
@@ -115,7 +115,7 @@ def team(fleet: Fleet, simulator: Simulator) -> TeamClient:
     return fleet.team()
 
 
-# As many as the quota says, of two thousand
+# Two thousand requests for one quota
 
 
 @pytest.mark.parametrize("price", [1, 3])
@@ -136,7 +136,7 @@ def test_hits(price: int, team: TeamClient) -> None:
 
 
 @pytest.mark.parametrize(("price", "bodies"), [(3, SAME), (1, DISTINCT)], ids=["of one question", "of many questions"])
-def test_misses_all_of_which_are_asked_before_any_price_is_known(
+def test_misses_that_are_all_admitted_before_any_price_is_known(
     price: int, bodies: dict[int, Bodies], team: TeamClient, simulator: Simulator
 ) -> None:
     statuses = asyncio.run(_held(callers([team], bodies[price]), [team], simulator))
@@ -146,7 +146,7 @@ def test_misses_all_of_which_are_asked_before_any_price_is_known(
     snapshot = snapshot_of(team)
     assert snapshot.used == [fit * price, fit]
     outcomes = set(snapshot.usage.pop("outcomes"))
-    if bodies is SAME:  # the one that asked may be among the answered, or among the refused
+    if bodies is SAME:  # the leader may be among the answered or the refused requests
         assert outcomes - {"miss"} == {"collapsed", "quota-exceeded"}
     else:
         assert outcomes == {"miss", "quota-exceeded"}
@@ -154,7 +154,7 @@ def test_misses_all_of_which_are_asked_before_any_price_is_known(
 
 
 async def _held(asked: Sequence[Caller], teams: Sequence[TeamClient], simulator: Simulator) -> Counter[int]:
-    """As `at_once`; upstream answers when all are admitted."""
+    """Like `at_once`, but upstream only answers once all are admitted."""
     with simulator.hold():
         task = asyncio.create_task(at_once(asked))
         await asyncio.to_thread(lambda: wait_until(lambda: _under_way(teams) == len(asked), within_s=20))
@@ -165,7 +165,7 @@ def _under_way(teams: Sequence[TeamClient]) -> int:
     return sum(snapshot_of(team).usage["requests"] for team in teams)
 
 
-def test_the_organisations_over_three_teams(
+def test_the_organisations_quota_over_three_teams(
     tmp_path: Path, valkey_url: str, upstream: UpstreamFixture, simulator: Simulator
 ) -> None:
     env = [limiting(org=[QUOTA])] * 4
@@ -188,8 +188,8 @@ def test_the_organisations_over_three_teams(
 
 
 @dataclass(frozen=True)
-class Asked:
-    """An estimate, and when; without a status it was cut off."""
+class SentEstimate:
+    """An estimate and its times; without a status it was cut off."""
 
     began: float
     ended: float
@@ -198,11 +198,11 @@ class Asked:
 
 @dataclass
 class Traffic:
-    """Estimates that are asked all the time, hits and misses in turn, as many at once as there are lanes."""
+    """Sends estimates without a pause, hits and misses in turn, one at a time per lane."""
 
     gateways: Sequence[GatewayProcess]
     token: str
-    asked: list[Asked] = field(default_factory=list)
+    asked: list[SentEstimate] = field(default_factory=list)
     _numbers: "count[int]" = field(default_factory=count)
 
     @asynccontextmanager
@@ -215,7 +215,7 @@ class Traffic:
             self._stopped.set()
 
     async def answered(self, more: int) -> None:
-        """Until so many more have been answered."""
+        """Waits until this number of further estimates is answered."""
         wanted = self.answers + more
         await asyncio.to_thread(lambda: wait_until(lambda: self.answers >= wanted, within_s=20))
 
@@ -229,7 +229,7 @@ class Traffic:
             body = DISTINCT[1](number if number % 2 else 0)
             began = time.monotonic()
             status = await _status(Caller(url, self.token, body))
-            self.asked.append(Asked(began, time.monotonic(), status))
+            self.asked.append(SentEstimate(began, time.monotonic(), status))
             if status != 200:
                 await asyncio.sleep(0.02)
 
@@ -243,7 +243,7 @@ async def _status(caller: Caller) -> int | None:
 
 @dataclass(frozen=True)
 class Death:
-    """Of a process, and how long it took."""
+    """The death of a process, with its begin and end."""
 
     began: float
     ended: float
@@ -254,17 +254,17 @@ class Death:
         await asyncio.to_thread(kill, process)
         return cls(began, time.monotonic())
 
-    def cut_off(self, one: Asked) -> bool:
-        """It was under way, and got no estimate."""
+    def cut_off(self, one: SentEstimate) -> bool:
+        """Returns whether the estimate was in flight and got no answer."""
         return one.status != 200 and one.began <= self.ended and one.ended >= self.began
 
-    def spared(self, one: Asked) -> bool:
-        """It got its estimate, and not just before."""
+    def answered_before(self, one: SentEstimate) -> bool:
+        """Returns whether the estimate was answered, and not just before the death."""
         return one.status == 200 and (one.ended < self.began - FLUSHED_WITHIN_S or one.began > self.ended)
 
 
 def account(traffic: Traffic, deaths: Sequence[Death], snapshot: LedgerSnapshot, price: Decimal) -> Tree:
-    """The sums of what was asked and booked, once the latter is seen to agree with itself."""
+    """Returns the sums of requests and bookings, after a check that the bookings are consistent."""
     credits_used, requests = snapshot.used
     assert (snapshot.usage["requests"], snapshot.usage["estimated_credits"]) == (requests, credits_used)
     assert sum(snapshot.usage["outcomes"].values()) == requests + snapshot.usage["refused"]
@@ -283,7 +283,7 @@ CENT = Decimal("0.01")
 
 
 def cents(exchange: Exchange) -> ASGIApp:
-    """A price of which there are many in a hundred credits, after a moment."""
+    """Makes upstream answer a low price after a delay."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(0.02)
@@ -292,7 +292,7 @@ def cents(exchange: Exchange) -> ASGIApp:
     return app
 
 
-def test_gateways_that_are_killed_lose_no_debit_and_book_none_twice(team: TeamClient, simulator: Simulator) -> None:
+def test_killed_gateways_lose_no_debit_and_book_none_twice(team: TeamClient, simulator: Simulator) -> None:
     simulator.script(*[cents] * 10_000)
     traffic = Traffic(team.fleet.gateways, team.token)
     deaths = asyncio.run(_kill_three_workers(traffic))
@@ -316,10 +316,10 @@ async def _kill_three_workers(traffic: Traffic) -> list[Death]:
 
 
 @pytest.mark.parametrize("victim", ["ledger", "gateway"])
-def test_a_store_that_is_killed_loses_nothing_acknowledged_two_seconds_before(
+def test_a_killed_store_loses_nothing_acknowledged_two_seconds_before(
     victim: str, runner: GatewayRunner, simulator: Simulator
 ) -> None:
-    """The ledger alone, which its gateway starts again; or the gateway, which takes all its processes along."""
+    """Kills the ledger only, which its gateway restarts, or the gateway with all its processes."""
     simulator.script(*[cents] * 100_000)
     how: dict[str, Any] = {"env": limiting(team_defaults=[{**QUOTA, "limit": 10**6}, COUNTED]), **PATIENT}
     served = runner.start(**how)
@@ -327,7 +327,7 @@ def test_a_store_that_is_killed_loses_nothing_acknowledged_two_seconds_before(
     death = asyncio.run(_kill(victim, served, traffic))
     following = served if victim == "ledger" else runner.start(**how)
     sums = account(traffic, [death], LedgerSnapshot.of(following, DESIGN), CENT)
-    sums["spared"] = sum(map(death.spared, traffic.asked))
+    sums["spared"] = sum(map(death.answered_before, traffic.asked))
     log.warning("%s killed: %s", victim, sums)
     assert sums["spared"] >= 100
     assert sums["spared"] <= sums["debits"] <= sums["requests"] <= sums["answers"] + sums["cut_off"]

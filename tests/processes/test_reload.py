@@ -1,4 +1,4 @@
-"""Settings that change under a running gateway, with real processes: by signal and by the files alone."""
+"""Reloads of a running gateway's settings, by signal and by changed files, with real processes."""
 
 import os
 import signal
@@ -33,14 +33,14 @@ def teams(**tokens: str) -> dict[str, Any]:
 
 
 def started(runner: GatewayRunner, **sections: Any) -> GatewayProcess:
-    """Two workers, so that one which did not hear would be noticed."""
+    """Starts two workers, so that a worker that misses a reload is noticed."""
     served = runner.begin("--workers", "2", metrics={"public": True}, **sections)
     served.wait_until_serving(times=2)
     return served
 
 
 def statuses(served: GatewayProcess, token: str, **headers: str) -> set[int]:
-    """What the workers answer: each question comes on a connection of its own, so either may take it."""
+    """Returns the workers' statuses; each request has its own connection, so either worker may serve it."""
     named = {"x-api-key": token, **{name.replace("_", "-"): value for name, value in headers.items()}}
     fresh = httpx2.Limits(max_keepalive_connections=0)
     with httpx2.Client(
@@ -60,7 +60,7 @@ def reloaded(served: GatewayProcess, runner: GatewayRunner, *, times: int = 1, *
     served.wait_for_message("settings reloaded", times=times)
 
 
-def test_a_signal_brings_teams_and_quotas_to_all_workers(runner: GatewayRunner) -> None:
+def test_a_signal_reloads_teams_and_quotas_in_all_workers(runner: GatewayRunner) -> None:
     served = started(runner, teams=teams(design=DESIGN))
     assert statuses(served, NEWCOMER) == {401}
     reloaded(served, runner, teams=teams(design=DESIGN, newcomer=NEWCOMER))
@@ -111,7 +111,7 @@ def test_a_revoked_token_is_refused_soon_after_its_file_has_changed(runner: Gate
 
 
 def test_a_file_rewritten_in_place_with_its_old_size_and_time_is_reloaded(runner: GatewayRunner) -> None:
-    """As `cp -p` and configuration management do it, and editors that keep the time."""
+    """`cp -p`, configuration management and some editors do this."""
     served = started(runner)
     config = runner.folder / "estimate-proxy.toml"
     before = config.stat()
@@ -125,7 +125,7 @@ def test_a_file_rewritten_in_place_with_its_old_size_and_time_is_reloaded(runner
     assert served.stop() == 0
 
 
-def test_a_bad_file_leaves_the_old_settings_in_force_loudly(runner: GatewayRunner) -> None:
+def test_an_invalid_file_keeps_the_old_settings_and_is_reported(runner: GatewayRunner) -> None:
     served = started(runner)
     config = runner.folder / "estimate-proxy.toml"
     good = config.read_text()
@@ -145,7 +145,7 @@ def test_a_bad_file_leaves_the_old_settings_in_force_loudly(runner: GatewayRunne
     assert served.stop() == 0
 
 
-def test_what_needs_a_restart_is_named_and_keeps_its_value(runner: GatewayRunner) -> None:
+def test_settings_that_need_a_restart_are_named_and_keep_their_values(runner: GatewayRunner) -> None:
     served = started(runner)
     store = {"data_dir": str(runner.data_dir), "timeout_s": 0.3, "connect_timeout_s": 3}
     changed: dict[str, Any] = {"org": {"timezone": "Asia/Tokyo"}, "cache": {"ttl_s": 7}, "store": store}
@@ -160,7 +160,7 @@ def test_what_needs_a_restart_is_named_and_keeps_its_value(runner: GatewayRunner
 
 
 def test_a_key_is_rotated_by_swapping_a_symbolic_link(tmp_path: Path) -> None:
-    """As Kubernetes changes a mounted Secret: the link to the directory is replaced, not the file."""
+    """Kubernetes updates a mounted Secret this way: it replaces the link to the directory, not the file."""
     simulator = Simulator(api_key=API_KEY, spend_every=0)
     for number, key in enumerate((API_KEY, "rn-another-key")):
         (tmp_path / f"v{number}").mkdir()
@@ -179,7 +179,7 @@ def test_a_key_is_rotated_by_swapping_a_symbolic_link(tmp_path: Path) -> None:
         assert served.stop() == 0
 
 
-def test_members_that_do_not_count_can_change(runner: GatewayRunner) -> None:
+def test_ignored_members_can_change(runner: GatewayRunner) -> None:
     served = started(runner)
     bodies = [b'[{"model":"Flux","seed":%d}]' % seed for seed in range(2)]
     keys = {served.ask(body).headers["cache-status"].split("; ")[1] for body in bodies}
@@ -190,7 +190,7 @@ def test_members_that_do_not_count_can_change(runner: GatewayRunner) -> None:
     assert served.stop() == 0
 
 
-def test_a_request_ends_under_the_rules_it_began_with(runner: GatewayRunner, simulator: Simulator) -> None:
+def test_a_request_keeps_the_settings_it_started_with(runner: GatewayRunner, simulator: Simulator) -> None:
     served = started(runner)
     with simulator.hold() as hold, ThreadPoolExecutor(1) as pool:
         asking = pool.submit(served.ask)

@@ -1,4 +1,4 @@
-"""Replicas are replaced one after the other under load, and no request is lost."""
+"""A rolling restart under load loses no request."""
 
 import re
 import signal
@@ -40,7 +40,7 @@ def replica(runner: GatewayRunner, store_url: str) -> GatewayProcess:
 
 
 def replace(old: GatewayProcess, runner: GatewayRunner, store_url: str, balancer: Balancer) -> GatewayProcess:
-    """A new replica comes, then the old one is told to go."""
+    """Starts a new replica, then stops the old one."""
     new = replica(runner, store_url)
     balancer.add(new.url)
     wait_until(lambda: balancer.is_ready(new.url))
@@ -60,12 +60,12 @@ def test_a_rolling_restart_loses_no_request(
     (tmp_path / "load.lua").write_text(SCRIPT)
     with balancing(first.url, second.url) as balancer:
         wait_until(lambda: balancer.is_ready(first.url) and balancer.is_ready(second.url))
-        wants = [f"-c{CONNECTIONS}", f"-d{LOAD_S}s", f"--timeout={SOON_S:.0f}s"]  # what is late is not lost
+        wants = [f"-c{CONNECTIONS}", f"-d{LOAD_S}s", f"--timeout={SOON_S:.0f}s"]  # a late answer is not lost
         command = [wrk, "-t1", *wants, "-s", str(tmp_path / "load.lua"), balancer.url]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as load:
             newer = [replace(old, runner, valkey_url, balancer) for old in (first, second)]
             assert load.poll() is None, "the load went on all the time"
-            load.send_signal(signal.SIGINT)  # it ends, and tells what it has seen
+            load.send_signal(signal.SIGINT)  # it ends, and prints its results
             told, _ = load.communicate(timeout=SOON_S)
     answered = int(re.search(r"(\d+) requests in", told)[1])  # type: ignore[index] # wrk's summary
     assert answered > 500

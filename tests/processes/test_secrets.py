@@ -1,6 +1,6 @@
-"""No secret comes out: the program produces every outcome with canaries as secrets, and all its output is searched.
+"""No output contains a secret: gateways with canaries as secrets produce every outcome, and all output is searched.
 
-Each canary has a core of letters and digits of its own, which survives quoting. What hides even that is tried too.
+Each canary has a unique core of letters and digits, which survives quoting. The search also covers encodings of it.
 """
 
 import base64
@@ -59,8 +59,8 @@ if "proxy.processes.worker" in sys.orig_argv:
 """Breaks the worker where it has the key in its hands."""
 
 
-def disguises(core: str) -> dict[str, bytes]:
-    """Every form in which `core` could stand in an output, in lower case but for Base64."""
+def encodings_of(core: str) -> dict[str, bytes]:
+    """Returns every form that `core` could have in an output, in lower case except Base64."""
     plain = core.encode()
     forms = {
         "plain": plain.lower(),
@@ -68,20 +68,21 @@ def disguises(core: str) -> dict[str, bytes]:
         "percent": "".join(f"%{byte:02x}" for byte in plain).encode(),
         "hex": plain.hex().encode(),
     }
-    for offset in range(3):  # where a group of three may begin; the group at either end depends on its neighbours
+    for offset in range(3):
+        # a group of three bytes may begin at any offset; the first and last group depend on their neighbours
         encoded = base64.b64encode(b"\0" * offset + plain)
         forms[f"base64 {offset}"] = encoded[4 if offset else 0 : -4]
     return forms
 
 
-def shown(core: str, output: bytes) -> list[str]:
-    """The forms in which `core` stands in `output`."""
+def forms_in(core: str, output: bytes) -> list[str]:
+    """Returns the forms of `core` that `output` contains."""
     lower = output.lower()
-    return [name for name, form in disguises(core).items() if form in (output if "base64" in name else lower)]
+    return [name for name, form in encodings_of(core).items() if form in (output if "base64" in name else lower)]
 
 
 def leaks(text: str) -> list[str]:
-    return [core for core in CORES if shown(core, text.encode())]
+    return [core for core in CORES if forms_in(core, text.encode())]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def leaks(text: str) -> list[str]:
     ],
 )
 @pytest.mark.parametrize("secret", [KEY, TOKEN, STORE_PASSWORD, PROXY_PASSWORD, DISABLED])
-def test_the_search_finds_what_is_there(secret: str, disguise: Callable[[str], str]) -> None:
+def test_the_search_finds_every_encoding(secret: str, disguise: Callable[[str], str]) -> None:
     assert leaks(f"before {disguise(secret)} after") == [core for core in CORES if core in secret]
 
 
@@ -110,17 +111,17 @@ def test_the_search_finds_what_is_there(secret: str, disguise: Callable[[str], s
 
 @dataclass
 class Recording:
-    """One gateway and everything it has said, by where."""
+    """One gateway and all its output, by place."""
 
     gateway_runner: GatewayRunner
     served: GatewayProcess
     simulator: Simulator
     store_out_of_order: AbstractContextManager[None]
-    said: dict[str, bytes] = field(default_factory=dict)
+    output: dict[str, bytes] = field(default_factory=dict)
 
     def ask(self, content: bytes | None = None, *, token: str | None = TOKEN, **headers: str) -> httpx2.Response:
-        """A question of its own, unless `content` says which."""
-        body = b'[{"steps":%d}]' % len(self.said) if content is None else content
+        """Sends a new request, or `content`."""
+        body = b'[{"steps":%d}]' % len(self.output) if content is None else content
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         if token is not None:
             named["x-api-key"] = token
@@ -130,21 +131,21 @@ class Recording:
         with httpx2.Client(base_url=self.served.url, trust_env=False, verify=NO_TLS, timeout=15) as client:
             response = client.request(method, path, **request)
         head = b"".join(b"%b: %b\n" % header for header in response.headers.raw)
-        self.said[f"answer {len(self.said)}, {response.status_code}"] = head + response.content
+        self.output[f"answer {len(self.output)}, {response.status_code}"] = head + response.content
         return response
 
     def connect(self, request: str) -> socket.socket:
-        """A connection on which `request` has been sent."""
+        """Opens a connection, and sends `request`."""
         connection = socket.create_connection(address_of(self.served.url), timeout=15)
         connection.sendall(request.encode())
         return connection
 
-    def hear(self, connection: socket.socket) -> None:
+    def receive(self, connection: socket.socket) -> None:
         with connection:
-            self.said[f"answer {len(self.said)}"] = b"".join(iter(lambda: connection.recv(65536), b""))
+            self.output[f"answer {len(self.output)}"] = b"".join(iter(lambda: connection.recv(65536), b""))
 
     def run(self, *arguments: str, **environment: str) -> None:
-        """A command that tells something, and succeeds."""
+        """Runs a command that succeeds and prints something."""
         finished = subprocess.run(
             [sys.executable, "-m", "proxy", *arguments],
             env=self.gateway_runner.environment(**environment),
@@ -153,20 +154,20 @@ class Recording:
             check=False,
         )
         assert finished.returncode == 0, finished.stderr
-        self.said[" ".join(arguments)] = finished.stdout + finished.stderr
+        self.output[" ".join(arguments)] = finished.stdout + finished.stderr
 
     def look_at_processes(self) -> None:
-        """The supervisor's own environment may have been given secrets, its children's never."""
+        """The supervisor's environment may contain secrets, its children's may not."""
         children = self.served.children()
         for process in children:
-            self.said[f"environment of {process.pid}"] = str(process.environ()).encode()
+            self.output[f"environment of {process.pid}"] = str(process.environ()).encode()
         for process in (psutil.Process(self.served.process.pid), *children):
-            self.said[f"arguments of {process.pid}"] = str(process.cmdline()).encode()
+            self.output[f"arguments of {process.pid}"] = str(process.cmdline()).encode()
 
     def look_at_files(self, folder: Path) -> None:
         for path in folder.rglob("*"):
             if path.is_file():
-                self.said[f"file {path}"] = path.read_bytes()
+                self.output[f"file {path}"] = path.read_bytes()
 
     @property
     def outcomes(self) -> set[str]:
@@ -179,14 +180,14 @@ def request(body: str, *headers: str) -> str:
 
 
 def record_answers(recording: Recording) -> None:
-    """Known, unknown, and everything that upstream can do."""
+    """Records hits, misses, and every kind of answer of upstream."""
     recording.ask(b"[{}]")
     recording.ask(b"[ {} ]")
     recording.ask(b"[{}]", token=None, authorization=f"Bearer {TOKEN}")
     for fault in Fault:
         recording.simulator.script(fault)
         recording.ask()
-        wait_until(lambda: recording.ask().status_code == 200)  # upstream may have wished for a pause
+        wait_until(lambda: recording.ask().status_code == 200)  # upstream may have sent a retry-after
         recording.ask()  # more answers than failures keep the circuit closed
     recording.ask(b'[{"asset":"ast_missing"}]')
     recording.simulator.script(answers(b'{"data":{"estimated":1},"defect":true}'))
@@ -194,22 +195,22 @@ def record_answers(recording: Recording) -> None:
 
 
 def record_collapsing(recording: Recording) -> None:
-    """Two who ask the same, and one who does not wait for the answer."""
+    """Records two equal requests, and one whose client leaves."""
     calls = recording.simulator.calls
     with recording.simulator.hold() as hold:
         asking = [recording.connect(request('[{"a":"b"}]', f"x-api-key: {TOKEN}")) for _ in range(2)]
         leaving = recording.connect(request('[{"c":"d"}]', f"x-api-key: {TOKEN}"))
         assert recording.simulator.arrived(calls + 2)
         break_off(leaving)
-        recording.call("GET", "/healthz")  # came after them, so both have been taken up
+        recording.call("GET", "/healthz")  # sent after them, so both have been accepted
         hold.release()
     for connection in asking:
-        recording.hear(connection)
+        recording.receive(connection)
     wait_until(lambda: "cancelled" in recording.outcomes)
 
 
 def record_refusals(recording: Recording) -> None:
-    """Tokens that are nearly right, and whatever else can be wrong with a request."""
+    """Records almost correct tokens, and all other invalid requests."""
     for wrong in (TOKEN[:-1], TOKEN + "x", TOKEN[:-1] + "!", TOKEN.swapcase(), f"x{TOKEN}", f"{TOKEN},{TOKEN}", KEY):
         recording.ask(token=wrong)
         recording.ask(token=None, authorization=f"Bearer {wrong}")
@@ -231,8 +232,8 @@ def record_refusals(recording: Recording) -> None:
     recording.call("POST", f"/pub/v1/{TOKEN}", content=b"[{}]")
     recording.call("PUT", PATH, headers={"x-api-key": TOKEN})
     recording.call("GET", f"/readyz?x-api-key={TOKEN}")
-    recording.hear(recording.connect(request("[{}]", f"x-api-key: {TOKEN}", f" {TOKEN}")))
-    recording.hear(recording.connect(f"{TOKEN} {TOKEN}\r\n\r\n"))
+    recording.receive(recording.connect(request("[{}]", f"x-api-key: {TOKEN}", f" {TOKEN}")))
+    recording.receive(recording.connect(f"{TOKEN} {TOKEN}\r\n\r\n"))
 
 
 def record_outages(recording: Recording, end_upstream: Callable[[], None]) -> None:
@@ -262,7 +263,7 @@ def with_another_password(store: redis.Redis) -> Iterator[None]:
 
 
 def sections(folder: Path, upstream_url: str, style: str) -> dict[str, Any]:
-    """What both gateways have in common; upstream is its own proxy."""
+    """Returns the settings of both gateways; upstream is its own proxy."""
     (folder / "sitecustomize.py").write_text(DEFECT)
     host, port = address_of(upstream_url)
     return {
@@ -313,7 +314,7 @@ def with_a_store(folder: Path, simulator: Simulator, upstream_url: str) -> Itera
             env={"REDIS_URL": url, "PYTHONPATH": str(folder)},
             accounts={"default": {"api_key_file": "key"}},
             store={"on_outage": "admit"},
-            server={"drain_delay_s": 0, "drain_s": 1},  # for so long it waits for a store that never comes back
+            server={"drain_delay_s": 0, "drain_s": 1},  # it waits this long for a store that never comes back
             **sections(folder, upstream_url, "text"),
         )
         recording = Recording(runner, served, simulator, with_another_password(admin))
@@ -323,7 +324,7 @@ def with_a_store(folder: Path, simulator: Simulator, upstream_url: str) -> Itera
 
 @pytest.fixture(scope="module", params=[on_its_own, with_a_store], ids=lambda setup: setup.__name__)
 def recording(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Recording:
-    """From the first request to the end of the process."""
+    """Records from the first request to the end of the process."""
     folder = tmp_path_factory.mktemp("recording")
     simulator = Simulator(api_key=KEY, spend_every=0)
     with ExitStack() as upstream, ExitStack() as opened:
@@ -335,15 +336,15 @@ def recording(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         recording.look_at_processes()
         record_outages(recording, upstream.close)
         assert recording.served.stop() == 0
-        recording.said["log"] = recording.served.log.read_bytes()
+        recording.output["log"] = recording.served.log.read_bytes()
         recording.look_at_files(recording.gateway_runner.data_dir)
     return recording
 
 
 def test_every_outcome_was_recorded(recording: Recording) -> None:
     assert set(Outcome) - recording.outcomes == {Outcome.OVERLOADED}, "which takes 2000 requests at a time"
-    assert b"a second defect" in recording.said["log"]
-    assert b"fwd=bypass; detail=store-unavailable" in b"".join(recording.said.values())
+    assert b"a second defect" in recording.output["log"]
+    assert b"fwd=bypass; detail=store-unavailable" in b"".join(recording.output.values())
 
 
 def test_the_secrets_were_used(recording: Recording) -> None:
@@ -353,18 +354,18 @@ def test_the_secrets_were_used(recording: Recording) -> None:
 
 
 @pytest.mark.parametrize("core", CORES, ids=range(len(CORES)))  # pytest puts a test's name into the environment
-def test_no_output_has_a_secret(core: str, recording: Recording) -> None:
-    assert [(where, forms) for where, said in recording.said.items() if (forms := shown(core, said))] == []
+def test_no_output_contains_a_secret(core: str, recording: Recording) -> None:
+    assert [(where, forms) for where, output in recording.output.items() if (forms := forms_in(core, output))] == []
 
 
-# What is said without a gateway
+# Output without a gateway
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in main.commands), ["token", "new"]])
-def test_help_shows_no_secret_of_the_environment(command: list[str]) -> None:
-    said = CliRunner().invoke(main, [*command, "--help"], env={"RENDERNET_API_KEY": KEY, "REDIS_URL": STORE_URL})
-    assert said.exit_code == 0
-    assert not leaks(said.output)
+def test_help_shows_no_secret_from_the_environment(command: list[str]) -> None:
+    result = CliRunner().invoke(main, [*command, "--help"], env={"RENDERNET_API_KEY": KEY, "REDIS_URL": STORE_URL})
+    assert result.exit_code == 0
+    assert not leaks(result.output)
 
 
 @pytest.mark.parametrize(
@@ -390,14 +391,14 @@ def test_help_shows_no_secret_of_the_environment(command: list[str]) -> None:
         f"store.passwort = {json.dumps(STORE_PASSWORD)}",
     ],
 )
-def test_a_secret_in_the_wrong_place_is_not_repeated(line: str, tmp_path: Path) -> None:
+def test_a_secret_in_a_wrong_place_is_not_repeated(line: str, tmp_path: Path) -> None:
     config = tmp_path / "estimate-proxy.toml"
     config.write_text(f"{line}\n")
     for command in ("check", "serve"):
-        said = CliRunner().invoke(main, [command, "--config", str(config)], env={"RENDERNET_API_KEY": ""})
-        assert said.exit_code == 2, said.output
-        assert said.output.startswith("estimate-proxy: ")
-        assert not leaks(said.output)
+        result = CliRunner().invoke(main, [command, "--config", str(config)], env={"RENDERNET_API_KEY": ""})
+        assert result.exit_code == 2, result.output
+        assert result.output.startswith("estimate-proxy: ")
+        assert not leaks(result.output)
 
 
 def test_secrets_are_revealed_where_they_are_used_and_nowhere_else() -> None:
@@ -406,7 +407,7 @@ def test_secrets_are_revealed_where_they_are_used_and_nowhere_else() -> None:
     assert {name for name, text in sources.items() if "get_secret_value" in text} == {
         "cli/connect.py",  # masks the stores' URLs in what it prints
         "settings/warnings.py",  # looks at the URLs' schemes
-        "settings/schema.py",  # checks them, and shows URLs without what is secret in them
-        "open_stores.py",  # logs in to the store
-        "upstream/client.py",  # adds the account's key to what goes upstream, and logs in to the proxy on the way there
+        "settings/schema.py",  # checks them, and shows URLs without their secrets
+        "open_stores.py",  # authenticates at the store
+        "upstream/client.py",  # adds the account's key to upstream requests, and authenticates at the proxy
     }

@@ -1,4 +1,4 @@
-"""`serve` as an operator meets it: real processes, real signals, real deaths."""
+"""`serve` with real processes: signals, draining, and deaths of workers, stores and the supervisor."""
 
 import fcntl
 import shutil
@@ -46,7 +46,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 @dataclass(frozen=True)
 class Held:
-    """A request that upstream has received and keeps."""
+    """A request that upstream has received and holds."""
 
     asked: Future[httpx2.Response]
     release: Callable[[], None]
@@ -67,7 +67,7 @@ def is_hit(response: httpx2.Response) -> bool:
 
 
 def is_served(response: httpx2.Response) -> bool:
-    """From the stores."""
+    """Returns whether estimates are served from the stores."""
     return response.status_code == 200 and cache_status(response) != BYPASS
 
 
@@ -83,7 +83,7 @@ def has_ipv6() -> bool:
 
 
 def assert_nothing_left(runner: GatewayRunner) -> None:
-    """After an orderly end no socket is left, and the data directory is free."""
+    """Asserts that no socket is left after an orderly stop, and that the data directory is free."""
     assert list(runner.runtime.iterdir()) == []
     with (runner.data_dir / "lock").open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,7 +96,7 @@ def embedded(runner: GatewayRunner, role: Role) -> Iterator[redis.Redis]:
 
 
 def put(runner: GatewayRunner) -> None:
-    """Into each embedded store a word of its own, and onto its disk: what is younger than 2 s may be lost."""
+    """Writes a value into each embedded store and onto its disk; a write younger than 2 s may be lost."""
     for role in ROLES:
         with embedded(runner, role) as client:
             client.set("role", role)
@@ -104,14 +104,14 @@ def put(runner: GatewayRunner) -> None:
 
 
 def keeps(runner: GatewayRunner, role: Role) -> bool:
-    """Whether the store answers, and still has its word."""
+    """Returns whether the store answers, and still has its value."""
     with suppress(redis.ConnectionError), embedded(runner, role) as client:
         assert client.get("role") == role
         return True
     return False
 
 
-# A life in order
+# Start and stop
 
 
 @pytest.mark.usefixtures("simulator")
@@ -129,7 +129,7 @@ def test_prices_survive_a_restart_of_the_gateway(runner: GatewayRunner) -> None:
     wait_until(lambda: is_hit(answer := second.ask()) and int(answer.headers["age"]) >= 1)
 
 
-def test_sigterm_first_tells_then_serves_on_then_finishes(
+def test_sigterm_fails_readiness_then_keeps_serving_then_drains(
     runner: GatewayRunner, simulator: Simulator, pool: ThreadPoolExecutor
 ) -> None:
     served = runner.start(server={"drain_delay_s": 1, "drain_s": LONG_S})
@@ -154,7 +154,7 @@ def test_sigterm_first_tells_then_serves_on_then_finishes(
     assert_nothing_left(runner)
 
 
-def test_a_request_that_outlasts_the_drain_hears_why(
+def test_a_request_that_outlasts_the_drain_gets_a_503(
     runner: GatewayRunner, simulator: Simulator, pool: ThreadPoolExecutor
 ) -> None:
     served = runner.start(server={"drain_delay_s": 0, "drain_s": 0.5})
@@ -168,12 +168,12 @@ def test_a_request_that_outlasts_the_drain_hears_why(
     assert_nothing_left(runner)
 
 
-def test_a_body_that_outlasts_the_drain_does_too(runner: GatewayRunner) -> None:
+def test_a_body_that_outlasts_the_drain_gets_a_503_too(runner: GatewayRunner) -> None:
     served = runner.start(server={"drain_delay_s": 0, "drain_s": 0})
     head = f"POST {PATH} HTTP/1.1\r\nhost: gateway\r\nx-api-key: {DESIGN}\r\ncontent-length: 100\r\n\r\n["
     with socket.create_connection(address_of(served.url), timeout=SOON_S) as connection:
         connection.sendall(head.encode())
-        served.get("/healthz")  # came after it, so the other has been taken up
+        served.get("/healthz")  # sent after it, so the other has been accepted
         served.send(signal.SIGTERM)
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 503 ")
@@ -182,7 +182,7 @@ def test_a_body_that_outlasts_the_drain_does_too(runner: GatewayRunner) -> None:
 
 
 @pytest.mark.usefixtures("simulator")
-def test_prices_are_purged_from_the_command_line_while_it_runs(runner: GatewayRunner) -> None:
+def test_prices_can_be_purged_from_the_command_line_while_it_runs(runner: GatewayRunner) -> None:
     def purge() -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "proxy", "purge", "--all", "--config", str(runner.config())]
         env = runner.environment()
@@ -198,7 +198,7 @@ def test_prices_are_purged_from_the_command_line_while_it_runs(runner: GatewayRu
     assert (stopped.returncode, stopped.stderr) == (2, expected)
 
 
-def test_sigint_leaves_out_the_delay_and_idle_clients_hold_up_nothing(runner: GatewayRunner) -> None:
+def test_sigint_skips_the_delay_and_idle_clients_do_not_delay_it(runner: GatewayRunner) -> None:
     served = runner.start(server={"drain_delay_s": LONG_S, "drain_s": LONG_S})
     with served.client() as idle:
         assert idle.post(PATH, content=OTHER).status_code == 200
@@ -207,7 +207,7 @@ def test_sigint_leaves_out_the_delay_and_idle_clients_hold_up_nothing(runner: Ga
     assert_nothing_left(runner)
 
 
-def test_a_second_signal_ends_the_delay_and_a_third_one_everything(
+def test_a_second_signal_ends_the_delay_and_a_third_one_ends_everything(
     runner: GatewayRunner, simulator: Simulator, pool: ThreadPoolExecutor
 ) -> None:
     served = runner.start(server={"drain_delay_s": LONG_S, "drain_s": LONG_S})
@@ -226,7 +226,7 @@ def test_a_second_signal_ends_the_delay_and_a_third_one_everything(
     assert_nothing_left(runner)
 
 
-def test_a_signal_before_it_serves_ends_it_as_well(runner: GatewayRunner) -> None:
+def test_a_signal_before_it_serves_ends_it_too(runner: GatewayRunner) -> None:
     served = runner.begin()
     wait_until(lambda: any("proxy.processes.worker" in child.cmdline() for child in served.children()))
     assert served.stop() == 0
@@ -246,7 +246,7 @@ def test_a_worker_that_dies_while_draining_is_not_replaced(runner: GatewayRunner
 
 
 @pytest.mark.usefixtures("simulator")
-def test_a_dead_worker_is_replaced_and_nobody_is_refused(runner: GatewayRunner) -> None:
+def test_a_dead_worker_is_replaced_and_no_request_is_refused(runner: GatewayRunner) -> None:
     served = runner.start()
     served.ask()
     supervisor = psutil.Process(served.process.pid)
@@ -270,14 +270,14 @@ def test_a_dead_worker_is_replaced_and_nobody_is_refused(runner: GatewayRunner) 
 
 
 def total(served: GatewayProcess, metric: str) -> float:
-    """The sum of a metric over all its labels, as `/metrics` tells it."""
+    """Returns the sum of a metric over all its labels."""
     samples = (line.rpartition(" ") for line in served.get("/metrics").text.splitlines())
     return sum(float(value) for name, _, value in samples if name.split("{")[0] == metric)
 
 
 @pytest.mark.usefixtures("simulator")
-def test_several_workers_are_one_gateway(runner: GatewayRunner) -> None:
-    """One socket, one log, one pair of stores; counters add up, and stay when a worker dies."""
+def test_several_workers_act_as_one_gateway(runner: GatewayRunner) -> None:
+    """One socket, one log and one pair of stores; counters are summed and survive a worker's death."""
     served = runner.begin("--workers", "3", metrics={"public": True})
     served.wait_until_serving(times=3)
     workers = served.workers()
@@ -297,7 +297,7 @@ def test_several_workers_are_one_gateway(runner: GatewayRunner) -> None:
 
 
 def _in_flight(served: GatewayProcess) -> float:
-    """Over all workers, with this question itself: what one of them has written last may be `FLUSH_AFTER_S` old."""
+    """Returns the gauge over all workers, including this request; a worker's value may be `FLUSH_AFTER_S` old."""
     time.sleep(2 * FLUSH_AFTER_S)
     return total(served, "estimate_proxy_requests_in_flight")
 
@@ -311,7 +311,7 @@ def test_no_worker_outlives_the_supervisor(runner: GatewayRunner) -> None:
     wait_until_gone(*children)
 
 
-def test_a_worker_that_never_serves_is_given_up(runner: GatewayRunner, tmp_path: Path) -> None:
+def test_a_worker_that_never_serves_stops_the_gateway(runner: GatewayRunner, tmp_path: Path) -> None:
     dying = "import os, sys\nif 'proxy.processes.worker' in sys.orig_argv: os._exit(7)\n"
     (tmp_path / "sitecustomize.py").write_text(dying)
     served = runner.begin(env={"PYTHONPATH": str(tmp_path)})
@@ -325,15 +325,15 @@ def test_a_worker_that_never_serves_is_given_up(runner: GatewayRunner, tmp_path:
 
 
 def speak_like_redis_6(handler: socketserver.StreamRequestHandler) -> None:
-    """OK to everything, and the version to who asks for it."""
+    """Answers OK to everything, and the version to INFO."""
     requests = cast("BinaryIO", handler.rfile)
     while head := requests.readline():
-        words = [_word(requests) for _ in range(int(head[1:]))]
+        words = [_value(requests) for _ in range(int(head[1:]))]
         said = b"redis_version:6.2.14\r\n"
         handler.wfile.write(b"$%d\r\n%b\r\n" % (len(said), said) if words[0].upper() == b"INFO" else b"+OK\r\n")
 
 
-def _word(requests: BinaryIO) -> bytes:
+def _value(requests: BinaryIO) -> bytes:
     size = int(requests.readline()[1:])
     return requests.read(size + 2)[:size]
 
@@ -355,11 +355,11 @@ def test_a_store_that_is_too_old_is_refused_once(runner: GatewayRunner) -> None:
     )
 
 
-# The stores that come along, and their deaths
+# Embedded stores, and their deaths
 
 
 @pytest.mark.parametrize(("role", "policy"), [("ledger", "noeviction"), ("price-book", "allkeys-lru")])
-def test_each_store_is_a_server_of_its_own(role: Role, policy: str, runner: GatewayRunner) -> None:
+def test_each_store_is_a_separate_server(role: Role, policy: str, runner: GatewayRunner) -> None:
     served = runner.start()
     assert set(served.children()) == {served.worker(), *map(served.store, ROLES)}
     with embedded(runner, role) as client:
@@ -371,7 +371,7 @@ def test_each_store_is_a_server_of_its_own(role: Role, policy: str, runner: Gate
 
 
 @pytest.mark.parametrize(("dies", "lives"), [ROLES, ROLES[::-1]])
-def test_a_dead_store_is_restarted_with_its_data_and_the_other_goes_on(
+def test_a_dead_store_is_restarted_with_its_data_while_the_other_serves(
     dies: Role, lives: Role, runner: GatewayRunner
 ) -> None:
     served = runner.start()
@@ -389,7 +389,7 @@ def test_a_dead_store_is_restarted_with_its_data_and_the_other_goes_on(
 
 
 @pytest.mark.usefixtures("simulator")
-def test_sockets_that_were_removed_come_back_and_a_new_worker_finds_them(runner: GatewayRunner) -> None:
+def test_removed_sockets_are_created_again_and_a_new_worker_finds_them(runner: GatewayRunner) -> None:
     served = runner.start()
     assert served.ask().status_code == 200
     put(runner)
@@ -416,10 +416,10 @@ def test_a_store_that_cannot_start_is_named_and_nothing_is_left(runner: GatewayR
 
 
 @pytest.mark.usefixtures("simulator")
-def test_without_its_price_book_it_asks_upstream_until_the_price_book_is_back(runner: GatewayRunner) -> None:
+def test_without_its_price_book_it_calls_upstream_until_the_price_book_is_back(runner: GatewayRunner) -> None:
     served = runner.start()
     assert served.ask().status_code == 200
-    served.send(signal.SIGSTOP)  # nobody starts another store meanwhile
+    served.send(signal.SIGSTOP)  # the stopped supervisor starts no other store
     kill(served.store("price-book"))
     assert is_hit(served.ask())  # out of the process's memory
     answers = [served.ask(OTHER) for _ in range(5)]
@@ -440,7 +440,7 @@ def test_without_its_price_book_it_asks_upstream_until_the_price_book_is_back(ru
 def test_without_its_ledger_it_refuses_until_the_ledger_is_back(runner: GatewayRunner) -> None:
     served = runner.start()
     assert served.ask().status_code == 200
-    served.send(signal.SIGSTOP)  # nobody starts another ledger meanwhile
+    served.send(signal.SIGSTOP)  # the stopped supervisor starts no other ledger
     kill(served.store("ledger"))
     answers = [served.ask() for _ in range(5)]
     assert {(answer.status_code, code_of(answer)) for answer in answers} == {(503, "store-unavailable")}
@@ -483,8 +483,8 @@ def test_nothing_outlives_the_supervisor_and_the_next_one_takes_over(
     assert len(list(runner.runtime.iterdir())) == 1, "the dead one's sockets are cleared away"
 
 
-def test_a_worker_whose_supervisor_dies_goes_by_itself_too(runner: GatewayRunner, tmp_path: Path) -> None:
-    """Where the kernel does not end it: nowhere but on Linux does it."""
+def test_a_worker_whose_supervisor_dies_ends_by_itself(runner: GatewayRunner, tmp_path: Path) -> None:
+    """For systems without a parent death signal: only Linux has one."""
     elsewhere = (
         "import sys\nfrom proxy.embedded import child\nchild.sys = type('Elsewhere', (), {'platform': 'darwin'})\n"
     )
@@ -499,7 +499,7 @@ def test_a_worker_whose_supervisor_dies_goes_by_itself_too(runner: GatewayRunner
 
 
 def test_a_worker_whose_supervisor_dies_before_the_stores_have_started_ends() -> None:
-    """Without a traceback: it was still waiting for its settings."""
+    """It ends without a traceback, while it waits for its settings."""
     with socket.socket() as listener:
         ours, theirs = Pipe()
         with theirs, tempfile.TemporaryFile() as metrics_file:
@@ -511,7 +511,7 @@ def test_a_worker_whose_supervisor_dies_before_the_stores_have_started_ends() ->
         assert worker.returncode == 1
 
 
-# Where it cannot be
+# Failed starts
 
 
 def test_a_data_directory_has_one_gateway(runner: GatewayRunner) -> None:
@@ -524,7 +524,7 @@ def test_a_data_directory_has_one_gateway(runner: GatewayRunner) -> None:
     assert first.get("/readyz").json()["degraded"] == []
 
 
-def test_a_port_that_is_taken_is_named(runner: GatewayRunner) -> None:
+def test_a_port_in_use_is_named(runner: GatewayRunner) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         line = runner.refused("--port", str(port))
@@ -542,14 +542,14 @@ def test_a_port_that_is_taken_is_named(runner: GatewayRunner) -> None:
         ("2001:db8::1", "[2001:db8::1]:0: "),
     ],
 )
-def test_a_host_that_is_not_this_one_is_named(host: str, reason: str, runner: GatewayRunner) -> None:
+def test_a_host_of_another_machine_is_named(host: str, reason: str, runner: GatewayRunner) -> None:
     line = runner.refused("--host", host)
     assert line.startswith(f"estimate-proxy: cannot listen on {reason}")
     assert line.endswith("; choose another address with --host")
 
 
 @pytest.mark.usefixtures("simulator")
-def test_it_listens_on_ipv6_where_there_is_any(runner: GatewayRunner) -> None:
+def test_it_listens_on_ipv6_if_available(runner: GatewayRunner) -> None:
     if not has_ipv6():
         assert runner.refused("--host", "::1").startswith("estimate-proxy: cannot listen on [::1]:0: ")
         return
@@ -559,7 +559,7 @@ def test_it_listens_on_ipv6_where_there_is_any(runner: GatewayRunner) -> None:
 
 
 @pytest.mark.usefixtures("simulator")
-def test_with_a_store_of_ones_own_none_is_started(runner: GatewayRunner, any_store_url: str) -> None:
+def test_with_an_external_store_no_store_is_started(runner: GatewayRunner, any_store_url: str) -> None:
     served = runner.start(store={"url": any_store_url})
     question = b'[{"model":"of %d"}]' % served.process.pid
     assert not is_hit(served.ask(question))
@@ -571,7 +571,7 @@ def test_with_a_store_of_ones_own_none_is_started(runner: GatewayRunner, any_sto
 
 
 @pytest.mark.usefixtures("simulator")
-def test_with_a_price_book_of_ones_own_only_the_ledger_is_started(runner: GatewayRunner, valkey_url: str) -> None:
+def test_with_an_external_price_book_only_the_ledger_is_started(runner: GatewayRunner, valkey_url: str) -> None:
     served = runner.start(cache={"url": valkey_url})
     question = b'[{"model":"of %d"}]' % served.process.pid
     assert not is_hit(served.ask(question))
@@ -582,17 +582,17 @@ def test_with_a_price_book_of_ones_own_only_the_ledger_is_started(runner: Gatewa
     assert_nothing_left(runner)
 
 
-# What an operator sees of its processes
+# Processes as an operator sees them
 
 
-def test_its_processes_are_readable_and_show_no_setting(runner: GatewayRunner) -> None:
+def test_arguments_and_environments_of_processes_show_no_setting(runner: GatewayRunner) -> None:
     served = runner.start(env={"ESTIMATE_PROXY_LOG__LEVEL": "debug", "REDIS_URL": ""})
     assert served.worker().cmdline()[:3] == [sys.executable, "-m", "proxy.processes.worker"]
     assert not [name for name in served.worker().environ() if name.startswith("ESTIMATE_PROXY_")]
     assert [served.store(role).environ() for role in ROLES] == [{}, {}]
 
 
-def test_a_folder_with_a_proxy_of_its_own_is_no_trap(runner: GatewayRunner, tmp_path: Path) -> None:
+def test_a_folder_named_proxy_is_not_imported(runner: GatewayRunner, tmp_path: Path) -> None:
     (tmp_path / "proxy.py").write_text("raise SystemExit('this is not the gateway')")
     command = shutil.which("estimate-proxy", path=str(Path(sys.executable).parent))
     assert command is not None
