@@ -1,8 +1,8 @@
-"""The bench: how fast the gateway is, measured beside what it is compared with.
+"""The bench measures how fast the gateway is, next to servers that it is compared with.
 
-* A benchmark is not a test: nothing here fails because something was slow. It fails, loudly, when a server did not
-  answer what the case is about, because then the number would be about something else.
-* Only ratios within one run carry over to another machine. Cases take turns over several rounds, and each ratio is
-  taken within a round.
-* Everything runs on loopback, for a bounded time, out of one temporary directory, and ends by its own process id.
+* A benchmark is not a test: it never fails because something was slow. It fails if a server's answers are not the ones
+  that the case measures.
+* Only ratios within one run can be compared between machines. Cases take turns over several rounds, and each ratio is
+  computed within a round.
+* Everything runs on loopback, for a bounded time, in one temporary directory, and is ended by its process id.
 """

@@ -1,4 +1,4 @@
-"""The bench's command line. Bad input is one clear line on standard error, and exit status 2."""
+"""The bench's command line. Invalid input gives one line on standard error, and exit status 2."""
 
 import signal
 import sys
@@ -25,8 +25,8 @@ PARTS = (*PACES, "memory")
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the command line asks for."""
+class Options:
+    """The options of the command line."""
 
     parts: tuple[str, ...]
     kind: Kind
@@ -56,28 +56,30 @@ class Wanted:
 @click.option("--rounds", type=click.IntRange(1, 100), help="How often each case is measured. [default: 2 to 5]")
 @click.option("--seconds", type=click.FloatRange(0.1, 600), help="For a case and round. [default: 1 to 4]")
 @click.option("--requests", type=click.IntRange(1), default=memory.REQUESTS, show_default=True, help="For --memory.")
-@click.option("--load", type=click.Choice(["auto", "wrk", "own"]), default="auto", show_default=True, help="What asks.")
+@click.option(
+    "--load", type=click.Choice(["auto", "wrk", "own"]), default="auto", show_default=True, help="The load generator."
+)
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="All numbers, into this file."
 )
 @click.option("--svg", type=click.Path(dir_okay=False, path_type=Path), help="The plot of --growth, into this file.")
 @click.option("--write-docs", is_flag=True, help="Put results and plot into docs/performance.md.")
 def main(*, json_file: Path | None, write_docs: bool, **given: Any) -> None:
-    """Measure the gateway beside what it is compared with, on this machine.
+    """Measure the gateway and the servers that it is compared with, on this machine.
 
-    Servers have one core, what asks them has the others. Nothing else should run meanwhile: compare ratios, and only
-    within one run.
+    Servers have one core, load generators have the others. Nothing else should run at the same time. Compare only
+    ratios, and only within one run.
     """
-    wanted = _wanted(**given, write_docs=write_docs)
-    facts = _facts(wanted)
+    options = _wanted(**given, write_docs=write_docs)
+    facts = _facts(options)
     console = Console(soft_wrap=True)
     console.print(
         f"{facts['cpu']}, {facts['cores']} cores, Python {facts['python']}; {facts['setting']}", highlight=False
     )
     parts = []
-    for part in _measured(wanted):
-        _say("")
-        report.shown(part, console)
+    for part in _measured(options):
+        _show_progress("")
+        report.print_part(part, console)
         parts.append(part)
     if json_file:
         report.written_json(json_file, facts, parts)
@@ -89,72 +91,72 @@ def main(*, json_file: Path | None, write_docs: bool, **given: Any) -> None:
 
 def _wanted(
     *, parts: tuple[str, ...], everything: bool, only: str | None, load: str, write_docs: bool, **rest: Any
-) -> Wanted:
+) -> Options:
     chosen = PARTS if everything else tuple(part for part in PARTS if part in parts) or ("table",)
     svg = rest.pop("svg") or (report.PLOT if write_docs else None)
-    return Wanted(chosen, kind_of(load), _cases(only), svg=svg, **rest)
+    return Options(chosen, kind_of(load), _cases(only), svg=svg, **rest)
 
 
 def _cases(only: str | None) -> list[Case]:
-    known = {case.name: case for case in CASES}
-    names = only.split(",") if only else list(known)
-    if unknown := [name for name in names if name not in known]:
-        raise click.UsageError(f"unknown case {unknown[0]!r}: choose from {', '.join(known)}")
-    return [known[name] for name in names if _left_out().get(name) is None]
+    cases_by_name = {case.name: case for case in CASES}
+    names = only.split(",") if only else list(cases_by_name)
+    if unknown := [name for name in names if name not in cases_by_name]:
+        raise click.UsageError(f"unknown case {unknown[0]!r}: choose from {', '.join(cases_by_name)}")
+    return [cases_by_name[name] for name in names if _left_out().get(name) is None]
 
 
 def _left_out() -> dict[str, str | None]:
-    """Why a case cannot be measured here; None if it can."""
+    """Returns why each case cannot be measured on this machine; None if it can."""
     return {"peer": no_peer(), "nginx": no_nginx()}
 
 
-def _facts(wanted: Wanted) -> Mapping[str, Any]:
-    loader = "wrk" if wanted.kind == "wrk" else "the bench's own loader"
+def _facts(options: Options) -> Mapping[str, Any]:
+    loader = "wrk" if options.kind == "wrk" else "the bench's own loader"
     without = "".join(f"; without {case}: {reason}" for case, reason in _left_out().items() if reason)
     return {**machine.facts(), "setting": f"{machine.cores().text()}; load by {loader}{without}"}
 
 
-def _measured(wanted: Wanted) -> Iterator[Part]:
-    """Yields each part when it is measured. The workers have their own servers, on other cores."""
-    with start_servers(machine.cores(), wanted.kind) as opened:
-        for name in wanted.parts:
+def _measured(options: Options) -> Iterator[Part]:
+    """Measures and yields each part. The part on workers has its own servers, on other cores."""
+    with start_servers(machine.cores(), options.kind) as opened:
+        for name in options.parts:
             if name != "workers":
-                yield _or_why_not(name, partial(_part, name, opened, wanted))
-    if "workers" in wanted.parts:
-        yield _or_why_not("workers", partial(workers.run, wanted.kind, wanted.pace("workers"), _say))
+                yield _catch_errors(name, partial(_part, name, opened, options))
+    if "workers" in options.parts:
+        yield _catch_errors("workers", partial(workers.run, options.kind, options.pace("workers"), _show_progress))
 
 
-def _or_why_not(name: str, measured: Callable[[], Part]) -> Part:
+def _catch_errors(name: str, measured: Callable[[], Part]) -> Part:
     try:
         return measured()
     except BenchError as error:
         return Part(name, "it failed", tables=(), failures={name: str(error)})
 
 
-def _part(name: str, opened: Servers, wanted: Wanted) -> Part:
+def _part(name: str, opened: Servers, options: Options) -> Part:
     match name:
         case "table":
-            return table.run(opened, wanted.cases, wanted.pace(name), _say)
+            return table.run(opened, options.cases, options.pace(name), _show_progress)
         case "latency":
-            return latency.run(opened, wanted.pace(name), _say, with_peer=wanted.with_peer)
+            return latency.run(opened, options.pace(name), _show_progress, with_peer=options.with_peer)
         case "growth":
-            part, panels = growth.run(opened, wanted.pace(name), _say, with_peer=wanted.with_peer)
-            if wanted.svg:
-                wanted.svg.write_text(plot.svg(panels), encoding="utf-8")
+            part, panels = growth.run(opened, options.pace(name), _show_progress, with_peer=options.with_peer)
+            if options.svg:
+                options.svg.write_text(plot.svg(panels), encoding="utf-8")
             return part
         case _:
-            return memory.run(opened, _say, requests=wanted.requests)
+            return memory.run(opened, _show_progress, requests=options.requests)
 
 
-def _say(text: str) -> None:
-    """To a person who waits; to nobody in a pipe."""
+def _show_progress(text: str) -> None:
+    """Prints progress on a terminal, and nothing to a pipe."""
     if sys.stderr.isatty():
         sys.stderr.write(f"\r\033[K{text}")
         sys.stderr.flush()
 
 
 def run() -> None:
-    """The command; what goes wrong is one line."""
+    """Runs the command; each error is one line."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main.main(prog_name="scripts/bench", standalone_mode=False)
@@ -167,7 +169,7 @@ def run() -> None:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    _say("")
+    _show_progress("")
     click.echo(f"bench: {message}", err=True)
     sys.exit(status)
 

@@ -1,8 +1,8 @@
-"""What the gateway is compared with, on the server and with the settings that it runs on itself.
+"""Servers that the gateway is compared with, on the same HTTP server with the same settings.
 
 Run as `python -m bench.bare <listener fd> starlette|asgi|httpx2|aiohttp [upstream URL]`: a plain Starlette route with a
 constant answer; a constant answer without Starlette; a Starlette route that passes every body on to upstream with that
-client and does nothing else, as a proxy of ten lines would.
+client and does nothing else, like a proxy of ten lines.
 """
 
 import socket
@@ -28,7 +28,7 @@ _MAX_CONNECTIONS = 1000
 
 
 def starlette_route() -> ASGIApp:
-    """Reads nothing, and answers as many bytes as the gateway does."""
+    """Answers as many bytes as the gateway, without reading the body."""
 
     async def endpoint(_: Request) -> Response:
         return Response(ANSWER, media_type=_JSON)
@@ -50,7 +50,7 @@ def asgi() -> ASGIApp:
 
 
 def httpx2_route(upstream_url: str) -> ASGIApp:
-    """A proxy without any of what a gateway is for."""
+    """A proxy without any feature of the gateway, with httpx2."""
     limits = httpx2.Limits(max_connections=_MAX_CONNECTIONS, max_keepalive_connections=_MAX_CONNECTIONS)
     client = httpx2.AsyncClient(base_url=upstream_url, limits=limits, trust_env=False)
 

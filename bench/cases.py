@@ -1,4 +1,4 @@
-"""The cases: the server, the requests, and the answer that a response must have to count."""
+"""The cases: the server, the requests, and the expected answers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,18 +16,18 @@ ZIPF_TURNS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """status: of every answer. cache: what `Cache-Status` says in it. asks: whether each is asked of upstream."""
+    """Status and `Cache-Status` of every answer, and whether each request causes an upstream call."""
 
     status: int = 200
     cache: str = ""
-    asks: bool = False
+    calls_upstream: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """warm: what is asked once, request by request, before each measurement. delay_ms: upstream's.
+    """warm: requests that are sent once before each measurement. delay_ms: upstream's delay.
 
-    least_s: it is measured for no shorter time.
+    least_s: minimum duration of a measurement.
     """
 
     name: str
@@ -41,14 +41,14 @@ class Case:
     warm: Callable[[], Listed] | None = None
 
     def at(self, name: str, **changes: Any) -> "Case":
-        """The case with another name, and other things changed."""
+        """Returns a copy with another name and other changes."""
         return replace(self, name=name, **changes)
 
 
 DESIGN = token("design")
 _HIT = Expected(cache="hit")
-_MISS = Expected(cache="fwd=miss", asks=True)
-_PASSED = Expected(asks=True)
+_MISS = Expected(cache="fwd=miss", calls_upstream=True)
+_PASSED = Expected(calls_upstream=True)
 
 
 @cache

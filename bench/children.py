@@ -1,4 +1,4 @@
-"""Processes of the bench: pinned to cores, in sessions of their own, and always ended by their pid."""
+"""Processes of the bench: pinned to cores, each in its own session, and always ended by their pid."""
 
 import os
 import subprocess
@@ -19,11 +19,11 @@ _TAIL_BYTES = 2000
 
 
 class BenchError(Exception):
-    """The bench cannot go on; the message says why in a line."""
+    """The bench cannot continue; the message is one line."""
 
 
 class Child:
-    """A process with its log. Its own children count as its CPU time too."""
+    """A process with its log. Its CPU time includes its children's."""
 
     def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
         self.name = name
@@ -35,24 +35,24 @@ class Child:
         return self._process.pid
 
     def family(self) -> list[psutil.Process]:
-        """The process and its children, the oldest first."""
+        """Returns the process and its children, the oldest first."""
         own = psutil.Process(self.pid)
         return [own, *sorted(own.children(recursive=True), key=lambda child: child.create_time())]
 
     def wait_until(self, ready: Callable[[], bool]) -> None:
-        """Raises `BenchError` if it ends or is not ready in time."""
+        """Raises `BenchError` if the process ends or is not ready in time."""
         deadline = time.monotonic() + READY_S
         while not ready():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise BenchError(f"{self.name} did not start: {self.last_words()}")
+                raise BenchError(f"{self.name} did not start: {self.log_tail()}")
             time.sleep(0.02)
 
-    def last_words(self) -> str:
+    def log_tail(self) -> str:
         text = self._log.read_bytes()[-_TAIL_BYTES:].decode(errors="replace")
-        return " | ".join(line.strip() for line in text.splitlines()[-3:]) or "it said nothing"
+        return " | ".join(line.strip() for line in text.splitlines()[-3:]) or "its log is empty"
 
     def end(self) -> None:
-        """Ends it and what it has started."""
+        """Ends the process and its children."""
         with suppress(psutil.NoSuchProcess):
             family = self.family()
             self._process.terminate()
@@ -68,7 +68,7 @@ class Child:
 def running(
     name: str, command: Sequence[str], folder: Path, cores: frozenset[int], *, fds: Sequence[int] = ()
 ) -> Iterator[Child]:
-    """Starts `command` on `cores`; its output goes into a file in `folder`."""
+    """Starts `command` on `cores`, with its output in a file in `folder`."""
     log = folder / f"{name.replace(' ', '-')}.log"
     with on(cores), log.open("wb") as stream:
         process = subprocess.Popen(
@@ -90,11 +90,11 @@ def running(
 
 
 def module(name: str, *args: object) -> list[str]:
-    """The command that runs a module of the bench or of the gateway."""
+    """Returns the command that runs a module of the bench or the gateway."""
     return [sys.executable, "-m", name, *map(str, args)]
 
 
 def environment() -> dict[str, str]:
-    """Of children: nothing that would configure a gateway, and this folder's modules."""
+    """Returns the environment of children: without variables that configure a gateway, with this folder's modules."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
     return {**kept, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"}

@@ -1,4 +1,4 @@
-"""Gateways as an operator runs them: `serve` with a config file and stores of its own."""
+"""Gateways for the bench: `serve` with a config file and external stores."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ import psutil
 
 from bench.children import module, running
 from bench.probe import answers
-from bench.sites import Place, Site, Store
+from bench.sites import Site, Store, Workspace
 from bench.traffic import token
 from proxy.auth import digest_of
 
@@ -23,7 +23,7 @@ _HUGE = {"estimated_credits": 9_000_000_000, "requests": 10**12}
 class GatewayVariant:
     """A gateway's teams, and their quotas on credits and requests, of the team and of the organisation.
 
-    logged: whether each request has its log line, as by default.
+    logged: whether each request has a log line, which is the default.
     """
 
     name: str
@@ -34,13 +34,15 @@ class GatewayVariant:
 
 
 @contextmanager
-def gateway(place: Place, variant: GatewayVariant, ledger: Store, book: Store, upstream_url: str) -> Iterator[Site]:
-    """A gateway that serves. Gateways share stores, each with a ledger of its own in them."""
-    config = place.folder / f"{variant.name}.toml"
+def gateway(
+    workspace: Workspace, variant: GatewayVariant, ledger: Store, book: Store, upstream_url: str
+) -> Iterator[Site]:
+    """Starts a gateway. Gateways share the stores, but each has its own ledger in them."""
+    config = workspace.folder / f"{variant.name}.toml"
     config.write_text(_toml(_config(variant, ledger, book, upstream_url)), encoding="utf-8")
-    url, port = place.address()
+    url, port = workspace.address()
     command = module("proxy", "serve", "--config", config, "--port", port, "--workers", variant.workers)
-    with running(variant.name, command, place.folder, place.cores.server) as child:
+    with running(variant.name, command, workspace.folder, workspace.cores.server) as child:
         child.wait_until(lambda: answers(url, "/readyz"))
 
         def workers() -> list[psutil.Process]:
@@ -51,7 +53,7 @@ def gateway(place: Place, variant: GatewayVariant, ledger: Store, book: Store, u
 
 
 def _config(variant: GatewayVariant, ledger: Store, book: Store, upstream_url: str) -> dict[str, object]:
-    """Everything is on, and generous."""
+    """Returns a config with all features on, and high limits."""
     tree: dict[str, object] = {
         "server.drain_delay_s": 0,
         "upstream.base_url": upstream_url,
@@ -79,7 +81,7 @@ def _toml(tree: dict[str, object]) -> str:
 
 
 def _value(value: object) -> str:
-    """What JSON writes for a text or a number is TOML too."""
+    """JSON's texts and numbers are valid TOML."""
     match value:
         case dict():
             return f"{{{', '.join(f'{key} = {_value(member)}' for key, member in value.items())}}}"

@@ -1,4 +1,4 @@
-"""How cost grows with what is asked: body size, connections, teams, items of the array. A cliff would show here."""
+"""How cost grows with body size, connections, teams and array items. A sudden jump would show here."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ Vary = Callable[[Case, int], Case]
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """What grows: at these points the cases of `series`, as `vary` makes them."""
+    """A variable that grows: `vary` changes the cases of `series` for each of these points."""
 
     title: str
     points: Sequence[int]
@@ -37,15 +37,15 @@ class Axis:
     vary: Vary
 
     def cases(self, left_out: Sequence[str]) -> Iterator[Case]:
-        known = {case.name: case for case in CASES}
+        cases_by_name = {case.name: case for case in CASES}
         for point in self.points:
             for name in self.series:
                 if name not in left_out:
-                    yield self.vary(known[name], point)
+                    yield self.vary(cases_by_name[name], point)
 
 
 def run(servers: Servers, pace: Pace, say: Say, *, with_peer: bool) -> tuple[Part, list[Panel]]:
-    """What was found, and its plot."""
+    """Measures all axes, and returns the part and its plot."""
     left_out = [] if with_peer else ["peer"]
     found = {axis: run_rounds(servers, list(axis.cases(left_out)), pace, say) for axis in AXES}
     failures = {name: why for rounds in found.values() for name, why in rounds.failures.items()}
@@ -54,7 +54,7 @@ def run(servers: Servers, pace: Pace, say: Say, *, with_peer: bool) -> tuple[Par
         how=pace.text(),
         tables=[_table(axis, rounds) for axis, rounds in found.items()],
         targets=[target for axis, rounds in found.items() for target in _targets(axis, rounds)],
-        notes=[note for rounds in found.values() for note in notes(rounds)] if servers.place.cores.apart else (),
+        notes=[note for rounds in found.values() for note in notes(rounds)] if servers.workspace.cores.apart else (),
         failures=failures,
         raw={axis.title: rounds.raw() for axis, rounds in found.items()},
     )
@@ -100,11 +100,11 @@ AXES: Sequence[Axis] = (
 
 
 def _curves(axis: Axis, found: Rounds) -> Mapping[str, list[tuple[int, float]]]:
-    """CPU time for a request at each point, by series."""
+    """Returns the CPU time per request at each point, by series."""
     curves: dict[str, list[tuple[int, float]]] = {}
     for name in axis.series:
-        known = [(point, f"{name} {point}") for point in axis.points]
-        if points := [(point, found.of(case, cpu_us).median) for point, case in known if case in found]:
+        names = [(point, f"{name} {point}") for point in axis.points]
+        if points := [(point, found.of(case, cpu_us).median) for point, case in names if case in found]:
             curves[name] = points
     return curves
 
@@ -115,8 +115,8 @@ def _panel(axis: Axis, found: Rounds) -> Panel:
 
 
 def _table(axis: Axis, found: Rounds) -> Table:
-    known = [(point, name, f"{name} {point}") for point in axis.points for name in axis.series]
-    rows = [[f"{point:,}", _TITLES[name], *_cells(case, found)] for point, name, case in known if case in found]
+    names = [(point, name, f"{name} {point}") for point in axis.points for name in axis.series]
+    rows = [[f"{point:,}", _TITLES[name], *_cells(case, found)] for point, name, case in names if case in found]
     return Table(f"By {axis.title}", (axis.title, "case", *_COLUMNS), rows)
 
 

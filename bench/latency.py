@@ -1,6 +1,6 @@
-"""Latency at rates that do not fill the server: what a hit adds to the bare route, and how far its tail reaches.
+"""Latency at rates below the server's limit: how much a hit adds to the bare route, and its tail.
 
-The load is the bench's own, at a fixed rate; a request's latency counts from when it was to be sent.
+The load is the bench's own, at a fixed rate; a request's latency counts from its scheduled time.
 """
 
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""Makes load with wrk if it is installed, else with the bench's own loader, which also makes load at a fixed rate."""
+"""Load generation with wrk if installed, else with the bench's own loader, which can also keep a fixed rate."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ _MARGIN_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one load measured. `refused` are answers from 400 on, `broken` those that never came."""
+    """The results of one load. `refused`: answers with status 400 or more; `broken`: answers that never arrived."""
 
     requests: int
     seconds: float
@@ -40,7 +40,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """How a load asks: on so many connections, for so long; at a rate, or as fast as there are answers."""
+    """The shape of a load: connections, duration, and a rate or as fast as answers arrive."""
 
     seconds: float
     connections: int = 32
@@ -49,7 +49,7 @@ class Shape:
 
 
 class Loads:
-    """Makes loads on the cores meant for it. Numbers of counted traffic are never used twice."""
+    """Runs loads on the load's cores. Numbers of counted traffic are never used twice."""
 
     def __init__(self, kind: Kind, folder: Path, cores: frozenset[int]) -> None:
         self.kind: Kind = kind
@@ -59,7 +59,7 @@ class Loads:
         self._files: dict[Traffic, Path] = {}
 
     def make(self, url: str, traffic: Traffic, shape: Shape) -> Load:
-        """Raises `BenchError` where the load could not be made, or connections broke."""
+        """Raises `BenchError` if the load cannot run, or connections break."""
         file, first = self._file(traffic), next(self._firsts)
         by_wrk = self.kind == "wrk" and not shape.rate and not shape.most
         command = _wrk(url, file, first, shape) if by_wrk else _own(url, file, first, shape)
@@ -71,7 +71,7 @@ class Loads:
         return done
 
     def sample(self, traffic: Traffic) -> bytes:
-        """One request, with a number that nothing else has."""
+        """Returns one request, with a unique number."""
         return traffic.sample(next(self._firsts))
 
     def _file(self, traffic: Traffic) -> Path:
@@ -84,7 +84,7 @@ class Loads:
 
 
 def kind_of(wanted: str) -> Kind:
-    """The load for `wrk`, `own` or `auto`. Raises `UsageError`."""
+    """Returns the load for `wrk`, `own` or `auto`. Raises `UsageError`."""
     if wanted == "own" or (wanted == "auto" and shutil.which("wrk") is None):
         return "own"
     if shutil.which("wrk") is None:

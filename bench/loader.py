@@ -2,11 +2,10 @@
 
 Run as `python -m bench.loader SPEC`, SPEC being a JSON object; prints the result as one.
 
-* Busy: each of `connections` connections sends its next request when it has its answer.
-* At a rate: requests have times, evenly apart. Each goes out on a free connection at its time, or as soon as one is
-  free, and its latency counts from its time: a server that stalls cannot hide it by being asked less.
-* Timers of uvloop and of epoll are good to a millisecond only, so a rate is kept by `select`, which is good to about
-  50 µs.
+* Busy: each of `connections` connections sends its next request when it has received an answer.
+* At a rate: requests have evenly spaced times. Each is sent on a free connection at its time, or as soon as one is
+  free, and its latency counts from its time: a stalled server cannot hide its latency by receiving fewer requests.
+* Timers of uvloop and epoll have a resolution of a millisecond, so a rate uses `select`, with about 50 µs.
 """
 
 import asyncio
@@ -31,7 +30,7 @@ GRACE_S = 5.0
 
 @dataclass(slots=True)
 class Spec:
-    """rate: requests a second, or 0 to keep all connections busy. most: so many requests at the most, or 0."""
+    """rate: requests per second, or 0 to keep all connections busy. most: maximum number of requests, or 0."""
 
     host: str
     port: int
@@ -44,7 +43,7 @@ class Spec:
 
 
 class Tally:
-    """What came of it."""
+    """The results of a load."""
 
     def __init__(self) -> None:
         self.latencies_s: list[float] = []
@@ -64,7 +63,7 @@ class Tally:
 
 
 class Loading:
-    """One load. `free` are connections without a request, `late` are times that passed while there were none."""
+    """One load. `free`: connections without a request; `late`: times that passed while none was free."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
@@ -92,7 +91,7 @@ class Loading:
         return self.tally.result(perf_counter() - began)
 
     def send_next(self, connection: "_Connection") -> None:
-        """Gives a connection that is free its next request, or a time that passed."""
+        """Sends a free connection's next request, or one that is late."""
         if self.spec.rate:
             if self.late:
                 connection.send(next(self.requests), self.late.popleft())
@@ -104,7 +103,7 @@ class Loading:
         self._end_if_over()
 
     def give_up(self) -> None:
-        """A connection broke: what this load has measured is not what it was to measure."""
+        """Stops the load, because a connection broke and its results are invalid."""
         self.tally.broken += 1
         self._over.set()
 
@@ -122,7 +121,7 @@ class Loading:
         if due < self._until:
             self._loop.call_later(due - perf_counter(), self._send_due)
         else:
-            self._until = 0.0  # all are sent or late
+            self._until = 0.0  # all requests are sent or late
             self._end_if_over()
 
     def _end_if_over(self) -> None:
@@ -161,7 +160,7 @@ class _Connection(asyncio.Protocol):
 
 
 def _requests(path: Path, first: int) -> Iterator[bytes]:
-    """The requests of a traffic file, without end."""
+    """Yields the requests of a traffic file endlessly."""
     with path.open("rb") as file:
         kind, *numbers = file.readline().split()
         if kind == b"listed":

@@ -1,4 +1,4 @@
-"""The machine: which cores serve, which make the load, and the facts that are reported with the numbers."""
+"""The machine: cores for servers and for load, and the facts that are reported with the numbers."""
 
 import os
 import platform
@@ -32,7 +32,7 @@ _PACKAGES = (
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """Where servers run, and where load, stores and upstream do. Both are the same on a machine with one core."""
+    """The cores for servers, and those for load, stores and upstream. Both are the same on a machine with one core."""
 
     server: frozenset[int]
     load: frozenset[int]
@@ -49,7 +49,7 @@ class Cores:
 
 
 def cores(*, servers: int = 1) -> Cores:
-    """The first cores for servers, the rest for load; all for both where there are too few."""
+    """Returns the first cores for servers and the rest for load; all for both if there are too few."""
     usable = sorted(os.sched_getaffinity(0))
     if len(usable) < 2 * servers:
         return Cores(frozenset(usable), frozenset(usable))
@@ -58,7 +58,7 @@ def cores(*, servers: int = 1) -> Cores:
 
 @contextmanager
 def on(chosen: frozenset[int]) -> Iterator[None]:
-    """Processes that are started inside run on these cores, their children too."""
+    """Processes started in this context run on these cores, with their children."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, chosen)
     try:
@@ -68,18 +68,18 @@ def on(chosen: frozenset[int]) -> Iterator[None]:
 
 
 def stolen_s() -> float:
-    """Seconds that this machine's cores were ready to run and another machine had them, since it was started."""
+    """Returns the steal time since the start: seconds in which the hypervisor ran other machines."""
     return float(getattr(psutil.cpu_times(), "steal", 0.0))
 
 
 def busy_s(chosen: frozenset[int]) -> float:
-    """Seconds that these cores have worked, for whomever, since the machine was started."""
+    """Returns the busy seconds of these cores since the machine's start."""
     every = psutil.cpu_times(percpu=True)
     return sum(sum(each) - each.idle - getattr(each, "iowait", 0.0) for each in (every[core] for core in chosen))
 
 
 def facts() -> dict[str, Any]:
-    """What belongs beside every number."""
+    """Returns the facts that are reported with every number."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -88,7 +88,7 @@ def facts() -> dict[str, Any]:
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "kernel": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "programs": {name: said for name in ("wrk", "nginx") if (said := _version(name))},
+        "programs": {name: text for name in ("wrk", "nginx") if (text := _version(name))},
         "packages": {name: version(name) for name in _PACKAGES},
     }
 
@@ -103,7 +103,7 @@ def _cpu_model() -> str:
 
 
 def _version(program: str) -> str | None:
-    """The first line of what it says of itself; None if it is not there."""
+    """Returns the first line of a program's version; None if it is not installed."""
     if (path := shutil.which(program)) is None:
         return None
     done = subprocess.run([path, "-v"], capture_output=True, text=True, check=False)
@@ -111,7 +111,7 @@ def _version(program: str) -> str | None:
 
 
 def _commit() -> str:
-    """The commit, with a `+` where files differ from it."""
+    """Returns the commit, with a `+` if files differ from it."""
     if shutil.which("git") is None:
         return "unknown"
     return _git("rev-parse", "--short", "HEAD") + "+" * bool(_git("status", "--porcelain", "--untracked-files=no"))

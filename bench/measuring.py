@@ -1,7 +1,7 @@
-"""Measuring a case: load from outside, CPU time of the server's workers, and what its store spent on scripts.
+"""Measurement of a case: load, CPU time of the server's workers, and the time of its store's scripts.
 
-Before each measurement one request is asked, and its answer must be what the case is about; behind it, every answer
-must have been of that kind, and upstream must have been asked as often as the case says. Else there is no number.
+Before each measurement one request is sent, and its answer must be the expected one. Afterwards, every answer must have
+been of that kind, and the number of upstream calls must be right. Otherwise the case has no number.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,13 +13,13 @@ from bench.cases import Case
 from bench.children import BenchError
 from bench.load import Load, Shape
 from bench.machine import busy_s, stolen_s
-from bench.probe import Said, ask
+from bench.probe import Response, send
 from bench.servers import Servers
 from bench.sites import Site
 from bench.traffic import once_each
 
-TRIES = 3
-"""Of the request before: the first may fill what the next one finds."""
+MAX_ATTEMPTS = 3
+"""Attempts of the first request: the first one may store what the next one finds."""
 
 WARMING_S = 180.0
 WARM_REQUESTS = 200
@@ -27,18 +27,18 @@ WARM_REQUESTS = 200
 QUIET_S = 0.5
 QUIET_WITHIN_S = 30.0
 
-STRAY_ASKS = 0.01
-"""Of the requests of a hit, so many may be asked of upstream: balances are refreshed behind hits."""
+MAX_STRAY_CALLS = 0.01
+"""Share of hits that may cause an upstream call: balances are refreshed after hits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One case in one round. Times are in the unit that the name says; None is not applicable.
+    """The results of one case in one round. Names have the units; None: not applicable.
 
-    cpu_us: of the server's workers, for each request; workers: CPU seconds of each.
-    busy: the part of one core that a worker had; others: the part of the servers' cores that the rest of the machine
-    had. Where both together are well below 1, the server was not the limit.
-    script_us: of the ledger's store for each call of a script, admission_us: for each request.
+    cpu_us: CPU time of the server's workers per request; workers: CPU seconds of each.
+    busy: a worker's share of one core; others: the share of the servers' cores that other processes used. If the sum is
+    well below 1, the server was not the limit.
+    script_us: time of the ledger's store per script call; admission_us: per request.
     """
 
     case: str
@@ -58,47 +58,47 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """What is read before and after a load. The loader's own start lies between, so it takes longer than the load."""
+    """Counters that are read before and after a load. The time between includes the loader's start."""
 
     at: float
     cpu_s: Sequence[float]
     cores_s: float
     scripts: tuple[int, float]
-    asked: int
+    upstream_calls: int
     stolen_s: float
 
 
 def prepare(servers: Servers, case: Case) -> None:
-    """Starts what the case needs, and has it run for a moment."""
-    with _about(case):
+    """Starts the servers of a case, and warms them up."""
+    with _errors_with_name_of(case):
         site = case.site(servers)
         servers.upstream.delay(0)
         servers.loads.make(site.url, case.traffic(), Shape(WARMING_S, most=WARM_REQUESTS))
 
 
 def measure(servers: Servers, case: Case, seconds: float, *, rate: float = 0.0) -> Measured:
-    """Raises `BenchError` where the answers were not what the case is about."""
-    with _about(case):
+    """Raises `BenchError` if the answers are not the expected ones."""
+    with _errors_with_name_of(case):
         site, traffic = case.site(servers), case.traffic()
         servers.upstream.delay(case.delay_ms)
-        if case.warm is not None:  # while others had their turns, what is remembered has aged
+        if case.warm is not None:  # cached entries have aged while other cases ran
             each = once_each(case.warm())
             servers.loads.make(site.url, each, Shape(WARMING_S, most=len(each.requests)))
-        _check_one(case, lambda: ask(site.url, servers.loads.sample(traffic)))
+        _check_one(case, lambda: send(site.url, servers.loads.sample(traffic)))
         before = _read(servers, site)
         try:
             load = servers.loads.make(site.url, traffic, Shape(max(seconds, case.least_s), case.connections, rate))
             after = _read(servers, site)
         finally:
-            if case.expected.asks:
+            if case.expected.calls_upstream:
                 _wait_until_quiet(servers)
-        _check_all(case, load, after.asked - before.asked)
-        return _measured(case, load, before, after, cores=len(servers.place.cores.server))
+        _check_all(case, load, after.upstream_calls - before.upstream_calls)
+        return _measured(case, load, before, after, cores=len(servers.workspace.cores.server))
 
 
 @contextmanager
-def _about(case: Case) -> Iterator[None]:
-    """Has errors say which case they are about."""
+def _errors_with_name_of(case: Case) -> Iterator[None]:
+    """Adds the name of the case to errors."""
     try:
         yield
     except (BenchError, OSError) as error:
@@ -106,16 +106,21 @@ def _about(case: Case) -> Iterator[None]:
 
 
 def _wait_until_quiet(servers: Servers) -> None:
-    """Until upstream is not asked any more for those that hung up when the load was over: the next case has no such."""
-    deadline, asked = monotonic() + QUIET_WITHIN_S, -1
-    while asked != (asked := servers.upstream.asked()) and monotonic() < deadline:
+    """Waits for the upstream calls of requests that were cut off at the end of the load."""
+    deadline, upstream_calls = monotonic() + QUIET_WITHIN_S, -1
+    while upstream_calls != (upstream_calls := servers.upstream.calls()) and monotonic() < deadline:
         sleep(QUIET_S)
 
 
 def _read(servers: Servers, site: Site) -> _Reading:
     scripts = site.ledger.scripts() if site.ledger else (0, 0.0)
     return _Reading(
-        monotonic(), site.cpu_s(), busy_s(servers.place.cores.server), scripts, servers.upstream.asked(), stolen_s()
+        monotonic(),
+        site.cpu_s(),
+        busy_s(servers.workspace.cores.server),
+        scripts,
+        servers.upstream.calls(),
+        stolen_s(),
     )
 
 
@@ -140,22 +145,22 @@ def _measured(case: Case, load: Load, before: _Reading, after: _Reading, *, core
     )
 
 
-def _check_one(case: Case, asked: Callable[[], Said]) -> None:
-    for _ in range(TRIES):
-        said = asked()
-        if said.status == case.expected.status and case.expected.cache in said.cache_status:
+def _check_one(case: Case, send: Callable[[], Response]) -> None:
+    for _ in range(MAX_ATTEMPTS):
+        response = send()
+        if response.status == case.expected.status and case.expected.cache in response.cache_status:
             return
     raise BenchError(
         f"expected {case.expected.status} {case.expected.cache}".rstrip()
-        + f", but the server says {said.status} {said.cache_status} {said.body[:200]!r}"
+        + f", but the server answers {response.status} {response.cache_status} {response.body[:200]!r}"
     )
 
 
-def _check_all(case: Case, load: Load, asked: int) -> None:
-    wanted = load.requests if case.expected.status >= 400 else 0
-    if load.refused != wanted:
-        raise BenchError(f"{load.refused} of {load.requests} answers were refusals, not {wanted}")
-    if case.expected.asks and asked < load.requests:
-        raise BenchError(f"upstream was asked only {asked} times for {load.requests} requests")
-    if not case.expected.asks and asked > max(10, load.requests * STRAY_ASKS):
-        raise BenchError(f"upstream was asked {asked} times for {load.requests} requests")
+def _check_all(case: Case, load: Load, upstream_calls: int) -> None:
+    expected_refusals = load.requests if case.expected.status >= 400 else 0
+    if load.refused != expected_refusals:
+        raise BenchError(f"{load.refused} of {load.requests} answers were refusals, not {expected_refusals}")
+    if case.expected.calls_upstream and upstream_calls < load.requests:
+        raise BenchError(f"upstream was called only {upstream_calls} times for {load.requests} requests")
+    if not case.expected.calls_upstream and upstream_calls > max(10, load.requests * MAX_STRAY_CALLS):
+        raise BenchError(f"upstream was called {upstream_calls} times for {load.requests} requests")

@@ -1,4 +1,4 @@
-"""Memory of a worker: after its start, and over very many requests for very many bodies, hits and misses mixed."""
+"""Memory of a worker after its start, and during many requests for many bodies, hits and misses mixed."""
 
 from time import monotonic
 from typing import Any

@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How often each case is measured, and for how long each time."""
+    """The number of rounds, and the duration of each measurement."""
 
     rounds: int
     seconds: float
@@ -20,7 +20,7 @@ class Pace:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Of one number over the rounds."""
+    """Median, minimum and maximum of a number over the rounds."""
 
     median: float
     least: float
@@ -28,8 +28,8 @@ class Spread:
 
     @classmethod
     def of(cls, numbers: Iterable[float]) -> "Spread":
-        known = list(numbers)
-        return cls(median(known), min(known), max(known))
+        values = list(numbers)
+        return cls(median(values), min(values), max(values))
 
     def times(self, factor: float) -> "Spread":
         return Spread(self.median * factor, self.least * factor, self.most * factor)
@@ -50,10 +50,10 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A bound, and what was measured.
+    """A bound, and the measured value.
 
-    spread: over the rounds, where there were any.
-    by_cpu: the same ratio by CPU time for a request instead of throughput: other work on the machine disturbs it less.
+    spread: over the rounds, if there are any.
+    by_cpu: the same ratio, by CPU time per request instead of throughput. Other work on the machine affects it less.
     """
 
     text: str
@@ -77,9 +77,9 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`name` is that of its option and of its place in the docs. `raw` goes into the JSON.
+    """A part of the results. `name`: of its option and its markers in the docs. `raw`: for the JSON.
 
-    failures: why cases have no numbers, by their names.
+    failures: by name of a case, why it has no numbers.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Part:
     raw: Any = None
 
     def all_tables(self) -> list[Table]:
-        """Its targets are a table too."""
+        """Returns its tables, and its targets as a table."""
         if not self.targets:
             return list(self.tables)
         columns = ("target", "bound", "measured", "met", "rounds", "by CPU")

@@ -1,6 +1,6 @@
-"""Curves as SVG: small panels, both axes logarithmic, so that a cliff is a kink and no matter of scale.
+"""Curves as SVG: small panels with logarithmic axes, on which a sudden jump is visible at any scale.
 
-All panels have one scale upwards, so that they can be compared.
+All panels have the same vertical scale, so that they can be compared.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """`x` and `y` say what the axes are, with their units."""
+    """`x` and `y`: titles of the axes, with units."""
 
     x: str
     y: str
@@ -37,7 +37,7 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """From a number on a logarithmic axis to a place on the page."""
+    """Maps a number on a logarithmic axis to a coordinate."""
 
     least: float
     most: float
@@ -50,7 +50,7 @@ class _Scale:
 
 
 def svg(panels: Sequence[Panel]) -> str:
-    """The panels as one picture, with one legend."""
+    """Returns the panels as one picture, with one legend."""
     rows = ceil(len(panels) / _COLUMNS)
     width, height = _WIDTH * _COLUMNS, _HEIGHT * rows + _LEGEND
     titles = list(dict.fromkeys(curve.title for panel in panels for curve in panel.curves))
@@ -60,8 +60,8 @@ def svg(panels: Sequence[Panel]) -> str:
         f'<style>{_STYLE}</style><rect width="{width}" height="{height}" fill="#ffffff"/>',
         *_legend(titles),
     ]
-    for place, panel in enumerate(panels):
-        x, y = place % _COLUMNS * _WIDTH, place // _COLUMNS * _HEIGHT + _LEGEND
+    for index, panel in enumerate(panels):
+        x, y = index % _COLUMNS * _WIDTH, index // _COLUMNS * _HEIGHT + _LEGEND
         lines += [f'<g transform="translate({x},{y})">', *_panel(panel, _Scale(*up, _HEIGHT - _BOTTOM, _TOP)), "</g>"]
     return "\n".join([*lines, "</svg>", ""])
 
@@ -108,12 +108,12 @@ def _colour(title: str) -> str:
 
 
 def _bounds(numbers: Sequence[float]) -> tuple[float, float]:
-    """A little more than the numbers need; never nothing."""
+    """Returns bounds slightly wider than the numbers, never empty."""
     return min(numbers, default=1.0) / 1.25, max(numbers, default=1.0) * 1.25
 
 
 def _ticks(scale: _Scale) -> list[float]:
-    """1, 2 and 5 times powers of ten; the powers alone where the axis is long."""
+    """Returns 1, 2 and 5 times powers of ten, or only the powers on a long axis."""
     long = scale.most / scale.least > 10**2.5
     powers = range(floor(log10(scale.least)), ceil(log10(scale.most)) + 1)
     steps = (1,) if long else (1, 2, 5)

@@ -1,4 +1,4 @@
-"""Results for people on a terminal, for programs behind a pipe, as JSON, and as the sections of the docs."""
+"""Output of the results: tables on a terminal, tab-separated in a pipe, JSON, and sections of the docs."""
 
 import json
 import re
@@ -19,8 +19,8 @@ DOCS = ROOT / "docs" / "performance.md"
 PLOT = ROOT / "docs" / "performance-growth.svg"
 
 
-def shown(part: Part, console: Console) -> None:
-    """On a terminal tables are aligned, in a pipe tab-separated."""
+def print_part(part: Part, console: Console) -> None:
+    """Prints aligned tables on a terminal, tab-separated ones to a pipe."""
     console.print(Text(part.how))
     for note in part.notes:
         console.print(Text(note))
@@ -34,7 +34,7 @@ def shown(part: Part, console: Console) -> None:
 
 
 def document(facts: Mapping[str, Any], parts: Sequence[Part]) -> dict[str, Any]:
-    """The JSON: machine, then what each part measured, and what follows from it."""
+    """Returns the JSON: the machine, then each part's results and targets."""
     return {
         "format": FORMAT,
         "machine": dict(facts),
@@ -59,7 +59,7 @@ def written_json(path: Path, facts: Mapping[str, Any], parts: Sequence[Part]) ->
 
 
 def markdown(part: Part, facts: Mapping[str, Any]) -> str:
-    """A section of the docs."""
+    """Returns a section of the docs."""
     where = f"{facts['cpu']}, {facts['cores']} cores, {facts['kernel']}, Python {facts['python']}"
     lines = [f"{facts['date'][:10]}, commit {facts['commit']}: {where}; {facts['setting']}; {part.how}.", ""]
     for note in [*part.notes, *(f"No number: {why}." for why in part.failures.values())]:
@@ -70,7 +70,7 @@ def markdown(part: Part, facts: Mapping[str, Any]) -> str:
 
 
 def write_docs(parts: Sequence[Part], facts: Mapping[str, Any], path: Path = DOCS) -> None:
-    """Puts each part between its markers; what was not measured stays."""
+    """Writes each part between its markers; parts that were not measured stay."""
     text = path.read_text(encoding="utf-8")
     for part in parts:
         begin, end = f"<!-- bench {part.name} -->\n", f"<!-- end of bench {part.name} -->"
@@ -82,8 +82,8 @@ def write_docs(parts: Sequence[Part], facts: Mapping[str, Any], path: Path = DOC
 
 def _rich(table: Table) -> RichTable:
     made = RichTable(title=Text(table.title), title_justify="left", box=None, pad_edge=False)
-    for place, column in enumerate(table.columns):
-        made.add_column(column, justify="right" if place else "left", overflow="fold")
+    for index, column in enumerate(table.columns):
+        made.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in table.rows:
         made.add_row(*map(Text, row))
     return made

@@ -16,9 +16,9 @@ Round = Mapping[str, Measured]
 
 
 class Rounds:
-    """What the rounds found. Ratios are taken within each round, and only then is their median.
+    """The results of the rounds. Ratios are computed within each round, then their median.
 
-    A case that failed once is in none of the rounds; `failures` says why.
+    A case that failed once is in none of the rounds; `failures` has the reason.
     """
 
     def __init__(self, rounds: Sequence[Round], failures: Mapping[str, str]) -> None:
@@ -32,12 +32,12 @@ class Rounds:
         return Spread.of(number(each[case]) for each in self.rounds)
 
     def maybe(self, case: str, number: Callable[[Measured], float | None]) -> Spread | None:
-        """As `of`, for a number that not every round has."""
-        known = [found for each in self.rounds if (found := number(each[case])) is not None]
-        return Spread.of(known) if known else None
+        """Like `of`, for a number that some rounds lack."""
+        values = [found for each in self.rounds if (found := number(each[case])) is not None]
+        return Spread.of(values) if values else None
 
     def ratio(self, case: str, other: str, number: Callable[[Measured], float]) -> Spread | None:
-        """How many times the number of `other` that of `case` is, if both were measured."""
+        """Returns the ratio of `case` to `other`, None unless both were measured."""
         if case not in self or other not in self:
             return None
         return Spread.of(number(each[case]) / number(each[other]) for each in self.rounds)
@@ -47,7 +47,7 @@ class Rounds:
 
 
 def run_rounds(servers: Servers, cases: Sequence[Case], pace: Pace, say: Say) -> Rounds:
-    """Goes on without a case whose answers are not what it is about."""
+    """Runs the rounds; a case whose answers are wrong is left out."""
     found: list[dict[str, Measured]] = [{} for _ in range(pace.rounds)]
     failures: dict[str, str] = {}
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 from bench.gateways import GatewayVariant, gateway
 from bench.load import Kind, Loads
 from bench.machine import Cores
-from bench.sites import Place, Site, Store, Upstream, bare, nginx_pass, peer, store, upstream
+from bench.sites import Site, Store, Upstream, Workspace, bare, nginx_pass, peer, store, upstream
 from bench.traffic import TEAMS
 
 _Opened = TypeVar("_Opened")
@@ -21,26 +21,28 @@ LOGGED = GatewayVariant("logged", TEAMS, logged=True)
 
 
 class Servers:
-    def __init__(self, place: Place, kind: Kind, opened: ExitStack) -> None:
-        self.place = place
-        self.loads = Loads(kind, place.folder, place.cores.load)
+    def __init__(self, workspace: Workspace, kind: Kind, opened: ExitStack) -> None:
+        self.workspace = workspace
+        self.loads = Loads(kind, workspace.folder, workspace.cores.load)
         self._opened = opened
         self._gateways: dict[GatewayVariant, Site] = {}
 
     def gateway(self, variant: GatewayVariant) -> Site:
         if variant not in self._gateways:
-            self._gateways[variant] = self._enter(gateway(self.place, variant, *self._stores, self.upstream.site.url))
+            self._gateways[variant] = self._enter(
+                gateway(self.workspace, variant, *self._stores, self.upstream.site.url)
+            )
         return self._gateways[variant]
 
     @contextmanager
     def another_gateway(self, variant: GatewayVariant) -> Iterator[Site]:
-        """A gateway that ends before the others."""
-        with gateway(self.place, variant, *self._stores, self.upstream.site.url) as opened:
+        """Starts a gateway that ends before the others."""
+        with gateway(self.workspace, variant, *self._stores, self.upstream.site.url) as opened:
             yield opened
 
     @cached_property
     def full(self) -> Site:
-        """The gateway with everything on."""
+        """Returns the gateway with all features on."""
         return self.gateway(FULL)
 
     @cached_property
@@ -49,41 +51,41 @@ class Servers:
 
     @cached_property
     def logged(self) -> Site:
-        """As `full`, and its log is a file."""
+        """Like `full`, with a log line per request in a file."""
         return self.gateway(LOGGED)
 
     @cached_property
     def starlette(self) -> Site:
-        return self._enter(bare(self.place, "starlette"))
+        return self._enter(bare(self.workspace, "starlette"))
 
     @cached_property
     def asgi(self) -> Site:
-        return self._enter(bare(self.place, "asgi"))
+        return self._enter(bare(self.workspace, "asgi"))
 
     @cached_property
     def forward(self) -> Site:
-        return self._enter(bare(self.place, "httpx2", self.upstream.site.url))
+        return self._enter(bare(self.workspace, "httpx2", self.upstream.site.url))
 
     @cached_property
     def aiohttp(self) -> Site:
-        return self._enter(bare(self.place, "aiohttp", self.upstream.site.url))
+        return self._enter(bare(self.workspace, "aiohttp", self.upstream.site.url))
 
     @cached_property
     def nginx(self) -> Site:
-        return self._enter(nginx_pass(self.place, self.upstream.site.url))
+        return self._enter(nginx_pass(self.workspace, self.upstream.site.url))
 
     @cached_property
     def peer(self) -> Site:
-        return self._enter(peer(self.place, self._enter(store(self.place, "peer-store"))))
+        return self._enter(peer(self.workspace, self._enter(store(self.workspace, "peer-store"))))
 
     @cached_property
     def upstream(self) -> Upstream:
-        return self._enter(upstream(self.place))
+        return self._enter(upstream(self.workspace))
 
     @cached_property
     def _stores(self) -> tuple[Store, Store]:
-        """For ledgers and for price books."""
-        return self._enter(store(self.place, "ledger")), self._enter(store(self.place, "price-book"))
+        """Returns the stores for ledgers and for price books."""
+        return self._enter(store(self.workspace, "ledger")), self._enter(store(self.workspace, "price-book"))
 
     def _enter(self, opening: AbstractContextManager[_Opened]) -> _Opened:
         return self._opened.enter_context(opening)
@@ -92,4 +94,4 @@ class Servers:
 @contextmanager
 def start_servers(cores: Cores, kind: Kind) -> Iterator[Servers]:
     with tempfile.TemporaryDirectory(prefix="ep-bench-") as folder, ExitStack() as opened:
-        yield Servers(Place(Path(folder), cores), kind, opened)
+        yield Servers(Workspace(Path(folder), cores), kind, opened)

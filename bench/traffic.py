@@ -1,11 +1,11 @@
-"""What is asked: requests as the bytes that go over the wire, prepared before anything is measured.
+"""Traffic: requests as bytes on the wire, prepared before a measurement.
 
-A traffic is written into a file that both loads read, wrk's script and the bench's own. Its first line is either
+A traffic file is read by both load generators, wrk's script and the bench's own. Its first line is either
 
-* `listed <requests> <turns>`: then come the requests, each behind a line with its length, and the turns, one a line:
-  which request is whose turn, counted from 1, over and over; or
-* `counted <distinct>`: then come two pieces, each behind a line with its length, between which a number of twelve
-  digits goes: another one for each request, or, where `distinct` is not 0, one of so many by chance.
+* `listed <requests> <turns>`: the requests follow, each after a line with its length, then the turns, one per line: the
+  number of the request to send, counted from 1, repeated endlessly; or
+* `counted <distinct>`: two pieces follow, each after a line with its length. Each request has a number of twelve digits
+  between them: a new one, or, if `distinct` is not 0, a random one of that many.
 """
 
 import json
@@ -71,7 +71,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Counted:
-    """`distinct` numbers by chance, or a new one each time."""
+    """Requests with one of `distinct` random numbers, or with a new one each time."""
 
     before: bytes
     after: bytes
@@ -90,12 +90,12 @@ Traffic = Listed | Counted
 
 
 def token(team: str) -> str:
-    """The token of one of the bench's teams."""
+    """Returns the token of one of the bench's teams."""
     return token_of(team.replace("-", "").ljust(32, "x"))
 
 
 def request(body: bytes, key: str) -> bytes:
-    """An estimate's request as it goes over the wire."""
+    """Returns an estimate's request as bytes on the wire."""
     lines = (
         f"POST {PATH} HTTP/1.1",
         "Host: 127.0.0.1",
@@ -107,12 +107,12 @@ def request(body: bytes, key: str) -> bytes:
 
 
 def example(seed: int = 1234) -> bytes:
-    """RenderNet's example."""
+    """Returns the body of RenderNet's documentation."""
     return _json([{**_EXAMPLE, "seed": seed}])
 
 
 def sized(size_bytes: int, seed: int = FIRST_NUMBER) -> bytes:
-    """A body of one item and of this size, most of it prompt."""
+    """Returns a body of this size with one item, most of it prompt."""
     item = {"model": "Flux", "quality": "Plus", "seed": seed, "steps": 20, "prompt": {"positive": ""}}
     missing = size_bytes - len(_json([item]))
     item["prompt"] = {"positive": (_WORDS * (missing // len(_WORDS) + 1))[:missing]}
@@ -120,40 +120,40 @@ def sized(size_bytes: int, seed: int = FIRST_NUMBER) -> bytes:
 
 
 def items(count: int, seed: int = FIRST_NUMBER) -> bytes:
-    """A body of so many small items."""
+    """Returns a body with this number of small items."""
     return _json([{"model": "Flux", "quality": "Plus", "seed": seed + n, "steps": 20 + n} for n in range(count)])
 
 
 def hot(key: str, body: bytes = b"") -> Listed:
-    """One body, over and over."""
+    """Returns traffic with one body only."""
     return Listed((request(body or example(), key),))
 
 
 def fresh(key: str, body: bytes = b"", *, distinct: int = 0) -> Counted:
-    """A body with another seed each time. `body` must hold `FIRST_NUMBER` somewhere."""
+    """Returns traffic with a new seed in each body. `body` must contain `FIRST_NUMBER`."""
     whole = request(body or example(FIRST_NUMBER), key)
     before, after = whole.split(b"%d" % FIRST_NUMBER, 1)
     return Counted(before, after, distinct)
 
 
 def zipf(bodies: int, turns: int) -> Listed:
-    """Three teams ask for `bodies` bodies, whose shares follow Zipf's law, in an order drawn by chance."""
+    """Returns traffic of three teams for `bodies` bodies with Zipf-distributed shares, in random order."""
     chance = Random(SEED)
     weights = list(accumulate((rank + 1) ** -ZIPF_EXPONENT for rank in range(bodies)))
     ranks = chance.choices(range(bodies), cum_weights=weights, k=turns)
-    asked = [(rank, chance.choice(TEAMS)) for rank in ranks]
-    places = {question: place for place, question in enumerate(dict.fromkeys(asked))}
-    requests = [request(example(rank), token(team)) for rank, team in places]
-    return Listed(requests, [places[question] for question in asked])
+    drawn = [(rank, chance.choice(TEAMS)) for rank in ranks]
+    indices = {question: index for index, question in enumerate(dict.fromkeys(drawn))}
+    requests = [request(example(rank), token(team)) for rank, team in indices]
+    return Listed(requests, [indices[question] for question in drawn])
 
 
 def once_each(traffic: Listed) -> Listed:
-    """Every request of `traffic` in turn."""
+    """Returns traffic that sends every request of `traffic` in turn."""
     return Listed(traffic.requests, range(len(traffic.requests)))
 
 
 def by_turns(teams: Sequence[str]) -> Listed:
-    """The same question by each of these teams in turn."""
+    """Returns traffic that sends the same body as each of these teams in turn."""
     return once_each(Listed([request(example(), token(team)) for team in teams]))
 
 

@@ -1,7 +1,7 @@
-"""RenderNet for the bench: one constant answer, as cheap as can be, so that it is never what is measured.
+"""RenderNet for the bench: one constant answer, as cheap as possible, so that it is never the limit.
 
-Run as `python -m bench.upstream <listener fd>`. `PUT /delay/50` has it answer 50 ms later from then on; `GET /` tells
-how many estimates it has been asked for. It takes one request at a time on a connection.
+Run as `python -m bench.upstream <listener fd>`. `PUT /delay/50` delays all later answers by 50 ms; `GET /` returns the
+number of estimates received. It handles one request at a time on a connection.
 """
 
 import asyncio
@@ -24,11 +24,11 @@ _ESTIMATE = _response(ANSWER)
 
 
 class _Upstream:
-    """What all connections share."""
+    """The state that all connections share."""
 
     def __init__(self) -> None:
         self.delay_s = 0.0
-        self.asked = 0
+        self.estimates = 0
 
 
 class _Connection(asyncio.Protocol):
@@ -55,10 +55,10 @@ class _Connection(asyncio.Protocol):
                 self._upstream.delay_s = int(self._url.rpartition(b"/")[2]) / 1000
                 self._transport.write(_response(b"{}"))
             case _:
-                self._transport.write(_response(b"%d" % self._upstream.asked))
+                self._transport.write(_response(b"%d" % self._upstream.estimates))
 
     def _estimate(self) -> None:
-        self._upstream.asked += 1
+        self._upstream.estimates += 1
         if self._upstream.delay_s:
             self._loop.call_later(self._upstream.delay_s, self._transport.write, _ESTIMATE)
         else:

@@ -1,8 +1,8 @@
-"""Two workers beside one. What counts depends on the machine.
+"""Two workers compared with one. The measure depends on the machine.
 
 * Four cores or more: two cores for the gateway, and throughput with two workers over that with one.
-* Fewer: load and stores take from the workers' cores, so throughput says nothing. What would stop two workers from
-  doing twice the work of one is work that only grows with them: CPU time for a request says that.
+* Fewer: load and stores use the workers' cores, so throughput is meaningless. CPU time per request is compared instead:
+  it rises if two workers cause work that one does not.
 """
 
 from bench import machine
@@ -64,7 +64,7 @@ def _row(name: str, found: Rounds) -> list[str]:
 
 
 def evenness(measured: Measured) -> float:
-    """The CPU time of the least busy worker over that of the busiest."""
+    """Returns the CPU time of the least busy worker divided by that of the busiest."""
     return min(measured.workers) / max(measured.workers)
 
 
