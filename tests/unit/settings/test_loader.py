@@ -1,4 +1,4 @@
-"""Where settings come from: the file, the environment, and files of secrets; what cannot be read is one clear line."""
+"""Sources of settings: the file, the environment and secret files, with one clear line for each that cannot be read."""
 
 import os
 import re
@@ -31,13 +31,15 @@ from proxy.settings.schema import SecretText
         ("#" * (4 * 2**20 + 1), "has more than 4194304 bytes"),
     ],
 )
-def test_a_file_that_is_no_toml(problems_of: Problems, tmp_path: Path, text: str | bytes, message: str) -> None:
+def test_a_file_that_is_not_toml_is_refused(
+    problems_of: Problems, tmp_path: Path, text: str | bytes, message: str
+) -> None:
     found = problems_of(text)
     assert list(found) == [str(tmp_path / "config.toml")]
     assert re.match(message, found[str(tmp_path / "config.toml")]), found
 
 
-def test_a_mark_before_the_text_is_no_fault(read: Read) -> None:
+def test_a_byte_order_mark_is_accepted(read: Read) -> None:
     assert read(b"\xef\xbb\xbf" + MINIMAL.replace("\n", "\r\n").encode()).teams
 
 
@@ -48,7 +50,7 @@ def complaint(config_file: Path | None, environ: Mapping[str, str]) -> str:
     return f"{problem.path} {problem.message}"
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
     missing = tmp_path / "missing.toml"
     assert complaint(missing, {}) == f"{missing} cannot be read: No such file or directory"
     assert complaint(None, {"ESTIMATE_PROXY_CONFIG": str(missing)}).startswith(f"{missing} cannot be read")
@@ -57,7 +59,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert complaint(Path("/proc/self/mem"), {}) == "/proc/self/mem cannot be read: Input/output error"
 
 
-def test_which_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_existing_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = tmp_path / "first.toml", tmp_path / "second.toml"
     monkeypatch.setattr(config, "DEFAULT_PATHS", places)
     environ = {"RENDERNET_API_KEY": "k", f"{ENV}TEAMS__A__NAME": "A", "ESTIMATE_PROXY_CONFIG": ""}
@@ -76,18 +78,18 @@ def test_which_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "option.toml").write_text("server.port = 4")
     assert port(tmp_path / "option.toml", named) == 4
     places[0].unlink()
-    places[0].mkdir()  # what a container makes of a missing file to be mounted
+    places[0].mkdir()  # a container runtime creates a directory for a missing file to mount
     assert "Is a directory" in complaint(None, environ)
 
 
-def test_the_real_places() -> None:
+def test_the_default_paths() -> None:
     assert (Path("estimate-proxy.toml"), Path("/etc/estimate-proxy/config.toml")) == config.DEFAULT_PATHS
 
 
 # --- The environment --------------------------------------------------------------------------------------------
 
 
-def test_variables_win_over_the_file_and_options_over_both(read: Read) -> None:
+def test_variables_override_the_file_and_options_override_both(read: Read) -> None:
     text = MINIMAL + "[server]\nport = 1\nhost = 'h'"
     environ = {f"{ENV}SERVER__PORT": "9000"}
     assert read(text, environ).server.port == 9000
@@ -95,7 +97,7 @@ def test_variables_win_over_the_file_and_options_over_both(read: Read) -> None:
     assert read(text, environ, overrides={"server": {"port": 7}}).server.port == 7
 
 
-def test_variables_reach_every_depth(read: Read) -> None:
+def test_variables_set_nested_settings(read: Read) -> None:
     settings = read(
         environ={
             f"{ENV}CACHE__TTL_S": "1.5",
@@ -140,12 +142,12 @@ def test_an_unknown_variable_of_ours_is_an_error(problems_of: Problems, name: st
 
 
 @pytest.mark.parametrize("value", [f"[{CANARY}", f"{{{CANARY}", "[" * 100_000, "[" + "1" * 5000 + "]"])
-def test_a_variable_that_begins_like_json(problems_of: Problems, value: str) -> None:
+def test_a_variable_that_begins_like_json_must_be_json(problems_of: Problems, value: str) -> None:
     name = f"{ENV}TEAMS__DESIGN__TOKENS"
     assert problems_of(environ={name: value}) == {name: "begins like JSON, but is not valid JSON"}
 
 
-def test_what_kubernetes_injects_is_not_ours(read: Read) -> None:
+def test_variables_injected_by_kubernetes_are_ignored(read: Read) -> None:
     injected = {
         "ESTIMATE_PROXY_PORT": "tcp://10.0.0.1:8080",
         "ESTIMATE_PROXY_SERVICE_HOST": "10.0.0.1",
@@ -157,7 +159,7 @@ def test_what_kubernetes_injects_is_not_ours(read: Read) -> None:
     assert read(environ=injected) == read()
 
 
-def test_familiar_variables(read: Read, problems_of: Problems) -> None:
+def test_well_known_variables_are_read(read: Read, problems_of: Problems) -> None:
     def key(environ: dict[str, str], text: str = MINIMAL) -> str:
         return read(text, environ).accounts["default"].api_key.get_secret_value()
 
@@ -208,7 +210,7 @@ def test_a_password_file_keeps_its_spaces(read: Read, tmp_path: Path) -> None:
         (CANARY.encode() * 10_000, "which has more than 65536 bytes"),
     ],
 )
-def test_a_secret_file_that_cannot_be(
+def test_an_unreadable_or_empty_secret_file_is_refused(
     problems_of: Problems, tmp_path: Path, content: bytes | None, message: str
 ) -> None:
     if content is not None:
@@ -219,18 +221,18 @@ def test_a_secret_file_that_cannot_be(
 
 
 @pytest.mark.parametrize("content", [f"{CANARY}\0", f"{CANARY}\nmore", f"{CANARY} x"])
-def test_a_secret_file_with_something_else(problems_of: Problems, tmp_path: Path, content: str) -> None:
+def test_a_secret_file_and_a_value_together_are_refused(problems_of: Problems, tmp_path: Path, content: str) -> None:
     (tmp_path / "key").write_text(content)
     assert list(problems_of(KEY_FILE)) == ["accounts.default.api_key"]
 
 
 @pytest.mark.parametrize("name", ["3", "''", "['x']", "true", '"a\\u0000"', "'/'"])
-def test_a_secret_files_name_that_cannot_be(problems_of: Problems, name: str) -> None:
+def test_an_invalid_name_of_a_secret_file_is_refused(problems_of: Problems, name: str) -> None:
     found = problems_of(f"[accounts.default]\napi_key_file = {name}\n" + TEAM)
     assert list(found) == ["accounts.default.api_key_file"]
 
 
-def test_a_secret_twice_in_one_source(problems_of: Problems) -> None:
+def test_a_secret_given_twice_in_one_source_is_refused(problems_of: Problems) -> None:
     twice = {"accounts.default.api_key_file": "is set together with api_key: keep one of them"}
     assert problems_of(ACCOUNT + "api_key_file = 'key'\n" + TEAM) == twice
     ours = {f"{ENV}ACCOUNTS__DEFAULT__API_KEY": CANARY, f"{ENV}ACCOUNTS__DEFAULT__API_KEY_FILE": "key"}
@@ -238,8 +240,8 @@ def test_a_secret_twice_in_one_source(problems_of: Problems) -> None:
     assert list(problems_of(MINIMAL + "[store]\npassword = 'x'\npassword_file = 'y'")) == ["store.password_file"]
 
 
-def test_a_later_source_replaces_either_spelling(read: Read, tmp_path: Path) -> None:
-    """The file of an earlier source is not even looked for: it may exist in production alone."""
+def test_a_later_source_replaces_a_secret_in_either_form(read: Read, tmp_path: Path) -> None:
+    """The file of an earlier source is not read: it may exist in production only."""
 
     def key(text: str, **environ: str) -> str:
         return read(text, environ).accounts["default"].api_key.get_secret_value()
@@ -272,7 +274,7 @@ def test_upstream_alone_needs_nothing_else(tmp_path: Path) -> None:
         ("[upstream", "config.toml"),
     ],
 )
-def test_upstream_alone_says_where_it_is_wrong(tmp_path: Path, text: str, path: str) -> None:
+def test_upstream_alone_reports_the_path_of_an_error(tmp_path: Path, text: str, path: str) -> None:
     file = tmp_path / "config.toml"
     file.write_text(text)
     with pytest.raises(SettingsError) as caught:

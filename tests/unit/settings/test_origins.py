@@ -1,4 +1,4 @@
-"""Where a value comes from: which line, variable or file."""
+"""The origin of a value: a line, a variable or a file."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_the_line_of_a_key(account: str, line: int | None) -> None:
     assert line_of(DOCUMENT, ("accounts", account, "api_key")) == line
 
 
-def test_line_ends_of_windows_and_of_old_text() -> None:
+def test_every_kind_of_line_ending_is_counted() -> None:
     assert line_of("[a]\r\n# \u2028 x\r\nb = 1\r\n", ("a", "b")) == 3
 
 

@@ -1,4 +1,4 @@
-"""Rates and quotas in the settings: whose they are, exact limits, and one clear line for each that cannot be."""
+"""Rates and quotas in the settings: owners, exact limits, and one clear line for each invalid value."""
 
 import json
 import pickle
@@ -18,7 +18,7 @@ SCOPES = ("org", "team_defaults", "teams.design")
 
 
 def quota(scope: str = "org", **members: str) -> str:
-    """A quota of a scope in TOML; `members` are TOML values, `""` leaves one out."""
+    """Returns a quota of a scope in TOML; `members` are TOML values, `""` leaves one out."""
     members = {"measure": "'requests'", "limit": "100", "per": "'day'", **members}
     lines = (f"{name} = {value}\n" for name, value in members.items() if value)
     return f"[[{scope}.quotas]]\n{''.join(lines)}"
@@ -28,10 +28,10 @@ def limit(measure: str, number: Any) -> QuotaSettings:
     return QuotaSettings.model_validate({"measure": measure, "limit": number, "per": "day"})
 
 
-# --- Whose they are ---------------------------------------------------------------------------------------------
+# --- Owners -----------------------------------------------------------------------------------------------------
 
 
-def test_nothing_said_is_a_rate_and_no_quotas(read: Read) -> None:
+def test_the_default_is_a_rate_and_no_quotas(read: Read) -> None:
     settings = read()
     team = settings.teams["design"]
     assert settings.team_defaults.rate == RateSettings(per_s=50.0, burst=100)
@@ -41,7 +41,7 @@ def test_nothing_said_is_a_rate_and_no_quotas(read: Read) -> None:
     assert settings.quotas_of(team) == ()
 
 
-def test_a_team_has_its_own_or_the_defaults(read: Read) -> None:
+def test_a_team_has_its_own_limits_or_the_defaults(read: Read) -> None:
     settings = read(
         ACCOUNT
         + "[team_defaults]\nrate = { per_s = 5, burst = 10 }\n"
@@ -68,7 +68,7 @@ def test_a_team_has_its_own_or_the_defaults(read: Read) -> None:
     assert [quota.counted_limit for quota in settings.org.quotas] == [4]
 
 
-def test_variables_reach_rates_and_quotas(read: Read) -> None:
+def test_variables_set_rates_and_quotas(read: Read) -> None:
     lists = {"org": '[{"measure":"estimated_credits","limit":12.1,"per":"minute"}]', "design": "[]"}
     settings = read(
         MINIMAL + quota() + quota("teams.design"),
@@ -86,14 +86,14 @@ def test_variables_reach_rates_and_quotas(read: Read) -> None:
     assert settings.teams["design"].quotas == ()
 
 
-def test_they_survive_the_way_to_a_worker(read: Read) -> None:
+def test_they_survive_pickling_for_a_worker(read: Read) -> None:
     settings = read(MINIMAL + quota("teams.design", measure="'estimated_credits'", limit="0.000001"))
     again = pickle.loads(pickle.dumps(settings))  # noqa: S301 -- our own bytes; a worker gets its settings so
     assert again == settings
     assert again.quotas_of(again.teams["design"])[0].counted_limit == 1
 
 
-def test_check_can_show_them(read: Read) -> None:
+def test_they_are_listed_among_the_effective_settings(read: Read) -> None:
     text = MINIMAL + quota("teams.design", measure="'estimated_credits'", limit="12.1") + quota(limit="0")
     rows = dict(effective(read(text)))
     assert rows["team_defaults.rate.per_s"] == 50.0
@@ -114,8 +114,8 @@ def test_check_can_show_them(read: Read) -> None:
 
 
 @given(st.decimals(0, 9 * 10**9, places=6))
-def test_credits_are_exactly_the_number_that_was_written(number: Decimal) -> None:
-    """In TOML a decimal number becomes a double, and a limit must not be a micro-credit off for that."""
+def test_credits_are_exactly_the_written_number(number: Decimal) -> None:
+    """A TOML parser reads decimals as doubles, but a limit must be exact to a micro-credit."""
     if number > 2**33 and number % 1:
         with pytest.raises(ValidationError, match="its decimals would be inexact"):
             limit("estimated_credits", float(number))
@@ -124,20 +124,20 @@ def test_credits_are_exactly_the_number_that_was_written(number: Decimal) -> Non
 
 
 @given(st.integers(0, 9 * 10**9))
-def test_whole_credits_are_taken_whole(number: int) -> None:
+def test_whole_credits_are_read_as_whole_numbers(number: int) -> None:
     assert limit("estimated_credits", number).counted_limit == number * 1_000_000
     assert limit("estimated_credits", float(number)).counted_limit == number * 1_000_000
     assert str(limit("estimated_credits", number).limit) == str(number)
 
 
 @given(st.integers(0, 10**12))
-def test_requests_are_taken_whole(number: int) -> None:
+def test_requests_are_read_as_whole_numbers(number: int) -> None:
     assert limit("requests", number).counted_limit == number
     assert limit("requests", float(number)).counted_limit == number
 
 
 @given(st.decimals(0, 8 * 10**9, places=6))
-def test_a_limit_is_shown_as_a_number_that_can_be_written(number: Decimal) -> None:
+def test_a_limit_is_shown_as_a_number_that_can_be_read_again(number: Decimal) -> None:
     shown = str(limit("estimated_credits", float(number)).limit)
     assert Decimal(shown) == number
     assert limit("estimated_credits", json.loads(shown)).counted_limit == number * 1_000_000
@@ -160,19 +160,19 @@ def test_a_limit_is_shown_as_a_number_that_can_be_written(number: Decimal) -> No
         ("estimated_credits", "9_000_000_000", 9 * 10**15),
     ],
 )
-def test_a_limit_that_can_be(read: Read, measure: str, text: str, counted: int) -> None:
+def test_valid_limits_are_accepted(read: Read, measure: str, text: str, counted: int) -> None:
     (found,) = read(MINIMAL + quota(measure=f"'{measure}'", limit=text)).org.quotas
     assert found.counted_limit == counted
     assert counted < 2**53
 
 
 def test_a_limit_given_as_a_decimal_keeps_all_its_digits() -> None:
-    """As from settings that were dumped."""
+    """Dumped settings contain decimals."""
     dumped = limit("estimated_credits", Decimal("8999999999.999999")).model_dump()
     assert QuotaSettings.model_validate(dumped).counted_limit == 8_999_999_999_999_999
 
 
-# --- What is wrong, and where -----------------------------------------------------------------------------------
+# --- Invalid values ---------------------------------------------------------------------------------------------
 
 NO_REQUESTS = "must be a whole number of requests, at most 1000000000000"
 NO_CREDITS = "must be a number of credits with at most six decimals, at most 9000000000"
@@ -220,7 +220,7 @@ NO_CREDITS = "must be a number of credits with at most six decimals, at most 900
         ({"measure": "'estimated_credits'", "limit": "8999999999.5"}, ".limit", "must be a whole number above 858993"),
     ],
 )
-def test_a_quota_that_cannot_be(
+def test_an_invalid_quota_is_refused(
     problems_of: Problems, scope: str, members: dict[str, str], where: str, message: str
 ) -> None:
     found = problems_of(MINIMAL + quota(scope, per="'hour'") + quota(scope, **members))
@@ -230,7 +230,7 @@ def test_a_quota_that_cannot_be(
 
 @pytest.mark.parametrize("number", ["1e999999999", "1e-999999999", "NaN", "sNaN", "-Infinity"])
 @pytest.mark.parametrize("measure", ["requests", "estimated_credits"])
-def test_no_decimal_is_too_odd_to_be_refused(measure: str, number: str) -> None:
+def test_odd_decimals_are_refused_without_a_crash(measure: str, number: str) -> None:
     with pytest.raises(ValidationError):
         limit(measure, Decimal(number))
 
@@ -245,7 +245,7 @@ def test_no_decimal_is_too_odd_to_be_refused(measure: str, number: str) -> None:
         ("[[]]", "[0]", "must be a table"),
     ],
 )
-def test_quotas_that_are_no_list_of_tables(
+def test_quotas_that_are_not_a_list_of_tables_are_refused(
     problems_of: Problems, scope: str, value: str, where: str, message: str
 ) -> None:
     section = "" if scope == "teams.design" else f"[{scope}]\n"
@@ -255,7 +255,7 @@ def test_quotas_that_are_no_list_of_tables(
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_a_second_limit_on_the_same_is_refused(problems_of: Problems, scope: str) -> None:
+def test_a_second_limit_for_the_same_measure_and_period_is_refused(problems_of: Problems, scope: str) -> None:
     text = MINIMAL + quota(scope) + quota(scope, per="'week'") + quota(scope, limit="7", on_exceed="'warn'")
     repeated = f"repeats {scope}.quotas[0]: keep one limit for this measure and window"
     assert problems_of(text) == {f"{scope}.quotas[2]": repeated}
@@ -274,14 +274,14 @@ def test_a_repeated_quota_does_not_hide_other_problems(problems_of: Problems) ->
     ]
 
 
-def test_the_same_limit_elsewhere_is_no_repetition(read: Read) -> None:
+def test_the_same_limit_of_another_owner_or_period_is_accepted(read: Read) -> None:
     text = MINIMAL + "[teams.other]\n" + "".join(quota(scope) for scope in (*SCOPES, "teams.other"))
     settings = read(text + quota(measure="'estimated_credits'") + quota(per="'month'"))
     assert len(settings.org.quotas) == 3
 
 
 @pytest.mark.parametrize("team", ["org", "quotas", "team_defaults"])
-def test_a_team_may_be_named_as_a_section_is(problems_of: Problems, team: str) -> None:
+def test_a_team_can_have_the_name_of_a_section(problems_of: Problems, team: str) -> None:
     if "_" in team:
         assert list(problems_of(f"{MINIMAL}[teams.{team}]")) == [f"teams.{team}"]
     else:
@@ -315,7 +315,7 @@ def test_a_team_may_be_named_as_a_section_is(problems_of: Problems, team: str) -
         (f"{{ per_s = 1, burst = '{CANARY}' }}", ".burst", "must be a whole number"),
     ],
 )
-def test_a_rate_that_cannot_be(problems_of: Problems, scope: str, value: str, where: str, message: str) -> None:
+def test_an_invalid_rate_is_refused(problems_of: Problems, scope: str, value: str, where: str, message: str) -> None:
     section = "" if scope == "teams.design" else f"[{scope}]\n"
     found = problems_of(f"{MINIMAL}{section}rate = {value}")
     assert list(found) == [f"{scope}.rate{where}"]
@@ -324,7 +324,7 @@ def test_a_rate_that_cannot_be(problems_of: Problems, scope: str, value: str, wh
 
 @pytest.mark.parametrize("per_s", [0.001, 0.5, 1, 100_000])
 @pytest.mark.parametrize("burst", [1, 1_000_000])
-def test_a_rate_that_can_be(read: Read, per_s: float, burst: int) -> None:
+def test_valid_rates_are_accepted(read: Read, per_s: float, burst: int) -> None:
     settings = read(f"{MINIMAL}rate = {{ per_s = {per_s}, burst = {burst} }}")
     assert settings.rate_of(settings.teams["design"]) == RateSettings(per_s=per_s, burst=burst)
 
@@ -334,7 +334,7 @@ def test_the_organisation_has_quotas_but_no_rate(problems_of: Problems) -> None:
     assert found == {"org.rate": "is not a setting; expected one of: id, timezone, quotas, currency"}
 
 
-def test_team_defaults_say_what_they_can_be(problems_of: Problems) -> None:
+def test_an_unknown_team_default_is_refused_with_the_valid_ones(problems_of: Problems) -> None:
     found = problems_of(MINIMAL + "[team_defaults]\ndisabled = true\nquota = []\n[team_default]")
     assert found == {
         "team_defaults.disabled": "is not a setting; expected one of: rate, quotas",

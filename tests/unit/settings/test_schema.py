@@ -1,4 +1,4 @@
-"""Which settings are in force: defaults, all that can be set, how they are listed, and what the manual shows."""
+"""The settings: defaults, all keys, the list of effective values, and the documented example."""
 
 import re
 from datetime import date
@@ -45,7 +45,7 @@ def test_defaults(read: Read) -> None:
     assert (settings.log.level, settings.log.format) == ("info", "auto")
 
 
-def test_everything_that_can_be_set(read: Read, tmp_path: Path) -> None:
+def test_every_setting_can_be_set(read: Read, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("k2\n")
     settings = read(
         f"""
@@ -129,7 +129,7 @@ MANUAL = Path(__file__).parents[3] / "docs" / "configuration.md"
 
 
 def unset(section: BaseModel, parent: str = "") -> list[str]:
-    """The paths of all that is left to its default."""
+    """Returns the paths of all settings that have their default."""
     found = []
     for name, value in section:
         path = f"{parent}{name}"
@@ -142,7 +142,7 @@ def unset(section: BaseModel, parent: str = "") -> list[str]:
     return found
 
 
-def test_the_manual_shows_every_setting_in_a_config_that_can_be_used(read: Read, tmp_path: Path) -> None:
+def test_the_documented_example_is_valid_and_has_every_setting(read: Read, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("s")
     (shown,) = re.findall(r"```toml\n(.*?)```", MANUAL.read_text(), re.DOTALL)
     text = re.sub(r"^# (?=\w+ = )", "", shown, flags=re.MULTILINE)

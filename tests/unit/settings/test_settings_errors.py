@@ -1,4 +1,4 @@
-"""What is wrong in a config, and where: each wrong input is one clear line, and all are told at once."""
+"""Errors in a config: each invalid value is one clear line with its path, and all are reported at once."""
 
 from datetime import date
 
@@ -155,13 +155,13 @@ def test_one_problem_is_one_line_with_its_path(problems_of: Problems, text: str,
 
 @pytest.mark.parametrize("section", ["accounts", "teams"])
 @pytest.mark.parametrize("value", ["[1]", "'x'", "1", "[]"])
-def test_a_section_that_is_no_table(problems_of: Problems, section: str, value: str) -> None:
+def test_a_section_that_is_not_a_table_is_refused(problems_of: Problems, section: str, value: str) -> None:
     rest = TEAM if section == "accounts" else ACCOUNT
     assert problems_of(f"{section} = {value}\n{rest}") == {section: "must be a table"}
 
 
 @pytest.mark.parametrize("day", ["2027-06-30", '"2027-06-30"'])
-def test_a_tokens_last_day(read: Read, day: str) -> None:
+def test_a_token_is_valid_until_the_end_of_its_last_day(read: Read, day: str) -> None:
     settings = read(ACCOUNT + f"[teams.a]\ntokens = [{{ sha256 = '{DIGEST}', expires = {day} }}]")
     assert settings.teams["a"].tokens[0].expires == date(2027, 6, 30)
 
@@ -181,7 +181,7 @@ def test_a_tokens_last_day(read: Read, day: str) -> None:
         "10:00:00",
     ],
 )
-def test_no_other_value_is_taken_for_a_day(problems_of: Problems, day: str) -> None:
+def test_values_that_are_not_a_date_are_refused(problems_of: Problems, day: str) -> None:
     found = problems_of(ACCOUNT + f"[teams.a]\ntokens = [{{ sha256 = '{DIGEST}', expires = {day} }}]")
     assert list(found) == ["teams.a.tokens[0].expires"]
     assert found["teams.a.tokens[0].expires"].startswith("must be a date")
@@ -218,14 +218,14 @@ def test_all_problems_are_reported_at_once(problems_of: Problems) -> None:
     }
 
 
-def test_nothing_at_all_says_what_to_do_first(problems_of: Problems) -> None:
+def test_an_empty_config_says_what_to_do_first(problems_of: Problems) -> None:
     found = problems_of("")
     assert set(found) == {"accounts.default.api_key", "teams"}
     assert "RENDERNET_API_KEY" in found["accounts.default.api_key"]
     assert "estimate-proxy token new" in found["teams"]
 
 
-def test_an_account_of_another_name_is_enough(read: Read, problems_of: Problems) -> None:
+def test_an_account_with_another_name_is_enough(read: Read, problems_of: Problems) -> None:
     account = "[accounts.b]\napi_key = 'k'\n"
     assert read(f"{account}[teams.a]\naccount = 'b'").teams["a"].account == "b"
     found = problems_of(f"{account}[teams.a]\n[teams.b]\n[teams.c]\naccount = 'x'")

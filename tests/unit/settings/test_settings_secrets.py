@@ -1,4 +1,4 @@
-"""Secrets among the settings: nothing that is shown has them, and no complaint repeats a value."""
+"""Secrets in the settings: no output contains them, and no error repeats a value."""
 
 import pickle
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ def test_settings_never_show_a_secret_but_pickle_keeps_it(read: Read) -> None:
     assert CANARY not in repr(again)
 
 
-def test_pydantics_own_words_show_no_value_either() -> None:
+def test_pydantics_own_messages_show_no_value_either() -> None:
     with pytest.raises(ValidationError) as caught:
         Settings.model_validate({"store": CANARY, "accounts": {"a": {"api_key": [CANARY]}}})
     assert CANARY not in f"{caught.value}{caught.value!r}"
@@ -132,35 +132,35 @@ def test_all_paths_are_found() -> None:
     assert ("accounts", "default", "api_key") in ALL_PATHS
 
 
-def said_of(read: Read, text: str, environ: Mapping[str, str] | None = None) -> str:
-    """All that is said of a config; nothing if it can be used."""
+def errors_of(read: Read, text: str, environ: Mapping[str, str] | None = None) -> str:
+    """Returns the errors of a config as text; empty if it is valid."""
     try:
         read(text, environ)
     except SettingsError as error:
-        said = f"{error}\n{error!r}\n{error.problems}"
-        for path in PATH_KEYS:  # a file that is missing is named
-            said = said.replace(f"{'.'.join(path)}: names {read.folder / CANARY},", "")
-            said = said.replace(f"path='{'.'.join(path)}', message='names {read.folder / CANARY},", "")
-        return said
+        errors = f"{error}\n{error!r}\n{error.problems}"
+        for path in PATH_KEYS:  # a missing file is named
+            errors = errors.replace(f"{'.'.join(path)}: names {read.folder / CANARY},", "")
+            errors = errors.replace(f"path='{'.'.join(path)}', message='names {read.folder / CANARY},", "")
+        return errors
     return ""
 
 
 @pytest.mark.parametrize("path", ALL_PATHS, ids=".".join)
-def test_no_problem_shows_a_value(read: Read, path: tuple[str, ...]) -> None:
-    """Whatever stands wherever: the settings load, or the complaint does not repeat it; it may name a missing file."""
-    said = [
-        said_of(read, f"{'.'.join(path)} = {wrong}\n{'' if path[0] == 'accounts' else ACCOUNT}")
+def test_no_error_shows_a_value(read: Read, path: tuple[str, ...]) -> None:
+    """Any value at any path is accepted, or the error does not repeat it; it may name a missing file."""
+    errors = [
+        errors_of(read, f"{'.'.join(path)} = {wrong}\n{'' if path[0] == 'accounts' else ACCOUNT}")
         for wrong in WRONG.values()
     ]
-    assert CANARY.lower() not in "".join(said).lower()
-    assert "input" not in "".join(said).lower(), "pydantic's own words"
-    assert sum(".".join(path[:1]) in complaints for complaints in said) > len(WRONG) // 2
+    assert CANARY.lower() not in "".join(errors).lower()
+    assert "input" not in "".join(errors).lower(), "pydantic's own words"
+    assert sum(".".join(path[:1]) in text for text in errors) > len(WRONG) // 2
 
 
 @pytest.mark.parametrize("path", [path for path in ALL_PATHS if len(path) > 1], ids=".".join)
-def test_no_problem_shows_a_variable(read: Read, path: tuple[str, ...]) -> None:
+def test_no_error_shows_a_variables_value(read: Read, path: tuple[str, ...]) -> None:
     name = ENV + "__".join(path).upper()
     values = CANARY, f'["{CANARY}"]', f'{{"{path[-1]}": "{CANARY}"}}', f"[{CANARY}", f"\udcff{CANARY}\n"
-    said = [said_of(read, MINIMAL, {name: value}) for value in values]
-    assert CANARY.lower() not in "".join(said).lower()
-    assert any(said)
+    errors = [errors_of(read, MINIMAL, {name: value}) for value in values]
+    assert CANARY.lower() not in "".join(errors).lower()
+    assert any(errors)

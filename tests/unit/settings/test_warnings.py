@@ -1,4 +1,4 @@
-"""Warnings about settings that are valid and probably not meant."""
+"""Warnings about settings that are valid but probably unintended."""
 
 from datetime import date
 
@@ -43,7 +43,7 @@ def test_a_timeout_above_the_deadline_of_requests(read: Read) -> None:
         ("2026-12-15", []),
     ],
 )
-def test_a_token_that_has_expired_or_will_soon(read: Read, day: str, lines: list[str]) -> None:
+def test_a_token_that_has_expired_or_will_expire_soon(read: Read, day: str, lines: list[str]) -> None:
     found = warned(read, team(token(day, "ci")))
     assert len(found) == len(lines)
     assert all(map(str.startswith, found, lines))
