@@ -455,7 +455,9 @@ def test_a_dead_primary_is_replaced_while_the_others_serve(fleet: Cluster, caplo
     dead.start()
 
 
-def test_a_cluster_with_a_single_servers_url_logs_the_right_scheme(fleet: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cluster_with_a_single_servers_url_logs_the_right_scheme(
+    fleet: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
     one = fleet.home(0)
     key = next(key for key in map(str, range(40)) if fleet.home(key_slot(key.encode())) is not one)
 
