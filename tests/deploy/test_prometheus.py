@@ -53,7 +53,7 @@ def quota(limit: int, per: str, measure: str = "estimated_credits", on_exceed: s
 
 
 def sections(ledger: StoreProcess, book: StoreProcess) -> dict[str, Tree]:
-    """Design nearly uses up a quota, marketing uses one up with a token that expires, and web exceeds one that warns."""
+    """Design nearly uses up a quota, marketing uses one up and has a token that expires, web exceeds one that warns."""
     in_a_week = str(datetime.now(UTC).date() + timedelta(days=7))
     return {
         "store": {"url": ledger.url, "on_outage": "admit"},
