@@ -20,12 +20,12 @@ LASTING = ("day", "week", "month")
 MILLION = 1_000_000
 PENDING = ("-", "cancelled")
 DAYS_KEPT = 30
-"""For how long a model keeps its name without being used, in days of UTC."""
+"""Days of UTC after which an unused model loses its name."""
 
 
 @cache
 def window_of(per: str, at_s: int) -> tuple[int, int]:
-    """Returns begin and end of the window at `at_s`. The zone's offset is whole hours, so hours and minutes are UTC's."""
+    """Returns begin and end of the window at `at_s`. The zone's offset is whole hours, so hours are those of UTC."""
     if per in ("minute", "hour"):
         length_s = 60 if per == "minute" else 3600
         return at_s - at_s % length_s, at_s - at_s % length_s + length_s
@@ -131,7 +131,7 @@ class ModelLedger:
     now_us: int
     max_names: int
     names: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Of each model with a name of its own: the day of its last use, and the team that brought it."""
+    """By model: the day of its last use, and the team that used it first."""
 
     entries: list[Entry] = field(default_factory=list)
     refused: Counter[tuple[date, str, str]] = field(default_factory=Counter)
@@ -252,7 +252,7 @@ class ModelLedger:
         today = self.now_us // (86_400 * MILLION)
         if model not in self.names:
             self.names = {name: use for name, use in self.names.items() if today - use[0] <= DAYS_KEPT}
-            own = sum(brought_by == team for _, brought_by in self.names.values())
+            own = sum(first_team == team for _, first_team in self.names.values())
             if len(self.names) == self.max_names or own == self.max_names // 2:
                 return "other"
             self.names[model] = today, team

@@ -463,22 +463,22 @@ def test_the_first_of_two_settlements_takes_the_only_admitted_request(harness: H
     }
 
 
-def test_a_model_gives_its_place_to_a_new_one_after_30_days(harness: Harness) -> None:
-    """Of two places, each team can have one."""
+def test_a_new_model_replaces_one_unused_for_30_days(harness: Harness) -> None:
+    """The limit is two names, one for each team."""
     machine = LedgerMachine(harness)
 
     def charge(team: str, *models: str) -> None:
-        machine.turn(0, [Act("charge", team, Bill("hit", 5, model), 0) for model in models])
-        machine.names_are_few()
+        machine.run_operations(0, [Operation("charge", team, Cost("hit", 5, model), 0) for model in models])
+        machine.names_match_the_model()
 
     charge("design", "Flux", "Flux dev.1")
     charge("film", "style", "Flux dev.1")
-    assert set(machine._books.names) == {"Flux", "style"}
+    assert set(machine._model_ledger.names) == {"Flux", "style"}
     machine.time_passes(30 * 86_400 * MILLION)
     charge("film", "Flux")
     charge("design", "Flux dev.1")
     machine.time_passes(86_400 * MILLION)
     charge("design", "Flux dev.1")
-    assert set(machine._books.names) == {"Flux"}
+    assert set(machine._model_ledger.names) == {"Flux"}
     charge("film", "Flux dev.1")
-    assert set(machine._books.names) == {"Flux", "Flux dev.1"}
+    assert set(machine._model_ledger.names) == {"Flux", "Flux dev.1"}
