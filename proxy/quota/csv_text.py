@@ -22,7 +22,7 @@ FORMULA_CHARACTERS = "=+-@\t\r\n"
 
 _MONTHS = (
     " january february march april may june july august september october november december "
-    "januar februar märz mrz mai juni juli oktober dezember "
+    "januar februar märz mrz mai juni juli oktober dezember "  # codespell:ignore
     "janvier février mars avril juin juillet août septembre octobre novembre décembre "
     "enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre "
     "gennaio febbraio aprile maggio giugno luglio settembre ottobre dicembre "
