@@ -247,7 +247,7 @@ end
 -- Whether a new model of the team gets a place. A team that found none is not counted again on the same day, because no
 -- place becomes free before the next one.
 local function takes_place(model, team)
-  local found_none = uses[':' .. team] or call('HGET', KEYS[5], ':' .. team)
+  local found_none = uses[':' .. team] or call('HMGET', KEYS[5], ':' .. team)[1]
   if found_none and is_today(found_none) then
     return false
   end
@@ -269,7 +269,7 @@ end
 
 -- Whether the model has a place of its own. Notes that it was used today.
 local function has_place(model, team)
-  local use = not forgotten[model] and (uses[model] or call('HGET', KEYS[5], model))
+  local use = not forgotten[model] and (uses[model] or call('HMGET', KEYS[5], model)[1])
   if not use then
     return takes_place(model, team)
   end
