@@ -40,6 +40,7 @@ from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.ledger import Ledger
 from proxy.quota.reports import LedgerReader
+from proxy.quota.token_uses import TokenUses
 from proxy.settings.schema import SecretText, Settings
 from proxy.store.access import EmbeddedUrls
 from proxy.store.client import Store
@@ -76,7 +77,9 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
     book = book_of(settings, book_store, upstream.address)
     timeout_s = settings.server.request_timeout_s
     fetcher = Fetcher(book, upstream, metrics, tracker, timeout_s=timeout_s)
-    zone, keys, live = settings.org.zone, LedgerKeys(settings.org.id), ConfigHolder(runtime_config_of(settings))
+    zone, keys = settings.org.zone, LedgerKeys(settings.org.id)
+    token_uses = TokenUses(ledger_store, keys)
+    live = ConfigHolder(runtime_config_of(settings, token_uses.record))
     batcher = LedgerBatcher(ledger_store, keys, zone, metrics)
     ledger = Ledger(batcher, metrics, admits_on_outage=settings.store.on_outage == "admit")
     ledger_reader = LedgerReader(ledger_store, keys, zone)
@@ -92,10 +95,12 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await asyncio.gather(ledger_store.open(), book_store.open())
         await ledger.open()
-        monitor = asyncio.create_task(DescriptorMonitor(metrics).run())
+        background = [asyncio.create_task(work) for work in (DescriptorMonitor(metrics).run(), token_uses.run())]
         yield
-        monitor.cancel()
+        for task in background:
+            task.cancel()
         await gateway.finish(max(0.0, tracker.stop_deadline - monotonic()))
+        await token_uses.flush()
         metrics.flush()
         await upstream.close()
         await book_store.close()
@@ -117,13 +122,13 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
         exception_handlers={HTTPException: partial(refuse_route, tracker, metrics)},
         lifespan=lifespan,
     )
-    app.state.reload = partial(_reload, live, metrics, upstream)
+    app.state.reload = partial(_reload, live, metrics, upstream, token_uses)
     return app
 
 
-def _reload(live: ConfigHolder, metrics: Metrics, upstream: Upstream, changed: Settings) -> None:
+def _reload(live: ConfigHolder, metrics: Metrics, upstream: Upstream, token_uses: TokenUses, changed: Settings) -> None:
     """Puts changed settings into force. Requests that have already begun keep the previous ones."""
-    live.config = runtime_config_of(changed)
+    live.config = runtime_config_of(changed, token_uses.record)
     _preregister_warnings(metrics, live.config)
     upstream.update_keys(_api_keys(changed))
     metrics.preregister(changed.teams, changed.accounts)

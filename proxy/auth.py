@@ -6,7 +6,7 @@
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from hashlib import sha256
@@ -19,6 +19,8 @@ from proxy.quota.quotas import TeamLimits
 PREFIX = "ep_"
 RANDOM_CHARACTERS = 32
 CHECK_CHARACTERS = 6
+TOKEN_ID_DIGITS = 16
+"""Hexadecimal digits: enough that no two tokens of an organisation have the same id."""
 TOKEN_CHARACTERS = len(PREFIX) + RANDOM_CHARACTERS + CHECK_CHARACTERS
 BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
@@ -40,6 +42,7 @@ class Credential:
     team: Team
     expires: date | None
     label: str = ""
+    token_id: str = ""
 
     def works_on(self, today: date) -> bool:
         return self.expires is None or today <= self.expires
@@ -79,6 +82,11 @@ def digest_of(token: str) -> str:
     return "sha256:" + sha256(token.encode()).hexdigest()
 
 
+def token_id_of(digest: str) -> str:
+    """The beginning of a digest: names a token in the store, and is too short to be configured in its place."""
+    return digest.removeprefix("sha256:")[:TOKEN_ID_DIGITS]
+
+
 def _check_characters(stem: str) -> str:
     number = crc32(stem.encode())
     digits = []
@@ -98,40 +106,46 @@ _UNKNOWN = Problem(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class RoleDigests:
+    """The digests of tokens that belong to no team, by what they may do."""
+
+    admin: Collection[str] = ()
+    viewer: Collection[str] = ()
+    metrics: Collection[str] = ()
+
+
 class Access:
     """Decides what a token may do.
 
     zone: the time zone in which a token's last day ends.
+    record_use: called with the id of each valid token, also if the token may not do what was asked.
     """
 
     def __init__(
         self,
         teams: Teams,
         zone: ZoneInfo,
+        roles: RoleDigests,
         *,
-        admin_digests: Collection[str],
-        viewer_digests: Collection[str],
-        metrics_digests: Collection[str],
         metrics_are_public: bool,
+        record_use: Callable[[str], None],
     ) -> None:
         self._teams = teams
         self._zone = zone
-        self._admin_digests = admin_digests
-        self._viewer_digests = viewer_digests
-        self._metrics_digests = metrics_digests
+        self._roles = roles
         self._metrics_are_public = metrics_are_public
+        self._record_use = record_use
 
     def is_admin(self, token: str | None) -> bool:
-        return token is not None and digest_of(token) in self._admin_digests
+        return self._is_one_of(self._roles.admin, token)
 
     def is_viewer(self, token: str | None) -> bool:
         """Whether it is a token that reads the reports of all teams, and does nothing else."""
-        return token is not None and digest_of(token) in self._viewer_digests
+        return self._is_one_of(self._roles.viewer, token)
 
     def may_scrape(self, token: str | None) -> bool:
-        if self._metrics_are_public or self.is_admin(token):
-            return True
-        return token is not None and digest_of(token) in self._metrics_digests
+        return self.is_admin(token) or self._is_one_of(self._roles.metrics, token) or self._metrics_are_public
 
     def credential(self, token: str | None) -> Credential | Problem:
         """The credential of a team's token, even if the team is disabled: see `team_disabled`."""
@@ -139,13 +153,21 @@ class Access:
             return _NO_TOKEN
         credential = self._teams.find(token)
         if credential is not None and (credential.expires is None or credential.works_on(self._today())):
+            self._record_use(credential.token_id)
             return credential
-        if self.is_admin(token) or self.is_viewer(token) or digest_of(token) in self._metrics_digests:
+        if self.is_admin(token) or self.is_viewer(token) or self._is_one_of(self._roles.metrics, token):
             return Problem(
                 Code.FORBIDDEN,
                 "This is an admin, viewer or metrics token, and this endpoint needs a team's token: send your team's.",
             )
         return _UNKNOWN if credential is None else _expired(credential)
+
+    def _is_one_of(self, digests: Collection[str], token: str | None) -> bool:
+        """Whether it is a token of this role, which belongs to no team."""
+        if token is None or (digest := digest_of(token)) not in digests:
+            return False
+        self._record_use(token_id_of(digest))
+        return True
 
     def _today(self) -> date:
         return datetime.now(self._zone).date()

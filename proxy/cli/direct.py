@@ -1,12 +1,17 @@
 """Reads and changes the stores for the command line: directly, without going through a gateway."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
+from proxy.auth import token_id_of
+from proxy.cli.inputs import fail
 from proxy.embedded.stores import running_url
+from proxy.embedded.valkey import EmbeddedStoreError
 from proxy.gateway.live_config import directory_of, limits_of
 from proxy.open_stores import book_of, open_book_store, open_ledger_store
-from proxy.problems import BadRequest, Code
+from proxy.problems import BadRequest, Code, StoreUnavailable
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.quotas import QuotaState
 from proxy.quota.reports import LedgerReader
@@ -14,6 +19,18 @@ from proxy.quota.usage import Usage, UsageQuery
 from proxy.settings.schema import Settings
 from proxy.store.access import EmbeddedUrls
 from proxy.upstream.address import UpstreamAddress
+
+_Read = TypeVar("_Read")
+
+
+def from_store(reading: Coroutine[Any, Any, _Read]) -> _Read:
+    """The result. If the store cannot be read, prints why and exits."""
+    try:
+        return asyncio.run(reading)
+    except EmbeddedStoreError as error:
+        fail(str(error))
+    except StoreUnavailable:
+        fail("the store is unreachable")
 
 
 async def read_usage(settings: Settings, query: UsageQuery) -> Usage:
@@ -32,6 +49,12 @@ async def read_quota_states(settings: Settings, team: str | None) -> list[QuotaS
     wanted = [limits for limits in limits_of(settings).values() if team in (None, limits.team)]
     async with _open_ledger_reader(settings) as ledger_reader:
         return await ledger_reader.quota_states(wanted)
+
+
+async def read_token_uses(settings: Settings, digests: Sequence[str]) -> dict[str, int]:
+    """The hour in which each token was last used, by token id. Raises `StoreUnavailable`, `EmbeddedStoreError`."""
+    async with _open_ledger_reader(settings) as ledger_reader:
+        return await ledger_reader.token_uses([token_id_of(digest) for digest in digests])
 
 
 @asynccontextmanager

@@ -1,30 +1,24 @@
 """`estimate-proxy usage` and `estimate-proxy quota`: read the ledger, whether or not a gateway is running."""
 
-import asyncio
 import sys
-from collections.abc import Coroutine
 from datetime import date, timedelta
 from pathlib import Path
 from time import time
-from typing import Any, TypeVar
 from urllib.parse import urlencode
 
 import click
 import orjson
 
-from proxy.cli.direct import read_quota_states, read_usage
+from proxy.cli.direct import from_store, read_quota_states, read_usage
 from proxy.cli.inputs import config_option, fail, load_settings
 from proxy.cli.tables import print_table, quota_columns, to_tsv, usage_columns
-from proxy.embedded.valkey import EmbeddedStoreError
 from proxy.gateway.live_config import directory_of
-from proxy.problems import BadRequest, StoreUnavailable
+from proxy.problems import BadRequest
 from proxy.quota.credits import text_of
 from proxy.quota.csv_text import DIALECTS, Dialect, write_csv
 from proxy.quota.quota_report import QUOTA_NAME_COLUMNS, quota_document, quota_lines
 from proxy.quota.usage import SORTS, Sort, Usage, cells_of, csv_of, json_of, read_usage_query, sort_usage
 from proxy.quota.windows import day_of
-
-_Read = TypeVar("_Read")
 
 format_option = click.option(
     "--format",
@@ -88,7 +82,7 @@ def usage(
     asked.setdefault("by", "day" if "team" in asked else "team")
     try:
         query = read_usage_query(urlencode(asked, errors="replace").encode(), None, today=today)
-        found = sort_usage(_from_store(read_usage(settings, query)), sort)
+        found = sort_usage(from_store(read_usage(settings, query)), sort)
     except BadRequest as error:
         fail(f"--{error}")
     because = " (last month, because today is the first)" if is_first and not last_month else ""
@@ -121,7 +115,7 @@ def quota(team: str | None, config: Path | None, form: str | None, dialect: Dial
     zone, directory = settings.org.zone, directory_of(settings)
     if team not in (None, *settings.teams):
         fail("TEAM is not a team in the settings")
-    quota_states = _from_store(read_quota_states(settings, team))
+    quota_states = from_store(read_quota_states(settings, team))
     if not any(quota_state.limits.quotas for quota_state in quota_states):
         click.echo("estimate-proxy: no quota is set", err=True)
     if form == "table" and sys.stdout.isatty():
@@ -159,13 +153,3 @@ def _total_text(usage: Usage) -> str:
         (text_of(total.credits_micro), "estimated credits"),
     )
     return ", ".join(f"{amount} {name}" for amount, name in amounts)
-
-
-def _from_store(reading: Coroutine[Any, Any, _Read]) -> _Read:
-    """The result. If the store cannot be read, prints why and exits."""
-    try:
-        return asyncio.run(reading)
-    except EmbeddedStoreError as error:
-        fail(str(error))
-    except StoreUnavailable:
-        fail("the store is unreachable")

@@ -6,7 +6,7 @@ under the table. Only an id that is wider than the whole terminal is broken.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from zoneinfo import ZoneInfo
 
 from rich.cells import cell_len
@@ -14,13 +14,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from proxy.problems import NO_NAME
 from proxy.quota.credits import Currency
 from proxy.quota.quota_report import quota_uses
 from proxy.quota.quotas import QuotaState
 from proxy.quota.usage import TeamDirectory, Usage, UsageQuery, amounts_of, share_of
+from proxy.quota.windows import rfc3339
+from proxy.settings.schema import UNLABELLED_CHARACTERS
 
 _NAME_WIDTH = 24
 """A team's name that is longer is wrapped between its words, so that it leaves room for amounts."""
+
+TOKEN_COLUMNS = ("team", "label", "expires", "last_used", "digest", "team_name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,29 @@ class Column:
 
     def _cell_width(self, cell: str) -> int:
         return min(cell_len(cell), max(_NAME_WIDTH, _longest_word(cell))) if self.wraps else cell_len(cell)
+
+
+@dataclass(frozen=True, slots=True)
+class ListedToken:
+    """A configured token.
+
+    used_at_s: the beginning of the hour in which it was last used; None if no use is recorded.
+    """
+
+    team: str
+    label: str
+    expires: date | None
+    digest: str
+    used_at_s: int | None
+
+    @property
+    def last_day(self) -> str:
+        return NO_NAME if self.expires is None else str(self.expires)
+
+    @property
+    def digest_start(self) -> str:
+        """Tells tokens with the same label apart."""
+        return self.digest[:UNLABELLED_CHARACTERS]
 
 
 def to_tsv(lines: Iterable[Sequence[str]]) -> str:
@@ -111,6 +139,28 @@ def quota_columns(quota_states: Sequence[QuotaState], zone: ZoneInfo, directory:
     ]
 
 
+def token_lines(tokens: Sequence[ListedToken], zone: ZoneInfo, directory: TeamDirectory) -> list[list[str]]:
+    """Tokens as rows of text, the header first."""
+    lines = [list(TOKEN_COLUMNS)]
+    for token in tokens:
+        last_used = NO_NAME if token.used_at_s is None else rfc3339(token.used_at_s, zone)
+        cells = [token.team, token.label, token.last_day, last_used, token.digest_start]
+        lines.append([*cells, directory.name_of(token.team)])
+    return lines
+
+
+def token_columns(tokens: Sequence[ListedToken], zone: ZoneInfo, directory: TeamDirectory) -> list[Column]:
+    """Tokens for people."""
+    return [
+        Column("team", [token.team for token in tokens], is_text=True),
+        *_name_columns([directory.name_of(token.team) for token in tokens], rank=3),
+        Column("label", [token.label for token in tokens], is_text=True),
+        Column("expires", [token.last_day for token in tokens], rank=1, is_text=True),
+        Column("last used", [_hour(token.used_at_s, zone) for token in tokens], is_text=True),
+        Column("digest", [token.digest_start for token in tokens], rank=2, is_text=True),
+    ]
+
+
 def _name_columns(names: Sequence[str], rank: int) -> list[Column]:
     """The column of teams' names; none if no team has a name."""
     return [Column("name", names, rank, is_text=True, wraps=True)] if any(names) else []
@@ -131,6 +181,10 @@ def _width_of(columns: Sequence[Column], *, wrapped_header: bool) -> int:
 
 def _longest_word(text: str) -> int:
     return max(map(cell_len, text.split()), default=0)
+
+
+def _hour(at_s: int | None, zone: ZoneInfo) -> str:
+    return NO_NAME if at_s is None else f"{datetime.fromtimestamp(at_s, zone):%Y-%m-%d %H:%M}"
 
 
 def _moment(at_s: int, zone: ZoneInfo) -> str:

@@ -1,8 +1,9 @@
-"""`estimate-proxy token`: makes tokens for teams, viewers, operators and Prometheus."""
+"""`estimate-proxy token`: makes tokens for teams, viewers, operators and Prometheus, and lists the configured ones."""
 
 import json
 import secrets
 from datetime import date
+from importlib import import_module
 
 import click
 
@@ -18,9 +19,22 @@ _ROLES = {
 """The section of each role in the config, and what its tokens may do."""
 
 
-@click.group()
+class _TokenCommands(click.Group):
+    """Imports `list` when it is used: unlike the others, it needs the client of the store."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted((*super().list_commands(ctx), "list"))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name != "list":
+            return super().get_command(ctx, cmd_name)
+        command: click.Command = import_module("proxy.cli.token_list").list_tokens
+        return command
+
+
+@click.group(cls=_TokenCommands, short_help="Make tokens, and show when each was last used.")
 def token() -> None:
-    """Make tokens for teams, viewers, operators and Prometheus."""
+    """Make tokens for teams, viewers, operators and Prometheus, and show when they were last used."""
 
 
 @token.command()

@@ -3,13 +3,13 @@
 A request takes the configuration once, when it begins, and keeps it to its end.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from math import inf
 from zoneinfo import ZoneInfo
 
-from proxy.auth import Access, Credential, Team, Teams
+from proxy.auth import Access, Credential, RoleDigests, Team, Teams, token_id_of
 from proxy.quota.quotas import Quota, Rate, Scope, TeamLimits
 from proxy.quota.usage import TeamDirectory
 from proxy.settings.schema import QuotaSettings, Settings
@@ -53,16 +53,15 @@ def _quota(scope: Scope, quota: QuotaSettings) -> Quota:
     return Quota(scope, quota.measure, quota.per, quota.counted_limit, quota.on_exceed == "refuse")
 
 
-def runtime_config_of(settings: Settings) -> RuntimeConfig:
-    """The reloadable part of the settings, except for the accounts' keys."""
+def runtime_config_of(settings: Settings, record_use: Callable[[str], None]) -> RuntimeConfig:
+    """The reloadable part of the settings, except for the accounts' keys. `record_use`: see `Access`."""
     team_limits = limits_of(settings)
     access = Access(
         teams_of(settings, team_limits),
         settings.org.zone,
-        admin_digests=settings.admin.tokens,
-        viewer_digests=settings.viewer.tokens,
-        metrics_digests=settings.metrics.tokens,
+        RoleDigests(settings.admin.tokens, settings.viewer.tokens, settings.metrics.tokens),
         metrics_are_public=settings.metrics.public,
+        record_use=record_use,
     )
     accounts = frozenset(settings.accounts)
     ends, directory = _token_ends(settings), directory_of(settings)
@@ -95,5 +94,5 @@ def teams_of(settings: Settings, team_limits: Mapping[str, TeamLimits]) -> Teams
     for name, configured in settings.teams.items():
         team = Team(name, configured.account, configured.disabled, team_limits[name])
         for token in configured.tokens:
-            credentials[token.sha256] = Credential(team, token.expires, token.label)
+            credentials[token.sha256] = Credential(team, token.expires, token.label, token_id_of(token.sha256))
     return Teams(credentials)

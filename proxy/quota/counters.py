@@ -50,6 +50,10 @@ class LedgerKeys:
     def flush(self, name: str) -> str:
         return f"ep1:{{{self.org}}}:flush:{name}"
 
+    def token(self, token_id: str) -> str:
+        """When a token was last used: the beginning of an hour, in seconds since 1970."""
+        return f"ep1:{{{self.org}}}:token:{token_id}"
+
     def rate(self, team: str) -> str:
         return f"ep1:{{{self.org}}}:rate:t:{team}"
 

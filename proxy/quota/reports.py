@@ -1,4 +1,4 @@
-"""Reads the ledger: quota states, window totals and usage.
+"""Reads the ledger: quota states, window totals, usage, and when tokens were last used.
 
 * One script reads quota states and totals at one moment of the store's clock, in the windows of that moment.
 * Usage is read in chunks, so that a long report blocks neither the store nor the gateway. Requests that are booked
@@ -22,6 +22,7 @@ CHUNK = 50
 
 _LEDGER_READ = Script("proxy.quota", "ledger_read", repeatable=True)
 _TEAMS_GET = Script("proxy.quota", "teams_get", repeatable=True)
+_TOKEN_USES_GET = Script("proxy.quota", "token_uses_get", repeatable=True)
 _USAGE_GET = Script("proxy.quota", "usage_get", repeatable=True)
 
 
@@ -87,6 +88,13 @@ class LedgerReader:
             for team_day in await self._team_days(team_days[start : start + CHUNK]):
                 totals.add(replace(team_day, team=current.get(team_day.team, team_day.team)))
         return totals.usage()
+
+    async def token_uses(self, token_ids: Sequence[str]) -> dict[str, int]:
+        """The hour in which each token was last used, in seconds since 1970, of those with a recorded use."""
+        if not token_ids:
+            return {}
+        hours = await self._store.call(_TOKEN_USES_GET, *map(self._keys.token, token_ids))
+        return {token_id: int(hour_s) for token_id, hour_s in zip(token_ids, hours, strict=True) if hour_s is not None}
 
     async def quota_states(self, limits: Sequence[TeamLimits]) -> list[QuotaState]:
         """The states of these teams, all at one moment."""

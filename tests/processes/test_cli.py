@@ -100,7 +100,8 @@ def process(*command: str, stdin: bytes = b"", **environ: str) -> subprocess.Com
             ],
         ),
         ("quota", ["[TEAM]", "--config FILE", "[table|csv|json]", "tab-separated"]),
-        ("token", ["new"]),
+        ("token", ["list", "new", "last used"]),
+        ("token list", ["--config FILE", "last used", "org.timezone", "tab-separated"]),
         (
             "token new",
             ["[TEAM]", "once", "--label TEXT", "--expires DAY", "--viewer", "--metrics", "--admin", "--quiet"],
@@ -740,7 +741,9 @@ def test_no_quotas_are_reported_without_an_error(run: Run, valkey_url: str) -> N
     assert len(fields(result.stdout)) == 1
 
 
-@pytest.mark.parametrize("command", [["usage"], ["usage", "--team", "nobody"], ["quota"], ["quota", "design"]])
+@pytest.mark.parametrize(
+    "command", [["usage"], ["usage", "--team", "nobody"], ["quota"], ["quota", "design"], ["token", "list"]]
+)
 def test_an_unreachable_store_is_one_line(run: Run, command: list[str]) -> None:
     Path("estimate-proxy.toml").write_text(f'{CONFIG}[store]\nurl = "redis://127.0.0.1:{free_port()}"\n')
     assert refusal(run(*command)) == "the store is unreachable"
@@ -825,6 +828,73 @@ def test_quiet_prints_the_token_alone(run: Run) -> None:
 )
 def test_a_token_that_cannot_be(run: Run, options: list[str], line: str) -> None:
     assert refusal(run("token", "new", *options)).startswith(line)
+
+
+@pytest.fixture
+def used_tokens(valkey_url: str) -> list[str]:
+    """The digests of tokens in the config: of the team `design`, old and new, of an admin, a scraper and a viewer.
+
+    The old one was last used at 10:00 UTC on 29 November 2026, the admin's an hour later.
+    """
+    digests = [teams.digest_of(teams.token_of(letter * 32)) for letter in "onasv"]
+    old, new, admin, scraper, viewer = digests
+    Path("estimate-proxy.toml").write_text(
+        f"""
+[accounts.default]
+api_key = "{CANARY}"
+[org]
+timezone = "Europe/Berlin"
+[teams.design]
+name = "Design [b]"
+tokens = [{{ sha256 = "{old}", label = "[ci]", expires = 2027-06-30 }}, "{new}"]
+[admin]
+tokens = ["{admin}"]
+[metrics]
+tokens = ["{scraper}"]
+[viewer]
+tokens = ["{viewer}"]
+[store]
+url = "{valkey_url}"
+"""
+    )
+    with redis.Redis.from_url(valkey_url) as client:
+        client.flushall()
+        for digest, hour_s in ((old, 1_795_946_400), (admin, 1_795_950_000)):
+            client.set(LEDGER.token(digest.removeprefix("sha256:")[:16]), hour_s)
+    return digests
+
+
+def test_the_list_of_tokens_when_piped(run: Run, used_tokens: list[str]) -> None:
+    old, new, admin, scraper, viewer = (digest[:15] for digest in used_tokens)
+    header, *rows = fields(told(run("token", "list")))
+    assert header == ["team", "label", "expires", "last_used", "digest", "team_name"]
+    assert rows == [
+        ["design", "[ci]", "2027-06-30", "2026-11-29T11:00:00+01:00", old, "Design [b]"],
+        ["design", "-", "-", "-", new, "Design [b]"],
+        ["-", "metrics", "-", "-", scraper, ""],
+        ["-", "viewer", "-", "-", viewer, ""],
+        ["-", "admin", "-", "2026-11-29T12:00:00+01:00", admin, ""],
+    ]
+
+
+def test_the_list_of_tokens_on_a_terminal(used_tokens: list[str]) -> None:
+    title, header, old, new, *_ = on_terminal("token", "list", columns=80).split("\r\n")
+    assert title.rstrip() == "tokens, Europe/Berlin"
+    assert header.split() == ["team", "name", "label", "expires", "last", "used", "digest"]
+    assert old.split() == ["design", "Design", "[b]", "[ci]", "2027-06-30", "2026-11-29", "11:00", used_tokens[0][:15]]
+    assert new.split() == ["design", "Design", "[b]", "-", "-", "-", used_tokens[1][:15]]
+    narrow = on_terminal("token", "list", columns=50)
+    assert "2026-11-29 11:00" in narrow
+    assert "Not shown, for lack of width: name, digest." in narrow
+
+
+def test_no_token_is_said_and_no_failure(run: Run, valkey_url: str) -> None:
+    Path("estimate-proxy.toml").write_text(
+        f'[accounts.default]\napi_key = "{CANARY}"\n[teams.design]\n[store]\nurl = "{valkey_url}"\n'
+    )
+    result = run("token", "list")
+    assert (result.exit_code, result.stderr) == (0, "estimate-proxy: no token is configured\n")
+    assert len(fields(result.stdout)) == 1
 
 
 def test_no_two_tokens_are_equal(run: Run) -> None:

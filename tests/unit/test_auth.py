@@ -9,7 +9,18 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from proxy.auth import BASE62, Access, Credential, Team, Teams, digest_of, is_well_formed, token_of
+from proxy.auth import (
+    BASE62,
+    Access,
+    Credential,
+    RoleDigests,
+    Team,
+    Teams,
+    digest_of,
+    is_well_formed,
+    token_id_of,
+    token_of,
+)
 from proxy.problems import Code, Problem
 from proxy.quota.quotas import Rate, TeamLimits
 
@@ -122,8 +133,8 @@ def test_a_token_works_on_its_last_day_and_not_after_it(today: date, days: int) 
 
 
 def test_access_finds_the_credential_with_its_label_and_says_when_it_has_expired() -> None:
-    current, expired, unlabelled, admin, stranger = (token_of(letter * 32) for letter in "abcde")
-    kept = Credential(DESIGN, date.max, "ci")
+    current, expired, unlabelled, admin, stranger, scraper, viewer = (token_of(letter * 32) for letter in "abcdefg")
+    kept = Credential(DESIGN, date.max, "ci", token_id_of(digest_of(current)))
     teams = Teams(
         {
             digest_of(current): kept,
@@ -132,13 +143,13 @@ def test_access_finds_the_credential_with_its_label_and_says_when_it_has_expired
             digest_of(admin): Credential(DESIGN, date(2020, 2, 29)),
         }
     )
+    used: list[str] = []
     access = Access(
         teams,
         ZoneInfo("UTC"),
-        admin_digests=(digest_of(admin),),
-        viewer_digests=(),
-        metrics_digests=(),
+        RoleDigests((digest_of(admin),), (digest_of(viewer),), (digest_of(scraper),)),
         metrics_are_public=False,
+        record_use=used.append,
     )
 
     def refusal(token: str | None) -> Problem:
@@ -156,3 +167,12 @@ def test_access_finds_the_credential_with_its_label_and_says_when_it_has_expired
     assert refusal(admin).code is Code.FORBIDDEN
     assert refusal(stranger).detail.startswith("The token is unknown or mistyped: ")
     assert refusal(None).detail.startswith("The request has no token: ")
+    assert used == [token_id_of(digest_of(token)) for token in (current, admin)], "not of expired or unknown tokens"
+    assert [access.may_scrape(token) for token in (scraper, admin, current, None)] == [True, True, False, False]
+    assert access.is_viewer(viewer)
+    assert used[2:] == [token_id_of(digest_of(token)) for token in (scraper, admin, viewer)]
+
+
+def test_an_id_is_the_beginning_of_the_digest() -> None:
+    """Ids are in stores: they may not change."""
+    assert token_id_of(digest_of(TOKEN)) == "fccd6cef201bd4b4"
