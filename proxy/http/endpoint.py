@@ -99,6 +99,7 @@ class Endpoint:
             context.end(self._metrics, Outcome.CANCELLED, _CLIENT_GONE, None)
             return
         context.close = context.close or self._tracker.draining
+        # The contract's outcomes are those of estimates: reports, purges and /metrics count as `hit`.
         outcome = Outcome.HIT if isinstance(result, Purged | Document) else result.outcome
         status, lines, body = render(result, context)
         match scope[SCOPE_REPLY](status, lines, body, close=context.close):

@@ -33,7 +33,7 @@ def metrics_files(slots: int) -> Iterator[list[int]]:
             descriptors = [opened.enter_context(_nameless_file()).fileno() for _ in range(slots)]
         except OSError as error:
             raise NoMetricsFileError(
-                f"cannot open a file for metrics ({error.strerror}): set TMPDIR to a writable folder"
+                f"cannot open a file for metrics ({error.strerror}): set TMPDIR to a writable directory"
             ) from None
         yield descriptors
 

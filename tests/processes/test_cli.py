@@ -28,7 +28,7 @@ from proxy.embedded.stores import EmbeddedStores
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.usage import OUTCOMES
 from proxy.quota.windows import window_of
-from proxy.settings import loader as config
+from proxy.settings import loader
 from proxy.settings.schema import MASK
 from raw_upstream import raw_upstream
 from serving import free_port
@@ -48,7 +48,7 @@ Run = Callable[..., Result]
 def empty_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(("ESTIMATE_PROXY_", "RENDERNET_", "REDIS_"))]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(config, "DEFAULT_PATHS", config.DEFAULT_PATHS[:1])
+    monkeypatch.setattr(loader, "DEFAULT_PATHS", loader.DEFAULT_PATHS[:1])
     monkeypatch.chdir(tmp_path)
 
 

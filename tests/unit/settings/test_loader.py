@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs import ACCOUNT, CANARY, DIGEST, ENV, MINIMAL, OTHER_DIGEST, TEAM, Problems, Read
-from proxy.settings import loader as config
+from proxy.settings import loader
 from proxy.settings.errors import SettingsError
 from proxy.settings.loader import load, load_key_settings
 from proxy.settings.schema import SecretText
@@ -61,7 +61,7 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
 
 def test_the_first_existing_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     places = tmp_path / "first.toml", tmp_path / "second.toml"
-    monkeypatch.setattr(config, "DEFAULT_PATHS", places)
+    monkeypatch.setattr(loader, "DEFAULT_PATHS", places)
     environ = {"RENDERNET_API_KEY": "k", f"{ENV}TEAMS__A__NAME": "A", "ESTIMATE_PROXY_CONFIG": ""}
 
     def port(option: Path | None = None, more: Mapping[str, str] = {}) -> int:
