@@ -83,7 +83,7 @@ def test_the_first_existing_file_is_read(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_default_paths() -> None:
-    assert (Path("estimate-proxy.toml"), Path("/etc/estimate-proxy/config.toml")) == config.DEFAULT_PATHS
+    assert (Path("estimate-proxy.toml"), Path("/etc/estimate-proxy/config.toml")) == loader.DEFAULT_PATHS
 
 
 # --- The environment --------------------------------------------------------------------------------------------
