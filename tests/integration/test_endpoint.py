@@ -256,9 +256,9 @@ def test_two_requests_in_one_segment_get_one_answer_each(gateway: GatewayFixture
     for body, connection in ((first, "keep-alive"), (last, "close")):
         head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nX-API-KEY: {token}\r\nConnection: {connection}\r\n"
         pieces.append(head.encode() + b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
-    told = gateway.raw(b"".join(pieces))
-    assert told.count(b"HTTP/1.1 200 OK\r\n") == 2
-    assert told.count(b"connection: close") == 1
+    received = gateway.raw(b"".join(pieces))
+    assert received.count(b"HTTP/1.1 200 OK\r\n") == 2
+    assert received.count(b"connection: close") == 1
     assert [exchange.body for exchange in gateway.simulator.received] == [first, last]
 
 
@@ -275,9 +275,9 @@ def test_a_header_that_would_break_the_head_is_never_sent(caplog: pytest.LogCapt
 
 
 def test_a_head_request_is_answered_without_a_body(gateway: GatewayFixture) -> None:
-    wanted, told = gateway.client.get("/v1/quota"), gateway.client.head("/v1/quota")
-    assert (told.status_code, told.content) == (200, b"")
-    assert told.headers["content-length"] == str(len(wanted.content))
+    expected, response = gateway.client.get("/v1/quota"), gateway.client.head("/v1/quota")
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers["content-length"] == str(len(expected.content))
 
 
 def test_an_idle_connection_is_closed_after_its_timeout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,20 +69,22 @@ def test_a_store_that_is_100_ms_away_behind_tls_and_a_password(
         assert gateway.ask().status_code == 200
         until = time.monotonic() + 3
 
-        def crowd(lane: int) -> Counter[str]:
-            said: Counter[str] = Counter()
+        def send_requests(lane: int) -> Counter[str]:
+            results: Counter[str] = Counter()
             while time.monotonic() < until:
-                body = b'[{"model":"Flux","seed":%d}]' % (said.total() if lane % 2 else 0)
+                body = b'[{"model":"Flux","seed":%d}]' % (results.total() if lane % 2 else 0)
                 answer = gateway.ask(body)
-                said[f"{answer.status_code} {answer.headers.get('cache-status', answer.text)}"] += 1
-            return said
+                results[f"{answer.status_code} {answer.headers.get('cache-status', answer.text)}"] += 1
+            return results
 
-        said = sum(pool.map(crowd, range(8)), Counter[str]())
-        priced = sum(count for words, count in said.items() if words.startswith("200 "))
-        if priced < said.total():  # a call may take two and a half round trips, also when it sends the script first
-            raise LateError(f"{said.total() - priced} of {said.total()} were not priced: {said}; {caplog.text}")
-        assert not any("bypass" in words for words in said), said
-        assert said.total() > 40
+        results = sum(pool.map(send_requests, range(8)), Counter[str]())
+        priced = sum(count for text, count in results.items() if text.startswith("200 "))
+        if priced < results.total():  # a call may take two and a half round trips, also when it sends the script first
+            raise LateError(
+                f"{results.total() - priced} of {results.total()} were not priced: {results}; {caplog.text}"
+            )
+        assert not any("bypass" in text for text in results), results
+        assert results.total() > 40
         assert gateway.metrics.registry.get_sample_value("estimate_proxy_unanswered_debits_total") == 0
 
 

@@ -14,7 +14,7 @@ from raw_upstream import RawUpstream, Turn, answer, raw_proxy, raw_upstream
 from serving import wait_until
 
 OTHER = answer(99)
-"""An answer that nobody has asked for."""
+"""An answer without a request."""
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def estimate(gateway: GatewayFixture, steps: int) -> int:
     return price
 
 
-BEHIND = {
+EXTRA_BYTES = {
     "a second answer": OTHER,
     "the beginning of a second answer": OTHER[:30],
     "one byte of a second answer": OTHER[:1],
@@ -49,27 +49,27 @@ BEHIND = {
 
 class TestBytesAfterAnAnswer:
     @pytest.mark.parametrize("late", [False, True], ids=["in the same segment", "50 ms later"])
-    @pytest.mark.parametrize("behind", BEHIND.values(), ids=BEHIND)
+    @pytest.mark.parametrize("extra", EXTRA_BYTES.values(), ids=EXTRA_BYTES)
     def test_bytes_after_an_answer_are_dropped_with_their_connection(
         self,
         gateway: GatewayFixture,
         raw: RawUpstream,
-        behind: bytes,
+        extra: bytes,
         late: bool,  # noqa: FBT001 -- a row of a table
     ) -> None:
-        raw.script(Turn((answer(2), behind) if late else (answer(2) + behind,)))
+        raw.script(Turn((answer(2), extra) if late else (answer(2) + extra,)))
         assert estimate(gateway, 2) == 2
         wait_until(lambda: raw.closed == 1)
         assert [estimate(gateway, steps) for steps in (3, 4, 2)] == [3, 4, 2]
         assert [request.connection for request in raw.requests] == [0, 1, 1]
 
-    @pytest.mark.parametrize("behind", [b"", OTHER, b"\r\n", b"0\r\n\r\n"])
-    def test_bytes_after_a_chunked_answer_too(self, gateway: GatewayFixture, raw: RawUpstream, behind: bytes) -> None:
+    @pytest.mark.parametrize("extra", [b"", OTHER, b"\r\n", b"0\r\n\r\n"])
+    def test_bytes_after_a_chunked_answer_too(self, gateway: GatewayFixture, raw: RawUpstream, extra: bytes) -> None:
         body = b'{"data":{"estimated":2,"balance":20},"error":{}}'
         chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
-        raw.script(Turn((chunked + behind,)))
+        raw.script(Turn((chunked + extra,)))
         assert [estimate(gateway, steps) for steps in (2, 3)] == [2, 3]
-        assert [request.connection for request in raw.requests] == [0, int(behind != b"")]
+        assert [request.connection for request in raw.requests] == [0, int(extra != b"")]
 
     def test_after_an_answer_in_pieces_the_connection_is_reused(
         self, gateway: GatewayFixture, raw: RawUpstream
@@ -144,14 +144,14 @@ class TestClosedConnections:
         with ThreadPoolExecutor(6) as pool:
 
             def ask(client: int) -> list[int]:
-                told = []
+                estimates = []
                 for number in range(50):
-                    told.append(estimate(gateway, client * 100 + number))
+                    estimates.append(estimate(gateway, client * 100 + number))
                     time.sleep(idle_s)
-                return told
+                return estimates
 
-            told = list(pool.map(ask, range(6)))
-        assert told == [[client * 100 + number for number in range(50)] for client in range(6)]
+            estimates = list(pool.map(ask, range(6)))
+        assert estimates == [[client * 100 + number for number in range(50)] for client in range(6)]
 
 
 PRICED = b'{"data":{"estimated":2,"balance":20},"error":{}}'
@@ -166,7 +166,7 @@ FORMS = {
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\nx: y\r\n\r\n" % (len(PRICED), PRICED),
         "none",
     ),
-    "behind a blank line": (b"\r\n" + answer(2), "none"),
+    "after a blank line": (b"\r\n" + answer(2), "none"),
     "with a cookie": (answer(2, head="set-cookie: a=b\r\n"), "none"),
 }
 

@@ -209,8 +209,8 @@ def test_amounts_stay_exact_from_the_lowest_to_the_highest(any_store_url: str, s
 
     async def scenario(fixture: LedgerFixture) -> None:
         limited = terms(quota(DEAREST + 1, "estimated_credits"), team="film")
-        for micro, said in ((DEAREST, "admitted"), (2, "quota-exceeded"), (1, "admitted"), (1, "quota-exceeded")):
-            assert word(await fixture.ledger.charge(limited, Charge(Outcome.HIT, micro, "Flux"))) == said
+        for micro, expected in ((DEAREST, "admitted"), (2, "quota-exceeded"), (1, "admitted"), (1, "quota-exceeded")):
+            assert word(await fixture.ledger.charge(limited, Charge(Outcome.HIT, micro, "Flux"))) == expected
         for name in ("first", "second"):
             await fixture.batcher.book(largest_flush(name, fixture.batcher.counters(PLAIN), HIT))
             await asyncio.gather(

@@ -54,7 +54,7 @@ def test_a_hanging_store_delays_only_the_first_requests_and_gets_no_call_twice(
                 answers = await asyncio.gather(
                     *map(timed, [*asked, fixture.ledger.record_uncached(PLAIN, Outcome.NOT_CACHED)])
                 )
-                assert {said for said, _ in answers} == {"store-unavailable"}
+                assert {result for result, _ in answers} == {"store-unavailable"}
                 waits_s.append(max(waited_s for _, waited_s in answers))
                 assert_in_time(
                     (await timed(fixture.ledger.admit(PLAIN)))[1], TIMEOUT_S, "It is left alone for a moment."
@@ -80,8 +80,8 @@ def test_a_store_that_refuses_connections_causes_no_delay(store_proxy: FaultyPro
             assert word(await fixture.ledger.settle(admitted, MISS)) == "store-unavailable"
         before = calls(server)
         for asked in (fixture.ledger.charge(PLAIN, HIT), fixture.ledger.admit(PLAIN)):
-            said, waited_s = await timed(asked)
-            assert said == "store-unavailable"
+            result, waited_s = await timed(asked)
+            assert result == "store-unavailable"
             assert_in_time(waited_s, TIMEOUT_S)
         with pytest.raises(StoreUnavailable):
             await fixture.ledger.peek(PLAIN, 1)

@@ -131,9 +131,9 @@ def test_each_gap_has_its_own_line(pipe: Pipe) -> None:
         while not (lost := writer.take_dropped()):
             for _ in range(1000):
                 writer.write(f"gap {gap}\n")
-        *lines, told = pipe.lines_until(b" missing")
+        *lines, last = pipe.lines_until(b" missing")
         lost += writer.take_dropped()
-        assert told == f"{lost} missing".encode()
+        assert last == f"{lost} missing".encode()
         assert set(lines) == {f"gap {gap}".encode()}
 
 
@@ -147,9 +147,9 @@ def test_with_many_threads_every_lost_line_is_counted(pipe: Pipe) -> None:
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(write, names))
-    *lines, told = pipe.lines_until(b" missing")
+    *lines, last = pipe.lines_until(b" missing")
     dropped = writer.take_dropped()
-    assert told == f"{dropped} missing".encode()
+    assert last == f"{dropped} missing".encode()
     assert len(lines) + dropped == count + len(names) * MAX_LINES
     for name in names:
         own = [line for line in lines if line.startswith(f"{name}-".encode())]
@@ -225,7 +225,7 @@ while os.fstat(fd).st_size == 25:
 writer.write("there is room\\n")
 writer.flush(10)
 """
-"""A file that takes 25 bytes, and later more, stands in for a disk that is full for a while."""
+"""A file that takes 25 bytes, and later more, simulates a disk that is full for a while."""
 
 
 def run(program: str, *args: object) -> None:

@@ -200,7 +200,7 @@ def test_auto_format_is_text_only_on_a_terminal(style: str, target: Any, text: b
 
 
 @pytest.mark.parametrize(
-    ("level", "heard"),
+    ("level", "logged"),
     [
         ("debug", ["debug", "info", "warning", "error"]),
         ("info", ["info", "warning", "error"]),
@@ -208,11 +208,11 @@ def test_auto_format_is_text_only_on_a_terminal(style: str, target: Any, text: b
         ("error", ["error"]),
     ],
 )
-def test_our_loggers_follow_the_level(level: str, heard: list[str]) -> None:
+def test_our_loggers_follow_the_level(level: str, logged: list[str]) -> None:
     stream = configured(level)
     for name in ("debug", "info", "warning", "error"):
         getattr(log, name)("x")
-    assert [json.loads(line)["level"] for line in stream.getvalue().splitlines()] == heard
+    assert [json.loads(line)["level"] for line in stream.getvalue().splitlines()] == logged
 
 
 @pytest.mark.parametrize("name", LIBRARIES)

@@ -182,14 +182,14 @@ class TestGauges:
         for token in (DESIGN, DESIGN, MARKETING):
             assert gateway.ask(FLUX, x_api_key=token).status_code == 200
         shown = gateway.client.get("/v1/quota", headers={"x-api-key": ADMIN}).json()["teams"]
-        told = {_key(team["team"], quota): quota for team in shown for quota in team["quotas"]}
+        by_label = {_key(team["team"], quota): quota for team in shown for quota in team["quotas"]}
         scraped = scrape(gateway.client)
         for name, member in (("quota_limit", "limit"), ("quota_used", "used")):
             found = scraped.series(name, "scope", "team", "measure", "per")
-            assert found == {key: quota[member] for key, quota in told.items()}
+            assert found == {key: quota[member] for key, quota in by_label.items()}
         for name, member in (("window_start", "window_start"), ("window_end", "resets_at")):
             found = scraped.series(f"{name}_timestamp_seconds", "per")
-            ends = {(per,): datetime.fromisoformat(quota[member]).timestamp() for (*_, per), quota in told.items()}
+            ends = {(per,): datetime.fromisoformat(quota[member]).timestamp() for (*_, per), quota in by_label.items()}
             assert found.items() >= ends.items()
             assert {per for (per,) in found} == {"minute", "hour", "day", "week", "month"}
         assert scraped.value("quota_used", scope="org", team="-", measure="requests", per="week") == 3

@@ -52,10 +52,10 @@ def configurable(server: redis.Redis) -> Iterator[redis.Redis]:
 def test_possible_data_loss_is_logged_at_the_start(
     any_store_url: str, configurable: redis.Redis, caplog: pytest.LogCaptureFixture, kept: str
 ) -> None:
-    for wanted, said in SETTINGS[kept]:
+    for wanted, expected in SETTINGS[kept]:
         for name, value in wanted.items():
             configurable.config_set(name, value)
-        assert logged_at_start(any_store_url, caplog) == said
+        assert logged_at_start(any_store_url, caplog) == expected
 
 
 def test_without_access_to_config_nothing_is_logged(
@@ -64,9 +64,9 @@ def test_without_access_to_config_nothing_is_logged(
     configurable.config_set("appendonly", "no")
     configurable.config_set("save", "")
     access = {"username": "narrow", "password": "secret"}
-    for rights, said in (("-config", []), ("+config", [NOTHING_WRITTEN]), ("-info", [])):
+    for rights, expected in (("-config", []), ("+config", [NOTHING_WRITTEN]), ("-info", [])):
         configurable.execute_command("ACL", "SETUSER", "narrow", "on", ">secret", "~*", "+@all", rights)  # type: ignore[no-untyped-call]  # redis-py's
-        assert logged_at_start(any_store_url, caplog, **access) == said
+        assert logged_at_start(any_store_url, caplog, **access) == expected
     configurable.acl_deluser("narrow")
 
 

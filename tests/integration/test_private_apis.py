@@ -43,7 +43,7 @@ def test_a_library_whose_private_parts_are_used_is_pinned_to_the_minor_version_t
     bounds = re.fullmatch(rf"{library}>=(\d+)\.(\d+)[^,]*,<(\d+)\.(\d+)", wanted)
     assert bounds is not None, f"pyproject.toml: give {wanted} an upper bound, such as >=1.2,<1.3"
     major, minor, next_major, next_minor = map(int, bounds.groups())
-    assert (next_major, next_minor) == (major, minor + 1), f"pyproject.toml: {wanted} allows versions nobody tested"
+    assert (next_major, next_minor) == (major, minor + 1), f"pyproject.toml: {wanted} allows untested versions"
     assert version(library).split(".")[:2] == [str(major), str(minor)]
 
 

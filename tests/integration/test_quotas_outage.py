@@ -61,9 +61,9 @@ class TestWithoutTheLedger:
         store = {"url": ledger.url, "on_outage": "admit"}
         gateway = limited(quota(5), requests(2), store=store, cache={"url": valkey_url})
         gateway.simulator.script(None, None, Fault.SERVER_ERROR)
-        told = [gateway.ask(body) for body in (FLUX, FLUX, ONE, b"[{},{}]")]
-        assert [answer.status_code for answer in told] == [200, 200, 200, 502]
-        assert not [answer for answer in told if {"ratelimit", "ratelimit-policy"} & answer.headers.keys()]
+        answers = [gateway.ask(body) for body in (FLUX, FLUX, ONE, b"[{},{}]")]
+        assert [answer.status_code for answer in answers] == [200, 200, 200, 502]
+        assert not [answer for answer in answers if {"ratelimit", "ratelimit-policy"} & answer.headers.keys()]
         assert code_of(get(gateway, "/v1/usage")) == "store-unavailable"
         ledger.start()
         wait_until(lambda: get(gateway, "/v1/usage").status_code == 200 and usage(gateway)["requests"])
@@ -104,8 +104,8 @@ class TestWithoutTheLedger:
         gateway = limited(requests(100), store=store, cache={"url": valkey_url})
         assert gateway.ask(FLUX).status_code == 200
         with ledger.hanging():
-            unanswered, owed = gateway.ask(FLUX), gateway.ask(FLUX)
-        assert (code_of(unanswered), owed.status_code) == ("store-unavailable", 200)
+            unanswered, buffered = gateway.ask(FLUX), gateway.ask(FLUX)
+        assert (code_of(unanswered), buffered.status_code) == ("store-unavailable", 200)
         assert gateway.metrics.unanswered_debits._value.get() == 1
         wait_until(lambda: gateway.metrics.buffered_debits._value.get() == 0)
         assert used(gateway)[0] in {2, 3}
@@ -115,15 +115,15 @@ class TestWithoutTheLedger:
         limited().ask(FLUX)
         dead = f"redis://127.0.0.1:{free_port()}"
         gateway = limited(store={"url": dead}, cache={"url": valkey_url})
-        told = explained(gateway)
-        assert (told["stored"], told["admitted"], told["degraded"]) == (True, None, ["ledger"])
-        assert "estimated" not in told, "an estimate would be refused"
+        explanation = explained(gateway)
+        assert (explanation["stored"], explanation["admitted"], explanation["degraded"]) == (True, None, ["ledger"])
+        assert "estimated" not in explanation, "an estimate would be refused"
 
     def test_without_only_the_price_book_estimates_are_served_and_counted(self, limited: Limited) -> None:
         gateway = limited(quota(6), requests(100), cache={"url": f"redis://127.0.0.1:{free_port()}"})
-        told = [gateway.ask(FLUX) for _ in range(3)]
-        assert [answer.status_code for answer in told] == [200, 200, 402]
-        assert {cache_status(answer) for answer in told} == {"fwd=bypass; detail=store-unavailable"}
+        answers = [gateway.ask(FLUX) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [200, 200, 402]
+        assert {cache_status(answer) for answer in answers} == {"fwd=bypass; detail=store-unavailable"}
         assert gateway.simulator.calls == 3
         assert used(gateway) == [Decimal("5.5"), 2]
         assert usage(gateway) == row(2, Decimal("5.5"), refused=1, bypass=2, quota_exceeded=1)

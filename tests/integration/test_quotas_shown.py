@@ -71,11 +71,11 @@ class TestFields:
         for _ in range(2):
             gateway.client.post("/v1/explain", content=FLUX)
         limited_ = gateway.ask(FLUX)
-        told = [answered, refused, absent, explained, limited_]
-        assert [answer.status_code for answer in told] == [200, 402, 504, 200, 429]
-        assert {answer.headers["ratelimit-policy"] for answer in told} == {answered.headers["ratelimit-policy"]}
-        assert [limits(answer)["rate"]["r"] for answer in told] == [4, 4, 3, 2, 0]
-        for answer in told:
+        answers = [answered, refused, absent, explained, limited_]
+        assert [answer.status_code for answer in answers] == [200, 402, 504, 200, 429]
+        assert {answer.headers["ratelimit-policy"] for answer in answers} == {answered.headers["ratelimit-policy"]}
+        assert [limits(answer)["rate"]["r"] for answer in answers] == [4, 4, 3, 2, 0]
+        for answer in answers:
             assert left(answer) == {"credits-month": 0, "requests-month": 8}
 
     def test_a_warning_is_on_answers_but_not_on_refusals(self, limited: Limited) -> None:
@@ -105,26 +105,30 @@ class TestExplain:
         gateway = limited(quota(5))
         gateway.ask(FLUX)
         response = gateway.client.post("/v1/explain", content=FLUX)
-        told = exactly(response)
-        assert (told["stored"], told["admitted"]) == (True, False)
+        explanation = exactly(response)
+        assert (explanation["stored"], explanation["admitted"]) == (True, False)
         needs_more = exceeded(gateway.ask(FLUX))["detail"].replace(" needs 2.75.", " needs more.")
-        assert told["refusal"] == {"code": "quota-exceeded", "detail": needs_more}
-        assert "estimated" not in told
+        assert explanation["refusal"] == {"code": "quota-exceeded", "detail": needs_more}
+        assert "estimated" not in explanation
         assert "2.75" not in response.text
 
     def test_an_unknown_price_is_admitted_unless_nothing_is_left(self, limited: Limited) -> None:
         gateway = limited(quota(2.75))
         assert explained(gateway, SEGMENT)["admitted"] is True
         gateway.ask(FLUX)
-        told = explained(gateway, SEGMENT)
-        assert (told["stored"], told["admitted"], told["refusal"]["code"]) == (False, False, "quota-exceeded")
+        explanation = explained(gateway, SEGMENT)
+        assert (explanation["stored"], explanation["admitted"], explanation["refusal"]["code"]) == (
+            False,
+            False,
+            "quota-exceeded",
+        )
 
     def test_a_price_that_fits_is_shown(self, limited: Limited) -> None:
         gateway = limited(quota(5.5))
         gateway.ask(FLUX)
-        told = explained(gateway)
-        assert (told["admitted"], told["estimated"]) == (True, Decimal("2.75"))
-        assert "refusal" not in told
+        explanation = explained(gateway)
+        assert (explanation["admitted"], explanation["estimated"]) == (True, Decimal("2.75"))
+        assert "refusal" not in explanation
 
 
 class TestViews:

@@ -168,16 +168,16 @@ def test_quota_states_of_teams(server: redis.Redis, run_scenario: RunScenario) -
 
 
 def test_a_rate_that_was_used_a_moment_ago(server: redis.Redis, run_scenario: RunScenario) -> None:
-    terms = [TeamLimits(team, Rate(0.1, 5), ()) for team in ("ahead", "behind")]
+    terms = [TeamLimits(team, Rate(0.1, 5), ()) for team in ("used", "idle")]
     now_us = 1_000_000 * now_s(server)
-    server.set(KEYS.rate("ahead"), now_us + 20_500_000)
-    server.set(KEYS.rate("behind"), now_us - 20_000_000)
+    server.set(KEYS.rate("used"), now_us + 20_500_000)
+    server.set(KEYS.rate("idle"), now_us - 20_000_000)
 
     async def scenario(reports: LedgerReader) -> None:
-        ahead, behind = await reports.quota_states(terms)
-        assert 15_000_000 < ahead.tat_offset_us <= 20_500_000
-        assert ahead.rate_remaining() in (2, 3)
-        assert (behind.tat_offset_us, behind.rate_remaining()) == (0, 5)
+        used, idle = await reports.quota_states(terms)
+        assert 15_000_000 < used.tat_offset_us <= 20_500_000
+        assert used.rate_remaining() in (2, 3)
+        assert (idle.tat_offset_us, idle.rate_remaining()) == (0, 5)
         assert await reports.quota_states([]) == []
 
     run_scenario(scenario)
@@ -195,7 +195,7 @@ def test_quota_states_without_any_booking(server: redis.Redis, run_scenario: Run
         assert (await reports.window_totals(["design"])).teams["design"]["month"] == CounterValue(0, 0)
 
     run_scenario(scenario)
-    assert server.dbsize() == 0, "to look leaves nothing behind"
+    assert server.dbsize() == 0, "reports write nothing"
 
 
 def test_a_counter_without_credits_has_0_credits(server: redis.Redis, run_scenario: RunScenario) -> None:
@@ -289,7 +289,7 @@ def test_reports_equal_the_ledgers_bookings(any_store_url: str, server: redis.Re
         assert isinstance(asked, Admitted)
         assert isinstance(failed, Admitted)
         assert (await reports.usage(_today("day"))).total.outcomes == {"hit": 3, "cancelled": 2}, "under way"
-        told = await ledger.settle(asked, Charge(Outcome.MISS, 1, "Turbo"))
+        settled = await ledger.settle(asked, Charge(Outcome.MISS, 1, "Turbo"))
         await ledger.refund(failed, Outcome.UPSTREAM_BUSY)
         assert isinstance(await ledger.charge(design, Charge(Outcome.HIT, 1, "Flux")), Admitted)
         assert isinstance(await ledger.charge(design, Charge(Outcome.HIT, 1, "Flux")), Denied)
@@ -302,8 +302,8 @@ def test_reports_equal_the_ledgers_bookings(any_store_url: str, server: redis.Re
         ]
         (quota_state,) = await reports.quota_states([design])
         assert list(quota_state.used) == [13_500_002, 5, 5]
-        assert told.quota_state is not None
-        assert list(told.quota_state.used) == [13_500_001, 5, 5], "the question under way still counted"
+        assert settled.quota_state is not None
+        assert list(settled.quota_state.used) == [13_500_001, 5, 5], "the request in flight is still counted"
         assert quota_state.rate_remaining() == 2, "of 8, less three hits, two questions and one more hit"
         totals = await reports.window_totals(["design"])
         assert set(totals.teams["design"].values()) == {CounterValue(5, 13_500_002)}, "usage and counters agree"

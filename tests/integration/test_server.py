@@ -108,8 +108,8 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
         body, more = body + message["body"], message["more_body"]
     assert scope["path"] == "/early" or scope.get(SCOPE_BODY, body) == body
     seen = [scope[name] for name in ("method", "path", "raw_path", "query_string", "http_version", "headers", "state")]
-    said = repr((seen, scope[SCOPE_HEADERS].token, body)).encode()
-    if scope[SCOPE_REPLY](200, [], said, close=False) is Delivery.BY_MESSAGES:
+    received = repr((seen, scope[SCOPE_HEADERS].token, body)).encode()
+    if scope[SCOPE_REPLY](200, [], received, close=False) is Delivery.BY_MESSAGES:
         assert scope["method"] == "HEAD"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
         await send({"type": "http.response.body", "body": b""})
@@ -138,11 +138,11 @@ class Connection:
     async def end(self) -> tuple[bytes, bool]:
         """Returns the received bytes, and whether the connection was closed."""
         await _iterate(TURNS)
-        said = ONE_ID.sub(b"<id>", self._transport.written), self._transport.closed
+        received = ONE_ID.sub(b"<id>", self._transport.written), self._transport.closed
         self._protocol.connection_lost(None)
         await _iterate(TURNS)
         assert not self._tasks
-        return said
+        return received
 
 
 async def _iterate(turns: int) -> None:
@@ -216,9 +216,9 @@ def test_a_header_that_would_break_the_head_is_an_error(line: bytes, caplog: pyt
     async def app(scope: Scope, _: Receive, __: Send) -> None:
         scope[SCOPE_REPLY](200, [line], b"", close=False)
 
-    said, _ = asyncio.run(answers({}, [(post(), TURNS)], app))
-    assert said.startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
-    assert line not in said
+    received, _ = asyncio.run(answers({}, [(post(), TURNS)], app))
+    assert received.startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
+    assert line not in received
     assert "a response header contains a line break or NUL" in caplog.text
 
 
@@ -226,8 +226,8 @@ def test_an_application_without_a_response_is_a_500(caplog: pytest.LogCaptureFix
     async def app(_: Scope, __: Receive, ___: Send) -> None:
         pass
 
-    said, closed = asyncio.run(answers({}, [(post(), TURNS)], app))
-    assert said.startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
+    received, closed = asyncio.run(answers({}, [(post(), TURNS)], app))
+    assert received.startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
     assert closed
     assert "a request ended without a response" in caplog.text
 

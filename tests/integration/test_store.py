@@ -353,8 +353,8 @@ def test_an_old_server_version_is_refused(any_store_url: str) -> None:
     configured = settings(any_store_url, "http://127.0.0.1:1")
     assert asyncio.run(startup_errors(configured, {})) is None
     with answering(b"redis_version:6.2.14\r\n") as url:
-        said = asyncio.run(startup_errors(settings(url, "http://127.0.0.1:1"), {}))
-    assert said == "the store is Redis 6.2.14: use Redis 7.0 or newer, or Valkey 7.2 or newer"
+        error = asyncio.run(startup_errors(settings(url, "http://127.0.0.1:1"), {}))
+    assert error == "the store is Redis 6.2.14: use Redis 7.0 or newer, or Valkey 7.2 or newer"
 
 
 def test_only_a_ledger_that_may_evict_causes_a_warning(
@@ -366,8 +366,8 @@ def test_only_a_ledger_that_may_evict_causes_a_warning(
         server.config_set("maxmemory-policy", wanted)
         caplog.clear()
         assert asyncio.run(startup_errors(configured, {})) is None
-        said = [record.getMessage().split(",")[0] for record in caplog.records if "evict" in record.getMessage()]
-        assert said == [f"the ledger's server may evict keys (maxmemory-policy {wanted})"] * warnings
+        messages = [record.getMessage().split(",")[0] for record in caplog.records if "evict" in record.getMessage()]
+        assert messages == [f"the ledger's server may evict keys (maxmemory-policy {wanted})"] * warnings
     server.config_set("maxmemory-policy", str(policy))
 
 
@@ -392,16 +392,16 @@ def withholding_replies(server: Path) -> Iterator[str]:
     over = threading.Event()
 
     def proxy_to(client: socket.socket) -> None:
-        with client, socket.socket(socket.AF_UNIX) as behind:
-            behind.connect(str(server))
+        with client, socket.socket(socket.AF_UNIX) as upstream:
+            upstream.connect(str(server))
             client.settimeout(0.05)
             while not over.is_set():
                 with contextlib.suppress(TimeoutError):
-                    if not (said := client.recv(65536)):
+                    if not (received := client.recv(65536)):
                         return
-                    behind.sendall(said)
-                    if b"EVALSHA" not in said:
-                        client.sendall(behind.recv(65536))
+                    upstream.sendall(received)
+                    if b"EVALSHA" not in received:
+                        client.sendall(upstream.recv(65536))
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(0.05)
@@ -426,8 +426,8 @@ def answering(info: bytes) -> Iterator[str]:
         def answer() -> None:
             client, _ = listener.accept()
             with client:
-                while said := client.recv(65536):
-                    for command in said.split(b"*")[1:]:
+                while received := client.recv(65536):
+                    for command in received.split(b"*")[1:]:
                         asked = b"$4\r\nINFO\r\n" in command
                         client.sendall(b"$%d\r\n%s\r\n" % (len(info), info) if asked else b"+OK\r\n")
 

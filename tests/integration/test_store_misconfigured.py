@@ -39,7 +39,7 @@ async def call(url: str, access: StoreAccess, args: int) -> None:
     await store.close()
 
 
-def said(caplog: pytest.LogCaptureFixture, url: str, access: StoreAccess | None = None, *, args: int = 1) -> str:
+def logged_line(caplog: pytest.LogCaptureFixture, url: str, access: StoreAccess | None = None, *, args: int = 1) -> str:
     """The line that the log has after a call."""
     caplog.clear()
     asyncio.run(call(url, access or StoreAccess(), args))
@@ -50,14 +50,14 @@ def said(caplog: pytest.LogCaptureFixture, url: str, access: StoreAccess | None 
 @pytest.mark.parametrize("args", [1, 12])  # Redis refuses a command of more than ten parts in other words
 def test_a_server_that_requires_a_password(servers: ServerGroup, caplog: pytest.LogCaptureFixture, args: int) -> None:
     member = started(servers.member("requirepass right", password="right"))
-    line = said(caplog, f"redis://{LOCAL}:{member.port}", args=args)
+    line = logged_line(caplog, f"redis://{LOCAL}:{member.port}", args=args)
     assert line.startswith("the server requires a password (")
     assert line.endswith("): set store.password_file; the password for cache.url is a part of that URL")
 
 
 def test_a_server_that_does_not_accept_the_password(servers: ServerGroup, caplog: pytest.LogCaptureFixture) -> None:
     member = started(servers.member("requirepass right", password="right"))
-    line = said(caplog, f"redis://:wrong@{LOCAL}:{member.port}")
+    line = logged_line(caplog, f"redis://:wrong@{LOCAL}:{member.port}")
     assert line.startswith("the server does not accept the user or the password (")
     assert line.endswith("): check store.username and store.password_file, or those in the URL")
     assert "wrong" not in line
@@ -79,13 +79,13 @@ def test_a_server_that_does_not_accept_the_password(servers: ServerGroup, caplog
 def test_a_server_of_another_kind(
     servers: ServerGroup, caplog: pytest.LogCaptureFixture, url: str, meaning: str, remedy: str
 ) -> None:
-    line = said(caplog, url.format(f"{LOCAL}:{started(servers.member()).port}"))
+    line = logged_line(caplog, url.format(f"{LOCAL}:{started(servers.member()).port}"))
     assert line.startswith(f"{meaning} (")
     assert f"): {remedy}" in line
 
 
 def test_a_sentinel_in_place_of_a_server(servers: ServerGroup, caplog: pytest.LogCaptureFixture) -> None:
-    line = said(caplog, f"redis://{LOCAL}:{started(servers.member(options=['--sentinel'])).port}")
+    line = logged_line(caplog, f"redis://{LOCAL}:{started(servers.member(options=['--sentinel'])).port}")
     assert line.startswith("the server runs no scripts (unknown command 'EVALSHA'")
     assert line.endswith("one that names Sentinels begins with redis+sentinel")
 
@@ -93,14 +93,14 @@ def test_a_sentinel_in_place_of_a_server(servers: ServerGroup, caplog: pytest.Lo
 def test_a_server_without_a_connection_left(servers: ServerGroup, caplog: pytest.LogCaptureFixture) -> None:
     member = started(servers.member())
     member.client.config_set("maxclients", 1)
-    line = said(caplog, f"redis://{LOCAL}:{member.port}")
+    line = logged_line(caplog, f"redis://{LOCAL}:{member.port}")
     assert line == "the server accepts no more connections (max number of clients reached): raise its maxclients"
 
 
 def test_keys_of_another_program(servers: ServerGroup, caplog: pytest.LogCaptureFixture) -> None:
     member = started(servers.member())
     member.client.set("x", "1")
-    line = said(caplog, f"redis://{LOCAL}:{member.port}", args=2)
+    line = logged_line(caplog, f"redis://{LOCAL}:{member.port}", args=2)
     assert line.startswith("WRONGTYPE Operation against a key")
     assert line.endswith("another program uses keys that begin with ep1: move it to another server or database")
 
@@ -118,14 +118,14 @@ def test_keys_of_another_program(servers: ServerGroup, caplog: pytest.LogCapture
     ],
 )
 def test_an_address_without_a_server(caplog: pytest.LogCaptureFixture, url: str, meaning: str, remedy: str) -> None:
-    line = said(caplog, url.format(port=free_port()))
+    line = logged_line(caplog, url.format(port=free_port()))
     assert line.startswith(f"{meaning} (Error ")
     assert line.endswith(f"): {remedy}")
 
 
 def test_a_web_server_in_place_of_a_store(caplog: pytest.LogCaptureFixture) -> None:
     web = Listener(lambda connection, _: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n"))
-    line = said(caplog, f"redis://{LOCAL}:{web.port}")
+    line = logged_line(caplog, f"redis://{LOCAL}:{web.port}")
     web.close()
     assert line.startswith('it is not a Redis or Valkey server (Protocol error, got "H" as reply type byte')
     assert line.endswith("check host and port in the URL")
@@ -140,6 +140,6 @@ def test_a_certificate_that_is_not_trusted(caplog: pytest.LogCaptureFixture, cer
     )
     with server_group("redis") as servers:
         member = started(servers.member(*lines, ssl=True, ssl_ca_certs=str(certificates.ca)))
-        line = said(caplog, f"rediss://{LOCAL}:{member.port}")
+        line = logged_line(caplog, f"rediss://{LOCAL}:{member.port}")
     assert line.startswith("the server's certificate is not trusted (")
     assert line.endswith("): set store.ca_file to the certificate of the CA that signed it")

@@ -143,9 +143,9 @@ def test_a_ledger_that_refuses_writes_is_down_until_it_recovers_even_without_req
     refuses, reason, remedy = REFUSALS[refusal]
     with refuses(member):
         assert_refused(gateway)
-        (said,) = (message for message in caplog.messages if message.startswith("the ledger's "))
-        assert said.startswith(f"the ledger's {reason}")
-        assert remedy in said
+        (message,) = (message for message in caplog.messages if message.startswith("the ledger's "))
+        assert message.startswith(f"the ledger's {reason}")
+        assert remedy in message
     wait_until(lambda: is_up(gateway) and not degraded(gateway))
     assert gateway.ask().status_code == 200
     assert len([message for message in caplog.messages if message.startswith("the ledger's ")]) == 2
@@ -156,9 +156,9 @@ def test_a_right_that_only_a_script_needs_is_noticed_by_the_script(
 ) -> None:
     with INSIDE(member):
         assert_refused(gateway)
-        (said,) = (message for message in caplog.messages if message.startswith("the ledger's "))
-        assert said.startswith("the ledger's ledger_decide fails: ")
-        assert ": allow this user the scripts and keys" in said
+        (message,) = (message for message in caplog.messages if message.startswith("the ledger's "))
+        assert message.startswith("the ledger's ledger_decide fails: ")
+        assert ": allow this user the scripts and keys" in message
     assert gateway.ask().status_code == 200
     assert (degraded(gateway), is_up(gateway)) == ([], True)
 

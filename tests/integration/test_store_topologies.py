@@ -499,7 +499,7 @@ def test_a_hanging_primary_delays_only_its_own_calls(fleet: Cluster) -> None:
         async with asyncio.timeout(5):
             while not await is_run(fixture.store):  # noqa: ASYNC110 -- what happens in a server sends no event
                 await asyncio.sleep(0.05)
-        assert sets(hanging) - before == 2, "the one whose reply was lost, and the one behind it"
+        assert sets(hanging) - before == 2, "the one whose reply was lost, and the next one"
 
     async def is_run(store: Store) -> bool:
         with suppress(StoreUnavailable):
@@ -720,9 +720,9 @@ def test_untrusted_tls_is_refused_with_its_reason(
     nothing: dict[str, Any] = dict.fromkeys(without)
     access = replace(access_with(certified), **nothing)
     run_scenario(f"rediss://{LOCAL}:{guarded.port}", _is_refused, access)
-    (said,) = (record.getMessage() for record in caplog.records if record.name == "proxy.store.health")
-    assert said.startswith("the ledger's connection fails: ")
-    assert re.search(reason, said.upper().replace(" ", "_"))
+    (message,) = (record.getMessage() for record in caplog.records if record.name == "proxy.store.health")
+    assert message.startswith("the ledger's connection fails: ")
+    assert re.search(reason, message.upper().replace(" ", "_"))
 
 
 def test_a_unix_socket_with_user_and_password(any_store_url: str) -> None:

@@ -175,17 +175,17 @@ def test_its_cookies_are_not_sent_back(gateway: GatewayFixture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("retry_after", "told"),
+    ("retry_after", "expected"),
     [("7", "7"), ("3600", "3600"), ("3601", None), ("soon", "1"), ("-1", "1"), (None, "1")],
 )
 def test_its_retry_after_is_passed_on_up_to_an_hour(
-    gateway: GatewayFixture, retry_after: str | None, told: str | None
+    gateway: GatewayFixture, retry_after: str | None, expected: str | None
 ) -> None:
     headers = {} if retry_after is None else {"retry_after": retry_after}
     gateway.simulator.script(answers(b"busy", 429, **headers))
     response = gateway.ask()
     assert code_of(response) == "upstream-busy"
-    assert response.headers.get("retry-after") == told
+    assert response.headers.get("retry-after") == expected
 
 
 def test_its_retry_after_may_be_a_date(gateway: GatewayFixture) -> None:

@@ -58,7 +58,7 @@ def shown(response: httpx2.Response) -> Any:
     return response.json()
 
 
-def ask_some(gateway: GatewayFixture) -> float:
+def make_requests(gateway: GatewayFixture) -> float:
     """Requests four estimates, three of them as `design`, and returns the credits of `design`."""
     answers = [gateway.ask(FLUX), gateway.ask(FLUX), gateway.ask(SEGMENT)]
     assert gateway.ask(FLUX, x_api_key=MARKETING).status_code == 200
@@ -86,7 +86,7 @@ def test_a_viewer_only_reads(gateway: GatewayFixture) -> None:
 
 
 def test_a_team_sees_its_own_usage(gateway: GatewayFixture) -> None:
-    planned = ask_some(gateway)
+    planned = make_requests(gateway)
     document = shown(get(gateway, "/v1/usage?by=model"))
     flux, segment = document["rows"]
     assert (flux["model"], flux["requests"], flux["outcomes"]) == ("Flux", 2, {"hit": 1, "miss": 1})
@@ -98,7 +98,7 @@ def test_a_team_sees_its_own_usage(gateway: GatewayFixture) -> None:
         "outcomes": {"hit": 1, "miss": 2},
     }
     assert (document["timezone"], document["by"]) == ("UTC", ["model"])
-    assert shown(get(gateway, "/v1/usage?by=model&team=design")) == document, "its own name may be said"
+    assert shown(get(gateway, "/v1/usage?by=model&team=design")) == document, "its own name is allowed"
 
 
 def test_a_team_without_usage(gateway: GatewayFixture) -> None:
@@ -116,7 +116,7 @@ def test_a_team_does_not_see_other_teams(gateway: GatewayFixture, query: str) ->
 
 @pytest.mark.parametrize("token", [ADMIN, VIEWER])
 def test_operators_and_viewers_see_all_teams(gateway: GatewayFixture, token: str) -> None:
-    ask_some(gateway)
+    make_requests(gateway)
     rows = shown(get(gateway, "/v1/usage?by=team", token))["rows"]
     assert [(row["team"], row["requests"]) for row in rows] == [("design", 3), ("marketing", 1)]
     one = shown(get(gateway, "/v1/usage?by=team,model&team=marketing", ADMIN))
@@ -135,7 +135,7 @@ def test_a_team_that_was_removed_still_has_usage(gateway: GatewayFixture) -> Non
 
 
 def test_usage_by_week_and_month(gateway: GatewayFixture) -> None:
-    ask_some(gateway)
+    make_requests(gateway)
     today = datetime.now(UTC).date()
     (row,) = shown(get(gateway, f"/v1/usage?from={today}&by=month,week,team", ADMIN))["rows"][:1]
     assert (row["month"], row["week"]) == (f"{today:%Y-%m}", str(today - timedelta(days=today.weekday())))
@@ -157,7 +157,7 @@ def test_usage_of_an_earlier_id_is_shown_under_the_current_one(open_gateway: Ope
 
 
 def test_usage_as_csv(gateway: GatewayFixture) -> None:
-    planned = ask_some(gateway)
+    planned = make_requests(gateway)
     answer = get(gateway, "/v1/usage?by=day,model", accept="text/csv")
     assert answer.headers["content-type"] == "text/csv; charset=utf-8; header=present"
     assert "accept" in answer.headers["vary"].lower()
@@ -170,7 +170,7 @@ def test_usage_as_csv(gateway: GatewayFixture) -> None:
 
 def test_money_is_derived_from_credits(open_gateway: OpenGateway) -> None:
     gateway = open_gateway(org={"currency": {"code": "EUR", "per_credit": "0.002"}})
-    planned = ask_some(gateway)
+    planned = make_requests(gateway)
     document = shown(get(gateway, "/v1/usage?by=month"))
     assert document["currency"] == {"code": "EUR", "per_credit": 0.002}
     assert sum(row["derived_cost"] for row in document["rows"]) == pytest.approx(planned * 0.002)
@@ -223,7 +223,7 @@ def test_a_refused_request_is_shown_as_refused(open_gateway: OpenGateway) -> Non
 
 
 def test_a_teams_quotas(gateway: GatewayFixture) -> None:
-    before, planned = datetime.now(UTC).timestamp(), ask_some(gateway)
+    before, planned = datetime.now(UTC).timestamp(), make_requests(gateway)
     document = shown(get(gateway, "/v1/quota"))
     month, week = (window_of(per, int(before), UTC) for per in ("month", "week"))
     instants = [datetime.fromtimestamp(at, UTC).isoformat() for at in (month.start_s, month.end_s)]
@@ -287,7 +287,7 @@ def test_a_team_does_not_see_quotas_of_others(gateway: GatewayFixture, team: str
 
 
 def test_the_operator_sees_all_quotas(gateway: GatewayFixture) -> None:
-    ask_some(gateway)
+    make_requests(gateway)
     documents = shown(get(gateway, "/v1/quota", ADMIN))["teams"]
     assert [document["team"] for document in documents] == ["design", "marketing", "retired"]
     assert shown(get(gateway, "/v1/quota?team=design", ADMIN))["quotas"] == documents[0]["quotas"]
@@ -306,11 +306,11 @@ def test_access_depends_on_the_token(gateway: GatewayFixture, path: str) -> None
     assert code_of(gateway.ask(x_api_key=RETIRED)) == "team-disabled"
     for token in (EXPIRED, token_of("x" * 32), "nonsense"):
         refused = get(gateway, f"{path}?nonsense", token)
-        assert (refused.status_code, code_of(refused)) == (401, "unknown-token"), "before anything is said of the query"
+        assert (refused.status_code, code_of(refused)) == (401, "unknown-token"), "before the query is checked"
         assert refused.headers["www-authenticate"] == "Bearer"
-    with httpx2.Client(base_url=gateway.url, trust_env=False, verify=NO_TLS) as nobody:
-        assert nobody.get(path).status_code == 401
-        assert nobody.get(path, headers={"authorization": f"Bearer {ADMIN}"}).status_code == 200
+    with httpx2.Client(base_url=gateway.url, trust_env=False, verify=NO_TLS) as anonymous:
+        assert anonymous.get(path).status_code == 401
+        assert anonymous.get(path, headers={"authorization": f"Bearer {ADMIN}"}).status_code == 200
     wrong = gateway.client.post(path, content=b"[]")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET, HEAD")
 

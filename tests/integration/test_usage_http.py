@@ -179,7 +179,7 @@ class TestWhatCounts:
         """Makes requests with all outcomes; quotas and the sum of all rows agree."""
         gateway = limited(quota(21.5), requests(100), rate=rate(15), upstream={"timeout_s": 0.3})
         simulator = gateway.simulator
-        _ask_for(gateway, [(FLUX, "200"), (FLUX, "200"), (b"[1]", "invalid-body")])
+        _assert_results(gateway, [(FLUX, "200"), (FLUX, "200"), (b"[1]", "invalid-body")])
         with ThreadPoolExecutor() as pool, simulator.hold() as hold:
             pair = [pool.submit(gateway.ask, SEGMENT) for _ in range(2)]
             wait_until(lambda: usage(gateway)["requests"] == 4)
@@ -191,13 +191,13 @@ class TestWhatCounts:
         gateway.age(3600 + 400)
         simulator.script(*(FAILURES[name][0] for name in ("upstream-rejected", "unpriced")))
         simulator.script(Fault.SERVER_ERROR, Fault.REFUSED_KEY, Fault.HANG)
-        _ask_for(gateway, [(ONE, "422"), (ONE, "200"), (ONE, "upstream-error")])
-        _ask_for(gateway, [(ONE, "upstream-refused"), (ONE, "upstream-timeout")])
+        _assert_results(gateway, [(ONE, "422"), (ONE, "200"), (ONE, "upstream-error")])
+        _assert_results(gateway, [(ONE, "upstream-refused"), (ONE, "upstream-timeout")])
         assert code_of(gateway.ask(ONE, cache_control="only-if-cached")) == "not-cached"
         simulator.script(Fault.SERVER_ERROR, None, answers(b"{}", 429, retry_after="30"))
         assert "stale-if-error" in cache_status(gateway.ask(FLUX))
         exceeded(gateway.ask(ONE))
-        _ask_for(gateway, [(b"[{},{}]", "upstream-busy"), (b"[{},{}]", "upstream-busy"), (FLUX, "rate-limited")])
+        _assert_results(gateway, [(b"[{},{}]", "upstream-busy"), (b"[{},{}]", "upstream-busy"), (FLUX, "rate-limited")])
 
         rows = by_model(gateway)
         refused = {"not_cached": 1, "quota_exceeded": 1, "rate_limited": 1, "upstream_busy": 2}
@@ -215,12 +215,12 @@ class TestWhatCounts:
             assert sum(row_["outcomes"].values()) == row_["requests"] + row_["refused"]
 
 
-def _ask_for(gateway: GatewayFixture, expected: list[tuple[bytes, str]]) -> None:
-    """Sends one body after the other, and returns each problem's code or the status."""
-    for body, word in expected:
+def _assert_results(gateway: GatewayFixture, bodies: list[tuple[bytes, str]]) -> None:
+    """Sends each body, and compares the problem's code, or else the status."""
+    for body, expected in bodies:
         response = gateway.ask(body)
-        told = code_of(response) if "problem" in response.headers["content-type"] else str(response.status_code)
-        assert told == word
+        result = code_of(response) if "problem" in response.headers["content-type"] else str(response.status_code)
+        assert result == expected
 
 
 AMOUNTS = {

@@ -308,8 +308,8 @@ def test_check_warns(run: Run, text: str, environ: dict[str, str], line: str) ->
 def test_check_names_the_variable_or_file_with_the_error(run: Run) -> None:
     Path("here.toml").write_text(CONFIG)
     result = run("check", "--config", "here.toml", ESTIMATE_PROXY_SERVER__PORT="x")
-    said = "estimate-proxy: server.port must be a whole number (set by the variable ESTIMATE_PROXY_SERVER__PORT)\n"
-    assert (result.exit_code, result.stderr) == (2, said)
+    error = "estimate-proxy: server.port must be a whole number (set by the variable ESTIMATE_PROXY_SERVER__PORT)\n"
+    assert (result.exit_code, result.stderr) == (2, error)
     Path("here.toml").write_text(CONFIG.replace("api_key", "api_key_file").replace(CANARY, "/no/such/key"))
     assert refusal(run("check", "--config", "here.toml")) == (
         "accounts.default.api_key_file names /no/such/key, which cannot be read: No such file or directory"
@@ -505,7 +505,7 @@ def ledger(valkey_url: str) -> None:
             client.hset(key, mapping={"requests": 7, "credits": 2**53 + 1})
 
 
-def told(result: Result) -> str:
+def printed(result: Result) -> str:
     assert (result.exit_code, result.stderr) == (0, "")
     return result.stdout
 
@@ -543,9 +543,9 @@ def test_usage_when_piped(run: Run) -> None:
 
 @pytest.mark.usefixtures("ledger")
 def test_usage_as_json_equals_the_endpoint(run: Run) -> None:
-    told_json = reported(run("usage", "--from", str(DAY), "--by", "team", "--format", "json"))
-    document = json.loads(told_json)
-    assert '"estimated_credits":18014398509.481986,' in told_json
+    printed_json = reported(run("usage", "--from", str(DAY), "--by", "team", "--format", "json"))
+    document = json.loads(printed_json)
+    assert '"estimated_credits":18014398509.481986,' in printed_json
     assert (document["from"], document["timezone"], len(document["rows"])) == (str(DAY), "UTC", 2)
     result = run("usage", "--from", str(DAY), "--by", "model", "--format", "csv")
     lines = result.stdout_bytes.split(b"\r\n")
@@ -595,7 +595,7 @@ def test_csv_for_spreadsheets_with_a_decimal_comma(run: Run, valkey_url: str) ->
         lines = text.splitlines()
         assert lines[1].startswith(f"{DAY};'1-2;'2026-01;1;0;0;1;")
         assert lines[3].startswith(f"{DAY};design;'-1-1;2;0;9007199254,740993;2;")
-    text = told(run("quota", "--csv-dialect", "excel-semicolon"))
+    text = printed(run("quota", "--csv-dialect", "excel-semicolon"))
     assert ";month;9000000000;9007199254,740993;0;warn;" in text
     assert ";100,1;The Designers\n" in text
     for command in ("usage", "quota"):
@@ -692,7 +692,7 @@ def test_an_invalid_usage_query_is_refused(run: Run, options: str, line: str) ->
 
 @pytest.mark.usefixtures("ledger")
 def test_quota_when_piped(run: Run) -> None:
-    header, org, own = fields(told(run("quota")))  # the organisation's quota once, although both teams have it
+    header, org, own = fields(printed(run("quota")))  # the organisation's quota once, although both teams have it
     assert header == [
         *("scope", "team", "measure", "per", "limit", "used", "remaining", "on_exceed", "resets_at"),
         *("used_percent", "team_name"),
@@ -701,19 +701,19 @@ def test_quota_when_piped(run: Run) -> None:
     assert org[:8] == ["org", "-", "requests", "day", "1000", "7", "993", "refuse"]
     assert own[:8] == ["team", "design", "estimated_credits", "month", "9000000000", "9007199254.740993", "0", "warn"]
     assert datetime.fromisoformat(own[8]).timestamp() == window_of("month", int(time.time()), UTC).end_s
-    assert fields(told(run("quota", "design"))) == [header, org, own]
+    assert fields(printed(run("quota", "design"))) == [header, org, own]
     assert refusal(run("quota", "gone")) == "TEAM is not a team in the settings"
 
 
 @pytest.mark.usefixtures("ledger")
 def test_quota_as_csv_and_json(run: Run) -> None:
-    header, *rows = csv.reader(told(run("quota", "--format", "csv")).splitlines())
-    assert [header, *rows] == fields(told(run("quota")))
-    document = json.loads(told(run("quota", "--format", "json")))
+    header, *rows = csv.reader(printed(run("quota", "--format", "csv")).splitlines())
+    assert [header, *rows] == fields(printed(run("quota")))
+    document = json.loads(printed(run("quota", "--format", "json")))
     design, other = document["teams"]
     assert (design["team"], design["team_name"], other["team_name"]) == ("design", "The Designers", "")
     assert [quota["used_percent"] for quota in design["quotas"]] == [100.1, 0.7]
-    assert json.loads(told(run("quota", "design", "--format", "json"))) == design
+    assert json.loads(printed(run("quota", "design", "--format", "json"))) == design
 
 
 @pytest.mark.usefixtures("ledger")
@@ -760,7 +760,7 @@ def test_the_embedded_ledger_of_a_running_gateway_is_read(run: Run) -> None:
             client.hset(LEDGER.usage("design", DAY), "Flux:hit:requests", 2)
             client.sadd(LEDGER.teams, "design")
         assert [row[:2] for row in fields(reported(run("usage", "--from", str(DAY))))][1:] == [["design", "2"]]
-        assert len(fields(told(run("quota")))) == 3
+        assert len(fields(printed(run("quota")))) == 3
     finally:
         stores.stop()
 
@@ -986,8 +986,8 @@ def test_a_bad_body_is_one_line_that_names_the_file(run: Run, content: bytes, re
 
 def test_a_bad_body_on_standard_input() -> None:
     done = process(*PROGRAMS[0], "explain", "-", stdin=b"[]")
-    said = b"estimate-proxy: <stdin>: The body must be a JSON array of one or more generation objects.\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, b"", said)
+    error = b"estimate-proxy: <stdin>: The body must be a JSON array of one or more generation objects.\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"", error)
 
 
 def test_explain_of_an_unreadable_file_is_one_line(run: Run, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ WAIT_S = TIMEOUT_S + 2 * TICK_S
 """What a call costs whose store does not answer."""
 
 OUTAGE_S = COOLDOWN_S + 0.2
-"""So that the store is tried again meanwhile."""
+"""Longer than the cool-down, so that the store is tried again during the outage."""
 
 BACK_S = COOLDOWN_S + 2.5
 """Until all is as before, on a machine that has other things to do; half a second where it has none."""

@@ -327,7 +327,7 @@ PRICED = {"data": {"estimated": 2.75, "balance": 9000}, "error": {}}
 
 
 @pytest.mark.parametrize(
-    ("status", "header", "answer", "told"),
+    ("status", "header", "answer", "expected"),
     [
         (
             200,
@@ -347,12 +347,12 @@ PRICED = {"data": {"estimated": 2.75, "balance": 9000}, "error": {}}
         (500, "", None, "failed 1 (status 500 1); upstream calls saved 0; estimated credits 0.00; balance unknown"),
     ],
 )
-def test_responses_are_counted_by_kind(status: int, header: str, answer: Any, told: str) -> None:
+def test_responses_are_counted_by_kind(status: int, header: str, answer: Any, expected: str) -> None:
     traffic_totals = TrafficTotals()
 
     traffic_totals.record(status, header, answer)
 
-    assert told in str(traffic_totals)
+    assert expected in str(traffic_totals)
     assert str(traffic_totals).startswith("requests 1: ")
 
 
@@ -385,12 +385,12 @@ def test_the_gateway_accepts_the_generated_config(tmp_path: Path) -> None:
 
 
 def test_commands_can_be_pasted_anywhere(tmp_path: Path) -> None:
-    told = "\n".join(
+    expected = "\n".join(
         line for entry in introduction(demo_environment(tmp_path), "http://127.0.0.1:8080") for line in entry
     )
 
-    assert told.isascii()
-    assert "spent" not in told
+    assert expected.isascii()
+    assert "spent" not in expected
 
 
 def test_the_environment_changes_no_setting(tmp_path: Path) -> None:

@@ -134,16 +134,16 @@ class TestWarning:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
-    @pytest.mark.parametrize(("soft", "told"), [(256, 256), (resource.RLIM_INFINITY, sys.maxsize)])
+    @pytest.mark.parametrize(("soft", "expected"), [(256, 256), (resource.RLIM_INFINITY, sys.maxsize)])
     def test_a_limit_that_cannot_be_raised_is_reported(
-        self, monkeypatch: pytest.MonkeyPatch, soft: int, told: int
+        self, monkeypatch: pytest.MonkeyPatch, soft: int, expected: int
     ) -> None:
         def refuse(*_: Any) -> None:
             raise ValueError("current limit exceeds maximum limit")
 
         monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, resource.RLIM_INFINITY))
         monkeypatch.setattr(resource, "setrlimit", refuse)
-        assert raise_limit() == told
+        assert raise_limit() == expected
 
 
 def _unit() -> Sequence[str]:
@@ -192,8 +192,8 @@ class TestConnections:
             await store.close()
 
         run_scenario(scenario)
-        (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-        assert told == "the ledger's connection fails: this gateway has no file descriptor left for a connection"
+        (message,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+        assert message == "the ledger's connection fails: this gateway has no file descriptor left for a connection"
 
 
 class TestMonitor:
@@ -238,9 +238,11 @@ def exhausted_gateway(served: GatewayProcess) -> Iterator[None]:
 class TestServe:
     def test_it_warns_at_the_start_that_the_limit_is_too_low(self, runner: GatewayRunner, valkey_url: str) -> None:
         served = runner.start(command=WITH_FEW, store={"url": valkey_url})
-        (told,) = served.messages("file descriptors")
-        assert told.startswith(f"a process may have only {FEW} file descriptors here, but a busy worker needs 10424: ")
-        (level,) = [line["level"] for line in served.lines() if line["message"] == told]
+        (message,) = served.messages("file descriptors")
+        assert message.startswith(
+            f"a process may have only {FEW} file descriptors here, but a busy worker needs 10424: "
+        )
+        (level,) = [line["level"] for line in served.lines() if line["message"] == message]
         assert level == "warning"
 
     def test_with_a_sufficient_limit_it_raises_the_soft_limit_without_a_warning(

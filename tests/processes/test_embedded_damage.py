@@ -109,7 +109,7 @@ CAN_BE_CUT: dict[str, tuple[Harm, int]] = {
     "nothing but zeros": (all_zeros, 0),
     "garbage": (garbage, 0),
 }
-"""Harm to the commands, and how many of them stand before it."""
+"""Harm to the commands, and how many of them come before it."""
 
 MANIFESTS: dict[str, Harm] = {
     "empty": emptied,
@@ -263,9 +263,9 @@ def test_an_incomplete_last_command_is_dropped_and_logged(
     files = files_of(data_dir, "ledger", intact)
     cut(files.commands)
     assert keys(data_dir, "ledger") == OLD | NEW - {"new49"}
-    (told,) = caplog.records
-    assert told.levelname == "WARNING"
-    assert told.getMessage() == (
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (
         f"embedded store ledger dropped an incomplete command from the end of {files.commands.name}, "
         f"at byte {files.commands.stat().st_size}"
     )
@@ -313,10 +313,10 @@ def test_a_damaged_price_book_is_moved_aside_and_starts_empty(
     assert keys(data_dir, "price-book") == set()
     (aside,) = files.folder.parent.glob("appendonlydir.damaged-*")
     assert Files(aside).content() == damaged
-    (told,) = caplog.records
-    assert told.levelname == "ERROR"
-    assert told.getMessage().startswith("embedded store price-book")
-    assert told.getMessage().endswith(f". It starts empty; its files are now in {aside}")
+    (record,) = caplog.records
+    assert record.levelname == "ERROR"
+    assert record.getMessage().startswith("embedded store price-book")
+    assert record.getMessage().endswith(f". It starts empty; its files are now in {aside}")
     caplog.clear()
     assert keys(data_dir, "price-book") == set()
     assert caplog.records == []

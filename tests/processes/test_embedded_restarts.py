@@ -69,14 +69,14 @@ def test_two_deaths_at_once_are_two_log_lines(tmp_path: Path) -> None:
         pids = [pid_of(stores, role) for role in BOTH]
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        told: list[str] = []
+        messages: list[str] = []
 
         def both_are_logged() -> bool:
-            told.extend(stores.poll())
-            return len(told) == len(BOTH)
+            messages.extend(stores.poll())
+            return len(messages) == len(BOTH)
 
         until(both_are_logged)
-        assert sorted(told) == [
+        assert sorted(messages) == [
             f"embedded store {role} was killed by signal 9 (Killed); embedded store {role} restarted" for role in BOTH
         ]
 

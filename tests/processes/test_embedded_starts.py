@@ -174,9 +174,9 @@ def test_the_child_gets_no_environment(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("UPSTREAM_KEY", "canary-5b1e")
     with pytest.raises(EmbeddedStoreError):
         EmbeddedStores(tmp_path, LEDGER).start()
-    told = (tmp_path / "ledger" / "valkey.log").read_text()
-    assert "PWD" in told
-    assert "canary-5b1e" not in told
+    environment = (tmp_path / "ledger" / "valkey.log").read_text()
+    assert "PWD" in environment
+    assert "canary-5b1e" not in environment
 
 
 # Where the socket lives

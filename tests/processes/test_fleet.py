@@ -310,8 +310,8 @@ def test_a_changed_price_list_is_noticed_by_all_and_fetched_without_a_burst(
     changed = bodies[:3]
     for body in bodies:
         assert team.ask(0, body).status_code == 200
-    crowd = CountingUpstream()
-    simulator.script(*[crowd.handler] * 1000)
+    upstream = CountingUpstream()
+    simulator.script(*[upstream.handler] * 1000)
     for at, body in enumerate(changed):
         _audit(team, at, body, simulator)
     assert_in_time(
@@ -323,7 +323,7 @@ def test_a_changed_price_list_is_noticed_by_all_and_fetched_without_a_burst(
     team.fleet.store.hset(team.book, "audit_until_ms", int(time.time() * 1000) + 60_000)
     while stale := [body for body in bodies if _estimated(team, 0, body) != 9]:
         results([team.asking(at, body) for body in stale for at in range(4)])
-    assert crowd.largest <= 4 * MAX_REFRESHES
+    assert upstream.largest <= 4 * MAX_REFRESHES
     assert simulator.calls - calls <= len(bodies)
 
 

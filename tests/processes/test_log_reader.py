@@ -145,8 +145,8 @@ def test_a_stalled_reader_stops_nothing_and_later_gets_the_number_of_lost_lines(
     reader.finish()
     lines = served.lines()
     requests = [line for line in lines if line["message"] == "request"]
-    (told,) = (line for line in lines if "missing here" in line["message"])
-    assert (told["level"], told["lines"]) == ("error", missing)
+    (gap,) = (line for line in lines if "missing here" in line["message"])
+    assert (gap["level"], gap["lines"]) == ("error", missing)
     assert len(requests) + missing == asked + 2, "two scrapes have lines too"
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
 

@@ -222,9 +222,9 @@ class TestServe:
         with ExitStack() as opened:
             clients = [opened.enter_context(served.client()) for served in pair]
             shown = [scrape(client) for client in clients]
-            told = usage(clients[0], ADMIN, TEAMS)
-        assert booked(shown[0]) == booked(shown[1]) == told
-        assert told["design", "month"] == (3.0, 8.25)
+            booked_usage = usage(clients[0], ADMIN, TEAMS)
+        assert booked(shown[0]) == booked(shown[1]) == booked_usage
+        assert booked_usage["design", "month"] == (3.0, 8.25)
         for name, labels in SHARED.items():
             assert shown[0].series(name, *labels) == shown[1].series(name, *labels) != {}, name
         assert [hits(scraped) for scraped in shown] == [0, 2], "counters are each gateway's own"

@@ -130,9 +130,9 @@ def test_the_client_of_the_jdk_is_answered(gateway: GatewayFixture, tmp_path: Pa
     source = tmp_path / "Client.java"
     source.write_text(JAVA)
     command = [program("java"), str(source), gateway.url + PATH, DESIGN, BODY.decode()]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
-    assert [line.partition(" ")[0] for line in told] == ["200"] * 3
-    assert [json.loads(line.partition(" ")[2])["data"]["estimated"] for line in told] == [PRICE] * 3
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    assert [line.partition(" ")[0] for line in output] == ["200"] * 3
+    assert [json.loads(line.partition(" ")[2])["data"]["estimated"] for line in output] == [PRICE] * 3
 
 
 @pytest.mark.parametrize("option", ["--http2", "--http1.1", "--http1.0"])
@@ -147,15 +147,15 @@ def test_curl_is_answered(gateway: GatewayFixture, option: str) -> None:
         BODY.decode(),
         gateway.url + PATH,
     ]
-    told = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
-    assert json.loads(told)["data"]["estimated"] == PRICE
+    output = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+    assert json.loads(output)["data"]["estimated"] == PRICE
 
 
 @pytest.mark.parametrize("megabytes", [1, 6, 60])
 def test_nodes_fetch_receives_the_413(gateway: GatewayFixture, megabytes: int) -> None:
     command = [program("node"), "-e", NODE, gateway.url + PATH, DESIGN, str(megabytes * 10**6)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    assert told == "413 body-too-large\n"
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert output == "413 body-too-large\n"
 
 
 @pytest.mark.parametrize("megabytes", [1, 6, 60])

@@ -131,8 +131,8 @@ def test_an_invalid_file_keeps_the_old_settings_and_is_reported(runner: GatewayR
     good = config.read_text()
     assert metric(served, "estimate_proxy_config_last_reload_successful") == 1
     config.write_text(good.replace("server.drain_delay_s", "server.drain_dealy_s"))
-    told = served.wait_for_message("the old settings stay in force")
-    assert told.endswith("server.drain_dealy_s is not a setting: did you mean drain_delay_s?")
+    message = served.wait_for_message("the old settings stay in force")
+    assert message.endswith("server.drain_dealy_s is not a setting: did you mean drain_delay_s?")
     wait_until(lambda: metric(served, "estimate_proxy_config_last_reload_successful") == 0)
     assert statuses(served, DESIGN) == {200}
     for worker in served.workers():
@@ -141,7 +141,7 @@ def test_an_invalid_file_keeps_the_old_settings_and_is_reported(runner: GatewayR
     assert metric(served, "estimate_proxy_config_last_reload_successful") == 0, "newcomers hear of it"
     config.write_text(good)
     wait_until(lambda: metric(served, "estimate_proxy_config_last_reload_successful") == 1)
-    assert len(served.messages("the old settings stay in force")) == 1, "it is said once a change, not once a look"
+    assert len(served.messages("the old settings stay in force")) == 1, "it is logged once per change, not per check"
     assert served.stop() == 0
 
 

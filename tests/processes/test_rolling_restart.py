@@ -66,10 +66,10 @@ def test_a_rolling_restart_loses_no_request(
             newer = [replace(old, runner, valkey_url, balancer) for old in (first, second)]
             assert load.poll() is None, "the load went on all the time"
             load.send_signal(signal.SIGINT)  # it ends, and prints its results
-            told, _ = load.communicate(timeout=SOON_S)
-    answered = int(re.search(r"(\d+) requests in", told)[1])  # type: ignore[index] # wrk's summary
+            summary, _ = load.communicate(timeout=SOON_S)
+    answered = int(re.search(r"(\d+) requests in", summary)[1])  # type: ignore[index] # wrk's summary
     assert answered > 500
-    assert "Non-2xx" not in told, told
-    assert "Socket errors" not in told, told
+    assert "Non-2xx" not in summary, summary
+    assert "Socket errors" not in summary, summary
     assert simulator.calls == 1
     assert [served.stop() for served in newer] == [0, 0]

@@ -299,7 +299,7 @@ def on_its_own(folder: Path, simulator: Simulator, upstream_url: str) -> Iterato
 
 @contextmanager
 def with_a_store(folder: Path, simulator: Simulator, upstream_url: str) -> Iterator[Recording]:
-    """Text lines; the key in a file; one store for all with a password, which is changed under way."""
+    """Text lines; the key in a file; one store for all with a password, which changes while it runs."""
     stores = EmbeddedStores(folder / "data", ["ledger"])
     stores.start()
     store_url = stores.urls["ledger"]

@@ -137,14 +137,14 @@ def test_sigterm_fails_readiness_then_keeps_serving_then_drains(
     served.ask()
     with held(served, simulator, pool) as running:
         served.send(signal.SIGTERM)
-        told = time.monotonic()
+        signalled_at = time.monotonic()
         wait_until(lambda: served.get("/readyz").status_code == 503)
         assert served.get("/readyz").json() == {"status": "draining"}
         hit = served.ask()
         assert is_hit(hit)
         assert hit.headers["connection"] == "close"
         wait_until(lambda: refuses(served.url))
-        assert time.monotonic() - told >= 1
+        assert time.monotonic() - signalled_at >= 1
         assert not running.asked.done()
         running.release()
         answer = running.asked.result()
@@ -329,8 +329,8 @@ def speak_like_redis_6(handler: socketserver.StreamRequestHandler) -> None:
     requests = cast("BinaryIO", handler.rfile)
     while head := requests.readline():
         words = [_value(requests) for _ in range(int(head[1:]))]
-        said = b"redis_version:6.2.14\r\n"
-        handler.wfile.write(b"$%d\r\n%b\r\n" % (len(said), said) if words[0].upper() == b"INFO" else b"+OK\r\n")
+        version = b"redis_version:6.2.14\r\n"
+        handler.wfile.write(b"$%d\r\n%b\r\n" % (len(version), version) if words[0].upper() == b"INFO" else b"+OK\r\n")
 
 
 def _value(requests: BinaryIO) -> bytes:
