@@ -14,7 +14,7 @@ from bench.traffic import token
 from proxy.auth import digest_of
 
 BROKE, HASTY = "broke", "hasty"
-"""Teams that are refused: one has no credits to speak of, one may ask once in a thousand seconds."""
+"""Teams that are refused: one has almost no credits, one has a rate of one request in a thousand seconds."""
 
 _HUGE = {"estimated_credits": 9_000_000_000, "requests": 10**12}
 

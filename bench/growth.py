@@ -15,10 +15,10 @@ from bench.table import cpu_us, notes, per_s
 from bench.traffic import Traffic, by_turns, fresh, hot, items, sized, token
 
 _STEEPEST = 1.1
-"""CPU time that grows in proportion has an exponent of 1; more is noise, or a cliff."""
+"""CPU time that grows proportionally has an exponent of 1; a higher one is noise or a sudden jump."""
 
 _SLOWEST_MISSES_PER_S = 50
-"""Connections that all miss are each to be answered several times."""
+"""Minimum number of answers per connection, if all are misses."""
 
 _COLUMNS = ("req/s", "CPU µs", "p50 ms", "p99 ms")
 _TITLES = {"bare": "bare route", "hit": "hit", "miss": "miss", "peer": "nginx + Lua"}

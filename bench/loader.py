@@ -25,7 +25,7 @@ import httptools
 import uvloop
 
 GRACE_S = 5.0
-"""For the last answers."""
+"""Time to wait for the last answers."""
 
 
 @dataclass(slots=True)

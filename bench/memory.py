@@ -15,7 +15,7 @@ DISTINCT = 100_000
 _STEP_S = 10.0
 _MOST_S = 3600.0
 _SETTLED = 0.1
-"""Part of the run behind which memory is to be flat: by then whatever fills has been filled."""
+"""Share of the run after which memory must be flat, because all caches are full by then."""
 _START_MB, _FLAT = 80.0, 0.05
 _ROWS = 20
 MB = 1e6

@@ -99,4 +99,4 @@ class Part:
 
 
 Say = Callable[[str], None]
-"""Tells a person who waits what goes on."""
+"""Shows progress."""

@@ -12,7 +12,7 @@ from bench.parts import Pace, Say, Spread
 from bench.servers import Servers
 
 Round = Mapping[str, Measured]
-"""By the names of cases."""
+"""Results by name of the case."""
 
 
 class Rounds:

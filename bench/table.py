@@ -36,11 +36,11 @@ _RATIOS = (
 _ADMISSION_US = 10.0
 
 NAMED = 6
-"""Cases whose names a note tells."""
+"""Maximum number of cases that a note names."""
 
 DISTURBING = 0.05
 BUSY = 0.90
-"""Parts of the servers' cores."""
+"""Shares of the servers' cores."""
 
 
 def run(servers: Servers, cases: Sequence[Case], pace: Pace, say: Say) -> Part:

@@ -19,10 +19,10 @@ from gateway_fixture import PATH
 from proxy.auth import token_of
 
 ANSWER = b'{"data":{"estimated":5,"balance":20},"error":{}}'
-"""Upstream's, and of the bare routes."""
+"""The body of upstream's and the bare routes' answers."""
 
 FIRST_NUMBER = 10**11
-"""Those drawn by chance begin here, those that are counted a good way behind."""
+"""Random numbers start here, counted ones far above."""
 
 SEED = 7
 ZIPF_EXPONENT = 1.05
@@ -46,7 +46,7 @@ _EXAMPLE = {
     "steps": 20,
     "style": "Bokeh",
 }
-"""The image part of the example in RenderNet's documentation: some 520 bytes as JSON."""
+"""The image part of the example in RenderNet's documentation, about 520 bytes of JSON."""
 
 
 _WORDS = "a portrait in soft light, seen from below, on film, with a little grain, "

@@ -19,7 +19,7 @@ from bench.traffic import TEAMS
 
 CORES_NEEDED = 4
 CONNECTIONS = 256
-"""So many that batches of the ledger are as large as they get, whether one worker has them all or half of them."""
+"""Enough connections for the largest ledger batches, with one worker or with two."""
 _GAIN = 1.8
 _EVEN = 0.5
 _COLUMNS = ("case", "req/s", "CPU µs", "CPU ÷ one worker", "least worker ÷ most", "p50 ms", "p99 ms")

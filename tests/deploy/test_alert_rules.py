@@ -25,10 +25,10 @@ RUNBOOK = PROJECT / "docs" / "runbook.md"
 TOKEN_FILE = "/run/secrets/estimate_proxy_metrics_token"
 SEVERITIES = {"critical", "warning", "info"}
 SCRAPED = {"job", "instance"}
-"""Labels that Prometheus gives to whatever it scrapes."""
+"""Labels that Prometheus adds to every scraped series."""
 
 SHORT = {"quota": ("scope", "team", "measure", "per")}
-"""What stands for several labels in the level of a recorded name."""
+"""Abbreviations for several labels in the level of a recorded name."""
 
 
 # --- content of the files ----------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_alerts_have_a_severity_texts_and_a_runbook_link(alert: dict[str, Any]) 
     assert alert["for"]
     notes = alert["annotations"]
     assert notes.keys() == {"summary", "description", "runbook_url"}
-    assert all("spent" not in note.lower() for note in notes.values()), "estimated is what is known here"
+    assert all("spent" not in note.lower() for note in notes.values()), "credits are only estimated"
     assert notes["runbook_url"] == f"docs/runbook.md#{alert['alert'].lower()}"
 
 

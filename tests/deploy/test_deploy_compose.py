@@ -65,7 +65,7 @@ def test_files_that_compose_mounts_exist_and_are_read_only() -> None:
     for name in SERVICES:
         for source, read_only in mounts(name).values():
             if source[0] == ".":
-                assert (DEPLOY / source).is_dir(), "a file that is replaced would not be seen through a mount of itself"
+                assert (DEPLOY / source).is_dir(), "a mounted file does not follow its replacement"
                 assert read_only
             else:
                 assert source in COMPOSE["volumes"]

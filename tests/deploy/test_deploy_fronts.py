@@ -118,14 +118,14 @@ def place_of(url: str) -> str:
 
 @pytest.fixture
 def raw() -> Iterator[tuple[RawUpstream, RawUpstream]]:
-    """Two gateways that a test can let fail."""
+    """Starts two upstreams that a test can make fail."""
     gateways = RawUpstream(), RawUpstream()
     yield gateways
     for gateway in gateways:
         gateway.close()
 
 
-def test_estimates_pass_unchanged(front: Front, gateway: GatewayFixture, tmp_path: Path) -> None:
+def test_estimates_are_passed_on_unchanged(front: Front, gateway: GatewayFixture, tmp_path: Path) -> None:
     client = front(place_of(gateway.url))
     first, second = (client.post(PATH, content=BODY, headers={"x-request-id": f"id-{n}"}) for n in range(2))
     assert (first.status_code, second.status_code) == (200, 200)
@@ -147,9 +147,7 @@ def test_metrics_are_not_passed_on(front: Front, raw: tuple[RawUpstream, RawUpst
 
 
 @pytest.mark.parametrize("end", ["close", "reset"])
-def test_an_estimate_that_was_sent_is_never_sent_again(
-    front: Front, raw: tuple[RawUpstream, RawUpstream], end: str
-) -> None:
+def test_a_sent_estimate_is_never_repeated(front: Front, raw: tuple[RawUpstream, RawUpstream], end: str) -> None:
     client = front(*(place_of(gateway.url) for gateway in raw))
     for _ in range(4):  # so that connections to both are open
         assert client.post(PATH, content=BODY).status_code == 200
@@ -160,8 +158,8 @@ def test_an_estimate_that_was_sent_is_never_sent_again(
     assert sum(len(gateway.requests) for gateway in raw) == 1
 
 
-@pytest.mark.parametrize("front", [nginx], indirect=True)  # Caddy has done so since 2.11.2, which Debian does not have
-def test_a_gateway_that_is_down_is_passed_over(front: Front, gateway: GatewayFixture) -> None:
+@pytest.mark.parametrize("front", [nginx], indirect=True)  # Caddy does this since 2.11.2, which Debian does not have
+def test_a_gateway_that_is_down_is_skipped(front: Front, gateway: GatewayFixture) -> None:
     client = front(f"127.0.0.1:{free_port()}", place_of(gateway.url))
     assert {client.post(PATH, content=BODY).status_code for _ in range(6)} == {200}
 
@@ -170,7 +168,7 @@ def test_a_gateway_that_is_down_is_passed_over(front: Front, gateway: GatewayFix
     ("sample", "idle", "wait"),
     [(NGINX, "keepalive_timeout", "proxy_read_timeout"), (CADDY, "keepalive", "response_header_timeout")],
 )
-def test_the_times_fit_those_of_the_gateway(sample: Path, idle: str, wait: str) -> None:
+def test_the_timeouts_match_the_gateways(sample: Path, idle: str, wait: str) -> None:
     seconds = {name: int(value) for name, value in re.findall(r"^\s*(\w+) (\d+)s\b", sample.read_text(), re.MULTILINE)}
     assert seconds[idle] < KEEP_ALIVE_S
     assert seconds[wait] > ServerSettings().request_timeout_s

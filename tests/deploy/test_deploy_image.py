@@ -27,7 +27,7 @@ def health_code() -> str:
 def test_the_image_has_pinned_bases_and_only_plain_instructions() -> None:
     bases = [rest.split()[0] for word, rest in instructions() if word == "FROM"]
     assert len(bases) == 2
-    assert len(set(bases)) == 1, "what is built for one Python would run on another"
+    assert len(set(bases)) == 1, "packages built for one Python would run on another"
     assert re.fullmatch(r"python:3\.\d+\.\d+-slim-[a-z]+", bases[0])
     words = {word for word, _ in instructions()}
     assert words == {"FROM", "WORKDIR", "COPY", "RUN", "ENV", "USER", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT", "CMD"}

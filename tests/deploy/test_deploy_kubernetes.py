@@ -165,7 +165,7 @@ def test_pods_are_spread_and_replaced_one_by_one() -> None:
 def test_the_autoscaler_decides_about_replicas() -> None:
     spec = MANIFESTS["HorizontalPodAutoscaler"]["spec"]
     assert spec["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": "estimate-proxy"}
-    assert "replicas" not in DEPLOYMENT, "each `apply` would set them back"
+    assert "replicas" not in DEPLOYMENT, "each `apply` would reset them"
     assert 2 <= spec["minReplicas"] < spec["maxReplicas"]
     assert spec["metrics"][0]["resource"]["name"] in CONTAINER["resources"]["requests"]
 

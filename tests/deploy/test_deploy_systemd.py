@@ -46,7 +46,7 @@ def test_the_unit_sends_sigterm_only_to_the_supervisor(machine_settings: Setting
 def test_the_unit_has_directories_for_data_and_sockets(machine_settings: Settings) -> None:
     (name,) = unit()["StateDirectory"]
     assert machine_settings.store.data_dir == Path("/var/lib", name)
-    assert machine_settings.store.url is machine_settings.cache.url is None, "the stores that come along"
+    assert machine_settings.store.url is machine_settings.cache.url is None, "the embedded stores"
     assert len(unit()["RuntimeDirectory"]) == 1, "systemd names it in RUNTIME_DIRECTORY"
     assert unit()["StateDirectoryMode"] == unit()["RuntimeDirectoryMode"] == ["0700"]
 

@@ -16,7 +16,7 @@ LOG_LINES = {
     "operations.md": ["a new ledger begins", "the ledger was lost", "giving up"],
     "runbook.md": ["upstream fails for the account", "half-opens", "no answer in time"],
 }
-"""Log lines that a page tells its reader to look for."""
+"""Log lines that a page quotes."""
 
 
 def prose(page: Path) -> str:

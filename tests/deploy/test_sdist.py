@@ -23,7 +23,7 @@ STRAY = (
     "proxy/__pycache__/app.cpython-311.pyc",
     "bench/__pycache__/load.cpython-311.pyc",
 )
-"""What lies in a folder in which somebody works: secrets, data, and what tools leave."""
+"""Stray files of a working copy: secrets, data, and files of tools."""
 
 
 @pytest.fixture(scope="module")

@@ -39,11 +39,11 @@ LEDGER_ALONE, BOOK_ALONE, DATABASE, CLUSTER, CHECK = CHANGES
 PASSWORD = "correct-horse"
 KEYS = LedgerKeys("default")
 REFUSABLE = {"client|setinfo", "config|get"}
-"""What the gateway tries, and does without."""
+"""Commands that the gateway tries, but does not need."""
 
 BRANDS = ("valkey", "redis")
 NOWHERE = "redis://127.0.0.1:1"
-"""These tests look at no key themselves."""
+"""These tests read no key themselves."""
 
 UNPERSISTED = 'writes nothing to disk (appendonly no, save "")'
 GET, PUT = Script("proxy.cache", "price_get", repeatable=True), Script("proxy.cache", "balance_put")
@@ -110,7 +110,7 @@ def works(gateway: GatewayFixture) -> None:
 
 
 def ready(group: ServerGroup, line: str) -> Member:
-    """A server with this user, which has counted no command yet, and a ledger with a model to forget."""
+    """Prepares a server with this user, reset command statistics, and a ledger with a model to forget."""
     member = group.member(line)
     wait_until(member.answers)
     member.client.sadd(KEYS.models, "old")
@@ -197,7 +197,7 @@ def test_without_any_one_of_the_rights_it_fails(brand: str) -> None:
             set_user(acl_line(GATEWAY).replace(f" {missing} ", " "), member)
             assert not is_served(url, "ep1:a"), missing
         set_user(acl_line(GATEWAY), member)
-        assert not is_served(url, "ep2:a"), "the keys of others are out of reach"
+        assert not is_served(url, "ep2:a"), "other programs' keys are not accessible"
 
 
 @pytest.mark.parametrize("brand", BRANDS)

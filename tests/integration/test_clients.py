@@ -164,31 +164,31 @@ def test_a_path_never_changes_the_upstream_host(gateway: GatewayFixture, target:
     assert {received.path for received in gateway.simulator.received} <= {PATH}
     assert (gateway.simulator.calls == 1) == (status == 200)
     for received in gateway.simulator.received:
-        assert dict(received.headers)[b"host"] == scene_upstream_host(received.headers)
+        assert dict(received.headers)[b"host"] == sent_to_upstream_host(received.headers)
         assert received.api_keys == [API_KEY.encode()]
 
 
-def scene_upstream_host(headers: list[tuple[bytes, bytes]]) -> bytes:
+def sent_to_upstream_host(headers: list[tuple[bytes, bytes]]) -> bytes:
     (host,) = (value for name, value in headers if name == b"host")
     assert host.startswith(b"127.0.0.1:")
     return host
 
 
 @pytest.mark.parametrize("line", [b"GET", b"PUT", b"DELETE", b"PATCH", b"OPTIONS", b"HEAD"])
-def test_other_methods(gateway: GatewayFixture, line: bytes) -> None:
+def test_other_methods_get_a_405(gateway: GatewayFixture, line: bytes) -> None:
     reply = gateway.raw(line + b" " + PATH.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
     assert reply.startswith(b"HTTP/1.1 405 ")
     assert b"allow: POST\r\n" in reply
 
 
 @pytest.mark.parametrize("path", ["/", "/pub/v1/generations", "/v1/quotas", "/pub/v1/models"])
-def test_other_paths_say_which_ones_are_served(gateway: GatewayFixture, path: str) -> None:
+def test_other_paths_get_a_404_with_the_served_ones(gateway: GatewayFixture, path: str) -> None:
     response = gateway.client.get(path)
     assert (response.status_code, code_of(response)) == (404, "not-found")
     problem = response.json()
     assert problem["detail"].startswith(f"The gateway does not serve {path}. ")
     assert {PATH, *OWN_PATHS} <= set(re.findall(r"/[a-z0-9/]+", problem["detail"]))
-    assert problem["err"] == problem["error"], "RenderNet's other endpoints say err"
+    assert problem["err"] == problem["error"], "RenderNet's other endpoints use `err`"
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_other_paths_say_which_ones_are_served(gateway: GatewayFixture, path: st
         ("/metrics/", "/metrics", False),
     ],
 )
-def test_a_slash_too_many_is_explained(gateway: GatewayFixture, path: str, right: str, *, is_base_url: bool) -> None:
+def test_an_extra_slash_is_explained(gateway: GatewayFixture, path: str, right: str, *, is_base_url: bool) -> None:
     reply = gateway.raw(f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
     assert reply.startswith(b"HTTP/1.1 404 ")
     detail = json.loads(reply.partition(b"\r\n\r\n")[2])["detail"]
@@ -209,7 +209,7 @@ def test_a_slash_too_many_is_explained(gateway: GatewayFixture, path: str, right
     assert ("slash at the end of your client's base URL" in detail) == is_base_url
 
 
-def test_a_404_repeats_a_long_path_only_in_part(gateway: GatewayFixture) -> None:
+def test_a_404_truncates_a_long_path(gateway: GatewayFixture) -> None:
     detail = gateway.client.get("/" + "x" * 5000).json()["detail"]
     assert f"/{'x' * 199}..." in detail
     assert "x" * 200 not in detail

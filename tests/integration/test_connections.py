@@ -28,7 +28,7 @@ OFFERS = [("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Setting
 ]
 PATIENCE_S = 0.5
 CLOCK_S = 0.01
-"""What the clocks of two processes may differ in measuring a wait."""
+"""Tolerance between two processes' measurements of a wait."""
 
 every_offer = pytest.mark.parametrize("offer", OFFERS, ids="+".join)
 

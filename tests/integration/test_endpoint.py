@@ -112,7 +112,7 @@ Lines = Callable[[int], list[dict[str, object]]]
 
 
 class TestTheLogLineOfARequest:
-    def test_names_token_path_key_and_model(self, open_gateway: OpenGateway, lines: Lines) -> None:
+    def test_it_has_token_path_key_and_model(self, open_gateway: OpenGateway, lines: Lines) -> None:
         gateway = open_gateway(teams={"design": {"tokens": [{"sha256": digest_of(DESIGN), "label": "ci"}]}})
         hit_key = gateway.client.post("/v1/explain", content=b'[{"model":"Flux"}]').json()["key"]
         gateway.ask()
@@ -129,7 +129,7 @@ class TestTheLogLineOfARequest:
         assert second["team"] == "marketing"
         assert "token" not in second, "its token has no label"
 
-    def test_names_the_quota_and_the_reason_of_a_refusal(self, open_gateway: OpenGateway, lines: Lines) -> None:
+    def test_it_has_the_quota_and_the_reason_of_a_refusal(self, open_gateway: OpenGateway, lines: Lines) -> None:
         quotas = [{"measure": "estimated_credits", "limit": 2, "per": "month"}]
         org = {"quotas": [{"measure": "estimated_credits", "limit": 1, "per": "day"}]}
         gateway = open_gateway(teams={"design": {"tokens": [digest_of(DESIGN)], "quotas": quotas}}, org=org)
@@ -140,7 +140,7 @@ class TestTheLogLineOfARequest:
         assert line["reason"] == detail
         assert str(line["reason"]).endswith(" needs 2.75, more than the whole quota.")
 
-    def test_has_the_reason_of_any_problem_and_neither_body_nor_secret(
+    def test_it_has_the_reason_of_any_problem_but_no_body_or_secret(
         self, gateway: GatewayFixture, lines: Lines
     ) -> None:
         gateway.ask(b'[{"prompt":"Tamarin"},7]')
@@ -160,7 +160,7 @@ class TestTheLogLineOfARequest:
         assert "Tamarin" not in text
         assert DESIGN[:30] not in text
 
-    def test_names_the_question_that_was_purged(self, open_gateway: OpenGateway, lines: Lines) -> None:
+    def test_it_has_the_key_of_a_purged_request(self, open_gateway: OpenGateway, lines: Lines) -> None:
         admin = token_of("a" * 32)
         gateway = open_gateway(admin={"tokens": [digest_of(admin)]})
         for body in (b'{"body":[{}]}', b'{"account":"Tamarin","all":true}'):

@@ -25,7 +25,7 @@ from proxy.cache.canonical import canonicalise
 from serving import NO_TLS
 
 FLUX = b'[{"model":"Flux"}]'
-"""2.75 credits at the simulator's."""
+"""The simulator's price is 2.75 credits."""
 
 
 def test_the_second_request_is_a_hit_for_another_team_and_spelling(gateway: GatewayFixture) -> None:

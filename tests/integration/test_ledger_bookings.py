@@ -60,7 +60,7 @@ def test_a_request_counts_once_whatever_its_outcome(
 ) -> None:
     async def scenario(fixture: LedgerFixture) -> None:
         admitted = await fixture.admitted()
-        assert rows(server) == {"-:cancelled:requests": 1}, "it counts from the begin: should all end here, it has been"
+        assert rows(server) == {"-:cancelled:requests": 1}, "it counts from its begin, even if the process ends here"
         assert used(server) == (1, 0)
         settled = await fixture.ledger.settle(admitted, charge)
         assert isinstance(settled, Admitted)
@@ -111,7 +111,7 @@ def test_a_price_that_exceeds_a_quota_refunds_its_request(any_store_url: str, se
 
     async def scenario(fixture: LedgerFixture) -> None:
         first, second = await fixture.admitted(limited), await fixture.admitted(limited)
-        assert word(await fixture.ledger.charge(limited, HIT)) == "quota-exceeded", "both requests are taken"
+        assert word(await fixture.ledger.charge(limited, HIT)) == "quota-exceeded", "both requests are used"
         assert word(await fixture.ledger.settle(first, MISS)) == "admitted"
         denied = await fixture.ledger.settle(second, MISS)
         assert isinstance(denied, Denied)
@@ -131,7 +131,7 @@ def test_a_team_without_credits_is_refused_before_the_upstream_call(any_store_ur
         admitted = await fixture.admitted(limited)
         assert word(await fixture.ledger.charge(limited, HIT)) == "admitted"
         assert word(await fixture.ledger.settle(admitted, Charge(Outcome.MISS, 0, "Flux"))) == "admitted", (
-            "it had begun"
+            "the request was counted"
         )
         for free in (Charge(Outcome.HIT, 0, "Flux"), Charge(Outcome.HIT)):
             assert word(await fixture.ledger.charge(limited, free)) == "quota-exceeded"
@@ -226,12 +226,12 @@ def test_amounts_stay_exact_from_the_lowest_to_the_highest(any_store_url: str, s
 
 
 async def charged_as(fixture: LedgerFixture, limits: TeamLimits, *models: str) -> list[str]:
-    """The names under which a charge of each model was counted, all in one batch."""
+    """Charges each model in one batch, and returns the names under which they were counted."""
     asked = (fixture.ledger.charge(limits, Charge(Outcome.HIT, CREDIT, model)) for model in models)
     return [admission.model for admission in await asyncio.gather(*asked) if isinstance(admission, Admitted)]
 
 
-def test_the_first_models_have_a_name_of_their_own_half_of_them_from_one_team(
+def test_the_first_models_have_their_own_names_at_most_half_from_one_team(
     any_store_url: str, server: redis.Redis
 ) -> None:
     half, film = MAX_MODELS // 2, terms(team="film")
@@ -257,9 +257,7 @@ def test_the_first_models_have_a_name_of_their_own_half_of_them_from_one_team(
     assert named["other"] == 1 + len(names) - half + 1 + 1
 
 
-def test_a_model_that_was_not_used_for_30_days_gives_its_place_to_a_new_one(
-    any_store_url: str, server: redis.Redis
-) -> None:
+def test_a_new_model_replaces_one_unused_for_30_days(any_store_url: str, server: redis.Redis) -> None:
     half, film = MAX_MODELS // 2, terms(team="film")
     old, new = [f"old {number}" for number in range(MAX_MODELS)], [f"new {number}" for number in range(4)]
     today = int(server.time()[0]) // 86_400
@@ -295,8 +293,8 @@ def test_a_model_that_was_not_used_for_30_days_gives_its_place_to_a_new_one(
     assert uses[old[4].encode()] == b"%d:design" % (today - 30)
 
 
-def test_models_of_an_older_version_keep_their_places(any_store_url: str, server: redis.Redis) -> None:
-    """It kept their names alone."""
+def test_models_of_an_older_version_keep_their_names(any_store_url: str, server: redis.Redis) -> None:
+    """An older version only stored their names."""
     server.sadd(KEYS.models, *(f"old {number}" for number in range(MAX_MODELS)))
 
     async def scenario(fixture: LedgerFixture) -> None:

@@ -69,9 +69,9 @@ def test_a_store_that_refuses_a_write_writes_nothing(
                 ):
                     assert word(await asked) == "store-unavailable"
             assert everything(server) == before
-        assert len(told(caplog)) == 1, "no line a request"
+        assert len(told(caplog)) == 1, "one log line, not one per request"
         assert word(await fixture.ledger.settle(admitted, MISS)) == "admitted"
-        assert fixture.metric("unanswered_debits_total") == 0, "it is known that nothing was booked"
+        assert fixture.metric("unanswered_debits_total") == 0, "the outcome is known: nothing was booked"
 
     run_scenario(any_store_url, scenario)
     assert used(server) == (1, 4 * CREDIT)

@@ -58,7 +58,7 @@ def test_requests_admitted_in_an_outage_are_booked_once_after_it(store_proxy: Fa
         assert rows(server) == {"-:cancelled:requests": 4}
         store_proxy.set_conditions(HEALTHY)
         await fixture.until_paid()
-        assert word(await fixture.ledger.settle(unseen, MISS)) == "admitted", "it stands nowhere yet"
+        assert word(await fixture.ledger.settle(unseen, MISS)) == "admitted", "it is not booked yet"
         await fixture.until_paid()
         assert fixture.metric("unanswered_debits_total") == 0
 
@@ -178,7 +178,7 @@ def test_a_full_backlog_refuses(store_proxy: FaultyProxy, server: redis.Redis, m
             assert word(await asked) == "store-unavailable"
         assert word(await fixture.ledger.settle(seen, MISS)) == "store-unavailable"
         assert await fixture.ledger.refund(other_seen, Outcome.UPSTREAM_BUSY) is None
-        assert word(await fixture.ledger.charge(PLAIN, HIT)) == "admitted", "it adds to a sum that is there"
+        assert word(await fixture.ledger.charge(PLAIN, HIT)) == "admitted", "it is added to an existing sum"
         assert fixture.metric("buffered_debits") == 3
         store_proxy.set_conditions(HEALTHY)
         await fixture.until_paid()

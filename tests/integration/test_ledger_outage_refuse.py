@@ -19,7 +19,7 @@ from proxy.store.client import TICK_S, TIMEOUT_S
 from serving import free_port
 
 SCHEDULING_S = 0.05
-"""By how much a busy machine may be late, at the best of three times."""
+"""Tolerance for a busy machine, for the best of three measurements."""
 
 
 @contextmanager
@@ -62,9 +62,9 @@ def test_a_hanging_store_delays_only_the_first_requests_and_gets_no_call_twice(
                 await asyncio.sleep(rest_s)
             assert word(await fixture.ledger.settle(admitted, MISS)) == "store-unavailable"
         assert_in_time(min(waits_s), TIMEOUT_S + 2 * TICK_S + SCHEDULING_S)
-        assert fixture.metric("unanswered_debits_total") == 5, "later ones had no connection over which to be sent"
+        assert fixture.metric("unanswered_debits_total") == 5, "later ones had no connection, so they were not sent"
         await fixture.until_back()
-        assert calls(server) - before <= 2, "what was sent before it hung may have been run now"
+        assert calls(server) - before <= 2, "calls sent before it hung may have run now"
 
     run_scenario(any_store_url, scenario)
     assert used(server)[0] in (1, 6)
@@ -91,7 +91,7 @@ def test_a_store_that_refuses_connections_causes_no_delay(store_proxy: FaultyPro
     for url in (store_proxy.url, f"redis://127.0.0.1:{free_port()}"):
         run_scenario(url, scenario)
     store_proxy.set_conditions(HEALTHY)
-    assert rows(server) == {"-:cancelled:requests": 1}, "of what ends without the ledger the request has been counted"
+    assert rows(server) == {"-:cancelled:requests": 1}, "a request that ends without the ledger stays counted"
 
 
 @pytest.mark.parametrize(
@@ -144,9 +144,7 @@ def test_a_connection_closed_during_a_debit_counts_as_a_lost_reply(
         await asyncio.to_thread(store_proxy.reset_connections)
         assert word(await charged) == "store-unavailable"
         assert await refunded is None
-        assert fixture.metric("unanswered_debits_total") == 2, (
-            "also of a request that has gone, but not what gives back"
-        )
+        assert fixture.metric("unanswered_debits_total") == 2, "cancelled requests count too, refunds do not"
         store_proxy.set_conditions(HEALTHY)
         await fixture.until_back()
         assert calls(server) - before == 2

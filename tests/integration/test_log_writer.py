@@ -24,7 +24,7 @@ class Pipe:
         self.reader, self.writer = os.pipe2(flags)
 
     def read(self) -> bytes:
-        assert select.select([self.reader], [], [], WAIT_S)[0], "nothing comes"
+        assert select.select([self.reader], [], [], WAIT_S)[0], "nothing arrives"
         return os.read(self.reader, 2**20)
 
     def lines_until(self, end: bytes) -> list[bytes]:
@@ -112,7 +112,7 @@ def test_lines_that_do_not_fit_are_dropped_counted_and_replaced_by_one_line(pipe
     began = monotonic()
     for number in range(count, count + 3 * MAX_LINES):
         writer.write(f"{number}\n")
-    assert monotonic() - began < WAIT_S, "it never waits"
+    assert monotonic() - began < WAIT_S, "write never blocks"
     assert len(writer._queue) <= MAX_LINES
     before = pipe.lines_until(b" missing")
     writer.write("end\n")

@@ -221,7 +221,7 @@ class TestGauges:
         next_ = _scrapes_until_read(gateway)
         assert next_[-1].ended - first[-1].began >= SNAPSHOT_S
         assert len(next_) > 10
-        assert _script_calls(gateway) - calls == 3 + len(ACCOUNTS), "which ledger, windows, quotas, books"
+        assert _script_calls(gateway) - calls == 3 + len(ACCOUNTS), "scripts: ledger id, windows, quotas, books"
 
 
 class TestTokens:

@@ -34,7 +34,7 @@ from quota_fixture import (
 pytestmark = pytest.mark.usefixtures("within_a_minute")
 
 MORNING = "UTC" if datetime.now(UTC).hour < 12 else "Etc/GMT+12"
-"""A zone where no day ends within hours."""
+"""A time zone in which no day ends within the next hours."""
 
 SCOPES = ["team", "org"]
 
@@ -70,7 +70,7 @@ class TestQuotas:
         assert [answer.status_code for answer in answers_] == [200] * 4
         name = ("org-" if scope == "org" else "") + ("requests-month" if measure == "requests" else "credits-month")
         warnings = [answer.headers.get("estimate-proxy-warning") for answer in answers_]
-        assert warnings == [None, None, f'"{name}"', f'"{name}"'], "a quota is passed when more than it is used"
+        assert warnings == [None, None, f'"{name}"', f'"{name}"'], "a quota is exceeded if more than its limit is used"
         assert field(answers_[3], "estimate-proxy-warning") == {name: {}}
         assert [left(answer)[name] for answer in answers_] == [1, 0, 0, 0]
         assert used(gateway) == [4, 4]
@@ -177,7 +177,9 @@ class TestQuotas:
         gateway = limited(quota(100), team_defaults=defaults, teams=teams)
         assert [gateway.ask().status_code for _ in range(2)] == [200, 200]
         assert [gateway.ask(x_api_key=MARKETING).status_code for _ in range(2)] == [200, 429]
-        assert [gateway.ask(x_api_key=RETIRED).status_code for _ in range(2)] == [200, 200], "its own are none"
+        assert [gateway.ask(x_api_key=RETIRED).status_code for _ in range(2)] == [200, 200], (
+            "it has no quotas of its own"
+        )
 
     def test_the_organisations_quota_counts_all_teams(self, limited: Limited) -> None:
         gateway = limited(org={"quotas": [quota(6), requests(100)]})

@@ -19,7 +19,7 @@ from serving import free_port, wait_until
 pytestmark = pytest.mark.usefixtures("within_a_minute")
 
 IN_TIME_S = 0.3 + 0.05
-"""What a ledger that does not answer may cost: the time it is given, and a little."""
+"""Longest delay from a ledger that does not answer: its timeout plus a tolerance."""
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ class TestWithoutTheLedger:
         assert {code_of(answer) for answer in refused} == {"store-unavailable"}
         seconds = sorted(answer.elapsed.total_seconds() for answer in refused)
         waited = [elapsed for elapsed in seconds if elapsed > IN_TIME_S / 2]
-        assert 1 <= len(waited) <= 3, "one wait a rest, not one a request"
+        assert 1 <= len(waited) <= 3, "one wait per cool-down, not per request"
         assert_in_time(waited[0], IN_TIME_S)
         wait_until(lambda: gateway.ask(FLUX).status_code == 200)
 

@@ -50,7 +50,7 @@ class TestRate:
         rest(gateway, int(early.headers["retry-after"]))
         assert [gateway.ask().status_code for _ in range(2)] == [200, 429]
         rest(gateway, 1000)
-        assert [gateway.ask().status_code for _ in range(3)] == [200, 200, 429], "more than a burst was saved up"
+        assert [gateway.ask().status_code for _ in range(3)] == [200, 200, 429], "more than a burst accumulated"
 
     def test_no_more_requests_are_admitted_than_the_rate_and_a_burst(self, limited: Limited) -> None:
         gateway = limited(rate=rate(5, per_s=20))

@@ -26,7 +26,7 @@ from serving import free_port
 ZONE = ZoneInfo("Europe/Berlin")
 KEYS = LedgerKeys("acme")
 HUGE = 2**53 + 1
-"""As a number of Lua or JavaScript it would be rounded."""
+"""A double would round this number."""
 
 RunScenario = Callable[[Callable[[LedgerReader], Coroutine[Any, Any, None]]], None]
 
@@ -90,7 +90,7 @@ def test_usage_of_teams_and_days(server: redis.Redis, run_scenario: RunScenario)
         assert [(row.group, row.requests, row.refused, row.credits_micro) for row in usage.rows] == [
             (("design",), 3, 0, HUGE),
             (("removed",), 0, 2, 0),
-        ], "a team that the settings have no more is not forgotten"
+        ], "a team that was removed from the settings is still listed"
         assert usage.total.outcomes == {"hit": 3, "rate-limited": 2}
         own = await reports.usage(usage_query(NOVEMBER_1, NOVEMBER_1 + day, "day", "model", team="design"))
         assert [row.group for row in own.rows] == [("2026-11-01", "Flux")]
@@ -122,7 +122,7 @@ def test_a_year_of_usage_is_read_in_parts(server: redis.Redis, run_scenario: Run
         assert usage.total.credits_micro == sum(range(400))
 
     run_scenario(scenario)
-    assert calls(server, "evalsha") in (400 // CHUNK, 400 // CHUNK + 1), "one more where the script was not known yet"
+    assert calls(server, "evalsha") in (400 // CHUNK, 400 // CHUNK + 1), "one more if the script was not loaded yet"
     assert calls(server, "hgetall") == 400
 
 
@@ -157,7 +157,7 @@ def test_quota_states_of_teams(server: redis.Redis, run_scenario: RunScenario) -
         assert list(first.used) == [HUGE, 7, 9]
         assert list(second.used) == [9]
         assert first.now_us == second.now_us >= before_us
-        assert first.tat_offset_us == design.rate.burst_tolerance_us, "bounded, as the ledger does it"
+        assert first.tat_offset_us == design.rate.burst_tolerance_us, "limited, like in the ledger"
         assert first.rate_remaining() == 0
         assert (second.tat_offset_us, second.rate_remaining()) == (0, 1)
         assert {per: first.windows[per] for per in ("day", "week", "month")} == {
@@ -288,7 +288,7 @@ def test_reports_equal_the_ledgers_bookings(any_store_url: str, server: redis.Re
         asked, failed = await ledger.admit(design), await ledger.admit(design)
         assert isinstance(asked, Admitted)
         assert isinstance(failed, Admitted)
-        assert (await reports.usage(_today("day"))).total.outcomes == {"hit": 3, "cancelled": 2}, "under way"
+        assert (await reports.usage(_today("day"))).total.outcomes == {"hit": 3, "cancelled": 2}, "in flight"
         settled = await ledger.settle(asked, Charge(Outcome.MISS, 1, "Turbo"))
         await ledger.refund(failed, Outcome.UPSTREAM_BUSY)
         assert isinstance(await ledger.charge(design, Charge(Outcome.HIT, 1, "Flux")), Admitted)
@@ -304,7 +304,7 @@ def test_reports_equal_the_ledgers_bookings(any_store_url: str, server: redis.Re
         assert list(quota_state.used) == [13_500_002, 5, 5]
         assert settled.quota_state is not None
         assert list(settled.quota_state.used) == [13_500_001, 5, 5], "the request in flight is still counted"
-        assert quota_state.rate_remaining() == 2, "of 8, less three hits, two questions and one more hit"
+        assert quota_state.rate_remaining() == 2, "8 minus three hits, two admissions and one more hit"
         totals = await reports.window_totals(["design"])
         assert set(totals.teams["design"].values()) == {CounterValue(5, 13_500_002)}, "usage and counters agree"
         await ledger.close(1.0)

@@ -18,7 +18,7 @@ FIELDS = tuple(
     for field in ("X-API-KEY: a", "Connection: keep-alive", "Connection: close", "Expect: 100-continue", "B:  c ")
 )
 TURNS = 40
-"""Of the event loop: more than any answer needs."""
+"""Iterations of the event loop, more than any answer needs."""
 
 ONE_ID = re.compile(rb"[0-9a-f]{32}")
 

@@ -1,4 +1,4 @@
-"""What the log says about a store that cannot be used as it is configured: what is wrong, and what to do."""
+"""Log lines about a misconfigured store: the problem, and what to do."""
 
 import asyncio
 from collections.abc import Iterator
@@ -40,14 +40,14 @@ async def call(url: str, access: StoreAccess, args: int) -> None:
 
 
 def logged_line(caplog: pytest.LogCaptureFixture, url: str, access: StoreAccess | None = None, *, args: int = 1) -> str:
-    """The line that the log has after a call."""
+    """Makes a call, and returns its log line."""
     caplog.clear()
     asyncio.run(call(url, access or StoreAccess(), args))
     (line,) = (message for message in caplog.messages if " fails: " in message)
     return line.partition(" fails: ")[2]
 
 
-@pytest.mark.parametrize("args", [1, 12])  # Redis refuses a command of more than ten parts in other words
+@pytest.mark.parametrize("args", [1, 12])  # Redis has another message for a command of more than ten parts
 def test_a_server_that_requires_a_password(servers: ServerGroup, caplog: pytest.LogCaptureFixture, args: int) -> None:
     member = started(servers.member("requirepass right", password="right"))
     line = logged_line(caplog, f"redis://{LOCAL}:{member.port}", args=args)

@@ -65,11 +65,11 @@ HIT = Charge(Outcome.HIT, 4, "Flux")
 TERMS = TeamLimits("design", Rate(100_000, 1_000_000), ())
 GET, PUT = Script("proxy.cache", "price_get", repeatable=True), Script("proxy.cache", "balance_put")
 EXPIRE_AND_SPIN = "redis.call('PEXPIRE', KEYS[2], 3) for _ = 1, 5e6 do end return 1"
-"""Some 30 ms of a server's time, in which the key expires."""
+"""Keeps the server busy for about 30 ms, in which the key expires."""
 
 BRANDS = ("valkey", "redis")
 LATE_S = 0.3
-"""By how much a busy machine may be late."""
+"""Tolerance for a busy machine."""
 
 
 @dataclass
@@ -83,7 +83,7 @@ class LedgerFixture:
     refused: int = 0
     longest_s: float = 0.0
     gap_s: float = 0.0
-    """The longest time without a charge that was admitted."""
+    """The longest time without an admitted charge."""
     _last: float = field(default_factory=time.monotonic)
 
     async def charge(self) -> None:

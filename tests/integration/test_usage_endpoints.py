@@ -121,7 +121,7 @@ def test_operators_and_viewers_see_all_teams(gateway: GatewayFixture, token: str
     assert [(row["team"], row["requests"]) for row in rows] == [("design", 3), ("marketing", 1)]
     one = shown(get(gateway, "/v1/usage?by=team,model&team=marketing", ADMIN))
     assert [(row["team"], row["model"], row["requests"]) for row in one["rows"]] == [("marketing", "Flux", 1)]
-    assert shown(get(gateway, "/v1/usage?team=retired", ADMIN))["rows"] == [], "configured, and never used"
+    assert shown(get(gateway, "/v1/usage?team=retired", ADMIN))["rows"] == [], "configured, but never used"
 
 
 def test_a_team_that_was_removed_still_has_usage(gateway: GatewayFixture) -> None:
@@ -150,7 +150,7 @@ def test_usage_of_an_earlier_id_is_shown_under_the_current_one(open_gateway: Ope
     today = datetime.now(UTC).date()
     gateway.store.hset(KEYS.usage("old", today), mapping={"Flux:hit:requests": 2, "Flux:hit:credits": 1})
     gateway.store.sadd(KEYS.teams, "old")
-    assert shown(get(gateway, f"/v1/usage?from={today}"))["total"]["requests"] == 3, "the team itself sees it, too"
+    assert shown(get(gateway, f"/v1/usage?from={today}"))["total"]["requests"] == 3, "the team itself sees it too"
     for query in ("", "&team=old", "&team=design"):
         (row,) = shown(get(gateway, f"/v1/usage?from={today}&by=team{query}", ADMIN))["rows"]
         assert (row["team"], row["requests"]) == ("design", 3)
@@ -302,7 +302,7 @@ def test_the_operator_sees_all_quotas(gateway: GatewayFixture) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/usage", "/v1/quota"])
 def test_access_depends_on_the_token(gateway: GatewayFixture, path: str) -> None:
-    assert get(gateway, path, RETIRED).status_code == 200, "a disabled team may look, and not ask"
+    assert get(gateway, path, RETIRED).status_code == 200, "a disabled team can read its usage, but get no estimates"
     assert code_of(gateway.ask(x_api_key=RETIRED)) == "team-disabled"
     for token in (EXPIRED, token_of("x" * 32), "nonsense"):
         refused = get(gateway, f"{path}?nonsense", token)

@@ -37,7 +37,7 @@ def wait_briefly_until(condition: Callable[[], bool]) -> None:
     """Like `wait_until`, with shorter pauses."""
     deadline = time.monotonic() + 10
     while not condition():
-        assert time.monotonic() < deadline, "it did not come true"
+        assert time.monotonic() < deadline, "the condition did not become true"
         time.sleep(0.0005)
 
 

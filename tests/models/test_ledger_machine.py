@@ -80,7 +80,7 @@ class LedgerMachine(RuleBasedStateMachine):
         """The requests that each gateway has admitted and not settled."""
         self._rates = dict.fromkeys(TEAMS, (20, 10**6))
         self._limits: dict[str, tuple[Limit, ...]] = dict.fromkeys(("", *TEAMS), ())
-        """Of the organisation, and of each team."""
+        """Limits of the organisation (`""`) and of each team."""
         self._flushes = 0
         self._update_policies()
 

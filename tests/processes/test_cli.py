@@ -387,7 +387,7 @@ def test_check_on_a_terminal_is_a_table() -> None:
     assert CANARY not in text
     assert re.search(r"setting +value", text)
     assert re.search(r"server\.port +8080 ", text)
-    assert re.search(r'teams\.other\.name +"\[red\]x \[/x\] :smile: \\" é" ', text), "nothing is taken for markup"
+    assert re.search(r'teams\.other\.name +"\[red\]x \[/x\] :smile: \\" é" ', text), "nothing is parsed as markup"
     assert re.search(r"upstream\.ca_file +- ", text)
     assert re.search(r"server\.host +\S+ +default ", text)
     assert re.search(r"accounts\.default\.api_key +\S+ +estimate-proxy\.toml, line 3 ", text)
@@ -511,7 +511,7 @@ def printed(result: Result) -> str:
 
 
 def reported(result: Result) -> str:
-    """What `usage` printed. The period and the total are on standard error."""
+    """Returns the output of `usage`. The period and the total are on standard error."""
     assert result.exit_code == 0
     assert re.fullmatch(r"estimate-proxy: \S+ to \S+, UTC: \d+ requests, .* estimated credits\n", result.stderr)
     return result.stdout
@@ -528,9 +528,7 @@ def test_usage_when_piped(run: Run) -> None:
     assert [row[:5] for row in rows] == [[team, "2", "3", "9007199254.740993", "2"] for team in ("design", "gone")]
     assert [row[-2:] for row in rows] == [["50", "The Designers"], ["50", ""]]
     header, row = fields(reported(run("usage", "--from", str(DAY), "--team", "gone")))
-    assert [header[0], row[0]] == ["day", str(DAY)], (
-        "of one team by day; that the settings have it no more is all right"
-    )
+    assert [header[0], row[0]] == ["day", str(DAY)], "a team that was removed from the settings, by day"
     _, *rows = fields(reported(run("usage", "--from", str(DAY), "--to", str(DAY), "--by", "model,team")))
     assert [row[:3] for row in rows] == [
         ["-", "design", "0"],
@@ -550,7 +548,7 @@ def test_usage_as_json_equals_the_endpoint(run: Run) -> None:
     result = run("usage", "--from", str(DAY), "--by", "model", "--format", "csv")
     lines = result.stdout_bytes.split(b"\r\n")
     assert lines[0].startswith(b"model,requests,refused,estimated_credits,hit,")
-    assert lines[2].startswith(b"'-1-1,2,0,9007199254.740993,2,"), "what a spreadsheet could run is defused"
+    assert lines[2].startswith(b"'-1-1,2,0,9007199254.740993,2,"), "formulas of spreadsheets are escaped"
 
 
 @pytest.mark.usefixtures("ledger")
@@ -566,7 +564,7 @@ def test_usage_on_a_terminal() -> None:
     assert total.split() == ["total", "4", "6", "18014398509.481986", "4", "6"]
     assert {line.rindex(cell) + len(cell) for line, cell in ((design, "740993"), (total, "481986"))} == {
         header.rindex("credits") + len("credits")
-    }, "numbers end below one another"
+    }, "numbers are right-aligned"
 
 
 @pytest.mark.parametrize("columns", [80, 60, 50])
@@ -579,7 +577,7 @@ def test_a_narrow_terminal_hides_columns_and_names_them(by: str, columns: int) -
     table, _, hidden = text.partition("Not shown, for lack of width: ")
     words = " ".join(table.split())
     for header in ("name", "requests", "refused", "share", "hit", "rate-limited"):
-        assert (f" {header} " in words) is (header not in hidden), "a column is shown or named, and no word is broken"
+        assert (f" {header} " in words) is (header not in hidden), "each column is shown or named, and no word is split"
     assert not set(hidden.split()) & {"team,", "credits,"}
     assert not hidden or hidden.endswith(".\r\n")
 
@@ -647,7 +645,7 @@ def test_usage_of_last_month(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("ledger")
-def test_on_the_first_of_a_month_usage_is_that_of_the_month_before(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_the_first_of_a_month_usage_shows_the_month_before(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.cli.ledger.time", lambda: datetime(2026, 12, 1, tzinfo=UTC).timestamp())
     for options in ([], ["--format", "csv"], ["--format", "json"]):
         assert run("usage", *options).stderr.startswith(
@@ -805,7 +803,7 @@ def test_a_token_that_belongs_to_no_team(run: Run, role: str, name: list[str]) -
     assert run("check", "--config", "pasted.toml").exit_code == 0
 
 
-def test_quiet_prints_the_token_alone(run: Run) -> None:
+def test_quiet_prints_only_the_token(run: Run) -> None:
     result = run("token", "new", "design", "--quiet")
     assert teams.is_well_formed(result.stdout.removesuffix("\n"))
     assert f'tokens = ["{teams.digest_of(result.stdout.strip())}"]' in result.stderr
@@ -826,7 +824,7 @@ def test_quiet_prints_the_token_alone(run: Run) -> None:
         (["--viewer", "--admin"], "--viewer and --admin exclude each other: make a token for each"),
     ],
 )
-def test_a_token_that_cannot_be(run: Run, options: list[str], line: str) -> None:
+def test_an_invalid_token_option_is_refused(run: Run, options: list[str], line: str) -> None:
     assert refusal(run("token", "new", *options)).startswith(line)
 
 
@@ -955,7 +953,7 @@ def test_changes_that_give_another_key(run: Run) -> None:
     other = {"origin": "https://other.example", "path": "/base/pub/v1/generations/estimate"}
     assert keys[4] == key_of(canonical, account="default", query="", **other)
     in_environment = run("explain", "-", stdin=BODY, ESTIMATE_PROXY_UPSTREAM__BASE_URL="https://other.example/base/")
-    assert explained(in_environment)[1] == keys[4], "a trailing slash says nothing"
+    assert explained(in_environment)[1] == keys[4], "a trailing slash makes no difference"
 
 
 def test_explain_needs_no_key_and_no_team(run: Run) -> None:
@@ -984,7 +982,7 @@ def test_a_bad_body_is_one_line_that_names_the_file(run: Run, content: bytes, re
     assert reason in line
 
 
-def test_a_bad_body_on_standard_input() -> None:
+def test_a_bad_body_on_standard_input_is_one_line() -> None:
     done = process(*PROGRAMS[0], "explain", "-", stdin=b"[]")
     error = b"estimate-proxy: <stdin>: The body must be a JSON array of one or more generation objects.\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, b"", error)
@@ -1012,7 +1010,7 @@ def test_arguments_that_are_not_utf_8_or_very_long() -> None:
     assert long.returncode == 0
     assert odd.stdout != long.stdout
     narrow = process(*program, "explain", "-", stdin=BODY, PYTHONIOENCODING="latin-1")
-    assert narrow.stdout.startswith('body  [{"a":"é"'.encode()), "the very bytes, whatever the terminal's encoding"
+    assert narrow.stdout.startswith('body  [{"a":"é"'.encode()), "the exact bytes, in any encoding of the terminal"
     assert process(*program, "check", "--config", "\udcff.toml").returncode == 2
     assert process(*program, "check", "--config", "x" * 5000).stderr.endswith(b" cannot be read: File name too long\n")
 

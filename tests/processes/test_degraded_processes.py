@@ -62,7 +62,7 @@ def test_a_client_that_leaves_does_not_affect_other_answers(served: GatewayProce
     wait_until(lambda: [line for line in served.lines() if line.get("outcome") == "cancelled"])
     assert cache_status(served.ask(body)).startswith("hit; ")
     assert simulator.calls == 1
-    assert used(served) == (spent + 3 * PRICE, requests + 3), "for the one that has left as well"
+    assert used(served) == (spent + 3 * PRICE, requests + 3), "for the client that left too"
 
 
 @pytest.mark.usefixtures("simulator")

@@ -36,22 +36,22 @@ from scripted_simulator import Simulator
 from serving import wait_until
 
 WAIT_S = TIMEOUT_S + 2 * TICK_S
-"""What a call costs whose store does not answer."""
+"""Delay of a call whose store does not answer."""
 
 OUTAGE_S = COOLDOWN_S + 0.2
 """Longer than the cool-down, so that the store is tried again during the outage."""
 
 BACK_S = COOLDOWN_S + 2.5
-"""Until all is as before, on a machine that has other things to do; half a second where it has none."""
+"""Time to recover on a busy machine; without other load it takes half a second."""
 
 MOST_LINES = 10
-"""Of two roles: each begins, shows a few reasons, ends; and a pile of debits may go out twice."""
+"""For two roles: each logs its begin, a few reasons and its end; and buffered debits may be sent twice."""
 
 BYPASS = "fwd=bypass; detail=store-unavailable"
 UNANSWERED = "unanswered_debits_total"
 
 REFUSES, ADMITS = range(2)
-"""The gateways, by what they do without the ledger. The second one has its price book on the ledger's server."""
+"""The gateways, by `on_outage`. The second one has its price book on the ledger's server."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from upstream_process import UpstreamProcess, upstream_process
 
 TIMEOUT_S = 0.3
 DEADLINE_S = 1.2
-"""Of the whole answer. Nothing here comes near it, unless it waits for upstream twice and more."""
+"""Deadline of a whole answer. No request takes this long, unless it waits for upstream more than once."""
 
 HURRIED = """
 import pathlib, proxy.upstream.circuit_breaker
@@ -45,10 +45,10 @@ def admit_when_over(circuit, now, **how):
     return admit(circuit, now + 60.0 * over.exists(), **how)
 proxy.upstream.circuit_breaker.CircuitBreaker.admit = admit_when_over
 """
-"""A circuit is open until the test says that its time is over, whatever the machine's pace."""
+"""A circuit stays open until the test ends its time, so the machine's speed does not matter."""
 
 TTL_S = 1
-"""Behind it a price is stale, and serves if upstream fails."""
+"""A price older than this is stale, and is served if upstream fails."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Setup:
     upstream: UpstreamProcess
     store_proxy: FaultyProxy
     over: Path
-    """While it is there, the time that circuits are open is over."""
+    """While this file exists, the open time of circuits is over."""
 
     @contextmanager
     def recovery(self) -> Iterator[None]:
@@ -94,10 +94,10 @@ FAULTS: dict[str, tuple[Callable[[Setup], AbstractContextManager[None]], str]] =
     "half open": (_conditions(Conditions(carries=False)), "504 upstream-timeout"),
     "drips": (_conditions(Conditions(latency_s=0.02, piece_bytes=1)), "504 upstream-timeout"),
 }
-"""With what is answered where there is no price."""
+"""Each fault, and the answer to a request without a stored price."""
 
 PROBED = ("killed", "half open")
-"""Where the first probe fails too: it takes its time."""
+"""Faults where the first probe also fails, which takes time."""
 
 
 @dataclass

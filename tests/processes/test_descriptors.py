@@ -42,7 +42,7 @@ from serving import wait_until
 
 FEW = 64
 WITH_FEW = ("/bin/sh", "-c", f'ulimit -n {FEW} && exec "$@"', "sh", sys.executable, "-m", "proxy")
-"""How `serve` is called where a process may have so few descriptors, soft and hard limit."""
+"""The command of `serve` with a low soft and hard limit of descriptors."""
 
 SAID = "out of file descriptors"
 GET = Script("proxy.cache", "price_get", repeatable=True)
@@ -98,7 +98,7 @@ class TestRecognised:
         for error in (refused, redis.ConnectionError("Too many open files"), ExceptionGroup("all failed", [refused])):
             assert not ran_out(wrapped(error, explicit=True))
         refused.__context__ = wrapped(refused, explicit=True)
-        assert not ran_out(refused), "nor does it look for ever"
+        assert not ran_out(refused), "the search ends"
 
     def test_an_unknown_host_name_is_not_taken_for_it(self) -> None:
         unknown = wrapped(socket.gaierror(socket.EAI_NONAME, "unknown"), explicit=True)

@@ -109,7 +109,7 @@ CAN_BE_CUT: dict[str, tuple[Harm, int]] = {
     "nothing but zeros": (all_zeros, 0),
     "garbage": (garbage, 0),
 }
-"""Harm to the commands, and how many of them come before it."""
+"""Kinds of damage to the commands, and the number of commands before it."""
 
 MANIFESTS: dict[str, Harm] = {
     "empty": emptied,

@@ -34,7 +34,7 @@ print(stores.urls["ledger"], *(server._child.pid for server in stores._servers.v
 sys.stdin.read()
 stores.stop()
 """
-"""A gateway's supervisor as far as this file is concerned; it ends when its standard input does."""
+"""A stand-in for a gateway's supervisor; it ends when its standard input is closed."""
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def test_a_refusal_of_upstream_is_shared_with_all_waiting_gateways(
     assert {answer.headers.get("retry-after") for answer in responses} == {"7" if failure == "busy" else None}
     assert Counter("collapsed" in cache_status(answer) for answer in responses) == {False: 1, True: 4}
     if failure != "busy":
-        assert team.ask(1).json()["data"]["estimated"] == 3, "a failure is not remembered"
+        assert team.ask(1).json()["data"]["estimated"] == 3, "failures are not stored"
 
 
 def _without_id(answer: dict[str, object]) -> dict[str, object]:
@@ -204,7 +204,7 @@ def test_another_price_reaches_every_gateway(team: TeamClient, simulator: Simula
     simulator.script(priced(1), priced(1), priced(2))
     assert [team.ask(at).json()["data"]["estimated"] for at in (0, 1, 1)] == [1] * 3
     assert team.ask(0, cache_control="no-cache").json()["data"]["estimated"] == 1
-    assert team.fleet.store.hget(team.book.decode(), "drops") is None, "the same one is no news"
+    assert team.fleet.store.hget(team.book.decode(), "drops") is None, "an equal price is not a change"
     assert team.ask(0, cache_control="no-cache").json()["data"]["estimated"] == 2
     assert_in_time(seconds_until(lambda: team.ask(1).json()["data"]["estimated"] == 2, within_s=10), 2.2)
     assert simulator.calls == 3
@@ -222,7 +222,7 @@ def test_a_fetch_in_flight_does_not_restore_a_purged_price(purge: str, team: Tea
     release.set()
     answer = before.result(5)
     assert (answer.json()["data"]["estimated"], cache_status(answer)) == (1, "fwd=miss; fwd-status=200")
-    assert afterwards.result(5).json()["data"]["estimated"] == 2, "who came after the purge joined an older ask"
+    assert afterwards.result(5).json()["data"]["estimated"] == 2, "a request after the purge joined an older fetch"
     assert [team.ask(at).json()["data"]["estimated"] for at in range(4)] == [2] * 4
     assert simulator.calls == 2
 
@@ -235,7 +235,7 @@ def test_right_after_a_purge_no_gateway_repeats_anothers_fetch(team: TeamClient,
     ] * 3  # they have read the book before the purge
     team.purge(0, PURGES["account"])
     assert cache_status(team.ask(0)) == MISS
-    assert cache_status(team.ask(1, new)) == MISS, "the one that leads does not know of the purge"
+    assert cache_status(team.ask(1, new)) == MISS, "the leader has not noticed the purge"
     assert {cache_status(team.ask(at)).split(";")[0] for at in (2, 3, 1, 0)} == {"hit"}
     assert {cache_status(team.ask(at, new)).split(";")[0] for at in (2, 3, 1, 0)} == {"hit"}
     assert simulator.calls == 4
@@ -267,7 +267,9 @@ def test_a_stale_price_is_refreshed_once_for_all(team: TeamClient, simulator: Si
     release.set()
     wait_until(lambda: all(team.ask(at).json()["data"]["estimated"] == 2 for at in range(4)), within_s=1)
     assert simulator.calls == 2
-    assert team.fleet.store.hget(team.book.decode(), "drops") == b"1", "it was stale: what made it so is all there is"
+    assert team.fleet.store.hget(team.book.decode(), "drops") == b"1", (
+        "replacing a stale price invalidates nothing more"
+    )
 
 
 def test_after_one_failed_call_all_gateways_serve_the_stale_price(team: TeamClient, simulator: Simulator) -> None:

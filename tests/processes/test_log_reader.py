@@ -30,7 +30,7 @@ ENDED = b'"error":{}}'
 """The end of each answer."""
 
 PIPE_LINES = 2**16 // 100
-"""More than a pipe takes."""
+"""More than the size of a pipe."""
 
 AT_ONCE = 100
 IDLE_S = 1.0
@@ -217,5 +217,5 @@ def test_a_gateway_that_cannot_write_its_log_keeps_serving(runner: GatewayRunner
         before_s = [sum(process.cpu_times()[:2]) for process in processes]
         sleep(IDLE_S)
         spent_s = [sum(process.cpu_times()[:2]) - before for process, before in zip(processes, before_s, strict=True)]
-        assert max(spent_s) < IDLE_S / 3, "it tries all the time"
+        assert max(spent_s) < IDLE_S / 3, "it keeps trying"
         assert served.stop() == 0

@@ -22,7 +22,7 @@ from serving import wait_until
 from wire import talking
 
 CLIENTS = MAX_ACTIVE + 500
-"""Clients that all ask in the same moment."""
+"""Number of clients that send at the same time."""
 
 BODY = b'[{"model":"Flux"}]'
 REQUEST = (
@@ -141,7 +141,7 @@ def test_slow_bodies_and_silent_connections_do_not_affect_other_clients(runner: 
         assert {response.status_code for response in others} == {200}
         for connection in slow:
             connection.sendall(BODY[1:])
-            assert connection.recv(65536).startswith(b"HTTP/1.1 200 "), "a body is answered when it is there"
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200 "), "a complete body is answered"
     assert len(silent) == SILENT
     assert served.stop() == 0
 

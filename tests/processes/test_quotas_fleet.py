@@ -32,7 +32,7 @@ CALLERS = 2000
 LIMIT = 100
 QUOTA: Tree = {"measure": "estimated_credits", "limit": LIMIT, "per": "month"}
 COUNTED: Tree = {"measure": "requests", "limit": 10**6, "per": "month"}
-"""Nobody reaches it: it shows its counter."""
+"""A limit that is never reached; it shows its counter."""
 PATIENT: dict[str, Tree] = {
     "server": {"request_timeout_s": 30},
     "store": {"timeout_s": 10},
@@ -40,12 +40,12 @@ PATIENT: dict[str, Tree] = {
     "team_defaults": {"rate": {"per_s": 100_000, "burst": 1_000_000}},
 }
 """Timeouts that a busy machine does not reach: with 2,000 requests at once the store's default of 0.25 s is short, and
-some requests would get a 503, which says nothing about quotas."""
+some requests would get a 503, which does not test quotas."""
 
 LANES = 32
 
 FLUSHED_WITHIN_S = 2.0
-"""What was acknowledged longer ago survives the death of a store."""
+"""Debits acknowledged longer ago survive the death of a store."""
 
 Bodies = Callable[[int], bytes]
 
@@ -299,7 +299,7 @@ def test_killed_gateways_lose_no_debit_and_book_none_twice(team: TeamClient, sim
     sums = account(traffic, deaths, snapshot_of(team, 3), CENT)
     log.warning("three gateways killed: %s", sums)
     assert {one.status for one in traffic.asked} == {200, None}
-    assert sums["cut_off"] == sum(one.status is None for one in traffic.asked), "only a death costs an answer"
+    assert sums["cut_off"] == sum(one.status is None for one in traffic.asked), "only a death loses an answer"
     assert sums["answers"] <= sums["debits"] <= sums["requests"] <= sums["answers"] + sums["cut_off"]
 
 

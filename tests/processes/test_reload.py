@@ -138,7 +138,7 @@ def test_an_invalid_file_keeps_the_old_settings_and_is_reported(runner: GatewayR
     for worker in served.workers():
         kill(worker)
     served.wait_until_serving(times=4)
-    assert metric(served, "estimate_proxy_config_last_reload_successful") == 0, "newcomers hear of it"
+    assert metric(served, "estimate_proxy_config_last_reload_successful") == 0, "new workers get them too"
     config.write_text(good)
     wait_until(lambda: metric(served, "estimate_proxy_config_last_reload_successful") == 1)
     assert len(served.messages("the old settings stay in force")) == 1, "it is logged once per change, not per check"

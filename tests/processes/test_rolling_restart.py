@@ -17,7 +17,7 @@ from serving import wait_until
 
 DRAIN_DELAY_S = 1.0
 LOAD_S = 60
-"""At the most: it ends with the last restart."""
+"""Maximum duration; the load ends with the last restart."""
 
 CONNECTIONS = 16
 SCRIPT = f"""
@@ -64,7 +64,7 @@ def test_a_rolling_restart_loses_no_request(
         command = [wrk, "-t1", *wants, "-s", str(tmp_path / "load.lua"), balancer.url]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as load:
             newer = [replace(old, runner, valkey_url, balancer) for old in (first, second)]
-            assert load.poll() is None, "the load went on all the time"
+            assert load.poll() is None, "the load ran all the time"
             load.send_signal(signal.SIGINT)  # it ends, and prints its results
             summary, _ = load.communicate(timeout=SOON_S)
     answered = int(re.search(r"(\d+) requests in", summary)[1])  # type: ignore[index] # wrk's summary

@@ -56,7 +56,7 @@ if "proxy.processes.worker" in sys.orig_argv:
             raise RuntimeError("a second defect")
     upstream.read_reply = defective
 """
-"""Breaks the worker where it has the key in its hands."""
+"""Breaks the worker at the point where it holds the key."""
 
 
 def encodings_of(core: str) -> dict[str, bytes]:

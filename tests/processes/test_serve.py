@@ -35,7 +35,7 @@ OTHER = b'[{"model":"Other"}]'
 ROLES: tuple[Role, Role] = ("ledger", "price-book")
 BYPASS = "fwd=bypass; detail=store-unavailable"
 LONG_S = 60
-"""A delay that no test waits for."""
+"""A delay longer than any test."""
 
 
 @pytest.fixture
@@ -290,7 +290,7 @@ def test_several_workers_act_as_one_gateway(runner: GatewayRunner) -> None:
     served.wait_until_serving(times=4)
     assert [line.partition(" died")[0] for line in served.messages(" died")] == ["worker 1 of 3"]
     assert {worker.pid for worker in workers[1:]} < {worker.pid for worker in served.workers()}
-    assert total(served, "estimate_proxy_requests_total") >= 60, "those of the dead one too"
+    assert total(served, "estimate_proxy_requests_total") >= 60, "the dead worker's counters too"
     wait_until(lambda: _in_flight(served) == 1)
     assert served.stop() == 0
     assert_nothing_left(runner)
@@ -431,7 +431,7 @@ def test_without_its_price_book_it_calls_upstream_until_the_price_book_is_back(r
     assert served.messages(
         "embedded store price-book was killed by signal 9 (Killed); embedded store price-book restarted"
     )
-    assert 1 <= len(served.messages("the price-book's connection fails")) <= 3, "it is one trouble, not one a request"
+    assert 1 <= len(served.messages("the price-book's connection fails")) <= 3, "one incident, not one per request"
     assert served.stop() == 0
     assert_nothing_left(runner)
 
@@ -447,7 +447,7 @@ def test_without_its_ledger_it_refuses_until_the_ledger_is_back(runner: GatewayR
     assert served.get("/readyz").json() == {"status": "ready", "degraded": ["ledger"]}
     served.send(signal.SIGCONT)
     wait_until(lambda: served.ask().status_code == 200)
-    assert 1 <= len(served.messages("the ledger's connection fails")) <= 3, "it is one trouble, not one a request"
+    assert 1 <= len(served.messages("the ledger's connection fails")) <= 3, "one incident, not one per request"
     assert not served.messages("price-book")
     assert served.stop() == 0
     assert_nothing_left(runner)
@@ -480,7 +480,7 @@ def test_nothing_outlives_the_supervisor_and_the_next_one_takes_over(
     assert is_hit(answer)
     assert answer.content == price
     assert all(keeps(runner, role) for role in ROLES)
-    assert len(list(runner.runtime.iterdir())) == 1, "the dead one's sockets are cleared away"
+    assert len(list(runner.runtime.iterdir())) == 1, "the dead gateway's sockets are removed"
 
 
 def test_a_worker_whose_supervisor_dies_ends_by_itself(runner: GatewayRunner, tmp_path: Path) -> None:

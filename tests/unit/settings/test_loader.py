@@ -67,7 +67,7 @@ def test_the_first_existing_file_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     def port(option: Path | None = None, more: Mapping[str, str] = {}) -> int:
         return load(option, {**environ, **more}).server.port
 
-    assert port() == 8080, "no file is no fault"
+    assert port() == 8080, "a missing default file is not an error"
     places[1].write_text("server.port = 2")
     assert port() == 2
     places[0].write_text("server.port = 1")
@@ -110,7 +110,7 @@ def test_variables_set_nested_settings(read: Read) -> None:
     )
     assert settings.cache.ttl_s == 1.5
     assert settings.teams["design"].disabled
-    assert settings.teams["design"].tokens[0].sha256 == DIGEST, "the rest of the table stays"
+    assert settings.teams["design"].tokens[0].sha256 == DIGEST, "the rest of the table is kept"
     assert settings.teams["other"].tokens[0].sha256 == OTHER_DIGEST
     assert (settings.teams["third"].name, settings.teams["third"].disabled) == ("3", True)
     assert settings.store.username == "007"

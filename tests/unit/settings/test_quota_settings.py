@@ -14,7 +14,7 @@ from configs import ACCOUNT, CANARY, ENV, MINIMAL, Problems, Read
 from proxy.settings.schema import QuotaSettings, RateSettings, Settings, effective
 
 SCOPES = ("org", "team_defaults", "teams.design")
-"""Where quotas can stand."""
+"""Sections that can have quotas."""
 
 
 def quota(scope: str = "org", **members: str) -> str:

@@ -153,7 +153,7 @@ def test_no_error_shows_a_value(read: Read, path: tuple[str, ...]) -> None:
         for wrong in WRONG.values()
     ]
     assert CANARY.lower() not in "".join(errors).lower()
-    assert "input" not in "".join(errors).lower(), "pydantic's own words"
+    assert "input" not in "".join(errors).lower(), "pydantic's own message"
     assert sum(".".join(path[:1]) in text for text in errors) > len(WRONG) // 2
 
 
