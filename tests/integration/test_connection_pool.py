@@ -109,7 +109,7 @@ def test_replies_can_arrive_in_any_pieces_and_errors_are_replies() -> None:
 
 
 @pytest.mark.parametrize(("word", "connections"), [(b"OOM full", 1), (b"READONLY replica", 2), (b"LOADING wait", 2)])
-def test_after_a_reply_that_says_not_serving_the_pool_reconnects(word: bytes, connections: int) -> None:
+def test_after_an_error_that_means_not_serving_the_pool_reconnects(word: bytes, connections: int) -> None:
     async def scenario() -> None:
         server = Server(b"-%b\r\n+PONG\r\n" % word)
         async with pool_of(server) as pool:

@@ -61,7 +61,7 @@ def configured(far: FaultyProxy, certified: Certificates, upstream: UpstreamFixt
     return settings(far.url, upstream.url, store=store)
 
 
-def test_a_store_that_is_100_ms_away_behind_tls_and_a_password(
+def test_a_store_100_ms_away_with_tls_and_a_password(
     configured: Settings, simulator: Simulator, valkey_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Serves hits and misses from the first request on, one and eight at a time."""

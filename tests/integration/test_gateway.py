@@ -172,7 +172,7 @@ class TestCredentials:
         response = gateway.client.post(PATH, content=FLUX, headers=[(b"x-api-key", token.encode("latin-1"))])
         assert (response.status_code, code_of(response)) == (401, "unknown-token")
 
-    def test_an_expired_token_is_told_from_an_unknown_one(self, open_gateway: OpenGateway) -> None:
+    def test_an_expired_token_is_distinguished_from_an_unknown_one(self, open_gateway: OpenGateway) -> None:
         last_day = {"sha256": digest_of(EXPIRED), "label": "ci", "expires": "2026-01-31"}
         gateway = open_gateway(teams={"design": {"tokens": [last_day]}})
         details = [gateway.ask(x_api_key=token).json()["detail"] for token in (EXPIRED, token_of("x" * 32))]

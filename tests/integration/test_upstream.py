@@ -132,7 +132,7 @@ def test_its_status_is_reported_unchanged(gateway: GatewayFixture) -> None:
     assert cache_status(gateway.ask(b"[{}]")) == "fwd=miss; fwd-status=203"
 
 
-def test_the_circuit_breaker_says_when_it_opens_and_closes_and_why(
+def test_the_circuit_breaker_logs_when_it_opens_and_closes_and_why(
     open_gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It logs each change, although other log lines are suppressed for a while after a recovery."""

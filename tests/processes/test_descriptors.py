@@ -154,7 +154,9 @@ class TestConnections:
     """New connections while this process has no descriptor left."""
 
     @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-    def test_to_upstream(self, host: str, upstream: UpstreamFixture, simulator: Simulator) -> None:
+    def test_upstream_connections_report_the_missing_descriptor(
+        self, host: str, upstream: UpstreamFixture, simulator: Simulator
+    ) -> None:
         """Uses an address and a name, because resolving a name needs descriptors."""
         url = upstream.url.replace("127.0.0.1", host)
         configured = settings("redis://unused", url)
@@ -180,7 +182,9 @@ class TestConnections:
         run_scenario(scenario)
         assert simulator.calls == 1
 
-    def test_to_a_store(self, any_store_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    def test_store_connections_report_the_missing_descriptor(
+        self, any_store_url: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
         async def scenario() -> None:
             metrics = Metrics()
             store = Store(any_store_url, "ledger", metrics)
