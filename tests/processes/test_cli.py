@@ -864,7 +864,7 @@ url = "{valkey_url}"
 
 def test_the_list_of_tokens_when_piped(run: Run, used_tokens: list[str]) -> None:
     old, new, admin, scraper, viewer = (digest[:15] for digest in used_tokens)
-    header, *rows = fields(told(run("token", "list")))
+    header, *rows = fields(printed(run("token", "list")))
     assert header == ["team", "label", "expires", "last_used", "digest", "team_name"]
     assert rows == [
         ["design", "[ci]", "2027-06-30", "2026-11-29T11:00:00+01:00", old, "Design [b]"],
