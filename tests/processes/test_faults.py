@@ -234,6 +234,9 @@ def test_a_full_store_that_does_not_evict_causes_fetches_but_no_failure(
         with suppress(redis.ResponseError):  # out of memory
             for number in range(100_000):
                 book_store.set(f"filler {number}", b"x" * 1000)
+        with suppress(redis.ResponseError):  # and what is left for small values
+            for number in range(100_000):
+                book_store.set(f"small filler {number}", b"x")
         assert [cache_status(team.ask(at)).split(";")[0] for at in (0, 1)] == ["hit"] * 2
         other = b'[{"model":"Flux","seed":2}]'
         assert [cache_status(team.ask(at, other)) for at in (0, 1)] == ["fwd=miss; fwd-status=200"] * 2
