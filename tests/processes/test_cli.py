@@ -886,7 +886,7 @@ def test_the_list_of_tokens_on_a_terminal(used_tokens: list[str]) -> None:
     assert "Not shown, for lack of width: name, digest." in narrow
 
 
-def test_no_token_is_said_and_no_failure(run: Run, valkey_url: str) -> None:
+def test_without_tokens_the_list_is_empty_and_says_so(run: Run, valkey_url: str) -> None:
     Path("estimate-proxy.toml").write_text(
         f'[accounts.default]\napi_key = "{CANARY}"\n[teams.design]\n[store]\nurl = "{valkey_url}"\n'
     )
