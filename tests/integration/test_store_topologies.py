@@ -48,6 +48,7 @@ from proxy.quota.counters import LedgerKeys
 from proxy.quota.ledger import Admitted, Ledger
 from proxy.quota.quotas import Charge, Rate, TeamLimits
 from proxy.quota.reports import LedgerReader
+from proxy.quota.token_uses import TokenUses
 from proxy.quota.usage import UsageQuery
 from proxy.store.access import StoreAccess
 from proxy.store.client import TICK_S, TIMEOUT_S, Script, Store, was_unreachable
@@ -293,7 +294,11 @@ async def _use_everything(store: Store) -> None:
     reports, today = LedgerReader(store, KEYS, ZONE), date.today()  # noqa: DTZ011 -- any two days will do
     await reports.usage(UsageQuery(today, today, ("team",), None, csv=False))
     await reports.quota_states([TERMS])
+    await reports.token_uses(["ab"])
     await ledger.close(1)
+    uses = TokenUses(store, KEYS)
+    uses.record("ab")
+    await uses.flush()
 
 
 def test_each_script_has_its_keys_in_one_slot(fleet: Cluster) -> None:
