@@ -163,10 +163,10 @@ def test_a_malformed_body_is_logged_and_counted_once_as_invalid(
         wait_until(lambda: gateway.tracker.arriving_bytes)
         connection.sendall(rest)
         if half_closes:
-            with contextlib.suppress(OSError):  # the gateway may have closed already
-                connection.shutdown(socket.SHUT_WR)
+            connection.shutdown(socket.SHUT_WR)
         got, headers, body = reader.response()
-        assert connection.recv(1) == b"", "the connection closes"
+        with contextlib.suppress(ConnectionResetError):  # closed while bytes that nobody wants were still arriving
+            assert connection.recv(1) == b"", "the connection closes"
         wait_until(lambda: any(hasattr(record, "facts") for record in caplog.records))
         gateway.metrics.flush()
     (counted,) = (sample for sample in samples_of(gateway, "estimate_proxy_requests_total") if sample.value)
