@@ -9,7 +9,7 @@ import click
 from proxy.cli.inputs import config_option, fail, load_settings
 from proxy.embedded.valkey import EmbeddedStoreError
 from proxy.processes.supervisor import ListenError, Supervisor
-from proxy.settings.loader import Source
+from proxy.settings.loader import Source, find_config
 from proxy.telemetry import logs
 from proxy.telemetry.metrics_files import NoMetricsFileError
 
@@ -23,8 +23,9 @@ def serve(config: Path | None, host: str | None, port: int | None, workers: int 
     """Run the gateway. SIGTERM drains it, SIGHUP reloads its settings."""
     given = {"host": host, "port": port, "workers": workers}
     chosen = {name: value for name, value in given.items() if value is not None}
-    source = Source(config, dict(os.environ), {"server": chosen})
-    settings = load_settings(config, source.overrides)
+    found = find_config(config, os.environ)  # once: a reload must not fall back to no file, and so to no teams
+    source = Source(found, dict(os.environ), {"server": chosen})
+    settings = load_settings(found, source.overrides)
     logs.configure(settings.log.level, settings.log.format)
     try:
         status = Supervisor(settings, source).run()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -97,6 +98,18 @@ def test_a_teams_name_and_earlier_ids_are_reloaded(runner: GatewayRunner) -> Non
 def report(served: GatewayProcess, path: str) -> Any:
     with served.client() as client:
         return client.get(path, headers={"x-api-key": NEWCOMER}).json()
+
+
+def test_a_removed_config_file_is_named_and_changes_nothing(runner: GatewayRunner) -> None:
+    """A file in the current directory, which no option names: the shell drops the options that the runner adds."""
+    shell = ("sh", "-c", f"exec {sys.executable} -m proxy serve --port 0 --workers 2")
+    served = runner.begin(command=shell, metrics={"public": True}, teams=teams(design=DESIGN))
+    served.wait_until_serving(times=2)
+    (runner.folder / "estimate-proxy.toml").unlink()
+    served.send(signal.SIGHUP)
+    served.wait_for_message("the old settings stay in force: estimate-proxy.toml")
+    assert statuses(served, DESIGN) == {200}
+    assert served.stop() == 0
 
 
 def test_a_revoked_token_is_refused_soon_after_its_file_has_changed(runner: GatewayRunner) -> None:
