@@ -114,6 +114,11 @@ class RoleDigests:
     viewer: Collection[str] = ()
     metrics: Collection[str] = ()
 
+    @property
+    def named(self) -> dict[str, Collection[str]]:
+        """The digests of each role, by its name in a sentence."""
+        return {"an admin": self.admin, "a viewer": self.viewer, "a metrics": self.metrics}
+
 
 class Access:
     """Decides what a token may do.
@@ -155,11 +160,9 @@ class Access:
         if credential is not None and (credential.expires is None or credential.works_on(self._today())):
             self._record_use(credential.token_id)
             return credential
-        if self.is_admin(token) or self.is_viewer(token) or self._is_one_of(self._roles.metrics, token):
-            return Problem(
-                Code.FORBIDDEN,
-                "This is an admin, viewer or metrics token, and this endpoint needs a team's token: send your team's.",
-            )
+        for role, digests in self._roles.named.items():
+            if self._is_one_of(digests, token):
+                return Problem(Code.FORBIDDEN, f"This needs a team's token; you sent {role} token.")
         return _UNKNOWN if credential is None else _expired(credential)
 
     def _is_one_of(self, digests: Collection[str], token: str | None) -> bool:

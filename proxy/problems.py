@@ -91,7 +91,7 @@ _KINDS = {
     Code.INVALID_BODY: _Kind(400, "The body is not an array of generation objects", Outcome.INVALID),
     Code.INVALID_REQUEST: _Kind(400, "The request is malformed", Outcome.INVALID),
     Code.INVALID_QUERY: _Kind(400, "A query parameter is invalid", Outcome.INVALID),
-    Code.UNKNOWN_TOKEN: _Kind(401, "No valid team token", Outcome.UNAUTHENTICATED),
+    Code.UNKNOWN_TOKEN: _Kind(401, "No valid token", Outcome.UNAUTHENTICATED),
     Code.TEAM_DISABLED: _Kind(403, "This team is disabled", Outcome.TEAM_DISABLED),
     Code.FORBIDDEN: _Kind(403, "The token does not permit this", Outcome.UNAUTHENTICATED),
     Code.NOT_FOUND: _Kind(404, "The gateway does not serve this path", Outcome.INVALID),

@@ -105,6 +105,8 @@ def _parent_of(item: Any, member: str) -> dict[str, Any] | None:
 
 
 def _parse_json(raw: bytes) -> Any:
+    if not raw or raw.isspace():
+        raise _invalid_body("The body is empty: send a JSON array of one or more generation objects.")
     try:
         return orjson.loads(raw)
     except orjson.JSONDecodeError as error:

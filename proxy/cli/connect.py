@@ -81,7 +81,8 @@ async def _probe_store(store: Store, place: str, key: str) -> Finding:
         await store.open()
         await store.check_writes(key)
     except StoreUnavailable as error:
-        return Finding(place, "failed", errors=[f"cannot be used: {error}"])
+        hint = " (so it looks when the server has no TLS: then the URL begins with redis://)" if store.uses_tls else ""
+        return Finding(place, "failed", errors=[f"cannot be used: {error}{hint}"])
     else:
         return await _store_facts(store, place)
     finally:

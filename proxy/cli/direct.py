@@ -39,7 +39,7 @@ async def read_usage(settings: Settings, query: UsageQuery) -> Usage:
         directory = directory_of(settings)
         if query.team not in (None, *settings.teams, *directory.current, *await ledger_reader.teams()):
             raise BadRequest(
-                Code.INVALID_QUERY, "team names a team that is not configured and never had usage: check its id."
+                Code.INVALID_QUERY, f"team: {query.team!r} is not configured and never had usage: check the id."
             )
         return await ledger_reader.usage(query, directory)
 

@@ -75,7 +75,7 @@ def usage(
     asked = {name: text for name, text in given.items() if text is not None}
     is_given = "from" in asked or "to" in asked
     if last_month and is_given:
-        fail("--last-month stands beside --from or --to: keep one of them")
+        fail("--last-month cannot be combined with --from or --to: leave one of them out")
     is_first = today.day == 1 and not is_given
     if last_month or is_first:
         asked |= _month_before(today)
@@ -114,7 +114,7 @@ def quota(team: str | None, config: Path | None, form: str | None, dialect: Dial
     settings = load_settings(config)
     zone, directory = settings.org.zone, directory_of(settings)
     if team not in (None, *settings.teams):
-        fail("TEAM is not a team in the settings")
+        fail(f"{team!r} is not a team in the settings: they have {', '.join(settings.teams) or 'none'}")
     quota_states = from_store(read_quota_states(settings, team))
     if not any(quota_state.limits.quotas for quota_state in quota_states):
         click.echo("estimate-proxy: no quota is set", err=True)
@@ -148,7 +148,7 @@ def _month_before(day: date) -> dict[str, str]:
 def _total_text(usage: Usage) -> str:
     total = usage.total
     amounts = (
-        (total.requests, "requests"),
+        (total.requests, "request" if total.requests == 1 else "requests"),
         (total.refused, "refused"),
         (text_of(total.credits_micro), "estimated credits"),
     )

@@ -64,8 +64,12 @@ class UsageEndpoints:
 
     async def _usage(self, query: UsageQuery) -> Document | Problem:
         config = self._live.config
-        if query.team not in (None, *config.team_limits, *config.directory.current, *await self._ledger_reader.teams()):
-            return _unknown("team names a team that is not configured and never had usage: check its id.")
+        if query.team is not None and query.team not in (
+            *config.team_limits,
+            *config.directory.current,
+            *await self._ledger_reader.teams(),
+        ):
+            return _unknown(f"team: {query.team[:64]!r} is not configured and never had usage: check the id.")
         usage = await self._ledger_reader.usage(query, config.directory)
         if query.csv:
             return Document(csv_of(usage, query.by, config.directory, self._currency, query.dialect), CSV)

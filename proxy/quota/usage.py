@@ -133,7 +133,7 @@ def read_usage_query(raw_query: bytes, accept: str | None, *, today: date) -> Us
     last = _day("to", given["to"]) if "to" in given else today
     first = _day("from", given["from"]) if "from" in given else min(last, today).replace(day=1)
     if first > last:
-        raise _bad(f"from must not be after to, which is {last}.")
+        raise _bad(f"from must not be after {'to, which is' if 'to' in given else 'today,'} {last}.")
     if (last - first).days >= USAGE_KEPT_DAYS:
         raise _bad(f"from must not be more than {USAGE_KEPT_DAYS} days before the end of to: usage is kept no longer.")
     groups, dialect = _groups(given.get("by", "day")), _dialect(given)

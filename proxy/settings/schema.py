@@ -183,6 +183,13 @@ def _token_digest(value: str) -> str:
     return value
 
 
+def _digest_alone(value: object) -> object:
+    if isinstance(value, dict):
+        alone = 'must be the digest alone, "sha256:...": only tokens of teams have a label and a last day'
+        raise ValueError(alone)  # noqa: TRY004 -- pydantic catches it
+    return value
+
+
 def _calendar_day(value: object) -> object:
     """A TOML date, or its text. Times of day and numbers (which pydantic reads as seconds since 1970) are refused."""
     text = value if isinstance(value, str) else ""
@@ -297,20 +304,23 @@ class CacheSettings(_Section):
     """Members that do not affect the price, as dotted paths inside each item: left out of keys, but sent upstream."""
 
 
+_RoleDigest = Annotated[str, BeforeValidator(_digest_alone), AfterValidator(_token_digest)]
+
+
 class MetricsSettings(_Section):
     public: bool = False
     """Whether `/metrics` needs no token."""
-    tokens: tuple[Annotated[str, AfterValidator(_token_digest)], ...] = ()
+    tokens: tuple[_RoleDigest, ...] = ()
     """These may read `/metrics`, and nothing else."""
 
 
 class AdminSettings(_Section):
-    tokens: tuple[Annotated[str, AfterValidator(_token_digest)], ...] = ()
+    tokens: tuple[_RoleDigest, ...] = ()
     """These may purge, read the usage and quotas of all teams, and read `/metrics`."""
 
 
 class ViewerSettings(_Section):
-    tokens: tuple[Annotated[str, AfterValidator(_token_digest)], ...] = ()
+    tokens: tuple[_RoleDigest, ...] = ()
     """May read usage and quotas of all teams, and nothing else."""
 
 

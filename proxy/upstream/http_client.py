@@ -18,6 +18,7 @@ Errors, whose texts contain no secret:
 """
 
 import asyncio
+import socket
 import ssl
 from base64 import b64encode
 from collections.abc import Mapping
@@ -290,7 +291,10 @@ def _reason_of(error: Exception) -> str:
     if isinstance(error, aiohttp.ClientResponseError):
         return f"{type(error).__name__}: {error.status}"
     cause = error.__cause__ or error
-    return f"{type(cause).__name__}: {cause}"
+    text = f"{type(cause).__name__}: {cause}"
+    if isinstance(cause, ConnectionRefusedError):
+        return f"nothing listens there ({text})"
+    return f"its host name cannot be resolved ({text})" if isinstance(cause, socket.gaierror) else text
 
 
 def _tls_context(ca_file: Path | None) -> ssl.SSLContext:

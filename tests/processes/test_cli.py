@@ -445,7 +445,9 @@ def test_connect_reports_failures(run: Run, valkey_url: str) -> None:
     assert re.match(
         r"estimate-proxy: the ledger \(redis://u:\*+@127.0.0.1:\d+\) cannot be used: nothing listens there", ledger
     )
-    assert re.match(r"estimate-proxy: RenderNet \(http://127.0.0.1:\d+\) cannot be connected to: Conn", rendernet)
+    assert re.match(
+        r"estimate-proxy: RenderNet \(http://127.0.0.1:\d+\) cannot be connected to: nothing listens there ", rendernet
+    )
 
 
 def test_connect_warns_about_a_ledger_that_may_lose_data(run: Run) -> None:
@@ -640,7 +642,7 @@ def test_usage_of_last_month(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("usage", "--last-month").stderr.startswith("estimate-proxy: 2026-11-01 to 2026-11-30, UTC: ")
     assert run("usage").stderr.startswith("estimate-proxy: 2026-12-01 to 2026-12-15, UTC: ")
     assert refusal(run("usage", "--last-month", "--to", "2026-12-01")) == (
-        "--last-month stands beside --from or --to: keep one of them"
+        "--last-month cannot be combined with --from or --to: leave one of them out"
     )
 
 
@@ -674,8 +676,8 @@ def test_usage_of_an_earlier_id_is_shown_under_the_current_one(run: Run) -> None
         ("--from 2026-11-02 --to 2026-11-01", "--from must not be after to, which is 2026-11-01."),
         ("--from 2020-01-01", "--from must not be more than 400 days before"),
         ("--by hour", "--by must be some of day, week, month, team and model, each once, joined by commas."),
-        ("--team nobody", "--team names a team that is not configured and never had usage: check its id."),
-        ("--team \udcff", "--team names a team that is not"),
+        ("--team nobody", "--team: 'nobody' is not configured and never had usage: check the id."),
+        ("--team \udcff", "--team: '"),
         ("--team=", "--team is empty"),
         ("--from=", "--from is empty"),
         ("--by=", "--by is empty"),
@@ -700,7 +702,7 @@ def test_quota_when_piped(run: Run) -> None:
     assert own[:8] == ["team", "design", "estimated_credits", "month", "9000000000", "9007199254.740993", "0", "warn"]
     assert datetime.fromisoformat(own[8]).timestamp() == window_of("month", int(time.time()), UTC).end_s
     assert fields(printed(run("quota", "design"))) == [header, org, own]
-    assert refusal(run("quota", "gone")) == "TEAM is not a team in the settings"
+    assert refusal(run("quota", "gone")) == "'gone' is not a team in the settings: they have design, other"
 
 
 @pytest.mark.usefixtures("ledger")
@@ -964,7 +966,7 @@ def test_explain_needs_no_key_and_no_team(run: Run) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "not valid JSON"),
+        (b"", "is empty"),
         (b"{", "not valid JSON"),
         (b"[]", "must be a JSON array"),
         (b'{"a": 1}', "must be a JSON array"),

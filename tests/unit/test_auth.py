@@ -164,13 +164,18 @@ def test_access_finds_the_credential_with_its_label_and_says_when_it_has_expired
         assert refusal(token).detail.startswith("The token has expired: 2020-02-29 was ")
     assert "'old laptop'" in refusal(expired).detail
     assert "label" not in refusal(unlabelled).detail
-    assert refusal(admin).code is Code.FORBIDDEN
+    for token, kind in ((admin, "an admin"), (viewer, "a viewer"), (scraper, "a metrics")):
+        found = refusal(token)
+        assert found.code is Code.FORBIDDEN
+        assert found.detail == f"This needs a team's token; you sent {kind} token."
     assert refusal(stranger).detail.startswith("The token is unknown or mistyped: ")
     assert refusal(None).detail.startswith("The request has no token: ")
-    assert used == [token_id_of(digest_of(token)) for token in (current, admin)], "not of expired or unknown tokens"
+    assert used == [token_id_of(digest_of(token)) for token in (current, admin, viewer, scraper)], (
+        "not of expired or unknown tokens"
+    )
     assert [access.may_scrape(token) for token in (scraper, admin, current, None)] == [True, True, False, False]
     assert access.is_viewer(viewer)
-    assert used[2:] == [token_id_of(digest_of(token)) for token in (scraper, admin, viewer)]
+    assert used[4:] == [token_id_of(digest_of(token)) for token in (scraper, admin, viewer)]
 
 
 def test_an_id_is_the_beginning_of_the_digest() -> None:

@@ -51,6 +51,12 @@ def with_number(number: str) -> bytes:
     return b'[{"a":%s}]' % number.encode()
 
 
+@pytest.mark.parametrize("raw", [b"", b" ", b" \t\r\n"])
+def test_an_empty_body_is_named_as_such(raw: bytes) -> None:
+    with pytest.raises(BadRequest, match="The body is empty: send a JSON array"):
+        canonicalise(raw)
+
+
 REFUSED = {
     "nothing": b"",
     "white space only": b" \t\r\n",

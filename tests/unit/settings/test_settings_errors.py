@@ -141,6 +141,11 @@ from proxy.settings.schema import is_identifier
         (f"[admin]\ntokens = ['{DIGEST}']", "admin.tokens[0]", "is the same token as teams.design.tokens[0]"),
         (f"[viewer]\ntokens = ['{DIGEST}']", "viewer.tokens[0]", "is the same token as teams.design.tokens[0]"),
         (
+            f"[viewer]\ntokens = [{{ sha256 = '{OTHER_DIGEST}', label = 'lead' }}]",
+            "viewer.tokens[0]",
+            'must be the digest alone, "sha256:...": only tokens of teams have a label and a last day',
+        ),
+        (
             f"[teams.b]\ntokens = ['{OTHER_DIGEST}', {{ sha256 = '{OTHER_DIGEST}' }}]",
             "teams.b.tokens[1]",
             "is the same token as teams.b.tokens[0]",
