@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from browser import browser, chromium
 from gateway_fixture import DESIGN, PLENTY, GatewayFixture, OpenGateway
 from gateway_process import Tree
 from ledger_fixture import COOLDOWN_S, SkewedClock
@@ -26,6 +27,8 @@ from shared_fixtures import (
 
 __all__ = [
     "any_store_url",
+    "browser",
+    "chromium",
     "close_servers",
     "gateway",
     "open_gateway",
