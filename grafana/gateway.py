@@ -23,8 +23,8 @@ from panels import (
     density,
     number,
 )
-from promql import ESTIMATE, QUANTILES, TEAM, increase, increase_at_end, quantile, rate, share
-from tables import Column, grid
+from promql import ESTIMATE, QUANTILES, TEAM, increase, increase_at_end, named, quantile, rate, share
+from tables import NAME_COLUMN, Column, grid
 
 REQUESTS = "estimate_proxy_requests_total"
 DURATION = "estimate_proxy_request_duration_seconds"
@@ -185,7 +185,8 @@ def hit_ratio_by_team() -> dashboard.Panel:
             24,
         ),
         Column(title="Team", label="team", link=only_this_team(GATEWAY)),
-        Column(title="Answered with a price", expr=answered, decimals=0),
+        NAME_COLUMN,
+        Column(title="Answered with a price", expr=named("team", answered), decimals=0),
         Column(title="Upstream requests avoided", expr=increase("team", REQUESTS, ESTIMATE, TEAM, AVOIDED), decimals=0),
         Column(
             title="Hit ratio",

@@ -6,6 +6,7 @@ Rules for all of them:
 * A counter belongs to its process: rates and increases are summed.
 * A rate is over `$__rate_interval`. An increase over the whole time range is queried once, at its end (an instant
   query, or a selection with `@ end()`), because only there does `$__range` cover the selected range.
+* A line or row of a team shows the team's name, which `named` adds as the label `name`.
 * Charts draw a bounded number of lines: `leading` keeps the largest ones, `others` adds up the rest.
 * No expression relies on a recording rule.
 """
@@ -69,3 +70,14 @@ def leading(by: str, expression: str, size: str, limit: int = LEADING) -> str:
 def others(by: str, expression: str, size: str, limit: int = LEADING) -> str:
     """The sum of all lines that `leading` leaves out: 0 if there are none."""
     return f"clamp_min(sum({expression}) - sum({leading(by, expression, size, limit)}), 0)"
+
+
+def named(by: str, expression: str) -> str:
+    """An expression by team with the label `name`: the team's name, or its id if it has none.
+
+    by: all labels of the expression. A team that is in no config any more, and the organisation's `-`, have no
+    `team_info`. While gateways have different names for a team, one is chosen; the newest is for the whole time range.
+    """
+    info = f"max by (team, name) ({select('estimate_proxy_team_info')} @ end())"
+    known = f"({expression}) * on (team) group_left (name) topk by (team) (1, {info})"
+    return f'{known} or on ({by}) label_join({expression}, "name", "", "team")'

@@ -4,8 +4,8 @@ from grafana_foundation_sdk.models import dashboard
 
 from board import SPEND, Row, only_this_team
 from panels import AMOUNT, GREEN, ORANGE, RED, SHARE, About, Line, Look, Step, chart, number
-from promql import TEAM_OR_ORG, leading, ledger, select
-from tables import Column, grid
+from promql import TEAM_OR_ORG, leading, ledger, named, select
+from tables import NAME_COLUMN, Column, grid
 
 QUOTA = "team, measure, per"  # the organisation's quotas have the team `-`
 USED = ledger(QUOTA, "estimate_proxy_quota_used", TEAM_OR_ORG)
@@ -22,7 +22,7 @@ MEASURE_COLUMN = Column(title="Measure", label="measure", words={"estimated_cred
 PER_COLUMN = Column(title="Per", label="per")
 USED_COLUMN = Column(
     title="Used of the quota",
-    expr=USED_SHARE,
+    expr=named(QUOTA, USED_SHARE),
     unit=SHARE,
     steps=QUOTA_STEPS,
     gauge=True,
@@ -79,6 +79,7 @@ def nearest_to_a_quota() -> dashboard.Panel:
             16,
         ),
         TEAM_COLUMN,
+        NAME_COLUMN,
         MEASURE_COLUMN,
         PER_COLUMN,
         USED_COLUMN,
@@ -104,9 +105,10 @@ def used_against_limit() -> dashboard.Panel:
             10,
         ),
         TEAM_COLUMN,
+        NAME_COLUMN,
         MEASURE_COLUMN,
         PER_COLUMN,
-        Column(title="Used", expr=USED),
+        Column(title="Used", expr=named(QUOTA, USED)),
         Column(title="Limit", expr=LIMIT),
         Column(title="Left", expr=f"{LIMIT} - {USED}"),
         most="Limit",
@@ -127,5 +129,5 @@ def used_over_time() -> dashboard.Panel:
         12,
         10,
     )
-    line = Line(leading(QUOTA, USED_SHARE, now), "{{team}}, {{measure}} per {{per}}")
+    line = Line(named(QUOTA, leading(QUOTA, USED_SHARE, now)), "{{name}}, {{measure}} per {{per}}")
     return chart(about, line, look=Look(limits=QUOTA_STEPS))

@@ -34,12 +34,13 @@ from promql import (
     increase_at_end,
     leading,
     ledger,
+    named,
     others,
     rate,
     select,
     share,
 )
-from tables import Column, grid
+from tables import NAME_COLUMN, Column, grid
 
 CREDITS = "estimate_proxy_estimated_credits_total"
 REQUESTS = "estimate_proxy_requests_total"
@@ -148,7 +149,8 @@ def estimated_by_team() -> dashboard.Panel:
             9,
         ),
         Column(title="Team", label="team", link=only_this_team(SPEND)),
-        Column(title="Today", expr=window_credits("day")),
+        NAME_COLUMN,
+        Column(title="Today", expr=named("team", window_credits("day"))),
         Column(title="This week", expr=window_credits("week")),
         Column(title="This month", expr=month),
         Column(title="Share of this month", expr=share(month, f"sum({everyone})", "team"), unit=SHARE, gauge=True),
@@ -165,7 +167,8 @@ def shares_of_teams() -> dashboard.Panel:
         8,
         9,
     )
-    return pie(about, *_largest("team", window_credits("month")))
+    largest, rest = _largest("team", window_credits("month"))
+    return pie(about, Line(named("team", largest.expr), "{{name}}"), rest)
 
 
 def estimated_by_model() -> dashboard.Panel:
@@ -217,7 +220,7 @@ def credits_an_hour() -> dashboard.Panel:
     )
     return chart(
         about,
-        Line(leading("team", pace, size), "{{team}}"),
+        Line(named("team", leading("team", pace, size)), "{{name}}"),
         Line(others("team", pace, size), REST),
         look=AREAS,
     )
@@ -237,6 +240,7 @@ def refused_over_time() -> dashboard.Panel:
 
 
 def refused_by_team() -> dashboard.Panel:
+    refused = increase("team, outcome", REQUESTS, ESTIMATE, TEAM, REFUSED)
     return grid(
         About(
             "Estimates refused, by team",
@@ -246,15 +250,15 @@ def refused_by_team() -> dashboard.Panel:
             10,
         ),
         Column(title="Team", label="team"),
+        NAME_COLUMN,
         Column(title="Reason", label="outcome"),
-        Column(
-            title="Estimates", expr=f"{increase('team, outcome', REQUESTS, ESTIMATE, TEAM, REFUSED)} > 0", decimals=0
-        ),
+        Column(title="Estimates", expr=named("team, outcome", f"{refused} > 0"), decimals=0),
         most="Estimates",
     )
 
 
 def warned() -> dashboard.Panel:
+    estimates = increase(quotas.QUOTA, "estimate_proxy_quota_warned_total", TEAM_OR_ORG)
     return grid(
         About(
             "Admitted over a quota that warns",
@@ -264,16 +268,16 @@ def warned() -> dashboard.Panel:
             14,
         ),
         Column(title="Team", label="team"),
+        NAME_COLUMN,
         quotas.MEASURE_COLUMN,
         quotas.PER_COLUMN,
-        Column(
-            title="Estimates", expr=increase(quotas.QUOTA, "estimate_proxy_quota_warned_total", TEAM_OR_ORG), decimals=0
-        ),
+        Column(title="Estimates", expr=named(quotas.QUOTA, estimates), decimals=0),
         most="Estimates",
     )
 
 
 def unpriced() -> dashboard.Panel:
+    estimates = increase("team", "estimate_proxy_unpriced_total", TEAM)
     return grid(
         About(
             "Answered without a price",
@@ -283,7 +287,8 @@ def unpriced() -> dashboard.Panel:
             10,
         ),
         Column(title="Team", label="team"),
-        Column(title="Estimates", expr=increase("team", "estimate_proxy_unpriced_total", TEAM), decimals=0),
+        NAME_COLUMN,
+        Column(title="Estimates", expr=named("team", estimates), decimals=0),
         most="Estimates",
     )
 

@@ -1,7 +1,8 @@
 """Tables: a row for each group of labels, a column for each label and each query, sorted, in pages.
 
 Every query runs once, at the end of the time range. Grafana merges the results by their common labels, so a row without
-a result for one of the queries has an empty cell there and not a wrong one.
+a result for one of the queries has an empty cell there and not a wrong one. Only the first query of a table needs the
+teams' names.
 """
 
 import dataclasses
@@ -29,6 +30,9 @@ class Column:
     without: str = ""  # the text where there is no number
     link: str = ""
     width: int | None = None
+
+
+NAME_COLUMN = Column(title="Name", label="name")  # of a team
 
 
 def grid(about: About, *columns: Column, most: str) -> dashboard.Panel:

@@ -64,8 +64,13 @@ class MetricsEndpoint:
         encode, media_type = choose_encoder(_media_types(request.accept or ""))
         self._metrics.flush()
         registry = CollectorRegistry()
-        registry.register(_AllMetrics(self._metrics, snapshot, self._live.config.token_ends))
+        registry.register(_AllMetrics(self._metrics, snapshot, self._live.config.token_ends, self._team_names()))
         return Document(await asyncio.to_thread(encode, registry), media_type)
+
+    def _team_names(self) -> Mapping[str, str]:
+        """Each configured team's name; its id if it has none."""
+        config = self._live.config
+        return {team: config.directory.name_of(team) or team for team in config.team_limits}
 
     def _denial(self, request: ClientRequest, trace: Trace) -> Problem | None:
         access = self._live.config.access
@@ -115,12 +120,20 @@ class _AllMetrics:
     """A collector for prometheus_client: the instruments, the gauges of a snapshot, and those of the configuration.
 
     token_ends: as in `RuntimeConfig`.
+    team_names: the names of the configured teams, by id.
     """
 
-    def __init__(self, instruments: Collector, snapshot: Snapshot, token_ends: Mapping[tuple[str, str], float]) -> None:
+    def __init__(
+        self,
+        instruments: Collector,
+        snapshot: Snapshot,
+        token_ends: Mapping[tuple[str, str], float],
+        team_names: Mapping[str, str],
+    ) -> None:
         self._instruments = instruments
         self._snapshot = snapshot
         self._token_ends = token_ends
+        self._team_names = team_names
 
     def collect(self) -> Iterator[Metric]:
         yield from self._instruments.collect()
@@ -128,6 +141,7 @@ class _AllMetrics:
         yield from _quotas(self._snapshot.quota_states)
         yield from _balances(self._snapshot)
         yield _tokens(self._token_ends)
+        yield _teams(self._team_names)
 
 
 def _media_types(accept: str) -> str:
@@ -187,6 +201,13 @@ def _tokens(token_ends: Mapping[tuple[str, str], float]) -> Metric:
     for (team, label), ends_at_s in token_ends.items():
         ends.add_metric([team, label], ends_at_s)
     return ends
+
+
+def _teams(team_names: Mapping[str, str]) -> Metric:
+    names = _gauge("team_info", "Always 1; the team's name, or its id if it has none, is a label.", "team", "name")
+    for team, name in team_names.items():
+        names.add_metric([team, name], 1)
+    return names
 
 
 def _gauge(name: str, meaning: str, *labels: str) -> GaugeMetricFamily:

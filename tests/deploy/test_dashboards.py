@@ -206,8 +206,24 @@ def test_dashboards_stay_readable_with_sixty_teams() -> None:
             assert panel["options"]["sortBy"]
             assert target["instant"]
             assert target["format"] == "table"
-        elif set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) & {"team", "model", "account", "instance"}:
+        elif set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) & {
+            "team",
+            "name",
+            "model",
+            "account",
+            "instance",
+        }:
             assert re.search(r"\b(topk|bottomk)\(10, ", target["expr"]), panel["title"]
+
+
+def test_wherever_a_team_is_shown_its_name_is_too() -> None:
+    for dashboard in dashboards():
+        for panel in panels(dashboard):
+            assert not any("{{team}}" in target["legendFormat"] for target in panel["targets"]), panel["title"]
+            columns = panel["transformations"][1]["options"]["renameByName"] if panel["type"] == "table" else {}
+            assert ("team" in columns) == ("name" in columns), panel["title"]
+            by_name = "name" in columns or any("{{name}}" in target["legendFormat"] for target in panel["targets"])
+            assert by_name == ("group_left (name)" in panel["targets"][0]["expr"]), panel["title"]
 
 
 def test_panels_without_a_time_axis_use_instant_queries() -> None:

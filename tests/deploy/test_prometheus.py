@@ -62,7 +62,11 @@ def sections(ledger: StoreProcess, book: StoreProcess) -> dict[str, Tree]:
         "admin": {"tokens": [digest_of(ADMIN)]},
         "org": {"timezone": MORNING, "quotas": [quota(5000, "month")]},
         "teams": {
-            "design": {"tokens": [digest_of(DESIGN)], "quotas": [quota(38, "day"), quota(100, "month")]},
+            "design": {
+                "name": "Design",
+                "tokens": [digest_of(DESIGN)],
+                "quotas": [quota(38, "day"), quota(100, "month")],
+            },
             "marketing": {
                 "tokens": [{"sha256": digest_of(MARKETING), "expires": in_a_week}],
                 "quotas": [quota(5, "week", "requests")],
@@ -311,6 +315,13 @@ def test_the_windows_panels_equal_the_usage_endpoint(scenario: ScenarioResult) -
         (query,) = (query for query in spend if query.panel == title)
         (point,) = plotted(scenario, query)
         assert point.value == sum(amount for (_, p), (_, amount) in scenario.usage.items() if p == per) > 40
+
+
+def test_teams_are_shown_by_name_or_else_by_id(scenario: ScenarioResult) -> None:
+    by_name = [query for dashboard in dashboards() for query in queries(dashboard) if "(name)" in query.expr]
+    shown = [point.labels for query in by_name for point in plotted(scenario, query)]
+    ids = ("marketing", "web", "retired", "-")
+    assert {(labels["team"], labels["name"]) for labels in shown} == {("design", "Design"), *zip(ids, ids, strict=True)}
 
 
 def test_each_teams_window_gauges_equal_the_usage_endpoint(scenario: ScenarioResult) -> None:

@@ -48,6 +48,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "config_last_reload_successful": ("gauge", set()),
     "build_info": ("gauge", {"version"}),
     "token_expires_timestamp_seconds": ("gauge", {"team", "label"}),
+    "team_info": ("gauge", {"team", "name"}),
 }
 """The table of the public contract."""
 
@@ -147,6 +148,7 @@ class TestLabels:
             "measure": {"requests", "estimated_credits"},
             "per": {*PERS},
             "label": {digest_of(token)[:15] for token in (DESIGN, MARKETING)},
+            "name": {*TEAMS},
         }
 
     def _odd_estimates(self, gateway: GatewayFixture) -> None:

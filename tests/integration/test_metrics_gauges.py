@@ -29,6 +29,7 @@ LEDGER_GAUGES = {family.name for family in families().values() if family.from_le
     "estimate_proxy_ledger_created_timestamp_seconds",
     "estimate_proxy_balance_credits",
     "estimate_proxy_balance_age_seconds",
+    "estimate_proxy_team_info",
     "estimate_proxy_token_expires_timestamp_seconds",
 }
 
@@ -243,6 +244,13 @@ class TestTokens:
             unlabelled: inf,
         }
         assert not [team for team, _ in found if team == "retired"], "a disabled team's tokens do not matter"
+
+
+class TestTeams:
+    def test_each_configured_team_has_its_name_or_else_its_id(self, open_scraped_gateway: OpenGateway) -> None:
+        gateway = open_scraped_gateway(teams={"design": {"name": 'Design "Süd"'}})
+        found = scrape(gateway.client).series("team_info", "team", "name")
+        assert found == {("design", 'Design "Süd"'): 1, ("marketing", "marketing"): 1, ("retired", "retired"): 1}
 
 
 def _circuits(gateway: GatewayFixture) -> dict[str, float]:

@@ -91,6 +91,7 @@ def test_a_teams_name_and_earlier_ids_are_reloaded(runner: GatewayRunner) -> Non
     reloaded(served, runner, teams={"new": renamed})
     wait_until(lambda: statuses(served, NEWCOMER) == {200} and report(served, "/v1/quota").get("team") == "new")
     assert report(served, "/v1/quota")["team_name"] == "The New Ones"
+    assert metric(served, 'estimate_proxy_team_info{name="The New Ones",team="new"}') == 1
     assert report(served, "/v1/usage")["total"]["requests"] >= 20, "ten before the change, under the old id"
     assert served.stop() == 0
 
