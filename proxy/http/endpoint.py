@@ -25,7 +25,7 @@ from proxy.http.connection import SCOPE_BODY, SCOPE_HEADERS
 from proxy.http.headers import RequestHeaders
 from proxy.http.paths import OWN_PATHS, shown_path
 from proxy.http.request_cycle import SCOPE_REPLY, Delivery
-from proxy.http.responses import RequestContext, common_lines, message_headers, render
+from proxy.http.responses import RequestContext, common_lines, message_headers, render, request_id_of
 from proxy.problems import BadRequest, ClientGone, Code, Outcome, Overloaded, Problem
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.address import ESTIMATE_PATH
@@ -219,8 +219,7 @@ def _problem_of(error: BaseException, context: RequestContext) -> Problem | None
 
 async def refuse_route(tracker: InFlightTracker, metrics: Metrics, request: Request, error: Exception) -> Response:
     """Answers requests for a path or method that the gateway does not serve."""
-    request_id = request.scope[SCOPE_HEADERS].request_id or secrets.token_hex(16)
-    context = RequestContext("other", request_id, request.scope)
+    context = RequestContext("other", request_id_of(request), request.scope)
     context.close = tracker.draining
     if isinstance(error, HTTPException) and error.status_code == 405:  # noqa: PLR2004 -- RFC 9110 §15.5.6
         allow = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))

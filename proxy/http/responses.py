@@ -123,10 +123,15 @@ def message_headers(lines: Lines, context: RequestContext) -> Headers:
     return [(name, value) for name, value in pairs]
 
 
+def request_id_of(request: Request) -> str:
+    """The client's request id, or a new one."""
+    client_id: str | None = request.scope[SCOPE_HEADERS].request_id
+    return client_id or secrets.token_hex(16)
+
+
 def probe_answer(request: Request, document: Mapping[str, Any], *, draining: bool = False) -> Response:
     """The answer to a health or readiness check: 503 while draining, else 200."""
-    request_id = request.scope[SCOPE_HEADERS].request_id or secrets.token_hex(16)
-    headers = {"cache-control": "no-store", "x-request-id": request_id}
+    headers = {"cache-control": "no-store", "x-request-id": request_id_of(request)}
     if draining:
         headers |= {"connection": "close", "retry-after": str(DEFAULT_RETRY_AFTER_S)}
     return JSONResponse(document, 503 if draining else 200, headers)
