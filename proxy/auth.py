@@ -33,6 +33,8 @@ class Team:
     account: str
     disabled: bool
     limits: TeamLimits
+    infer: bool = True
+    """Whether inferred prices may answer it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The configuration that a reload can change: tokens, teams' limits, accounts and ignored members.
+"""The configuration that a reload can change: tokens, teams' limits, accounts, and which members count.
 
 A request takes the configuration once, when it begins, and keeps it to its end.
 """
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from math import inf
+from typing import Literal
 from zoneinfo import ZoneInfo
 
 from proxy.auth import Access, Credential, RoleDigests, Team, Teams, token_id_of
@@ -22,6 +23,7 @@ class RuntimeConfig:
     team_limits: by the ids of all configured teams.
     token_ends: when the tokens of enabled teams expire, in seconds since 1970, by team and label; infinity: never.
     ignored: members that are left out of cache keys, as dotted paths inside each item.
+    learn, never_learn: as in `CacheSettings`.
     directory: the teams' names and earlier ids, for reports.
     """
 
@@ -30,6 +32,8 @@ class RuntimeConfig:
     token_ends: Mapping[tuple[str, str], float]
     accounts: frozenset[str]
     ignored: tuple[str, ...]
+    learn: Literal["off", "observe", "use"]
+    never_learn: tuple[str, ...]
     directory: TeamDirectory
 
 
@@ -65,7 +69,8 @@ def runtime_config_of(settings: Settings, record_use: Callable[[str], None]) -> 
     )
     accounts = frozenset(settings.accounts)
     ends, directory = _token_ends(settings), directory_of(settings)
-    return RuntimeConfig(access, team_limits, ends, accounts, settings.cache.ignore, directory)
+    cache = settings.cache
+    return RuntimeConfig(access, team_limits, ends, accounts, cache.ignore, cache.learn, cache.never_learn, directory)
 
 
 def _token_ends(settings: Settings) -> dict[tuple[str, str], float]:
@@ -92,7 +97,7 @@ def teams_of(settings: Settings, team_limits: Mapping[str, TeamLimits]) -> Teams
     """The configured teams, to be found by their tokens."""
     credentials: dict[str, Credential] = {}
     for name, configured in settings.teams.items():
-        team = Team(name, configured.account, configured.disabled, team_limits[name])
+        team = Team(name, configured.account, configured.disabled, team_limits[name], configured.infer)
         for token in configured.tokens:
             credentials[token.sha256] = Credential(team, token.expires, token.label, token_id_of(token.sha256))
     return Teams(credentials)

@@ -64,11 +64,12 @@ def _log_errors(error: SettingsError) -> None:
 def merged(old: Settings, new: Settings) -> Settings:
     """`old`, updated with those parts of `new` that can change while the gateway runs."""
     sections = ("accounts", "teams", "team_defaults", "metrics", "admin", "viewer")
+    cache = {name: getattr(new.cache, name) for name in ("ignore", "learn", "never_learn")}
     return old.model_copy(
         update={
             **{name: getattr(new, name) for name in sections},
             "org": old.org.model_copy(update={"quotas": new.org.quotas}),
-            "cache": old.cache.model_copy(update={"ignore": new.cache.ignore}),
+            "cache": old.cache.model_copy(update=cache),
         }
     )
 

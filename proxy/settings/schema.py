@@ -302,6 +302,14 @@ class CacheSettings(_Section):
     """A hit with an older balance refreshes it in the background, and checks the price."""
     ignore: tuple[Annotated[Line, AfterValidator(_member_path)], ...] = ()
     """Members that do not affect the price, as dotted paths inside each item: left out of keys, but sent upstream."""
+    learn: Literal["off", "observe", "use"] = "observe"
+    """Which members decide the price: observe learns, and reports what it would have answered; use answers."""
+    never_learn: tuple[Annotated[Line, AfterValidator(_member_path)], ...] = ()
+    """Members that always count, as dotted paths inside each item, with all that is below them."""
+    learn_from: Annotated[Whole, Field(ge=1, le=100_000)] = 100
+    """Tests without a contradiction before a price is inferred."""
+    audit_one_in: Annotated[Whole, Field(ge=1, le=10_000)] = 25
+    """One of so many inferred answers is compared with RenderNet's own, in the background."""
 
 
 _RoleDigest = Annotated[str, BeforeValidator(_digest_alone), AfterValidator(_token_digest)]
@@ -392,6 +400,8 @@ class TeamSettings(_Section):
     rate: RateSettings | None = None
     quotas: tuple[QuotaSettings, ...] | None = None
     """Replaces the default quotas; does not add to them."""
+    infer: bool = True
+    """Whether learned prices may answer this team. False: exact answers only."""
     disabled: bool = False
 
     def last_days(self) -> dict[str, date | None]:

@@ -4,13 +4,14 @@ import re
 from collections.abc import Iterator, Sequence
 from datetime import date
 
-from proxy.settings.schema import QuotaSettings, Settings
+from proxy.settings.schema import CacheSettings, QuotaSettings, Settings
 
 EXPIRES_SOON_DAYS = 14
 """The alert `EstimateProxyTokenExpires` has the same limit."""
 
-_NO_MEMBER = re.compile(r"[0-9]+|[$*#]|.*[][/].*|\s.*|.*\s", re.DOTALL)
-"""A part of a path that is an index, a wildcard or the syntax of another kind of path."""
+_INDEX = re.compile("[0-9]+")
+_NO_MEMBER = re.compile(r"[$*#]|.*[][/].*|\s.*|.*\s", re.DOTALL)
+"""A part of a path that is a wildcard or the syntax of another kind of path."""
 
 
 def warnings(settings: Settings, today: date) -> Iterator[str]:
@@ -27,6 +28,7 @@ def warnings(settings: Settings, today: date) -> Iterator[str]:
     yield from _token_warnings(settings, today)
     yield from _quota_warnings(settings)
     yield from _ignore_warnings(settings.cache.ignore)
+    yield from _never_learn_warnings(settings.cache)
     urls = [url.get_secret_value() for url in (settings.store.url, settings.cache.url) if url is not None]
     if (settings.store.ca_file or settings.store.cert_file) and not any(url.startswith("rediss") for url in urls):
         yield "store.ca_file and store.cert_file are not used: neither store.url nor cache.url begins with rediss"
@@ -71,12 +73,29 @@ def _above_org(path: str, quotas: Sequence[QuotaSettings], org: Sequence[QuotaSe
 
 def _ignore_warnings(ignored: Sequence[str]) -> Iterator[str]:
     for path in ignored:
-        parts = path.split(".")
-        parents = [".".join(parts[:end]) for end in range(1, len(parts))]
-        if any(map(_NO_MEMBER.fullmatch, parts)):
+        if any(_NO_MEMBER.fullmatch(part) or _INDEX.fullmatch(part) for part in path.split(".")):
             yield (
                 f"cache.ignore: {path!r} can never match: a path has names of members joined by dots, begins inside "
                 "each item, and does not go through lists"
             )
-        elif inside := [parent for parent in parents if parent in ignored]:
-            yield f"cache.ignore: {path!r} can never match: all of {inside[0]!r} is ignored"
+        elif inside := _covering(path, ignored):
+            yield f"cache.ignore: {path!r} can never match: all of {inside!r} is ignored"
+
+
+def _never_learn_warnings(cache: CacheSettings) -> Iterator[str]:
+    for path in cache.never_learn:
+        parts = path.split(".")
+        if _INDEX.fullmatch(parts[0]) or any(map(_NO_MEMBER.fullmatch, parts)):
+            yield (
+                f"cache.never_learn: {path!r} can never match: a path has names of members, or indexes of lists, "
+                "joined by dots, and begins inside each item, such as loras.0.weight"
+            )
+        elif inside := path if path in cache.ignore else _covering(path, cache.ignore):
+            yield f"cache.never_learn: {path!r} can never match: cache.ignore leaves out {inside!r}"
+
+
+def _covering(path: str, paths: Sequence[str]) -> str | None:
+    """The first of `paths` that `path` is below."""
+    parts = path.split(".")
+    parents = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((parent for parent in parents if parent in paths), None)

@@ -39,6 +39,8 @@ def test_defaults(read: Read) -> None:
     assert (settings.store.timeout_s, settings.store.connect_timeout_s) == (0.25, 2.0)
     assert settings.cache.url is None
     assert settings.cache.ttl_s == 3600.0
+    assert (settings.cache.learn, settings.cache.learn_from, settings.cache.audit_one_in) == ("observe", 100, 25)
+    assert (settings.cache.never_learn, settings.teams["design"].infer) == ((), True)
     assert settings.org.id == "default"
     assert settings.org.zone.key == "UTC"
     assert settings.teams["design"].tokens[0].sha256 == DIGEST
@@ -75,6 +77,10 @@ def test_every_setting_can_be_set(read: Read, tmp_path: Path) -> None:
         [cache]
         url = "redis://:p@evicting/1"
         ttl_s = 1.5
+        learn = "use"
+        never_learn = ["prompt", "loras.0.weight"]
+        learn_from = 300
+        audit_one_in = 1
         [org]
         id = "studio-1"
         timezone = "Europe/Berlin"
@@ -82,6 +88,7 @@ def test_every_setting_can_be_set(read: Read, tmp_path: Path) -> None:
         name = "Ä \\"b\\""
         account = "second-1"
         disabled = true
+        infer = false
         tokens = [{{ sha256 = "{DIGEST}", label = "ci", expires = 2027-06-30 }}, "{OTHER_DIGEST}"]
         [log]
         level = "debug"
@@ -96,6 +103,9 @@ def test_every_setting_can_be_set(read: Read, tmp_path: Path) -> None:
     assert settings.store.on_outage == "admit"
     assert (settings.store.timeout_s, settings.store.connect_timeout_s) == (0.05, 60.0)
     assert settings.cache.url == SecretUrl("redis://:p@evicting/1")
+    assert (settings.cache.learn, settings.cache.learn_from, settings.cache.audit_one_in) == ("use", 300, 1)
+    assert settings.cache.never_learn == ("prompt", "loras.0.weight")
+    assert settings.teams["a"].infer is False
     assert settings.org.id == "studio-1"
     assert settings.teams["a"].tokens[0].expires == date(2027, 6, 30)
     assert settings.teams["a"].tokens[1].label == ""
@@ -122,7 +132,7 @@ def test_effective_names_every_setting_and_masks_secrets(read: Read) -> None:
     assert rows["upstream.proxy"] is None
     assert rows["teams.design.tokens"][0]["sha256"] == DIGEST
     assert CANARY not in repr(rows)
-    assert len(rows) == 53
+    assert len(rows) == 58
 
 
 MANUAL = Path(__file__).parents[3] / "docs" / "configuration.md"

@@ -93,3 +93,22 @@ def test_a_quota_above_the_organisations(read: Read, section: str, own: int, on_
 def test_a_path_that_can_never_match(read: Read, path: str, reason: str | None) -> None:
     found = warned(read, MINIMAL + f"[cache]\nignore = ['{path}', 'whole']")
     assert [line.startswith(f"cache.ignore: {path!r} {reason}") for line in found] == [True] * (reason is not None)
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("steps", None),
+        ("loras.0.weight", None),
+        ("0.seed", "a path has names of members"),
+        ("loras[0].weight", "a path has names of members"),
+        ("loras.*.weight", "a path has names of members"),
+        ("$.seed", "a path has names of members"),
+        ("seed", "cache.ignore leaves out 'seed'"),
+        ("seed.low", "cache.ignore leaves out 'seed'"),
+    ],
+)
+def test_a_member_that_always_counts_and_can_never_match(read: Read, path: str, reason: str | None) -> None:
+    found = warned(read, MINIMAL + f"[cache]\nignore = ['seed']\nnever_learn = ['{path}']")
+    expected = f"cache.never_learn: {path!r} can never match: {reason}"
+    assert [line.startswith(expected) for line in found] == [True] * (reason is not None)
