@@ -22,7 +22,9 @@ from proxy.gateway.freshness import StaleLimits
 from proxy.gateway.in_flight import InFlightTracker
 from proxy.gateway.live_config import ConfigHolder, RuntimeConfig, runtime_config_of
 from proxy.gateway.purge import PurgeHandler
-from proxy.http.endpoint import Endpoint, refuse_route
+from proxy.http.connection import SCOPE_HEADERS
+from proxy.http.cors import Cors, Refuse
+from proxy.http.endpoint import Endpoint, refuse, refuse_route
 from proxy.http.metrics_endpoint import MetricsEndpoint
 from proxy.http.paths import (
     EXPLAIN_PATH,
@@ -54,14 +56,29 @@ class Application(Starlette):
     """A Starlette application that calls the endpoint of estimates directly, without its middleware and router.
 
     That saves time on the hot path. The endpoint turns exceptions into responses itself.
+
+    refuse: see `Cors`.
     """
 
-    def __init__(self, estimate: Endpoint, routes: Sequence[Route], **options: Any) -> None:
+    def __init__(
+        self,
+        estimate: Endpoint,
+        routes: Sequence[Route],
+        live: ConfigHolder,
+        refuse: Refuse,
+        **options: Any,
+    ) -> None:
         super().__init__(routes=[Route(ESTIMATE_PATH, estimate, methods=["POST"]), *routes], **options)
         self.router.redirect_slashes = False  # a redirect would repeat the request's Host header
         self._estimate = estimate
+        self._cors = Cors(self._serve, lambda: live.config.cors_origins, refuse)
 
     def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
+        if scope["type"] == "http" and scope[SCOPE_HEADERS].origin is not None:
+            return self._cors(scope, receive, send)
+        return self._serve(scope, receive, send)
+
+    def _serve(self, scope: ASGIScope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
         is_estimate = scope["type"] == "http" and scope["path"] == ESTIMATE_PATH and scope["method"] == "POST"
         return self._estimate(scope, receive, send) if is_estimate else super().__call__(scope, receive, send)
 
@@ -119,6 +136,8 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
             Route(LIVENESS_PATH, _healthz, methods=["GET"]),
             Route(READINESS_PATH, partial(_readyz, (ledger_store, book_store), upstream, tracker), methods=["GET"]),
         ],
+        live=live,
+        refuse=partial(refuse, tracker, metrics),
         exception_handlers={HTTPException: partial(refuse_route, tracker, metrics)},
         lifespan=lifespan,
     )

@@ -1,4 +1,4 @@
-"""The configuration that a reload can change: tokens, teams' limits, accounts, and which members count.
+"""The configuration that a reload can change: tokens, teams' limits, accounts, which members count, and CORS.
 
 A request takes the configuration once, when it begins, and keeps it to its end.
 """
@@ -25,6 +25,7 @@ class RuntimeConfig:
     ignored: members that are left out of cache keys, as dotted paths inside each item.
     learn, never_learn: as in `CacheSettings`.
     directory: the teams' names and earlier ids, for reports.
+    cors_origins: whose pages may call the API from a browser.
     """
 
     access: Access
@@ -35,6 +36,7 @@ class RuntimeConfig:
     learn: Literal["off", "observe", "use"]
     never_learn: tuple[str, ...]
     directory: TeamDirectory
+    cors_origins: frozenset[str]
 
 
 @dataclass(slots=True)
@@ -67,10 +69,17 @@ def runtime_config_of(settings: Settings, record_use: Callable[[str], None]) -> 
         metrics_are_public=settings.metrics.public,
         record_use=record_use,
     )
-    accounts = frozenset(settings.accounts)
-    ends, directory = _token_ends(settings), directory_of(settings)
-    cache = settings.cache
-    return RuntimeConfig(access, team_limits, ends, accounts, cache.ignore, cache.learn, cache.never_learn, directory)
+    return RuntimeConfig(
+        access=access,
+        team_limits=team_limits,
+        token_ends=_token_ends(settings),
+        accounts=frozenset(settings.accounts),
+        ignored=settings.cache.ignore,
+        learn=settings.cache.learn,
+        never_learn=settings.cache.never_learn,
+        directory=directory_of(settings),
+        cors_origins=frozenset(settings.server.cors_origins),
+    )
 
 
 def _token_ends(settings: Settings) -> dict[tuple[str, str], float]:

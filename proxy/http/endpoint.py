@@ -219,8 +219,6 @@ def _problem_of(error: BaseException, context: RequestContext) -> Problem | None
 
 async def refuse_route(tracker: InFlightTracker, metrics: Metrics, request: Request, error: Exception) -> Response:
     """Answers requests for a path or method that the gateway does not serve."""
-    context = RequestContext("other", request_id_of(request), request.scope)
-    context.close = tracker.draining
     if isinstance(error, HTTPException) and error.status_code == 405:  # noqa: PLR2004 -- RFC 9110 §15.5.6
         allow = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
         problem = Problem(
@@ -228,6 +226,13 @@ async def refuse_route(tracker: InFlightTracker, metrics: Metrics, request: Requ
         )
     else:
         problem = _not_found(request.scope["path"], shown_path(request.scope["raw_path"]))
+    return refuse(tracker, metrics, problem, request)
+
+
+def refuse(tracker: InFlightTracker, metrics: Metrics, problem: Problem, request: Request) -> Response:
+    """Answers a request that no handler takes, and writes its log line."""
+    context = RequestContext("other", request_id_of(request), request.scope)
+    context.close = tracker.draining
     body = problem.document(context.request_id)
     context.end(metrics, problem.outcome, problem.status, problem)
     headers = [*problem.headers, *message_headers(common_lines(context), context)]

@@ -21,11 +21,13 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _USED_FIELDS = frozenset(
     (
         b"accept",
+        b"access-control-request-method",
         b"authorization",
         b"cache-control",
         b"content-encoding",
         b"content-length",
         b"content-type",
+        b"origin",
         b"x-api-key",
         b"x-request-id",
     )
@@ -82,6 +84,17 @@ class RequestHeaders:
     def accept(self) -> str | None:
         value = self._fields.get(b"accept")
         return value.decode("latin-1") if value else None
+
+    @cached_property
+    def origin(self) -> str | None:
+        """The origin of the page that a browser sends the request for."""
+        value = self._fields.get(b"origin")
+        return value.decode("latin-1") if value else None
+
+    @property
+    def asks_preflight(self) -> bool:
+        """Whether an OPTIONS request asks for CORS permission."""
+        return b"access-control-request-method" in self._fields
 
     @cached_property
     def content_length(self) -> int:

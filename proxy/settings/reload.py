@@ -69,6 +69,7 @@ def merged(old: Settings, new: Settings) -> Settings:
         update={
             **{name: getattr(new, name) for name in sections},
             "org": old.org.model_copy(update={"quotas": new.org.quotas}),
+            "server": old.server.model_copy(update={"cors_origins": new.server.cors_origins}),
             "cache": old.cache.model_copy(update=cache),
         }
     )

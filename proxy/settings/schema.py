@@ -37,6 +37,8 @@ MAX_CREDITS_WITH_DECIMALS = 2**33
 _RENDERNET_PATH = re.compile("/+pub/+v1(/+generations(/+estimate)?)?/*$")
 
 
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
 _PRICE = re.compile(rf"[0-9]{{1,9}}(\.[0-9]{{1,{PRICE_DECIMALS}}})?")
 
 
@@ -120,6 +122,19 @@ def _base_url(url: str, info: ValidationInfo) -> str:
     if parts.scheme == "http" and not loopback and info.data.get("insecure") is False:
         raise ValueError("would send the API key in clear text: use https, or set upstream.insecure = true")
     return url
+
+
+def _web_origin(origin: str) -> str:
+    if origin == "*":
+        raise ValueError("must name one origin, such as https://tools.example.com: every page would be too many")
+    parts = split_url(origin, "https", "http")
+    default_port = f":{_DEFAULT_PORTS[parts.scheme]}"
+    right = f"{parts.scheme}://{parts.netloc.lower().removesuffix(default_port)}"
+    if "@" in origin or parts.query or parts.fragment or parts.path.strip("/"):
+        raise ValueError("must be scheme, host and port alone, such as https://tools.example.com")
+    if origin != right:
+        raise ValueError(f"must be written as browsers send it: {right}")
+    return origin
 
 
 def _proxy_url(url: SecretUrl) -> SecretUrl:
@@ -247,6 +262,8 @@ class ServerSettings(_Section):
     """After SIGTERM: report "not ready" and keep serving for this long."""
     drain_s: Annotated[Seconds, Field(ge=0, le=3600)] = 30.0
     """Then: running requests have at most this long to finish."""
+    cors_origins: tuple[Annotated[str, AfterValidator(_web_origin)], ...] = ()
+    """Pages of these origins may call the API from a browser."""
 
 
 class UpstreamSettings(_Section):

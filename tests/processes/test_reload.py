@@ -74,14 +74,21 @@ def test_a_signal_reloads_teams_and_quotas_in_all_workers(runner: GatewayRunner)
     assert served.stop() == 0
 
 
-def test_a_viewer_token_is_added_and_removed_by_a_reload(runner: GatewayRunner) -> None:
+def test_viewer_tokens_and_cors_origins_are_added_and_removed_by_a_reload(runner: GatewayRunner) -> None:
+    page = "https://tools.example.com"
     served = started(runner)
     assert statuses(served, NEWCOMER) == {401}
-    reloaded(served, runner, viewer={"tokens": [digest_of(NEWCOMER)]})
-    wait_until(lambda: statuses(served, NEWCOMER) == {403})
+    assert preflight_statuses(served, page) == {403}
+    reloaded(served, runner, viewer={"tokens": [digest_of(NEWCOMER)]}, server={"cors_origins": [page]})
+    wait_until(lambda: statuses(served, NEWCOMER) == {403} and preflight_statuses(served, page) == {204})
     reloaded(served, runner, times=2)
-    wait_until(lambda: statuses(served, NEWCOMER) == {401})
+    wait_until(lambda: statuses(served, NEWCOMER) == {401} and preflight_statuses(served, page) == {403})
     assert served.stop() == 0
+
+
+def preflight_statuses(served: GatewayProcess, origin: str) -> set[int]:
+    headers = {"origin": origin, "access-control-request-method": "POST"}
+    return {httpx2.options(served.url + PATH, headers=headers, trust_env=False).status_code for _ in range(10)}
 
 
 def test_a_teams_name_and_earlier_ids_are_reloaded(runner: GatewayRunner) -> None:

@@ -22,6 +22,7 @@ def test_defaults(read: Read) -> None:
         "head_timeout_s": 10.0,
         "drain_delay_s": 5.0,
         "drain_s": 30.0,
+        "cors_origins": (),
     }
     assert settings.upstream.model_dump() == {
         "base_url": "https://api.rendernet.ai",
@@ -58,6 +59,7 @@ def test_every_setting_can_be_set(read: Read, tmp_path: Path) -> None:
         request_timeout_s = 1
         head_timeout_s = 2
         drain_s = 0
+        cors_origins = ["https://tools.example.com", "http://localhost:3000", "http://[::1]:8080"]
         [upstream]
         base_url = "http://localhost:1"
         timeout_s = 0.5
@@ -96,6 +98,11 @@ def test_every_setting_can_be_set(read: Read, tmp_path: Path) -> None:
         """
     )
     assert settings.server.host == "::1"
+    assert settings.server.cors_origins == (
+        "https://tools.example.com",
+        "http://localhost:3000",
+        "http://[::1]:8080",
+    )
     assert settings.accounts["second-1"].api_key.get_secret_value() == "k2"
     assert settings.store.url is not None
     assert settings.store.url.get_secret_value() == "redis://u:p%40@s_1:6380/3"
@@ -132,7 +139,7 @@ def test_effective_names_every_setting_and_masks_secrets(read: Read) -> None:
     assert rows["upstream.proxy"] is None
     assert rows["teams.design.tokens"][0]["sha256"] == DIGEST
     assert CANARY not in repr(rows)
-    assert len(rows) == 58
+    assert len(rows) == 59
 
 
 MANUAL = Path(__file__).parents[3] / "docs" / "configuration.md"

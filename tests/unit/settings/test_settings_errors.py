@@ -50,6 +50,25 @@ from proxy.settings.schema import is_identifier
         ("[teams.b]\ntokens = { a = 1 }", "teams.b.tokens", "must be a list (in the environment: as JSON)"),
         ("[teams.b]\ntokens = [1]", "teams.b.tokens[0]", "must be a table"),
         ("[teams.b]\naccount = ['x']", "teams.b.account", "must be text"),
+        # origins
+        *(
+            (f'[server]\ncors_origins = ["{origin}"]', "server.cors_origins[0]", message)
+            for origin, message in (
+                ("*", "must name one origin, such as https://tools.example.com"),
+                ("null", "must be a URL that begins with https:// or http://"),
+                ("tools.example.com", "must be a URL that begins with https:// or http://"),
+                ("https://tools.example.com/app", "must be scheme, host and port alone"),
+                ("https://tools.example.com?a", "must be scheme, host and port alone"),
+                ("https://user:pass@tools.example.com", "must be scheme, host and port alone"),
+                ("https://tools.example.com/", "must be written as browsers send it: https://tools.example.com"),
+                ("https://tools.example.com:443", "must be written as browsers send it: https://tools.example.com"),
+                ("http://Tools.example.com:443", "must be written as browsers send it: http://tools.example.com:443"),
+                ("HTTP://[::1]:80", "must be written as browsers send it: http://[::1]"),
+                ("https://*.example.com", "must name a host"),
+                ("https://bücher.example", "must name a host"),
+            )
+        ),
+        ('[server]\ncors_origins = "https://a.example"', "server.cors_origins", "must be a list"),
         # ranges
         ("[server]\nport = 65536", "server.port", "must be less than or equal to 65535"),
         ("[server]\nport = -1", "server.port", "must be greater than or equal to 0"),
