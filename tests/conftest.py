@@ -1,6 +1,8 @@
 """What all tests share, and nothing that needs a server: tests/unit imports little, so it starts quickly."""
 
+import os
 import socket
+import tempfile
 from pathlib import Path
 
 import hypothesis
@@ -15,8 +17,29 @@ hypothesis.settings.register_profile("quick", deadline=None, max_examples=20)
 hypothesis.settings.load_profile("full")
 
 
+MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108 -- pytest and tempfile make private folders in it
+MEMORY_BYTES = 2**30
+"""Several times what all tests together write. In many containers there are only 64 MiB."""
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
+    _keep_files_in_memory()
+    _disable_nagle(config)
+
+
+def _keep_files_in_memory() -> None:
+    """Puts temporary files, also of the processes that tests start, in memory if there is room for them.
+
+    An embedded store answers nothing for as long as a write waits for a slow disk, and then its gateway refuses.
+    """
+    if MEMORY_FOLDER.is_dir():
+        found = os.statvfs(MEMORY_FOLDER)
+        if found.f_bavail * found.f_frsize >= MEMORY_BYTES and not found.f_flag & (os.ST_NOEXEC | os.ST_RDONLY):
+            os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY_FOLDER)
+
+
+def _disable_nagle(config: pytest.Config) -> None:
     """Disables Nagle's algorithm for pytest-rerunfailures, which makes each test of an xdist worker wait for 40 ms.
 
     The plugin's client writes twice and then reads, so the second write waits for the server's delayed ACK.

@@ -20,6 +20,7 @@ import redis
 from click.testing import CliRunner, Result
 
 from certificates import make_certificates
+from fleet import store_process
 from proxy import __version__
 from proxy import auth as teams
 from proxy.cache.canonical import canonicalise, key_of
@@ -406,14 +407,15 @@ def connected(result: Result) -> list[str]:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_connect_reports_what_it_finds(run: Run, valkey_url: str, tmp_path: Path, scheme: str) -> None:
+def test_connect_reports_what_it_finds(run: Run, tmp_path: Path, scheme: str) -> None:
     made = make_certificates(tmp_path)
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(made.cert("server"), made.key("server"))
-    with raw_upstream(tls if scheme == "https" else None) as upstream:
+    with raw_upstream(tls if scheme == "https" else None) as upstream, store_process(appendfsync="everysec") as store:
+        store.start()
         trusted = f"ca_file = '{made.ca}'" if scheme == "https" else ""
         Path("here.toml").write_text(
-            f"metrics.public = true\n{CONFIG}[store]\nurl = '{valkey_url}'\n[cache]\nurl = '{valkey_url}'\n"
+            f"metrics.public = true\n{CONFIG}[store]\nurl = '{store.url}'\n[cache]\nurl = '{store.url}'\n"
             f"[upstream]\nbase_url = '{upstream.url}'\n{trusted}"
         )
         result = run("check", "--connect", "--config", "here.toml")
@@ -421,8 +423,8 @@ def test_connect_reports_what_it_finds(run: Run, valkey_url: str, tmp_path: Path
     assert result.exit_code == 0, result.stderr
     ledger, book, rendernet = connected(result)
     facts = r"no TLS, Redis 7[.0-9]+ or compatible, maxmemory-policy noeviction, appendonly yes, appendfsync everysec, "
-    assert re.fullmatch(rf"# the ledger \({valkey_url}\): {facts}save \"\", clock 0\.0\d\d s (ahead|behind)", ledger)
-    assert book.startswith(f"# the price book ({valkey_url}): no TLS, Redis 7")
+    assert re.fullmatch(rf"# the ledger \({store.url}\): {facts}save \"\", clock 0\.0\d\d s (ahead|behind)", ledger)
+    assert book.startswith(f"# the price book ({store.url}): no TLS, Redis 7")
     if scheme == "http":
         assert rendernet == f"# RenderNet ({upstream.url}): connected, no TLS"
         assert result.stderr == ""

@@ -8,7 +8,7 @@ import string
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -166,13 +166,17 @@ def limiting(**quotas: Sequence[Tree]) -> dict[str, str]:
 
 
 class StoreProcess:
-    """A store as a gateway embeds it. It can be killed, and comes back with its data under its URL."""
+    """A store as a gateway embeds it, but without fsync. It can be killed, and comes back with its data under its URL.
 
-    def __init__(self, folder: Path, lock_fd: int) -> None:
+    With `appendfsync everysec` Valkey writes nothing while an fsync runs, and answers nothing after 2 s of that: on a
+    machine with a slow disk a kill would lose what was answered, and a request would get no answer from its ledger.
+    """
+
+    def __init__(self, folder: Path, lock_fd: int, settings: Mapping[str, str]) -> None:
         path = folder / "ledger.sock"
         self.url = f"unix://{path}"
-        policy = {"maxmemory-policy": "noeviction"}
-        self._server = Valkey("ledger", policy, directory=folder, socket_path=path, lock_fd=lock_fd)
+        common = {"maxmemory-policy": "noeviction", "appendfsync": "no"}
+        self._server = Valkey("ledger", {**common, **settings}, directory=folder, socket_path=path, lock_fd=lock_fd)
 
     def start(self) -> None:
         self._server.start()
@@ -192,10 +196,10 @@ class StoreProcess:
 
 
 @contextmanager
-def store_process() -> Iterator[StoreProcess]:
-    """One that is not started yet."""
+def store_process(**settings: str) -> Iterator[StoreProcess]:
+    """One that is not started yet, with `settings` besides those that all have."""
     with tempfile.TemporaryDirectory(prefix="ep-l-") as folder, (Path(folder) / "lock").open("wb") as lock:
-        ledger = StoreProcess(Path(folder), lock.fileno())
+        ledger = StoreProcess(Path(folder), lock.fileno(), settings)
         try:
             yield ledger
         finally:

@@ -16,9 +16,9 @@ import pytest
 import redis
 
 from faulty_proxy import FaultyProxy, proxy_to
+from fleet import store_process
 from gateway_fixture import API_KEY, GatewayFixture, OpenGateway, UpstreamFixture, running_gateway, settings
 from programs import program
-from proxy.embedded.stores import EmbeddedStores
 from proxy.upstream.http_client import _tls_context as make_tls_context
 from scripted_simulator import Simulator
 from serving import SERVER_POOL, serving, wait_until
@@ -53,12 +53,13 @@ def quick_gateways() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def valkey_url() -> Iterator[str]:
-    """One Valkey for prices and ledger, as in a small installation; it does not evict, because of the ledger."""
-    with tempfile.TemporaryDirectory() as directory:
-        stores = EmbeddedStores(Path(directory), ["ledger"])
-        stores.start()
-        yield stores.urls["ledger"]
-        stores.stop()
+    """One Valkey for prices and ledger, as in a small installation; it does not evict, because of the ledger.
+
+    It writes nothing to disk, so it is never late because the disk is.
+    """
+    with store_process(appendonly="no") as store:
+        store.start()
+        yield store.url
 
 
 @contextmanager
