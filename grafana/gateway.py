@@ -189,6 +189,9 @@ def hit_ratio_by_team() -> dashboard.Panel:
         Column(title="Answered with a price", expr=named("team", answered), decimals=0),
         Column(title="Upstream requests avoided", expr=increase("team", REQUESTS, ESTIMATE, TEAM, AVOIDED), decimals=0),
         Column(
+            title="Time saved", expr=increase("team", "estimate_proxy_upstream_seconds_saved_total", TEAM), unit=SECONDS
+        ),
+        Column(
             title="Hit ratio",
             expr=f"{increase('team', REQUESTS, ESTIMATE, TEAM, HIT)} / ({answered} > 0)",
             unit=SHARE,

@@ -42,6 +42,7 @@ from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.ledger import Ledger
 from proxy.quota.reports import LedgerReader
+from proxy.quota.saved_time import SavedTime
 from proxy.quota.token_uses import TokenUses
 from proxy.settings.schema import SecretText, Settings
 from proxy.store.access import EmbeddedUrls
@@ -100,6 +101,7 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
     batcher = LedgerBatcher(ledger_store, keys, zone, metrics)
     ledger = Ledger(batcher, metrics, admits_on_outage=settings.store.on_outage == "admit")
     ledger_reader = LedgerReader(ledger_store, keys, zone)
+    saved_time = SavedTime(ledger_reader, metrics)
     parser = RequestParser(upstream.address)
     gateway = Gateway(live, ledger, book, fetcher, parser, _policy_of(settings))
     purges = PurgeHandler(live, book, parser)
@@ -112,7 +114,9 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await asyncio.gather(ledger_store.open(), book_store.open())
         await ledger.open()
-        background = [asyncio.create_task(work) for work in (DescriptorMonitor(metrics).run(), token_uses.run())]
+        background = [
+            asyncio.create_task(work) for work in (DescriptorMonitor(metrics).run(), token_uses.run(), saved_time.run())
+        ]
         yield
         for task in background:
             task.cancel()

@@ -50,6 +50,14 @@ class Outcome(StrEnum):
     INTERNAL_ERROR = "internal-error"
 
 
+SAVES_CALL = frozenset(("hit", "inferred", "collapsed"))
+"""Outcomes of answers that caused no request to upstream. A stale one has caused a refresh, or was served because a
+request had failed."""
+
+SAVES_TIME = SAVES_CALL - {"collapsed"}
+"""Those of them that did not wait for another's request either."""
+
+
 class Code(StrEnum):
     """The codes of problems. They are stable: clients may depend on them."""
 

@@ -118,7 +118,13 @@ def usage_columns(usage: Usage, query: UsageQuery, directory: TeamDirectory, cur
         *costs, total_cost = [currency.rounded_text(row.credits_micro) for row in (*usage.rows, usage.total)]
         beside_credits.insert(0, Column(f"derived {currency.code}", costs, rank=1, total=total_cost))
     place = len(columns) - len(outcomes)
-    return [*columns[:place], *beside_credits, *columns[place:]]
+    return [*columns[:place], *beside_credits, *columns[place:], *_saved_columns(usage)]
+
+
+def _saved_columns(usage: Usage) -> list[Column]:
+    *calls, all_calls = [str(row.upstream_calls_saved) for row in (*usage.rows, usage.total)]
+    *seconds, all_seconds = [_seconds(row.saved_us) for row in (*usage.rows, usage.total)]
+    return [Column("calls saved", calls, 6, all_calls), Column("seconds saved", seconds, 6, all_seconds)]
 
 
 def quota_columns(quota_states: Sequence[QuotaState], zone: ZoneInfo, directory: TeamDirectory) -> list[Column]:
@@ -181,6 +187,10 @@ def _width_of(columns: Sequence[Column], *, wrapped_header: bool) -> int:
 
 def _longest_word(text: str) -> int:
     return max(map(cell_len, text.split()), default=0)
+
+
+def _seconds(duration_us: int | None) -> str:
+    return NO_NAME if duration_us is None else f"{duration_us / 1_000_000:.1f}"
 
 
 def _hour(at_s: int | None, zone: ZoneInfo) -> str:

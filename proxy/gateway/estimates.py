@@ -210,7 +210,10 @@ class Gateway:
                 trace.record_admission(Denied(result, quota_state))
                 return result
             price = result.price if isinstance(result, Answer) else None
-            settled = await self._ledger.settle(admitted, _charge(result.outcome, canonical_request, price))
+            charge = _charge(result.outcome, canonical_request, price)
+            if charge.outcome is Outcome.MISS and fetched.upstream_s is not None:
+                charge.upstream_us = round(1_000_000 * fetched.upstream_s)
+            settled = await self._ledger.settle(admitted, charge)
         trace.record_admission(settled)
         if isinstance(settled, Denied) and price is not None:
             return settled.problem

@@ -25,8 +25,12 @@ class BufferedDebit:
 
     def plus(self, charge: Charge, requests: int) -> "BufferedDebit":
         """The sum with one more debit of the same kind."""
-        micro = self.charge.credits_micro
-        total = replace(charge, credits_micro=None if micro is None else micro + (charge.credits_micro or 0))
+        micro, upstream_us = self.charge.credits_micro, self.charge.upstream_us
+        total = replace(
+            charge,
+            credits_micro=None if micro is None else micro + (charge.credits_micro or 0),
+            upstream_us=None if upstream_us is None else upstream_us + (charge.upstream_us or 0),
+        )
         return BufferedDebit(self.counters, total, self.requests + requests)
 
 
@@ -59,7 +63,7 @@ class Backlog:
 
     def add(self, counters: CounterSet, charge: Charge, requests: int) -> bool:
         """Returns False, and buffers nothing, if that would start one sum too many."""
-        kind = counters, charge.outcome, charge.model, charge.credits_micro is None
+        kind = counters, charge.outcome, charge.model, charge.credits_micro is None, charge.upstream_us is None
         known = self._sums.get(kind)
         total = known.plus(charge, requests) if known else BufferedDebit(counters, charge, requests)
         is_over_limit = (total.charge.credits_micro or 0) > MAX_ENTRY_MICRO

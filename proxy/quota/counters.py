@@ -62,6 +62,10 @@ class LedgerKeys:
         scope = "o" if team is None else f"t:{team}"
         return f"ep1:{{{self.org}}}:q:{scope}:{per}:{window.start_s}"
 
+    def upstream(self, day: date) -> str:
+        """A hash with the fields `calls` and `us`: the requests that upstream answered on a day, and their time."""
+        return f"ep1:{{{self.org}}}:upstream:{day.isoformat()}"
+
     def usage(self, team: str, day: date) -> str:
         """A hash; `split_usage_field` explains its fields."""
         return f"ep1:{{{self.org}}}:u:{day.isoformat()}:{team}"
@@ -77,12 +81,21 @@ def split_usage_field(field: bytes) -> tuple[str, str, str]:
     return model, outcome, measure
 
 
+class DayKey(NamedTuple):
+    """A key that belongs to a day."""
+
+    key: str
+    expires_ms: int
+
+
+_NO_KEY = DayKey("", 0)
+
+
 class TeamKeys(NamedTuple):
     """The keys of a team's usage on a day and of its rate."""
 
     id: str
-    usage_key: str
-    usage_expires_ms: int
+    usage: DayKey
     rate_key: str
     rate: Rate
 
@@ -107,6 +120,7 @@ class CounterSet:
     quotas: of this scope alone.
     team: None for the organisation.
     org: the organisation's counters of the same time; None if these are the organisation's.
+    upstream: the organisation's time at upstream; empty for a team.
     policy_field: `RateLimit-Policy` of the team.
     """
 
@@ -117,13 +131,17 @@ class CounterSet:
     team: TeamKeys | None = None
     org: "CounterSet | None" = None
     policy_field: bytes = b""
+    upstream: DayKey = _NO_KEY
 
 
 def org_counters(keys: LedgerKeys, quotas: Sequence[Quota], at_s: int, zone: ZoneInfo) -> CounterSet:
     """The organisation's counters at an instant; `quotas` are its own."""
     windows = {per: window_of(per, at_s, zone) for per in periods(quotas)}
     valid = _intersection(windows.values())
-    return CounterSet(windows, valid, _expiries(keys, None, windows), _quota_rows(windows, quotas))
+    day = day_of(at_s, zone)
+    upstream = DayKey(keys.upstream(day), _day_expires_ms(day, zone))
+    expires_ms = _expiries(keys, None, windows)
+    return CounterSet(windows, valid, expires_ms, _quota_rows(windows, quotas), upstream=upstream)
 
 
 def team_counters(keys: LedgerKeys, limits: TeamLimits, org: CounterSet, at_s: int, zone: ZoneInfo) -> CounterSet:
@@ -131,14 +149,14 @@ def team_counters(keys: LedgerKeys, limits: TeamLimits, org: CounterSet, at_s: i
     own = [quota for quota in limits.quotas if quota.scope == "team"]
     windows = {per: window_of(per, at_s, zone) for per in periods(own)}
     day = day_of(at_s, zone)
-    usage_expires_ms = 1000 * start_of(day + timedelta(days=1 + USAGE_KEPT_DAYS), zone)
+    usage = DayKey(keys.usage(limits.team, day), _day_expires_ms(day, zone))
     all_windows = {**org.windows, **windows}
     return CounterSet(
         all_windows,
         _intersection((org.valid, *windows.values())),
         _expiries(keys, limits.team, windows),
         _quota_rows(windows, own),
-        TeamKeys(limits.team, keys.usage(limits.team, day), usage_expires_ms, keys.rate(limits.team), limits.rate),
+        TeamKeys(limits.team, usage, keys.rate(limits.team), limits.rate),
         org,
         policy_field(limits, all_windows),
     )
@@ -148,6 +166,10 @@ def periods(quotas: Sequence[Quota]) -> tuple[Period, ...]:
     """The periods in which the scope of these quotas is counted, the months last."""
     short = {quota.per for quota in quotas} - set(BASE_PERIODS)
     return (*sorted(short, reverse=True), *BASE_PERIODS)
+
+
+def _day_expires_ms(day: date, zone: ZoneInfo) -> int:
+    return 1000 * start_of(day + timedelta(days=1 + USAGE_KEPT_DAYS), zone)
 
 
 def _intersection(windows: Iterable[Window]) -> Window:

@@ -109,8 +109,10 @@ class ScriptArgs:
             start_s, end_s = counters.valid.start_s, counters.valid.end_s
             self._valid = Window(max(self._valid.start_s, start_s), min(self._valid.end_s, end_s))
         credits_micro = "" if charge.credits_micro is None else charge.credits_micro
+        upstream_us = "" if charge.upstream_us is None else charge.upstream_us
         number, admitted_number = self._number_of(counters), self._number_of(admitted_on or counters)
-        self._entries += (operation, number, requests, credits_micro, charge.model, charge.outcome, admitted_number)
+        self._entries += (operation, number, requests, credits_micro, charge.model, charge.outcome)
+        self._entries += (admitted_number, upstream_us)
         self._entry_count += 1
 
     def state_of(self, counters: CounterSet, reply: LedgerReply) -> Sequence[int]:
@@ -123,11 +125,12 @@ class ScriptArgs:
             org_number = self._number_of(counters.org) if counters.org else 0
             if team := counters.team:
                 rate = team.rate
-                self._keys += (team.usage_key, team.rate_key)
-                self._counter_sets += (org_number, team.usage_expires_ms, team.id)
+                self._keys += (team.usage.key, team.rate_key)
+                self._counter_sets += (org_number, team.usage.expires_ms, team.id)
                 self._counter_sets += (rate.interval_us, rate.burst_tolerance_us)
             else:
-                self._counter_sets += (org_number, 0, "", 0, 0)
+                self._keys.append(counters.upstream.key)
+                self._counter_sets += (org_number, counters.upstream.expires_ms, "", 0, 0)
             self._keys += counters.expires_ms
             self._counter_sets += (len(counters.expires_ms), *counters.expires_ms.values(), len(counters.quotas))
             for quota in counters.quotas:

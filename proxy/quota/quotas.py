@@ -98,11 +98,16 @@ class TeamLimits:
 
 @dataclass(slots=True)
 class Charge:
-    """The result of a request to be booked. `credits_micro` is None where nothing was priced."""
+    """The result of a request to be booked.
+
+    credits_micro: None where nothing was priced.
+    upstream_us: how long upstream took to answer it, if that counts towards the mean of the day.
+    """
 
     outcome: Outcome
     credits_micro: int | None = None
     model: str = NO_NAME
+    upstream_us: int | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -13,8 +13,9 @@ from zoneinfo import ZoneInfo
 
 from proxy.quota.counters import BASE_PERIODS, LedgerKeys
 from proxy.quota.quotas import Quota, QuotaState, TeamLimits
+from proxy.quota.savings import LOOK_BACK_DAYS, UpstreamTime, known_means
 from proxy.quota.usage import NO_NAMES, TeamDay, TeamDirectory, Usage, UsageQuery, UsageTotals
-from proxy.quota.windows import Period, Window, window_of
+from proxy.quota.windows import Period, Window, day_of, window_of
 from proxy.store.client import Script, Store
 
 CHUNK = 50
@@ -23,6 +24,7 @@ CHUNK = 50
 _LEDGER_READ = Script("proxy.quota", "ledger_read", repeatable=True)
 _TEAMS_GET = Script("proxy.quota", "teams_get", repeatable=True)
 _TOKEN_USES_GET = Script("proxy.quota", "token_uses_get", repeatable=True)
+_UPSTREAM_GET = Script("proxy.quota", "upstream_get", repeatable=True)
 _USAGE_GET = Script("proxy.quota", "usage_get", repeatable=True)
 
 
@@ -79,7 +81,7 @@ class LedgerReader:
 
     async def usage(self, query: UsageQuery, directory: TeamDirectory = NO_NAMES) -> Usage:
         """The usage of the query's team, or of all teams that ever had any. An earlier id counts as the current one."""
-        totals = UsageTotals(query.by)
+        totals = UsageTotals(query.by, await self.upstream_means(query.first, query.last))
         current = directory.current
         wanted = None if query.team is None else current.get(query.team, query.team)
         teams = await self.teams() if wanted is None else directory.ids_of(wanted)
@@ -88,6 +90,18 @@ class LedgerReader:
             for team_day in await self._team_days(team_days[start : start + CHUNK]):
                 totals.add(replace(team_day, team=current.get(team_day.team, team_day.team)))
         return totals.usage()
+
+    async def upstream_means(self, first: date, last: date) -> dict[date, UpstreamTime]:
+        """The mean time at upstream of each day that has one: its own, or the newest of an earlier day."""
+        days = list(_days(date.fromordinal(max(1, first.toordinal() - LOOK_BACK_DAYS)), last))
+        rows = await self._store.call(_UPSTREAM_GET, *map(self._keys.upstream, days))
+        booked = {day: UpstreamTime(int(row[0]), int(row[1])) for day, row in zip(days, rows, strict=True) if row[0]}
+        return known_means(days, booked)
+
+    async def current_mean(self) -> UpstreamTime | None:
+        """The mean time at upstream that counts today."""
+        today = day_of(int(time()), self._zone)
+        return (await self.upstream_means(today, today)).get(today)
 
     async def token_uses(self, token_ids: Sequence[str]) -> dict[str, int]:
         """The hour in which each token was last used, in seconds since 1970, of those with a recorded use."""

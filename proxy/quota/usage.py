@@ -15,10 +15,11 @@ from urllib.parse import parse_qsl
 
 import orjson
 
-from proxy.problems import BadRequest, Code, Outcome
+from proxy.problems import SAVES_CALL, SAVES_TIME, BadRequest, Code, Outcome
 from proxy.quota.counters import USAGE_KEPT_DAYS, split_usage_field
 from proxy.quota.credits import MICRO, Currency, percent_text, text_of
 from proxy.quota.csv_text import DIALECTS, Dialect, write_csv
+from proxy.quota.savings import UpstreamTime
 
 Group = Literal["day", "week", "month", "team", "model"]
 GROUPS: tuple[Group, ...] = ("day", "week", "month", "team", "model")
@@ -35,6 +36,8 @@ _NOT_IN_LEDGER = {
 }
 OUTCOMES = tuple(outcome.value for outcome in Outcome if outcome not in _NOT_IN_LEDGER)
 """The outcomes that the ledger books, in the order of columns."""
+
+SAVED_COLUMNS = ("upstream_calls_saved", "upstream_seconds_saved")
 
 _POSITIONS = {outcome: position for position, outcome in enumerate(OUTCOMES)}
 _DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
@@ -89,13 +92,28 @@ class TeamDay:
 
 @dataclass(frozen=True, slots=True)
 class UsageRow:
-    """The sums of one group. `group`: its names, in the order of the query's `by`."""
+    """The sums of one group.
+
+    group: its names, in the order of the query's `by`.
+    saved_us: the time that upstream would have taken for answers without a request to it, as far as the mean of their
+        day is known; None if it is known for no day that has such answers.
+    """
 
     group: tuple[str, ...]
     requests: int
     refused: int
     outcomes: dict[str, int]
     credits_micro: int
+    saved_us: int | None = 0
+
+    @property
+    def upstream_calls_saved(self) -> int:
+        return sum(self.outcomes.get(outcome, 0) for outcome in SAVES_CALL)
+
+    @property
+    def upstream_seconds_saved(self) -> str:
+        """A decimal number; empty if unknown."""
+        return "" if self.saved_us is None else text_of(self.saved_us)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +123,14 @@ class Usage:
 
 
 class UsageTotals:
-    """Adds up days of teams one by one, so that a report never holds all of them in memory."""
+    """Adds up days of teams one by one, so that a report never holds all of them in memory.
 
-    def __init__(self, by: Sequence[Group]) -> None:
+    means: the mean time at upstream of each day that has one.
+    """
+
+    def __init__(self, by: Sequence[Group], means: Mapping[date, UpstreamTime]) -> None:
         self._by = by
+        self._means = means
         self._sums: defaultdict[tuple[str, ...], Counter[tuple[str, str]]] = defaultdict(Counter)
 
     def add(self, team_day: TeamDay) -> None:
@@ -118,7 +140,18 @@ class UsageTotals:
         for name, amount in team_day.fields.items():
             if amount != b"0":
                 names["model"], outcome, measure = split_usage_field(name)
-                self._sums[tuple(names[group] for group in self._by)][outcome, measure] += int(amount)
+                sums = self._sums[tuple(names[group] for group in self._by)]
+                sums[outcome, measure] += int(amount)
+                if outcome in SAVES_TIME and measure == "requests":
+                    self._add_saved(sums, outcome, int(amount), day)
+
+    def _add_saved(self, sums: Counter[tuple[str, str]], outcome: str, answers: int, day: date) -> None:
+        mean = self._means.get(day)
+        if mean is None:
+            sums[outcome, "unmeasured"] += answers
+        else:
+            sums[outcome, "measured"] += answers
+            sums[outcome, "saved_us"] += mean.of(answers)
 
     def usage(self) -> Usage:
         total: Counter[tuple[str, str]] = Counter()
@@ -175,14 +208,14 @@ def json_of(
     currency: Currency | None = None,
 ) -> bytes:
     """Usage as a JSON document. Credits and money are exact decimal numbers."""
-    rows = [_row_members(row, usage, query.by, directory) | _money(row, currency) for row in usage.rows]
+    rows = [_row_members(row, usage, query.by, directory) | _money(row, currency) | _saved(row) for row in usage.rows]
     document = {
         "from": query.first,
         "to": query.last,
         "timezone": timezone,
         "by": query.by,
         "rows": rows,
-        "total": _members(usage.total) | _money(usage.total, currency),
+        "total": _members(usage.total) | _money(usage.total, currency) | _saved(usage.total),
     }
     if currency is not None:
         document["currency"] = {"code": currency.code, "per_credit": orjson.Fragment(currency.exact_text(MICRO))}
@@ -205,6 +238,7 @@ def cells_of(
 ) -> list[list[str]]:
     """Usage as rows of text, the header first. The columns depend on `by` and on the currency alone."""
     header = [*by, "requests", "refused", "estimated_credits", *OUTCOMES, "share_percent"]
+    saved = [[str(row.upstream_calls_saved), row.upstream_seconds_saved] for row in usage.rows]
     rows = [[*row.group, *amounts_of(row, OUTCOMES), share_of(row, usage)] for row in usage.rows]
     if "team" in by:
         header.append("team_name")
@@ -214,7 +248,7 @@ def cells_of(
         header.append(f"derived_cost_{currency.code}")
         for cells, row in zip(rows, usage.rows, strict=True):
             cells.append(currency.exact_text(row.credits_micro))
-    return [header, *rows]
+    return [[*header, *SAVED_COLUMNS], *(cells + amounts for cells, amounts in zip(rows, saved, strict=True))]
 
 
 def amounts_of(row: UsageRow, outcomes: Sequence[str]) -> list[str]:
@@ -228,10 +262,11 @@ def _row(group: tuple[str, ...], sums: Mapping[tuple[str, str], int]) -> UsageRo
     outcomes: Counter[str] = Counter()
     for (outcome, measure), amount in sums.items():
         measures[measure] += amount
-        if measure != "credits":
+        if measure in ("requests", "refused"):
             outcomes[outcome] += amount
     ordered = dict(sorted(outcomes.items(), key=_position))
-    return UsageRow(group, measures["requests"], measures["refused"], ordered, measures["credits"])
+    saved_us = None if measures["unmeasured"] and not measures["measured"] else measures["saved_us"]
+    return UsageRow(group, measures["requests"], measures["refused"], ordered, measures["credits"], saved_us)
 
 
 def _position(counted: tuple[str, int]) -> tuple[int, str]:
@@ -257,6 +292,11 @@ def _members(row: UsageRow) -> dict[str, object]:
         "estimated_credits": orjson.Fragment(text_of(row.credits_micro)),
         "outcomes": row.outcomes,
     }
+
+
+def _saved(row: UsageRow) -> dict[str, object]:
+    seconds = orjson.Fragment(row.upstream_seconds_saved or "null")
+    return dict(zip(SAVED_COLUMNS, (row.upstream_calls_saved, seconds), strict=True))
 
 
 def _day(name: str, text: str) -> date:

@@ -12,7 +12,7 @@ import asyncio
 from bisect import bisect_left
 from collections import Counter as Counts
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 from prometheus_client.metrics import MetricWrapperBase
 
 from proxy import __version__
-from proxy.problems import NO_NAME, Outcome
+from proxy.problems import NO_NAME, SAVES_CALL, SAVES_TIME, Outcome
 from proxy.telemetry.multiprocess import SharedValues, series_of
 
 UPSTREAM_STATUSES = ("2xx", "4xx", "5xx", "timeout", "error")
@@ -72,6 +72,8 @@ class Metrics:
         """Buffered durations of store calls and upstream requests, by histogram and labels."""
         self._credits_micro: dict[tuple[str, str], int] = {}
         """Buffered micro-credits, by team and model."""
+        self._time_saving_answers = Counts[str]()
+        """Answers whose saved time is not counted yet, by team."""
         self.in_flight: Callable[[], int] = lambda: 0
         """The number of requests in progress; `flush` calls it."""
         self.take_dropped_log_lines: Callable[[], int] = lambda: 0
@@ -122,6 +124,16 @@ class Metrics:
             "1 if the circuit breaker of an account is open or half-open.",
             ["account"],
             multiprocess_mode="livemax",
+        )
+        self.upstream_calls_saved = self._counter(
+            "estimate_proxy_upstream_calls_saved",
+            "Answers to estimates that caused no request to upstream.",
+            ["team"],
+        )
+        self.upstream_seconds_saved = self._counter(
+            "estimate_proxy_upstream_seconds_saved",
+            "Time that answers did not wait for upstream, by the mean of the day so far.",
+            ["team"],
         )
         self.price_audits = self._counter(
             "estimate_proxy_price_audits",
@@ -203,6 +215,8 @@ class Metrics:
                 self.requests.labels(team, "estimate", outcome.value)
         for team in teams:
             self.unpriced.labels(team)
+            self.upstream_calls_saved.labels(team)
+            self.upstream_seconds_saved.labels(team)
         for account in accounts:
             self.circuit_open.labels(account)
             for status in UPSTREAM_STATUSES:
@@ -232,6 +246,15 @@ class Metrics:
         """`status` is one of `UPSTREAM_STATUSES`."""
         self._durations_s[self.upstream_duration, (account, status)].append(duration_s)
         self.flush_soon()
+
+    def take_time_saving_answers(self) -> dict[str, int]:
+        """The answers since the last call that saved time, by team. For each one, `record_saved_time` is due."""
+        answers, self._time_saving_answers = self._time_saving_answers, Counts()
+        return {team: count for team, count in answers.items() if count}
+
+    def record_saved_time(self, answers: Mapping[str, int], mean_us: float) -> None:
+        for team, count in answers.items():
+            self.upstream_seconds_saved.labels(team).inc(count * mean_us / 1_000_000)
 
     def record_descriptors_exhausted(self) -> None:
         """Counts a failure for lack of a file descriptor."""
@@ -263,3 +286,6 @@ class Metrics:
         self.request_duration.labels(operation, outcome.value).observe_all(durations_s)
         if outcome is Outcome.UNPRICED:
             self.unpriced.labels(team).inc(len(durations_s))
+        if operation == "estimate" and outcome in SAVES_CALL:
+            self.upstream_calls_saved.labels(team).inc(len(durations_s))
+            self._time_saving_answers[team] += len(durations_s) if outcome in SAVES_TIME else 0

@@ -16,6 +16,7 @@ from ledger_fixture import (
     MISS,
     PLAIN,
     LedgerFixture,
+    hashes,
     largest_flush,
     opened,
     quota,
@@ -26,10 +27,13 @@ from ledger_fixture import (
     word,
 )
 from proxy.problems import Code, Outcome
+from proxy.quota.counters import USAGE_KEPT_DAYS
 from proxy.quota.ledger import Admitted, Denied
 from proxy.quota.ledger_script import MAX_BATCH_ENTRIES, MAX_ENTRY_MICRO
 from proxy.quota.model_names import MAX_MODELS
 from proxy.quota.quotas import Charge, Quota, Rate, TeamLimits
+
+DAY_MS = 86_400_000
 
 # --- Bookings --------------------------------------------------------------------------------------------------------
 
@@ -69,6 +73,27 @@ def test_a_request_counts_once_whatever_its_outcome(
     run_scenario(any_store_url, scenario)
     assert rows(server) == row
     assert used(server) == used(server, None) == (1, credits_micro)
+
+
+def test_time_at_upstream_is_booked_with_the_result(any_store_url: str, server: redis.Redis) -> None:
+    """Also if the price exceeds a quota: upstream was asked."""
+    limited = terms(quota(10 * CREDIT, "estimated_credits"))
+
+    async def scenario(fixture: LedgerFixture) -> None:
+        assert isinstance(await fixture.ledger.charge(PLAIN, HIT), Admitted)
+        for limits, us, expected in (
+            (PLAIN, 250_000, Admitted),
+            (terms(team="film"), 1, Admitted),
+            (limited, 5, Denied),
+        ):
+            charge = Charge(Outcome.MISS, 4 * CREDIT, "Flux", upstream_us=us)
+            assert isinstance(await fixture.ledger.settle(await fixture.admitted(limits), charge), expected)
+        assert isinstance(await fixture.ledger.settle(await fixture.admitted(), FAILED), Admitted)
+
+    run_scenario(any_store_url, scenario)
+    ((key, held),) = hashes(server, "upstream:*").items()
+    assert held == {"calls": 3, "us": 250_006}
+    assert USAGE_KEPT_DAYS * DAY_MS <= server.pttl(key) <= (USAGE_KEPT_DAYS + 1) * DAY_MS
 
 
 def test_an_unanswered_request_uses_no_quota(any_store_url: str, server: redis.Redis) -> None:

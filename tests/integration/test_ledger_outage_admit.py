@@ -116,6 +116,22 @@ def test_requests_admitted_in_an_outage_are_booked_in_the_windows_of_their_admis
 
 
 @pytest.mark.usefixtures("fast_recovery")
+def test_time_at_upstream_is_booked_after_an_outage(store_proxy: FaultyProxy, server: redis.Redis) -> None:
+    async def scenario(fixture: LedgerFixture) -> None:
+        admitted = [await fixture.admitted()]
+        await cut(store_proxy)
+        admitted.append(await fixture.admitted())
+        for request in admitted:
+            timed = Charge(Outcome.MISS, CREDIT, "Flux", upstream_us=70)
+            assert word(await fixture.ledger.settle(request, timed)) == "admitted"
+        store_proxy.set_conditions(HEALTHY)
+        await fixture.until_paid()
+
+    run_scenario(store_proxy.url, scenario, admits=True)
+    assert [*hashes(server, "upstream:*").values()] == [{"calls": 2, "us": 140}]
+
+
+@pytest.mark.usefixtures("fast_recovery")
 def test_a_flush_without_a_reply_is_repeated_and_booked_once(store_proxy: FaultyProxy, server: redis.Redis) -> None:
     async def scenario(fixture: LedgerFixture) -> None:
         await cut(store_proxy)

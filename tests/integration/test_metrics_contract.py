@@ -36,6 +36,8 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "window_start_timestamp_seconds": ("gauge", {"per"}),
     "window_end_timestamp_seconds": ("gauge", {"per"}),
     "quota_warned_total": ("counter", {"team", "measure", "per"}),
+    "upstream_calls_saved_total": ("counter", {"team"}),
+    "upstream_seconds_saved_total": ("counter", {"team"}),
     "balance_credits": ("gauge", {"account"}),
     "balance_age_seconds": ("gauge", {"account"}),
     "price_audits_total": ("counter", {"account", "result"}),
@@ -94,7 +96,8 @@ class TestBeforeTheFirstEvent:
         assert {key: value for key, value in found.items() if key[1] == "estimate"} == expected
         durations = first.series("request_duration_seconds_count", "operation", "outcome")
         assert {outcome for operation, outcome in durations if operation == "estimate"} == {*Outcome}
-        assert first.series("unpriced_total", "team") == dict.fromkeys(((team,) for team in TEAMS), 0)
+        for name in ("unpriced_total", "upstream_calls_saved_total", "upstream_seconds_saved_total"):
+            assert first.series(name, "team") == dict.fromkeys(((team,) for team in TEAMS), 0)
 
     def test_every_account_has_its_circuit_its_statuses_and_its_audits(self, first: Scraped) -> None:
         assert first.series("upstream_circuit_open", "account") == {(account,): 0 for account in ACCOUNTS}

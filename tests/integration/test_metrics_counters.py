@@ -21,6 +21,7 @@ from proxy.gateway.request import ClientRequest, Result, Trace
 from proxy.http.endpoint import Endpoint
 from proxy.http.paths import METRICS_PATH
 from proxy.problems import Outcome
+from proxy.quota import saved_time
 from proxy.quota.model_names import MAX_MODELS
 from proxy.telemetry.metrics import Metrics
 from serving import NO_TLS, free_port, serving, wait_until
@@ -220,6 +221,40 @@ class TestCounters:
             ("design", "requests", "week"): 2,
             ("-", "estimated_credits", "month"): 2,
         }
+
+    def test_saved_calls_and_their_time_are_counted_by_team(
+        self, open_scraped_gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(saved_time, "TICK_S", 0.05)
+        gateway = open_scraped_gateway()
+        gateway.ask(FLUX)
+        (key,) = gateway.store.keys("ep1:{default}:upstream:*")
+        gateway.store.hset(key, "us", 250_000)
+        for token in (DESIGN, DESIGN, MARKETING):
+            assert gateway.ask(FLUX, x_api_key=token).status_code == 200
+        gateway.client.get("/v1/quota")  # counts as a hit of another operation
+        expected = {("design",): 2, ("marketing",): 1, ("retired",): 0}
+        assert scrape(gateway.client).series("upstream_calls_saved_total", "team") == expected
+        seconds = {team: 0.25 * calls for team, calls in expected.items()}
+        wait_until(lambda: scrape(gateway.client).series("upstream_seconds_saved_total", "team") == seconds)
+
+    @pytest.mark.usefixtures("cold")
+    @pytest.mark.parametrize(("outcome", "calls"), [(Outcome.COLLAPSED, 1), (Outcome.STALE, 0)])
+    def test_answers_that_save_no_time(
+        self, outcome: Outcome, calls: int, open_scraped_gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(saved_time, "TICK_S", 0.05)
+        case = CASES[outcome]
+        gateway = open_scraped_gateway(**case.sections)
+        case.before(gateway)
+        case.act(gateway)
+        wait_until(lambda: ended(gateway)[0]["design", outcome.value] == 1)
+        for _ in range(2):
+            assert gateway.ask('[{"seed":7}]', x_api_key=MARKETING).status_code == 200
+        wait_until(lambda: scrape(gateway.client).value("upstream_seconds_saved_total", team="marketing") != 0)
+        scraped = scrape(gateway.client)
+        assert scraped.value("upstream_calls_saved_total", team="design") == calls
+        assert scraped.value("upstream_seconds_saved_total", team="design") == 0
 
     def test_upstream_calls_are_counted_by_status(self, open_scraped_gateway: OpenGateway) -> None:
         gateway = open_scraped_gateway(upstream={"timeout_s": 0.3})

@@ -14,6 +14,7 @@ from gateway_fixture import DESIGN, EXPIRED, MARKETING, PATH, RETIRED, GatewayFi
 from proxy.auth import digest_of, token_of
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.credits import MICRO, percent_text
+from proxy.quota.savings import LOOK_BACK_DAYS
 from proxy.quota.windows import window_of
 from serving import NO_TLS, free_port, wait_until
 
@@ -91,14 +92,34 @@ def test_a_team_sees_its_own_usage(gateway: GatewayFixture) -> None:
     flux, segment = document["rows"]
     assert (flux["model"], flux["requests"], flux["outcomes"]) == ("Flux", 2, {"hit": 1, "miss": 1})
     assert (segment["model"], segment["requests"], segment["outcomes"]) == ("segment", 1, {"miss": 1})
-    assert document["total"] == {
-        "requests": 3,
-        "refused": 0,
-        "estimated_credits": planned,
-        "outcomes": {"hit": 1, "miss": 2},
-    }
+    total = document["total"]
+    assert (total["requests"], total["refused"], total["estimated_credits"]) == (3, 0, planned)
+    assert total["outcomes"] == {"hit": 1, "miss": 2}
     assert (document["timezone"], document["by"]) == ("UTC", ["model"])
     assert shown(get(gateway, "/v1/usage?by=model&team=design")) == document, "its own name is allowed"
+
+
+def test_hits_save_a_call_and_the_mean_time_of_the_organisations_misses(gateway: GatewayFixture) -> None:
+    make_requests(gateway)
+    today = datetime.now(UTC).date()
+    booked: Any = gateway.store.hgetall(KEYS.upstream(today))
+    assert booked[b"calls"] == b"2"
+    assert int(booked[b"us"]) > 0
+    gateway.store.hset(KEYS.upstream(today), "us", 500_000)
+    assert saved(gateway) == {"design": (1, 0.25), "marketing": (1, 0.25), None: (2, 0.5)}
+    gateway.store.rename(KEYS.upstream(today), KEYS.upstream(today - timedelta(days=LOOK_BACK_DAYS)))
+    assert saved(gateway)[None] == (2, 0.5), "the last known mean, on a day without a miss"
+    gateway.store.flushall()
+    gateway.store.hset(KEYS.usage("design", today), "Flux:hit:requests", 3)
+    gateway.store.sadd(KEYS.teams, "design")
+    assert saved(gateway) == {"design": (3, None), None: (3, None)}, "no mean is known"
+
+
+def saved(gateway: GatewayFixture) -> dict[str | None, tuple[int, float | None]]:
+    """Saved calls and seconds by team, and of all teams."""
+    document = shown(get(gateway, "/v1/usage?by=team", ADMIN))
+    rows = [*document["rows"], {"team": None, **document["total"]}]
+    return {row["team"]: (row["upstream_calls_saved"], row["upstream_seconds_saved"]) for row in rows}
 
 
 def test_a_team_without_usage(gateway: GatewayFixture) -> None:

@@ -27,7 +27,7 @@ from proxy.cache.canonical import canonicalise, key_of
 from proxy.cli.commands import main
 from proxy.embedded.stores import EmbeddedStores
 from proxy.quota.counters import LedgerKeys
-from proxy.quota.usage import OUTCOMES
+from proxy.quota.usage import OUTCOMES, SAVED_COLUMNS
 from proxy.quota.windows import window_of
 from proxy.settings import loader
 from proxy.settings.schema import MASK
@@ -528,9 +528,10 @@ def fields(text: str) -> list[list[str]]:
 @pytest.mark.usefixtures("ledger")
 def test_usage_when_piped(run: Run) -> None:
     header, *rows = fields(reported(run("usage", "--from", str(DAY))))
-    assert header == ["team", "requests", "refused", "estimated_credits", *OUTCOMES, "share_percent", "team_name"]
+    amounts = ("requests", "refused", "estimated_credits", *OUTCOMES, "share_percent")
+    assert header == ["team", *amounts, "team_name", *SAVED_COLUMNS]
     assert [row[:5] for row in rows] == [[team, "2", "3", "9007199254.740993", "2"] for team in ("design", "gone")]
-    assert [row[-2:] for row in rows] == [["50", "The Designers"], ["50", ""]]
+    assert [row[-4:] for row in rows] == [["50", "The Designers", "2", ""], ["50", "", "2", ""]]
     header, row = fields(reported(run("usage", "--from", str(DAY), "--team", "gone")))
     assert [header[0], row[0]] == ["day", str(DAY)], "a team that was removed from the settings, by day"
     _, *rows = fields(reported(run("usage", "--from", str(DAY), "--to", str(DAY), "--by", "model,team")))
@@ -540,7 +541,9 @@ def test_usage_when_piped(run: Run) -> None:
         ["-1-1", "design", "2"],
         ["Flux", "gone", "2"],
     ]
-    assert fields(reported(run("usage", "--to", str(DAY - timedelta(days=1))))) == [["team", *header[1:], "team_name"]]
+    assert fields(reported(run("usage", "--to", str(DAY - timedelta(days=1))))) == [
+        ["team", *amounts, "team_name", *SAVED_COLUMNS]
+    ]
 
 
 @pytest.mark.usefixtures("ledger")
@@ -557,15 +560,16 @@ def test_usage_as_json_equals_the_endpoint(run: Run) -> None:
 
 @pytest.mark.usefixtures("ledger")
 def test_usage_on_a_terminal() -> None:
-    text = on_terminal("usage", "--from", str(DAY), columns=100)
+    text = on_terminal("usage", "--from", str(DAY), columns=125)
     title, header, design, gone, total = text.split("\r\n")[:-1]
     assert title.rstrip() == f"{DAY} to {datetime.now(UTC).date()}, UTC"
-    assert re.split("  +| (?=hit|estimated|rate|refused|share)", header.strip()) == [
-        *("team", "name", "requests", "refused", "estimated credits", "share %", "hit", "rate-limited")
+    assert re.split("  +| (?=hit|estimated|rate|refused|share|calls|seconds)", header.strip()) == [
+        *("team", "name", "requests", "refused", "estimated credits", "share %", "hit", "rate-limited"),
+        *("calls saved", "seconds saved"),
     ]
-    assert design.split() == ["design", "The", "Designers", "2", "3", "9007199254.740993", "50", "2", "3"]
+    assert design.split() == ["design", "The", "Designers", "2", "3", "9007199254.740993", "50", "2", "3", "2", "-"]
     assert gone.split()[:2] == ["gone", "2"]
-    assert total.split() == ["total", "4", "6", "18014398509.481986", "4", "6"]
+    assert total.split() == ["total", "4", "6", "18014398509.481986", "4", "6", "4", "-"]
     assert {line.rindex(cell) + len(cell) for line, cell in ((design, "740993"), (total, "481986"))} == {
         header.rindex("credits") + len("credits")
     }, "numbers are right-aligned"
@@ -611,8 +615,8 @@ def test_money_is_derived_from_credits(run: Run) -> None:
     path = Path("estimate-proxy.toml")
     path.write_text(f'{path.read_text()}[org.currency]\ncode = "EUR"\nper_credit = "0.002"\n')
     header, *rows = fields(reported(run("usage", "--from", str(DAY))))
-    assert header[-2:] == ["team_name", "derived_cost_EUR"]
-    assert [row[-1] for row in rows] == ["18014398.509481986"] * 2
+    assert header[-4:-2] == ["team_name", "derived_cost_EUR"]
+    assert [row[-3] for row in rows] == ["18014398.509481986"] * 2
     document = json.loads(reported(run("usage", "--from", str(DAY), "--format", "json")))
     assert document["currency"] == {"code": "EUR", "per_credit": 0.002}
     assert document["total"]["derived_cost"] == 36028797.018963972

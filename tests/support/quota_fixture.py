@@ -58,13 +58,18 @@ def shown(gateway: GatewayFixture, path: str, token: str = DESIGN) -> Any:
 
 
 def usage(gateway: GatewayFixture, token: str = DESIGN) -> Any:
-    return shown(gateway, "/v1/usage", token)["total"]
+    """The total of what was counted."""
+    return _counted(shown(gateway, "/v1/usage", token)["total"])
 
 
 def by_model(gateway: GatewayFixture, token: str = DESIGN) -> dict[str, Any]:
-    """The rows by model, without their shares."""
+    """What was counted, by model."""
     rows = shown(gateway, "/v1/usage?by=model", token)["rows"]
-    return {row.pop("model"): {name: row[name] for name in row if name != "share_percent"} for row in rows}
+    return {row["model"]: _counted(row) for row in rows}
+
+
+def _counted(row: Tree) -> Tree:
+    return {name: row[name] for name in ("requests", "refused", "estimated_credits", "outcomes")}
 
 
 def row(requests: int = 0, credits_: float | Decimal = 0, refused: int = 0, **outcomes: int) -> Tree:

@@ -4,14 +4,14 @@
 -- `proxy/quota/ledger_script.py` writes the arguments and reads the reply.
 --   KEYS  1 ledger's id, 2 models, 3 teams, 4 marker that makes a second run a no-op (or KEYS[1]: no marker), 5 use of
 --         models
---         of each counter set: the team's usage and rate (not for the organisation's), and its counters
+--         of each counter set: the team's usage and rate, or the organisation's time at upstream; and its counters
 --   ARGV  1 start and 2 end in µs of the time in which the counter sets are valid, 3 id for a new ledger,
 --         4 limit on models, 5 lifetime in ms of KEYS[4], 6 number of counter sets, 7 number of entries
---         of each counter set: number of the organisation's counter set (0: this is it), expiry of the usage in ms,
---           team, interval between two requests and burst tolerance in µs, number of counters, expiry of each in ms,
+--         of each counter set: number of the organisation's counter set (0: this is it), expiry of the usage or of the
+--           time at upstream in ms, team, interval between two requests and burst tolerance in µs, number of counters, expiry of each in ms,
 --           number of quotas, of each: number of its counter, its field, its limit, 1 if it refuses
 --         of each entry: operation, counter set, number of requests, micro-credits ('' unknown), model, outcome,
---           counter set on which the request was admitted
+--           counter set on which the request was admitted, time at upstream in µs ('' none)
 --   reply { now in µs } if the counter sets are not valid now: nothing was written
 --         { now in µs, '' } if the marker exists: nothing was written
 --         { now in µs, id, creation time in ms, 1 if it is new, verdict of each entry, state of each counter set }
@@ -23,11 +23,12 @@
 --   charge           stored answers of one price: rate, requests and credits
 --   admit            requests to upstream: rate and requests; refused if no credits are left
 --   settle           the result of an admitted request, in the windows of now: books request and credits, or refuses it
---                    and undoes the request's booking
+--                    and undoes the request's booking; in any case books its time at upstream
 --   refund           an admitted request that was not sent upstream: undoes its booking
 --   peek             uses one request of the rate and checks the quotas
 --   record_uncached  uses one request of the rate, for an estimate that the client did not want from upstream
---   apply            books requests that were admitted without the ledger, and the sum of their credits, unchecked
+--   apply            books requests that were admitted without the ledger, and the sums of their credits and of their
+--                    time at upstream, unchecked
 -- `charge` and `admit` take several equal requests: the first ones are admitted, as many as rate and quotas allow, and
 -- the rest is refused with the entry's verdict.
 -- Invariants:
@@ -114,6 +115,9 @@ local function read_set(sets)
     set.usage, set.rate = usage_at(KEYS[key_at + 1], ARGV[arg_at + 2]), KEYS[key_at + 2]
     set.interval, set.burst_tolerance = tonumber(ARGV[arg_at + 4]), tonumber(ARGV[arg_at + 5])
     key_at = key_at + 2
+  else
+    set.upstream = usage_at(KEYS[key_at + 1], ARGV[arg_at + 2])
+    key_at = key_at + 1
   end
   local counter_count = tonumber(ARGV[arg_at + 6])
   arg_at = arg_at + 6
@@ -305,6 +309,13 @@ local function record_refused(set, outcome, requests)
   add_usage(set, '-', outcome, 'refused', requests)
 end
 
+local function book_upstream(set, entry)
+  if entry.upstream then
+    local sums = set.org.upstream.sums
+    sums.calls, sums.us = (sums.calls or 0) + entry.requests, (sums.us or 0) + entry.upstream
+  end
+end
+
 local function is_rate_limited(set)
   return tat_offset(set) + set.interval > set.burst_tolerance
 end
@@ -343,6 +354,7 @@ end
 
 function operations.settle(set, entry)
   book_pending(entry.admitted_on, -1)
+  book_upstream(set, entry)
   local verdict = entry.credits and violated(set, 1, entry.credits, false) or 'ok'
   if verdict ~= 'ok' then
     record_refused(set, 'quota-exceeded', 1)
@@ -378,6 +390,7 @@ function operations.record_uncached(set, entry)
 end
 
 function operations.apply(set, entry)
+  book_upstream(set, entry)
   book(set, entry, entry.requests, entry.credits)
   return 'ok', entry.requests
 end
@@ -395,11 +408,11 @@ for i = 1, tonumber(ARGV[7]) do
   local set = sets[tonumber(ARGV[arg_at + 2])]
   local entry = { requests = tonumber(ARGV[arg_at + 3]), credits = tonumber(ARGV[arg_at + 4]) }
   entry.model, entry.outcome = ARGV[arg_at + 5], ARGV[arg_at + 6]
-  entry.admitted_on = sets[tonumber(ARGV[arg_at + 7])]
+  entry.admitted_on, entry.upstream = sets[tonumber(ARGV[arg_at + 7])], tonumber(ARGV[arg_at + 8])
   local verdict, admitted = operations[ARGV[arg_at + 1]](set, entry)
   local state = (set.warns or verdict ~= 'ok') and state_of(set)
   verdicts[i] = { verdict, admitted, entry.named or '-', state or nil }
-  arg_at = arg_at + 7
+  arg_at = arg_at + 8
 end
 for i = 1, #sets do
   states[i] = sets[i].org and state_of(sets[i]) or {}

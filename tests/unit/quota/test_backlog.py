@@ -49,6 +49,15 @@ def test_a_free_answer_and_an_unpriced_one_are_separate_sums() -> None:
     assert taken(backlog) == (BufferedDebit(TODAY, free, 2), BufferedDebit(TODAY, unpriced, 1))
 
 
+def test_time_at_upstream_is_added_up_apart_from_answers_without_it() -> None:
+    backlog = Backlog(100)
+    timed, untimed = Charge(Outcome.MISS, 5, "Flux", upstream_us=20), Charge(Outcome.MISS, 5, "Flux")
+    for charge in (timed, untimed, timed):
+        backlog.add(TODAY, charge, 1)
+    both = Charge(Outcome.MISS, 10, "Flux", upstream_us=40)
+    assert taken(backlog) == (BufferedDebit(TODAY, both, 2), BufferedDebit(TODAY, untimed, 1))
+
+
 def test_a_request_that_is_taken_back_does_not_count_as_buffered() -> None:
     backlog = Backlog(100)
     backlog.add(TODAY, Charge(Outcome.CANCELLED), -1)

@@ -45,7 +45,7 @@ def test_keys_stay_the_same_across_versions() -> None:
     """A newer version must still find them."""
     counters = counters_of([quota(per="minute"), quota("org", per="hour")], NOON)
     assert counters.team is not None
-    assert counters.team.usage_key == "ep1:{acme}:u:2026-11-22:design"
+    assert counters.team.usage.key == "ep1:{acme}:u:2026-11-22:design"
     assert counters.team.rate_key == "ep1:{acme}:rate:t:design"
     assert tuple(counters.expires_ms) == (
         f"ep1:{{acme}}:q:t:design:minute:{NOON - 56}",
@@ -83,7 +83,7 @@ def test_a_counter_set_has_the_expiries_and_quotas_of_its_scope() -> None:
     assert counters.quotas == ((1, "requests", 5, 1), (4, "credits", 7_000_000, 0))
     assert counters.team is not None
     assert counters.team.id == "design"
-    assert counters.team.usage_expires_ms == 1000 * (midnight(2026, 11, 22) + DAY_S * (USAGE_KEPT_DAYS + 1))
+    assert counters.team.usage.expires_ms == 1000 * (midnight(2026, 11, 22) + DAY_S * (USAGE_KEPT_DAYS + 1))
     assert counters.team.rate == Rate(50, 100)
     assert counters.org is not None
     assert list(counters.org.expires_ms.values()) == expires_ms[1:]
@@ -139,7 +139,7 @@ def test_a_counter_set_is_the_same_while_it_is_valid_and_another_before_and_afte
 
 
 def _keys(counters: CounterSet) -> tuple[str, ...]:
-    team = (counters.team.usage_key, counters.team.rate_key) if counters.team else ()
+    team = (counters.team.usage.key, counters.team.rate_key) if counters.team else ()
     return (*team, *counters.expires_ms)
 
 
@@ -160,7 +160,7 @@ def test_windows_and_expiries_are_those_of_the_instant(quotas: list[Quota], at_s
         assert window == window_of(per, at_s, zone)
     assert set(counters.windows) == {*BASE_PERIODS, *(quota.per for quota in quotas)}
     assert counters.team is not None
-    usage_expires_s = counters.team.usage_expires_ms // 1000
+    usage_expires_s = counters.team.usage.expires_ms // 1000
     kept_until = datetime.fromtimestamp(usage_expires_s, zone).date()
     assert kept_until - day_of(at_s, zone) in (timedelta(days=USAGE_KEPT_DAYS), timedelta(days=USAGE_KEPT_DAYS + 1))
     assert usage_expires_s - window_of("day", at_s, zone).end_s >= USAGE_KEPT_DAYS * DAY_S - 2 * 3600

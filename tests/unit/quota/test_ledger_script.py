@@ -1,5 +1,6 @@
 """The interface of the ledger's script: the order of keys and arguments, the reply, and why sums are exact."""
 
+from datetime import date
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -40,7 +41,7 @@ def test_the_sums_of_one_call_are_exact_in_lua() -> None:
 def test_keys_and_arguments_are_in_the_order_that_the_script_documents() -> None:
     script_args = ScriptArgs(KEYS)
     script_args.add("charge", HIT, TEAM, requests=3)
-    script_args.add("settle", Charge(Outcome.UPSTREAM_ERROR), TEAM, admitted_on=LATER)
+    script_args.add("settle", Charge(Outcome.MISS, 5, "Flux", upstream_us=7), TEAM, admitted_on=LATER)
     assert TEAM.team is not None
     assert LATER.team is not None
     assert script_args.keys == [
@@ -49,22 +50,23 @@ def test_keys_and_arguments_are_in_the_order_that_the_script_documents() -> None
         KEYS.teams,
         KEYS.id,
         KEYS.model_uses,
+        KEYS.upstream(date(2026, 11, 22)),
         *ORG.expires_ms,
-        TEAM.team.usage_key,
+        TEAM.team.usage.key,
         TEAM.team.rate_key,
         *TEAM.expires_ms,
-        LATER.team.usage_key,
+        LATER.team.usage.key,
         LATER.team.rate_key,
         *LATER.expires_ms,
     ]
-    team = (TEAM.team.usage_expires_ms, "design", 20_000, 2_000_000, 4)
+    team = (TEAM.team.usage.expires_ms, "design", 20_000, 2_000_000, 4)
     assert script_args.args("7f") == (
         *(NOON * 10**6, (NOON + 3600) * 10**6, "7f", MAX_MODELS, FLUSH_MARKER_TTL_S * 1000, 3, 2),
-        *(0, 0, "", 0, 0, 3, *ORG.expires_ms.values(), 1, 1, "credits", 8, 0),
+        *(0, ORG.upstream.expires_ms, "", 0, 0, 3, *ORG.expires_ms.values(), 1, 1, "credits", 8, 0),
         *(1, *team, *TEAM.expires_ms.values(), 1, 1, "requests", 5, 1),
         *(1, *team, *LATER.expires_ms.values(), 1, 1, "requests", 5, 1),
-        *("charge", 2, 3, 4_000_000, "Flux", "hit", 2),
-        *("settle", 2, 1, "", "-", "upstream-error", 3),
+        *("charge", 2, 3, 4_000_000, "Flux", "hit", 2, ""),
+        *("settle", 2, 1, 5, "Flux", "miss", 3, 7),
     )
 
 
@@ -73,7 +75,7 @@ def test_a_flush_has_a_marker_and_no_windows() -> None:
     script_args.add("apply", HIT, TEAM, requests=2)
     assert script_args.keys[3] == KEYS.flush("9a")
     assert script_args.args("7f")[:2] == (0, 2**53 // 10**6 * 10**6)
-    assert script_args.args("7f")[-7:] == ("apply", 2, 2, 4_000_000, "Flux", "hit", 2)
+    assert script_args.args("7f")[-8:] == ("apply", 2, 2, 4_000_000, "Flux", "hit", 2, "")
 
 
 def test_a_full_reply_is_read() -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections import Counter
+from collections.abc import Mapping
 from datetime import date
 from decimal import Decimal
 from fractions import Fraction
@@ -18,9 +19,11 @@ from hypothesis import given
 
 from proxy.problems import BadRequest, Code, Outcome
 from proxy.quota.csv_text import FORMULA_CHARACTERS
+from proxy.quota.savings import UpstreamTime
 from proxy.quota.usage import (
     GROUPS,
     OUTCOMES,
+    SAVED_COLUMNS,
     Group,
     Sort,
     TeamDay,
@@ -69,8 +72,10 @@ def refusal(query: str | bytes) -> str:
     return str(caught.value)
 
 
-def aggregate(team_days: list[TeamDay], by: tuple[Group, ...]) -> Usage:
-    totals = UsageTotals(by)
+def aggregate(
+    team_days: list[TeamDay], by: tuple[Group, ...], means: Mapping[date, UpstreamTime] | None = None
+) -> Usage:
+    totals = UsageTotals(by, means or {})
     for team_day in team_days:
         totals.add(team_day)
     return totals.usage()
@@ -253,10 +258,11 @@ def test_sums_by_day_and_model() -> None:
     usage = aggregate(some_days(), ("day", "model"))
     assert usage.rows == (
         UsageRow(("2026-11-01", "-"), 0, 1, {"rate-limited": 1}, 0),
-        UsageRow(("2026-11-01", "Flux"), 11, 0, {"hit": 9, "miss": 2}, 40_500_001),
+        UsageRow(("2026-11-01", "Flux"), 11, 0, {"hit": 9, "miss": 2}, 40_500_001, None),
         UsageRow(("2026-11-02", "-"), 1, 4, {"upstream-error": 5}, 0),
     )
-    assert usage.total == UsageRow((), 12, 5, {"hit": 9, "miss": 2, "rate-limited": 1, "upstream-error": 5}, 40_500_001)
+    outcomes = {"hit": 9, "miss": 2, "rate-limited": 1, "upstream-error": 5}
+    assert usage.total == UsageRow((), 12, 5, outcomes, 40_500_001, None)
 
 
 def test_sums_by_week_and_month() -> None:
@@ -298,9 +304,46 @@ def test_teams_are_shown_with_their_names() -> None:
     named = [(row["team"], row["team_name"]) for row in orjson.loads(json_of(usage, query, "UTC", directory))["rows"]]
     assert named == [("design", "=Design"), ("design", "=Design"), ("marketing", "")]
     header, *rows = cells(csv_of(usage, query.by, directory))
-    assert header[-1] == "team_name"
-    assert [row[-1] for row in rows] == ["'=Design", "'=Design", ""], "names are escaped, too"
+    place = header.index("team_name")
+    assert [row[place] for row in rows] == ["'=Design", "'=Design", ""], "names are escaped, too"
     assert "team_name" not in csv_of(aggregate(some_days(), ("day",)), ("day",), directory).decode()
+
+
+def answered(day: date, **outcomes: int) -> TeamDay:
+    return TeamDay(day, "design", {f"Flux:{name}:requests".encode(): b"%d" % n for name, n in outcomes.items()})
+
+
+def saved(usage: Usage) -> list[tuple[int, str]]:
+    return [(row.upstream_calls_saved, row.upstream_seconds_saved) for row in (*usage.rows, usage.total)]
+
+
+def test_an_answer_without_a_request_saves_a_call_and_the_mean_time_of_its_day() -> None:
+    monday, tuesday = date(2026, 11, 2), date(2026, 11, 3)
+    days = [answered(monday, hit=9, inferred=1, miss=3), answered(tuesday, hit=2)]
+    means = {monday: UpstreamTime(calls=3, us=600_000), tuesday: UpstreamTime(calls=2, us=1)}
+    assert saved(aggregate(days, ("day",), means)) == [(10, "2"), (2, "0.000001"), (12, "2.000001")]
+    assert saved(aggregate(days, ("week",), means)) == [(12, "2.000001")] * 2
+
+
+def test_an_answer_that_waited_for_anothers_request_saves_only_the_call() -> None:
+    usage = aggregate([answered(TODAY, collapsed=4)], ("day",), {TODAY: UpstreamTime(1, 5)})
+    assert saved(usage) == [(4, "0")] * 2
+
+
+def test_a_stale_answer_saves_nothing_because_its_price_is_requested_again() -> None:
+    usage = aggregate([answered(TODAY, stale=4, miss=1, cancelled=1)], ("day",), {TODAY: UpstreamTime(1, 5)})
+    assert saved(usage) == [(0, "0")] * 2
+
+
+def test_time_of_days_without_a_mean_is_unknown_and_not_0() -> None:
+    days = [answered(date(2026, 11, 1), hit=5), answered(date(2026, 11, 2), hit=1)]
+    means = {date(2026, 11, 2): UpstreamTime(1, 250_000)}
+    usage = aggregate(days, ("day",), means)
+    assert saved(usage) == [(5, ""), (1, "0.25"), (6, "0.25")]
+    rows = orjson.loads(json_of(usage, read(), "UTC"))["rows"]
+    assert [(row["upstream_calls_saved"], row["upstream_seconds_saved"]) for row in rows] == [(5, None), (1, 0.25)]
+    _, *written = cells(csv_of(usage, ("day",)))
+    assert [row[-2:] for row in written] == [["5", ""], ["1", "0.25"]]
 
 
 def test_sums_by_team() -> None:
@@ -344,15 +387,22 @@ def the_sum(rows: tuple[UsageRow, ...]) -> UsageRow:
     requests, refused, credits_micro = (
         sum(getattr(row, name) for row in rows) for name in ("requests", "refused", "credits_micro")
     )
-    return UsageRow((), requests, refused, dict(outcomes), credits_micro)
+    known_us = [row.saved_us for row in rows if row.saved_us is not None]
+    saved_us = sum(known_us) if any(known_us) or len(known_us) == len(rows) else None
+    return UsageRow((), requests, refused, dict(outcomes), credits_micro, saved_us)
 
 
-@given(SOME_TEAM_DAYS, st.sampled_from(ORDERS))
+MEANS = st.dictionaries(
+    st.dates(date(2025, 12, 29), date(2026, 1, 5)), st.builds(UpstreamTime, st.integers(1, 9), st.integers(90, 10**6))
+)
+
+
+@given(SOME_TEAM_DAYS, st.sampled_from(ORDERS), MEANS)
 def test_rows_add_up_to_a_total_that_is_the_same_for_every_grouping(
-    team_days: list[TeamDay], by: tuple[Group, ...]
+    team_days: list[TeamDay], by: tuple[Group, ...], means: Mapping[date, UpstreamTime]
 ) -> None:
-    usage = aggregate(team_days, by)
-    assert the_sum(usage.rows) == usage.total == aggregate(team_days, ("day",)).total
+    usage = aggregate(team_days, by, means)
+    assert the_sum(usage.rows) == usage.total == aggregate(team_days, ("day",), means).total
     assert [row.group for row in usage.rows] == sorted({row.group for row in usage.rows})
     for row in (*usage.rows, usage.total):
         assert sum(row.outcomes.values()) == row.requests + row.refused, "each request has one outcome"
@@ -393,6 +443,8 @@ def test_the_json_document() -> None:
                 "estimated_credits": 0,
                 "outcomes": {"rate-limited": 1},
                 "share_percent": 0,
+                "upstream_calls_saved": 0,
+                "upstream_seconds_saved": 0,
             },
             {
                 "day": "2026-11-01",
@@ -402,6 +454,8 @@ def test_the_json_document() -> None:
                 "estimated_credits": 40.500001,
                 "outcomes": {"hit": 9, "miss": 2},
                 "share_percent": 100,
+                "upstream_calls_saved": 9,
+                "upstream_seconds_saved": None,
             },
             {
                 "day": "2026-11-02",
@@ -411,6 +465,8 @@ def test_the_json_document() -> None:
                 "estimated_credits": 0,
                 "outcomes": {"upstream-error": 5},
                 "share_percent": 0,
+                "upstream_calls_saved": 0,
+                "upstream_seconds_saved": 0,
             },
         ],
         "total": {
@@ -418,6 +474,8 @@ def test_the_json_document() -> None:
             "refused": 5,
             "estimated_credits": 40.500001,
             "outcomes": {"hit": 9, "miss": 2, "rate-limited": 1, "upstream-error": 5},
+            "upstream_calls_saved": 9,
+            "upstream_seconds_saved": None,
         },
     }
 
@@ -449,9 +507,12 @@ def _exact(document: bytes) -> Any:
 def test_the_csv_document() -> None:
     text = csv_of(aggregate(some_days(), ("day", "model")), ("day", "model")).decode()
     header, first, second, third, end = text.split("\r\n")
-    assert header == f"day,model,requests,refused,estimated_credits,{','.join(OUTCOMES)},share_percent"
-    assert first == "2026-11-01,-,0,1,0,0,0,0,0,0,0,0,1,0,0,0,0,0,0,0,0,0"
-    assert second == "2026-11-01,Flux,11,0,40.500001,9,0,2,0,0,0,0,0,0,0,0,0,0,0,0,0,100"
+    assert (
+        header
+        == f"day,model,requests,refused,estimated_credits,{','.join(OUTCOMES)},share_percent,{','.join(SAVED_COLUMNS)}"
+    )
+    assert first == "2026-11-01,-,0,1,0,0,0,0,0,0,0,0,1,0,0,0,0,0,0,0,0,0,0,0"
+    assert second == "2026-11-01,Flux,11,0,40.500001,9,0,2,0,0,0,0,0,0,0,0,0,0,0,0,0,100,9,"
     assert third.startswith("2026-11-02,-,1,4,0,")
     assert end == "", "each line ends, and no total would be added up with the rest"
 
@@ -459,7 +520,7 @@ def test_the_csv_document() -> None:
 def test_the_columns_do_not_depend_on_the_content() -> None:
     assert csv_of(aggregate([], ("team",)), ("team",)).decode().count("\r\n") == 1
     assert cells_of(aggregate([], ("team",)), ("team",)) == [
-        ["team", "requests", "refused", "estimated_credits", *OUTCOMES, "share_percent", "team_name"]
+        ["team", "requests", "refused", "estimated_credits", *OUTCOMES, "share_percent", "team_name", *SAVED_COLUMNS]
     ]
     assert list(OUTCOMES) == [
         *("hit", "stale", "miss", "collapsed", "bypass", "unpriced", "upstream-rejected"),
