@@ -1,6 +1,6 @@
 """Model names: the name under which usage and metrics count the credits of a body.
 
-* RenderNet prices an item by its mode: the first member of `_MODES` that is present.
+* RenderNet prices an item by its mode: see `proxy.cache.generation`.
 * This module limits length and alphabet of a name; the ledger limits the number of distinct names, see
   `lua/ledger_decide.lua`.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from proxy.cache.generation import mode_of
 from proxy.problems import NO_NAME
 
 MIXED = "mixed"
@@ -19,8 +20,6 @@ MAX_MODELS = 50
 """Distinct names in an organisation at a time, so that clients cannot create metric series without limit; more are
 `OTHER`. A team brings at most half of them, and a name that was not used for 30 days gives its place to a new one."""
 
-_MODES = ("segment", "style", "model", "true_touch", "narrator", "video_anyone")
-_NAMED = frozenset(("style", "model"))
 _NAME = re.compile(r"[A-Za-z0-9 ._-]{1,64}", re.ASCII)
 
 
@@ -31,12 +30,8 @@ def model_of(canonical: bytes) -> str:
 
 
 def _model(item: dict[str, Any]) -> str:
-    """A mode that is `null` counts as absent, because some clients send every member they know."""
-    for mode in _MODES:
-        value = item.get(mode)
-        if value is not None:
-            return _bounded(value) if mode in _NAMED and isinstance(value, str) else mode
-    return NO_NAME
+    mode, name = mode_of(item)
+    return _bounded(name) if name is not None else mode or NO_NAME
 
 
 def _bounded(name: str) -> str:
