@@ -89,11 +89,16 @@ def present(canonical: bytes, members: Sequence[str]) -> list[str]:
 
 def _without_members(canonical: bytes, members: Sequence[str]) -> bytes:
     items = orjson.loads(canonical)
+    remove_members(items, members)
+    return orjson.dumps(items, option=orjson.OPT_SORT_KEYS)
+
+
+def remove_members(items: list[Any], members: Sequence[str]) -> None:
+    """Removes members, given as dotted paths, from the items of a body."""
     for item in items:
         for member in members:
             if (parent := _parent_of(item, member)) is not None:
                 del parent[member.rpartition(".")[2]]
-    return orjson.dumps(items, option=orjson.OPT_SORT_KEYS)
 
 
 def _parent_of(item: Any, member: str) -> dict[str, Any] | None:

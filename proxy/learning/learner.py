@@ -1,18 +1,47 @@
 """Learns which members decide a price, and infers prices from what was learned.
 
-Signatures first; the bodies follow.
+* All evidence is in the store, shared by all processes. An account's keys are in one cluster slot, so one script sees
+  the account and a scope, and decides about doubts atomically: see `lua/learned_observe.lua`.
+* Before a body is asked, `look_up` gives a ticket. Its epoch and time keep an answer that was asked before a purge, or
+  before its setting started over, from being taken for a newer one.
 """
 
+import asyncio
+import secrets
 from collections.abc import Collection
-from dataclasses import dataclass
-from enum import StrEnum
+from contextlib import suppress
 from typing import Protocol
 
+import orjson
+
 from proxy.cache.prices import Price
-from proxy.learning.evidence import Scope
+from proxy.learning.answers import data_digest
+from proxy.learning.audits import Audits
+from proxy.learning.counts import Counts
+from proxy.learning.evidence import Scope, contradiction_of
+from proxy.learning.leaves import Reduced, class_of, reduce, text_of
+from proxy.learning.observation import Counted, Effect, Observation
+from proxy.learning.snapshots import Snapshots
 from proxy.learning.ticket import Ticket
-from proxy.learning.verdict import Inferred, NotInferred
-from proxy.store.client import Store
+from proxy.learning.verdict import Inferred, NotInferred, Reason, decide
+from proxy.problems import StoreUnavailable
+from proxy.store.client import Script, Store
+
+MAX_SCOPES = 256
+"""Scopes an account. A team brings at most half of them; the one that was not used for longest makes room."""
+
+MAX_SETTINGS = 256
+"""Settings a scope. The quarter with the oldest answers makes room."""
+
+MAX_DIGESTS = 256
+"""Values of a leaf that are recognised. At so many, they are forgotten and the leaf's counts are halved."""
+
+LIFETIME_S = 30 * 86400
+"""How long a scope is kept after upstream was last asked in it, but at least twice the ttl."""
+
+_OBSERVE, _COUNT = Script("proxy.learning", "learned_observe"), Script("proxy.learning", "learned_count")
+_DROP, _DROP_SETTING = Script("proxy.learning", "learned_drop"), Script("proxy.learning", "learned_drop_setting")
+_FORGET, _LIST = Script("proxy.learning", "learned_forget"), Script("proxy.learning", "learned_list", repeatable=True)
 
 
 class Question(Protocol):
@@ -27,98 +56,154 @@ class Question(Protocol):
     def canonical(self) -> bytes: ...
 
 
-class Counted(StrEnum):
-    """What became of a price that was inferred."""
-
-    ANSWERED = "answered"
-    RIGHT = "right"
-    WRONG = "wrong"
-
-
-class Effect(StrEnum):
-    """What an observed answer did to what is learned."""
-
-    LATE = "late"
-    """Ignored: it was asked before a purge, a move of the list, or a doubt."""
-    NEW = "new"
-    """The first answer of its setting."""
-    AGREED = "agreed"
-    OUTSIDE = "outside"
-    """It does not agree with its setting, but lies outside the range."""
-    DOUBT = "doubt"
-    """It does not agree with its setting: nothing is inferred in the scope (or account) until that is resolved."""
-    LIST_MOVED = "list-moved"
-    """It resolved a doubt: the price list has changed. Count it as a changed price (`AccountBooks.record_price_change`)."""
-    CONTRADICTED = "contradicted"
-    """It resolved a doubt: a member that was left out does decide prices."""
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """The result of `observe`.
-
-    old: the price that the setting had before a doubt or an outside answer; None otherwise.
-    suspects: after a contradiction, inferred answers since the last test that agreed; else 0.
-    since_ms, until_ms: the time span of those, on the store's clock (Unix time).
-    expired: scopes (ids) of the account whose doubt nobody resolved in time, which counts as a contradiction.
-    """
-
-    effect: Effect
-    scope: str
-    setting: str
-    old: Price | None = None
-    suspects: int = 0
-    since_ms: int = 0
-    until_ms: int = 0
-    expired: tuple[str, ...] = ()
-
-
 class Learner:
-    """One process's view of what the fleet has learned. Scopes are kept in memory for at most a second.
+    """What all processes have learned, for one of them.
 
-    origin: of upstream. ttl_s: of prices. learn_from, audit_one_in: `cache.learn_from`, `cache.audit_one_in`.
+    origin: of upstream. ttl_s: of prices. learn_from, audit_one_in: see the settings of `cache`.
     """
 
-    def __init__(self, store: Store, *, origin: str, ttl_s: float, learn_from: int, audit_one_in: int) -> None: ...
+    def __init__(self, store: Store, *, origin: str, ttl_s: float, learn_from: int, audit_one_in: int) -> None:
+        self._store = store
+        self._ttl_s = ttl_s
+        self._snapshots = Snapshots(store, origin=origin, learn_from=learn_from)
+        self._audits = Audits(audit_one_in)
+        self._counts = Counts()
+        limits = {"scopes": MAX_SCOPES, "settings": MAX_SETTINGS, "digests": MAX_DIGESTS, "learn_from": learn_from}
+        limits |= {"ttl_ms": round(ttl_s * 1000), "lifetime_ms": round(max(LIFETIME_S, 2 * ttl_s) * 1000)}
+        self._limits = orjson.dumps(limits)
 
     async def look_up(self, question: Question, never_learn: Collection[str] = ()) -> Inferred | NotInferred:
-        """What is known about the price of a body that is not known exactly. Never raises `StoreUnavailable`.
+        """What is known about the price of a body that is not known exactly. Does not raise `StoreUnavailable`.
 
-        Call it before upstream is asked; `observe` needs its ticket, also if the answer is only learned from.
+        Call it before upstream is asked: `observe` needs its ticket.
         """
-        ...
+        reduced = _reduced(question, never_learn)
+        if reduced is None:
+            return NotInferred(Reason.NOT_LEARNABLE)
+        if self._counts.is_due((question.account, reduced.scope)):
+            await self._store_counts(question.account, reduced.scope)
+        try:
+            snapshot, setting, known = await self._snapshots.read(question.account, reduced)
+        except StoreUnavailable:
+            return NotInferred(Reason.UNAVAILABLE)
+        ticket = Ticket(question.account, reduced, question.key, snapshot.evidence.epoch, snapshot.store_ms())
+        verdict = decide(ticket, snapshot.evidence, known, setting=setting, ttl_s=self._ttl_s)
+        if isinstance(verdict, Inferred) and self._audits.pay(_name(ticket, setting)):
+            return NotInferred(Reason.AUDIT_OWED, verdict.scope, ticket)
+        return verdict
 
-    def count(self, inferred: Inferred, counted: Counted, team: str) -> bool:
-        """Counts an inferred price that was answered (or, in observe mode, was compared with upstream's).
+    def count(self, inferred: Inferred, counted: Counted) -> bool:
+        """Counts an inferred price that was answered, or in observe mode was compared with upstream's.
 
-        Returns whether this answer must be audited now: ask upstream in the background, then `observe`.
+        Returns whether this answer must be audited: asked in the background, and observed.
         """
-        ...
+        ticket = inferred.ticket
+        key = ticket.account, ticket.reduced.scope
+        self._counts.add(key, counted)
+        return counted is Counted.ANSWERED and self._audits.is_due(" ".join(key))
 
     def owe_audit(self, inferred: Inferred) -> None:
         """An audit that was due could not be asked: the next price of this setting is not inferred."""
-        ...
+        self._audits.owe(_name(inferred.ticket, inferred.setting))
 
     async def observe(self, ticket: Ticket, price: Price, *, team: str, is_audit: bool = False) -> Observation:
         """Learns from upstream's answer. Raises `StoreUnavailable`."""
-        ...
+        reduced, account = ticket.reduced, ticket.account
+        args = (
+            *(self._limits, reduced.scope, team, secrets.token_urlsafe(9), ticket.epoch, ticket.asked_at_ms),
+            *(int(is_audit), ticket.body, data_digest(price), price.estimated, price.rest),
+            *(orjson.dumps({"items": reduced.items, "paths": reduced.paths}), orjson.dumps(_leaves(reduced))),
+        )
+        keys = self._snapshots.keys(account, reduced.scope)
+        _, reply = await asyncio.gather(  # counts first: a test that agrees resets those of unchecked answers
+            self._store_counts(account, reduced.scope), self._store.call(_OBSERVE, *keys, args=args)
+        )
+        effect, setting, estimated, rest, contradiction, _, evicted = reply
+        for scope in evicted:
+            await self._forget(account, scope.decode(), only_unlisted=True)
+        observation = Observation(
+            Effect(effect.decode()),
+            reduced.scope,
+            setting.decode(),
+            Price(estimated, rest) if estimated else None,
+            contradiction_of(orjson.loads(contradiction)) if contradiction else None,
+        )
+        if observation.effect in _CHANGES_ALL or observation.contradiction is not None:
+            self._snapshots.forget(account)
+        return observation
 
     async def scopes(self, account: str) -> list[Scope]:
         """What was learned in each scope of an account, the last used first. Raises `StoreUnavailable`."""
-        ...
+        ids = await self._list(account)
+        evidence = await asyncio.gather(*(self._snapshots.read_scope(account, scope) for scope in ids))
+        return [each.scope for each in evidence if each.scope is not None]
 
     async def forget(self, account: str, scope: str | None = None) -> int:
-        """Forgets a scope, or all of the account's. Returns how many there were. Raises `StoreUnavailable`."""
-        ...
+        """Forgets a scope, or all of the account's. Returns how many were known. Raises `StoreUnavailable`."""
+        ids = await self._list(account) if scope is None else [scope]
+        forgotten = await asyncio.gather(*(self._forget(account, each) for each in ids))
+        self._snapshots.forget(account)
+        return sum(forgotten)
 
     async def drop_setting(self, question: Question, never_learn: Collection[str] = ()) -> None:
-        """Drops the price of a body's setting: call it when a question is purged. Raises `StoreUnavailable`."""
-        ...
+        """Drops the price of a body's setting, because the question was purged. Raises `StoreUnavailable`."""
+        reduced = _reduced(question, never_learn)
+        if reduced is None:
+            return
+        account = question.account
+        self._snapshots.forget(account)
+        _, setting, _ = await self._snapshots.read(account, reduced)
+        await self._store.call(_DROP_SETTING, *self._snapshots.keys(account, reduced.scope), args=(setting,))
+        self._snapshots.forget(account)
 
     async def drop_prices(self, account: str) -> None:
-        """Drops the prices of all settings: call it when an account is purged or repriced. Raises as `drop_setting`."""
-        ...
+        """Drops the prices of all settings, because the account was purged or repriced. Raises `StoreUnavailable`."""
+        key, _ = self._snapshots.keys(account, "")
+        await self._store.call(_DROP, key, args=(secrets.token_urlsafe(9),))
+        self._snapshots.forget(account)
 
     async def close(self) -> None:
-        """Stores the counts that are still in memory."""
-        ...
+        """Stores the counts that are still in memory, if the store is available."""
+        await asyncio.gather(*(self._store_counts(*key) for key in self._counts.keys()))
+
+    async def _list(self, account: str) -> list[str]:
+        key, _ = self._snapshots.keys(account, "")
+        return [scope.decode() for scope in await self._store.call(_LIST, key)]
+
+    async def _forget(self, account: str, scope: str, *, only_unlisted: bool = False) -> int:
+        args = (scope, int(only_unlisted))
+        return int(await self._store.call(_FORGET, *self._snapshots.keys(account, scope), args=args))
+
+    async def _store_counts(self, account: str, scope: str) -> None:
+        """Adds this process's counts of a scope to the store's."""
+        counts = self._counts.take((account, scope))
+        if counts:
+            with suppress(StoreUnavailable):
+                await self._store.call(_COUNT, self._snapshots.keys(account, scope)[1], args=counts)
+
+
+_CHANGES_ALL = frozenset((Effect.DOUBT, Effect.LIST_MOVED, Effect.CONTRADICTED))
+
+
+def _reduced(question: Question, never_learn: Collection[str]) -> Reduced | None:
+    return reduce(question.canonical, query=question.query, ignored=question.ignored, never_learn=never_learn)
+
+
+def _name(ticket: Ticket, setting: str) -> str:
+    return f"{ticket.account} {ticket.reduced.scope} {setting}"
+
+
+def _leaves(reduced: Reduced) -> list[tuple[object, ...]]:
+    """The leaves as `learned_observe.lua` takes them."""
+    return [
+        (
+            text_of(value),
+            leaf.name,
+            int(not leaf.is_sentinel),
+            int(never),
+            "" if leaf.number is None else repr(leaf.number),
+            "" if leaf.length is None else str(leaf.length),
+        )
+        for value, never in zip(reduced.values, reduced.never_left_out, strict=True)
+        for leaf in (class_of(value),)
+    ]

@@ -1,4 +1,4 @@
-"""A ticket: what must be known about a body, before it is asked, to learn from the answer."""
+"""A ticket: what must be known about a body before it is asked, to learn from the answer."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,11 @@ from proxy.learning.leaves import Reduced
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """epoch: the account's price epoch when the ticket was given; an answer with an older one is not learned from.
+    """body: the key of the exact question.
 
-    asked_at_ms: the time of the ticket on the store's clock, or a little earlier.
+    epoch: the account's price epoch when the ticket was given; empty if it had none. An answer with an older epoch was
+    asked before the prices were dropped, and is not learned from.
+    asked_at_ms: when the ticket was given, on the store's clock, or a little earlier.
     """
 
     account: str

@@ -1,24 +1,34 @@
-"""What is known about a body's price: `Inferred`, or `NotInferred` with the reason."""
+"""Decides whether a body's price is inferred, from the evidence. Pure.
 
+A price is inferred if its setting has `ENOUGH_BODIES` that agree, its scope has enough tests, the body is inside the
+range, and nothing is in doubt.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
 from proxy.cache.prices import StoredPrice
-from proxy.learning.evidence import Scope
+from proxy.learning.evidence import Evidence, Scope, Setting
+from proxy.learning.leaves import LEFT_OUT, Reduced, class_of
 from proxy.learning.ticket import Ticket
+
+ENOUGH_BODIES = 3
+REACH = 2
+"""A left-out value may be so many times as large as the largest of its own setting."""
 
 
 class Reason(StrEnum):
     """Why a body's price was not inferred."""
 
     NOT_LEARNABLE = "not-learnable"
-    """The body has a dot or only digits in a member name, or too many members."""
+    """A member name has a dot or only digits, or there are too many members: see `proxy.learning.leaves`."""
     UNAVAILABLE = "store-unavailable"
     NEW_SCOPE = "new-scope"
     IN_DOUBT = "in-doubt"
     TOO_FEW_TESTS = "too-few-tests"
     NEW_SETTING = "new-setting"
-    """Fewer than 3 bodies of its setting were asked."""
+    """Fewer than `ENOUGH_BODIES` of its setting were asked."""
     OUTSIDE = "outside-range"
     AUDIT_OWED = "audit-owed"
     """An audit of its setting was due and could not be asked."""
@@ -26,10 +36,9 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Inferred:
-    """The price of the body's setting. It may be stale: `stored.ttl_s` says so, as for an exact price.
+    """The price of the body's setting. It may be stale, as an exact price may: see `stored.ttl_s`.
 
-    setting: the setting's id, for the log.
-    ticket: for `Learner.observe`, if the body is asked nevertheless (audit, refresh, observe mode).
+    setting: its id. ticket: for `Learner.observe`, if the body is asked nevertheless.
     """
 
     stored: StoredPrice
@@ -40,12 +49,61 @@ class Inferred:
 
 @dataclass(frozen=True, slots=True)
 class NotInferred:
-    """scope: None if it is new or unknown. ticket: None if the answer cannot be learned from.
+    """scope: None if it is unknown. ticket: for `Learner.observe`; None if the answer cannot be learned from.
 
-    outside: the path of the member that is outside its range, if that is the reason.
+    outside: the path of a leaf that is outside its range, if that is the reason.
     """
 
     reason: Reason
     scope: Scope | None = None
     ticket: Ticket | None = None
     outside: str | None = None
+
+
+def decide(
+    ticket: Ticket, evidence: Evidence, known: Setting | None, *, setting: str, ttl_s: float
+) -> Inferred | NotInferred:
+    """What the evidence says about the body of `ticket`, at the ticket's time.
+
+    known: what is known about its setting, whose id is `setting`. ttl_s: how long prices are fresh.
+    """
+    scope = evidence.scope
+    if scope is None:
+        return NotInferred(Reason.NEW_SCOPE, ticket=ticket)
+    if evidence.in_doubt:
+        return NotInferred(Reason.IN_DOUBT, scope, ticket)
+    if scope.tests < scope.needed or _counts_now(ticket.reduced, evidence.left):
+        return NotInferred(Reason.TOO_FEW_TESTS, scope, ticket)
+    if known is None or known.bodies < ENOUGH_BODIES:
+        return NotInferred(Reason.NEW_SETTING, scope, ticket)
+    outside = _outside(ticket.reduced, evidence, known)
+    if outside is not None:
+        return NotInferred(Reason.OUTSIDE, scope, ticket, outside)
+    age_s = max(0, ticket.asked_at_ms - known.at_ms) / 1000
+    return Inferred(StoredPrice(known.price, age_s, ttl_s - age_s, b""), setting, scope, ticket)
+
+
+def measures(reduced: Reduced, left: str) -> Iterator[tuple[int, str, float]]:
+    """Index and measures of each left-out leaf: its number, and the length of its string."""
+    for index, (value, mark) in enumerate(zip(reduced.values, left, strict=True)):
+        if mark == LEFT_OUT:
+            leaf = class_of(value)
+            if leaf.number is not None:
+                yield index, f"{index + 1}n", leaf.number
+            if leaf.length is not None:
+                yield index, f"{index + 1}s", leaf.length
+
+
+def _counts_now(reduced: Reduced, left: str) -> bool:
+    """Whether a leaf that was left out may no longer be: `cache.never_learn` was changed."""
+    return any(never and mark == LEFT_OUT for never, mark in zip(reduced.never_left_out, left, strict=True))
+
+
+def _outside(reduced: Reduced, evidence: Evidence, setting: Setting) -> str | None:
+    """The path of a left-out leaf that is outside its range, or too far from what its own setting had."""
+    for index, name, value in measures(reduced, evidence.left):
+        low, high = map(float, evidence.ranges.get(name, ("inf", "-inf")))
+        largest = max(abs(float(own)) for own in setting.reach.get(name, ("0",)))
+        if not low <= value <= high or abs(value) > REACH * largest:
+            return reduced.paths[index]
+    return None

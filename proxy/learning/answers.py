@@ -1,0 +1,18 @@
+"""Compares answers: two agree if the whole of their `data`, but the balance, is equal."""
+
+from contextlib import suppress
+from decimal import Decimal
+from hashlib import blake2b
+
+from proxy.cache.canonical import canonical_items, load
+from proxy.cache.prices import Price
+from proxy.problems import BadRequest
+
+
+def data_digest(price: Price) -> str:
+    """A digest that only answers have that agree: as JSON values, whatever their spelling or the order of members."""
+    rest = b"{" + price.rest + b"}"
+    with suppress(BadRequest):  # numbers that have no canonical form are compared as upstream wrote them
+        rest = canonical_items([load(rest)])
+    estimated = f"{Decimal(price.estimated.decode()).normalize():f}"
+    return blake2b(estimated.encode() + b" " + rest, digest_size=12).hexdigest()
