@@ -31,5 +31,5 @@ class Counts:
         self._since.pop(key, None)
         return tuple(self._counts.pop(key, {}).values())
 
-    def keys(self) -> Iterable[Key]:
+    def pending(self) -> Iterable[Key]:
         return list(self._counts)

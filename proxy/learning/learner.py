@@ -164,7 +164,7 @@ class Learner:
 
     async def close(self) -> None:
         """Stores the counts that are still in memory, if the store is available."""
-        await asyncio.gather(*(self._store_counts(*key) for key in self._counts.keys()))
+        await asyncio.gather(*(self._store_counts(*key) for key in self._counts.pending()))
 
     async def _list(self, account: str) -> list[str]:
         key, _ = self._snapshots.keys(account, "")
