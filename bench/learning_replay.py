@@ -245,7 +245,7 @@ class _Replay:
         if observed.contradiction is not None:
             result.contradictions += 1
             result.suspects += observed.contradiction.suspects
-        if observed.effect not in (Effect.AGREED, Effect.NEW, Effect.OUTSIDE, Effect.LATE) or observed.contradiction:
+        if observed.effect not in (Effect.AGREED, Effect.NEW, Effect.OUTSIDE, Effect.IGNORED) or observed.contradiction:
             result.log.append(f"{self._number} {observed.effect} {observed.contradiction or ''}")
 
     @property

@@ -36,6 +36,9 @@ MAX_SETTINGS = 256
 MAX_DIGESTS = 256
 """Values of a leaf that are recognised. At so many, they are forgotten and the leaf's counts are halved."""
 
+MAX_REST_BYTES = 1024
+"""Of an answer's data besides the estimate. Answers with more are not learned from."""
+
 LIFETIME_S = 30 * 86400
 """How long a scope is kept after upstream was last asked in it, but at least twice the ttl."""
 
@@ -109,6 +112,8 @@ class Learner:
     async def observe(self, ticket: Ticket, price: Price, *, team: str, is_audit: bool = False) -> Observation:
         """Learns from upstream's answer. Raises `StoreUnavailable`."""
         reduced, account = ticket.reduced, ticket.account
+        if len(price.rest) > MAX_REST_BYTES:
+            return Observation(Effect.IGNORED, reduced.scope, "", None, None)
         args = (
             *(self._limits, reduced.scope, team, secrets.token_urlsafe(9), ticket.epoch, ticket.asked_at_ms),
             *(int(is_audit), ticket.body, data_digest(price), price.estimated, price.rest),
@@ -128,7 +133,7 @@ class Learner:
             Price(estimated, rest) if estimated else None,
             contradiction_of(orjson.loads(contradiction)) if contradiction else None,
         )
-        if observation.effect in _CHANGES_ALL or observation.contradiction is not None:
+        if observation.effect in _OUTDATES or observation.contradiction is not None or not ticket.epoch:
             self._snapshots.forget(account)
         return observation
 
@@ -182,7 +187,8 @@ class Learner:
                 await self._store.call(_COUNT, self._snapshots.keys(account, scope)[1], args=counts)
 
 
-_CHANGES_ALL = frozenset((Effect.DOUBT, Effect.LIST_MOVED, Effect.CONTRADICTED))
+_OUTDATES = frozenset((Effect.IGNORED, Effect.DOUBT, Effect.LIST_MOVED, Effect.CONTRADICTED))
+"""Effects after which this process's snapshots of the account are out of date, or were."""
 
 
 def _reduced(question: Question, never_learn: Collection[str]) -> Reduced | None:

@@ -18,8 +18,9 @@ class Counted(StrEnum):
 class Effect(StrEnum):
     """What an answer did to what was learned."""
 
-    LATE = "late"
-    """Nothing: it was asked before prices were dropped, the list moved, or its setting started over."""
+    IGNORED = "ignored"
+    """Nothing: it was asked before prices were dropped, the list moved, or its setting started over; or its data is too
+    long to be kept."""
     NEW = "new"
     """It is the first of its setting."""
     AGREED = "agreed"

@@ -18,7 +18,7 @@ local scope_id, team, fresh_id, body = ARGV[2], ARGV[3], ARGV[4], ARGV[8]
 local found = redis.call('HMGET', KEYS[1], 'epoch', 'proof', 'doubts', 'scope:' .. scope_id)
 local account = { epoch = found[1] or fresh_id, proof = found[2] or fresh_id, doubts = found[3] or '' }
 if ARGV[5] ~= (found[1] or '') then
-  return { 'late', '', '', '', '', now, {} }
+  return { 'ignored', '', '', '', '', now, {} }
 end
 
 -- Reads.
@@ -62,7 +62,7 @@ end
 -- A doubt that nobody resolved in time counts as a contradiction: in this scope, and in the account if it is a doubt of
 -- a scope that was answering. A doubt about prices that were dropped is over.
 for name, deadline in string.gmatch(account.doubts, '(%S+):(%d+)') do
-  if tonumber(deadline) <= now and name ~= scope_id then
+  if tonumber(deadline) <= now and (name ~= scope_id or not head.doubt) then
     account.proof = fresh_id
     account.doubts = without_doubt(account.doubts, name)
   end
@@ -85,13 +85,13 @@ local function remember(text, digest)
     return count, distinct, digests, true
   end
   distinct, digests = distinct + 1, digests .. digest
-  if #digests >= limits.digests * 9 then
+  if #digests >= limits.digests * 7 then
     count, distinct, digests = math.floor(count / 2), math.floor(distinct / 2), ''
   end
   return count, distinct, digests, false
 end
 local function digest_of(text)
-  return string.sub(redis.sha1hex(text), 1, 8) .. ' '
+  return string.sub(redis.sha1hex(text), 1, 6) .. ' '
 end
 
 local body_count, body_distinct, body_digests, known = remember(stored[2], digest_of(body))
@@ -206,7 +206,7 @@ end
 local effect, old_estimated, old_rest = 'agreed', setting.estimated or '', setting.rest or ''
 local at = now
 if tonumber(ARGV[6]) < setting.since then
-  effect = 'late'
+  effect = 'ignored'
 elseif #setting.bodies == 0 then
   effect = 'new'
   start_over({})
@@ -298,7 +298,7 @@ end
 for i = 1, #dropped, 100 do
   redis.call('HDEL', KEYS[2], unpack(dropped, i, math.min(i + 99, #dropped)))
 end
-if effect ~= 'late' and at then
+if effect ~= 'ignored' and at then
   write(setting_field, string.format('%.0f ', at) .. cjson.encode(setting))
 end
 write('head', cjson.encode(head))
