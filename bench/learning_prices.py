@@ -72,7 +72,10 @@ def _loras(chance: random.Random, team: str) -> Item:
 
 def _assets(chance: random.Random, _team: str) -> Item:
     asset = f"ast_{int(chance.paretovariate(0.8)) % 500}"
-    return {"video_anyone": {"media_id": asset, "prompt": prompt(chance), "duration": 5}, "seed": chance.randrange(10**9)}
+    return {
+        "video_anyone": {"media_id": asset, "prompt": prompt(chance), "duration": 5},
+        "seed": chance.randrange(10**9),
+    }
 
 
 def _asset_price(item: Item) -> int:
@@ -92,7 +95,10 @@ def _thrice() -> MakeItem:
 
 
 def _script(chance: random.Random, _team: str) -> Item:
-    return {"narrator": {"script": prompt(chance, 10, 2000), "voice": chance.choice(("Rachel", "Adam"))}, "seed": chance.randrange(10**9)}
+    return {
+        "narrator": {"script": prompt(chance, 10, 2000), "voice": chance.choice(("Rachel", "Adam"))},
+        "seed": chance.randrange(10**9),
+    }
 
 
 def _optional(chance: random.Random, team: str) -> Item:
@@ -115,7 +121,12 @@ def _scenarios() -> list[Scenario]:
     seed_minus_one = _with(seed=lambda chance: -1 if chance.random() < 0.1 else chance.randrange(1, 2**32))
     models = _with(model=lambda chance: chance.choice(("Flux", "JuggernautXL", "RealVis")))
     ultra = _with(quality=lambda chance: "Ultra" if chance.random() < 0.005 else chance.choice(("Regular", "Plus")))
-    steps = _with(steps=lambda chance: chance.randrange(15, 35), batch_size=lambda _: 1, quality=lambda _: "Plus", aspect_ratio=lambda _: "1:1")
+    steps = _with(
+        steps=lambda chance: chance.randrange(15, 35),
+        batch_size=lambda _: 1,
+        quality=lambda _: "Plus",
+        aspect_ratio=lambda _: "1:1",
+    )
     return [
         Scenario("static"),
         Scenario("prompts longer than 200 cost more", price=_plus(lambda item: 500 * (len(_text(item)) > 200))),
@@ -123,7 +134,11 @@ def _scenarios() -> list[Scenario]:
         Scenario("by each 50 characters of a prompt", price=_plus(lambda item: 10 * (len(_text(item)) // 50))),
         Scenario("by length of a script", _script, lambda item: 100 * (1 + len(item["narrator"]["script"]) // 500)),
         Scenario("seed -1 costs more", seed_minus_one, _plus(lambda item: 500 * (item["seed"] == -1))),
-        Scenario("for one model, by prompt", models, _plus(lambda item: 500 * (item["model"] == "Flux" and len(_text(item)) > 200))),
+        Scenario(
+            "for one model, by prompt",
+            models,
+            _plus(lambda item: 500 * (item["model"] == "Flux" and len(_text(item)) > 200)),
+        ),
         Scenario("a second team's short prompts", _team_prompts, _plus(lambda item: -500 * (len(_text(item)) < 40))),
         Scenario("LoRAs, from the third on", _loras, _plus(lambda item: 700 * max(0, len(item["loras"]) - 2))),
         Scenario("assets whose length decides", _assets, _asset_price),
@@ -135,8 +150,13 @@ def _scenarios() -> list[Scenario]:
         Scenario("1 of 10 seeds begins to cost", changed=_plus(lambda item: 500 * (item["seed"] % 10 == 0))),
         Scenario("prompts over 200 begin to cost", changed=_plus(lambda item: 500 * (len(_text(item)) > 200))),
         Scenario("the list x 1.1", changed=lambda item: list_price(item) * 11 // 10, moves=True),
-        Scenario("the list x 1.1, by steps", steps, _plus(lambda item: 10 * int(item["steps"])),
-                 changed=lambda item: (list_price(item) + 10 * int(item["steps"])) * 11 // 10, moves=True),
+        Scenario(
+            "the list x 1.1, by steps",
+            steps,
+            _plus(lambda item: 10 * int(item["steps"])),
+            changed=lambda item: (list_price(item) + 10 * int(item["steps"])) * 11 // 10,
+            moves=True,
+        ),
     ]
 
 

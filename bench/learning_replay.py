@@ -189,9 +189,7 @@ class _Replay:
         elif verdict.ticket is not None:
             self._call_upstream(learner, verdict.ticket, item, key, team)
 
-    def _answer(
-        self, learner: Learner, inferred: Inferred, item: Item, key: str, team: str, *, is_late: bool
-    ) -> None:
+    def _answer(self, learner: Learner, inferred: Inferred, item: Item, key: str, team: str, *, is_late: bool) -> None:
         result = self.result
         result.answered += 1
         result.late_answered += is_late

@@ -20,27 +20,13 @@ from proxy.learning.audits import Audits
 from proxy.learning.counts import Counts
 from proxy.learning.evidence import Scope, contradiction_of
 from proxy.learning.leaves import Reduced, class_of, reduce, text_of
+from proxy.learning.limits import MAX_REST_BYTES, limits_of
 from proxy.learning.observation import Counted, Effect, Observation
 from proxy.learning.snapshots import Snapshots
 from proxy.learning.ticket import Ticket
 from proxy.learning.verdict import Inferred, NotInferred, Reason, decide
 from proxy.problems import StoreUnavailable
 from proxy.store.client import Script, Store
-
-MAX_SCOPES = 256
-"""Scopes an account. A team brings at most half of them; the one that was not used for longest makes room."""
-
-MAX_SETTINGS = 256
-"""Settings a scope. The quarter with the oldest answers makes room."""
-
-MAX_DIGESTS = 256
-"""Values of a leaf that are recognised. At so many, they are forgotten and the leaf's counts are halved."""
-
-MAX_REST_BYTES = 1024
-"""Of an answer's data besides the estimate. Answers with more are not learned from."""
-
-LIFETIME_S = 30 * 86400
-"""How long a scope is kept after upstream was last asked in it, but at least twice the ttl."""
 
 _OBSERVE, _COUNT = Script("proxy.learning", "learned_observe"), Script("proxy.learning", "learned_count")
 _DROP, _DROP_SETTING = Script("proxy.learning", "learned_drop"), Script("proxy.learning", "learned_drop_setting")
@@ -71,9 +57,7 @@ class Learner:
         self._snapshots = Snapshots(store, origin=origin, learn_from=learn_from)
         self._audits = Audits(audit_one_in)
         self._counts = Counts()
-        limits = {"scopes": MAX_SCOPES, "settings": MAX_SETTINGS, "digests": MAX_DIGESTS, "learn_from": learn_from}
-        limits |= {"ttl_ms": round(ttl_s * 1000), "lifetime_ms": round(max(LIFETIME_S, 2 * ttl_s) * 1000)}
-        self._limits = orjson.dumps(limits)
+        self._limits = limits_of(learn_from=learn_from, ttl_s=ttl_s).encode()
 
     async def look_up(self, question: Question, never_learn: Collection[str] = ()) -> Inferred | NotInferred:
         """What is known about the price of a body that is not known exactly. Does not raise `StoreUnavailable`.

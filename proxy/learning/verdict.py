@@ -1,6 +1,6 @@
 """Decides whether a body's price is inferred, from the evidence. Pure.
 
-A price is inferred if its setting has `ENOUGH_BODIES` that agree, its scope has enough tests, the body is inside the
+A price is inferred if its setting has enough bodies that agree, its scope has enough tests, the body is inside the
 range, and nothing is in doubt.
 """
 
@@ -11,11 +11,8 @@ from enum import StrEnum
 from proxy.cache.prices import StoredPrice
 from proxy.learning.evidence import Evidence, Scope, Setting
 from proxy.learning.leaves import LEFT_OUT, Reduced, class_of
+from proxy.learning.limits import ENOUGH_BODIES, REACH
 from proxy.learning.ticket import Ticket
-
-ENOUGH_BODIES = 3
-REACH = 2
-"""A left-out value may be so many times as large as the largest of its own setting."""
 
 
 class Reason(StrEnum):

@@ -1,7 +1,8 @@
 #!lua
 -- Learns from one answer of upstream: counts values, tests the body's setting, opens and resolves doubts.
 --   KEYS  1 account's learned state, 2 scope
---   ARGV  1 limits: JSON {scopes, settings, digests, learn_from, ttl_ms, lifetime_ms}
+--   ARGV  1 limits: JSON {scopes, settings, digests, values, share, bodies, reach, factor, learn_from, ttl_ms, lifetime_ms}:
+--         see proxy/learning/limits.py
 --         2 scope's id, 3 team, 4 a new random id, 5 price epoch when it was asked, 6 when it was asked, in ms
 --         7 '1' for an audit, 8 digest of the body, 9 digest of the answer's data, 10 estimate, 11 the rest of its data
 --         12 members: JSON {items, paths}, kept for people
@@ -50,7 +51,7 @@ end
 local function contradict()
   head.last = { since = head.agreed_at, ['until'] = now, suspects = tonumber(stored[3] or 0) }
   contradiction = cjson.encode(head.last)
-  head.tests, head.factor, head.contradictions = 0, math.min(64, head.factor * 2), head.contradictions + 1
+  head.tests, head.factor, head.contradictions = 0, math.min(limits.factor, head.factor * 2), head.contradictions + 1
   if head.doubt.answering then
     account.proof = fresh_id
     account.doubts = without_doubt(account.doubts, scope_id)
@@ -116,9 +117,9 @@ for i, leaf in ipairs(leaves) do
     local count, distinct, digests = remember(stored[3 + i], digest_of(leaf[1]))
     write('leaf:' .. i, count .. ' ' .. distinct .. ' ' .. digests)
     if is_left then
-      is_left = distinct >= 0.075 * count
+      is_left = distinct >= limits.share / 2 * count
     else
-      is_left = distinct >= 12 and distinct > 0.15 * count
+      is_left = distinct >= limits.values and distinct > limits.share * count
     end
   end
   is_kept_again = is_kept_again or was_left and not is_left
@@ -170,7 +171,7 @@ for name, value in pairs(measures) do
   local reach = setting.reach and setting.reach[name]
   inside = inside and range and reach
     and tonumber(range[1]) <= number and number <= tonumber(range[2])
-    and math.abs(number) <= 2 * math.max(math.abs(tonumber(reach[1])), math.abs(tonumber(reach[2])))
+    and math.abs(number) <= limits.reach * math.max(math.abs(tonumber(reach[1])), math.abs(tonumber(reach[2])))
 end
 
 local function extend(ranges, added)
@@ -219,10 +220,10 @@ elseif setting.data == ARGV[9] then
     extend(head.ranges, setting.reach)
     extend(head.ranges, measures)
     extend(setting.reach, measures)
-    if #setting.bodies < 3 then
+    if #setting.bodies < limits.bodies then
       setting.bodies[#setting.bodies + 1] = body
     end
-    if is_marked and #setting.bodies == 3 then
+    if is_marked and #setting.bodies == limits.bodies then
       effect = 'list-moved'
       account.epoch, account.doubts = fresh_id, ''
       setting.epoch, setting.doubt, head.doubt = fresh_id, nil, nil
@@ -233,7 +234,7 @@ elseif setting.data == ARGV[9] then
   setting.estimated, setting.rest = ARGV[10], ARGV[11]
 elseif not inside then
   effect = 'outside'
-  if #setting.bodies < 3 and not is_marked then
+  if #setting.bodies < limits.bodies and not is_marked then
     start_over({})
   else
     at = nil
