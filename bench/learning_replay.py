@@ -6,9 +6,8 @@ Time is simulated: the scripts get it as arguments, the learner's memory from `C
 import asyncio
 import heapq
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any

@@ -44,6 +44,7 @@ OUTCOME_COLOURS = {
     "upstream-rejected": YELLOW,
     "rate-limited": "light-orange",
     "quota-exceeded": ORANGE,
+    "over-ceiling": "dark-orange",
     "upstream-error": RED,
     "upstream-refused": "dark-red",
     "upstream-timeout": "light-red",

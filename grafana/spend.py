@@ -18,6 +18,7 @@ from panels import (
     SECONDS,
     SHARE,
     SHORT,
+    YELLOW,
     About,
     Line,
     Look,
@@ -49,6 +50,7 @@ BALANCE_AGE = "estimate_proxy_balance_age_seconds"
 
 REASONS = (
     "quota-exceeded",
+    "over-ceiling",
     "rate-limited",
     "team-disabled",
     "unauthenticated",
@@ -234,7 +236,7 @@ def refused_over_time() -> dashboard.Panel:
         PER_MINUTE,
         14,
     )
-    colours = {"quota-exceeded": RED, "rate-limited": ORANGE}
+    colours = {"quota-exceeded": RED, "over-ceiling": YELLOW, "rate-limited": ORANGE}
     line = Line(f"{rate('outcome', REQUESTS, ESTIMATE, TEAM, REFUSED)} * 60", "{{outcome}}")
     return chart(about, line, look=Look(stacked=True, colours=colours))
 

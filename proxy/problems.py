@@ -37,6 +37,7 @@ class Outcome(StrEnum):
     UNAUTHENTICATED = "unauthenticated"
     RATE_LIMITED = "rate-limited"
     QUOTA_EXCEEDED = "quota-exceeded"
+    OVER_CEILING = "over-ceiling"
     TEAM_DISABLED = "team-disabled"
     INVALID = "invalid"
     UPSTREAM_ERROR = "upstream-error"
@@ -76,6 +77,7 @@ class Code(StrEnum):
     VERSION_NOT_SUPPORTED = "version-not-supported"
     RATE_LIMITED = "rate-limited"
     QUOTA_EXCEEDED = "quota-exceeded"
+    OVER_CEILING = "over-ceiling"
     INTERNAL_ERROR = "internal-error"
     UPSTREAM_ERROR = "upstream-error"
     UPSTREAM_REFUSED = "upstream-refused"
@@ -111,6 +113,7 @@ _KINDS = {
     Code.UNSUPPORTED_MEDIA_TYPE: _Kind(415, "The body must be plain JSON", Outcome.INVALID),
     Code.RATE_LIMITED: _Kind(429, "The team sends requests too fast", Outcome.RATE_LIMITED),
     Code.QUOTA_EXCEEDED: _Kind(402, "A quota is used up or would be exceeded", Outcome.QUOTA_EXCEEDED),
+    Code.OVER_CEILING: _Kind(402, "The estimate is higher than the request's ceiling", Outcome.OVER_CEILING),
     Code.INTERNAL_ERROR: _Kind(500, "Internal error of the gateway", Outcome.INTERNAL_ERROR),
     Code.UPSTREAM_ERROR: _Kind(502, "RenderNet failed", Outcome.UPSTREAM_ERROR),
     Code.UPSTREAM_REFUSED: _Kind(502, "RenderNet refused the gateway's API key", Outcome.UPSTREAM_REFUSED),

@@ -6,6 +6,8 @@
 4. Serving: charge the team's quotas and answer. A stale price or an old balance is refreshed in the background.
 5. Asking upstream: check rate and quotas and book the request (admit), fetch the price, then book the result (settle).
 
+An estimate above the request's ceiling is refused: the ledger checks the rate and quotas, and books no credits.
+
 A request that fails or is denied becomes a `Problem`. Exceptions are for malformed requests, clients that have gone,
 overload and defects: `proxy.http.endpoint` maps them to responses.
 """
@@ -13,6 +15,8 @@ overload and defects: `proxy.http.endpoint` maps them to responses.
 import asyncio
 from dataclasses import dataclass
 from typing import assert_never
+
+import orjson
 
 from proxy.auth import Access, Team, team_disabled
 from proxy.cache.canonical import present
@@ -25,7 +29,7 @@ from proxy.gateway.freshness import Forward, NotCached, Serve, StaleLimits, choo
 from proxy.gateway.live_config import ConfigHolder, RuntimeConfig
 from proxy.gateway.request import Answer, ClientRequest, Explanation, Trace
 from proxy.problems import Code, Outcome, Problem, StoreUnavailable
-from proxy.quota.credits import micro_of
+from proxy.quota.credits import micro_of, text_of
 from proxy.quota.ledger import Admitted, Denied, Ledger
 from proxy.quota.quotas import Charge
 from proxy.upstream.replies import Failed, Priced, Rejected, Unpriced
@@ -81,15 +85,20 @@ class Gateway:
             case NotCached():
                 return await self._refuse_uncached(team, trace)
             case Serve(stored, balance, stale):
-                charge = _charge(Outcome.STALE if stale else Outcome.HIT, canonical_request, stored.price)
+                answer = _stored_answer(Outcome.STALE if stale else Outcome.HIT, stored, balance)
+                result = _within_ceiling(answer, request.ceiling_micro)
+                charge = _charge(result.outcome, canonical_request, stored.price)
                 with trace.timing_store():
-                    admission = await self._ledger.charge(team.limits, charge)
+                    if result is answer:
+                        admission = await self._ledger.charge(team.limits, charge)
+                    else:
+                        admission = await self._ledger.refuse_over_ceiling(team.limits, charge)
                 trace.record_admission(admission)
                 if isinstance(admission, Denied):
                     return admission.problem
                 self._refresh_in_background(canonical_request, stored, balance, lookup, stale=stale)
                 trace.cache_status = hit(stored, detail="stale-while-revalidate" if stale else None)
-                return _stored_answer(charge.outcome, stored, balance)
+                return result
             case Forward() as forward:
                 with trace.timing_store():
                     admission = await self._ledger.admit(team.limits)
@@ -98,8 +107,11 @@ class Gateway:
                     return admission.problem
 
         fetched, collapsed = await self._fetch(canonical_request, request, forward, lookup, trace)
-        result = self._result_of(fetched, forward, canonical_request, collapsed=collapsed, trace=trace)
-        return await self._settle(admission, canonical_request, fetched, result, trace)
+        found = self._result_of(fetched, forward, canonical_request, collapsed=collapsed, trace=trace)
+        result = _within_ceiling(found, request.ceiling_micro)
+        price = found.price if isinstance(found, Answer) else None
+        charge = _charge(result.outcome, canonical_request, price)
+        return await self._settle(admission, charge, fetched, result, trace)
 
     def _parse(self, body: bytes, team: Team, query: bytes, config: RuntimeConfig) -> CanonicalRequest:
         return self._parser.parse(body, account=team.account, query=query, ignored=config.ignored)
@@ -198,24 +210,22 @@ class Gateway:
     async def _settle(
         self,
         admitted: Admitted,
-        canonical_request: CanonicalRequest,
+        charge: Charge,
         fetched: FetchResult,
         result: Answer | Problem,
         trace: Trace,
     ) -> Answer | Problem:
         """Books the result of an admitted request. The price is known only now, and may exceed a quota."""
+        settled: Admitted | Denied
         with trace.timing_store():
             if isinstance(result, Problem) and isinstance(fetched.reply, Failed) and not fetched.reply.asked:
-                quota_state = await self._ledger.refund(admitted, result.outcome)
-                trace.record_admission(Denied(result, quota_state))
-                return result
-            price = result.price if isinstance(result, Answer) else None
-            charge = _charge(result.outcome, canonical_request, price)
-            if charge.outcome is Outcome.MISS and fetched.upstream_s is not None:
-                charge.upstream_us = round(1_000_000 * fetched.upstream_s)
-            settled = await self._ledger.settle(admitted, charge)
+                settled = await self._ledger.refund(admitted, charge, result)
+            else:
+                if charge.outcome is Outcome.MISS and fetched.upstream_s is not None:
+                    charge.upstream_us = round(1_000_000 * fetched.upstream_s)
+                settled = await self._ledger.settle(admitted, charge)
         trace.record_admission(settled)
-        if isinstance(settled, Denied) and price is not None:
+        if isinstance(settled, Denied) and charge.credits_micro is not None:
             return settled.problem
         return result
 
@@ -266,6 +276,25 @@ def _charge(outcome: Outcome, canonical_request: CanonicalRequest, price: Price 
     if price is None:
         return Charge(outcome)
     return Charge(outcome, micro_of(price.estimated), canonical_request.model)
+
+
+def _within_ceiling(answer: Answer | Problem, ceiling_micro: int | None) -> Answer | Problem:
+    """The answer, or the refusal of one whose price is above the request's ceiling.
+
+    Comparing micro-credits is exact: the ceiling is a whole number of them, and the price is rounded up.
+    """
+    if ceiling_micro is None or isinstance(answer, Problem) or answer.price is None:
+        return answer
+    estimated = answer.price.estimated
+    if micro_of(estimated) <= ceiling_micro:
+        return answer
+    ceiling = text_of(ceiling_micro)
+    detail = (
+        f"The estimate is {estimated.decode()} credits, and the request accepts at most {ceiling}: make the generation "
+        "cheaper, or raise Estimate-Proxy-Max-Credits."
+    )
+    members = {"estimated": orjson.Fragment(estimated), "ceiling": orjson.Fragment(ceiling)}
+    return Problem(Code.OVER_CEILING, detail, members=members)
 
 
 def _stored_answer(outcome: Outcome, stored: StoredPrice, balance: Balance) -> Answer:

@@ -25,6 +25,7 @@ class ClientRequest(Protocol):
 
     query: the raw query string.
     directives: from its `Cache-Control` header.
+    ceiling_micro: the highest price that it accepts for an estimate, in micro-credits; None if any.
     accept: its `Accept` header.
     deadline: when the answer must be complete, on the event loop's clock.
     """
@@ -32,6 +33,7 @@ class ClientRequest(Protocol):
     token: str | None
     query: bytes
     directives: Directives
+    ceiling_micro: int | None
     accept: str | None
     deadline: float
 

@@ -127,6 +127,7 @@ class IncomingRequest:
         headers: RequestHeaders = scope[SCOPE_HEADERS]
         self.token = headers.token
         self.directives = headers.directives
+        self.ceiling_micro = headers.ceiling_micro
         self.accept = headers.accept
         self.query: bytes = scope["query_string"]
         self.deadline = deadline

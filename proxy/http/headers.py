@@ -27,6 +27,7 @@ _USED_FIELDS = frozenset(
         b"content-encoding",
         b"content-length",
         b"content-type",
+        b"estimate-proxy-max-credits",
         b"origin",
         b"x-api-key",
         b"x-request-id",
@@ -36,6 +37,11 @@ _DEFAULT_TYPES_OF_CLIENTS = frozenset(
     ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "application/octet-stream")
 )
 """What HTTP clients send if the caller sets no content type: fetch, Ruby's Net::HTTP, Perl's LWP, urllib, curl -d."""
+
+_CEILING = re.compile(r"[0-9]+(\.[0-9]{1,6})?")
+
+_CEILING_DIGITS = 18
+"""Further digits are dropped: a number with so many is above any price anyway."""
 
 _NO_DIRECTIVES = Directives()
 
@@ -79,6 +85,20 @@ class RequestHeaders:
     def directives(self) -> Directives:
         value = self._fields.get(b"cache-control")
         return _NO_DIRECTIVES if value is None else parse_directives(value.decode("latin-1"))
+
+    @cached_property
+    def ceiling_micro(self) -> int | None:
+        """The highest price that the client accepts, in micro-credits (`Estimate-Proxy-Max-Credits`)."""
+        value = self._single(b"estimate-proxy-max-credits")
+        if value is None:
+            return None
+        if not _CEILING.fullmatch(value):
+            raise BadRequest(
+                Code.INVALID_REQUEST,
+                "Estimate-Proxy-Max-Credits must be a number of credits with at most 6 decimals, such as 20 or 2.5.",
+            )
+        whole, _, decimals = value.partition(".")
+        return int(whole.lstrip("0")[:_CEILING_DIGITS] + decimals.ljust(6, "0"))
 
     @cached_property
     def accept(self) -> str | None:

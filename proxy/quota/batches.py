@@ -20,7 +20,7 @@ from time import time_ns
 from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
-from proxy.problems import NO_NAME, Problem, StoreOutcomeUnknown, StoreUnavailable
+from proxy.problems import NO_NAME, Outcome, Problem, StoreOutcomeUnknown, StoreUnavailable
 from proxy.quota.backlog import FlushBatch
 from proxy.quota.counters import CounterSet, LedgerKeys, org_counters, team_counters
 from proxy.quota.ledger_script import (
@@ -231,7 +231,7 @@ class LedgerBatcher:
         if verdict.admitted < len(futures):
             denied = Denied(self._problem(verdict, state, entry), state)
         if verdict.admitted and entry.operation in _PRICED:
-            self.record_booked(entry.charge, admitted, verdict.admitted)
+            self.record_booked(entry.charge.booked, admitted, verdict.admitted)
         for number, future in enumerate(futures):
             if not future.done():  # a cancelled request no longer waits
                 future.set_result(admitted if number < verdict.admitted or denied is None else denied)
@@ -243,7 +243,8 @@ class LedgerBatcher:
             verdict.violated(state.limits.quotas),
             entry.charge.credits_micro,
             self._zone,
-            shows_price=entry.operation != "peek",  # `explain` does not show a refused team the price
+            # `explain` does not show a refused team the price, and a ceiling must not help it to find the price
+            shows_price=entry.operation != "peek" and entry.charge.outcome is not Outcome.OVER_CEILING,
         )
 
     def _fail(self, entries: Sequence[BatchEntry], error: StoreUnavailable) -> None:

@@ -20,7 +20,7 @@ from proxy.quota.batches import Admitted, Denied, LedgerBatcher
 from proxy.quota.counters import CounterSet
 from proxy.quota.ledger_script import MAX_BATCH_ENTRIES, Operation
 from proxy.quota.model_names import OTHER
-from proxy.quota.quotas import Charge, QuotaState, TeamLimits
+from proxy.quota.quotas import Charge, TeamLimits
 from proxy.telemetry.metrics import Metrics
 
 MAX_BACKLOG_ROWS = 10_000
@@ -73,6 +73,13 @@ class Ledger:
         """Records an estimate that is neither answered nor sent upstream. It uses one request of the rate."""
         return self._decide("record_uncached", limits, Charge(outcome))
 
+    def refuse_over_ceiling(self, limits: TeamLimits, charge: Charge) -> Admission:
+        """Records a stored answer over its request's ceiling. Denied if the rate or a quota would refuse it anyway.
+
+        Uses one request of the rate, and debits no quota.
+        """
+        return self._decide("over_ceiling", limits, charge)
+
     async def peek(self, limits: TeamLimits, credits_micro: int | None) -> Admitted | Denied:
         """The decision that an estimate of this price would get. Uses one request of the rate, and debits nothing.
 
@@ -84,9 +91,12 @@ class Ledger:
         """Books the result of an admitted request. Denied if its price exceeds a quota."""
         return await self._shielded(self._settle(admitted, charge))
 
-    async def refund(self, admitted: Admitted, outcome: Outcome) -> QuotaState | None:
-        """Takes back an admission whose request was not sent upstream. Returns the team's state, if known."""
-        return await self._shielded(self._refund(admitted, Charge(outcome)))
+    async def refund(self, admitted: Admitted, charge: Charge, problem: Problem) -> Denied:
+        """Takes back an admission whose request was not sent upstream, and refuses it with `problem`.
+
+        A quota that would refuse the charge's credits takes precedence.
+        """
+        return await self._shielded(self._refund(admitted, charge, problem))
 
     async def close(self, timeout_s: float) -> None:
         """Waits for settlements and flushes the backlog, within `timeout_s`."""
@@ -110,7 +120,7 @@ class Ledger:
             counters = self._batcher.counters(limits)
             if operation == "charge":
                 return self._admit_buffered(limits, counters, charge)
-            return _unbooked(limits, counters, charge) if self._may_buffer() else _UNAVAILABLE
+            return _unbooked(limits, counters, charge.booked) if self._may_buffer() else _UNAVAILABLE
 
     async def _settle(self, admitted: Admitted, charge: Charge) -> Admitted | Denied:
         limits, counters = admitted.limits, admitted.counters
@@ -130,23 +140,24 @@ class Ledger:
 
     def _admit_buffered(self, limits: TeamLimits, counters: CounterSet, charge: Charge) -> Admitted | Denied:
         """Admits an answer without the ledger, if its debit can be buffered."""
+        charge = charge.booked
         if not self._buffer(counters, charge):
             return _UNAVAILABLE
         admitted = _unbooked(limits, counters, charge)
         self._batcher.record_booked(charge, admitted)
         return admitted
 
-    async def _refund(self, admitted: Admitted, charge: Charge) -> QuotaState | None:
+    async def _refund(self, admitted: Admitted, charge: Charge, problem: Problem) -> Denied:
         if not admitted.booked:
-            return None
+            return Denied(problem)
         try:
             refunded = await self._batcher.decide("refund", admitted.limits, charge, admitted_on=admitted.counters)
         except StoreOutcomeUnknown:
-            return None
+            return Denied(problem)
         except StoreUnavailable:
             self._buffer(admitted.counters, _PENDING, requests=-1)
-            return None
-        return refunded.quota_state
+            return Denied(problem)
+        return refunded if isinstance(refunded, Denied) else Denied(problem, refunded.quota_state)
 
     async def _shielded(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Runs `work` to its end even if the caller is cancelled."""

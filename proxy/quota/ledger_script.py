@@ -23,7 +23,7 @@ MAX_ENTRY_MICRO = 45 * 10**12
 FLUSH_MARKER_TTL_S = 86_400
 """How long the ledger remembers a flush, so that a repetition books nothing."""
 
-Operation = Literal["charge", "admit", "settle", "refund", "peek", "record_uncached", "apply"]
+Operation = Literal["charge", "admit", "settle", "refund", "peek", "record_uncached", "over_ceiling", "apply"]
 
 _US = 1_000_000
 _MAX_TIME_S = 2**53 // _US

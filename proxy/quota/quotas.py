@@ -109,6 +109,11 @@ class Charge:
     model: str = NO_NAME
     upstream_us: int | None = None
 
+    @property
+    def booked(self) -> "Charge":
+        """The part that is booked: the credits of an estimate over its ceiling only decide whether a quota refuses."""
+        return Charge(self.outcome) if self.outcome is Outcome.OVER_CEILING else self
+
 
 @dataclass(slots=True, eq=False)
 class QuotaState:
@@ -186,12 +191,13 @@ class QuotaState:
         """The refusal by quotas: explains the first and names all.
 
         requested_micro: None if the price is unknown.
-        shows_price: whether the text has the price.
+        shows_price: whether text and members have the price.
         """
         quota = violated[0]
         counts_requests = quota.measure == "requests"
         used = self.used[self.limits.quotas.index(quota)]
         requested = 1 if counts_requests else requested_micro
+        hides_price = not (shows_price or counts_requests)
         resets_at = rfc3339(self.windows[quota.per].end_s, zone)
         members = {
             "quota": {
@@ -200,7 +206,7 @@ class QuotaState:
                 "per": quota.per,
                 "limit": quota.number(quota.limit),
                 "used": quota.number(used),
-                "requested": None if requested is None else quota.number(requested),
+                "requested": None if requested is None or hides_price else quota.number(requested),
                 "resets_at": resets_at,
             },
             "violated-policies": [quota.policy for quota in violated],

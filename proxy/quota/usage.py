@@ -34,12 +34,16 @@ _NOT_IN_LEDGER = {
     Outcome.STORE_UNAVAILABLE,
     Outcome.OVERLOADED,
 }
-OUTCOMES = tuple(outcome.value for outcome in Outcome if outcome not in _NOT_IN_LEDGER)
+_LATER = (Outcome.OVER_CEILING,)
+OUTCOMES = tuple(outcome.value for outcome in Outcome if outcome not in (*_NOT_IN_LEDGER, *_LATER))
 """The outcomes that the ledger books, in the order of columns."""
 
 SAVED_COLUMNS = ("upstream_calls_saved", "upstream_seconds_saved")
 
-_POSITIONS = {outcome: position for position, outcome in enumerate(OUTCOMES)}
+LATER_OUTCOMES = tuple(outcome.value for outcome in _LATER)
+"""The outcomes that were added since. Their columns come last, because scripts rely on the order."""
+
+_POSITIONS = {outcome.value: position for position, outcome in enumerate(Outcome)}
 _DAY = re.compile("[0-9]{4}-[0-9]{2}-[0-9]{2}")
 _QUALITY = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")  # RFC 9110 §12.4.2
 _CSV_RANGES = ("*/*", "text/*", "text/csv")
@@ -238,7 +242,6 @@ def cells_of(
 ) -> list[list[str]]:
     """Usage as rows of text, the header first. The columns depend on `by` and on the currency alone."""
     header = [*by, "requests", "refused", "estimated_credits", *OUTCOMES, "share_percent"]
-    saved = [[str(row.upstream_calls_saved), row.upstream_seconds_saved] for row in usage.rows]
     rows = [[*row.group, *amounts_of(row, OUTCOMES), share_of(row, usage)] for row in usage.rows]
     if "team" in by:
         header.append("team_name")
@@ -248,13 +251,19 @@ def cells_of(
         header.append(f"derived_cost_{currency.code}")
         for cells, row in zip(rows, usage.rows, strict=True):
             cells.append(currency.exact_text(row.credits_micro))
-    return [[*header, *SAVED_COLUMNS], *(cells + amounts for cells, amounts in zip(rows, saved, strict=True))]
+    header += (*SAVED_COLUMNS, *LATER_OUTCOMES)
+    for cells, row in zip(rows, usage.rows, strict=True):
+        cells += [str(row.upstream_calls_saved), row.upstream_seconds_saved, *counts_of(row, LATER_OUTCOMES)]
+    return [header, *rows]
 
 
 def amounts_of(row: UsageRow, outcomes: Sequence[str]) -> list[str]:
     """A row's requests, refused requests and credits, and the count of each of these outcomes."""
-    counts = (str(row.outcomes.get(outcome, 0)) for outcome in outcomes)
-    return [str(row.requests), str(row.refused), text_of(row.credits_micro), *counts]
+    return [str(row.requests), str(row.refused), text_of(row.credits_micro), *counts_of(row, outcomes)]
+
+
+def counts_of(row: UsageRow, outcomes: Sequence[str]) -> list[str]:
+    return [str(row.outcomes.get(outcome, 0)) for outcome in outcomes]
 
 
 def _row(group: tuple[str, ...], sums: Mapping[tuple[str, str], int]) -> UsageRow:

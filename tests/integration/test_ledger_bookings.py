@@ -8,6 +8,7 @@ import pytest
 import redis
 
 from ledger_fixture import (
+    BUSY,
     CREDIT,
     DEAREST,
     FAILED,
@@ -101,9 +102,10 @@ def test_an_unanswered_request_uses_no_quota(any_store_url: str, server: redis.R
 
     async def scenario(fixture: LedgerFixture) -> None:
         for _ in range(3):
-            quota_state = await fixture.ledger.refund(await fixture.admitted(limited), Outcome.UPSTREAM_BUSY)
-            assert quota_state is not None
-            assert quota_state.used == (0, 0)
+            refunded = await fixture.ledger.refund(await fixture.admitted(limited), *BUSY)
+            assert word(refunded) == "upstream-busy"
+            assert refunded.quota_state is not None
+            assert refunded.quota_state.used == (0, 0)
             assert isinstance(await fixture.ledger.record_uncached(limited, Outcome.NOT_CACHED), Admitted)
             assert isinstance(await fixture.ledger.peek(limited, 7), Admitted)
 

@@ -9,6 +9,7 @@ import redis
 
 from faulty_proxy import HEALTHY, Conditions, FaultyProxy
 from ledger_fixture import (
+    BUSY,
     CREDIT,
     DAY_S,
     DEAREST,
@@ -52,8 +53,8 @@ def test_requests_admitted_in_an_outage_are_booked_once_after_it(store_proxy: Fa
         assert word(await fixture.ledger.settle(settled, MISS)) == "admitted"
         assert word(await fixture.ledger.settle(failed, FAILED)) == "admitted"
         assert word(await fixture.ledger.settle(cancelled, Charge(Outcome.CANCELLED))) == "admitted"
-        assert await fixture.ledger.refund(refunded, Outcome.UPSTREAM_BUSY) is None
-        assert await fixture.ledger.refund(await fixture.admitted(), Outcome.UPSTREAM_BUSY) is None
+        assert (await fixture.ledger.refund(refunded, *BUSY)).quota_state is None
+        assert (await fixture.ledger.refund(await fixture.admitted(), *BUSY)).quota_state is None
         assert fixture.metric("buffered_debits") == 5
         assert rows(server) == {"-:cancelled:requests": 4}
         store_proxy.set_conditions(HEALTHY)
@@ -193,7 +194,7 @@ def test_a_full_backlog_refuses(store_proxy: FaultyProxy, server: redis.Redis, m
         ):
             assert word(await asked) == "store-unavailable"
         assert word(await fixture.ledger.settle(seen, MISS)) == "store-unavailable"
-        assert await fixture.ledger.refund(other_seen, Outcome.UPSTREAM_BUSY) is None
+        assert (await fixture.ledger.refund(other_seen, *BUSY)).quota_state is None
         assert word(await fixture.ledger.charge(PLAIN, HIT)) == "admitted", "it is added to an existing sum"
         assert fixture.metric("buffered_debits") == 3
         store_proxy.set_conditions(HEALTHY)
@@ -249,7 +250,7 @@ def test_a_settlement_outlives_its_request(store_proxy: FaultyProxy, server: red
         store_proxy.set_conditions(Conditions(latency_s=0.05))
         tasks = [
             asyncio.ensure_future(fixture.ledger.settle(admitted, MISS)),
-            asyncio.ensure_future(fixture.ledger.refund(refunded, Outcome.UPSTREAM_BUSY)),
+            asyncio.ensure_future(fixture.ledger.refund(refunded, *BUSY)),
         ]
         await asyncio.sleep(0)
         for task in tasks:

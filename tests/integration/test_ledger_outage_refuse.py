@@ -12,7 +12,7 @@ import redis
 
 from faulty_proxy import HEALTHY, Conditions, FaultyProxy
 from lateness import assert_in_time
-from ledger_fixture import CREDIT, HIT, MISS, PLAIN, LedgerFixture, calls, cut, rows, run_scenario, used, word
+from ledger_fixture import BUSY, CREDIT, HIT, MISS, PLAIN, LedgerFixture, calls, cut, rows, run_scenario, used, word
 from proxy.problems import Outcome, StoreUnavailable
 from proxy.quota.ledger import Admitted, Denied
 from proxy.store.client import TICK_S, TIMEOUT_S
@@ -120,7 +120,7 @@ def test_a_debit_without_a_reply_is_refused_counted_and_not_repeated(
         assert fixture.metric("buffered_debits") == 0
         store_proxy.set_conditions(HEALTHY)
         await fixture.until_back()
-        assert await fixture.ledger.refund(await fixture.admitted(), Outcome.UPSTREAM_BUSY) is not None
+        assert (await fixture.ledger.refund(await fixture.admitted(), *BUSY)).quota_state is not None
         assert calls(server) - before == 6
 
     run_scenario(store_proxy.url, scenario, admits=admits)
@@ -136,14 +136,14 @@ def test_a_connection_closed_during_a_debit_counts_as_a_lost_reply(
         admitted = await fixture.admitted()
         before = calls(server)
         store_proxy.set_conditions(Conditions(latency_s=60))
-        refunded = asyncio.ensure_future(fixture.ledger.refund(admitted, Outcome.UPSTREAM_BUSY))
+        refunded = asyncio.ensure_future(fixture.ledger.refund(admitted, *BUSY))
         await asyncio.sleep(0)  # it has its own task, and is sent with the next calls
         charged, left = (asyncio.ensure_future(fixture.ledger.charge(PLAIN, HIT)) for _ in range(2))
         await fixture.until(lambda: calls(server) == before + 1)
         left.cancel()
         await asyncio.to_thread(store_proxy.reset_connections)
         assert word(await charged) == "store-unavailable"
-        assert await refunded is None
+        assert (await refunded).quota_state is None
         assert fixture.metric("unanswered_debits_total") == 2, "cancelled requests count too, refunds do not"
         store_proxy.set_conditions(HEALTHY)
         await fixture.until_back()

@@ -76,9 +76,9 @@ class TestContract:
 
     def test_outcomes_equal_the_contracts(self) -> None:
         named = """
-            hit stale miss collapsed bypass unpriced upstream-rejected rate-limited quota-exceeded unauthenticated
-            team-disabled invalid upstream-error upstream-refused upstream-busy upstream-timeout store-unavailable
-            overloaded not-cached cancelled internal-error
+            hit stale miss collapsed bypass unpriced upstream-rejected rate-limited quota-exceeded over-ceiling
+            unauthenticated team-disabled invalid upstream-error upstream-refused upstream-busy upstream-timeout
+            store-unavailable overloaded not-cached cancelled internal-error
         """
         assert sorted(Outcome) == sorted(named.split())
 

@@ -104,6 +104,7 @@ CASES: dict[Outcome, Case] = {
         GatewayFixture.ask, before=GatewayFixture.ask, sections={"teams": limited(rate={"per_s": 0.001, "burst": 1})}
     ),
     Outcome.QUOTA_EXCEEDED: Case(GatewayFixture.ask, sections={"teams": limited(quota(0))}),
+    Outcome.OVER_CEILING: Case(lambda gateway: gateway.ask(estimate_proxy_max_credits="1")),
     Outcome.TEAM_DISABLED: Case(lambda gateway: gateway.ask(x_api_key=RETIRED), team="retired"),
     Outcome.INVALID: Case(lambda gateway: gateway.ask("{}")),
     Outcome.UPSTREAM_ERROR: Case(_scripted(Fault.SERVER_ERROR)),

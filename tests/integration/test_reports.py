@@ -10,6 +10,7 @@ from zoneinfo import ZoneInfo
 import pytest
 import redis
 
+from ledger_fixture import BUSY
 from proxy.problems import Outcome, StoreUnavailable
 from proxy.quota import reports as module
 from proxy.quota.batches import LedgerBatcher
@@ -290,7 +291,7 @@ def test_reports_equal_the_ledgers_bookings(any_store_url: str, server: redis.Re
         assert isinstance(failed, Admitted)
         assert (await reports.usage(_today("day"))).total.outcomes == {"hit": 3, "cancelled": 2}, "in flight"
         settled = await ledger.settle(asked, Charge(Outcome.MISS, 1, "Turbo"))
-        await ledger.refund(failed, Outcome.UPSTREAM_BUSY)
+        await ledger.refund(failed, *BUSY)
         assert isinstance(await ledger.charge(design, Charge(Outcome.HIT, 1, "Flux")), Admitted)
         assert isinstance(await ledger.charge(design, Charge(Outcome.HIT, 1, "Flux")), Denied)
 

@@ -88,6 +88,11 @@ class Cost:
     micro: int | None = None
     model: str = "-"
 
+    @property
+    def booked(self) -> "Cost":
+        """Nobody pays for an estimate over its ceiling."""
+        return Cost(self.outcome) if self.outcome == "over-ceiling" else self
+
 
 @dataclass(eq=False)
 class Entry:
@@ -163,11 +168,21 @@ class ModelLedger:
         self.entries.remove(entry)
         if cost.micro is not None and (violated := self._violated(policy, 1, cost.micro, begins=False)):
             return self._refuse(policy, self._exceeded(policy, violated))
-        return self.ok_verdict(policy, self.book(Entry(policy.team, self.now_us, policy.counted), cost))
+        return self.ok_verdict(policy, self.book(Entry(policy.team, self.now_us, policy.counted), cost.booked))
 
-    def refund(self, policy: TeamPolicy, entry: Entry, outcome: str) -> Verdict:
+    def refund(self, policy: TeamPolicy, entry: Entry, cost: Cost) -> Verdict:
         self.entries.remove(entry)
-        self._record_refusal(policy.team, outcome)
+        if cost.micro is not None and (violated := self._violated(policy, 1, cost.micro, begins=False)):
+            return self._refuse(policy, self._exceeded(policy, violated))
+        return self._refuse(policy, replace(self.ok_verdict(policy), code=cost.outcome))
+
+    def over_ceiling(self, policy: TeamPolicy, micro: int) -> Verdict:
+        if not self._conforms(policy):
+            return self._refuse(policy, self._too_often(policy))
+        if violated := self._violated(policy, 1, micro, begins=True):
+            return self._refuse(policy, self._exceeded(policy, violated))
+        self._pour(policy)
+        self._record_refusal(policy.team, "over-ceiling")
         return self.ok_verdict(policy)
 
     def peek(self, policy: TeamPolicy, micro: int | None) -> Verdict:
@@ -333,5 +348,5 @@ class Process:
                 self.model_ledger.entries.remove(admission.entry)
             if cost is not None:
                 entry = Entry(admission.policy.team, admission.at_us, admission.policy.counted)
-                self.model_ledger.book(entry, cost)
+                self.model_ledger.book(entry, cost.booked)
         self._buffered.clear()

@@ -120,7 +120,8 @@ ANY_TEAM = st.sampled_from(TEAMS)
 _AMOUNTS = st.sampled_from([0, 1, 2, 999_999, MILLION, HUGE - 1, HUGE]) | st.integers(0, 5 * MILLION)
 _PRICED = st.builds(Cost, st.sampled_from(["hit", "miss"]), _AMOUNTS, st.sampled_from(MODELS))
 _FAILED = st.builds(Cost, st.sampled_from(["upstream-error", "unpriced", "cancelled"]), st.none(), st.just("Flux"))
-COSTS = st.one_of(_PRICED, _PRICED, _PRICED, _FAILED)
+_OVER = st.builds(Cost, st.just("over-ceiling"), _AMOUNTS, st.sampled_from(MODELS))
+COSTS = st.one_of(_PRICED, _PRICED, _PRICED, _FAILED, _OVER)
 MANY_COSTS = st.lists(COSTS, min_size=4, max_size=8)
 _KINDS = (
     "charge",
@@ -140,6 +141,7 @@ OPERATIONS = st.lists(
     st.one_of(
         *[st.builds(Operation, st.sampled_from(_KINDS), ANY_TEAM, _PRICED, PICKS)] * 5,
         st.builds(Operation, st.just("settle"), ANY_TEAM, _FAILED, PICKS),
+        st.builds(Operation, st.sampled_from(["settle", "refund", "over_ceiling"]), ANY_TEAM, _OVER, PICKS),
     ),
     min_size=1,
     max_size=8,
@@ -157,14 +159,9 @@ def check(verdict: Verdict | None, answer: Answer) -> None:
     assert verdicts_match(verdict_of(answer), verdict), f"{verdict_of(answer)} is not {verdict}"
 
 
-def check_shown(verdict: Verdict | None, answer: Answer) -> None:
-    assert verdict is not None
-    assert isinstance(answer, QuotaState)
-    assert verdicts_match(state_of(answer), verdict), f"{state_of(answer)} is not {verdict}"
-
-
-def check_nothing(_: Verdict | None, answer: Answer) -> None:
-    assert answer is None
+def check_unbooked(_: Verdict | None, answer: Answer) -> None:
+    assert isinstance(answer, Denied)
+    assert answer.quota_state is None
 
 
 def entry_of(admission: Admission) -> Entry:

@@ -43,8 +43,7 @@ from ledger_operations import (
     Operation,
     charge_of,
     check,
-    check_nothing,
-    check_shown,
+    check_unbooked,
     counters_of,
     entry_of,
     lasting,
@@ -52,7 +51,7 @@ from ledger_operations import (
     state_of,
     with_state_of,
 )
-from proxy.problems import Outcome
+from proxy.problems import Code, Outcome, Problem
 from proxy.quota.ledger import Admitted
 from proxy.quota.ledger_script import MAX_BATCH_ENTRIES, MAX_ENTRY_MICRO
 from proxy.quota.quotas import TeamLimits
@@ -282,7 +281,7 @@ class LedgerMachine(RuleBasedStateMachine):
         return [self._after_batch(expected[number]) for number in range(len(operations))]
 
     def _after_batch(self, one: Expected) -> Expected:
-        if one.verdict is None or one.policy is None or one.verdict.code != "ok":
+        if one.verdict is None or one.policy is None or one.verdict.code in ("rate-limited", "quota-exceeded"):
             return one
         if not all(limit.refuses for limit in one.policy.limits):
             return one
@@ -298,7 +297,7 @@ class LedgerMachine(RuleBasedStateMachine):
         groups: list[list[int]] = []
         open_groups: dict[object, list[int]] = {}
         for number, operation in enumerate(operations):
-            mergeable = to_settle[number] is None and operation.kind not in ("peek", "record_uncached")
+            mergeable = to_settle[number] is None and operation.kind not in ("peek", "record_uncached", "over_ceiling")
             mergeable = mergeable and all(one.refuses for one in self._policies[operation.team][0].limits)
             cost = operation.cost if operation.kind == "charge" else None  # all others are admissions
             kind = (operation.team, cost) if mergeable else number
@@ -341,6 +340,11 @@ class LedgerMachine(RuleBasedStateMachine):
                     check,
                     policy,
                 )
+            case "over_ceiling":
+                assert cost.micro is not None
+                coroutine = ledger.refuse_over_ceiling(team_limits, charge_of(cost))
+                verdict = self._model_ledger.over_ceiling(policy, cost.micro)
+                return Expected(one_iteration_later(coroutine), verdict, check, policy)
             case "record_uncached":
                 verdict = self._model_ledger.record_uncached(policy, "not-cached")
                 return Expected(
@@ -372,6 +376,9 @@ class LedgerMachine(RuleBasedStateMachine):
             case "record_uncached":
                 coroutine = ledger.record_uncached(team_limits, Outcome.NOT_CACHED)
                 return Expected(one_iteration_later(coroutine), None, partial(self._check_buffered, Cost("not-cached")))
+            case "over_ceiling":
+                coroutine = ledger.refuse_over_ceiling(team_limits, charge_of(operation.cost))
+                return Expected(one_iteration_later(coroutine), None, partial(self._check_buffered, operation.cost))
             case _:
                 check = partial(self._check_buffered, Cost("cancelled"), waiting=(where, admission))
                 return Expected(one_iteration_later(ledger.admit(team_limits)), None, check)
@@ -381,16 +388,13 @@ class LedgerMachine(RuleBasedStateMachine):
     ) -> Expected:
         process, ledger = self._processes[where], self._harness.gateways[where].ledger
         if operation.kind == "refund":
-            coroutine = ledger.refund(admitted, Outcome.UPSTREAM_BUSY)
+            cost = operation.cost if operation.cost.outcome == "over-ceiling" else Cost("upstream-busy")
+            refund = ledger.refund(admitted, charge_of(cost), Problem(Code(cost.outcome), "", other_status=200))
             if process.ledger_down:
                 process.buffer(admission, None)
-                return Expected(coroutine, None, check_nothing)
-            return Expected(
-                coroutine,
-                self._model_ledger.refund(admission.policy, entry_of(admission), "upstream-busy"),
-                check_shown,
-                admission.policy,
-            )
+                return Expected(refund, None, check_unbooked)
+            verdict = self._model_ledger.refund(admission.policy, entry_of(admission), cost)
+            return Expected(refund, verdict, check, admission.policy)
         settled = ledger.settle(admitted, charge_of(operation.cost))
         if process.ledger_down:
             process.buffer(admission, operation.cost)
@@ -421,7 +425,7 @@ class LedgerMachine(RuleBasedStateMachine):
     ) -> None:
         assert isinstance(answer, Admitted)
         assert (answer.quota_state, answer.booked) == (None, False)
-        assert answer.model == ("-" if cost.micro is None else "other")
+        assert answer.model == ("-" if cost.booked.micro is None else "other")
         if waiting is not None:
             where, admission = waiting
             self._waiting[where].append((admission, answer))

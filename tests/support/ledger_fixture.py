@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from faulty_proxy import FaultyProxy
-from proxy.problems import Outcome, StoreUnavailable
+from proxy.problems import Code, Outcome, Problem, StoreUnavailable
 from proxy.quota.backlog import BufferedDebit, FlushBatch
 from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import BASE_PERIODS, CounterSet, LedgerKeys
@@ -34,6 +34,9 @@ DEAREST = 10**12
 HIT = Charge(Outcome.HIT, 4 * CREDIT, "Flux")
 MISS = Charge(Outcome.MISS, 4 * CREDIT, "Flux")
 FAILED = Charge(Outcome.UPSTREAM_ERROR)
+BUSY = Charge(Outcome.UPSTREAM_BUSY), Problem(Code.UPSTREAM_BUSY, "RenderNet is busy: try again later.")
+"""What a request is refunded with that was not sent upstream."""
+
 COOLDOWN_S = 0.02
 """The store client's cool-down after a failure, shortened for tests."""
 

@@ -26,6 +26,7 @@ DOCUMENTED = {
     "unsupported-media-type": (415, "invalid"),
     "rate-limited": (429, "rate-limited"),
     "quota-exceeded": (402, "quota-exceeded"),
+    "over-ceiling": (402, "over-ceiling"),
     "internal-error": (500, "internal-error"),
     "upstream-error": (502, "upstream-error"),
     "upstream-refused": (502, "upstream-refused"),

@@ -23,10 +23,14 @@
 --   charge           stored answers of one price: rate, requests and credits
 --   admit            requests to upstream: rate and requests; refused if no credits are left
 --   settle           the result of an admitted request, in the windows of now: books request and credits, or refuses it
---                    and undoes the request's booking; in any case books its time at upstream
---   refund           an admitted request that was not sent upstream: undoes its booking
+--                    and undoes the request's booking; with the outcome 'over-ceiling', only the request is booked; in any
+--                    case books its time at upstream
+--   refund           an admitted request that was not sent upstream: undoes its booking, and books a refusal; by a quota
+--                    if the credits of the refused answer would exceed it
 --   peek             uses one request of the rate and checks the quotas
 --   record_uncached  uses one request of the rate, for an estimate that the client did not want from upstream
+--   over_ceiling     a stored answer over its request's ceiling: uses one request of the rate, and books a refusal;
+--                    refused if the answer would exceed a quota
 --   apply            books requests that were admitted without the ledger, and the sums of their credits and of their
 --                    time at upstream, unchecked
 -- `charge` and `admit` take several equal requests: the first ones are admitted, as many as rate and quotas allow, and
@@ -360,14 +364,15 @@ function operations.settle(set, entry)
     record_refused(set, 'quota-exceeded', 1)
     return verdict, 0
   end
-  book(set, entry, 1, entry.credits)
+  book(set, entry, 1, entry.outcome ~= 'over-ceiling' and entry.credits or nil)
   return verdict, 1
 end
 
 function operations.refund(set, entry)
   book_pending(entry.admitted_on, -1)
-  record_refused(set, entry.outcome, 1)
-  return 'ok', 1
+  local verdict = entry.credits and violated(set, 1, entry.credits, false) or 'ok'
+  record_refused(set, verdict == 'ok' and entry.outcome or 'quota-exceeded', 1)
+  return verdict, verdict == 'ok' and 1 or 0
 end
 
 function operations.peek(set, entry)
@@ -387,6 +392,15 @@ function operations.record_uncached(set, entry)
   advance_tat(set, 1)
   record_refused(set, entry.outcome, 1)
   return 'ok', 1
+end
+
+function operations.over_ceiling(set, entry)
+  local admitted = not is_rate_limited(set) and violated(set, 1, entry.credits, true) == 'ok' and 1 or 0
+  if admitted == 1 then
+    advance_tat(set, 1)
+    record_refused(set, entry.outcome, 1)
+  end
+  return verdict_of(set, entry, admitted, entry.credits)
 end
 
 function operations.apply(set, entry)

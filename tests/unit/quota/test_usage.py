@@ -22,6 +22,7 @@ from proxy.quota.csv_text import FORMULA_CHARACTERS
 from proxy.quota.savings import UpstreamTime
 from proxy.quota.usage import (
     GROUPS,
+    LATER_OUTCOMES,
     OUTCOMES,
     SAVED_COLUMNS,
     Group,
@@ -49,7 +50,9 @@ MODELS = st.one_of(
     st.sampled_from(["-", "mixed", "other", "Flux", "-1-1", "- x"]),
     st.text("ABCz09 ._-", min_size=1, max_size=64),
 )
-FIELDS = st.tuples(MODELS, st.sampled_from(OUTCOMES), st.sampled_from(["requests", "refused", "credits"]))
+FIELDS = st.tuples(
+    MODELS, st.sampled_from([*OUTCOMES, *LATER_OUTCOMES]), st.sampled_from(["requests", "refused", "credits"])
+)
 AMOUNTS = st.one_of(st.integers(0, 3), st.integers(0, 2**62))
 TEAM_DAYS = st.builds(
     TeamDay,
@@ -343,7 +346,7 @@ def test_time_of_days_without_a_mean_is_unknown_and_not_0() -> None:
     rows = orjson.loads(json_of(usage, read(), "UTC"))["rows"]
     assert [(row["upstream_calls_saved"], row["upstream_seconds_saved"]) for row in rows] == [(5, None), (1, 0.25)]
     _, *written = cells(csv_of(usage, ("day",)))
-    assert [row[-2:] for row in written] == [["5", ""], ["1", "0.25"]]
+    assert [row[-3:-1] for row in written] == [["5", ""], ["1", "0.25"]]
 
 
 def test_sums_by_team() -> None:
@@ -507,12 +510,10 @@ def _exact(document: bytes) -> Any:
 def test_the_csv_document() -> None:
     text = csv_of(aggregate(some_days(), ("day", "model")), ("day", "model")).decode()
     header, first, second, third, end = text.split("\r\n")
-    assert (
-        header
-        == f"day,model,requests,refused,estimated_credits,{','.join(OUTCOMES)},share_percent,{','.join(SAVED_COLUMNS)}"
-    )
-    assert first == "2026-11-01,-,0,1,0,0,0,0,0,0,0,0,1,0,0,0,0,0,0,0,0,0,0,0"
-    assert second == "2026-11-01,Flux,11,0,40.500001,9,0,2,0,0,0,0,0,0,0,0,0,0,0,0,0,100,9,"
+    later = ",".join((*SAVED_COLUMNS, *LATER_OUTCOMES))
+    assert header == f"day,model,requests,refused,estimated_credits,{','.join(OUTCOMES)},share_percent,{later}"
+    assert first == "2026-11-01,-,0,1,0,0,0,0,0,0,0,0,1,0,0,0,0,0,0,0,0,0,0,0,0"
+    assert second == "2026-11-01,Flux,11,0,40.500001,9,0,2,0,0,0,0,0,0,0,0,0,0,0,0,0,100,9,,0"
     assert third.startswith("2026-11-02,-,1,4,0,")
     assert end == "", "each line ends, and no total would be added up with the rest"
 
@@ -520,7 +521,10 @@ def test_the_csv_document() -> None:
 def test_the_columns_do_not_depend_on_the_content() -> None:
     assert csv_of(aggregate([], ("team",)), ("team",)).decode().count("\r\n") == 1
     assert cells_of(aggregate([], ("team",)), ("team",)) == [
-        ["team", "requests", "refused", "estimated_credits", *OUTCOMES, "share_percent", "team_name", *SAVED_COLUMNS]
+        [
+            *("team", "requests", "refused", "estimated_credits"),
+            *(*OUTCOMES, "share_percent", "team_name", *SAVED_COLUMNS, *LATER_OUTCOMES),
+        ]
     ]
     assert list(OUTCOMES) == [
         *("hit", "stale", "miss", "collapsed", "bypass", "unpriced", "upstream-rejected"),
@@ -530,7 +534,7 @@ def test_the_columns_do_not_depend_on_the_content() -> None:
 
 
 def test_every_outcome_is_a_column_or_never_reaches_the_ledger() -> None:
-    assert set(Outcome) - set(OUTCOMES) == {
+    assert set(Outcome) - {*OUTCOMES, *LATER_OUTCOMES} == {
         *("unauthenticated", "team-disabled", "invalid", "store-unavailable", "overloaded")
     }
 
@@ -549,7 +553,7 @@ def test_csv_reads_back_as_the_same_numbers(team_days: list[TeamDay], by: tuple[
         named = dict(zip(header, written, strict=True))
         assert (int(named["requests"]), int(named["refused"])) == (row.requests, row.refused)
         assert Fraction(named["estimated_credits"]) * 10**6 == row.credits_micro
-        assert {name: int(named[name]) for name in OUTCOMES if int(named[name])} == {
+        assert {name: int(named[name]) for name in (*OUTCOMES, *LATER_OUTCOMES) if int(named[name])} == {
             name: count for name, count in row.outcomes.items() if count
         }
 
