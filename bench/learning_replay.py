@@ -56,7 +56,7 @@ class ReplayStore:
 
     def head(self, _account: str, scope: str) -> dict[str, Any]:
         """The head of a scope, past all memories."""
-        found: dict[str, Any] = orjson.loads(self._client.hget(scope, "head"))
+        found: dict[str, Any] = orjson.loads(self._client.hget(scope, "head") or b"{}")
         return found
 
 
@@ -152,7 +152,7 @@ class _Replay:
         return learner
 
     async def run(self) -> Result:
-        for self._number in range(self._plan.questions):
+        for self._number in range(self._plan.questions):  # noqa: B020 -- an attribute, read by the events
             self._clock.now += self._chance.expovariate(self._plan.per_s)
             await self._run_events(self._clock.now)
             await self._ask()

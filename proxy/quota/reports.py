@@ -81,7 +81,7 @@ class LedgerReader:
 
     async def usage(self, query: UsageQuery, directory: TeamDirectory = NO_NAMES) -> Usage:
         """The usage of the query's team, or of all teams that ever had any. An earlier id counts as the current one."""
-        totals = UsageTotals(query.by, await self.upstream_means(query.first, query.last))
+        totals = UsageTotals(query.by, await self.upstream_means(query.first, query.last), query.model)
         current = directory.current
         wanted = None if query.team is None else current.get(query.team, query.team)
         teams = await self.teams() if wanted is None else directory.ids_of(wanted)

@@ -52,7 +52,7 @@ _JSON_RANGES = ("*/*", "application/*", "application/json")
 
 @dataclass(frozen=True, slots=True)
 class UsageQuery:
-    """The days from `first` to `last`, both included. `team`: None for all teams."""
+    """The days from `first` to `last`, both included. `team`, `model`: None for all of them."""
 
     first: date
     last: date
@@ -60,6 +60,7 @@ class UsageQuery:
     team: str | None
     csv: bool
     dialect: Dialect = "rfc4180"
+    model: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,25 +130,31 @@ class Usage:
 class UsageTotals:
     """Adds up days of teams one by one, so that a report never holds all of them in memory.
 
-    means: the mean time at upstream of each day that has one.
+    means: the mean time at upstream of each day that has one. model: only this one.
     """
 
-    def __init__(self, by: Sequence[Group], means: Mapping[date, UpstreamTime]) -> None:
+    def __init__(self, by: Sequence[Group], means: Mapping[date, UpstreamTime], model: str | None = None) -> None:
         self._by = by
         self._means = means
+        self._model = model
         self._sums: defaultdict[tuple[str, ...], Counter[tuple[str, str]]] = defaultdict(Counter)
 
     def add(self, team_day: TeamDay) -> None:
         day = team_day.day
         monday = day - timedelta(days=day.weekday())
         names = {"day": str(day), "week": str(monday), "month": f"{day:%Y-%m}", "team": team_day.team}
+        by_model: dict[str, Counter[tuple[str, str]]] = {}
         for name, amount in team_day.fields.items():
-            if amount != b"0":
-                names["model"], outcome, measure = split_usage_field(name)
-                sums = self._sums[tuple(names[group] for group in self._by)]
-                sums[outcome, measure] += int(amount)
-                if outcome in SAVES_TIME and measure == "requests":
-                    self._add_saved(sums, outcome, int(amount), day)
+            model, outcome, measure = split_usage_field(name)
+            if amount == b"0" or self._model not in (None, model):
+                continue
+            if model not in by_model:
+                names["model"] = model
+                by_model[model] = self._sums[tuple(names[group] for group in self._by)]
+            sums = by_model[model]
+            sums[outcome, measure] += int(amount)
+            if outcome in SAVES_TIME and measure == "requests":
+                self._add_saved(sums, outcome, int(amount), day)
 
     def _add_saved(self, sums: Counter[tuple[str, str]], outcome: str, answers: int, day: date) -> None:
         mean = self._means.get(day)
@@ -166,7 +173,7 @@ class UsageTotals:
 
 def read_usage_query(raw_query: bytes, accept: str | None, *, today: date) -> UsageQuery:
     """Reads a query string. The default is the month of the last day so far, by day. Raises `BadRequest`."""
-    given = read_parameters(raw_query, ("from", "to", "by", "team", "format", "dialect"))
+    given = read_parameters(raw_query, ("from", "to", "by", "team", "model", "format", "dialect"))
     last = _day("to", given["to"]) if "to" in given else today
     first = _day("from", given["from"]) if "from" in given else min(last, today).replace(day=1)
     if first > last:
@@ -174,7 +181,8 @@ def read_usage_query(raw_query: bytes, accept: str | None, *, today: date) -> Us
     if (last - first).days >= USAGE_KEPT_DAYS:
         raise _bad(f"from must not be more than {USAGE_KEPT_DAYS} days before the end of to: usage is kept no longer.")
     groups, dialect = _groups(given.get("by", "day")), _dialect(given)
-    return UsageQuery(first, last, groups, given.get("team"), _wants_csv(given, accept), dialect)
+    csv = _wants_csv(given, accept)
+    return UsageQuery(first, last, groups, given.get("team"), csv, dialect, given.get("model"))
 
 
 def read_parameters(raw_query: bytes, names: Sequence[str]) -> dict[str, str]:

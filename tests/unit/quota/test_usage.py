@@ -76,9 +76,12 @@ def refusal(query: str | bytes) -> str:
 
 
 def aggregate(
-    team_days: list[TeamDay], by: tuple[Group, ...], means: Mapping[date, UpstreamTime] | None = None
+    team_days: list[TeamDay],
+    by: tuple[Group, ...],
+    means: Mapping[date, UpstreamTime] | None = None,
+    model: str | None = None,
 ) -> Usage:
-    totals = UsageTotals(by, means or {})
+    totals = UsageTotals(by, means or {}, model)
     for team_day in team_days:
         totals.add(team_day)
     return totals.usage()
@@ -92,8 +95,9 @@ def test_the_default_is_this_month_by_day() -> None:
 
 
 def test_all_parameters_together() -> None:
-    asked = read("from=2026-10-05&to=2026-10-07&by=model,team,day&team=design&format=csv")
-    assert asked == UsageQuery(date(2026, 10, 5), date(2026, 10, 7), ("model", "team", "day"), "design", csv=True)
+    asked = read("from=2026-10-05&to=2026-10-07&by=model,team,day&team=design&model=Flux&format=csv")
+    days = date(2026, 10, 5), date(2026, 10, 7)
+    assert asked == UsageQuery(*days, ("model", "team", "day"), "design", csv=True, model="Flux")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +148,7 @@ def test_groups_keep_their_order(order: tuple[Group, ...]) -> None:
 @pytest.mark.parametrize(
     ("query", "reason"),
     [
-        ("form=2026-11-01", "The parameter 'form' is unknown. Known parameters: from, to, by, team, format, dialect."),
+        ("form=2026-11-01", "The parameter 'form' is unknown. Known parameters: from, to, by, team, model, format, dialect."),
         ("token=ep_secret", "The parameter 'token'"),
         ("From=2026-11-01", "The parameter 'From'"),
         ("=x", "The parameter ''"),
@@ -578,3 +582,10 @@ def test_ordinary_names_and_a_single_dash_are_not_escaped() -> None:
     for model in ("-", "Flux", "Stable Diffusion 1.5", "a-b", "_x"):
         row = UsageRow((model,), 1, 0, {}, 0)
         assert cells(csv_of(Usage((row,), row), ("model",)))[1][0] == model
+
+
+@given(SOME_TEAM_DAYS, st.sampled_from(["Flux", "-", "never used"]))
+def test_one_model_is_the_rows_of_that_model(team_days: list[TeamDay], model: str) -> None:
+    everything, only = aggregate(team_days, ("model", "team")), aggregate(team_days, ("model", "team"), model=model)
+    assert only.rows == tuple(row for row in everything.rows if row.group[0] == model)
+    assert only.total.credits_micro == sum(row.credits_micro for row in only.rows)
