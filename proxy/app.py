@@ -33,9 +33,11 @@ from proxy.http.paths import (
     PURGE_PATH,
     QUOTA_PATH,
     READINESS_PATH,
+    TOKEN_PATH,
     USAGE_PATH,
 )
 from proxy.http.responses import probe_answer
+from proxy.http.token_endpoint import TokenEndpoint
 from proxy.http.usage_endpoints import UsageEndpoints
 from proxy.open_stores import book_of, open_book_store, open_ledger_store
 from proxy.quota.batches import LedgerBatcher
@@ -106,6 +108,7 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
     gateway = Gateway(live, ledger, book, fetcher, parser, _policy_of(settings))
     purges = PurgeHandler(live, book, parser)
     usage_endpoints = UsageEndpoints(live, ledger_reader, zone, settings.org.counted_currency)
+    token_endpoint = TokenEndpoint(live, book.accounts, zone)
     metrics_endpoint = MetricsEndpoint(live, metrics, batcher, ledger_reader, book)
     _preregister_warnings(metrics, live.config)
     metrics.in_flight = lambda: tracker.in_flight
@@ -136,6 +139,7 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
             Route(PURGE_PATH, endpoint("other", purges.purge), methods=["POST"]),
             Route(USAGE_PATH, endpoint("other", usage_endpoints.usage), methods=["GET"]),
             Route(QUOTA_PATH, endpoint("other", usage_endpoints.quota), methods=["GET"]),
+            Route(TOKEN_PATH, endpoint("other", token_endpoint.token), methods=["GET"]),
             Route(METRICS_PATH, endpoint("other", metrics_endpoint.metrics), methods=["GET"]),
             Route(LIVENESS_PATH, _healthz, methods=["GET"]),
             Route(READINESS_PATH, partial(_readyz, (ledger_store, book_store), upstream, tracker), methods=["GET"]),

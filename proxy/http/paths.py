@@ -6,15 +6,21 @@ from urllib.parse import quote, unquote
 
 from proxy.upstream.address import ESTIMATE_PATH
 
+PAGE_PATH = "/"
 EXPLAIN_PATH = "/v1/explain"
 PURGE_PATH = "/v1/cache/purge"
 USAGE_PATH = "/v1/usage"
 QUOTA_PATH = "/v1/quota"
+TOKEN_PATH = "/v1/token"  # noqa: S105 -- a path, not a secret
 METRICS_PATH = "/metrics"
 LIVENESS_PATH = "/healthz"
 READINESS_PATH = "/readyz"
 
-OWN_PATHS = (QUOTA_PATH, USAGE_PATH, EXPLAIN_PATH, PURGE_PATH, METRICS_PATH, LIVENESS_PATH, READINESS_PATH)
+OWN_PATHS = (
+    *(QUOTA_PATH, USAGE_PATH, TOKEN_PATH, EXPLAIN_PATH, PURGE_PATH),
+    *(METRICS_PATH, LIVENESS_PATH, READINESS_PATH),
+)
+"""Those of the API: a client that gets one of them slightly wrong is told so."""
 
 MAX_SHOWN_CHARACTERS = 200
 """Limits a path in log lines and problems: a request line may have up to 64 KiB."""
