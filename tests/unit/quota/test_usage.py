@@ -148,7 +148,10 @@ def test_groups_keep_their_order(order: tuple[Group, ...]) -> None:
 @pytest.mark.parametrize(
     ("query", "reason"),
     [
-        ("form=2026-11-01", "The parameter 'form' is unknown. Known parameters: from, to, by, team, model, format, dialect."),
+        (
+            "form=2026-11-01",
+            "The parameter 'form' is unknown. Known parameters: from, to, by, team, model, format, dialect.",
+        ),
         ("token=ep_secret", "The parameter 'token'"),
         ("From=2026-11-01", "The parameter 'From'"),
         ("=x", "The parameter ''"),
