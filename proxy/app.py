@@ -30,6 +30,7 @@ from proxy.http.paths import (
     EXPLAIN_PATH,
     LIVENESS_PATH,
     METRICS_PATH,
+    PRICE_CHANGES_PATH,
     PURGE_PATH,
     QUOTA_PATH,
     READINESS_PATH,
@@ -43,6 +44,7 @@ from proxy.open_stores import book_of, open_book_store, open_ledger_store
 from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.ledger import Ledger
+from proxy.quota.price_change_log import PriceChangeLog
 from proxy.quota.reports import LedgerReader
 from proxy.quota.saved_time import SavedTime
 from proxy.quota.token_uses import TokenUses
@@ -96,8 +98,9 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
     upstream = Upstream(settings.upstream, _api_keys(settings), metrics)
     book = book_of(settings, book_store, upstream.address)
     timeout_s = settings.server.request_timeout_s
-    fetcher = Fetcher(book, upstream, metrics, tracker, timeout_s=timeout_s)
     zone, keys = settings.org.zone, LedgerKeys(settings.org.id)
+    price_changes = PriceChangeLog(ledger_store, keys, zone)
+    fetcher = Fetcher(book, upstream, metrics, tracker, price_changes, timeout_s=timeout_s)
     token_uses = TokenUses(ledger_store, keys)
     live = ConfigHolder(runtime_config_of(settings, token_uses.record))
     batcher = LedgerBatcher(ledger_store, keys, zone, metrics)
@@ -124,6 +127,7 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
         for task in background:
             task.cancel()
         await gateway.finish(max(0.0, tracker.stop_deadline - monotonic()))
+        await price_changes.close(max(0.0, tracker.stop_deadline - monotonic()))
         await token_uses.flush()
         metrics.flush()
         await upstream.close()
@@ -138,6 +142,7 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
             Route(EXPLAIN_PATH, endpoint("other", gateway.explain), methods=["POST"]),
             Route(PURGE_PATH, endpoint("other", purges.purge), methods=["POST"]),
             Route(USAGE_PATH, endpoint("other", usage_endpoints.usage), methods=["GET"]),
+            Route(PRICE_CHANGES_PATH, endpoint("other", usage_endpoints.price_changes), methods=["GET"]),
             Route(QUOTA_PATH, endpoint("other", usage_endpoints.quota), methods=["GET"]),
             Route(TOKEN_PATH, endpoint("other", token_endpoint.token), methods=["GET"]),
             Route(METRICS_PATH, endpoint("other", metrics_endpoint.metrics), methods=["GET"]),

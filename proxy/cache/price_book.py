@@ -9,6 +9,7 @@
 import asyncio
 from contextlib import suppress
 from time import monotonic
+from typing import NamedTuple
 
 from proxy.cache.account_book import AccountBooks, BookSnapshot, CachedBalance
 from proxy.cache.leases import Lease, Leases
@@ -19,6 +20,17 @@ from proxy.store.client import Script, Store
 
 _PRICE_GET = Script("proxy.cache", "price_get", repeatable=True)
 _PRICE_PUT, _PRICE_PURGE = Script("proxy.cache", "price_put"), Script("proxy.cache", "price_purge")
+
+
+class Put(NamedTuple):
+    """The result of storing a price.
+
+    is_current: False if the price is superseded, by another leader or by a purge.
+    replaced: the estimate that was stored for the very same body before, purged or not; None if there is none.
+    """
+
+    is_current: bool
+    replaced: bytes | None = None
 
 
 class PriceBook:
@@ -79,15 +91,15 @@ class PriceBook:
             book = await accounts.read(account)
         return Lookup(book.as_of(cached, monotonic()), accounts.balance(account), cached.record.put_at_ms)
 
-    async def put(self, lease: Lease, price: Price, body_digest: bytes) -> bool:
-        """Stores a price and ends the lease. False if it is superseded, by another leader or by a purge."""
+    async def put(self, lease: Lease, price: Price, body_digest: bytes) -> Put:
+        """Stores a price and ends the lease."""
         encoded = encode_price(price, ttl_ms=self._ttl_ms, generations=lease.generations, body_digest=body_digest)
         read_at, invalidations = monotonic(), self.accounts.invalidations(lease.account)
         args = (lease.token, ENCODING, encoded, self._lifetime_ms)
         put = await self._store.call(_PRICE_PUT, *store_keys(lease.key), args=args)
         if not put:
-            return False
-        now_ms, is_another = put
+            return Put(is_current=False)
+        now_ms, is_another, old_digest, old_estimated = put
         book = self.accounts.snapshots.get(lease.account)
         is_purged = book is not None and book.generations.purge != lease.generations.purge
         if not is_purged:
@@ -96,7 +108,7 @@ class PriceBook:
         if is_another:
             with suppress(StoreUnavailable):  # other processes then serve the old price until it leaves their memory
                 await self.accounts.invalidate(lease.account)
-        return not is_purged
+        return Put(not is_purged, old_estimated if old_digest == body_digest else None)
 
     async def purge_question(self, key: str, account: str) -> bool:
         """Removes the price of one question, for every process within `BOOK_REREAD_S`. Returns whether there was one.

@@ -13,6 +13,7 @@ from proxy.gateway.live_config import directory_of, limits_of
 from proxy.open_stores import book_of, open_book_store, open_ledger_store
 from proxy.problems import BadRequest, Code, StoreUnavailable
 from proxy.quota.counters import LedgerKeys
+from proxy.quota.price_changes import PriceChangeQuery, PriceChanges
 from proxy.quota.quotas import QuotaState
 from proxy.quota.reports import LedgerReader
 from proxy.quota.usage import Usage, UsageQuery
@@ -49,6 +50,12 @@ async def read_quota_states(settings: Settings, team: str | None) -> list[QuotaS
     wanted = [limits for limits in limits_of(settings).values() if team in (None, limits.team)]
     async with _open_ledger_reader(settings) as ledger_reader:
         return await ledger_reader.quota_states(wanted)
+
+
+async def read_price_changes(settings: Settings, query: PriceChangeQuery) -> PriceChanges:
+    """Raises `StoreUnavailable`, `EmbeddedStoreError`."""
+    async with _open_ledger_reader(settings) as ledger_reader:
+        return await ledger_reader.price_changes(query)
 
 
 async def read_token_uses(settings: Settings, digests: Sequence[str]) -> dict[str, int]:

@@ -68,7 +68,7 @@ def usage(
     Days are in the time zone org.timezone; weeks begin on Monday. When piped, the table is tab-separated text with a
     column for each outcome; the period and the total go to standard error.
     """
-    form = _form(form, dialect)
+    form = chosen_form(form, dialect)
     settings = load_settings(config)
     zone, directory, currency = settings.org.zone, directory_of(settings), settings.org.counted_currency
     today = day_of(int(time()), zone)
@@ -110,7 +110,7 @@ def quota(team: str | None, config: Path | None, form: str | None, dialect: Dial
 
     Exact figures, read from the store. When piped, the table is tab-separated text.
     """
-    form = _form(form, dialect)
+    form = chosen_form(form, dialect)
     settings = load_settings(config)
     zone, directory = settings.org.zone, directory_of(settings)
     if team not in (None, *settings.teams):
@@ -132,7 +132,8 @@ def quota(team: str | None, config: Path | None, form: str | None, dialect: Dial
             click.echo(to_tsv(lines), nl=False)
 
 
-def _form(form: str | None, dialect: Dialect | None) -> str:
+def chosen_form(form: str | None, dialect: Dialect | None) -> str:
+    """The value of `--format`, or what `--csv-dialect` implies."""
     if dialect is None:
         return form or "table"
     if form not in (None, "csv"):

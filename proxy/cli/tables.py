@@ -16,6 +16,7 @@ from rich.text import Text
 
 from proxy.problems import NO_NAME
 from proxy.quota.credits import Currency
+from proxy.quota.price_changes import PriceChange
 from proxy.quota.quota_report import quota_uses
 from proxy.quota.quotas import QuotaState
 from proxy.quota.usage import TeamDirectory, Usage, UsageQuery, amounts_of, share_of
@@ -142,6 +143,19 @@ def quota_columns(quota_states: Sequence[QuotaState], zone: ZoneInfo, directory:
         Column("remaining", remaining, rank=1),
         Column("on exceed", [use.on_exceed for use in uses], rank=5, is_text=True),
         Column("resets at", resets_at, rank=4, is_text=True),
+    ]
+
+
+def price_change_columns(changes: Sequence[PriceChange], zone: ZoneInfo) -> list[Column]:
+    """Price changes for people."""
+    return [
+        Column("found at", [_moment(change.at_s, zone) for change in changes], is_text=True),
+        Column("account", [change.account for change in changes], rank=1, is_text=True),
+        Column("model", [change.model for change in changes], is_text=True),
+        Column("old", [change.old for change in changes]),
+        Column("new", [change.new for change in changes]),
+        Column("found by", [change.found_by for change in changes], rank=2, is_text=True),
+        Column("key", [change.key for change in changes], rank=3, is_text=True),
     ]
 
 

@@ -12,7 +12,7 @@ from proxy.cli.inputs import ID_RULE, fail
 from proxy.settings.schema import is_identifier
 
 _ROLES = {
-    "viewer": "May read usage and quotas of all teams, nothing else.",
+    "viewer": "May read usage and quotas of all teams, and price changes, nothing else.",
     "metrics": "May read /metrics, nothing else.",
     "admin": "May purge, read usage and quotas of all teams, and read /metrics.",
 }

@@ -29,6 +29,8 @@ from proxy.cache.single_flight import SingleFlight
 from proxy.gateway.canonical_request import CanonicalRequest
 from proxy.gateway.in_flight import InFlightTracker
 from proxy.problems import Code, Problem, StoreUnavailable
+from proxy.quota.price_change_log import PriceChangeLog
+from proxy.quota.price_changes import FoundBy
 from proxy.telemetry.logs import event
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.client import Upstream
@@ -74,12 +76,20 @@ class Fetcher:
     """
 
     def __init__(
-        self, book: PriceBook, upstream: Upstream, metrics: Metrics, tracker: InFlightTracker, *, timeout_s: float
+        self,
+        book: PriceBook,
+        upstream: Upstream,
+        metrics: Metrics,
+        tracker: InFlightTracker,
+        price_changes: PriceChangeLog,
+        *,
+        timeout_s: float,
     ) -> None:
         self._book = book
         self._upstream = upstream
         self._metrics = metrics
         self._tracker = tracker
+        self._price_changes = price_changes
         self._timeout_s = timeout_s
         self._fetches = SingleFlight[FetchResult]()
         self._audits = SingleFlight[None]()
@@ -180,12 +190,13 @@ class Fetcher:
         await self._book.accounts.read(request.account)
         return FetchResult(Priced(price, None), stored=True, collapsed=True)
 
-    async def _lead(self, request: CanonicalRequest, lease: Lease) -> FetchResult:
+    async def _lead(self, request: CanonicalRequest, lease: Lease, found_by: FoundBy = "ask") -> FetchResult:
+        """`found_by`: how a price that has changed is then found."""
         with self._renewing(lease):
             reply, upstream_s = await self._call_upstream(request)
         recording = self._record_balance(request, reply)  # goes to the store in one round trip with the next call
         try:
-            is_current = await self._end_lease(request, lease, reply)
+            is_current = await self._end_lease(request, lease, reply, found_by)
         except StoreUnavailable:
             return FetchResult(reply, upstream_s=upstream_s)
         finally:
@@ -222,15 +233,24 @@ class Fetcher:
             return self._book.accounts.record_balance(request.account, reply.balance)
         return None
 
-    async def _end_lease(self, request: CanonicalRequest, lease: Lease, reply: Reply) -> bool:
+    async def _end_lease(self, request: CanonicalRequest, lease: Lease, reply: Reply, found_by: FoundBy) -> bool:
         """Ends a lease with its price or failure. False if it was superseded. Raises `StoreUnavailable`."""
         match reply:
             case Priced(price):
-                return await self._book.put(lease, price, request.body_digest)
+                put = await self._book.put(lease, price, request.body_digest)
+                if put.replaced is not None:
+                    self._record_change(request, put.replaced, price, found_by)
+                return put.is_current
             case _:
                 return await self._book.leases.end(
                     lease, failure=encode_failure(reply), end_price=isinstance(reply, Rejected)
                 )
+
+    def _record_change(self, request: CanonicalRequest, old: bytes, price: Price, found_by: FoundBy) -> None:
+        """Records a change. Only the holder of a lease replaces a price, so the fleet finds each change once."""
+        self._price_changes.record(
+            found_by, account=request.account, model=request.model, key=request.key, old=old, new=price.estimated
+        )
 
     @contextmanager
     def _renewing(self, lease: Lease) -> Iterator[None]:
@@ -267,7 +287,7 @@ class Fetcher:
         except StoreUnavailable:
             return
         if isinstance(lease, Lease):
-            fetched = await self._lead(request, lease)
+            fetched = await self._lead(request, lease, "audit")
             if isinstance(fetched.reply, Priced) and fetched.stored:
                 await self._compare(request, stored, fetched.reply.price)
 

@@ -12,12 +12,13 @@ PURGE_PATH = "/v1/cache/purge"
 USAGE_PATH = "/v1/usage"
 QUOTA_PATH = "/v1/quota"
 TOKEN_PATH = "/v1/token"  # noqa: S105 -- a path, not a secret
+PRICE_CHANGES_PATH = "/v1/prices/changes"
 METRICS_PATH = "/metrics"
 LIVENESS_PATH = "/healthz"
 READINESS_PATH = "/readyz"
 
 OWN_PATHS = (
-    *(QUOTA_PATH, USAGE_PATH, TOKEN_PATH, EXPLAIN_PATH, PURGE_PATH),
+    *(QUOTA_PATH, USAGE_PATH, TOKEN_PATH, PRICE_CHANGES_PATH, EXPLAIN_PATH, PURGE_PATH),
     *(METRICS_PATH, LIVENESS_PATH, READINESS_PATH),
 )
 """Those of the API: a client that gets one of them slightly wrong is told so."""

@@ -1,7 +1,8 @@
-"""`GET /v1/usage` and `GET /v1/quota`: usage, and the state of quotas.
+"""`GET /v1/usage`, `GET /v1/quota` and `GET /v1/prices/changes`: reports from the ledger.
 
-* A team's token shows that team, even if it is disabled. A viewer or admin token shows all teams.
-* Both only read: they debit neither quotas nor the rate.
+* Usage and quotas: a team's token shows that team, even if it is disabled. A viewer or admin token shows all teams.
+* Price changes belong to accounts, so only a viewer or admin token shows them.
+* All only read: they debit neither quotas nor the rate.
 """
 
 import asyncio
@@ -18,6 +19,9 @@ from proxy.gateway.live_config import ConfigHolder
 from proxy.gateway.request import ClientRequest, Document, Trace
 from proxy.problems import Code, Problem, StoreUnavailable
 from proxy.quota.credits import Currency
+from proxy.quota.csv_text import write_csv
+from proxy.quota.price_changes import NAME_COLUMNS, PriceChangeQuery, lines_of, read_price_change_query
+from proxy.quota.price_changes import json_of as json_of_changes
 from proxy.quota.quota_report import quota_document
 from proxy.quota.reports import LedgerReader
 from proxy.quota.usage import UsageQuery, csv_of, json_of, read_parameters, read_usage_query
@@ -28,7 +32,7 @@ CSV = "text/csv; charset=utf-8; header=present"  # RFC 4180 §3
 
 
 class UsageEndpoints:
-    """The handlers of both endpoints."""
+    """The handlers of these endpoints."""
 
     def __init__(
         self, live: ConfigHolder, ledger_reader: LedgerReader, zone: ZoneInfo, currency: Currency | None
@@ -61,6 +65,28 @@ class UsageEndpoints:
                 return _forbidden(own_team)
             team = own_team.id
         return await _within(request.deadline, self._quota(team))
+
+    async def price_changes(self, request: ClientRequest, trace: Trace) -> Document | Problem:
+        """The price changes that the query string asks for, as JSON or CSV. Raises `BadRequest`."""
+        own_team = self._team_of(request.token, trace)
+        if isinstance(own_team, Problem):
+            return own_team
+        if own_team is not None:
+            return Problem(Code.FORBIDDEN, "This needs a viewer token or an admin token; you sent a team's token.")
+        today = day_of(int(time()), self._zone)
+        query = read_price_change_query(request.query, request.accept, today=today)
+        return await _within(request.deadline, self._price_changes(query))
+
+    async def _price_changes(self, query: PriceChangeQuery) -> Document | Problem:
+        found = await self._ledger_reader.price_changes(query)
+        if not found.changes and query.account not in (None, *self._live.config.accounts):
+            return _unknown(
+                f"account: {query.account!r:.64} is not configured and has no price change: check the name."
+            )
+        if query.csv:
+            lines = lines_of(found, self._zone)
+            return Document(write_csv(lines, names=NAME_COLUMNS, dialect=query.dialect), CSV)
+        return Document(json_of_changes(found, query, self._zone), JSON)
 
     async def _usage(self, query: UsageQuery) -> Document | Problem:
         config = self._live.config

@@ -63,6 +63,10 @@ class LedgerKeys:
         scope = "o" if team is None else f"t:{team}"
         return f"ep1:{{{self.org}}}:q:{scope}:{per}:{window.start_s}"
 
+    def price_changes(self, day: date) -> str:
+        """A hash; `proxy.quota.price_changes` explains its fields."""
+        return f"ep1:{{{self.org}}}:price-changes:{day.isoformat()}"
+
     def upstream(self, day: date) -> str:
         """A hash with the fields `calls` and `us`: the requests that upstream answered on a day, and their time."""
         return f"ep1:{{{self.org}}}:upstream:{day.isoformat()}"

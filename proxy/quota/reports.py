@@ -1,4 +1,4 @@
-"""Reads the ledger: quota states, window totals, usage, and when tokens were last used.
+"""Reads the ledger: quota states, window totals, usage, price changes, and when tokens were last used.
 
 * One script reads quota states and totals at one moment of the store's clock, in the windows of that moment.
 * Usage is read in chunks, so that a long report blocks neither the store nor the gateway. Requests that are booked
@@ -12,6 +12,7 @@ from time import time
 from zoneinfo import ZoneInfo
 
 from proxy.quota.counters import BASE_PERIODS, LedgerKeys
+from proxy.quota.price_changes import PriceChangeQuery, PriceChanges, decode_days
 from proxy.quota.quotas import Quota, QuotaState, TeamLimits
 from proxy.quota.savings import LOOK_BACK_DAYS, UpstreamTime, known_means
 from proxy.quota.usage import NO_NAMES, TeamDay, TeamDirectory, Usage, UsageQuery, UsageTotals
@@ -97,6 +98,16 @@ class LedgerReader:
         rows = await self._store.call(_UPSTREAM_GET, *map(self._keys.upstream, days))
         booked = {day: UpstreamTime(int(row[0]), int(row[1])) for day, row in zip(days, rows, strict=True) if row[0]}
         return known_means(days, booked)
+
+    async def price_changes(self, query: PriceChangeQuery) -> PriceChanges:
+        """The price changes of the query's days and account."""
+        days = list(_days(query.first, query.last))
+        hashes = []
+        for start in range(0, len(days), CHUNK):
+            keys = map(self._keys.price_changes, days[start : start + CHUNK])
+            replies = await self._store.call(_USAGE_GET, *keys)
+            hashes += [dict(zip(reply[::2], reply[1::2], strict=True)) for reply in replies]
+        return decode_days(hashes, query.account)
 
     async def current_mean(self) -> UpstreamTime | None:
         """The mean time at upstream that counts today."""

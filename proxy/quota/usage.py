@@ -174,14 +174,14 @@ class UsageTotals:
 def read_usage_query(raw_query: bytes, accept: str | None, *, today: date) -> UsageQuery:
     """Reads a query string. The default is the month of the last day so far, by day. Raises `BadRequest`."""
     given = read_parameters(raw_query, ("from", "to", "by", "team", "model", "format", "dialect"))
-    last = _day("to", given["to"]) if "to" in given else today
-    first = _day("from", given["from"]) if "from" in given else min(last, today).replace(day=1)
+    last = read_day("to", given["to"]) if "to" in given else today
+    first = read_day("from", given["from"]) if "from" in given else min(last, today).replace(day=1)
     if first > last:
         raise _bad(f"from must not be after {'to, which is' if 'to' in given else 'today,'} {last}.")
     if (last - first).days >= USAGE_KEPT_DAYS:
         raise _bad(f"from must not be more than {USAGE_KEPT_DAYS} days before the end of to: usage is kept no longer.")
-    groups, dialect = _groups(given.get("by", "day")), _dialect(given)
-    csv = _wants_csv(given, accept)
+    groups, dialect = _groups(given.get("by", "day")), read_dialect(given)
+    csv = wants_csv(given, accept)
     return UsageQuery(first, last, groups, given.get("team"), csv, dialect, given.get("model"))
 
 
@@ -316,7 +316,8 @@ def _saved(row: UsageRow) -> dict[str, object]:
     return dict(zip(SAVED_COLUMNS, (row.upstream_calls_saved, seconds), strict=True))
 
 
-def _day(name: str, text: str) -> date:
+def read_day(name: str, text: str) -> date:
+    """A parameter that is a day. Raises `BadRequest`."""
     try:
         if _DAY.fullmatch(text):  # `fromisoformat` reads weeks too
             return date.fromisoformat(text)
@@ -333,14 +334,15 @@ def _groups(text: str) -> tuple[Group, ...]:
     return groups
 
 
-def _dialect(given: Mapping[str, str]) -> Dialect:
+def read_dialect(given: Mapping[str, str]) -> Dialect:
+    """The parameter `dialect`. Raises `BadRequest`."""
     for dialect in DIALECTS:
         if given.get("dialect", "rfc4180") == dialect:
             return dialect
     raise _bad(f"dialect must be {' or '.join(DIALECTS)}.")
 
 
-def _wants_csv(given: Mapping[str, str], accept: str | None) -> bool:
+def wants_csv(given: Mapping[str, str], accept: str | None) -> bool:
     """`format` wins over `dialect`, which implies CSV, and both win over `Accept`.
 
     There, CSV needs a higher weight than JSON, or a more specific range.

@@ -346,7 +346,7 @@ class AdminSettings(_Section):
 
 class ViewerSettings(_Section):
     tokens: tuple[_RoleDigest, ...] = ()
-    """May read usage and quotas of all teams, and nothing else."""
+    """May read usage and quotas of all teams, and price changes, and nothing else."""
 
 
 class RateSettings(_Section):

@@ -63,7 +63,7 @@ async def stored(book: PriceBook) -> bool:
     try:
         lease = await book.leases.take(KEY, "default", force=True)
         assert isinstance(lease, Lease)
-        return await book.put(lease, PRICE, b"digest")
+        return (await book.put(lease, PRICE, b"digest")).is_current
     except StoreUnavailable:
         return False
 

@@ -46,6 +46,8 @@ from proxy.problems import Outcome, StoreOutcomeUnknown, StoreUnavailable
 from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.ledger import Admitted, Ledger
+from proxy.quota.price_change_log import PriceChangeLog
+from proxy.quota.price_changes import PriceChangeQuery
 from proxy.quota.quotas import Charge, Rate, TeamLimits
 from proxy.quota.reports import LedgerReader
 from proxy.quota.token_uses import TokenUses
@@ -281,7 +283,7 @@ async def _use_everything(store: Store) -> None:
         assert await book.leases.end(lease, failure=word)
     lease = await book.leases.take(key, "default", force=True)
     assert isinstance(lease, Lease)
-    assert await book.put(lease, Price(b"5", b""), b"digest")
+    assert (await book.put(lease, Price(b"5", b""), b"digest")).is_current
     await book.accounts.record_balance("default", b"7")
     await book.accounts.claim_audit("default", max_age_s=1, for_s=1)
     await book.accounts.record_price_change("default", key)
@@ -295,6 +297,10 @@ async def _use_everything(store: Store) -> None:
     await reports.usage(UsageQuery(today, today, ("team",), None, csv=False))
     await reports.quota_states([TERMS])
     await reports.token_uses(["ab"])
+    changes = PriceChangeLog(store, KEYS, ZONE)
+    changes.record("ask", account="default", model="Flux", key=key, old=b"5", new=b"6")
+    await changes.close(1)
+    await reports.price_changes(PriceChangeQuery(today, today, None, csv=False, dialect="rfc4180"))
     await ledger.close(1)
     uses = TokenUses(store, KEYS)
     uses.record("ab")

@@ -27,6 +27,7 @@ from proxy.cache.canonical import canonicalise, key_of
 from proxy.cli.commands import main
 from proxy.embedded.stores import EmbeddedStores
 from proxy.quota.counters import LedgerKeys
+from proxy.quota.price_changes import PriceChange
 from proxy.quota.usage import LATER_OUTCOMES, OUTCOMES, SAVED_COLUMNS
 from proxy.quota.windows import window_of
 from proxy.settings import loader
@@ -588,6 +589,59 @@ def test_a_narrow_terminal_hides_columns_and_names_them(by: str, columns: int) -
         assert (f" {header} " in words) is (header not in hidden), "each column is shown or named, and no word is split"
     assert not set(hidden.split()) & {"team,", "credits,"}
     assert not hidden or hidden.endswith(".\r\n")
+
+
+@pytest.fixture
+def price_changes(valkey_url: str, ledger: None) -> None:  # noqa: ARG001 -- in its store
+    """Two price changes three days ago, and one that was not kept."""
+    at_s = int(datetime.combine(DAY, datetime.min.time(), UTC).timestamp()) + 3600
+    flux = PriceChange(at_s, "default", "Flux", "0123456789abcdef", "2.75", "3", "audit")
+    mixed = PriceChange(at_s + 60, "gone", "mixed", "1234567890123456", "5", "4.5", "ask")
+    with redis.Redis.from_url(valkey_url) as client:
+        client.hset(LEDGER.price_changes(DAY), "found", 3)
+        client.hset(LEDGER.price_changes(DAY), "b", mixed.encoded())
+        client.hset(LEDGER.price_changes(DAY), "a", flux.encoded())
+
+
+@pytest.mark.usefixtures("price_changes")
+def test_price_changes_when_piped(run: Run) -> None:
+    result = run("prices", "changed", "--from", str(DAY))
+    today = datetime.now(UTC).date()
+    assert fields(result.stdout) == [
+        ["at", "account", "model", "key", "old", "new", "found_by"],
+        [f"{DAY}T01:00:00+00:00", "default", "Flux", "0123456789abcdef", "2.75", "3", "audit"],
+        [f"{DAY}T01:01:00+00:00", "gone", "mixed", "1234567890123456", "5", "4.5", "ask"],
+    ]
+    assert result.stderr.splitlines() == [
+        f"estimate-proxy: {DAY} to {today}, UTC: 2 price changes",
+        "estimate-proxy: 1 more were found, of all accounts: a day keeps the first 500",
+    ]
+    result = run("prices", "changed", "--from", str(DAY + timedelta(days=1)))
+    assert (len(fields(result.stdout)), result.stderr.splitlines()[1:]) == (1, [])
+
+
+@pytest.mark.usefixtures("price_changes")
+def test_price_changes_in_other_formats(run: Run) -> None:
+    document = json.loads(run("prices", "changed", "--account", "gone", "--format", "json").stdout)
+    (change,) = document["changes"]
+    assert (change["old"], change["new"], document["not_kept"]) == (5, 4.5, 1)
+    lines = run("prices", "changed", "--csv-dialect", "excel-semicolon").stdout.splitlines()
+    assert lines[2] == f"{DAY}T01:01:00+00:00;gone;mixed;'1234567890123456;5;4,5;ask"
+    table = on_terminal("prices", "changed", columns=80)
+    assert re.search(rf"{DAY} 01:00 +default +Flux +2.75 +3 +audit +0123456789abcdef", table)
+
+
+@pytest.mark.usefixtures("price_changes")
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ("--account nobody", "--account 'nobody' is not in the settings, and has no price change: check the name"),
+        ("--from yesterday", "--from must be a date, such as 2026-11-01."),
+        ("--from 2999-01-01", "--from must not be after today, which is "),
+    ],
+)
+def test_a_bad_query_of_price_changes_is_refused(run: Run, options: str, line: str) -> None:
+    assert refusal(run("prices", "changed", *options.split())).startswith(line)
 
 
 @pytest.mark.usefixtures("ledger")

@@ -1,10 +1,10 @@
 #!lua flags=no-writes
--- Reads usage.
---   KEYS  usage hashes, one for each team and day
+-- Reads usage or price changes.
+--   KEYS  hashes: usage, one for each team and day, or price changes, one for each day
 --   ARGV  none
---   reply for each key a list of fields and amounts, alternating
-local usage = {}
+--   reply for each key a list of fields and values, alternating
+local hashes = {}
 for i = 1, #KEYS do
-  usage[i] = redis.call('HGETALL', KEYS[i])
+  hashes[i] = redis.call('HGETALL', KEYS[i])
 end
-return usage
+return hashes
