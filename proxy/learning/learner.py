@@ -36,11 +36,14 @@ _FORGET, _LIST = Script("proxy.learning", "learned_forget"), Script("proxy.learn
 class Question(Protocol):
     """What is learned from; `proxy.gateway.canonical_request.CanonicalRequest` is one."""
 
-    account: str
-    key: str
-    query: str
-    ignored: tuple[str, ...]
-
+    @property
+    def account(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def query(self) -> str: ...
+    @property
+    def ignored(self) -> tuple[str, ...]: ...
     @property
     def canonical(self) -> bytes: ...
 
