@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from learning_fixture import ACCOUNT, TTL_S, LearningFixture, body, open_learning
+from learning_fixture import ACCOUNT, TTL_S, LearningFixture, body, open_learning, set_limits
 from proxy.cache.prices import Price
 from proxy.learning.evidence import State
 from proxy.learning.leaves import setting_id
@@ -288,7 +288,7 @@ def test_a_member_that_never_learn_names_counts_again(learning: LearningFixture)
 def test_at_most_so_many_scopes_are_kept_and_half_through_one_team(
     learning: LearningFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.learning.limits.Limits.__init__.__defaults__", (12, 0.15, 3, 2, 64, 6, 256, 256))
+    set_limits(monkeypatch, scopes=6)
     learner = learning.new_learner()
     learning.learners[0] = learner
     for number in range(5):
@@ -304,7 +304,7 @@ def test_at_most_so_many_scopes_are_kept_and_half_through_one_team(
 
 
 def test_at_most_so_many_settings_are_kept(learning: LearningFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.learning.limits.Limits.__init__.__defaults__", (12, 0.15, 3, 2, 64, 256, 20, 256))
+    set_limits(monkeypatch, settings=20)
     learning.learners[0] = learning.new_learner()
     for number in range(50):
         learning.ask(learning.flux(asset_id=str(number)), 5)
@@ -316,7 +316,7 @@ def test_at_most_so_many_settings_are_kept(learning: LearningFixture, monkeypatc
 
 
 def test_the_memory_of_values_is_bounded(learning: LearningFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.learning.limits.Limits.__init__.__defaults__", (12, 0.15, 3, 2, 64, 256, 256, 16))
+    set_limits(monkeypatch, digests=16)
     learning.learners[0] = learning.new_learner()
     for _ in range(60):
         learning.ask(learning.flux(), 5)

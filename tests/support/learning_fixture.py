@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import count
 from typing import Any
@@ -17,6 +17,7 @@ from proxy.cache.canonical import canonicalise
 from proxy.cache.prices import Price
 from proxy.learning.evidence import Scope
 from proxy.learning.learner import Learner
+from proxy.learning.limits import Limits, limits_of
 from proxy.learning.observation import Effect, Observation
 from proxy.learning.ticket import Ticket
 from proxy.learning.verdict import Inferred, NotInferred
@@ -49,26 +50,33 @@ class LearningFixture:
     """learn_from: 10 unless the test says otherwise."""
 
     def __init__(
-        self, url: str, client: redis.Redis, clock: Clock, *, learn_from: int = 10, processes: int = 2
+        self,
+        url: str,
+        client: redis.Redis,
+        clock: Clock,
+        *,
+        learn_from: int = 10,
+        processes: int = 2,
+        ttl_s: float = TTL_S,
     ) -> None:
         self.client = client
         self.clock = clock
         self._runner = asyncio.Runner()
         self._url = url
         self._learn_from = learn_from
+        self._ttl_s = ttl_s
         self._seeds = (1000 + 617 * number % 1000 for number in count())
-        self.learners: list[Learner] = []
-        self._runner.run(self._open(processes))
-
-    async def _open(self, processes: int) -> None:
-        self.store = Store(self._url, "price-book", access=StoreAccess(timeout_s=10))
+        self._runner.run(self._open())
         self.learners = [self.new_learner() for _ in range(processes)]
+
+    async def _open(self) -> None:
+        self.store = Store(self._url, "price-book", access=StoreAccess(timeout_s=10))
 
     def new_learner(self, audit_one_in: int = 25) -> Learner:
         return Learner(
             self.store,
             origin="https://api.rendernet.ai",
-            ttl_s=TTL_S,
+            ttl_s=self._ttl_s,
             learn_from=self._learn_from,
             audit_one_in=audit_one_in,
         )
@@ -124,12 +132,21 @@ class LearningFixture:
         return sorted(key.decode() for key in self.client.scan_iter(pattern))
 
 
+def set_limits(monkeypatch: pytest.MonkeyPatch, **changes: float) -> None:
+    """Changes the limits of learners that are made from now on."""
+
+    def changed(*, learn_from: int, ttl_s: float) -> Limits:
+        return replace(limits_of(learn_from=learn_from, ttl_s=ttl_s), **changes)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("proxy.learning.learner.limits_of", changed)
+
+
 async def _awaited(awaitable: Any) -> Any:
     return await awaitable
 
 
 @contextmanager
-def open_learning(url: str, monkeypatch: pytest.MonkeyPatch, **named: int) -> Iterator[LearningFixture]:
+def open_learning(url: str, monkeypatch: pytest.MonkeyPatch, **named: Any) -> Iterator[LearningFixture]:
     """An empty store, scripts and learners that share a clock."""
     with redis.Redis.from_url(url) as client:
         client.flushall()
