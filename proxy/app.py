@@ -26,10 +26,12 @@ from proxy.http.connection import SCOPE_HEADERS
 from proxy.http.cors import Cors, Refuse
 from proxy.http.endpoint import Endpoint, refuse, refuse_route
 from proxy.http.metrics_endpoint import MetricsEndpoint
+from proxy.http.openapi.document import openapi_file
 from proxy.http.paths import (
     EXPLAIN_PATH,
     LIVENESS_PATH,
     METRICS_PATH,
+    OPENAPI_PATH,
     PRICE_CHANGES_PATH,
     PURGE_PATH,
     QUOTA_PATH,
@@ -38,6 +40,7 @@ from proxy.http.paths import (
     USAGE_PATH,
 )
 from proxy.http.responses import probe_answer
+from proxy.http.static_files import DOCS_FILES, static_routes
 from proxy.http.token_endpoint import TokenEndpoint
 from proxy.http.usage_endpoints import UsageEndpoints
 from proxy.open_stores import book_of, open_book_store, open_ledger_store
@@ -147,6 +150,8 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
             Route(TOKEN_PATH, endpoint("other", token_endpoint.token), methods=["GET"]),
             Route(METRICS_PATH, endpoint("other", metrics_endpoint.metrics), methods=["GET"]),
             Route(LIVENESS_PATH, _healthz, methods=["GET"]),
+            Route(OPENAPI_PATH, openapi_file().respond, methods=["GET"]),
+            *static_routes(DOCS_FILES),
             Route(READINESS_PATH, partial(_readyz, (ledger_store, book_store), upstream, tracker), methods=["GET"]),
         ],
         live=live,

@@ -157,6 +157,11 @@ class Problem:
         return self.other_status or _KINDS[self.code].status
 
     @property
+    def title(self) -> str:
+        """What the code means."""
+        return _KINDS[self.code].title
+
+    @property
     def outcome(self) -> Outcome:
         return _KINDS[self.code].outcome
 
@@ -173,7 +178,7 @@ class Problem:
         """The document before and after the request id. Cached: one problem may answer many requests."""
         head = {
             "type": _TYPES.get(self.code, f"urn:estimate-proxy:problem:{self.code}"),
-            "title": _KINDS[self.code].title,
+            "title": self.title,
             "status": self.status,
             "detail": self.detail,
         }

@@ -16,10 +16,12 @@ PRICE_CHANGES_PATH = "/v1/prices/changes"
 METRICS_PATH = "/metrics"
 LIVENESS_PATH = "/healthz"
 READINESS_PATH = "/readyz"
+OPENAPI_PATH = "/openapi.json"
+DOCS_PATH = "/docs"
 
 OWN_PATHS = (
     *(QUOTA_PATH, USAGE_PATH, TOKEN_PATH, PRICE_CHANGES_PATH, EXPLAIN_PATH, PURGE_PATH),
-    *(METRICS_PATH, LIVENESS_PATH, READINESS_PATH),
+    *(METRICS_PATH, LIVENESS_PATH, READINESS_PATH, OPENAPI_PATH, DOCS_PATH),
 )
 """Those of the API: a client that gets one of them slightly wrong is told so."""
 

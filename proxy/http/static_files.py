@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from proxy.http.paths import DOCS_PATH
 from proxy.http.responses import request_id_of
 
 CSP = (
@@ -29,6 +30,14 @@ MEDIA_TYPES = {
     ".svg": "image/svg+xml",
     ".txt": "text/plain; charset=utf-8",
 }
+
+DOCS_FILES = {
+    DOCS_PATH: "docs/index.html",
+    f"{DOCS_PATH}/docs.css": "docs/docs.css",
+    f"{DOCS_PATH}/docs.js": "docs/docs.js",
+    f"{DOCS_PATH}/icon.svg": "docs/icon.svg",
+}
+"""The page at `/docs`, as `static_routes` takes it."""
 
 _ETAG_DIGITS = 32
 _NOT_MODIFIED = 304

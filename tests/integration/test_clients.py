@@ -187,7 +187,7 @@ def test_other_paths_get_a_404_with_the_served_ones(gateway: GatewayFixture, pat
     assert (response.status_code, code_of(response)) == (404, "not-found")
     problem = response.json()
     assert problem["detail"].startswith(f"The gateway does not serve {path}. ")
-    assert {PATH, *OWN_PATHS} <= set(re.findall(r"/[a-z0-9/]+", problem["detail"]))
+    assert {PATH, *OWN_PATHS} <= set(re.findall(r"/[a-z0-9/.]*[a-z0-9]", problem["detail"]))
     assert problem["err"] == problem["error"], "RenderNet's other endpoints use `err`"
 
 

@@ -1,0 +1,139 @@
+"""`GET /openapi.json`: the OpenAPI 3.1 document of every path that the gateway serves.
+
+It is the same for every gateway of a version, so that clients can be generated from any of them. To add a path, add an
+entry to `operations.PATHS`; to add a problem code, an example to `problems.EXAMPLES`.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import orjson
+
+from proxy import __version__
+from proxy.http.openapi.operations import PATHS
+from proxy.http.openapi.problems import EXAMPLE_REQUEST_ID, example_components
+from proxy.http.openapi.schemas import SCHEMAS
+from proxy.http.static_files import StaticFile
+
+_DESCRIPTION = """\
+A shared gateway for RenderNet's price estimates. Teams call it with their own tokens; it adds the account's API key,
+caches prices, and enforces rates and quotas.
+
+Send a token as `X-API-KEY`, or as `Authorization: Bearer <token>`. Send bodies as `application/json`, uncompressed.
+Amounts are credits that teams *estimated*, not what RenderNet charged; they are exact decimal numbers, and a program
+that adds them should not read them as doubles.
+
+An error is a problem document (RFC 9457) with RenderNet's own members besides: `error.code` is stable. A path that is
+not served is 404 `not-found`, a wrong method 405 `method-not-allowed`. Pages of other origins can call the API if
+the operator lists them in `server.cors_origins`; their preflights get 204, all others 403 `forbidden`."""
+
+_TAGS = [
+    {"name": "Teams", "description": "What teams call."},
+    {"name": "Operators", "description": "What operators and their monitoring call."},
+    {"name": "Documentation", "description": "This description."},
+]
+
+_TOKENS = {
+    "Team": "A team's token: `estimate-proxy token new TEAM`.",
+    "Viewer": "Reads the reports of all teams: `estimate-proxy token new --viewer`.",
+    "Admin": "Reads the reports of all teams, and purges: `estimate-proxy token new --admin`.",
+    "Metrics": "Reads `/metrics`: `estimate-proxy token new --metrics`.",
+}
+
+_NUMBER = {"type": "integer", "minimum": 0}
+_TEXT = {"type": "string"}
+
+_RATE_LIMIT_EXAMPLES = {
+    "RateLimit": '"rate";r=57;t=1, "credits-month";r=4923;t=694800',
+    "RateLimitPolicy": '"rate";q=100;w=2, "credits-month";q=5000;qu="credits";w=2592000',
+}
+
+_HEADERS: Mapping[str, Mapping[str, Any]] = {
+    "Age": {"description": "Seconds since RenderNet said it, if the answer is a stored one.", "schema": _NUMBER},
+    "BalanceAge": {"description": "Seconds since RenderNet reported the balance.", "schema": _NUMBER},
+    "CacheStatus": {
+        "description": "How the answer was found (RFC 9211).",
+        "schema": _TEXT,
+        "example": "estimate-proxy; hit; ttl=288",
+    },
+    "ETag": {"description": "The version of the file.", "required": True, "schema": _TEXT},
+    "NoStore": {"description": "Not to be cached.", "required": True, "schema": {"const": "no-store"}},
+    "RateLimit": {
+        "description": "What the rate and each quota have left (draft-ietf-httpapi-ratelimit-headers-11).",
+        "schema": _TEXT,
+        "example": _RATE_LIMIT_EXAMPLES["RateLimit"],
+    },
+    "RateLimitPolicy": {
+        "description": "The rate and the quotas.",
+        "schema": _TEXT,
+        "example": _RATE_LIMIT_EXAMPLES["RateLimitPolicy"],
+    },
+    "RequestId": {
+        "description": "The caller's, or a new one.",
+        "required": True,
+        "schema": {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,128}$"},
+        "example": EXAMPLE_REQUEST_ID,
+    },
+    "RetryAfter": {"description": "Seconds to wait, if they are at most an hour.", "schema": _NUMBER},
+    "ServerTiming": {
+        "description": "Where the time went, in milliseconds.",
+        "schema": _TEXT,
+        "example": "cache;desc=miss, store;dur=0.4, upstream;dur=182.1",
+    },
+    "WWWAuthenticate": {"description": "How to send a token.", "required": True, "schema": {"const": "Bearer"}},
+    "Warning": {
+        "description": "The `warn` quotas that this answer exceeds.",
+        "schema": _TEXT,
+        "example": '"credits-month"',
+    },
+}
+
+_PARAMETERS = {
+    "CacheControl": {
+        "name": "Cache-Control",
+        "in": "header",
+        "description": (
+            "`no-cache` asks RenderNet and stores the answer, `no-store` asks RenderNet and stores nothing, "
+            "`max-age=N` accepts an answer that is at most N seconds old, `only-if-cached` never asks RenderNet."
+        ),
+        "schema": _TEXT,
+        "example": "max-age=60",
+    },
+    "RequestId": {
+        "name": "X-Request-Id",
+        "in": "header",
+        "description": "The caller's id of the request: 1 to 128 of `[A-Za-z0-9._-]`. Any other is replaced.",
+        "schema": _TEXT,
+    },
+}
+
+
+def openapi_document() -> dict[str, Any]:
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "estimate-proxy",
+            "version": __version__,
+            "description": _DESCRIPTION,
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "servers": [{"url": ".", "description": "This gateway."}],
+        "tags": _TAGS,
+        "paths": PATHS,
+        "components": {
+            "securitySchemes": {
+                f"{kind}Token": {"type": "apiKey", "in": "header", "name": "X-API-KEY", "description": description}
+                for kind, description in _TOKENS.items()
+            },
+            "schemas": SCHEMAS,
+            "headers": _HEADERS,
+            "parameters": _PARAMETERS,
+            "examples": example_components(),
+        },
+    }
+
+
+@cache
+def openapi_file() -> StaticFile:
+    return StaticFile(orjson.dumps(openapi_document()), "application/json")

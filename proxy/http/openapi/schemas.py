@@ -1,0 +1,257 @@
+"""The JSON schemas of the OpenAPI document.
+
+Objects may get new members in a later version, unless they say `additionalProperties: false`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from proxy.problems import Code
+from proxy.quota.usage import OUTCOMES
+
+Schema = Mapping[str, Any]
+
+
+def record(members: Mapping[str, Schema], optional: Mapping[str, Schema] | None = None, **more: Any) -> Schema:
+    """An object with these members, all of which are required but the `optional` ones."""
+    return {"type": "object", "properties": {**members, **(optional or {})}, "required": list(members), **more}
+
+
+def reference(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def array(items: Schema, **more: Any) -> Schema:
+    return {"type": "array", "items": items, **more}
+
+
+def nullable(schema: Schema) -> Schema:
+    """The same schema, or null."""
+    return {**schema, "type": [schema["type"], "null"]}
+
+
+def text(description: str = "", **more: Any) -> Schema:
+    return {"type": "string", "description": description, **more} if description else {"type": "string", **more}
+
+
+CREDITS: Schema = {"type": "number", "minimum": 0, "description": "Credits, an exact decimal number."}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+SECONDS: Schema = {"type": "integer", "minimum": 0, "description": "Seconds."}
+PERCENT: Schema = nullable({"type": "number", "minimum": 0, "description": "Per cent; null if there is no whole."})
+DAY: Schema = {"type": "string", "format": "date"}
+TIME: Schema = {"type": "string", "format": "date-time"}
+TEAM = text("A team's id.", pattern="^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$")
+ACCOUNT = text("The id of an account: a RenderNet key in the gateway's config.")
+KEY = text("The cache key of a body: SHA-256.", pattern="^[0-9a-f]{64}$")
+
+_ANYTHING: Schema = {"type": "object", "additionalProperties": True}
+
+_GENERATIONS = array(
+    {
+        "type": "object",
+        "additionalProperties": True,
+        "description": "A generation object of RenderNet's API. All of its members are passed on.",
+        "properties": {
+            "model": text("The model's name."),
+            "style": text("The style's name, instead of a model's."),
+            "prompt": record({}, {"positive": text(), "negative": text()}, additionalProperties=True),
+            "batch_size": {"type": "integer"},
+            "quality": text("Such as Regular or Plus."),
+            "steps": {"type": "integer"},
+            "cfg_scale": {"type": "number"},
+            "seed": {"type": "integer"},
+        },
+    },
+    minItems=1,
+    description="What an estimate is for: an array of generation objects.",
+)
+
+_ESTIMATE = record(
+    {
+        "data": record(
+            {"estimated": CREDITS},
+            {"balance": {"type": "number", "description": "The newest balance that RenderNet has reported."}},
+            additionalProperties=True,
+            description="What RenderNet said for this body, with the newest balance that is known.",
+        )
+    },
+    {"error": {**_ANYTHING, "description": "Empty."}},
+    additionalProperties=True,
+)
+
+_PROBLEM = record(
+    {
+        "type": text("`urn:estimate-proxy:problem:` and the code.", format="uri"),
+        "title": text("What the code means."),
+        "status": {"type": "integer", "minimum": 400, "maximum": 599},
+        "detail": text("What happened, and what to do."),
+        "request_id": text("As in `X-Request-Id`."),
+        "data": {"type": "null"},
+        "error": record(
+            {"code": text("Stable: programs may depend on it.", enum=list(Code)), "message": text("As `detail`.")},
+            description="RenderNet's own envelope of errors.",
+        ),
+    },
+    {
+        "quota": record(
+            {
+                "scope": {"enum": ["team", "org"]},
+                "measure": {"enum": ["requests", "estimated_credits"]},
+                "per": {"enum": ["minute", "hour", "day", "week", "month"]},
+                "limit": CREDITS,
+                "used": CREDITS,
+                "requested": nullable(CREDITS),
+                "resets_at": TIME,
+            },
+            description="The first quota that refused the request.",
+        ),
+        "violated-policies": array(text(), description="The names of all quotas that refused it, as in `RateLimit`."),
+        "upstream": record(
+            {"status": {"type": "integer"}},
+            {"code": {"type": ["string", "integer"]}, "message": text()},
+            description="What RenderNet said.",
+        ),
+        "err": record({"code": text(), "message": text()}, description="As `error`, like other RenderNet endpoints."),
+    },
+    additionalProperties=True,
+    description="A problem document (RFC 9457) that is also an error of RenderNet's API.",
+)
+
+_QUOTA = record(
+    {
+        "scope": text("Of the team, or of all teams together.", enum=["team", "org"]),
+        "measure": {"enum": ["requests", "estimated_credits"]},
+        "per": {"enum": ["minute", "hour", "day", "week", "month"]},
+        "limit": CREDITS,
+        "used": CREDITS,
+        "remaining": CREDITS,
+        "on_exceed": text("`warn`: counted, and admitted.", enum=["refuse", "warn"]),
+        "window_start": TIME,
+        "resets_at": TIME,
+        "used_percent": PERCENT,
+    }
+)
+
+_TEAM_QUOTAS = record(
+    {
+        "team": reference("TeamId"),
+        "team_name": text("Empty if the config has none."),
+        "rate": record(
+            {
+                "per_s": {"type": "number", "exclusiveMinimum": 0},
+                "burst": {"type": "integer", "minimum": 1},
+                "remaining": COUNT,
+            },
+            description="Requests a second, the largest burst, and how many requests the rate admits now.",
+        ),
+        "quotas": array(reference("Quota")),
+    }
+)
+
+_AMOUNTS: dict[str, Schema] = {
+    "requests": {**COUNT, "description": "Requests that were admitted."},
+    "refused": {**COUNT, "description": "Requests that the rate or a quota refused."},
+    "estimated_credits": CREDITS,
+    "outcomes": {
+        "type": "object",
+        "additionalProperties": COUNT,
+        "description": f"How many had which outcome: {', '.join(OUTCOMES)}. Those that did not occur are left out.",
+    },
+}
+_MONEY: dict[str, Schema] = {
+    "derived_cost": {"type": "number", "description": "With `org.currency`: credits times its `per_credit`."}
+}
+
+_USAGE = record(
+    {
+        "from": DAY,
+        "to": DAY,
+        "timezone": text("Of the days, such as Europe/Berlin."),
+        "by": array({"enum": ["day", "week", "month", "team", "model"]}),
+        "rows": array(
+            record(
+                {**_AMOUNTS, "share_percent": PERCENT},
+                {
+                    **_MONEY,
+                    "day": DAY,
+                    "week": {**DAY, "description": "Its Monday."},
+                    "month": text(pattern="^[0-9]{4}-[0-9]{2}$"),
+                    "team": text("A team's id."),
+                    "team_name": text("Empty if the config has none."),
+                    "model": text(),
+                },
+                description="The members that `by` names say what the row is about.",
+            )
+        ),
+        "total": record(_AMOUNTS, _MONEY),
+    },
+    {"currency": record({"code": text(pattern="^[A-Z]{3}$"), "per_credit": {"type": "number"}})},
+)
+
+_EXPLANATION = record(
+    {
+        "canonical_body": text("The canonical JSON of the body, which RenderNet would receive."),
+        "key": KEY,
+        "account": ACCOUNT,
+        "query": text("The query string, which is a part of the question."),
+        "ignored_members": array(text(), description="Members of the body that `cache.ignore` leaves out of the key."),
+        "stored": {"type": ["boolean", "null"], "description": "Whether a price is stored; null if nobody knows."},
+        "admitted": {
+            "type": ["boolean", "null"],
+            "description": "Whether an estimate would be admitted now; null if nobody knows.",
+        },
+    },
+    {
+        "estimated": {**CREDITS, "description": "The stored price; not shown if a quota would refuse the estimate."},
+        "age_s": {**SECONDS, "description": "The age of the stored price."},
+        "ttl_s": {"type": "integer", "description": "How long it is fresh; negative: it is stale."},
+        "refusal": record({"code": {"enum": list(Code)}, "detail": text()}),
+        "degraded": array({"enum": ["ledger", "price-book"]}, description="The stores that are unavailable."),
+    },
+)
+
+_PURGE = {
+    "oneOf": [
+        record(
+            {"body": reference("Generations")},
+            {"account": {**ACCOUNT, "default": "default"}, "query": text("As sent with the estimate.")},
+            additionalProperties=False,
+            title="One question",
+        ),
+        record(
+            {"all": {"const": True}},
+            {"account": {**ACCOUNT, "default": "default"}},
+            additionalProperties=False,
+            title="All prices of an account",
+        ),
+    ]
+}
+
+_PURGED = {
+    "oneOf": [
+        record({"account": ACCOUNT, "purged": {"const": "question"}, "key": KEY, "was_stored": {"type": "boolean"}}),
+        record({"account": ACCOUNT, "purged": {"const": "all"}}),
+    ]
+}
+
+_READINESS = record(
+    {"status": {"const": "ready"}, "degraded": array({"enum": ["ledger", "price-book", "upstream"]})},
+    description="`degraded` lists what is unavailable; the gateway serves without it as documented.",
+)
+
+SCHEMAS: Mapping[str, Schema] = {
+    "TeamId": TEAM,
+    "Generations": _GENERATIONS,
+    "Estimate": _ESTIMATE,
+    "Problem": _PROBLEM,
+    "Quota": _QUOTA,
+    "TeamQuotas": _TEAM_QUOTAS,
+    "AllQuotas": record({"teams": array(reference("TeamQuotas"))}),
+    "Usage": _USAGE,
+    "Explanation": _EXPLANATION,
+    "Purge": _PURGE,
+    "Purged": _PURGED,
+    "Liveness": record({"status": {"const": "alive"}}),
+    "Readiness": _READINESS,
+    "Draining": record({"status": {"const": "draining"}}),
+}
