@@ -2,6 +2,7 @@
 
 from grafana_foundation_sdk.models import dashboard
 
+import learning
 import machinery
 from board import GATEWAY, SPEND, Board, Row, link_to, only_this_team
 from panels import (
@@ -23,19 +24,19 @@ from panels import (
     density,
     number,
 )
-from promql import ESTIMATE, QUANTILES, TEAM, increase, increase_at_end, named, quantile, rate, share
+from promql import ESTIMATE, PRICED, QUANTILES, TEAM, increase, increase_at_end, named, quantile, rate, share
 from tables import NAME_COLUMN, Column, grid
 
 REQUESTS = "estimate_proxy_requests_total"
 DURATION = "estimate_proxy_request_duration_seconds"
 UPSTREAM_COUNT = "estimate_proxy_upstream_request_duration_seconds_count"
 
-PRICED = 'outcome=~"hit|stale|miss|collapsed|bypass"'
-HIT = 'outcome=~"hit|stale"'
-AVOIDED = 'outcome=~"hit|stale|collapsed"'
+HIT = 'outcome=~"hit|inferred|stale"'
+AVOIDED = 'outcome=~"hit|inferred|stale|collapsed"'
 
 OUTCOME_COLOURS = {
     "hit": GREEN,
+    "inferred": "super-light-green",
     "stale": "light-green",
     "collapsed": "dark-green",
     "miss": BLUE,
@@ -75,6 +76,7 @@ def rows() -> tuple[Row, ...]:
             "Does the price book work, and what does it save upstream?",
             (hit_ratio(), avoided_in_range(), hit_ratio_over_time(), avoided_over_time(), hit_ratio_by_team()),
         ),
+        learning.learning(),
         Row(
             "How long do answers take?",
             (*(latency_by_outcome(q, name) for q, name in QUANTILES), latency_density()),
@@ -124,8 +126,8 @@ def outcomes_in_range() -> dashboard.Panel:
 def hit_ratio() -> dashboard.Panel:
     about = About(
         "Hit ratio",
-        "The share of estimates served from the price book (hit, stale) among all that were answered with a price in"
-        " the time range (hit, stale, miss, collapsed, bypass).",
+        "The share of estimates served from the price book (hit, inferred, stale) among all that were answered with a"
+        " price in the time range (those, miss, collapsed, bypass).",
         SHARE,
         4,
     )
@@ -136,8 +138,8 @@ def hit_ratio() -> dashboard.Panel:
 def avoided_in_range() -> dashboard.Panel:
     about = About(
         "Upstream requests avoided",
-        "Estimates in the time range that needed no upstream request of their own: hit, stale, or collapsed into"
-        " another request.",
+        "Estimates in the time range that needed no upstream request of their own: hit, inferred, stale, or"
+        " collapsed into another request.",
         AMOUNT,
         4,
     )
@@ -147,9 +149,9 @@ def avoided_in_range() -> dashboard.Panel:
 def hit_ratio_over_time() -> dashboard.Panel:
     about = About(
         "Hit ratio over time",
-        "The share of hit and stale among estimates answered with a price. It falls when many prices expire together,"
-        " after a purge, when the price list changes, or when a team starts to send new bodies. A gap: nothing was"
-        " answered.",
+        "The share of hit, inferred and stale among estimates answered with a price. It falls when many prices expire"
+        " together, after a purge, when the price list changes, or when a team starts to send new bodies. A gap:"
+        " nothing was answered.",
         SHARE,
         8,
     )

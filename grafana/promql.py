@@ -15,6 +15,7 @@ HERE = ('job=~"$job"', 'instance=~"$instance"')
 TEAM = 'team=~"$team"'
 TEAM_OR_ORG = 'team=~"$team|-"'  # quotas of the organisation have the team `-`
 ESTIMATE = 'operation="estimate"'
+PRICED = 'outcome=~"hit|inferred|stale|miss|collapsed|bypass"'
 
 QUANTILES = ((0.5, "p50"), (0.95, "p95"), (0.99, "p99"))
 LEADING = 10  # more lines than this cannot be told apart

@@ -28,6 +28,7 @@ class Outcome(StrEnum):
     """The result of a request, as in its log line, in metrics and in usage."""
 
     HIT = "hit"
+    INFERRED = "inferred"
     STALE = "stale"
     MISS = "miss"
     COLLAPSED = "collapsed"

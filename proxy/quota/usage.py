@@ -34,7 +34,7 @@ _NOT_IN_LEDGER = {
     Outcome.STORE_UNAVAILABLE,
     Outcome.OVERLOADED,
 }
-_LATER = (Outcome.OVER_CEILING,)
+_LATER = (Outcome.OVER_CEILING, Outcome.INFERRED)
 OUTCOMES = tuple(outcome.value for outcome in Outcome if outcome not in (*_NOT_IN_LEDGER, *_LATER))
 """The outcomes that the ledger books, in the order of columns."""
 

@@ -25,6 +25,8 @@ from proxy.telemetry.multiprocess import SharedValues, series_of
 
 UPSTREAM_STATUSES = ("2xx", "4xx", "5xx", "timeout", "error")
 AUDIT_RESULTS = ("same", "changed", "ignored-member")
+INFERENCE_RESULTS = ("answered", "right", "wrong")
+INFERENCE_AUDIT_RESULTS = ("same", "list-moved", "contradicted")
 
 FLUSH_AFTER_S = 0.05
 """Limits how long numbers stay buffered."""
@@ -140,6 +142,21 @@ class Metrics:
             "Stored prices that were compared with upstream again, by result.",
             ["account", "result"],
         )
+        self.inferences = self._counter(
+            "estimate_proxy_inferences",
+            "Prices that were inferred: answered, or only compared with upstream's answer, right or wrong.",
+            ["account", "result"],
+        )
+        self.inference_audits = self._counter(
+            "estimate_proxy_inference_audits",
+            "Inferred answers that were compared with upstream, by result.",
+            ["account", "result"],
+        )
+        self.suspect_answers = self._counter(
+            "estimate_proxy_suspect_answers",
+            "Inferred answers that may have been wrong, counted when a contradiction was found.",
+            ["account"],
+        )
 
     def _declare_stores(self) -> None:
         self.store_duration = self._histogram(
@@ -223,6 +240,11 @@ class Metrics:
                 self.upstream_duration.labels(account, status)
             for result in AUDIT_RESULTS:
                 self.price_audits.labels(account, result)
+            for result in INFERENCE_RESULTS:
+                self.inferences.labels(account, result)
+            for result in INFERENCE_AUDIT_RESULTS:
+                self.inference_audits.labels(account, result)
+            self.suspect_answers.labels(account)
 
     def record_request(self, team: str, operation: str, outcome: Outcome, duration_s: float) -> None:
         kind = (team, operation, outcome)

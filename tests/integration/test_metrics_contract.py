@@ -17,7 +17,7 @@ from prometheus import MORNING, PERS, Scraped, assert_as_declared, said_by_promt
 from proxy import __version__
 from proxy.auth import digest_of, token_of
 from proxy.problems import Outcome
-from proxy.telemetry.metrics import AUDIT_RESULTS, UPSTREAM_STATUSES
+from proxy.telemetry.metrics import AUDIT_RESULTS, INFERENCE_AUDIT_RESULTS, INFERENCE_RESULTS, UPSTREAM_STATUSES
 
 CONTRACT: dict[str, tuple[str, set[str]]] = {
     "requests_total": ("counter", {"team", "operation", "outcome"}),
@@ -41,6 +41,9 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "balance_credits": ("gauge", {"account"}),
     "balance_age_seconds": ("gauge", {"account"}),
     "price_audits_total": ("counter", {"account", "result"}),
+    "inferences_total": ("counter", {"account", "result"}),
+    "inference_audits_total": ("counter", {"account", "result"}),
+    "suspect_answers_total": ("counter", {"account"}),
     "ledger_created_timestamp_seconds": ("gauge", set()),
     "ledger_lost_total": ("counter", set()),
     "unanswered_debits_total": ("counter", set()),
@@ -76,7 +79,7 @@ class TestContract:
 
     def test_outcomes_equal_the_contracts(self) -> None:
         named = """
-            hit stale miss collapsed bypass unpriced upstream-rejected rate-limited quota-exceeded over-ceiling
+            hit inferred stale miss collapsed bypass unpriced upstream-rejected rate-limited quota-exceeded over-ceiling
             unauthenticated team-disabled invalid upstream-error upstream-refused upstream-busy upstream-timeout
             store-unavailable overloaded not-cached cancelled internal-error
         """
@@ -105,6 +108,13 @@ class TestBeforeTheFirstEvent:
         assert first.series("upstream_request_duration_seconds_count", "account", "status") == statuses
         audits = {(account, result): 0 for account in ACCOUNTS for result in AUDIT_RESULTS}
         assert first.series("price_audits_total", "account", "result") == audits
+
+    def test_every_account_has_its_inferences_and_their_audits(self, first: Scraped) -> None:
+        inferences = {(account, result): 0 for account in ACCOUNTS for result in INFERENCE_RESULTS}
+        assert first.series("inferences_total", "account", "result") == inferences
+        audits = {(account, result): 0 for account in ACCOUNTS for result in INFERENCE_AUDIT_RESULTS}
+        assert first.series("inference_audits_total", "account", "result") == audits
+        assert first.series("suspect_answers_total", "account") == {(account,): 0 for account in ACCOUNTS}
 
     def test_every_team_has_its_windows_and_quotas(self, first: Scraped) -> None:
         windows = {(team, per): 0 for team in TEAMS for per in ("day", "week", "month")}
@@ -145,7 +155,7 @@ class TestLabels:
             "account": {*ACCOUNTS},
             "status": {*UPSTREAM_STATUSES},
             "role": {"ledger", "price-book"},
-            "result": {*AUDIT_RESULTS},
+            "result": {*AUDIT_RESULTS, *INFERENCE_RESULTS, *INFERENCE_AUDIT_RESULTS},
             "version": {__version__},
             "scope": {"team", "org"},
             "measure": {"requests", "estimated_credits"},

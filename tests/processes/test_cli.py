@@ -217,7 +217,13 @@ def test_check_prints_toml(run: Run) -> None:
         "drain_s": 30.0,
     }
     written = tomllib.loads(SECRETS)
-    assert shown["teams"]["other"] == {**written["teams"]["other"], "account": "default", "disabled": False, "was": []}
+    assert shown["teams"]["other"] == {
+        **written["teams"]["other"],
+        "account": "default",
+        "disabled": False,
+        "infer": True,
+        "was": [],
+    }
     assert shown["teams"]["design"]["tokens"] == [{"sha256": DIGEST}]
     assert shown["accounts"] == {"default": {"api_key": MASK}}
     assert shown["store"]["url"] == f"redis://u:{MASK}@h/0"
@@ -532,7 +538,7 @@ def test_usage_when_piped(run: Run) -> None:
     amounts = ("requests", "refused", "estimated_credits", *OUTCOMES, "share_percent")
     assert header == ["team", *amounts, "team_name", *SAVED_COLUMNS, *LATER_OUTCOMES]
     assert [row[:5] for row in rows] == [[team, "2", "3", "9007199254.740993", "2"] for team in ("design", "gone")]
-    assert [row[-5:-1] for row in rows] == [["50", "The Designers", "2", ""], ["50", "", "2", ""]]
+    assert [row[-6:-2] for row in rows] == [["50", "The Designers", "2", ""], ["50", "", "2", ""]]
     header, row = fields(reported(run("usage", "--from", str(DAY), "--team", "gone")))
     assert [header[0], row[0]] == ["day", str(DAY)], "a team that was removed from the settings, by day"
     _, *rows = fields(reported(run("usage", "--from", str(DAY), "--to", str(DAY), "--by", "model,team")))
@@ -669,8 +675,8 @@ def test_money_is_derived_from_credits(run: Run) -> None:
     path = Path("estimate-proxy.toml")
     path.write_text(f'{path.read_text()}[org.currency]\ncode = "EUR"\nper_credit = "0.002"\n')
     header, *rows = fields(reported(run("usage", "--from", str(DAY))))
-    assert header[-5:-3] == ["team_name", "derived_cost_EUR"]
-    assert [row[-4] for row in rows] == ["18014398.509481986"] * 2
+    assert header[-6:-4] == ["team_name", "derived_cost_EUR"]
+    assert [row[-5] for row in rows] == ["18014398.509481986"] * 2
     document = json.loads(reported(run("usage", "--from", str(DAY), "--format", "json")))
     assert document["currency"] == {"code": "EUR", "per_credit": 0.002}
     assert document["total"]["derived_cost"] == 36028797.018963972

@@ -353,7 +353,7 @@ def test_time_of_days_without_a_mean_is_unknown_and_not_0() -> None:
     rows = orjson.loads(json_of(usage, read(), "UTC"))["rows"]
     assert [(row["upstream_calls_saved"], row["upstream_seconds_saved"]) for row in rows] == [(5, None), (1, 0.25)]
     _, *written = cells(csv_of(usage, ("day",)))
-    assert [row[-3:-1] for row in written] == [["5", ""], ["1", "0.25"]]
+    assert [row[-4:-2] for row in written] == [["5", ""], ["1", "0.25"]]
 
 
 def test_sums_by_team() -> None:
@@ -519,8 +519,8 @@ def test_the_csv_document() -> None:
     header, first, second, third, end = text.split("\r\n")
     later = ",".join((*SAVED_COLUMNS, *LATER_OUTCOMES))
     assert header == f"day,model,requests,refused,estimated_credits,{','.join(OUTCOMES)},share_percent,{later}"
-    assert first == "2026-11-01,-,0,1,0,0,0,0,0,0,0,0,1,0,0,0,0,0,0,0,0,0,0,0,0"
-    assert second == "2026-11-01,Flux,11,0,40.500001,9,0,2,0,0,0,0,0,0,0,0,0,0,0,0,0,100,9,,0"
+    assert first == "2026-11-01,-,0,1,0,0,0,0,0,0,0,0,1,0,0,0,0,0,0,0,0,0,0,0,0,0"
+    assert second == "2026-11-01,Flux,11,0,40.500001,9,0,2,0,0,0,0,0,0,0,0,0,0,0,0,0,100,9,,0,0"
     assert third.startswith("2026-11-02,-,1,4,0,")
     assert end == "", "each line ends, and no total would be added up with the rest"
 
@@ -538,6 +538,7 @@ def test_the_columns_do_not_depend_on_the_content() -> None:
         *("rate-limited", "quota-exceeded", "upstream-error", "upstream-refused", "upstream-busy", "upstream-timeout"),
         *("not-cached", "cancelled", "internal-error"),
     ], "users' scripts depend on these columns"
+    assert list(LATER_OUTCOMES) == ["inferred"]
 
 
 def test_every_outcome_is_a_column_or_never_reaches_the_ledger() -> None:
