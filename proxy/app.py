@@ -20,6 +20,7 @@ from proxy.gateway.estimates import Gateway, Policy
 from proxy.gateway.fetcher import Fetcher
 from proxy.gateway.freshness import StaleLimits
 from proxy.gateway.in_flight import InFlightTracker
+from proxy.gateway.inferences import Inferences
 from proxy.gateway.live_config import ConfigHolder, RuntimeConfig, runtime_config_of
 from proxy.gateway.purge import PurgeHandler
 from proxy.http.connection import SCOPE_HEADERS
@@ -43,7 +44,7 @@ from proxy.http.responses import probe_answer
 from proxy.http.static_files import DOCS_FILES, static_routes
 from proxy.http.token_endpoint import TokenEndpoint
 from proxy.http.usage_endpoints import UsageEndpoints
-from proxy.open_stores import book_of, open_book_store, open_ledger_store
+from proxy.open_stores import book_of, learner_of, open_book_store, open_ledger_store
 from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.ledger import Ledger
@@ -103,16 +104,19 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
     timeout_s = settings.server.request_timeout_s
     zone, keys = settings.org.zone, LedgerKeys(settings.org.id)
     price_changes = PriceChangeLog(ledger_store, keys, zone)
-    fetcher = Fetcher(book, upstream, metrics, tracker, price_changes, timeout_s=timeout_s)
     token_uses = TokenUses(ledger_store, keys)
     live = ConfigHolder(runtime_config_of(settings, token_uses.record))
+    policy = _policy_of(settings)
+    learner = learner_of(settings, book_store, upstream.address)
+    inferences = Inferences(live, learner, book.accounts, metrics, policy.stale_limits)
+    fetcher = Fetcher(book, upstream, inferences, metrics, tracker, price_changes, timeout_s=timeout_s)
     batcher = LedgerBatcher(ledger_store, keys, zone, metrics)
     ledger = Ledger(batcher, metrics, admits_on_outage=settings.store.on_outage == "admit")
     ledger_reader = LedgerReader(ledger_store, keys, zone)
     saved_time = SavedTime(ledger_reader, metrics)
     parser = RequestParser(upstream.address)
-    gateway = Gateway(live, ledger, book, fetcher, parser, _policy_of(settings))
-    purges = PurgeHandler(live, book, parser)
+    gateway = Gateway(live, ledger, book, fetcher, inferences, parser, policy=policy)
+    purges = PurgeHandler(live, book, learner, parser)
     usage_endpoints = UsageEndpoints(live, ledger_reader, zone, settings.org.counted_currency)
     token_endpoint = TokenEndpoint(live, book.accounts, zone)
     metrics_endpoint = MetricsEndpoint(live, metrics, batcher, ledger_reader, book)

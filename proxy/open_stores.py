@@ -4,6 +4,7 @@ import logging
 from dataclasses import replace
 
 from proxy.cache.price_book import PriceBook
+from proxy.learning.learner import Learner
 from proxy.settings.schema import Settings
 from proxy.store.access import EmbeddedUrls, StoreAccess
 from proxy.store.client import Store
@@ -41,7 +42,7 @@ def open_book_store(
         cooldowns = None if ledger is None else ledger.cooldowns
     else:
         url, access = embedded_urls["price-book"], _access_without_credentials(settings)
-    preload = scripts_in("proxy.cache")
+    preload = scripts_in("proxy.cache") + scripts_in("proxy.learning")
     return Store(url, "price-book", metrics, access=access, cooldowns=cooldowns, preload=preload)
 
 
@@ -50,6 +51,18 @@ def book_of(settings: Settings, store: Store, address: UpstreamAddress) -> Price
     cache = settings.cache
     stale_s = max(cache.stale_while_revalidate_s, cache.stale_if_error_s)
     return PriceBook(store, origin=address.origin, ttl_s=cache.ttl_s, stale_s=stale_s)
+
+
+def learner_of(settings: Settings, store: Store, address: UpstreamAddress) -> Learner:
+    """What is learned about prices of the upstream at `address`. It is in the price book's store."""
+    cache = settings.cache
+    return Learner(
+        store,
+        origin=address.origin,
+        ttl_s=cache.ttl_s,
+        learn_from=cache.learn_from,
+        audit_one_in=cache.audit_one_in,
+    )
 
 
 async def startup_errors(settings: Settings, embedded_urls: EmbeddedUrls) -> str | None:

@@ -7,6 +7,9 @@ from proxy.cache.prices import StoredPrice
 from proxy.gateway.fetcher import FetchResult
 from proxy.upstream.replies import Failed, Priced, Rejected, Reply, Unpriced
 
+INFERRED = "inferred"
+"""The detail of an answer whose price is another body's, fresh or stale: a negative `ttl` shows the latter."""
+
 
 def hit(stored: StoredPrice, *, detail: str | None = None) -> str:
     """A stored price was served without asking upstream. `ttl` is negative if it was stale."""
@@ -26,9 +29,9 @@ def forwarded(reason: str, fetched: FetchResult, *, ttl_s: float, collapsed: boo
     )
 
 
-def after_failure(failed: Failed, stored: StoredPrice) -> str:
+def after_failure(failed: Failed, stored: StoredPrice, *, detail: str = "stale-if-error") -> str:
     """A stale price was served because upstream failed, or was not asked: see `Failed.asked`."""
-    ttl, detail = _ttl(stored.ttl_s), "detail=stale-if-error"
+    ttl, detail = _ttl(stored.ttl_s), f"detail={detail}"
     return _join("fwd=stale", _status(failed), ttl, detail) if failed.asked else _join("hit", ttl, detail)
 
 

@@ -9,6 +9,8 @@ from hashlib import blake2b, sha256
 from typing import NamedTuple
 
 from proxy.cache.canonical import canonicalise
+from proxy.learning.verdict import Inferred, NotInferred
+from proxy.problems import NO_NAME
 from proxy.quota.model_names import model_of
 from proxy.upstream.address import UpstreamAddress
 
@@ -31,9 +33,10 @@ class CanonicalRequest:
     """A request body, with everything that its cache key is made from.
 
     ignored: members that are left out of the key, as dotted paths inside each item.
+    team: whose request it is. verdict: what the learner said about it; None if it was not asked.
     """
 
-    __slots__ = ("_canonical", "_raw", "account", "ignored", "key", "model", "query")
+    __slots__ = ("_canonical", "_raw", "account", "ignored", "key", "model", "query", "team", "verdict")
 
     def __init__(
         self, parsed: ParsedBody, raw: bytes, *, account: str, ignored: tuple[str, ...], canonical: bytes | None = None
@@ -41,6 +44,8 @@ class CanonicalRequest:
         self.query, self.key, self.model = parsed
         self.account = account
         self.ignored = ignored
+        self.team = NO_NAME
+        self.verdict: Inferred | NotInferred | None = None
         self._raw = raw
         self._canonical = canonical
 

@@ -2,8 +2,10 @@
 
 1. Authenticate the team by its token, then read and parse the body.
 2. Look the price up: in this process's memory, then in the price book.
-3. Decide, by the price's age and the request's `Cache-Control`, to serve it or to ask upstream.
-4. Serving: charge the team's quotas and answer. A stale price or an old balance is refreshed in the background.
+3. Decide, by the price's age and the request's `Cache-Control`, to serve it or to ask upstream. A price that is not
+   stored for this body may be inferred: see `proxy.gateway.inferences`.
+4. Serving: charge the team's quotas and answer. A stale price or an old balance is refreshed in the background, and
+   some inferred prices are audited.
 5. Asking upstream: check rate and quotas and book the request (admit), fetch the price, then book the result (settle).
 
 An estimate above the request's ceiling is refused: the ledger checks the rate and quotas, and books no credits.
@@ -22,12 +24,14 @@ from proxy.auth import Access, Team, team_disabled
 from proxy.cache.canonical import present
 from proxy.cache.price_book import PriceBook
 from proxy.cache.prices import Balance, Lookup, Price, StoredPrice, document
-from proxy.gateway.cache_status import after_failure, forwarded, hit
+from proxy.gateway.cache_status import INFERRED, after_failure, forwarded, hit
 from proxy.gateway.canonical_request import CanonicalRequest, RequestParser
 from proxy.gateway.fetcher import Fetcher, FetchResult
 from proxy.gateway.freshness import Forward, NotCached, Serve, StaleLimits, choose
+from proxy.gateway.inferences import Inference, Inferences
 from proxy.gateway.live_config import ConfigHolder, RuntimeConfig
 from proxy.gateway.request import Answer, ClientRequest, Explanation, Trace
+from proxy.learning.verdict import Inferred
 from proxy.problems import Code, Outcome, Problem, StoreUnavailable
 from proxy.quota.credits import micro_of, text_of
 from proxy.quota.ledger import Admitted, Denied, Ledger
@@ -53,19 +57,22 @@ class Policy:
 class Gateway:
     """Answers estimates, and explains them."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- what a request passes through
         self,
         live: ConfigHolder,
         ledger: Ledger,
         book: PriceBook,
         fetcher: Fetcher,
+        inferences: Inferences,
         parser: RequestParser,
+        *,
         policy: Policy,
     ) -> None:
         self._live = live
         self._ledger = ledger
         self._book = book
         self._fetcher = fetcher
+        self._inferences = inferences
         self._parser = parser
         self._policy = policy
 
@@ -76,28 +83,34 @@ class Gateway:
         if isinstance(team, Problem):
             return team
         canonical_request = self._parse(await request.read_body(), team, request.query, config)
+        canonical_request.team = team.id
         trace.question = canonical_request
 
         lookup = self._book.get_local(canonical_request.key, team.account)
         if lookup is None:
             lookup = await self._look_up(canonical_request, trace)
-        match choose(lookup, request.directives, self._policy.stale_limits):
+        choice, inference = choose(lookup, request.directives, self._policy.stale_limits), None
+        if lookup is not None and not isinstance(choice, Serve):
+            with trace.timing_store():
+                inference = await self._inferences.infer(canonical_request, lookup, request.directives, team, config)
+            choice = choice if inference is None else inference.choice or choice
+        match choice:
             case NotCached():
                 return await self._refuse_uncached(team, trace)
             case Serve(stored, balance, stale):
-                answer = _stored_answer(Outcome.STALE if stale else Outcome.HIT, stored, balance)
+                outcome = Outcome.INFERRED if inference is not None else Outcome.STALE if stale else Outcome.HIT
+                answer = _stored_answer(outcome, stored, balance)
                 result = _within_ceiling(answer, request.ceiling_micro)
                 charge = _charge(result.outcome, canonical_request, stored.price)
-                with trace.timing_store():
-                    if result is answer:
-                        admission = await self._ledger.charge(team.limits, charge)
-                    else:
-                        admission = await self._ledger.refuse_over_ceiling(team.limits, charge)
-                trace.record_admission(admission)
+                admission = await self._charge_stored(team, charge, trace)
                 if isinstance(admission, Denied):
                     return admission.problem
-                self._refresh_in_background(canonical_request, stored, balance, lookup, stale=stale)
-                trace.cache_status = hit(stored, detail="stale-while-revalidate" if stale else None)
+                if inference is None:
+                    self._refresh_in_background(canonical_request, stored, balance, lookup, stale=stale)
+                    trace.cache_status = hit(stored, detail="stale-while-revalidate" if stale else None)
+                else:
+                    self._check_in_background(canonical_request, inference.inferred, balance, lookup, stale=stale)
+                    trace.record_inference(hit(stored, detail=INFERRED), inference.inferred.setting)
                 return result
             case Forward() as forward:
                 with trace.timing_store():
@@ -107,7 +120,7 @@ class Gateway:
                     return admission.problem
 
         fetched, collapsed = await self._fetch(canonical_request, request, forward, lookup, trace)
-        found = self._result_of(fetched, forward, canonical_request, collapsed=collapsed, trace=trace)
+        found = self._result_of(fetched, forward, canonical_request, inference, collapsed=collapsed, trace=trace)
         result = _within_ceiling(found, request.ceiling_micro)
         price = found.price if isinstance(found, Answer) else None
         charge = _charge(result.outcome, canonical_request, price)
@@ -123,6 +136,14 @@ class Gateway:
                 return await self._book.look_up(canonical_request.key, canonical_request.account)
             except StoreUnavailable:
                 return None
+
+    async def _charge_stored(self, team: Team, charge: Charge, trace: Trace) -> Admitted | Denied:
+        over_ceiling = charge.outcome is Outcome.OVER_CEILING
+        book = self._ledger.refuse_over_ceiling if over_ceiling else self._ledger.charge
+        with trace.timing_store():
+            admission = await book(team.limits, charge)
+        trace.record_admission(admission)
+        return admission
 
     async def _refuse_uncached(self, team: Team, trace: Trace) -> Problem:
         """The client wants only a stored answer, and none is usable. The request still uses one request of the rate."""
@@ -153,6 +174,24 @@ class Gateway:
         elif balance.age_s > max_age_s:
             self._fetcher.audit(canonical_request, stored, lookup, max_age_s=max_age_s)
 
+    def _check_in_background(
+        self,
+        canonical_request: CanonicalRequest,
+        inferred: Inferred,
+        balance: Balance,
+        lookup: Lookup | None,
+        *,
+        stale: bool,
+    ) -> None:
+        """Counts an inferred answer, and audits it if its turn has come. Else as for a stored price, with its body."""
+        max_age_s = self._policy.balance_max_age_s
+        if self._inferences.count_answer(inferred):
+            self._fetcher.audit_inferred(canonical_request, inferred, lookup)
+        elif stale:
+            self._fetcher.refresh(canonical_request, lookup)
+        elif balance.age_s > max_age_s:
+            self._fetcher.audit(canonical_request, None, lookup, max_age_s=max_age_s)
+
     async def _fetch(
         self,
         canonical_request: CanonicalRequest,
@@ -181,6 +220,7 @@ class Gateway:
         fetched: FetchResult,
         forward: Forward,
         canonical_request: CanonicalRequest,
+        inference: Inference | None,
         *,
         collapsed: bool,
         trace: Trace,
@@ -188,8 +228,10 @@ class Gateway:
         """Turns upstream's reply into an answer. If upstream failed, a stale price may still be served."""
         newest = self._book.accounts.balance(canonical_request.account)
         if forward.fallback is not None and newest is not None and isinstance(fetched.reply, Failed):
-            trace.cache_status = after_failure(fetched.reply, forward.fallback)
-            return _stored_answer(Outcome.STALE, forward.fallback, newest)
+            outcome = self._fall_back(fetched.reply, forward.fallback, inference, trace)
+            return _stored_answer(outcome, forward.fallback, newest)
+        if inference is not None and inference.choice is None:
+            self._inferences.compare(inference.inferred, fetched.reply)
         trace.cache_status = forwarded(forward.reason, fetched, ttl_s=self._book.ttl_s, collapsed=collapsed)
         match fetched.reply:
             case Priced(price):
@@ -206,6 +248,15 @@ class Gateway:
                 return problem
             case _:
                 assert_never(fetched.reply)
+
+    def _fall_back(self, failed: Failed, stored: StoredPrice, inference: Inference | None, trace: Trace) -> Outcome:
+        """Serves a stale price, the request's own or an inferred one, because upstream failed."""
+        if inference is None:
+            trace.cache_status = after_failure(failed, stored)
+            return Outcome.STALE
+        self._inferences.count_unaudited_answer(inference.inferred)
+        trace.record_inference(after_failure(failed, stored, detail=INFERRED), inference.inferred.setting)
+        return Outcome.INFERRED
 
     async def _settle(
         self,

@@ -5,10 +5,11 @@
   or leaves its failure. Followers poll for either. If the leader dies, its lease expires within `LEASE_S` and a
   follower takes over.
 * With the store unavailable, each process calls upstream for itself.
-* Two things run in the background after the response: refreshes of stale prices, and audits (see Audits in
-  docs/architecture.md). There is at most one audit at a time
-  for each account, over all processes. Refreshes are limited in each process, so that a repriced account is fetched
-  again gradually.
+* Three things run in the background after the response: refreshes of stale prices, audits of stored prices (see Audits
+  in docs/architecture.md), and audits of inferred ones (see docs/learning.md). There is at most one audit of a stored
+  price at a time for each account, over all processes. Refreshes are limited in each process, so that a repriced
+  account is fetched again gradually; so are audits of inferred prices.
+* What upstream answers under a lease is learned from. Other answers are those of `no-store`, and of outages.
 """
 
 import asyncio
@@ -28,6 +29,8 @@ from proxy.cache.prices import Lookup, Price, StoredPrice
 from proxy.cache.single_flight import SingleFlight
 from proxy.gateway.canonical_request import CanonicalRequest
 from proxy.gateway.in_flight import InFlightTracker
+from proxy.gateway.inferences import Inferences
+from proxy.learning.verdict import Inferred
 from proxy.problems import Code, Problem, StoreUnavailable
 from proxy.quota.price_change_log import PriceChangeLog
 from proxy.quota.price_changes import FoundBy
@@ -38,6 +41,9 @@ from proxy.upstream.replies import Failed, Priced, Rejected, Reply, Unpriced, de
 
 MAX_REFRESHES = 8
 """Limits concurrent refreshes in a process. A stale price beyond that is refreshed at a later hit."""
+
+MAX_INFERENCE_AUDITS = 8
+"""Limits concurrent audits of inferred prices in a process. One beyond that is owed."""
 
 AUDIT_CLAIM_S = 5.0
 """How long a claimed audit keeps other processes from auditing the same account."""
@@ -75,10 +81,11 @@ class Fetcher:
     timeout_s: limits an upstream call, and the time for which a follower waits.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- what a fetch touches
         self,
         book: PriceBook,
         upstream: Upstream,
+        inferences: Inferences,
         metrics: Metrics,
         tracker: InFlightTracker,
         price_changes: PriceChangeLog,
@@ -87,6 +94,7 @@ class Fetcher:
     ) -> None:
         self._book = book
         self._upstream = upstream
+        self._inferences = inferences
         self._metrics = metrics
         self._tracker = tracker
         self._price_changes = price_changes
@@ -94,7 +102,7 @@ class Fetcher:
         self._fetches = SingleFlight[FetchResult]()
         self._audits = SingleFlight[None]()
         self._audit_paused_until: dict[str, float] = {}
-        self._refreshes = 0
+        self._refreshes = self._inference_audits = 0
         self._sequence = count()
 
     async def fetch(self, request: CanonicalRequest, lookup: Lookup | None) -> tuple[FetchResult, bool]:
@@ -127,18 +135,35 @@ class Fetcher:
         task = self._fetches.start(request.key, lambda: self._lead_or_follow(request, lookup))
         task.add_done_callback(self._on_refresh_done)
 
-    def audit(self, request: CanonicalRequest, stored: StoredPrice, lookup: Lookup | None, *, max_age_s: float) -> None:
+    def audit(
+        self, request: CanonicalRequest, stored: StoredPrice | None, lookup: Lookup | None, *, max_age_s: float
+    ) -> None:
         """Calls upstream in the background, for a fresh balance, and compares the price with the one that was served.
 
+        stored: that price; None if it was inferred. Then what is learned from the answer is the comparison.
         max_age_s: no audit is made if the balance in the store is younger.
         """
         now = asyncio.get_running_loop().time()
         if now >= self._audit_paused_until.get(request.account, now) and not self._audits.in_flight(request.account):
             self._audits.start(request.account, lambda: self._audit(request, stored, lookup, max_age_s))
 
+    def audit_inferred(self, request: CanonicalRequest, inferred: Inferred, lookup: Lookup | None) -> None:
+        """Calls upstream in the background for a body whose price was inferred, to learn whether that was right.
+
+        If upstream cannot be asked, or gives no price, the audit is owed.
+        """
+        if self._fetches.in_flight(request.key):
+            return  # the answer to that is learned from
+        if self._inference_audits >= MAX_INFERENCE_AUDITS:
+            self._inferences.owe_audit(inferred)
+            return
+        self._inference_audits += 1
+        self._fetches.start(request.key, lambda: self._audit_inferred(request, inferred, lookup))
+
     async def finish(self, timeout_s: float) -> None:
         """Waits at most `timeout_s` until running fetches and audits are done and stored, then cancels the rest."""
         await asyncio.gather(self._fetches.drain(timeout_s), self._audits.drain(timeout_s))
+        await self._inferences.finish(timeout_s)
 
     async def _coalesce(
         self, key: str, work: Callable[[], Coroutine[Any, Any, FetchResult]]
@@ -147,7 +172,9 @@ class Fetcher:
         with self._tracker.waiting_for_upstream():
             return await self._fetches.do(key, work)
 
-    async def _lead_or_follow(self, request: CanonicalRequest, lookup: Lookup | None) -> FetchResult:
+    async def _lead_or_follow(
+        self, request: CanonicalRequest, lookup: Lookup | None, *, is_audit: bool = False
+    ) -> FetchResult:
         """Takes the lease and leads, or follows the leader; takes over if the leader leaves no result."""
         if lookup is None:
             return await self._fetch_without_lease(request)
@@ -164,7 +191,7 @@ class Fetcher:
                             return fetched
         except StoreUnavailable:
             return await self._fetch_without_lease(request)
-        return await self._lead(request, lease)
+        return await self._lead(request, lease, is_audit=is_audit)
 
     async def _follow(self, request: CanonicalRequest, lookup: Lookup, deadline: float) -> FetchResult | None:
         """Polls for the leader's result; None if it ended or died without leaving one."""
@@ -190,10 +217,15 @@ class Fetcher:
         await self._book.accounts.read(request.account)
         return FetchResult(Priced(price, None), stored=True, collapsed=True)
 
-    async def _lead(self, request: CanonicalRequest, lease: Lease, found_by: FoundBy = "ask") -> FetchResult:
+    async def _lead(
+        self, request: CanonicalRequest, lease: Lease, found_by: FoundBy = "ask", *, is_audit: bool = False
+    ) -> FetchResult:
         """`found_by`: how a price that has changed is then found."""
         with self._renewing(lease):
+            ticket = await self._inferences.ticket(request)
             reply, upstream_s = await self._call_upstream(request)
+        if ticket is not None and isinstance(reply, Priced):
+            self._inferences.learn(ticket, request, reply.price, is_audit=is_audit)
         recording = self._record_balance(request, reply)  # goes to the store in one round trip with the next call
         try:
             is_current = await self._end_lease(request, lease, reply, found_by)
@@ -275,8 +307,21 @@ class Fetcher:
     def _on_refresh_done(self, _: object) -> None:
         self._refreshes -= 1
 
+    async def _audit_inferred(
+        self, request: CanonicalRequest, inferred: Inferred, lookup: Lookup | None
+    ) -> FetchResult:
+        is_priced = False
+        try:
+            fetched = await self._lead_or_follow(request, lookup, is_audit=True)
+            is_priced = isinstance(fetched.reply, Priced)
+        finally:
+            self._inference_audits -= 1
+            if not is_priced:
+                self._inferences.owe_audit(inferred)
+        return fetched
+
     async def _audit(
-        self, request: CanonicalRequest, stored: StoredPrice, lookup: Lookup | None, max_age_s: float
+        self, request: CanonicalRequest, stored: StoredPrice | None, lookup: Lookup | None, max_age_s: float
     ) -> None:
         """Audits if this process can claim it and take the question's lease."""
         try:
@@ -287,8 +332,8 @@ class Fetcher:
         except StoreUnavailable:
             return
         if isinstance(lease, Lease):
-            fetched = await self._lead(request, lease, "audit")
-            if isinstance(fetched.reply, Priced) and fetched.stored:
+            fetched = await self._lead(request, lease, "audit", is_audit=stored is None)
+            if stored is not None and isinstance(fetched.reply, Priced) and fetched.stored:
                 await self._compare(request, stored, fetched.reply.price)
 
     async def _compare(self, request: CanonicalRequest, stored: StoredPrice, price: Price) -> None:
@@ -311,6 +356,7 @@ class Fetcher:
             with suppress(StoreUnavailable):
                 if await self._book.accounts.record_price_change(request.account, request.key):
                     event(log, logging.WARNING, "price list changed: older prices are stale", facts)
+                    await self._inferences.drop_prices(request.account)
         self._metrics.price_audits.labels(request.account, result).inc()
 
     def _deadline(self) -> float:

@@ -2,8 +2,9 @@
 
 The body names what to purge, in one of two forms:
 
-* `{"account":"default","body":[…],"query":"…"}`: one question. The query is empty unless given.
-* `{"account":"default","all":true}`: the whole price book of the account.
+* `{"account":"default","body":[…],"query":"…"}`: one question, and the learned price of its setting. The query is
+  empty unless given.
+* `{"account":"default","all":true}`: the whole price book of the account, and all its learned prices.
 
 The account is `default` unless given.
 """
@@ -18,6 +19,7 @@ from proxy.cache.price_book import PriceBook
 from proxy.gateway.canonical_request import RequestParser
 from proxy.gateway.live_config import ConfigHolder
 from proxy.gateway.request import ClientRequest, Purged, Trace
+from proxy.learning.learner import Learner
 from proxy.problems import BadRequest, Code, Problem, StoreUnavailable
 
 _FORMS = (
@@ -28,9 +30,10 @@ _FORMS = (
 class PurgeHandler:
     """Purges prices for admin tokens."""
 
-    def __init__(self, live: ConfigHolder, book: PriceBook, parser: RequestParser) -> None:
+    def __init__(self, live: ConfigHolder, book: PriceBook, learner: Learner, parser: RequestParser) -> None:
         self._live = live
         self._book = book
+        self._learner = learner
         self._parser = parser
 
     async def purge(self, request: ClientRequest, trace: Trace) -> Purged | Problem:
@@ -48,12 +51,14 @@ class PurgeHandler:
         try:
             if wanted.canonical is None:
                 await self._book.purge_account(wanted.account)
+                await self._learner.drop_prices(wanted.account)
                 return Purged(wanted.account)
             question = self._parser.from_canonical(
                 wanted.canonical, account=wanted.account, query=wanted.query.encode(), ignored=config.ignored
             )
             trace.question = question
             found = await self._book.purge_question(question.key, wanted.account)
+            await self._learner.drop_setting(question, config.never_learn)
             return Purged(wanted.account, question.key, found)
         except StoreUnavailable:
             detail = "The price book is unavailable, and the purge may not have happened: send it again."

@@ -100,6 +100,8 @@ class Trace:
     question: CanonicalRequest | None = None
     """None if no body was parsed."""
     cache_status: str | None = None
+    setting: str | None = None
+    """The id of the setting whose price was answered, if the price was inferred."""
     store_s: float | None = None
     upstream_s: float | None = None
     quota_state: QuotaState | None = None
@@ -117,6 +119,9 @@ class Trace:
             self.warnings = ()
         elif admission.quota_state is not None:
             self.warnings = admission.quota_state.warnings()
+
+    def record_inference(self, cache_status: str, setting: str) -> None:
+        self.cache_status, self.setting = cache_status, setting
 
     def timing_store(self) -> Self:
         """A context manager that adds the time spent in it to `store_s`."""

@@ -74,6 +74,8 @@ class RequestContext(Trace):
         if self.question is not None:
             facts["key"] = self.question.key[:LOGGED_KEY_CHARACTERS]
             facts["model"] = self.question.model
+        if self.setting is not None:
+            facts["setting"] = self.setting
         if isinstance(result, Problem):
             facts |= _refusal_facts(result)
         event(log, logging.INFO, "request", facts)

@@ -62,10 +62,14 @@ class Learner:
         self._counts = Counts()
         self._limits = limits_of(learn_from=learn_from, ttl_s=ttl_s).encode()
 
-    async def look_up(self, question: Question, never_learn: Collection[str] = ()) -> Inferred | NotInferred:
+    async def look_up(
+        self, question: Question, never_learn: Collection[str] = (), *, pays_audit: bool = True
+    ) -> Inferred | NotInferred:
         """What is known about the price of a body that is not known exactly. Does not raise `StoreUnavailable`.
 
         Call it before upstream is asked: `observe` needs its ticket.
+
+        pays_audit: an audit that the setting owes is no longer owed, because this body is then asked.
         """
         reduced = _reduced(question, never_learn)
         if reduced is None:
@@ -78,7 +82,7 @@ class Learner:
             return NotInferred(Reason.UNAVAILABLE)
         ticket = Ticket(question.account, reduced, question.key, snapshot.evidence.epoch, snapshot.store_ms())
         verdict = decide(ticket, snapshot.evidence, known, setting=setting, ttl_s=self._ttl_s)
-        if isinstance(verdict, Inferred) and self._audits.pay(_name(ticket, setting)):
+        if pays_audit and isinstance(verdict, Inferred) and self._audits.pay(_name(ticket, setting)):
             return NotInferred(Reason.AUDIT_OWED, verdict.scope, ticket)
         return verdict
 

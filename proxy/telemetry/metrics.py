@@ -76,6 +76,8 @@ class Metrics:
         """Buffered micro-credits, by team and model."""
         self._time_saving_answers = Counts[str]()
         """Answers whose saved time is not counted yet, by team."""
+        self._inferred: Counts[tuple[str, str]] = Counts()
+        """Buffered inferences, by account and result."""
         self.in_flight: Callable[[], int] = lambda: 0
         """The number of requests in progress; `flush` calls it."""
         self.take_dropped_log_lines: Callable[[], int] = lambda: 0
@@ -260,6 +262,11 @@ class Metrics:
         self._credits_micro[team, model] = self._credits_micro.get((team, model), 0) + credits_micro
         self.flush_soon()
 
+    def record_inference(self, account: str, result: str) -> None:
+        """`result` is one of `INFERENCE_RESULTS`."""
+        self._inferred[account, result] += 1
+        self.flush_soon()
+
     def record_store_call(self, call: str, duration_s: float) -> None:
         self._durations_s[self.store_duration, (call,)].append(duration_s)
         self.flush_soon()
@@ -302,6 +309,9 @@ class Metrics:
         spent, self._credits_micro = self._credits_micro, {}
         for (team, model), credits_micro in spent.items():
             self.estimated_credits.labels(team, model).inc(credits_micro / 1_000_000)
+        for (account, result), number in self._inferred.items():
+            self.inferences.labels(account, result).inc(number)
+        self._inferred.clear()
 
     def _count_requests(self, team: str, operation: str, outcome: Outcome, durations_s: Sequence[float]) -> None:
         self.requests.labels(team, operation, outcome.value).inc(len(durations_s))

@@ -1,0 +1,178 @@
+"""Infers prices of bodies that are not known exactly, and learns from upstream's answers, as `cache.learn` says.
+
+* `off`: neither. `observe`: learns, and compares what it would have answered with upstream's answer, but changes no
+  answer and asks nothing more. `use`: answers, and audits.
+* A client that asks for an exact answer (`no-cache`, `no-store`, `max-age=0`) gets one, as does a team with
+  `infer = false`. Upstream's answers to them are learned from, except with `no-store`.
+* Learning runs in the background, so no answer waits for it. If the store is unavailable, nothing is inferred or
+  learned: evidence that is lost is gathered again.
+"""
+
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+
+from proxy.auth import Team
+from proxy.cache.account_book import AccountBooks
+from proxy.cache.prices import Lookup, Price
+from proxy.cache.single_flight import SingleFlight
+from proxy.gateway.canonical_request import CanonicalRequest
+from proxy.gateway.freshness import Directives, Forward, Serve, StaleLimits, choose
+from proxy.gateway.live_config import ConfigHolder, RuntimeConfig
+from proxy.learning.answers import data_digest
+from proxy.learning.evidence import Contradiction
+from proxy.learning.learner import Learner
+from proxy.learning.observation import Counted, Effect
+from proxy.learning.ticket import Ticket
+from proxy.learning.verdict import Inferred
+from proxy.problems import StoreUnavailable
+from proxy.telemetry.logs import event
+from proxy.telemetry.metrics import Metrics
+from proxy.upstream.replies import Priced, Reply
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Inference:
+    """A price that can be inferred for a request.
+
+    choice: what to do with the request; None if the price is only compared with upstream's answer (`observe`).
+    """
+
+    inferred: Inferred
+    choice: Serve | Forward | None
+
+
+class Inferences:
+    """The inferences of one process."""
+
+    def __init__(
+        self, live: ConfigHolder, learner: Learner, accounts: AccountBooks, metrics: Metrics, stale_limits: StaleLimits
+    ) -> None:
+        self._live = live
+        self._learner = learner
+        self._accounts = accounts
+        self._metrics = metrics
+        self._stale_limits = stale_limits
+        self._lessons = SingleFlight[None]()
+        self._sequence = count()
+
+    async def infer(
+        self, request: CanonicalRequest, lookup: Lookup, directives: Directives, team: Team, config: RuntimeConfig
+    ) -> Inference | None:
+        """The price that is inferred for a request whose exact price cannot be served; None if none is.
+
+        lookup: what the price book had.
+        """
+        if config.learn == "off":
+            return None
+        verdict = request.verdict = await self._learner.look_up(request, config.never_learn)
+        if not isinstance(verdict, Inferred) or lookup.stored is not None or not team.infer or wants_exact(directives):
+            return None
+        choice = choose(Lookup(verdict.stored, lookup.balance, lookup.version), directives, self._stale_limits)
+        match choice, config.learn:
+            case Serve(), "use":
+                return Inference(verdict, choice)
+            case Forward(fallback=fallback), "use" if fallback is not None:
+                return Inference(verdict, choice)
+            case Serve(), "observe":
+                return Inference(verdict, None)
+        return None
+
+    def count_answer(self, inferred: Inferred) -> bool:
+        """Counts an inferred price that was answered. Returns whether it must be audited."""
+        self._metrics.record_inference(inferred.ticket.account, Counted.ANSWERED)
+        return self._learner.count(inferred, Counted.ANSWERED)
+
+    def count_unaudited_answer(self, inferred: Inferred) -> None:
+        """Counts an inferred price that was answered because upstream could not be asked."""
+        if self.count_answer(inferred):
+            self.owe_audit(inferred)
+
+    def compare(self, inferred: Inferred, reply: Reply) -> None:
+        """Compares a price that would have been inferred with upstream's answer, and counts the result."""
+        if isinstance(reply, Priced):
+            is_right = data_digest(reply.price) == data_digest(inferred.stored.price)
+            counted = Counted.RIGHT if is_right else Counted.WRONG
+            self._metrics.record_inference(inferred.ticket.account, counted)
+            self._learner.count(inferred, counted)
+
+    def owe_audit(self, inferred: Inferred) -> None:
+        """An audit that is due cannot be asked: the next price of this setting is not inferred."""
+        self._learner.owe_audit(inferred)
+
+    async def ticket(self, request: CanonicalRequest) -> Ticket | None:
+        """What is needed to learn from upstream's answer to a request. None if it is not learned from.
+
+        Call it before upstream is asked.
+        """
+        if request.verdict is None:
+            config = self._live.config
+            if config.learn == "off":
+                return None
+            request.verdict = await self._learner.look_up(request, config.never_learn)
+        return request.verdict.ticket
+
+    def learn(self, ticket: Ticket, request: CanonicalRequest, price: Price, *, is_audit: bool) -> None:
+        """Learns from upstream's answer to a request, in the background. `is_audit`: it was asked to audit."""
+        self._lessons.start(str(next(self._sequence)), lambda: self._learn(ticket, request, price, is_audit=is_audit))
+
+    async def drop_prices(self, account: str) -> None:
+        """Drops all learned prices of an account, because it was repriced."""
+        with suppress(StoreUnavailable):  # they are dropped by the first answer that does not agree
+            await self._learner.drop_prices(account)
+
+    async def finish(self, timeout_s: float) -> None:
+        """Waits until running lessons are stored, at most `timeout_s`."""
+        await self._lessons.drain(timeout_s)
+        await self._learner.close()
+
+    async def _learn(self, ticket: Ticket, request: CanonicalRequest, price: Price, *, is_audit: bool) -> None:
+        try:
+            observed = await self._learner.observe(ticket, price, team=request.team, is_audit=is_audit)
+        except StoreUnavailable:
+            return
+        facts = {"account": request.account, "scope": observed.scope, "setting": observed.setting, "key": request.key}
+        if observed.old is not None and observed.effect is not Effect.AGREED:
+            facts |= {"old": observed.old.estimated.decode(), "new": price.estimated.decode()}
+        match observed.effect:
+            case Effect.AGREED if is_audit:
+                self._count_audit(request.account, "same")
+            case Effect.DOUBT:
+                event(log, logging.DEBUG, "a learned price is in doubt", facts)
+            case Effect.LIST_MOVED:
+                await self._list_moved(request, facts)
+        if observed.contradiction is not None:
+            self._contradicted(observed.contradiction, facts)
+
+    async def _list_moved(self, request: CanonicalRequest, facts: dict[str, str]) -> None:
+        """A doubt was resolved: prices have changed.
+
+        Only with `use` that counts towards repricing, which makes exact prices stale: `observe` changes no answer.
+        """
+        self._count_audit(request.account, "list-moved")
+        is_used = self._live.config.learn == "use"
+        level = logging.WARNING if is_used else logging.INFO
+        event(log, level, "price list changed: learned prices are asked again", facts)
+        if is_used:
+            with suppress(StoreUnavailable):
+                if await self._accounts.record_price_change(request.account, request.key):
+                    event(log, logging.WARNING, "price list changed: older prices are stale", facts)
+
+    def _contradicted(self, contradiction: Contradiction, facts: dict[str, str]) -> None:
+        """A left-out member decides prices. Nobody was told a wrong price if there is no suspect answer."""
+        self._count_audit(facts["account"], "contradicted")
+        self._metrics.suspect_answers.labels(facts["account"]).inc(contradiction.suspects)
+        level = logging.ERROR if contradiction.suspects else logging.INFO
+        span = {"since_ms": contradiction.since_ms, "until_ms": contradiction.until_ms}
+        event(log, level, "inferred prices contradicted", {**facts, "suspect_answers": contradiction.suspects, **span})
+
+    def _count_audit(self, account: str, result: str) -> None:
+        self._metrics.inference_audits.labels(account, result).inc()
+
+
+def wants_exact(directives: Directives) -> bool:
+    """Whether the client accepts only a price that is its own body's."""
+    return directives.bypasses_cache or directives.max_age_s == 0
