@@ -26,10 +26,12 @@ from proxy.gateway.purge import PurgeHandler
 from proxy.http.connection import SCOPE_HEADERS
 from proxy.http.cors import Cors, Refuse
 from proxy.http.endpoint import Endpoint, refuse, refuse_route
+from proxy.http.learned_endpoint import LearnedEndpoint
 from proxy.http.metrics_endpoint import MetricsEndpoint
 from proxy.http.openapi.document import openapi_file
 from proxy.http.paths import (
     EXPLAIN_PATH,
+    LEARNED_PATH,
     LIVENESS_PATH,
     METRICS_PATH,
     OPENAPI_PATH,
@@ -119,6 +121,7 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
     purges = PurgeHandler(live, book, learner, parser)
     usage_endpoints = UsageEndpoints(live, ledger_reader, zone, settings.org.counted_currency)
     token_endpoint = TokenEndpoint(live, book.accounts, zone)
+    learned_endpoint = LearnedEndpoint(live, learner, zone)
     metrics_endpoint = MetricsEndpoint(live, metrics, batcher, ledger_reader, book)
     _preregister_warnings(metrics, live.config)
     metrics.in_flight = lambda: tracker.in_flight
@@ -152,6 +155,7 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
             Route(PRICE_CHANGES_PATH, endpoint("other", usage_endpoints.price_changes), methods=["GET"]),
             Route(QUOTA_PATH, endpoint("other", usage_endpoints.quota), methods=["GET"]),
             Route(TOKEN_PATH, endpoint("other", token_endpoint.token), methods=["GET"]),
+            Route(LEARNED_PATH, endpoint("other", learned_endpoint.learned), methods=["GET"]),
             Route(METRICS_PATH, endpoint("other", metrics_endpoint.metrics), methods=["GET"]),
             Route(LIVENESS_PATH, _healthz, methods=["GET"]),
             Route(OPENAPI_PATH, openapi_file().respond, methods=["GET"]),

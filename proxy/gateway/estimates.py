@@ -290,12 +290,13 @@ class Gateway:
         trace.question = canonical_request
         lookup = await self._look_up(canonical_request, trace)
         stored = None if lookup is None else lookup.stored
+        verdict = None if lookup is None else await self._inferences.explain(canonical_request, config)
         admission = await self._peek(team, stored, trace)
         if isinstance(admission, Denied) and admission.problem.code is Code.RATE_LIMITED:
             return admission.problem
         ignored = present(canonical_request.canonical, config.ignored)
         outcome = Outcome.BYPASS if lookup is None else Outcome.HIT if stored else Outcome.MISS
-        return Explanation(outcome, canonical_request, ignored, stored, admission)
+        return Explanation(outcome, canonical_request, ignored, stored, admission, verdict, config.learn)
 
     async def _peek(self, team: Team, stored: StoredPrice | None, trace: Trace) -> Admitted | Denied | None:
         """Whether an estimate would be admitted now; None if the ledger is unavailable."""

@@ -25,7 +25,7 @@ from proxy.learning.evidence import Contradiction
 from proxy.learning.learner import Learner
 from proxy.learning.observation import Counted, Effect
 from proxy.learning.ticket import Ticket
-from proxy.learning.verdict import Inferred
+from proxy.learning.verdict import Inferred, NotInferred
 from proxy.problems import StoreUnavailable
 from proxy.telemetry.logs import event
 from proxy.telemetry.metrics import Metrics
@@ -80,6 +80,12 @@ class Inferences:
             case Serve(), "observe":
                 return Inference(verdict, None)
         return None
+
+    async def explain(self, request: CanonicalRequest, config: RuntimeConfig) -> Inferred | NotInferred | None:
+        """What was learned about a body, for people; None if `cache.learn` is `off`."""
+        if config.learn == "off":
+            return None
+        return await self._learner.look_up(request, config.never_learn, pays_audit=False)
 
     def count_answer(self, inferred: Inferred) -> bool:
         """Counts an inferred price that was answered. Returns whether it must be audited."""

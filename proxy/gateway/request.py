@@ -15,6 +15,7 @@ from proxy.auth import Credential
 from proxy.cache.prices import Price, StoredPrice
 from proxy.gateway.canonical_request import CanonicalRequest
 from proxy.gateway.freshness import Directives
+from proxy.learning.verdict import Inferred, NotInferred
 from proxy.problems import NO_NAME, Outcome, Problem
 from proxy.quota.ledger import Admitted, Denied
 from proxy.quota.quotas import Quota, QuotaState
@@ -60,6 +61,8 @@ class Explanation:
     outcome: `hit`, `miss`, or `bypass` if the price book is unavailable.
     ignored: the members of `cache.ignore` that the body has.
     admission: the ledger's decision on an estimate now; None if the ledger is unavailable.
+    verdict: what was learned about the body; None if `learn`, the setting of `cache`, is `off`, or if the price book is
+    unavailable.
     """
 
     outcome: Outcome
@@ -67,6 +70,8 @@ class Explanation:
     ignored: list[str]
     stored: StoredPrice | None
     admission: Admitted | Denied | None
+    verdict: Inferred | NotInferred | None
+    learn: str
 
 
 @dataclass(frozen=True, slots=True)

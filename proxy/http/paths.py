@@ -13,6 +13,7 @@ USAGE_PATH = "/v1/usage"
 QUOTA_PATH = "/v1/quota"
 TOKEN_PATH = "/v1/token"  # noqa: S105 -- a path, not a secret
 PRICE_CHANGES_PATH = "/v1/prices/changes"
+LEARNED_PATH = "/v1/learned"
 METRICS_PATH = "/metrics"
 LIVENESS_PATH = "/healthz"
 READINESS_PATH = "/readyz"
@@ -20,7 +21,7 @@ OPENAPI_PATH = "/openapi.json"
 DOCS_PATH = "/docs"
 
 OWN_PATHS = (
-    *(QUOTA_PATH, USAGE_PATH, TOKEN_PATH, PRICE_CHANGES_PATH, EXPLAIN_PATH, PURGE_PATH),
+    *(QUOTA_PATH, USAGE_PATH, TOKEN_PATH, PRICE_CHANGES_PATH, LEARNED_PATH, EXPLAIN_PATH, PURGE_PATH),
     *(METRICS_PATH, LIVENESS_PATH, READINESS_PATH, OPENAPI_PATH, DOCS_PATH),
 )
 """Those of the API: a client that gets one of them slightly wrong is told so."""

@@ -21,6 +21,7 @@ from proxy.http.connection import SCOPE_HEADERS
 from proxy.http.framing import Headers
 from proxy.http.headers import Lines
 from proxy.http.paths import shown_path, without_tokens
+from proxy.learning.report import verdict_document
 from proxy.problems import DEFAULT_RETRY_AFTER_S, NO_NAME, Outcome, Problem
 from proxy.quota.ledger import Admitted, Denied
 from proxy.telemetry.logs import event
@@ -171,6 +172,8 @@ def _explanation_document(explanation: Explanation) -> bytes:
         document |= {"age_s": int(stored.age_s), "ttl_s": floor(stored.ttl_s)}
     if stored is not None and isinstance(admission, Admitted):
         document["estimated"] = orjson.Fragment(stored.price.estimated)
+    if explanation.verdict is not None:
+        document["learned"] = {"learn": explanation.learn, **verdict_document(explanation.verdict)}
     if isinstance(admission, Denied):
         document["refusal"] = {"code": admission.problem.code, "detail": admission.problem.detail}
     unavailable = {"price-book": explanation.outcome is Outcome.BYPASS, "ledger": admission is None}
