@@ -19,6 +19,7 @@ COMMANDS = {
     "check": "proxy.cli.check",
     "demo": "proxy.cli.demo",
     "explain": "proxy.cli.explain",
+    "learned": "proxy.cli.learned",
     "prices": "proxy.cli.prices",
     "purge": "proxy.cli.purge",
     "quota": "proxy.cli.ledger",

@@ -9,8 +9,11 @@ from proxy.auth import token_id_of
 from proxy.cli.inputs import fail
 from proxy.embedded.stores import running_url
 from proxy.embedded.valkey import EmbeddedStoreError
+from proxy.gateway.canonical_request import RequestParser
 from proxy.gateway.live_config import directory_of, limits_of
-from proxy.open_stores import book_of, open_book_store, open_ledger_store
+from proxy.learning.evidence import Scope
+from proxy.learning.learner import Learner
+from proxy.open_stores import book_of, learner_of, open_book_store, open_ledger_store
 from proxy.problems import BadRequest, Code, StoreUnavailable
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.price_changes import PriceChangeQuery, PriceChanges
@@ -19,6 +22,7 @@ from proxy.quota.reports import LedgerReader
 from proxy.quota.usage import Usage, UsageQuery
 from proxy.settings.schema import Settings
 from proxy.store.access import EmbeddedUrls
+from proxy.store.client import Store
 from proxy.upstream.address import UpstreamAddress
 
 _Read = TypeVar("_Read")
@@ -77,22 +81,50 @@ async def _open_ledger_reader(settings: Settings) -> AsyncIterator[LedgerReader]
 
 
 async def purge_book(settings: Settings, account: str, canonical: bytes | None, query: bytes) -> str:
-    """Removes the price of one body of an account, or with None all its prices, from the price book's store.
+    """Removes the price of one body of an account and of its setting, or with None all prices of the account.
 
     Returns a message for people. Raises `StoreUnavailable`, `EmbeddedStoreError`.
     """
+    address = UpstreamAddress.of(settings.upstream.base_url)
+    async with _open_book_store(settings) as store:
+        book, learner = book_of(settings, store, address), learner_of(settings, store, address)
+        if canonical is None:
+            await book.purge_account(account)
+            await learner.drop_prices(account)
+            return f"purged all prices of the account {account}"
+        question = RequestParser(address).from_canonical(
+            canonical, account=account, query=query, ignored=settings.cache.ignore
+        )
+        found = await book.purge_question(question.key, account)
+        await learner.drop_setting(question, settings.cache.never_learn)
+        return f"purged {question.key}" if found else f"nothing was stored for {question.key}"
+
+
+async def read_learned(settings: Settings, accounts: Sequence[str]) -> dict[str, list[Scope]]:
+    """What was learned, by account. Raises `StoreUnavailable`, `EmbeddedStoreError`."""
+    async with _open_learner(settings) as learner:
+        return {account: await learner.scopes(account) for account in accounts}
+
+
+async def forget_learned(settings: Settings, account: str, scope: str | None) -> int:
+    """Forgets a scope of an account, or with None all. Returns how many. Raises as `read_learned`."""
+    async with _open_learner(settings) as learner:
+        return await learner.forget(account, scope)
+
+
+@asynccontextmanager
+async def _open_learner(settings: Settings) -> AsyncIterator[Learner]:
+    async with _open_book_store(settings) as store:
+        yield learner_of(settings, store, UpstreamAddress.of(settings.upstream.base_url))
+
+
+@asynccontextmanager
+async def _open_book_store(settings: Settings) -> AsyncIterator[Store]:
     embedded = settings.store.url is None and settings.cache.url is None
     urls: EmbeddedUrls = {"price-book": running_url(settings.store.data_dir, role="price-book")} if embedded else {}
     store = open_book_store(settings, urls)
-    address = UpstreamAddress.of(settings.upstream.base_url)
-    book = book_of(settings, store, address)
     try:
         await store.open()
-        if canonical is None:
-            await book.purge_account(account)
-            return f"purged all prices of the account {account}"
-        sent = address.query_as_sent(query)
-        key = address.key_of(canonical, account=account, query=sent, ignored=settings.cache.ignore)
-        return f"purged {key}" if await book.purge_question(key, account) else f"nothing was stored for {key}"
+        yield store
     finally:
         await store.close()

@@ -4,7 +4,7 @@ A table never breaks a word or number to fit the terminal. It leaves out the col
 under the table. Only an id that is wider than the whole terminal is broken.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime
 from zoneinfo import ZoneInfo
@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from proxy.learning.evidence import Scope
+from proxy.learning.report import percent_below
 from proxy.problems import NO_NAME
 from proxy.quota.credits import Currency
 from proxy.quota.price_changes import PriceChange
@@ -26,6 +28,11 @@ from proxy.settings.schema import UNLABELLED_CHARACTERS
 _NAME_WIDTH = 24
 """A team's name that is longer is wrapped between its words, so that it leaves room for amounts."""
 
+LEARNED_COLUMNS = (
+    *("account", "scope", "state", "tests", "tests_needed", "fewer_than_percent", "asked", "answered"),
+    *("would_have_answered", "would_have_been_wrong", "audits", "contradictions", "suspect_answers", "items"),
+    *("left_out", "counting", "team", "last_asked"),
+)
 TOKEN_COLUMNS = ("team", "label", "expires", "last_used", "digest", "team_name")
 
 
@@ -178,6 +185,39 @@ def token_columns(tokens: Sequence[ListedToken], zone: ZoneInfo, directory: Team
         Column("expires", [token.last_day for token in tokens], rank=1, is_text=True),
         Column("last used", [_hour(token.used_at_s, zone) for token in tokens], is_text=True),
         Column("digest", [token.digest_start for token in tokens], rank=2, is_text=True),
+    ]
+
+
+def learned_lines(found: Mapping[str, Sequence[Scope]], zone: ZoneInfo) -> list[list[str]]:
+    """Scopes as rows of text, the header first."""
+    return [list(LEARNED_COLUMNS), *_learned_rows(found, zone)]
+
+
+def learned_columns(found: Mapping[str, Sequence[Scope]], zone: ZoneInfo) -> list[Column]:
+    """Scopes for people."""
+    ranks = {"account": 1, "scope": 0, "state": 0, "tests": 0, "left_out": 0, "fewer_than_percent": 1, "items": 1}
+    texts = {"account", "scope", "state", "items", "left_out", "counting", "team", "last_asked"}
+    cells = zip(*_learned_rows(found, zone), strict=True) if any(found.values()) else [()] * len(LEARNED_COLUMNS)
+    return [
+        Column(name.replace("_", " "), each, ranks.get(name, place + 2), is_text=name in texts, wraps=name in texts)
+        for place, (name, each) in enumerate(zip(LEARNED_COLUMNS, cells, strict=True))
+    ]
+
+
+def _learned_rows(found: Mapping[str, Sequence[Scope]], zone: ZoneInfo) -> list[list[str]]:
+    return [_learned_row(account, scope, zone) for account, scopes in found.items() for scope in scopes]
+
+
+def _learned_row(account: str, scope: Scope, zone: ZoneInfo) -> list[str]:
+    last = scope.last_contradiction
+    amounts = (scope.asked, scope.answered, scope.right + scope.wrong, scope.wrong, scope.audits, scope.contradictions)
+    return [
+        *(account, scope.id, scope.state.value, str(scope.tests), str(scope.needed)),
+        percent_below(scope.bound),
+        *map(str, amounts),
+        str(last.suspects) if last is not None else "0",
+        *(", ".join(texts) for texts in (scope.items, scope.left_out, scope.counting)),
+        *(scope.team, rfc3339(scope.used_at_ms // 1000, zone)),
     ]
 
 

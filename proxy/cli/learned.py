@@ -1,0 +1,82 @@
+"""`estimate-proxy learned`: shows what was learned about prices, and forgets it. Reads the price book's store."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import click
+import orjson
+
+from proxy.cli.direct import forget_learned, from_store, read_learned
+from proxy.cli.inputs import config_option, fail, load_settings
+from proxy.cli.tables import learned_columns, learned_lines, print_table, to_tsv
+from proxy.embedded.valkey import EmbeddedStoreError
+from proxy.learning.report import accounts_document, bound_in_words
+from proxy.problems import StoreUnavailable
+from proxy.settings.schema import Settings
+
+
+@click.group(short_help="Show what was learned about prices.", invoke_without_command=True)
+@config_option
+@click.option("--account", metavar="ID", help="Only this account. Default: all in the settings.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="table is for people; json is what the endpoint returns.",
+)
+@click.pass_context
+def learned(context: click.Context, config: Path | None, account: str | None, form: str) -> None:
+    """Show which members decide prices, as learned from RenderNet's answers, and how well that was tested.
+
+    One row for each scope: bodies with the same members, models and number of items. When piped, the table is
+    tab-separated text. docs/learning.md explains the words.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    settings = load_settings(config)
+    _check_account(settings, account)
+    found = from_store(read_learned(settings, sorted(settings.accounts) if account is None else [account]))
+    zone, learn = settings.org.zone, settings.cache.learn
+    if form == "json":
+        click.echo(orjson.dumps(accounts_document(learn, found, zone)))
+    elif sys.stdout.isatty():
+        print_table(f"learned about prices, {zone.key}, cache.learn = {learn}", learned_columns(found, zone))
+        for scope in (scope for scopes in found.values() for scope in scopes if scope.tests):
+            click.echo(f"{scope.id}: {bound_in_words(scope)}")
+    else:
+        click.echo(to_tsv(learned_lines(found, zone)), nl=False)
+    if not any(found.values()):
+        click.echo("estimate-proxy: nothing is learned yet", err=True)
+
+
+@learned.command(short_help="Forget what was learned, and begin again.")
+@config_option
+@click.option("--account", default="default", show_default=True, metavar="ID", help="The account of the scopes.")
+@click.option("--scope", metavar="ID", help="Forget this scope, as `estimate-proxy learned` shows it.")
+@click.option("--all", "everything", is_flag=True, help="Forget all scopes of the account.")
+def forget(config: Path | None, account: str, scope: str | None, everything: bool) -> None:  # noqa: FBT001 -- as demo
+    """Forget what was learned in one scope, or in all scopes of an account. Gateways follow within two seconds.
+
+    Stored prices stay; nothing is inferred until everything is learned again.
+    """
+    if (scope is None) is not everything:
+        fail("give either --scope with a scope's id, or --all")
+    settings = load_settings(config)
+    _check_account(settings, account)
+    try:
+        number = asyncio.run(forget_learned(settings, account, scope))
+    except EmbeddedStoreError as error:
+        fail(str(error))
+    except StoreUnavailable:
+        fail("the store is unreachable: what was learned may not be forgotten; try again")
+    if scope is not None and number == 0:
+        fail(f"--scope: nothing was learned in {scope!r} for the account {account}")
+    click.echo(f"forgot {number} scope{'' if number == 1 else 's'} of the account {account}")
+
+
+def _check_account(settings: Settings, account: str | None) -> None:
+    if account not in (None, *settings.accounts):
+        fail(f"--account is not an account in the settings: they have {', '.join(sorted(settings.accounts))}")
