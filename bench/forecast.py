@@ -62,7 +62,7 @@ def drift(random: Random, days: int) -> list[float]:
 def spike(random: Random, days: int) -> list[float]:
     """One day in the last weeks before the forecast has ten times its amount."""
     amounts = weekly(random, days)
-    amounts[-random.randrange(22, 45)] *= 10
+    amounts[-min(days, random.randrange(22, 45))] *= 10
     return amounts
 
 

@@ -10,6 +10,7 @@ from tables import NAME_COLUMN, Column, grid
 QUOTA = "team, measure, per"  # the organisation's quotas have the team `-`
 USED = ledger(QUOTA, "estimate_proxy_quota_used", TEAM_OR_ORG)
 LIMIT = ledger(QUOTA, "estimate_proxy_quota_limit", TEAM_OR_ORG)
+FORECAST = ledger(QUOTA, "estimate_proxy_quota_forecast_credits", TEAM_OR_ORG)
 USED_SHARE = f"{USED} / {LIMIT}"
 NEAR = 0.8
 QUOTA_STEPS: tuple[Step, ...] = ((None, GREEN), (NEAR, ORANGE), (1, RED))
@@ -99,7 +100,9 @@ def used_against_limit() -> dashboard.Panel:
         About(
             "Used against limit, by team",
             "The limit of each quota in its current window, what is used and what is left; the largest limit first. A"
-            " negative amount left means that a quota only warns, or that its limit was lowered.",
+            " negative amount left means that a quota only warns, or that its limit was lowered. The forecast is what"
+            " the gateway expects to be used at the end of a week or month, from the usage of up to 90 days; it needs"
+            " 14 days, and can be above the limit.",
             AMOUNT,
             12,
             10,
@@ -111,6 +114,7 @@ def used_against_limit() -> dashboard.Panel:
         Column(title="Used", expr=named(QUOTA, USED)),
         Column(title="Limit", expr=LIMIT),
         Column(title="Left", expr=f"{LIMIT} - {USED}"),
+        Column(title="Forecast of the end", expr=FORECAST, decimals=0),
         most="Limit",
     )
 

@@ -49,6 +49,7 @@ from proxy.http.usage_endpoints import UsageEndpoints
 from proxy.open_stores import book_of, learner_of, open_book_store, open_ledger_store
 from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import LedgerKeys
+from proxy.quota.history import UsageHistory
 from proxy.quota.ledger import Ledger
 from proxy.quota.price_change_log import PriceChangeLog
 from proxy.quota.reports import LedgerReader
@@ -115,14 +116,15 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
     batcher = LedgerBatcher(ledger_store, keys, zone, metrics)
     ledger = Ledger(batcher, metrics, admits_on_outage=settings.store.on_outage == "admit")
     ledger_reader = LedgerReader(ledger_store, keys, zone)
+    history = UsageHistory(ledger_reader, zone)
     saved_time = SavedTime(ledger_reader, metrics)
     parser = RequestParser(upstream.address)
     gateway = Gateway(live, ledger, book, fetcher, inferences, parser, policy=policy)
     purges = PurgeHandler(live, book, learner, parser)
-    usage_endpoints = UsageEndpoints(live, ledger_reader, zone, settings.org.counted_currency)
+    usage_endpoints = UsageEndpoints(live, ledger_reader, history, zone, settings.org.counted_currency)
     token_endpoint = TokenEndpoint(live, book.accounts, zone)
     learned_endpoint = LearnedEndpoint(live, learner, zone)
-    metrics_endpoint = MetricsEndpoint(live, metrics, batcher, ledger_reader, book)
+    metrics_endpoint = MetricsEndpoint(live, metrics, batcher, ledger_reader, history, book)
     _preregister_warnings(metrics, live.config)
     metrics.in_flight = lambda: tracker.in_flight
 

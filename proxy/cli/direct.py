@@ -16,6 +16,8 @@ from proxy.learning.learner import Learner
 from proxy.open_stores import book_of, learner_of, open_book_store, open_ledger_store
 from proxy.problems import BadRequest, Code, StoreUnavailable
 from proxy.quota.counters import LedgerKeys
+from proxy.quota.forecast import Forecasts
+from proxy.quota.history import UsageHistory
 from proxy.quota.price_changes import PriceChangeQuery, PriceChanges
 from proxy.quota.quotas import QuotaState
 from proxy.quota.reports import LedgerReader
@@ -49,11 +51,13 @@ async def read_usage(settings: Settings, query: UsageQuery) -> Usage:
         return await ledger_reader.usage(query, directory)
 
 
-async def read_quota_states(settings: Settings, team: str | None) -> list[QuotaState]:
+async def read_quotas(settings: Settings, team: str | None) -> tuple[list[QuotaState], Forecasts]:
     """The quota state of a team, or with None of all. Raises `StoreUnavailable`, `EmbeddedStoreError`."""
     wanted = [limits for limits in limits_of(settings).values() if team in (None, limits.team)]
     async with _open_ledger_reader(settings) as ledger_reader:
-        return await ledger_reader.quota_states(wanted)
+        quota_states = await ledger_reader.quota_states(wanted)
+        history = UsageHistory(ledger_reader, settings.org.zone)
+        return quota_states, await history.forecasts(quota_states, directory_of(settings))
 
 
 async def read_price_changes(settings: Settings, query: PriceChangeQuery) -> PriceChanges:

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 import click
 import orjson
 
-from proxy.cli.direct import from_store, read_quota_states, read_usage
+from proxy.cli.direct import from_store, read_quotas, read_usage
 from proxy.cli.inputs import config_option, fail, load_settings
 from proxy.cli.tables import print_table, quota_columns, to_tsv, usage_columns
 from proxy.gateway.live_config import directory_of
@@ -108,25 +108,27 @@ def usage(
 def quota(team: str | None, config: Path | None, form: str | None, dialect: Dialect | None) -> None:
     """Show the quotas of TEAM, or of all teams: used, remaining, and when the next window starts.
 
-    Exact figures, read from the store. When piped, the table is tab-separated text.
+    These figures are exact, read from the store. Quotas per week and month also have a forecast, if usage goes back 14
+    days: how much will be used at the end, and when the limit will be reached. When piped, the table is tab-separated
+    text.
     """
     form = chosen_form(form, dialect)
     settings = load_settings(config)
     zone, directory = settings.org.zone, directory_of(settings)
     if team not in (None, *settings.teams):
         fail(f"{team!r} is not a team in the settings: they have {', '.join(settings.teams) or 'none'}")
-    quota_states = from_store(read_quota_states(settings, team))
+    quota_states, forecasts = from_store(read_quotas(settings, team))
     if not any(quota_state.limits.quotas for quota_state in quota_states):
         click.echo("estimate-proxy: no quota is set", err=True)
     if form == "table" and sys.stdout.isatty():
-        print_table(f"quotas on estimates, {zone.key}", quota_columns(quota_states, zone, directory))
+        print_table(f"quotas on estimates, {zone.key}", quota_columns(quota_states, forecasts, zone, directory))
         return
-    lines = quota_lines(quota_states, zone, directory)
+    lines = quota_lines(quota_states, forecasts, zone, directory)
     match form:
         case "csv":
             click.echo(write_csv(lines, names=QUOTA_NAME_COLUMNS, dialect=dialect or "rfc4180"), nl=False)
         case "json":
-            documents = [quota_document(quota_state, zone, directory) for quota_state in quota_states]
+            documents = [quota_document(quota_state, forecasts, zone, directory) for quota_state in quota_states]
             click.echo(orjson.dumps({"teams": documents} if team is None else documents[0]))
         case _:
             click.echo(to_tsv(lines), nl=False)

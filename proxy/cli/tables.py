@@ -18,8 +18,9 @@ from proxy.learning.evidence import Scope
 from proxy.learning.report import percent_below
 from proxy.problems import NO_NAME
 from proxy.quota.credits import Currency
+from proxy.quota.forecast import Forecasts
 from proxy.quota.price_changes import PriceChange
-from proxy.quota.quota_report import quota_uses
+from proxy.quota.quota_report import QuotaUse, quota_uses, reached_text
 from proxy.quota.quotas import QuotaState
 from proxy.quota.usage import TeamDirectory, Usage, UsageQuery, amounts_of, share_of
 from proxy.quota.windows import rfc3339
@@ -135,9 +136,11 @@ def _saved_columns(usage: Usage) -> list[Column]:
     return [Column("calls saved", calls, 6, all_calls), Column("seconds saved", seconds, 6, all_seconds)]
 
 
-def quota_columns(quota_states: Sequence[QuotaState], zone: ZoneInfo, directory: TeamDirectory) -> list[Column]:
+def quota_columns(
+    quota_states: Sequence[QuotaState], forecasts: Forecasts, zone: ZoneInfo, directory: TeamDirectory
+) -> list[Column]:
     """Quotas for people; the organisation's once, without a team."""
-    uses = quota_uses(quota_states)
+    uses = quota_uses(quota_states, forecasts)
     limits, used, remaining = zip(*(use.amounts for use in uses), strict=True) if uses else ((), (), ())
     resets_at = [_moment(use.window.end_s, zone) for use in uses]
     return [
@@ -150,6 +153,18 @@ def quota_columns(quota_states: Sequence[QuotaState], zone: ZoneInfo, directory:
         Column("remaining", remaining, rank=1),
         Column("on exceed", [use.on_exceed for use in uses], rank=5, is_text=True),
         Column("resets at", resets_at, rank=4, is_text=True),
+        *_forecast_columns(uses, zone),
+    ]
+
+
+def _forecast_columns(uses: Sequence[QuotaUse], zone: ZoneInfo) -> list[Column]:
+    """What will be used at the end of the window, and when the limit is reached; none without any forecast."""
+    if not any(use.forecast for use in uses):
+        return []
+    ends = [at_end and f"{at_end} ({low} to {high})" for at_end, low, high in (use.forecast_amounts for use in uses)]
+    return [
+        Column("at the end", ends, rank=5),
+        Column("forecast", [reached_text(use, zone) for use in uses], rank=1, is_text=True, wraps=True),
     ]
 
 

@@ -22,7 +22,10 @@ from proxy.gateway.request import ClientRequest, Document, Trace
 from proxy.problems import Code, Problem, StoreUnavailable
 from proxy.quota.batches import LedgerBatcher
 from proxy.quota.credits import MICRO
-from proxy.quota.quotas import Quota, QuotaState
+from proxy.quota.forecast import Forecasts
+from proxy.quota.history import UsageHistory
+from proxy.quota.quota_report import quota_uses
+from proxy.quota.quotas import QuotaState
 from proxy.quota.reports import LedgerReader, WindowTotals
 from proxy.quota.windows import Period, Window
 from proxy.telemetry.metrics import Metrics
@@ -37,6 +40,7 @@ class Snapshot:
 
     totals: WindowTotals | None
     quota_states: Sequence[QuotaState]
+    forecasts: Forecasts
     balances: Mapping[str, Balance]
     taken_at: float
 
@@ -45,12 +49,19 @@ class MetricsEndpoint:
     """The handler of `GET /metrics`."""
 
     def __init__(
-        self, live: ConfigHolder, metrics: Metrics, batcher: LedgerBatcher, ledger_reader: LedgerReader, book: PriceBook
+        self,
+        live: ConfigHolder,
+        metrics: Metrics,
+        batcher: LedgerBatcher,
+        ledger_reader: LedgerReader,
+        history: UsageHistory,
+        book: PriceBook,
     ) -> None:
         self._live = live
         self._metrics = metrics
         self._batcher = batcher
         self._ledger_reader = ledger_reader
+        self._history = history
         self._book = book
         self._snapshot: Snapshot | None = None
         self._snapshot_lock = asyncio.Lock()
@@ -95,19 +106,20 @@ class MetricsEndpoint:
 
     async def _take_snapshot(self) -> Snapshot:
         taken_at = monotonic()
-        (totals, quota_states), balances = await asyncio.gather(self._read_ledger(), self._read_balances())
-        return Snapshot(totals, quota_states, balances, taken_at)
+        (totals, quota_states, forecasts), balances = await asyncio.gather(self._read_ledger(), self._read_balances())
+        return Snapshot(totals, quota_states, forecasts, balances, taken_at)
 
-    async def _read_ledger(self) -> tuple[WindowTotals | None, Sequence[QuotaState]]:
-        team_limits = self._live.config.team_limits
+    async def _read_ledger(self) -> tuple[WindowTotals | None, Sequence[QuotaState], Forecasts]:
+        config = self._live.config
         try:
             await self._batcher.open()  # so that an idle gateway notices a lost ledger, too
-            return await asyncio.gather(
-                self._ledger_reader.window_totals(list(team_limits)),
-                self._ledger_reader.quota_states(list(team_limits.values())),
+            totals, quota_states = await asyncio.gather(
+                self._ledger_reader.window_totals(list(config.team_limits)),
+                self._ledger_reader.quota_states(list(config.team_limits.values())),
             )
+            return totals, quota_states, await self._history.forecasts(quota_states, config.directory)
         except StoreUnavailable:
-            return None, ()
+            return None, (), {}
 
     async def _read_balances(self) -> Mapping[str, Balance]:
         try:
@@ -138,7 +150,7 @@ class _AllMetrics:
     def collect(self) -> Iterator[Metric]:
         yield from self._instruments.collect()
         yield from _windows(self._snapshot)
-        yield from _quotas(self._snapshot.quota_states)
+        yield from _quotas(self._snapshot)
         yield from _balances(self._snapshot)
         yield _tokens(self._token_ends)
         yield _teams(self._team_names)
@@ -170,21 +182,20 @@ def _windows(snapshot: Snapshot) -> Iterator[Metric]:
     yield from (used_credits, requests, starts, ends)
 
 
-def _quotas(quota_states: Sequence[QuotaState]) -> Iterator[Metric]:
-    limits = _gauge("quota_limit", "Limit of a quota in its window.", "scope", "team", "measure", "per")
-    used = _gauge("quota_used", "Used part of a quota in its current window.", "scope", "team", "measure", "per")
-    seen: set[Quota] = set()
-    for quota_state in quota_states:
-        for quota, amount in zip(quota_state.limits.quotas, quota_state.used, strict=True):
-            if quota.scope == "org" and quota in seen:
-                continue
-            seen.add(quota)
-            team = quota.owner(quota_state.limits.team)
-            labels = [quota.scope, team, quota.measure, quota.per]
-            unit = 1 if quota.measure == "requests" else MICRO
-            limits.add_metric(labels, quota.limit / unit)
-            used.add_metric(labels, amount / unit)
-    yield from (limits, used)
+def _quotas(snapshot: Snapshot) -> Iterator[Metric]:
+    labels = "scope", "team", "measure", "per"
+    limits = _gauge("quota_limit", "Limit of a quota in its window.", *labels)
+    used = _gauge("quota_used", "Used part of a quota in its current window.", *labels)
+    ends = _gauge("quota_forecast_credits", "Forecast of a quota's use at the end of its window.", *labels)
+    for use in quota_uses(snapshot.quota_states, snapshot.forecasts):
+        quota = use.quota
+        values = [quota.scope, use.team, quota.measure, quota.per]
+        unit = 1 if quota.measure == "requests" else MICRO
+        limits.add_metric(values, quota.limit / unit)
+        used.add_metric(values, use.used / unit)
+        if use.forecast is not None:
+            ends.add_metric(values, use.forecast.at_end / unit)
+    yield from (limits, used, ends)
 
 
 def _balances(snapshot: Snapshot) -> Iterator[Metric]:

@@ -20,6 +20,7 @@ from proxy.gateway.request import ClientRequest, Document, Trace
 from proxy.problems import Code, Problem, StoreUnavailable
 from proxy.quota.credits import Currency
 from proxy.quota.csv_text import write_csv
+from proxy.quota.history import UsageHistory
 from proxy.quota.price_changes import NAME_COLUMNS, PriceChangeQuery, lines_of, read_price_change_query
 from proxy.quota.price_changes import json_of as json_of_changes
 from proxy.quota.quota_report import quota_document
@@ -35,10 +36,16 @@ class UsageEndpoints:
     """The handlers of these endpoints."""
 
     def __init__(
-        self, live: ConfigHolder, ledger_reader: LedgerReader, zone: ZoneInfo, currency: Currency | None
+        self,
+        live: ConfigHolder,
+        ledger_reader: LedgerReader,
+        history: UsageHistory,
+        zone: ZoneInfo,
+        currency: Currency | None,
     ) -> None:
         self._live = live
         self._ledger_reader = ledger_reader
+        self._history = history
         self._zone = zone
         self._currency = currency
 
@@ -107,7 +114,10 @@ class UsageEndpoints:
             return _unknown("team names a team that is not configured: check its id.")
         wanted = [limits for limits in config.team_limits.values() if team in (None, limits.team)]
         quota_states = await self._ledger_reader.quota_states(wanted)
-        documents = [quota_document(quota_state, self._zone, config.directory) for quota_state in quota_states]
+        forecasts = await self._history.forecasts(quota_states, config.directory)
+        documents = [
+            quota_document(quota_state, forecasts, self._zone, config.directory) for quota_state in quota_states
+        ]
         return Document(orjson.dumps({"teams": documents} if team is None else documents[0]), JSON)
 
     def _team_of(self, token: str | None, trace: Trace) -> Team | Problem | None:

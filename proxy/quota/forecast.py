@@ -13,7 +13,7 @@
 """
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta, tzinfo
 from functools import lru_cache
@@ -47,8 +47,8 @@ _PEAK = 3
 _USED_UP = 0.95
 """The share from which a quota refuses what is dear, if not yet everything."""
 
-_BACKTEST_MIN_DAYS = 7
-"""The days before a backtest: each weekday once."""
+_LEARNING_DAYS = 7
+"""The days before the first backtest, each weekday once; and the known days without which unknown ones count too."""
 
 _WIDENING = 1.2
 _CAUTION = 0.5
@@ -73,6 +73,10 @@ class Forecast:
     reached_from_s: int | None
     reached_until_s: int | None
     method: str
+
+
+Forecasts = Mapping[tuple[str, Quota], Forecast]
+"""By the owner of a quota (`Quota.owner`), and the quota."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,10 +122,9 @@ def forecast(
         return None
     first = today - timedelta(days=len(seen))
     wanted = tuple(_wanted(quota, history, today - timedelta(days=len(history))))[-len(seen) :]
+    is_known_enough = len(seen) - wanted.count(None) >= _LEARNING_DAYS
     ahead = _parts(Window(now_s, window.end_s), zone)
-    pattern = _pattern_of(wanted, first.weekday(), len(ahead))
-    if pattern is None:
-        return None
+    pattern = _pattern_of(wanted if is_known_enough else seen, first.weekday(), len(ahead))
     method = f"weekday means of {len(seen)} days, corrected by {pattern.tests} backtests"
     expected = [pattern.by_weekday[part.day.weekday()] * part.share for part in ahead]
     rest, unit = sum(expected), 1 if quota.measure == "requests" else MICRO
@@ -179,16 +182,14 @@ def _wanted(quota: Quota, amounts: Iterable[int], first: date) -> Iterator[int |
 
 
 @lru_cache(maxsize=512)  # the history changes once a day
-def _pattern_of(wanted: tuple[int | None, ...], first_weekday: int, days_ahead: int) -> _Pattern | None:
-    """The pattern of a history, tested over as many days as are ahead; None if there was nothing to test."""
+def _pattern_of(wanted: tuple[int | None, ...], first_weekday: int, days_ahead: int) -> _Pattern:
+    """The pattern of a history, tested over as many days as are ahead."""
     states = list(_states(_without_peaks(wanted), first_weekday))
-    tested_days = min(days_ahead, (len(wanted) - _BACKTEST_MIN_DAYS) // 2)
-    tests = zip(states[_BACKTEST_MIN_DAYS:], states[_BACKTEST_MIN_DAYS + tested_days :], strict=False)
-    ratios = [ratio for before, after in tests if (ratio := _ratio(before, after, tested_days)) is not None]
-    if not ratios:
-        return None
-    low, median, high = (_quantile(ratios, place) for place in (0.1, 0.5, 0.9))
-    independent = len(ratios) / tested_days
+    tested_days = max(1, min(days_ahead, (len(wanted) - _LEARNING_DAYS) // 2))
+    tests = zip(states[_LEARNING_DAYS:], states[_LEARNING_DAYS + tested_days :], strict=False)
+    ratios = [ratio for before, after in tests if (ratio := _ratio(before, after)) is not None]
+    low, median, high = (_quantile(ratios or [1.0], place) for place in (0.1, 0.5, 0.9))
+    independent = max(1, len(ratios)) / tested_days
     correction = 1 + (median - 1) * independent / (independent + _CAUTION)
     widening = 1 + _WIDENING / independent
     low, high = max(0.0, correction - (median - low) * widening), correction + (high - median) * widening
@@ -230,11 +231,11 @@ def _without_peaks(amounts: Sequence[int | None]) -> list[float | None]:
     return [None if amount is None else min(amount, highest) for amount in amounts]
 
 
-def _ratio(before: _State, after: _State, days: int) -> float | None:
-    """Used to expected on the known days between two states; None if too few are, or nothing was expected."""
+def _ratio(before: _State, after: _State) -> float | None:
+    """Used to expected on the known days between two states; None if nothing was expected."""
     counts = [later - earlier for earlier, later in zip(before.counts, after.counts, strict=True)]
     expected = sum(map(mul, before.by_weekday, counts))
-    return (after.total - before.total) / expected if expected > 0 and 2 * sum(counts) >= days else None
+    return (after.total - before.total) / expected if expected > 0 else None
 
 
 def _quantile(values: Iterable[float], place: float) -> float:

@@ -5,13 +5,14 @@
   between two chunks may be in one row and missing in another.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from time import time
 from zoneinfo import ZoneInfo
 
-from proxy.quota.counters import BASE_PERIODS, LedgerKeys
+from proxy.quota.counters import BASE_PERIODS, LedgerKeys, split_usage_field
 from proxy.quota.price_changes import PriceChangeQuery, PriceChanges, decode_days
 from proxy.quota.quotas import Quota, QuotaState, TeamLimits
 from proxy.quota.savings import LOOK_BACK_DAYS, UpstreamTime, known_means
@@ -113,6 +114,17 @@ class LedgerReader:
         """The mean time at upstream that counts today."""
         today = day_of(int(time()), self._zone)
         return (await self.upstream_means(today, today)).get(today)
+
+    async def day_totals(self, days: Sequence[date], teams: Sequence[str]) -> dict[date, CounterValue]:
+        """What these teams together used on each of these days: the measures that count against quotas."""
+        sums = {day: Counter[str]() for day in days}
+        team_days = [(day, team) for day in days for team in teams]
+        for start in range(0, len(team_days), CHUNK):
+            for team_day in await self._team_days(team_days[start : start + CHUNK]):
+                for name, amount in team_day.fields.items():
+                    _, _, measure = split_usage_field(name)
+                    sums[team_day.day][measure] += int(amount)
+        return {day: CounterValue(found["requests"], found["credits"]) for day, found in sums.items()}
 
     async def token_uses(self, token_ids: Sequence[str]) -> dict[str, int]:
         """The hour in which each token was last used, in seconds since 1970, of those with a recorded use."""

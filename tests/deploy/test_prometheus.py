@@ -27,6 +27,7 @@ from faulty_rendernet import Fault
 from fleet import StoreProcess, priced, store_process
 from gateway_fixture import API_KEY, DESIGN, MARKETING, PATH, RETIRED, UpstreamFixture
 from gateway_process import START_S, Tree, address_of, gateway_runner
+from past_usage import put_past_usage
 from prometheus import MORNING, PERS, SCRAPER, Point, Prometheus, prometheus, text_of, usage
 from proxy.auth import digest_of, token_of
 from proxy.gateway.fetcher import AUDIT_PAUSE_S
@@ -148,6 +149,8 @@ def scenario(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture
         ledger, book = opened.enter_context(store_process()), opened.enter_context(store_process())
         ledger.start()
         book.start()
+        with redis.Redis.from_url(ledger.url) as store:  # for a forecast, and before the windows of this test
+            put_past_usage(store, "design", [*[10] * 28, *[0] * 32], zone=MORNING)
         served = runner.start(**sections(ledger, book))
         client = opened.enter_context(served.client())
         targets = ("{}:{}".format(*address_of(served.url)), f"127.0.0.1:{free_port()}")

@@ -13,7 +13,7 @@ from certificates import Certificates, make_certificates
 from faulty_proxy import Conditions, FaultyProxy, proxy_to
 from gateway_fixture import UpstreamFixture, running_gateway, settings
 from lateness import LateError
-from proxy.cli.direct import read_quota_states
+from proxy.cli.direct import read_quotas
 from proxy.settings.schema import Settings
 from proxy.store.client import Script, Store
 from proxy.store.connection_pool import HEALTH_CHECK_S, MIN_CONNECTIONS
@@ -89,7 +89,8 @@ def test_a_store_100_ms_away_with_tls_and_a_password(
 
 
 def test_the_command_line_reads_a_ledger_that_is_far_away(configured: Settings) -> None:
-    assert len(asyncio.run(read_quota_states(configured, "design"))) == 1
+    states, _ = asyncio.run(read_quotas(configured, "design"))
+    assert len(states) == 1
 
 
 def test_a_longer_store_timeout_is_respected(far: FaultyProxy, configured: Settings) -> None:
@@ -97,7 +98,8 @@ def test_a_longer_store_timeout_is_respected(far: FaultyProxy, configured: Setti
     patient = configured.model_copy(
         update={"store": configured.store.model_copy(update={"timeout_s": 1.0, "connect_timeout_s": 4.0})}
     )
-    assert len(asyncio.run(read_quota_states(patient, "design"))) == 1
+    states, _ = asyncio.run(read_quotas(patient, "design"))
+    assert len(states) == 1
 
 
 # Idle connections

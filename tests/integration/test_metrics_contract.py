@@ -33,6 +33,7 @@ CONTRACT: dict[str, tuple[str, set[str]]] = {
     "window_requests": ("gauge", {"team", "per"}),
     "quota_limit": ("gauge", {"scope", "team", "measure", "per"}),
     "quota_used": ("gauge", {"scope", "team", "measure", "per"}),
+    "quota_forecast_credits": ("gauge", {"scope", "team", "measure", "per"}),
     "window_start_timestamp_seconds": ("gauge", {"per"}),
     "window_end_timestamp_seconds": ("gauge", {"per"}),
     "quota_warned_total": ("counter", {"team", "measure", "per"}),

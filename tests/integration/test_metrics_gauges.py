@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 import pytest
+import redis
 
 from faulty_rendernet import Fault
 from fleet import StoreProcess, store_process
@@ -17,6 +18,7 @@ from gateway_fixture import DESIGN, MARKETING, GatewayFixture, OpenGateway, code
 from gateway_process import START_S, Tree
 from metric_names import families
 from metrics_fixture import ACCOUNTS, ADMIN, FLUX, ONE, TEAMS, limited, quota
+from past_usage import put_past_usage
 from prometheus import MORNING, PERS, Scraped, booked, scrape, usage
 from proxy.auth import digest_of, token_of
 from proxy.http.metrics_endpoint import SNAPSHOT_S
@@ -68,6 +70,8 @@ class TestStores:
         open_scraped_gateway: OpenGateway,
     ) -> None:
         ledger.start()
+        with redis.Redis.from_url(ledger.url) as store:
+            put_past_usage(store, "design", [10] * 20)
         gateway = open_scraped_gateway(store={"url": ledger.url}, cache={"url": valkey_url}, org={"quotas": [quota(5)]})
         assert gateway.ask(ONE).status_code == 200
         before = scrape(gateway.client)
@@ -87,6 +91,7 @@ class TestStores:
     ) -> None:
         ledger.start()
         gateway = open_scraped_gateway(store={"url": valkey_url}, cache={"url": ledger.url}, org={"quotas": [quota(5)]})
+        put_past_usage(gateway.store, "design", [10] * 20)
         assert gateway.ask(ONE).status_code == 200
         with ledger.hanging():
             wait_until(lambda: up(scrape(gateway.client)) == {"ledger": 1, "price-book": 0})

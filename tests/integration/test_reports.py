@@ -308,6 +308,11 @@ def test_reports_equal_the_ledgers_bookings(any_store_url: str, server: redis.Re
         assert quota_state.rate_remaining() == 2, "8 minus three hits, two admissions and one more hit"
         totals = await reports.window_totals(["design"])
         assert set(totals.teams["design"].values()) == {CounterValue(5, 13_500_002)}, "usage and counters agree"
+        today = _today()
+        daily = (
+            await reports.day_totals([today.first, today.first + timedelta(days=1), today.last], ["design"])
+        ).values()
+        assert CounterValue(5, 13_500_002) in daily, "and so does what forecasts are made from"
         await ledger.close(1.0)
 
     async def with_store() -> None:

@@ -21,6 +21,7 @@ from click.testing import CliRunner, Result
 
 from certificates import make_certificates
 from fleet import store_process
+from past_usage import put_past_usage
 from proxy import __version__
 from proxy import auth as teams
 from proxy.cache.canonical import canonicalise, key_of
@@ -663,7 +664,7 @@ def test_csv_for_spreadsheets_with_a_decimal_comma(run: Run, valkey_url: str) ->
         assert lines[3].startswith(f"{DAY};design;'-1-1;2;0;9007199254,740993;2;")
     text = printed(run("quota", "--csv-dialect", "excel-semicolon"))
     assert ";month;9000000000;9007199254,740993;0;warn;" in text
-    assert ";100,1;The Designers\n" in text
+    assert ";100,1;The Designers;" in text
     for command in ("usage", "quota"):
         line = refusal(run(command, "--csv-dialect", "excel-semicolon", "--format", "json"))
         assert line == "--csv-dialect is only for CSV: leave it out, or use --format csv"
@@ -762,8 +763,10 @@ def test_quota_when_piped(run: Run) -> None:
     assert header == [
         *("scope", "team", "measure", "per", "limit", "used", "remaining", "on_exceed", "resets_at"),
         *("used_percent", "team_name"),
+        *("forecast_at_end", "forecast_low", "forecast_high", "reached_at", "reached_from", "reached_until"),
     ]
-    assert (org[9:], own[9:]) == (["0.7", ""], ["100.1", "The Designers"])
+    assert org[11:] == own[11:] == [""] * 6, "no history"
+    assert (org[9:11], own[9:11]) == (["0.7", ""], ["100.1", "The Designers"])
     assert org[:8] == ["org", "-", "requests", "day", "1000", "7", "993", "refuse"]
     assert own[:8] == ["team", "design", "estimated_credits", "month", "9000000000", "9007199254.740993", "0", "warn"]
     assert datetime.fromisoformat(own[8]).timestamp() == window_of("month", int(time.time()), UTC).end_s
@@ -798,6 +801,17 @@ def test_quota_on_a_terminal() -> None:
         assert "credits-month" in text
         assert "100.1" in text
         assert "Not shown, for lack of width: " in text
+
+
+@pytest.mark.usefixtures("ledger")
+def test_a_forecast_on_a_terminal(valkey_url: str) -> None:
+    with redis.Redis.from_url(valkey_url) as client:
+        put_past_usage(client, "design", [100] * 30)
+    text = on_terminal("quota", "design", columns=200)
+    _, header, org, own = text.split("\r\n")[:-1]
+    assert " ".join(header.split()).endswith("resets at at the end forecast")
+    assert re.search(r" [0-9]+ \([0-9]+ to [0-9]+\) +reached on [0-9]+ [A-Z][a-z]+ *$", own)
+    assert "reached" not in org
 
 
 def test_no_quotas_are_reported_without_an_error(run: Run, valkey_url: str) -> None:

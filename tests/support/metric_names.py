@@ -55,7 +55,7 @@ def _counted() -> Iterator[Family]:
 
 
 def _read() -> Iterator[Family]:
-    nothing = Snapshot(WindowTotals({}, {}), (), {}, 0.0)
+    nothing = Snapshot(WindowTotals({}, {}), (), {}, {}, 0.0)
     for family in _AllMetrics(CollectorRegistry(), nothing, {}, {}).collect():
         assert isinstance(family, GaugeMetricFamily)
         yield Family(family.name, family.type, frozenset(family._labelnames), from_ledger=True)

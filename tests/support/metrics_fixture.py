@@ -4,6 +4,7 @@ from typing import Any
 
 from gateway_fixture import DESIGN, GatewayFixture
 from gateway_process import Tree
+from past_usage import put_past_usage
 from prometheus import SCRAPER, scrape
 from proxy.auth import digest_of, token_of
 from serving import wait_until
@@ -29,6 +30,7 @@ def limited(*quotas: Tree, **more: Any) -> Tree:
 
 def toured(gateway: GatewayFixture) -> GatewayFixture:
     """After something has happened for each metric."""
+    put_past_usage(gateway.store, "design", [10] * 20)
     gateway.ask(FLUX)
     gateway.ask(FLUX)
     wait_until(

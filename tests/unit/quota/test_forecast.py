@@ -63,12 +63,6 @@ class TestAbsent:
         window = window_of("month", now_s, BERLIN)
         assert forecast(quota(9), 1, history, window=window, now_s=now_s, zone=BERLIN) is None
 
-    def test_if_the_quota_was_used_up_nearly_always(self) -> None:
-        now_s = at("2026-11-11T12:00")
-        window = window_of("month", now_s, BERLIN)
-        history = [500 if day.day == 1 else 0 for day in days_before(date(2026, 11, 11))]
-        assert forecast(quota(500, refuse=True), 500, history, window=window, now_s=now_s, zone=BERLIN) is None
-
 
 class TestAmounts:
     def test_constant_use_goes_on(self) -> None:
@@ -92,6 +86,13 @@ class TestAmounts:
     )
     def test_a_month_has_its_own_length(self, now: str, days_left: int) -> None:
         assert found(quota(10_000), [100] * 90, now, 7).at_end in (7 + 100 * days_left, 7 + 100 * days_left + 1)
+
+    def test_a_window_that_has_just_ended_has_nothing_ahead(self) -> None:
+        window = window_of("month", at("2026-11-30T12:00"), BERLIN)
+        ended = forecast(quota(10_000), 2900, [100] * 90, window=window, now_s=window.end_s, zone=BERLIN)
+        assert ended is not None
+        assert amounts_of(ended) == (2900, 2900, 2900)
+        assert times_of(ended) == (None, None, None)
 
     def test_a_week_ends_on_sunday(self) -> None:
         assert found(quota(10_000, "week"), [100] * 90, "2026-11-12T00:00", 300).at_end == 700
@@ -138,6 +139,17 @@ class TestAmounts:
         warned = found(quota(2000), history, "2026-11-11T00:00", 1000)
         assert amounts_of(refused) == (3000, 3000, 3000)
         assert warned.at_end < 2500
+
+    def test_a_quota_that_was_always_used_up_at_once_goes_on_like_that(self) -> None:
+        history = [500 if day.day == 1 else 0 for day in days_before(date(2026, 11, 11))]
+        used_up = found(quota(500, refuse=True), history, "2026-11-11T00:00", 500)
+        assert 500 < used_up.at_end < 1500
+        assert used_up.reached_at_s is not None
+
+    def test_a_quota_that_was_used_up_on_all_but_a_few_days(self) -> None:
+        """The known days are all before the first backtest."""
+        history = [*[0] * (LOOKBACK_DAYS - 14), *[10] * 7, *[500] * 7]
+        assert found(quota(100, "week", refuse=True), history, "2026-11-16T00:00", 0).at_end == 70
 
     def test_weeks_are_used_up_from_monday(self) -> None:
         days = days_before(date(2026, 11, 11))
