@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import click
 from rich.console import Console
 
-from bench import growth, latency, machine, memory, plot, report, table, workers
+from bench import growth, latency, learning, machine, memory, plot, report, table, workers
 from bench.cases import CASES, Case
 from bench.children import BenchError
 from bench.load import Kind, kind_of
@@ -21,7 +21,7 @@ from bench.sites import no_nginx, no_peer
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 PACES = {"table": Pace(5, 2.0), "latency": Pace(3, 4.0), "workers": Pace(3, 3.0), "growth": Pace(2, 1.0)}
-PARTS = (*PACES, "memory")
+PARTS = (*PACES, "memory", "learning")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Options:
 @click.option("--workers", "parts", flag_value="workers", multiple=True, help="Two workers beside one: half a minute.")
 @click.option("--growth", "parts", flag_value="growth", multiple=True, help="How cost grows, as a plot too: 5 minutes.")
 @click.option("--memory", "parts", flag_value="memory", multiple=True, help="A worker's memory: up to an hour.")
+@click.option("--learning", "parts", flag_value="learning", multiple=True, help="Learned prices, replayed: 10 minutes.")
 @click.option("--all", "everything", is_flag=True, help="All of these.")
 @click.option("--only", metavar="CASE,…", help=f"Of the table these: {', '.join(case.name for case in CASES)}.")
 @click.option("--rounds", type=click.IntRange(1, 100), help="How often each case is measured. [default: 2 to 5]")
@@ -117,13 +118,16 @@ def _facts(options: Options) -> Mapping[str, Any]:
 
 
 def _measured(options: Options) -> Iterator[Part]:
-    """Measures and yields each part. The part on workers has its own servers, on other cores."""
-    with start_servers(machine.cores(), options.kind) as opened:
-        for name in options.parts:
-            if name != "workers":
+    """Measures and yields each part. The parts on workers and on learning have their own servers."""
+    served = [name for name in options.parts if name not in ("workers", "learning")]
+    if served:
+        with start_servers(machine.cores(), options.kind) as opened:
+            for name in served:
                 yield _catch_errors(name, partial(_part, name, opened, options))
     if "workers" in options.parts:
         yield _catch_errors("workers", partial(workers.run, options.kind, options.pace("workers"), _show_progress))
+    if "learning" in options.parts:
+        yield _catch_errors("learning", partial(learning.run, _show_progress))
 
 
 def _catch_errors(name: str, measured: Callable[[], Part]) -> Part:

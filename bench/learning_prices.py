@@ -43,7 +43,7 @@ def list_price(item: Item) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """price: before the change. changed: from the change on, if any; `moves`: the change is a new price list."""
+    """price: before the change. changed: from then on, if there is one. moves: the change is a new price list."""
 
     name: str
     make: MakeItem = plain

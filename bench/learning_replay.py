@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
+from time import process_time
 from typing import Any
 
 import orjson
@@ -56,7 +57,8 @@ class ReplayStore:
 
     def head(self, _account: str, scope: str) -> dict[str, Any]:
         """The head of a scope, past all memories."""
-        found: dict[str, Any] = orjson.loads(self._client.hget(scope, "head") or b"{}")
+        text: Any = self._client.hget(scope, "head")
+        found: dict[str, Any] = orjson.loads(text)
         return found
 
 
@@ -87,6 +89,8 @@ class Result:
     list_moves: int = 0
     contradictions: int = 0
     suspects: int = 0
+    look_up_s: float = 0.0
+    """CPU time of this process, in look-ups."""
     log: list[str] = field(default_factory=list)
 
 
@@ -152,7 +156,8 @@ class _Replay:
         return learner
 
     async def run(self) -> Result:
-        for self._number in range(self._plan.questions):  # noqa: B020 -- an attribute, read by the events
+        for number in range(self._plan.questions):
+            self._number = number
             self._clock.now += self._chance.expovariate(self._plan.per_s)
             await self._run_events(self._clock.now)
             await self._ask()
@@ -182,7 +187,9 @@ class _Replay:
             result.late_answered += is_late
             return
         question = Question("default", key, "", (), canonical)
+        started = process_time()
         verdict = await learner.look_up(question)
+        result.look_up_s += process_time() - started
         if isinstance(verdict, Inferred) and verdict.stored.ttl_s > -300:
             self._answer(learner, verdict, item, key, team, is_late=is_late)
         elif verdict.ticket is not None:
