@@ -3,6 +3,7 @@
 import os
 import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -17,6 +18,10 @@ hypothesis.settings.register_profile("quick", deadline=None, max_examples=20)
 hypothesis.settings.load_profile("full")
 
 
+COVERAGE_VARIABLE = "COVERAGE_PROCESS_CONFIG"
+COVERAGE = pytest.StashKey[str]()
+"""What this variable was: coverage sets it, so that Python processes measure themselves."""
+
 MEMORY_FOLDER = Path("/dev/shm")  # noqa: S108 -- pytest and tempfile make private folders in it
 MEMORY_BYTES = 2**30
 """Several times what all tests together write. In many containers there are only 64 MiB."""
@@ -26,6 +31,8 @@ MEMORY_BYTES = 2**30
 def pytest_configure(config: pytest.Config) -> None:
     _keep_files_in_memory()
     _disable_nagle(config)
+    if not config.getoption("numprocesses", None):  # tests run in this process
+        config.stash[COVERAGE] = os.environ.pop(COVERAGE_VARIABLE, "")
 
 
 def _keep_files_in_memory() -> None:
@@ -47,6 +54,15 @@ def _disable_nagle(config: pytest.Config) -> None:
     connection = getattr(getattr(config, "failures_db", None), "sock", None)
     if isinstance(connection, socket.socket):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+@pytest.fixture(scope="module")
+def measured_processes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For modules that test what only processes run: these count for coverage, which makes a start a third longer."""
+    with pytest.MonkeyPatch.context() as patch:
+        if config := request.config.stash[COVERAGE]:
+            patch.setenv(COVERAGE_VARIABLE, config)
+        yield
 
 
 @pytest.fixture

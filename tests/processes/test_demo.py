@@ -44,6 +44,8 @@ from proxy.gateway.live_config import limits_of, teams_of
 from proxy.settings.loader import load
 from serving import NO_TLS, free_port, serving, wait_until
 
+pytestmark = pytest.mark.usefixtures("measured_processes")
+
 FOREIGN = ("ESTIMATE_PROXY_", "REDIS_URL", "RENDERNET_API_KEY", "FORCE_COLOR", "NO_COLOR", "TTY_", "TERM")
 INVITATION = "Press Ctrl-C to end the demo."
 ENDED = "The demo has ended; its files are gone."

@@ -19,6 +19,8 @@ from proxy.auth import digest_of, token_of
 from scripted_simulator import Simulator
 from serving import NO_TLS, serving, wait_until
 
+pytestmark = pytest.mark.usefixtures("measured_processes")
+
 REVOKED_WITHIN_S = 5.0
 NEWCOMER = token_of("n" * 32)
 

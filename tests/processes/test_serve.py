@@ -31,6 +31,8 @@ from proxy.telemetry.metrics import FLUSH_AFTER_S
 from scripted_simulator import Simulator
 from serving import wait_until
 
+pytestmark = pytest.mark.usefixtures("measured_processes")
+
 OTHER = b'[{"model":"Other"}]'
 ROLES: tuple[Role, Role] = ("ledger", "price-book")
 BYPASS = "fwd=bypass; detail=store-unavailable"
