@@ -1,11 +1,13 @@
 """Reloads of a running gateway's settings, by signal and by changed files, with real processes."""
 
 import os
+import secrets
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import httpx2
 import pytest
 
 from gateway_fixture import API_KEY, DESIGN, MARKETING, PATH, UpstreamFixture
-from gateway_process import GatewayProcess, GatewayRunner, gateway_runner, kill
+from gateway_process import START_S, GatewayProcess, GatewayRunner, gateway_runner, kill
 from lateness import assert_in_time
+from load_generator import LogTail
 from proxy.auth import digest_of, token_of
 from scripted_simulator import Simulator
 from serving import NO_TLS, serving, wait_until
@@ -25,10 +28,40 @@ REVOKED_WITHIN_S = 5.0
 NEWCOMER = token_of("n" * 32)
 
 
+@dataclass(frozen=True)
+class Reloaded:
+    """A gateway of two workers, so that a worker that misses a reload is noticed. Its tests change its config."""
+
+    runner: GatewayRunner
+    served: GatewayProcess
+
+    @property
+    def config(self) -> Path:
+        return self.runner.folder / "estimate-proxy.toml"
+
+    def reload(self, **sections: Any) -> None:
+        log = LogTail(self.served)
+        self.runner.config(metrics={"public": True}, **sections)
+        self.served.send(signal.SIGHUP)
+        wait_until(lambda: log.messages("settings reloaded"))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture) -> Iterator[Reloaded]:
+    with gateway_runner(tmp_path_factory.mktemp("reload"), upstream.url) as runner:
+        served = started(runner)
+        yield Reloaded(runner, served)
+        assert served.stop() == 0
+
+
 @pytest.fixture
-def runner(tmp_path: Path, upstream: UpstreamFixture, simulator: Simulator) -> Iterator[GatewayRunner]:  # noqa: ARG001 -- upstream uses it
-    with gateway_runner(tmp_path, upstream.url) as opened:
-        yield opened
+def gateway(shared: Reloaded, simulator: Simulator) -> Reloaded:
+    """Has the settings of `GatewayRunner.config`, whatever the test before it has changed."""
+    assert simulator.calls == 0
+    token = token_of(secrets.token_hex(16))  # a team of this test only: it shows that both workers have the settings
+    shared.reload(teams=teams(test=token))
+    wait_until(lambda: statuses(shared.served, token) == {200})
+    return shared
 
 
 def teams(**tokens: str) -> dict[str, Any]:
@@ -36,7 +69,6 @@ def teams(**tokens: str) -> dict[str, Any]:
 
 
 def started(runner: GatewayRunner, **sections: Any) -> GatewayProcess:
-    """Starts two workers, so that a worker that misses a reload is noticed."""
     served = runner.begin("--workers", "2", metrics={"public": True}, **sections)
     served.wait_until_serving(times=2)
     return served
@@ -57,35 +89,26 @@ def metric(served: GatewayProcess, name: str) -> float:
     return float(line.rpartition(" ")[2])
 
 
-def reloaded(served: GatewayProcess, runner: GatewayRunner, *, times: int = 1, **sections: Any) -> None:
-    runner.config(metrics={"public": True}, **sections)
-    served.send(signal.SIGHUP)
-    served.wait_for_message("settings reloaded", times=times)
-
-
-def test_a_signal_reloads_teams_and_quotas_in_all_workers(runner: GatewayRunner) -> None:
-    served = started(runner, teams=teams(design=DESIGN))
+def test_a_signal_reloads_teams_and_quotas_in_all_workers(gateway: Reloaded) -> None:
+    served = gateway.served
     assert statuses(served, NEWCOMER) == {401}
-    reloaded(served, runner, teams=teams(design=DESIGN, newcomer=NEWCOMER))
+    gateway.reload(teams=teams(newcomer=NEWCOMER))
     wait_until(lambda: statuses(served, NEWCOMER) == {200})
     nothing = [{"measure": "requests", "limit": 0, "per": "day"}]
     poor = {"newcomer": {**teams(newcomer=NEWCOMER)["newcomer"], "quotas": nothing}}
-    reloaded(served, runner, times=2, teams={**teams(design=DESIGN), **poor})
+    gateway.reload(teams=poor)
     wait_until(lambda: statuses(served, NEWCOMER) == {429})
     assert statuses(served, DESIGN) == {200}
-    assert served.stop() == 0
 
 
-def test_viewer_tokens_and_cors_origins_are_added_and_removed_by_a_reload(runner: GatewayRunner) -> None:
-    page = "https://tools.example.com"
-    served = started(runner)
+def test_viewer_tokens_and_cors_origins_are_added_and_removed_by_a_reload(gateway: Reloaded) -> None:
+    served, page = gateway.served, "https://tools.example.com"
     assert statuses(served, NEWCOMER) == {401}
     assert preflight_statuses(served, page) == {403}
-    reloaded(served, runner, viewer={"tokens": [digest_of(NEWCOMER)]}, server={"cors_origins": [page]})
+    gateway.reload(viewer={"tokens": [digest_of(NEWCOMER)]}, server={"cors_origins": [page]})
     wait_until(lambda: statuses(served, NEWCOMER) == {403} and preflight_statuses(served, page) == {204})
-    reloaded(served, runner, times=2)
+    gateway.reload()
     wait_until(lambda: statuses(served, NEWCOMER) == {401} and preflight_statuses(served, page) == {403})
-    assert served.stop() == 0
 
 
 def preflight_statuses(served: GatewayProcess, origin: str) -> set[int]:
@@ -93,16 +116,16 @@ def preflight_statuses(served: GatewayProcess, origin: str) -> set[int]:
     return {httpx2.options(served.url + PATH, headers=headers, trust_env=False).status_code for _ in range(10)}
 
 
-def test_a_teams_name_and_earlier_ids_are_reloaded(runner: GatewayRunner) -> None:
-    served = started(runner, teams=teams(old=NEWCOMER))
-    assert statuses(served, NEWCOMER) == {200}
+def test_a_teams_name_and_earlier_ids_are_reloaded(gateway: Reloaded) -> None:
+    served = gateway.served
+    gateway.reload(teams=teams(old=NEWCOMER))
+    wait_until(lambda: statuses(served, NEWCOMER) == {200})
     renamed = {**teams(new=NEWCOMER)["new"], "name": "The New Ones", "was": ["old"]}
-    reloaded(served, runner, teams={"new": renamed})
+    gateway.reload(teams={"new": renamed})
     wait_until(lambda: statuses(served, NEWCOMER) == {200} and report(served, "/v1/quota").get("team") == "new")
     assert report(served, "/v1/quota")["team_name"] == "The New Ones"
     assert metric(served, 'estimate_proxy_team_info{name="The New Ones",team="new"}') == 1
     assert report(served, "/v1/usage")["total"]["requests"] >= 20, "ten before the change, under the old id"
-    assert served.stop() == 0
 
 
 def report(served: GatewayProcess, path: str) -> Any:
@@ -122,21 +145,19 @@ def test_a_removed_config_file_is_named_and_changes_nothing(runner: GatewayRunne
     assert served.stop() == 0
 
 
-def test_a_revoked_token_is_refused_soon_after_its_file_has_changed(runner: GatewayRunner) -> None:
-    served = started(runner)
+def test_a_revoked_token_is_refused_soon_after_its_file_has_changed(gateway: Reloaded) -> None:
+    served = gateway.served
     assert statuses(served, MARKETING) == {200}
     changed_at = time.monotonic()
-    runner.config(metrics={"public": True}, teams=teams(design=DESIGN, marketing=NEWCOMER))
+    gateway.runner.config(metrics={"public": True}, teams=teams(design=DESIGN, marketing=NEWCOMER))
     wait_until(lambda: statuses(served, MARKETING) == {401})
     assert_in_time(time.monotonic() - changed_at, REVOKED_WITHIN_S)
     assert statuses(served, NEWCOMER) == statuses(served, DESIGN) == {200}
-    assert served.stop() == 0
 
 
-def test_a_file_rewritten_in_place_with_its_old_size_and_time_is_reloaded(runner: GatewayRunner) -> None:
+def test_a_file_rewritten_in_place_with_its_old_size_and_time_is_reloaded(gateway: Reloaded) -> None:
     """`cp -p`, configuration management and some editors do this."""
-    served = started(runner)
-    config = runner.folder / "estimate-proxy.toml"
+    served, config = gateway.served, gateway.config
     before = config.stat()
     config.write_text(config.read_text().replace(digest_of(MARKETING), digest_of(NEWCOMER)))
     os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -145,41 +166,39 @@ def test_a_file_rewritten_in_place_with_its_old_size_and_time_is_reloaded(runner
     assert [getattr(after, name) for name in same] == [getattr(before, name) for name in same]
     wait_until(lambda: statuses(served, MARKETING) == {401})
     assert statuses(served, NEWCOMER) == {200}
-    assert served.stop() == 0
 
 
-def test_an_invalid_file_keeps_the_old_settings_and_is_reported(runner: GatewayRunner) -> None:
-    served = started(runner)
-    config = runner.folder / "estimate-proxy.toml"
+def test_an_invalid_file_keeps_the_old_settings_and_is_reported(gateway: Reloaded) -> None:
+    served, config = gateway.served, gateway.config
+    log = LogTail(served)
     good = config.read_text()
     assert metric(served, "estimate_proxy_config_last_reload_successful") == 1
     config.write_text(good.replace("server.drain_delay_s", "server.drain_dealy_s"))
-    message = served.wait_for_message("the old settings stay in force")
+    wait_until(lambda: log.messages("the old settings stay in force"))
+    (message,) = log.messages("the old settings stay in force")
     assert message.endswith("server.drain_dealy_s is not a setting: did you mean drain_delay_s?")
     wait_until(lambda: metric(served, "estimate_proxy_config_last_reload_successful") == 0)
     assert statuses(served, DESIGN) == {200}
     for worker in served.workers():
         kill(worker)
-    served.wait_until_serving(times=4)
+    wait_until(lambda: len(log.messages("serving on ")) == 2, within_s=START_S)
     assert metric(served, "estimate_proxy_config_last_reload_successful") == 0, "new workers get them too"
     config.write_text(good)
     wait_until(lambda: metric(served, "estimate_proxy_config_last_reload_successful") == 1)
-    assert len(served.messages("the old settings stay in force")) == 1, "it is logged once per change, not per check"
-    assert served.stop() == 0
+    assert len(log.messages("the old settings stay in force")) == 1, "it is logged once per change, not per check"
 
 
-def test_settings_that_need_a_restart_are_named_and_keep_their_values(runner: GatewayRunner) -> None:
-    served = started(runner)
-    store = {"data_dir": str(runner.data_dir), "timeout_s": 0.3, "connect_timeout_s": 3}
+def test_settings_that_need_a_restart_are_named_and_keep_their_values(gateway: Reloaded) -> None:
+    served, log = gateway.served, LogTail(gateway.served)
+    store = {"data_dir": str(gateway.runner.data_dir), "timeout_s": 0.3, "connect_timeout_s": 3}
     changed: dict[str, Any] = {"org": {"timezone": "Asia/Tokyo"}, "cache": {"ttl_s": 7}, "store": store}
-    reloaded(served, runner, **changed, teams=teams(design=NEWCOMER))
+    gateway.reload(**changed, teams=teams(design=NEWCOMER))
     wait_until(lambda: statuses(served, NEWCOMER) == {200})
-    assert served.messages("restart the gateway") == [
+    assert log.messages("restart the gateway") == [
         f"{path} has changed: restart the gateway to apply it"
         for path in ("store.timeout_s", "store.connect_timeout_s", "cache.ttl_s", "org.timezone")
     ]
     assert "ttl=3" in served.ask(x_api_key=NEWCOMER).headers["cache-status"]
-    assert served.stop() == 0
 
 
 def test_a_key_is_rotated_by_swapping_a_symbolic_link(tmp_path: Path) -> None:
@@ -202,24 +221,22 @@ def test_a_key_is_rotated_by_swapping_a_symbolic_link(tmp_path: Path) -> None:
         assert served.stop() == 0
 
 
-def test_ignored_members_can_change(runner: GatewayRunner) -> None:
-    served = started(runner)
+def test_ignored_members_can_change(gateway: Reloaded) -> None:
+    served = gateway.served
     bodies = [b'[{"model":"Flux","seed":%d}]' % seed for seed in range(2)]
     keys = {served.ask(body).headers["cache-status"].split("; ")[1] for body in bodies}
     assert keys == {"fwd=miss"}
-    reloaded(served, runner, cache={"ignore": ["seed"]})
+    gateway.reload(cache={"ignore": ["seed"]})
     served.ask(b'[{"model":"Flux","seed":7}]')
     wait_until(lambda: served.ask(b'[{"model":"Flux","seed":8}]').headers["cache-status"].split("; ")[1] == "hit")
-    assert served.stop() == 0
 
 
-def test_a_request_keeps_the_settings_it_started_with(runner: GatewayRunner, simulator: Simulator) -> None:
-    served = started(runner)
+def test_a_request_keeps_the_settings_it_started_with(gateway: Reloaded, simulator: Simulator) -> None:
+    served, calls = gateway.served, simulator.calls
     with simulator.hold() as hold, ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(served.ask)
-        assert simulator.arrived(1)
-        reloaded(served, runner, teams=teams(design=NEWCOMER))
+        asking = pool.submit(served.ask, b'[{"model":"Held"}]')
+        assert simulator.arrived(calls + 1)
+        gateway.reload(teams=teams(design=NEWCOMER))
         wait_until(lambda: statuses(served, DESIGN, cache_control="only-if-cached") == {401})
         hold.release()
         assert asking.result(10).status_code == 200
-    assert served.stop() == 0
