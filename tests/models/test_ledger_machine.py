@@ -439,7 +439,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 def test_the_ledger_behaves_like_its_model(harness: Harness) -> None:
-    profile = machine_settings("LEDGER_EXAMPLES", 40)
+    profile = machine_settings("LEDGER_EXAMPLES", 25)
     machine: Any = partial(LedgerMachine, harness)
     run_state_machine_as_test(machine, settings=profile)
 

@@ -367,7 +367,7 @@ def test_the_price_book_behaves_like_its_model(
     if memory_ms < 0:
         monkeypatch.setattr("proxy.cache.account_book.BOOK_REREAD_S", book_ms / 1000)
         monkeypatch.setattr("proxy.cache.memory.MAX_AGE_S", memory_ms / 1000)
-    profile = machine_settings("PRICE_BOOK_EXAMPLES", 25)
+    profile = machine_settings("PRICE_BOOK_EXAMPLES", 16)
     machine: Any = partial(PriceBookMachine, harness, memory_ms, book_ms)
     for left in reversed(range(MAX_TRIES)):
         try:
