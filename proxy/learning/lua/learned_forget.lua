@@ -1,11 +1,11 @@
 #!lua flags=allow-oom
--- Forgets a scope, and its doubt.
+-- Forgets a scope and its doubt; or deletes a scope that has made room for another. Its doubt then stays, and expires.
 --   KEYS  1 account's learned state, 2 scope
---   ARGV  1 scope's id, 2 '1' to forget it only if the account no longer lists it
+--   ARGV  1 scope's id, 2 '1' to delete it only if the account does not list it
 --   reply 1, or 0 if there was none
 local listed, doubts = unpack(redis.call('HMGET', KEYS[1], 'scope:' .. ARGV[1], 'doubts'))
-if ARGV[2] == '1' and listed then
-  return 0
+if ARGV[2] == '1' then
+  return listed and 0 or redis.call('DEL', KEYS[2])
 end
 local kept = {}
 for name, deadline in string.gmatch(doubts or '', '(%S+):(%d+)') do
