@@ -87,6 +87,8 @@ class Setting:
     bodies: list[Body] = field(default_factory=list)
     reach: dict[str, Range] = field(default_factory=dict)
     doubt_at: int | None = None
+    before: dict[str, Range] = field(default_factory=dict)
+    """The reach before a doubt."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +143,17 @@ class Scope:
             self.count = len(self.settings) + 1
 
     def is_inside(self, body: Body, setting: Setting) -> bool:
+        before = setting.before if self.is_marked(setting) else {}
         for leaf, value in measures(body, self.left_out).items():
             low, high = self.ranges.get(leaf, (1, 0))
-            if not low <= value <= high or leaf not in setting.reach:
-                return False
-            if abs(value) > REACH * max(map(abs, setting.reach[leaf])):
+            own = (*setting.reach.get(leaf, (0,)), *before.get(leaf, (0,)))
+            if not low <= value <= high or abs(value) > REACH * max(map(abs, own)):
                 return False
         return True
+
+    def is_marked(self, setting: Setting) -> bool:
+        """Whether the setting's next bodies resolve the scope's doubt."""
+        return self.doubt is not None and setting.doubt_at == self.doubt.at
 
 
 @dataclass
@@ -278,7 +284,7 @@ class Account:
         if answer.asked_at < setting.since:
             return "ignored"
         inside = bool(setting.bodies) and scope.is_inside(body, setting)
-        is_marked = scope.doubt is not None and setting.doubt_at == scope.doubt.at
+        is_marked = scope.is_marked(setting)
         if setting.answer == answer.price and setting.bodies:
             scope.settings[key] = replace(setting, at=now)
             return self._agree(answer, scope, scope.settings[key], is_test=inside and not known, is_marked=is_marked)
@@ -292,7 +298,7 @@ class Account:
         if is_marked:
             self._contradict(body.model, scope, answer)
             return "contradicted"
-        scope.settings[key].reach = widened(setting.reach, own)
+        scope.settings[key].before = setting.reach
         scope.settings[key].doubt_at = self._doubt(body.model, scope, now)
         return "doubt"
 

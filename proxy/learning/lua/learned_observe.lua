@@ -165,13 +165,19 @@ if setting.epoch ~= account.epoch then
   setting = { since = 0, bodies = {} }
 end
 local is_marked = setting.doubt and head.doubt and setting.doubt == head.doubt.at
+local function largest(reach)
+  return reach and math.max(math.abs(tonumber(reach[1])), math.abs(tonumber(reach[2]))) or 0
+end
 local inside = #setting.bodies > 0
 for name, value in pairs(measures) do
   local range, number = head.ranges[name], tonumber(value)
-  local reach = setting.reach and setting.reach[name]
-  inside = inside and range and reach
-    and tonumber(range[1]) <= number and number <= tonumber(range[2])
-    and math.abs(number) <= limits.reach * math.max(math.abs(tonumber(reach[1])), math.abs(tonumber(reach[2])))
+  local own = inside and largest(setting.reach[name]) or 0
+  if is_marked then
+    -- The bodies before the doubt do not agree with the new answer, but show which bodies are usual here.
+    own = math.max(own, largest(setting.before[name]))
+  end
+  inside = inside and range and tonumber(range[1]) <= number and number <= tonumber(range[2])
+    and math.abs(number) <= limits.reach * own
 end
 
 local function extend(ranges, added)
@@ -187,7 +193,8 @@ local function extend(ranges, added)
     }
   end
 end
-local function start_over(reach)
+local function start_over()
+  local reach = {}
   extend(reach, measures)
   setting = {
     epoch = account.epoch, since = setting.since, bodies = { body }, reach = reach,
@@ -210,7 +217,7 @@ if tonumber(ARGV[6]) < setting.since then
   effect = 'ignored'
 elseif #setting.bodies == 0 then
   effect = 'new'
-  start_over({})
+  start_over()
 elseif setting.data == ARGV[9] then
   if not is_listed(setting.bodies) then
     if inside and not known and not head.doubt then
@@ -226,7 +233,7 @@ elseif setting.data == ARGV[9] then
     if is_marked and #setting.bodies == limits.bodies then
       effect = 'list-moved'
       account.epoch, account.doubts = fresh_id, ''
-      setting.epoch, setting.doubt, head.doubt = fresh_id, nil, nil
+      setting.epoch, setting.doubt, setting.before, head.doubt = fresh_id, nil, nil, nil
       head.list_moves, head.agreed_at = head.list_moves + 1, now
       write('unchecked', '0')
     end
@@ -235,14 +242,14 @@ elseif setting.data == ARGV[9] then
 elseif not inside then
   effect = 'outside'
   if #setting.bodies < limits.bodies and not is_marked then
-    start_over({})
+    start_over()
   else
     at = nil
   end
 elseif is_marked then
   effect = 'contradicted'
   contradict()
-  start_over({})
+  start_over()
   setting.since = now
 else
   effect = 'doubt'
@@ -253,8 +260,9 @@ else
       account.doubts = account.doubts .. ' ' .. scope_id .. ':' .. string.format('%.0f', head.doubt['until'])
     end
   end
-  start_over(setting.reach)
-  setting.since, setting.doubt = now, head.doubt.at
+  local before = setting.reach
+  start_over()
+  setting.since, setting.doubt, setting.before = now, head.doubt.at, before
 end
 head.asked = head.asked + 1
 if ARGV[7] == '1' then
