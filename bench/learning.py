@@ -12,17 +12,26 @@ from statistics import mean
 
 import redis
 
-from bench.learning_prices import SCENARIOS, Scenario
+from bench.learning_prices import SCENARIOS, STATIC, Scenario
 from bench.learning_replay import Plan, Result, replay
 from bench.parts import Part, Say, Table, Target
 from proxy.embedded.stores import EmbeddedStores
 
 QUESTIONS = 10_000
+"""Of the scenario in which prices are the same for all prompts and seeds."""
+
+FEWER_QUESTIONS = 4_000
+"""Of each other scenario."""
+
 RUNS = 8
-"""Of a scenario in which something changes, and of the static one. The others are replayed once on each fleet. The list
-moves at another place in each run."""
+"""Of that scenario, and of those in which something changes. The others are replayed once on each fleet. The list moves
+at another place in each run."""
 
 FLEETS = {"one process": Plan(), "three gateways of two workers": Plan(processes=6)}
+_HOW = (
+    f"{QUESTIONS:,} questions a replay of {STATIC} prices, {FEWER_QUESTIONS:,} of the others, 5 a second; upstream answers "
+    "in 0.1 to 0.3 s; learn_from 100, audit_one_in 25"
+)
 _COLUMNS = (
     "prices",
     "answered, after the first quarter",
@@ -35,27 +44,27 @@ _COLUMNS = (
 )
 
 
-def run(say: Say, *, questions: int = QUESTIONS, runs: int = RUNS) -> Part:
+def run(say: Say) -> Part:
     with tempfile.TemporaryDirectory() as directory:
         stores = EmbeddedStores(Path(directory), ["price-book"])
         stores.start()
         try:
             with redis.Redis.from_url(stores.urls["price-book"]) as client:
-                return _part(client, say, questions, runs)
+                return _part(client, say)
         finally:
             stores.stop()
 
 
-def _part(client: redis.Redis, say: Say, questions: int, runs: int) -> Part:
+def _part(client: redis.Redis, say: Say) -> Part:
     found: dict[str, dict[str, list[Result]]] = {}
     for fleet, plan in FLEETS.items():
         found[fleet] = {}
         for name, scenario in SCENARIOS.items():
             say(f"{fleet}: {name}")
-            found[fleet][name] = _replays(client, scenario, replace(plan, questions=questions), runs)
+            found[fleet][name] = _replays(client, scenario, plan)
     return Part(
         name="learning",
-        how=f"{questions:,} questions a replay, 5 a second, upstream at 0.1 to 0.3 s, learn_from 100, audit_one_in 25",
+        how=_HOW,
         tables=[Table(fleet, _COLUMNS, [_row(*each) for each in by_name.items()]) for fleet, by_name in found.items()],
         targets=_targets(list(found.values())),
         raw={
@@ -65,10 +74,11 @@ def _part(client: redis.Redis, say: Say, questions: int, runs: int) -> Part:
     )
 
 
-def _replays(client: redis.Redis, scenario: Scenario, plan: Plan, runs: int) -> list[Result]:
-    if scenario.changed is None and scenario.name != "static":
-        runs = 1
+def _replays(client: redis.Redis, scenario: Scenario, plan: Plan) -> list[Result]:
+    is_first = scenario.name == STATIC
+    runs = RUNS if is_first or scenario.changed is not None else 1
     moves = [(number + 0.5) / runs if scenario.moves else 0.5 for number in range(runs)]
+    plan = replace(plan, questions=QUESTIONS if is_first else FEWER_QUESTIONS)
     return [replay(client, scenario, replace(plan, change_at=at), seed) for seed, at in enumerate(moves)]
 
 
@@ -90,7 +100,7 @@ def _numbers(result: Result) -> dict[str, float]:
 
 
 def _targets(fleets: Sequence[dict[str, list[Result]]]) -> list[Target]:
-    static = [each for by_name in fleets for each in by_name["static"]]
+    static = [each for by_name in fleets for each in by_name[STATIC]]
     changing = [
         each
         for by_name in fleets

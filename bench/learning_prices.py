@@ -10,6 +10,7 @@ MakeItem = Callable[[random.Random, str], Item]
 PriceOf = Callable[[Item], int]
 
 _WORDS = ("portrait", "of", "a", "man", "eye", "contact", "neon", "rain", "street", "in", "the", "style", "oil", "4k")
+STATIC = "static"
 _ASPECTS = ("1:1", "2:3", "3:2", "4:5", "16:9")
 
 
@@ -128,7 +129,7 @@ def _scenarios() -> list[Scenario]:
         aspect_ratio=lambda _: "1:1",
     )
     return [
-        Scenario("static"),
+        Scenario(STATIC),
         Scenario("prompts longer than 200 cost more", price=_plus(lambda item: 500 * (len(_text(item)) > 200))),
         Scenario("prompts longer than 390 cost more", price=_plus(lambda item: 500 * (len(_text(item)) > 390))),
         Scenario("by each 50 characters of a prompt", price=_plus(lambda item: 10 * (len(_text(item)) // 50))),
