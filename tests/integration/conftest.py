@@ -49,6 +49,13 @@ def cold(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def cold_learning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was learned is seen at once, instead of after a second."""
+    monkeypatch.setattr("proxy.learning.snapshots.REREAD_S", -1.0)
+    monkeypatch.setattr("proxy.learning.counts.FLUSH_AFTER_S", 0.0)
+
+
+@pytest.fixture
 def open_scraped_gateway(open_gateway: OpenGateway) -> OpenGateway:
     """Opens gateways with a metrics token."""
 

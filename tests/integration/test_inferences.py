@@ -2,7 +2,6 @@
 
 import logging
 import time
-from itertools import count, islice
 from typing import Any, cast
 
 import httpx2
@@ -12,24 +11,15 @@ from faulty_proxy import Conditions, FaultyProxy
 from faulty_rendernet import Fault
 from gateway_fixture import DESIGN, MARKETING, GatewayFixture, OpenGateway, answers, cache_status, code_of
 from gateway_process import Tree
+from inference_fixture import ADMIN, LEARN_FROM, LEARNING, learned, new_body, scope, teach
 from proxy.auth import digest_of, token_of
 from proxy.demo.simulator import Responder
 from proxy.store.access import TIMEOUT_S
 from serving import wait_until
 
-ADMIN, VIEWER = token_of("A" * 32), token_of("V" * 32)
-LEARN_FROM = 3
-NEVER = 10_000
-"""For `audit_one_in`: the tests ask less often."""
+VIEWER = token_of("V" * 32)
 
-pytestmark = pytest.mark.usefixtures("cold")
-
-
-@pytest.fixture(autouse=True)
-def _reads_evidence_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was learned is seen at once, instead of after a second."""
-    monkeypatch.setattr("proxy.learning.snapshots.REREAD_S", -1.0)
-    monkeypatch.setattr("proxy.learning.counts.FLUSH_AFTER_S", 0.0)
+pytestmark = pytest.mark.usefixtures("cold", "cold_learning")
 
 
 @pytest.fixture
@@ -37,46 +27,10 @@ def open_learning(open_gateway: OpenGateway) -> OpenGateway:
     """Opens gateways that infer after few tests, and never audit unless `cache` says so."""
 
     def enter(learn: str = "use", **sections: Tree) -> GatewayFixture:
-        cache = {"learn": learn, "learn_from": LEARN_FROM, "audit_one_in": NEVER, **sections.pop("cache", {})}
-        return open_gateway(cache=cache, admin={"tokens": [digest_of(ADMIN)]}, **sections)
+        cache = {**LEARNING["cache"], "learn": learn, **sections.pop("cache", {})}
+        return open_gateway(**{**LEARNING, "cache": cache, **sections})
 
     return enter
-
-
-SEEDS = count(5000)
-DISTINCT = 12
-"""After so many different values a member is left out."""
-
-
-def body(seed: int | None = None, **members: Any) -> str:
-    """A body with a new seed, inside the range that `learn` has taught."""
-    seed = next(SEEDS) if seed is None else seed
-    extra = "".join(f',"{name}":{value}' for name, value in members.items())
-    return f'[{{"model":"Flux","seed":{seed}{extra}}}]'
-
-
-def learn(gateway: GatewayFixture, **members: Any) -> None:
-    """Asks until the gateway has learned that the seed does not count: the next body's price can be inferred."""
-    for seed in (*islice(SEEDS, DISTINCT), 9999, 4000, *islice(SEEDS, LEARN_FROM)):
-        assert gateway.ask(body(seed, **members)).status_code == 200
-        asked = gateway.simulator.calls
-        wait_until(lambda asked=asked: sum(each["asked"] for each in scopes(gateway)) >= asked)  # type: ignore[misc]
-
-
-def scopes(gateway: GatewayFixture) -> list[dict[str, Any]]:
-    return [scope for account in learned(gateway)["accounts"] for scope in account["scopes"]]
-
-
-def scope(gateway: GatewayFixture) -> dict[str, Any]:
-    """The scope that was last asked."""
-    return scopes(gateway)[0]
-
-
-def learned(gateway: GatewayFixture) -> dict[str, Any]:
-    response = gateway.client.get("/v1/learned", headers={"x-api-key": ADMIN})
-    assert response.status_code == 200, response.text
-    document: dict[str, Any] = response.json()
-    return document
 
 
 def counted(gateway: GatewayFixture, name: str, **labels: str) -> float:
@@ -101,9 +55,9 @@ def is_inferred(response: httpx2.Response) -> bool:
 class TestUse:
     def test_a_new_seed_is_answered_without_asking(self, open_learning: OpenGateway) -> None:
         gateway = open_learning()
-        learn(gateway)
+        teach(gateway)
         calls = gateway.simulator.calls
-        found = gateway.ask(body())
+        found = gateway.ask(new_body())
         assert cache_status(found) in {"hit; ttl=3599; detail=inferred", "hit; ttl=3600; detail=inferred"}
         assert found.headers["age"] == "0"
         assert found.json() == {"data": {"estimated": 2.75, "balance": 10_000}, "error": {}}
@@ -114,10 +68,10 @@ class TestUse:
         self, open_learning: OpenGateway, caplog: pytest.LogCaptureFixture
     ) -> None:
         gateway = open_learning()
-        learn(gateway)
+        teach(gateway)
         before = usage(gateway)
         caplog.set_level(logging.INFO)
-        gateway.ask(body())
+        gateway.ask(new_body())
         after = usage(gateway)
         assert after["estimated_credits"] - before["estimated_credits"] == 2.75
         assert after["outcomes"]["inferred"] == 1
@@ -127,11 +81,11 @@ class TestUse:
     @pytest.mark.parametrize("value", ["no-cache", "no-store", "max-age=0"])
     def test_a_client_that_wants_an_exact_price_gets_it(self, open_learning: OpenGateway, value: str) -> None:
         gateway = open_learning()
-        learn(gateway)
-        exact = gateway.ask(body(), cache_control=value)
+        teach(gateway)
+        exact = gateway.ask(new_body(), cache_control=value)
         assert cache_status(exact).startswith("fwd=")
-        assert is_inferred(gateway.ask(body(), cache_control="only-if-cached"))
-        assert is_inferred(gateway.ask(body(), cache_control="max-age=60"))
+        assert is_inferred(gateway.ask(new_body(), cache_control="only-if-cached"))
+        assert is_inferred(gateway.ask(new_body(), cache_control="max-age=60"))
 
     def test_a_team_without_inference_gets_exact_prices(self, open_learning: OpenGateway) -> None:
         teams = {
@@ -139,20 +93,25 @@ class TestUse:
             "marketing": {"tokens": [digest_of(MARKETING)], "infer": False},
         }
         gateway = open_learning(teams=teams)
-        learn(gateway)
-        assert cache_status(gateway.ask(body(), x_api_key=MARKETING)).startswith("fwd=miss")
-        assert is_inferred(gateway.ask(body()))
+        teach(gateway)
+        assert cache_status(gateway.ask(new_body(), x_api_key=MARKETING)).startswith("fwd=miss")
+        assert is_inferred(gateway.ask(new_body()))
 
     def test_what_counts_is_asked(self, open_learning: OpenGateway) -> None:
         gateway = open_learning()
-        learn(gateway)
-        for other in (body(steps=21), body(quality='"Plus"'), '[{"model":"Other","seed":5001}]', body(seed=99_999_999)):
+        teach(gateway)
+        for other in (
+            new_body(steps=21),
+            new_body(quality='"Plus"'),
+            '[{"model":"Other","seed":5001}]',
+            new_body(seed=99_999_999),
+        ):
             assert cache_status(gateway.ask(other)).startswith("fwd=miss")
 
     def test_a_member_that_never_is_left_out(self, open_learning: OpenGateway) -> None:
         gateway = open_learning(cache={"never_learn": ["seed"]})
-        learn(gateway)
-        assert cache_status(gateway.ask(body())).startswith("fwd=miss")
+        teach(gateway)
+        assert cache_status(gateway.ask(new_body())).startswith("fwd=miss")
         assert "0.seed" in scope(gateway)["counting"]
 
 
@@ -161,7 +120,7 @@ class TestAudits:
     def gateway(self, open_learning: OpenGateway) -> GatewayFixture:
         """Has learned, and audits every inferred answer."""
         gateway = open_learning(cache={"audit_one_in": 1})
-        learn(gateway)
+        teach(gateway)
         return gateway
 
     def audited(self, gateway: GatewayFixture, audits: int) -> None:
@@ -169,7 +128,7 @@ class TestAudits:
 
     def test_an_audit_that_agrees_asks_after_the_answer(self, gateway: GatewayFixture) -> None:
         calls = gateway.simulator.calls
-        assert is_inferred(gateway.ask(body()))
+        assert is_inferred(gateway.ask(new_body()))
         self.audited(gateway, 1)
         assert gateway.simulator.calls == calls + 1
         wait_until(lambda: counted(gateway, "inference_audits_total", result="same") == 1)
@@ -177,11 +136,11 @@ class TestAudits:
 
     def test_a_member_that_begins_to_count(self, gateway: GatewayFixture, caplog: pytest.LogCaptureFixture) -> None:
         gateway.simulator.script(priced("9"))
-        wrong = gateway.ask(body())
+        wrong = gateway.ask(new_body())
         assert (is_inferred(wrong), amount(wrong)) == (True, 2.75)
         self.audited(gateway, 1)
         assert scope(gateway)["state"] == "in doubt"
-        right = gateway.ask(body())
+        right = gateway.ask(new_body())
         assert (cache_status(right)[:8], amount(right)) == ("fwd=miss", 2.75)
         wait_until(lambda: scope(gateway)["state"] == "contradicted")
         found = scope(gateway)
@@ -193,61 +152,61 @@ class TestAudits:
         (record,) = (each for each in caplog.records if each.getMessage() == "inferred prices contradicted")
         assert record.levelno == logging.ERROR
         assert (_facts(record)["suspect_answers"], _facts(record)["scope"]) == (1, found["scope"])
-        assert not is_inferred(gateway.ask(body()))
+        assert not is_inferred(gateway.ask(new_body()))
 
     def test_a_list_that_moves(self, gateway: GatewayFixture) -> None:
         gateway.simulator.script(*[priced("9")] * 3)
-        assert amount(gateway.ask(body())) == 2.75
+        assert amount(gateway.ask(new_body())) == 2.75
         self.audited(gateway, 1)
         for _ in range(2):
             asked = scope(gateway)["asked"]
-            assert not is_inferred(gateway.ask(body()))
+            assert not is_inferred(gateway.ask(new_body()))
             wait_until(lambda asked=asked: scope(gateway)["asked"] == asked + 1)  # type: ignore[misc]  # a default
         assert (scope(gateway)["state"], scope(gateway)["list_moves"]) == ("answering", 1)
         wait_until(lambda: counted(gateway, "inference_audits_total", result="list-moved") == 1)
         assert (counted(gateway, "suspect_answers_total"), scope(gateway)["contradictions"]) == (0, 0)
-        moved = gateway.ask(body())
+        moved = gateway.ask(new_body())
         assert (is_inferred(moved), amount(moved)) == (True, 9)
 
     def test_an_audit_that_cannot_be_asked_is_owed(self, gateway: GatewayFixture) -> None:
         calls = gateway.simulator.calls
         gateway.simulator.script(Fault.SERVER_ERROR)
-        assert is_inferred(gateway.ask(body()))
+        assert is_inferred(gateway.ask(new_body()))
         wait_until(lambda: gateway.simulator.calls == calls + 1)
         wait_until(lambda: not gateway.store.keys("ep1:*:lease"))
         assert explained(gateway)["inferable"] is True, "to explain is not to ask"
-        assert cache_status(gateway.ask(body())).startswith("fwd=miss")
-        assert is_inferred(gateway.ask(body()))
+        assert cache_status(gateway.ask(new_body())).startswith("fwd=miss")
+        assert is_inferred(gateway.ask(new_body()))
 
 
 class TestWithTheRest:
     def test_an_exact_price_comes_first(self, open_learning: OpenGateway) -> None:
         gateway = open_learning()
         gateway.simulator.script(priced("7"))
-        gateway.ask(body(1))
-        learn(gateway)
-        exact = gateway.ask(body(1))
+        gateway.ask(new_body(1))
+        teach(gateway)
+        exact = gateway.ask(new_body(1))
         assert (cache_status(exact)[:9], amount(exact)) == ("hit; ttl=", 7)
         assert not is_inferred(exact)
 
     def test_a_stale_price_is_served_and_refreshed_with_the_askers_body(self, open_learning: OpenGateway) -> None:
         gateway = open_learning(cache={"ttl_s": 100, "stale_while_revalidate_s": 50})
-        learn(gateway)
+        teach(gateway)
         age_settings(gateway, 120)
-        asked = body()
+        asked = new_body()
         stale = gateway.ask(asked)
         assert cache_status(stale) in {"hit; ttl=-20; detail=inferred", "hit; ttl=-21; detail=inferred"}
         assert stale.headers["age"] == "120"
         wait_until(lambda: not is_inferred(gateway.ask(asked, cache_control="only-if-cached")))
         assert gateway.simulator.received[-1].body == asked.encode()
-        wait_until(lambda: int(gateway.ask(body()).headers["age"]) < 5)
+        wait_until(lambda: int(gateway.ask(new_body()).headers["age"]) < 5)
 
     def test_a_stale_price_is_served_if_rendernet_fails(self, open_learning: OpenGateway) -> None:
         gateway = open_learning(cache={"ttl_s": 100, "stale_while_revalidate_s": 0, "stale_if_error_s": 500})
-        learn(gateway)
+        teach(gateway)
         age_settings(gateway, 300)
         gateway.simulator.script(Fault.SERVER_ERROR)
-        found = gateway.ask(body())
+        found = gateway.ask(new_body())
         status = cache_status(found)
         assert (found.status_code, amount(found)) == (200, 2.75)
         assert status.startswith("fwd=stale; fwd-status=500; ttl=-20")
@@ -255,31 +214,31 @@ class TestWithTheRest:
         assert usage(gateway)["outcomes"]["inferred"] == 1
         age_settings(gateway, 400)
         gateway.simulator.script(Fault.SERVER_ERROR)
-        assert gateway.ask(body()).status_code == 502
+        assert gateway.ask(new_body()).status_code == 502
 
     def test_an_old_balance_is_refreshed(self, open_learning: OpenGateway, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_CLAIM_S", 0.0)
         monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_PAUSE_S", 0.0)
         gateway = open_learning(cache={"balance_max_age_s": 0})
-        learn(gateway)
+        teach(gateway)
         gateway.simulator.balance = 41
-        assert gateway.ask(body()).json()["data"]["balance"] == 10_000
-        wait_until(lambda: gateway.ask(body()).json()["data"]["balance"] == 41)
+        assert gateway.ask(new_body()).json()["data"]["balance"] == 10_000
+        wait_until(lambda: gateway.ask(new_body()).json()["data"]["balance"] == 41)
         assert counted(gateway, "price_audits_total", result="ignored-member") == 0
 
     @pytest.mark.parametrize("what", ["body", "all"])
     def test_a_purge_drops_the_learned_price(self, open_learning: OpenGateway, what: str) -> None:
         gateway = open_learning()
-        learn(gateway)
-        other = body()
+        teach(gateway)
+        other = new_body()
         content = '{"all":true}' if what == "all" else f'{{"body":{other}}}'
         purged = gateway.client.post("/v1/cache/purge", content=content, headers={"x-api-key": ADMIN})
         assert purged.status_code == 200
         tests = scope(gateway)["tests"]
         for number in range(3):
-            assert cache_status(gateway.ask(body())).startswith("fwd=miss")
+            assert cache_status(gateway.ask(new_body())).startswith("fwd=miss")
             wait_until(lambda number=number: explained(gateway)["inferable"] is (number == 2))  # type: ignore[misc]
-        assert is_inferred(gateway.ask(body()))
+        assert is_inferred(gateway.ask(new_body()))
         assert scope(gateway)["tests"] >= tests, "what is known about members stays"
 
     def test_repricing_drops_learned_prices(self, open_learning: OpenGateway, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +248,7 @@ class TestWithTheRest:
         others = ['[{"segment":{}}]', '[{"narrator":{}}]', '[{"video_anyone":{}}]']
         for other in others:
             gateway.ask(other)
-        learn(gateway)
+        teach(gateway)
         assert explained(gateway)["inferable"] is True
         for number, other in enumerate(others):
             gateway.simulator.script(priced("77"))
@@ -301,23 +260,25 @@ class TestWithTheRest:
         self, open_learning: OpenGateway, store_proxy: FaultyProxy
     ) -> None:
         gateway = open_learning(cache={"url": store_proxy.url})
-        learn(gateway)
+        teach(gateway)
         with store_proxy.under(Conditions(accepts=False)):
-            assert cache_status(gateway.ask(body())) == "fwd=bypass; detail=store-unavailable"
-            assert "learned" not in gateway.client.post("/v1/explain", content=body()).json()
+            assert cache_status(gateway.ask(new_body())) == "fwd=bypass; detail=store-unavailable"
+            assert "learned" not in gateway.client.post("/v1/explain", content=new_body()).json()
             refused = gateway.client.get("/v1/learned", headers={"x-api-key": ADMIN})
             assert code_of(refused) == "store-unavailable"
         with store_proxy.under(Conditions(carries=False)):
             started = time.monotonic()
-            assert gateway.ask(body()).status_code == 200
+            assert gateway.ask(new_body()).status_code == 200
             assert time.monotonic() - started < 2 * TIMEOUT_S, "no second timeout after the price book's"
 
 
 class TestObserve:
     def test_no_answer_differs_and_nothing_more_is_asked(self, open_learning: OpenGateway) -> None:
         requests: list[tuple[str, dict[str, str]]]
-        requests = [(body(seed), {}) for seed in (*range(5000, 5012), 9999, 4000, *range(6000, 6010), 6000)]
-        requests += [(body(7000), {"cache_control": value}) for value in ("no-cache", "max-age=0", "only-if-cached")]
+        requests = [(new_body(seed), {}) for seed in (*range(5000, 5012), 9999, 4000, *range(6000, 6010), 6000)]
+        requests += [
+            (new_body(7000), {"cache_control": value}) for value in ("no-cache", "max-age=0", "only-if-cached")
+        ]
         told: list[list[object]] = []
         calls: list[int] = []
         for learn in ("off", "observe"):
@@ -332,15 +293,15 @@ class TestObserve:
 
     def test_it_counts_what_would_have_been_wrong(self, open_learning: OpenGateway) -> None:
         gateway = open_learning(learn="observe")
-        learn(gateway)
+        teach(gateway)
         calls = gateway.simulator.calls
-        assert not is_inferred(gateway.ask(body()))
+        assert not is_inferred(gateway.ask(new_body()))
         assert (counted(gateway, "inferences_total", result="right"), gateway.simulator.calls) == (1, calls + 1)
         gateway.simulator.script(priced("9"))
-        assert amount(gateway.ask(body())) == 9
+        assert amount(gateway.ask(new_body())) == 9
         assert counted(gateway, "inferences_total", result="wrong") == 1
         wait_until(lambda: scope(gateway)["state"] == "in doubt")
-        gateway.ask(body())
+        gateway.ask(new_body())
         wait_until(lambda: scope(gateway)["contradictions"] == 1)
         found = scope(gateway)
         assert (found["would_have_answered"], found["would_have_been_wrong"], found["answered"]) == (2, 1, 0)
@@ -349,11 +310,11 @@ class TestObserve:
     def test_a_list_that_moves_makes_no_price_stale(self, open_learning: OpenGateway) -> None:
         """Only `use` counts it towards repricing."""
         gateway = open_learning(learn="observe")
-        learn(gateway)
+        teach(gateway)
         gateway.simulator.script(*[priced("9")] * 3)
         for _ in range(3):
             asked = scope(gateway)["asked"]
-            gateway.ask(body())
+            gateway.ask(new_body())
             wait_until(lambda asked=asked: scope(gateway)["asked"] == asked + 1)  # type: ignore[misc]
         assert scope(gateway)["list_moves"] == 1
         assert not [key for key in gateway.store.keys("ep1:book:*") if gateway.store.hexists(key, "changed_keys")]
@@ -361,17 +322,17 @@ class TestObserve:
     def test_off_learns_nothing(self, open_learning: OpenGateway) -> None:
         gateway = open_learning(learn="off")
         for _ in range(5):
-            gateway.ask(body())
+            gateway.ask(new_body())
         assert learned(gateway)["accounts"][0]["scopes"] == []
-        assert "learned" not in gateway.client.post("/v1/explain", content=body()).json()
+        assert "learned" not in gateway.client.post("/v1/explain", content=new_body()).json()
 
 
 class TestReports:
     def test_what_was_learned(self, open_learning: OpenGateway) -> None:
         gateway = open_learning()
-        learn(gateway, steps=20)
-        gateway.ask(body(steps=20))
-        gateway.ask(body(steps=20))  # stores the count of the first
+        teach(gateway, steps=20)
+        gateway.ask(new_body(steps=20))
+        gateway.ask(new_body(steps=20))  # stores the count of the first
         assert scope(gateway)["answered"] == 1
         document = learned(gateway)
         assert [each["account"] for each in document["accounts"]] == ["default", "second"]
@@ -405,10 +366,10 @@ class TestReports:
             "reason": "new-scope",
             "detail": "No body with these members, models and number of items was asked yet.",
         }
-        gateway.ask(body())
+        gateway.ask(new_body())
         wait_until(lambda: explained(gateway)["reason"] == "too-few-tests")
-        learn(gateway)
-        found = explained(gateway, body(99_999_999))
+        teach(gateway)
+        found = explained(gateway, new_body(99_999_999))
         assert (found["reason"], found["detail"]) == (
             "outside-range",
             "The value of 0.seed is outside the range that was tested.",
@@ -420,7 +381,7 @@ class TestReports:
 
 
 def explained(gateway: GatewayFixture, content: str | None = None) -> dict[str, Any]:
-    document: dict[str, Any] = gateway.client.post("/v1/explain", content=content or body()).json()["learned"]
+    document: dict[str, Any] = gateway.client.post("/v1/explain", content=content or new_body()).json()["learned"]
     return document
 
 
