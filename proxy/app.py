@@ -111,7 +111,7 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
     live = ConfigHolder(runtime_config_of(settings, token_uses.record))
     policy = _policy_of(settings)
     learner = learner_of(settings, book_store, upstream.address)
-    inferences = Inferences(live, learner, book.accounts, metrics, policy.stale_limits)
+    inferences = Inferences(live, learner, book.accounts, price_changes, metrics, stale_limits=policy.stale_limits)
     fetcher = Fetcher(book, upstream, inferences, metrics, tracker, price_changes, timeout_s=timeout_s)
     batcher = LedgerBatcher(ledger_store, keys, zone, metrics)
     ledger = Ledger(batcher, metrics, admits_on_outage=settings.store.on_outage == "admit")

@@ -30,7 +30,7 @@ from proxy.gateway.fetcher import Fetcher, FetchResult
 from proxy.gateway.freshness import Forward, NotCached, Serve, StaleLimits, choose
 from proxy.gateway.inferences import Inference, Inferences
 from proxy.gateway.live_config import ConfigHolder, RuntimeConfig
-from proxy.gateway.request import Answer, ClientRequest, Explanation, Trace
+from proxy.gateway.request import Answer, ClientRequest, Explanation, Learned, Trace
 from proxy.learning.verdict import Inferred
 from proxy.problems import Code, Outcome, Problem, StoreUnavailable
 from proxy.quota.credits import micro_of, text_of
@@ -291,12 +291,14 @@ class Gateway:
         lookup = await self._look_up(canonical_request, trace)
         stored = None if lookup is None else lookup.stored
         verdict = None if lookup is None else await self._inferences.explain(canonical_request, config)
-        admission = await self._peek(team, stored, trace)
+        inferred = verdict.stored if isinstance(verdict, Inferred) and config.learn == "use" and team.infer else None
+        admission = await self._peek(team, stored or inferred, trace)
         if isinstance(admission, Denied) and admission.problem.code is Code.RATE_LIMITED:
             return admission.problem
         ignored = present(canonical_request.canonical, config.ignored)
         outcome = Outcome.BYPASS if lookup is None else Outcome.HIT if stored else Outcome.MISS
-        return Explanation(outcome, canonical_request, ignored, stored, admission, verdict, config.learn)
+        learned = None if verdict is None else Learned(config.learn, verdict, None if stored else inferred)
+        return Explanation(outcome, canonical_request, ignored, stored, admission, learned)
 
     async def _peek(self, team: Team, stored: StoredPrice | None, trace: Trace) -> Admitted | Denied | None:
         """Whether an estimate would be admitted now; None if the ledger is unavailable."""

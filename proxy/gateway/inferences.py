@@ -27,6 +27,7 @@ from proxy.learning.observation import Counted, Effect
 from proxy.learning.ticket import Ticket
 from proxy.learning.verdict import Inferred, NotInferred
 from proxy.problems import StoreUnavailable
+from proxy.quota.price_change_log import PriceChangeLog
 from proxy.telemetry.logs import event
 from proxy.telemetry.metrics import Metrics
 from proxy.upstream.replies import Priced, Reply
@@ -49,11 +50,19 @@ class Inferences:
     """The inferences of one process."""
 
     def __init__(
-        self, live: ConfigHolder, learner: Learner, accounts: AccountBooks, metrics: Metrics, stale_limits: StaleLimits
+        self,
+        live: ConfigHolder,
+        learner: Learner,
+        accounts: AccountBooks,
+        price_changes: PriceChangeLog,
+        metrics: Metrics,
+        *,
+        stale_limits: StaleLimits,
     ) -> None:
         self._live = live
         self._learner = learner
         self._accounts = accounts
+        self._price_changes = price_changes
         self._metrics = metrics
         self._stale_limits = stale_limits
         self._lessons = SingleFlight[None]()
@@ -149,20 +158,26 @@ class Inferences:
             case Effect.DOUBT:
                 event(log, logging.DEBUG, "a learned price is in doubt", facts)
             case Effect.LIST_MOVED:
-                await self._list_moved(request, facts)
+                await self._list_moved(request, observed.old, price, facts)
         if observed.contradiction is not None:
             self._contradicted(observed.contradiction, facts)
 
-    async def _list_moved(self, request: CanonicalRequest, facts: dict[str, str]) -> None:
+    async def _list_moved(
+        self, request: CanonicalRequest, old: Price | None, price: Price, facts: dict[str, str]
+    ) -> None:
         """A doubt was resolved: prices have changed.
 
-        Only with `use` that counts towards repricing, which makes exact prices stale: `observe` changes no answer.
+        Only with `use` that is a price change and counts towards repricing, which makes exact prices stale: `observe`
+        changes no answer, and nobody has decided yet that what it learns is right.
         """
         self._count_audit(request.account, "list-moved")
         is_used = self._live.config.learn == "use"
         level = logging.WARNING if is_used else logging.INFO
         event(log, level, "price list changed: learned prices are asked again", facts)
-        if is_used:
+        if is_used and old is not None:
+            amounts = {"old": old.estimated, "new": price.estimated}
+            model, key = request.model, request.key
+            self._price_changes.record("doubt", account=request.account, model=model, key=key, **amounts)
             with suppress(StoreUnavailable):
                 if await self._accounts.record_price_change(request.account, request.key):
                     event(log, logging.WARNING, "price list changed: older prices are stale", facts)

@@ -55,14 +55,25 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Learned:
+    """What was learned about a body.
+
+    learn: `cache.learn`. inferred: the price that an estimate would be answered with; None if that is not inferred.
+    """
+
+    learn: str
+    verdict: Inferred | NotInferred
+    inferred: StoredPrice | None
+
+
+@dataclass(frozen=True, slots=True)
 class Explanation:
     """How the gateway reads a body, what is stored for it, and whether an estimate would be admitted.
 
     outcome: `hit`, `miss`, or `bypass` if the price book is unavailable.
     ignored: the members of `cache.ignore` that the body has.
     admission: the ledger's decision on an estimate now; None if the ledger is unavailable.
-    verdict: what was learned about the body; None if `learn`, the setting of `cache`, is `off`, or if the price book is
-    unavailable.
+    learned: None if `cache.learn` is `off`, or if the price book is unavailable.
     """
 
     outcome: Outcome
@@ -70,8 +81,7 @@ class Explanation:
     ignored: list[str]
     stored: StoredPrice | None
     admission: Admitted | Denied | None
-    verdict: Inferred | NotInferred | None
-    learn: str
+    learned: Learned | None
 
 
 @dataclass(frozen=True, slots=True)

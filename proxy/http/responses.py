@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
-from proxy.gateway.request import Answer, Document, Explanation, Purged, Result, Trace
+from proxy.gateway.request import Answer, Document, Explanation, Learned, Purged, Result, Trace
 from proxy.http.connection import SCOPE_HEADERS
 from proxy.http.framing import Headers
 from proxy.http.headers import Lines
@@ -172,8 +172,8 @@ def _explanation_document(explanation: Explanation) -> bytes:
         document |= {"age_s": int(stored.age_s), "ttl_s": floor(stored.ttl_s)}
     if stored is not None and isinstance(admission, Admitted):
         document["estimated"] = orjson.Fragment(stored.price.estimated)
-    if explanation.verdict is not None:
-        document["learned"] = {"learn": explanation.learn, **verdict_document(explanation.verdict)}
+    if explanation.learned is not None:
+        document["learned"] = _learned_document(explanation.learned, is_admitted=isinstance(admission, Admitted))
     if isinstance(admission, Denied):
         document["refusal"] = {"code": admission.problem.code, "detail": admission.problem.detail}
     unavailable = {"price-book": explanation.outcome is Outcome.BYPASS, "ledger": admission is None}
@@ -182,6 +182,13 @@ def _explanation_document(explanation: Explanation) -> bytes:
         document["stored"] = None if unavailable["price-book"] else document["stored"]
         document["admitted"] = None if unavailable["ledger"] else document["admitted"]
     return orjson.dumps(document)
+
+
+def _learned_document(learned: Learned, *, is_admitted: bool) -> dict[str, Any]:
+    document = {"learn": learned.learn, **verdict_document(learned.verdict)}
+    if learned.inferred is not None and is_admitted:
+        document["estimated"] = orjson.Fragment(learned.inferred.price.estimated)
+    return document
 
 
 def _purged_document(purged: Purged) -> bytes:

@@ -38,7 +38,7 @@ class Effect(StrEnum):
 class Observation:
     """What an answer did, in which scope and setting.
 
-    old: the setting's price before; None if it had none.
+    old: the setting's price before, or if the list moved, before the doubt; None if it had none.
     contradiction: also present if a doubt of the scope turned out to have expired.
     """
 

@@ -28,6 +28,12 @@ def test_a_body_without_a_stored_price(gateway: GatewayFixture) -> None:
         "ignored_members": [],
         "stored": False,
         "admitted": True,
+        "learned": {
+            "learn": "observe",
+            "inferable": False,
+            "reason": "new-scope",
+            "detail": "No body with these members, models and number of items was asked yet.",
+        },
     }
 
 

@@ -165,6 +165,8 @@ class TestAudits:
         assert (scope(gateway)["state"], scope(gateway)["list_moves"]) == ("answering", 1)
         wait_until(lambda: counted(gateway, "inference_audits_total", result="list-moved") == 1)
         assert (counted(gateway, "suspect_answers_total"), scope(gateway)["contradictions"]) == (0, 0)
+        (change,) = changes(gateway)
+        assert (change["old"], change["new"], change["found_by"], change["model"]) == (2.75, 9, "doubt", "Flux")
         moved = gateway.ask(new_body())
         assert (is_inferred(moved), amount(moved)) == (True, 9)
 
@@ -294,6 +296,8 @@ class TestObserve:
     def test_it_counts_what_would_have_been_wrong(self, open_learning: OpenGateway) -> None:
         gateway = open_learning(learn="observe")
         teach(gateway)
+        assert explained(gateway)["inferable"] is True
+        assert "estimated" not in explained(gateway), "another body's price is shown only where it would be the answer"
         calls = gateway.simulator.calls
         assert not is_inferred(gateway.ask(new_body()))
         assert (counted(gateway, "inferences_total", result="right"), gateway.simulator.calls) == (1, calls + 1)
@@ -317,6 +321,7 @@ class TestObserve:
             gateway.ask(new_body())
             wait_until(lambda asked=asked: scope(gateway)["asked"] == asked + 1)  # type: ignore[misc]
         assert scope(gateway)["list_moves"] == 1
+        assert changes(gateway) == []
         assert not [key for key in gateway.store.keys("ep1:book:*") if gateway.store.hexists(key, "changed_keys")]
 
     def test_off_learns_nothing(self, open_learning: OpenGateway) -> None:
@@ -376,8 +381,15 @@ class TestReports:
         )
         assert (found["left_out"], found["counting"], found["state"]) == (["0.seed"], ["0.model"], "answering")
         calls = gateway.simulator.calls
-        assert explained(gateway)["inferable"] is True
+        inferable = explained(gateway)
+        assert (inferable["inferable"], inferable["estimated"]) == (True, 2.75)
         assert gateway.simulator.calls == calls
+
+
+def changes(gateway: GatewayFixture) -> list[dict[str, Any]]:
+    document = gateway.client.get("/v1/prices/changes", headers={"x-api-key": ADMIN}).json()
+    found: list[dict[str, Any]] = document["changes"]
+    return found
 
 
 def explained(gateway: GatewayFixture, content: str | None = None) -> dict[str, Any]:

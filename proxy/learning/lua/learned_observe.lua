@@ -233,7 +233,10 @@ elseif setting.data == ARGV[9] then
     if is_marked and #setting.bodies == limits.bodies then
       effect = 'list-moved'
       account.epoch, account.doubts = fresh_id, ''
-      setting.epoch, setting.doubt, setting.before, head.doubt = fresh_id, nil, nil, nil
+      if setting.was then
+        old_estimated, old_rest = setting.was[1], setting.was[2]
+      end
+      setting.epoch, setting.doubt, setting.before, setting.was, head.doubt = fresh_id, nil, nil, nil, nil
       head.list_moves, head.agreed_at = head.list_moves + 1, now
       write('unchecked', '0')
     end
@@ -263,6 +266,7 @@ else
   local before = setting.reach
   start_over()
   setting.since, setting.doubt, setting.before = now, head.doubt.at, before
+  setting.was = { old_estimated, old_rest }
 end
 head.asked = head.asked + 1
 if ARGV[7] == '1' then
