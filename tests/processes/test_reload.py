@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +241,25 @@ def test_a_request_keeps_the_settings_it_started_with(gateway: Reloaded, simulat
         wait_until(lambda: statuses(served, DESIGN, cache_control="only-if-cached") == {401})
         hold.release()
         assert asking.result(10).status_code == 200
+
+
+def test_learned_prices_stop_answering_within_seconds(runner: GatewayRunner) -> None:
+    learning = {"learn_from": 1, "audit_one_in": 10_000}
+    served = started(runner, cache={"learn": "use", **learning})
+    numbers = count(5000)
+
+    def is_inferred() -> bool:
+        answer = served.ask(b'[{"model":"Flux","seed":%d}]' % next(numbers))
+        return "detail=inferred" in answer.headers["cache-status"]
+
+    for seed in (*range(4000, 4012), 9999, 4500):
+        served.ask(b'[{"model":"Flux","seed":%d}]' % seed)
+    wait_until(is_inferred)
+    gateway = Reloaded(runner, served)
+    gateway.reload(cache={"learn": "off", **learning})
+    changed_at = time.monotonic()
+    wait_until(lambda: not any(is_inferred() for _ in range(10)))
+    assert_in_time(time.monotonic() - changed_at, REVOKED_WITHIN_S)
+    gateway.reload(cache={"learn": "use", **learning})
+    wait_until(is_inferred)  # what was learned is kept
+    assert served.stop() == 0
