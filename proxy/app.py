@@ -23,6 +23,7 @@ from proxy.gateway.in_flight import InFlightTracker
 from proxy.gateway.inferences import Inferences
 from proxy.gateway.live_config import ConfigHolder, RuntimeConfig, runtime_config_of
 from proxy.gateway.purge import PurgeHandler
+from proxy.gateway.quotes import Quotes
 from proxy.http.connection import SCOPE_HEADERS
 from proxy.http.cors import Cors, Refuse
 from proxy.http.endpoint import Endpoint, refuse, refuse_route
@@ -38,6 +39,7 @@ from proxy.http.paths import (
     PRICE_CHANGES_PATH,
     PURGE_PATH,
     QUOTA_PATH,
+    QUOTE_PATH,
     READINESS_PATH,
     TOKEN_PATH,
     USAGE_PATH,
@@ -120,6 +122,7 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
     saved_time = SavedTime(ledger_reader, metrics)
     parser = RequestParser(upstream.address)
     gateway = Gateway(live, ledger, book, fetcher, inferences, parser, policy=policy)
+    quotes = Quotes(live, gateway, book, parser, tracker, zone=zone)
     purges = PurgeHandler(live, book, learner, parser)
     usage_endpoints = UsageEndpoints(live, ledger_reader, history, zone, settings.org.counted_currency)
     token_endpoint = TokenEndpoint(live, book.accounts, zone)
@@ -151,6 +154,7 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
     app = Application(
         endpoint("estimate", gateway.estimate),
         routes=[
+            Route(QUOTE_PATH, endpoint("quote", quotes.quote), methods=["POST"]),
             Route(EXPLAIN_PATH, endpoint("other", gateway.explain), methods=["POST"]),
             Route(PURGE_PATH, endpoint("other", purges.purge), methods=["POST"]),
             Route(USAGE_PATH, endpoint("other", usage_endpoints.usage), methods=["GET"]),

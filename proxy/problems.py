@@ -99,7 +99,7 @@ class _Kind:
 
 
 _KINDS = {
-    Code.INVALID_BODY: _Kind(400, "The body is not an array of generation objects", Outcome.INVALID),
+    Code.INVALID_BODY: _Kind(400, "The body is invalid", Outcome.INVALID),
     Code.INVALID_REQUEST: _Kind(400, "The request is malformed", Outcome.INVALID),
     Code.INVALID_QUERY: _Kind(400, "A query parameter is invalid", Outcome.INVALID),
     Code.UNKNOWN_TOKEN: _Kind(401, "No valid token", Outcome.UNAUTHENTICATED),

@@ -30,13 +30,14 @@ from proxy.gateway.fetcher import Fetcher, FetchResult
 from proxy.gateway.freshness import Forward, NotCached, Serve, StaleLimits, choose
 from proxy.gateway.inferences import Inference, Inferences
 from proxy.gateway.live_config import ConfigHolder, RuntimeConfig
+from proxy.gateway.quote_document import Basis, Known, Quoted, Unknown
 from proxy.gateway.request import Answer, ClientRequest, Explanation, Learned, Trace
 from proxy.learning.verdict import Inferred
 from proxy.problems import Code, Outcome, Problem, StoreUnavailable
 from proxy.quota.credits import micro_of, text_of
 from proxy.quota.ledger import Admitted, Denied, Ledger
 from proxy.quota.quotas import Charge
-from proxy.upstream.replies import Failed, Priced, Rejected, Unpriced
+from proxy.upstream.replies import Failed, Priced, Rejected, Unpriced, rejection_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +55,18 @@ class Policy:
     refuse_unpriced: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Unstored:
+    """A question in a quote whose price is not stored. `lookup` is None if the price book is unavailable."""
+
+    question: CanonicalRequest
+    forward: Forward
+    lookup: Lookup | None
+    inference: Inference | None
+
+
 class Gateway:
-    """Answers estimates, and explains them."""
+    """Answers estimates, explains them, and prices the questions of quotes."""
 
     def __init__(  # noqa: PLR0913 -- what a request passes through
         self,
@@ -79,7 +90,7 @@ class Gateway:
     async def estimate(self, request: ClientRequest, trace: Trace) -> Answer | Problem:
         """Answers `POST /pub/v1/generations/estimate`. Raises `BadRequest`, `ClientGone`, `Overloaded`."""
         config = self._live.config
-        team = _authenticate(request, trace, config.access)
+        team = authenticate(request, trace, config.access)
         if isinstance(team, Problem):
             return team
         canonical_request = self._parse(await request.read_body(), team, request.query, config)
@@ -280,10 +291,71 @@ class Gateway:
             return settled.problem
         return result
 
+    async def stored_price(
+        self, question: CanonicalRequest, request: ClientRequest, team: Team, config: RuntimeConfig, trace: Trace
+    ) -> Known | Problem | Unstored:
+        """The stored price of a question in a quote. Uses one request of the rate, unless upstream must be asked."""
+        lookup = self._book.get_local(question.key, team.account) or await self._look_up(question, trace)
+        choice, inference = choose(lookup, request.directives, self._policy.stale_limits), None
+        if lookup is not None and not isinstance(choice, Serve):
+            inference = await self._inferences.infer(question, lookup, request.directives, team, config)
+            choice = choice if inference is None else inference.choice or choice
+        match choice:
+            case NotCached():
+                return await self._refuse_uncached(team, trace)
+            case Serve(stored, balance, stale):
+                with trace.timing_store():
+                    admission = await self._ledger.use_rate(team.limits)
+                trace.record_admission(admission)
+                if isinstance(admission, Denied):
+                    return admission.problem
+                if inference is None:
+                    self._refresh_in_background(question, stored, balance, lookup, stale=stale)
+                    return _known(stored, "stored")
+                self._check_in_background(question, inference.inferred, balance, lookup, stale=stale)
+                return _known(stored, "inferred")
+            case Forward() as forward:
+                return Unstored(question, forward, lookup, inference)
+
+    async def asked_price(self, unstored: Unstored, request: ClientRequest, team: Team, trace: Trace) -> Quoted:
+        """Asks upstream for the price of a question in a quote.
+
+        Uses one request of the rate and, if it is sent upstream, of the quotas on requests. Debits no credits.
+        """
+        question, forward = unstored.question, unstored.forward
+        with trace.timing_store():
+            admission = await self._ledger.admit(team.limits)
+        trace.record_admission(admission)
+        if isinstance(admission, Denied):
+            return Unknown.of(admission.problem)
+        fetched, collapsed = await self._fetch(question, request, forward, unstored.lookup, trace)
+        result = self._result_of(fetched, forward, question, unstored.inference, collapsed=collapsed, trace=trace)
+        if collapsed or (isinstance(fetched.reply, Failed) and not fetched.reply.asked):
+            await self._ledger.release(admission)
+        else:
+            await self._settle(admission, Charge(result.outcome), fetched, result, trace)
+        return self._priced(result, fetched, forward)
+
+    def _priced(self, result: Answer | Problem, fetched: FetchResult, forward: Forward) -> Quoted:
+        """What a quote shows of the result."""
+        if isinstance(result, Problem):
+            return Unknown.of(result)
+        if result.age_s is not None and forward.fallback is not None:
+            return _known(forward.fallback, "inferred" if result.outcome is Outcome.INFERRED else "stored")
+        if result.price is not None:
+            ttl_s = self._book.ttl_s if fetched.stored else None
+            return Known(result.price.estimated, "asked", age_s=0, ttl_s=ttl_s)
+        if result.outcome is Outcome.UNPRICED:
+            return Unknown(Code.UNPRICED, "RenderNet answered without a price for this body.")
+        code, message = rejection_of(result.body)
+        return Unknown(
+            code or Outcome.UPSTREAM_REJECTED, message or f"RenderNet refused the body with status {result.status}."
+        )
+
     async def explain(self, request: ClientRequest, trace: Trace) -> Explanation | Problem:
         """Answers `POST /v1/explain`. Does not ask upstream, and debits only the rate. Raises as `estimate`."""
         config = self._live.config
-        team = _authenticate(request, trace, config.access)
+        team = authenticate(request, trace, config.access)
         if isinstance(team, Problem):
             return team
         canonical_request = self._parse(await request.read_body(), team, request.query, config)
@@ -316,7 +388,7 @@ class Gateway:
         await self._ledger.close(timeout_s)
 
 
-def _authenticate(request: ClientRequest, trace: Trace, access: Access) -> Team | Problem:
+def authenticate(request: ClientRequest, trace: Trace, access: Access) -> Team | Problem:
     """The team of the request's token. Called before the body is read: bodies of unknown clients are never read."""
     credential = access.credential(request.token)
     if isinstance(credential, Problem):
@@ -330,6 +402,10 @@ def _charge(outcome: Outcome, canonical_request: CanonicalRequest, price: Price 
     if price is None:
         return Charge(outcome)
     return Charge(outcome, micro_of(price.estimated), canonical_request.model)
+
+
+def _known(stored: StoredPrice, basis: Basis) -> Known:
+    return Known(stored.price.estimated, basis, stored.age_s, stored.ttl_s)
 
 
 def _within_ceiling(answer: Answer | Problem, ceiling_micro: int | None) -> Answer | Problem:

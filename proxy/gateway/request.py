@@ -98,10 +98,11 @@ class Purged:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A report, such as usage, quotas or metrics."""
+    """A report, such as usage, quotas or metrics, or a quote."""
 
     body: bytes
     media_type: str
+    outcome: Outcome = Outcome.HIT
 
 
 Result = Answer | Explanation | Purged | Document | Problem

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from proxy.gateway.in_flight import ARRIVING_REQUEST_BYTES, Arrival, InFlightTracker
-from proxy.gateway.request import ClientRequest, Document, Purged, Result, Trace
+from proxy.gateway.request import ClientRequest, Purged, Result, Trace
 from proxy.http.connection import SCOPE_BODY, SCOPE_HEADERS
 from proxy.http.headers import RequestHeaders
 from proxy.http.paths import OWN_PATHS, shown_path
@@ -100,7 +100,7 @@ class Endpoint:
             return
         context.close = context.close or self._tracker.draining
         # The contract's outcomes are those of estimates: reports, purges and /metrics count as `hit`.
-        outcome = Outcome.HIT if isinstance(result, Purged | Document) else result.outcome
+        outcome = Outcome.HIT if isinstance(result, Purged) else result.outcome
         status, lines, body = render(result, context)
         match scope[SCOPE_REPLY](status, lines, body, close=context.close):
             case Delivery.BY_MESSAGES:

@@ -7,6 +7,7 @@ from urllib.parse import quote, unquote
 from proxy.upstream.address import ESTIMATE_PATH
 
 PAGE_PATH = "/"
+QUOTE_PATH = "/v1/quote"
 EXPLAIN_PATH = "/v1/explain"
 PURGE_PATH = "/v1/cache/purge"
 USAGE_PATH = "/v1/usage"
@@ -21,8 +22,8 @@ OPENAPI_PATH = "/openapi.json"
 DOCS_PATH = "/docs"
 
 OWN_PATHS = (
-    *(QUOTA_PATH, USAGE_PATH, TOKEN_PATH, PRICE_CHANGES_PATH, LEARNED_PATH, EXPLAIN_PATH, PURGE_PATH),
-    *(METRICS_PATH, LIVENESS_PATH, READINESS_PATH, OPENAPI_PATH, DOCS_PATH),
+    *(QUOTA_PATH, USAGE_PATH, TOKEN_PATH, PRICE_CHANGES_PATH, LEARNED_PATH, QUOTE_PATH),
+    *(EXPLAIN_PATH, PURGE_PATH, METRICS_PATH, LIVENESS_PATH, READINESS_PATH, OPENAPI_PATH, DOCS_PATH),
 )
 """Those of the API: a client that gets one of them slightly wrong is told so."""
 

@@ -43,7 +43,7 @@ LOOP_TURNS_BETWEEN_CALLS = 3
 _US = 1_000_000
 _DECIDE = Script("proxy.quota", "ledger_decide")
 _DEBITS = frozenset(("charge", "admit", "settle"))
-_MERGEABLE = frozenset(("charge", "admit"))
+_MERGEABLE = frozenset(("charge", "admit", "use_rate"))
 """The operations that the script decides for several equal requests at once."""
 
 _PRICED = frozenset(("charge", "settle"))

@@ -80,6 +80,10 @@ class Ledger:
         """
         return self._decide("over_ceiling", limits, charge)
 
+    def use_rate(self, limits: TeamLimits) -> Admission:
+        """Uses one request of the rate, and debits no quota."""
+        return self._decide("use_rate", limits, Charge(Outcome.HIT))
+
     async def peek(self, limits: TeamLimits, credits_micro: int | None) -> Admitted | Denied:
         """The decision that an estimate of this price would get. Uses one request of the rate, and debits nothing.
 
@@ -96,7 +100,14 @@ class Ledger:
 
         A quota that would refuse the charge's credits takes precedence.
         """
-        return await self._shielded(self._refund(admitted, charge, problem))
+        refunded = await self._shielded(self._undo("refund", admitted, charge))
+        if isinstance(refunded, Denied):
+            return refunded
+        return Denied(problem, None if refunded is None else refunded.quota_state)
+
+    async def release(self, admitted: Admitted) -> None:
+        """Takes back an admission whose request was not sent upstream, as if it had not happened."""
+        await self._shielded(self._undo("release", admitted, _PENDING))
 
     async def close(self, timeout_s: float) -> None:
         """Waits for settlements and flushes the backlog, within `timeout_s`."""
@@ -147,17 +158,17 @@ class Ledger:
         self._batcher.record_booked(charge, admitted)
         return admitted
 
-    async def _refund(self, admitted: Admitted, charge: Charge, problem: Problem) -> Denied:
+    async def _undo(self, operation: Operation, admitted: Admitted, charge: Charge) -> Admitted | Denied | None:
+        """None if the ledger is unavailable, or has not booked the admission."""
         if not admitted.booked:
-            return Denied(problem)
+            return None
         try:
-            refunded = await self._batcher.decide("refund", admitted.limits, charge, admitted_on=admitted.counters)
+            return await self._batcher.decide(operation, admitted.limits, charge, admitted_on=admitted.counters)
         except StoreOutcomeUnknown:
-            return Denied(problem)
+            return None
         except StoreUnavailable:
             self._buffer(admitted.counters, _PENDING, requests=-1)
-            return Denied(problem)
-        return refunded if isinstance(refunded, Denied) else Denied(problem, refunded.quota_state)
+            return None
 
     async def _shielded(self, work: Coroutine[Any, Any, _T]) -> _T:
         """Runs `work` to its end even if the caller is cancelled."""

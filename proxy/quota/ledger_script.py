@@ -23,7 +23,9 @@ MAX_ENTRY_MICRO = 45 * 10**12
 FLUSH_MARKER_TTL_S = 86_400
 """How long the ledger remembers a flush, so that a repetition books nothing."""
 
-Operation = Literal["charge", "admit", "settle", "refund", "peek", "record_uncached", "over_ceiling", "apply"]
+Operation = Literal[
+    "charge", "admit", "settle", "refund", "peek", "record_uncached", "over_ceiling", "use_rate", "release", "apply"
+]
 
 _US = 1_000_000
 _MAX_TIME_S = 2**53 // _US

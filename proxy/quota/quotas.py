@@ -164,6 +164,15 @@ class QuotaState:
         pairs = zip(self.limits.quotas, self.used, strict=True)
         return tuple(quota for quota, used in pairs if used > quota.limit and not quota.refuse)
 
+    def refusing(self, credits_micro: int) -> tuple[Quota, ...]:
+        """The quotas that would refuse an estimate of this price now; `violated` in `lua/ledger_decide.lua` decides."""
+        pairs = zip(self.limits.quotas, self.used, strict=True)
+        return tuple(
+            quota
+            for quota, used in pairs
+            if quota.refuse and used + (1 if quota.measure == "requests" else max(1, credits_micro)) > quota.limit
+        )
+
     def rate_remaining(self) -> int:
         """How many requests the rate admits at once."""
         rate = self.limits.rate

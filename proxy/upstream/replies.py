@@ -132,6 +132,13 @@ def read_reply(
     return Failed(Problem(code, detail, retry_after_s, members=members), status)
 
 
+def rejection_of(body: bytes) -> tuple[str | None, str | None]:
+    """Upstream's own code and message in the body of a rejection; None for what it does not have."""
+    value, _ = _parse(body)
+    error = _upstream_error(0, value).get("upstream", {})
+    return error.get("code"), error.get("message")
+
+
 def encode_failure(reply: Unpriced | Rejected | Failed) -> bytes:
     """Encodes a reply without a price, to be shared through the store; empty if it is too long."""
     match reply:

@@ -160,6 +160,12 @@ class TestTheLogLineOfARequest:
         assert "Tamarin" not in text
         assert DESIGN[:30] not in text
 
+    def test_it_has_the_operation_of_a_quote(self, gateway: GatewayFixture, lines: Lines) -> None:
+        gateway.client.post("/v1/quote", json={"variants": [{"label": "a", "body": [{}]}]})
+        (line,) = lines(1)
+        assert (line["operation"], line["outcome"], line["status"], line["team"]) == ("quote", "miss", 200, "design")
+        assert "upstream_ms" in line
+
     def test_it_has_the_key_of_a_purged_request(self, open_gateway: OpenGateway, lines: Lines) -> None:
         admin = token_of("a" * 32)
         gateway = open_gateway(admin={"tokens": [digest_of(admin)]})

@@ -176,6 +176,9 @@ class ModelLedger:
             return self._refuse(policy, self._exceeded(policy, violated))
         return self._refuse(policy, replace(self.ok_verdict(policy), code=cost.outcome))
 
+    def release(self, entry: Entry) -> None:
+        self.entries.remove(entry)
+
     def over_ceiling(self, policy: TeamPolicy, micro: int) -> Verdict:
         if not self._conforms(policy):
             return self._refuse(policy, self._too_often(policy))
@@ -191,6 +194,12 @@ class ModelLedger:
         self._pour(policy)
         violated = self._violated(policy, 1, micro or 0, begins=True)
         return self._exceeded(policy, violated) if violated else self.ok_verdict(policy)
+
+    def use_rate(self, policy: TeamPolicy) -> Verdict:
+        if not self._conforms(policy):
+            return self._refuse(policy, self._too_often(policy))
+        self._pour(policy)
+        return self.ok_verdict(policy)
 
     def record_uncached(self, policy: TeamPolicy, outcome: str) -> Verdict:
         if not self._conforms(policy):

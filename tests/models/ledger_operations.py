@@ -134,6 +134,8 @@ _KINDS = (
     "refund",
     "refund",
     "record_uncached",
+    "use_rate",
+    "release",
     "peek",
 )
 PICKS = st.integers(0, 99)
@@ -157,6 +159,10 @@ def with_state_of(last: Verdict | None, verdict: Verdict | None) -> Verdict:
 def check(verdict: Verdict | None, answer: Answer) -> None:
     assert verdict is not None
     assert verdicts_match(verdict_of(answer), verdict), f"{verdict_of(answer)} is not {verdict}"
+
+
+def check_nothing(_: Verdict | None, answer: Answer) -> None:
+    assert answer is None
 
 
 def check_unbooked(_: Verdict | None, answer: Answer) -> None:

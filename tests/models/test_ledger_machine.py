@@ -43,6 +43,7 @@ from ledger_operations import (
     Operation,
     charge_of,
     check,
+    check_nothing,
     check_unbooked,
     counters_of,
     entry_of,
@@ -288,7 +289,11 @@ class LedgerMachine(RuleBasedStateMachine):
         return one._replace(verdict=with_state_of(self._model_ledger.ok_verdict(one.policy), one.verdict))
 
     def _to_settle(self, where: int, operation: Operation) -> tuple[Admission, Admitted] | None:
-        return self._pick(where, operation.pick, in_outage=False) if operation.kind in ("settle", "refund") else None
+        return (
+            self._pick(where, operation.pick, in_outage=False)
+            if operation.kind in ("settle", "refund", "release")
+            else None
+        )
 
     def _mergeable(
         self, operations: list[Operation], to_settle: list[tuple[Admission, Admitted] | None]
@@ -300,7 +305,8 @@ class LedgerMachine(RuleBasedStateMachine):
             mergeable = to_settle[number] is None and operation.kind not in ("peek", "record_uncached", "over_ceiling")
             mergeable = mergeable and all(one.refuses for one in self._policies[operation.team][0].limits)
             cost = operation.cost if operation.kind == "charge" else None  # all others are admissions
-            kind = (operation.team, cost) if mergeable else number
+            name = operation.kind if operation.kind in ("charge", "use_rate") else "admit"
+            kind = (name, operation.team, cost) if mergeable else number
             micro = (cost and cost.micro) or 0
             group = open_groups.get(kind)
             if group is None or (len(group) + 1) * micro > MAX_ENTRY_MICRO:
@@ -340,6 +346,9 @@ class LedgerMachine(RuleBasedStateMachine):
                     check,
                     policy,
                 )
+            case "use_rate":
+                coroutine = ledger.use_rate(team_limits)
+                return Expected(one_iteration_later(coroutine), self._model_ledger.use_rate(policy), check, policy)
             case "over_ceiling":
                 assert cost.micro is not None
                 coroutine = ledger.refuse_over_ceiling(team_limits, charge_of(cost))
@@ -376,6 +385,9 @@ class LedgerMachine(RuleBasedStateMachine):
             case "record_uncached":
                 coroutine = ledger.record_uncached(team_limits, Outcome.NOT_CACHED)
                 return Expected(one_iteration_later(coroutine), None, partial(self._check_buffered, Cost("not-cached")))
+            case "use_rate":
+                coroutine = ledger.use_rate(team_limits)
+                return Expected(one_iteration_later(coroutine), None, partial(self._check_buffered, Cost("hit")))
             case "over_ceiling":
                 coroutine = ledger.refuse_over_ceiling(team_limits, charge_of(operation.cost))
                 return Expected(one_iteration_later(coroutine), None, partial(self._check_buffered, operation.cost))
@@ -395,6 +407,12 @@ class LedgerMachine(RuleBasedStateMachine):
                 return Expected(refund, None, check_unbooked)
             verdict = self._model_ledger.refund(admission.policy, entry_of(admission), cost)
             return Expected(refund, verdict, check, admission.policy)
+        if operation.kind == "release":
+            if process.ledger_down:
+                process.buffer(admission, None)
+            else:
+                self._model_ledger.release(entry_of(admission))
+            return Expected(ledger.release(admitted), None, check_nothing)
         settled = ledger.settle(admitted, charge_of(operation.cost))
         if process.ledger_down:
             process.buffer(admission, operation.cost)

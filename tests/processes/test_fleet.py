@@ -53,6 +53,25 @@ def suspicious(tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstre
 # One upstream call
 
 
+def test_a_grid_at_once_on_four_gateways_asks_each_question_once(team: TeamClient, simulator: Simulator) -> None:
+    grid = {
+        "base": json.loads(BODY),
+        "vary": {"seed": list(range(8)), "cfg_scale": list(range(8))},
+        "breakdown": "items",
+    }
+    content = json.dumps(grid).encode()
+    with simulator.hold() as hold:
+        running = [team.asking(at, content, path="/v1/quote") for at in (0, 1, 2, 3, 0, 1)]
+        assert simulator.arrived(8)
+        hold.release()
+        quotes = [future.result(20).json() for future in running]
+    assert simulator.calls == 64
+    prices = [[variant["estimated"] for variant in quote["variants"]] for quote in quotes]
+    assert prices == [[3] * 64] * 6
+    usage = team.fleet.clients[0].get("/v1/usage", headers={"x-api-key": team.token}).json()["total"]
+    assert (usage["requests"], usage["estimated_credits"]) == (64, 0)
+
+
 @pytest.fixture(scope="module", params=["valkey", "redis"])
 def any_fleet(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture

@@ -77,8 +77,8 @@ class TeamClient:
         named = {"x-api-key": self.token} | {name.replace("_", "-"): value for name, value in headers.items()}
         return self.fleet.clients[at].post(path, content=content, headers=named)
 
-    def asking(self, at: int, content: bytes = BODY, **headers: str) -> Future[httpx2.Response]:
-        return self.fleet.pool.submit(self.ask, at, content, **headers)
+    def asking(self, at: int, content: bytes = BODY, path: str = PATH, **headers: str) -> Future[httpx2.Response]:
+        return self.fleet.pool.submit(self.ask, at, content, path, **headers)
 
     def waiting(self, *where: int, content: bytes = BODY) -> list[Future[httpx2.Response]]:
         """Requests that wait for what another one has asked, as far as can be known from outside."""

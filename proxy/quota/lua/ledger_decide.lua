@@ -31,10 +31,12 @@
 --   record_uncached  uses one request of the rate, for an estimate that the client did not want from upstream
 --   over_ceiling     a stored answer over its request's ceiling: uses one request of the rate, and books a refusal;
 --                    refused if the answer would exceed a quota
+--   use_rate         requests for stored prices in a quote: uses one of the rate for each
+--   release          an admitted request that was not sent upstream, for a quote: undoes its booking
 --   apply            books requests that were admitted without the ledger, and the sums of their credits and of their
 --                    time at upstream, unchecked
--- `charge` and `admit` take several equal requests: the first ones are admitted, as many as rate and quotas allow, and
--- the rest is refused with the entry's verdict.
+-- `charge`, `admit` and `use_rate` take several equal requests: the first ones are admitted, as many as rate and quotas
+-- allow, and the rest is refused with the entry's verdict.
 -- Invariants:
 --   Usage and counters always agree: an admitted request is in the usage as 'cancelled' until it is settled.
 --   All decisions come before the first write, so an error leaves nothing half written.
@@ -193,9 +195,14 @@ local function quotient(amount, divisor)
   return found * divisor > amount and found - 1 or found
 end
 
+-- How many of several requests the rate allows at once.
+local function within_rate(set, requests)
+  return math.min(requests, quotient(set.burst_tolerance - tat_offset(set), set.interval))
+end
+
 -- How many of several equal requests can be admitted: as many as if each was decided alone, one after the other.
 local function admissible(set, requests, credits)
-  local admitted = math.min(requests, quotient(set.burst_tolerance - tat_offset(set), set.interval))
+  local admitted = within_rate(set, requests)
   for i = 1, #set.quotas do
     local quota = set.quotas[i]
     if quota.refuses and admitted > 0 then
@@ -401,6 +408,23 @@ function operations.over_ceiling(set, entry)
     record_refused(set, entry.outcome, 1)
   end
   return verdict_of(set, entry, admitted, entry.credits)
+end
+
+function operations.use_rate(set, entry)
+  local admitted = within_rate(set, entry.requests)
+  if admitted > 0 then
+    advance_tat(set, admitted)
+  end
+  if admitted < entry.requests then
+    record_refused(set, 'rate-limited', entry.requests - admitted)
+    return 'rate', admitted
+  end
+  return 'ok', admitted
+end
+
+function operations.release(_, entry)
+  book_pending(entry.admitted_on, -1)
+  return 'ok', 1
 end
 
 function operations.apply(set, entry)

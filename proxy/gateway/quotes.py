@@ -1,0 +1,150 @@
+"""Answers `POST /v1/quote`: what would these bodies cost, and why?
+
+1. Authenticate the team, then read the quote: at most `MAX_QUESTIONS` distinct questions.
+2. Price each question as an estimate does: stored, or asked once for all gateways. At most `MAX_ASKED` of a call are
+   asked at a time. What is not answered at the deadline of the call has an error.
+3. Hide the prices of estimates that a quota would refuse, and answer.
+
+Questions use the rate, and those sent to RenderNet the quotas on requests. None uses credits.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from zoneinfo import ZoneInfo
+
+from proxy.auth import Team
+from proxy.cache.price_book import PriceBook
+from proxy.gateway.canonical_request import CanonicalRequest, RequestParser
+from proxy.gateway.estimates import Gateway, authenticate
+from proxy.gateway.in_flight import InFlightTracker
+from proxy.gateway.live_config import ConfigHolder, RuntimeConfig
+from proxy.gateway.quote_document import Known, Quoted, QuotedVariant, Unknown, quote_document, shown_to_team
+from proxy.gateway.quote_request import MAX_QUESTIONS, QuoteRequest, Variant, read_quote
+from proxy.gateway.request import ClientRequest, Document, Trace
+from proxy.problems import BadRequest, Code, Outcome, Problem
+from proxy.quota.quotas import QuotaState
+
+MAX_ASKED = 8
+"""Questions of a call that are asked at a time, so that one call does not take RenderNet's connections from others."""
+
+JSON = "application/json"
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who asks the questions of a quote, and the configuration when the quote began."""
+
+    request: ClientRequest
+    team: Team
+    config: RuntimeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """The distinct questions of a quote by key, and the keys of each variant: its own, then those of its lines."""
+
+    by_key: Mapping[str, CanonicalRequest]
+    keys: list[tuple[Variant, list[str]]]
+
+
+class Quotes:
+    """The handler of quotes. `zone`: in which refusals by quotas say when these are reset."""
+
+    def __init__(
+        self,
+        live: ConfigHolder,
+        gateway: Gateway,
+        book: PriceBook,
+        parser: RequestParser,
+        tracker: InFlightTracker,
+        *,
+        zone: ZoneInfo,
+    ) -> None:
+        self._live = live
+        self._gateway = gateway
+        self._book = book
+        self._parser = parser
+        self._tracker = tracker
+        self._zone = zone
+
+    async def quote(self, request: ClientRequest, trace: Trace) -> Document | Problem:
+        """Answers a quote. Raises `BadRequest`, `ClientGone`, `Overloaded`."""
+        config = self._live.config
+        team = authenticate(request, trace, config.access)
+        if isinstance(team, Problem):
+            return team
+        wanted = read_quote(await request.read_body())
+        questions = await self._questions(wanted, request, team, config.ignored)
+        priced = await self._price_all(questions, Asker(request, team, config), trace)
+        shown = {key: shown_to_team(found, trace.quota_state, self._zone) for key, found in priced.items()}
+        variants = [
+            QuotedVariant(variant, shown[own], [shown[key] for key in lines])
+            for variant, (own, *lines) in questions.keys
+        ]
+        was_asked = not all(isinstance(found, Known) and found.basis != "asked" for found in priced.values())
+        body = quote_document(wanted, variants, trace.quota_state, self._book.accounts.balance(team.account))
+        return Document(body, JSON, Outcome.MISS if was_asked else Outcome.HIT)
+
+    async def _questions(
+        self, wanted: QuoteRequest, request: ClientRequest, team: Team, ignored: tuple[str, ...]
+    ) -> Questions:
+        """Lets other requests run between two variants: a quote can have megabytes of bodies."""
+        by_key: dict[str, CanonicalRequest] = {}
+        keys = []
+        for variant in wanted.variants():
+            bodies = (variant.canonical, *(line.canonical for line in variant.lines))
+            found = [
+                self._parser.from_canonical(body, account=team.account, query=request.query, ignored=ignored)
+                for body in bodies
+            ]
+            for question in found:
+                question.team = team.id
+            by_key |= {question.key: question for question in found}
+            keys.append((variant, [question.key for question in found]))
+            await asyncio.sleep(0)
+        if len(by_key) > MAX_QUESTIONS:
+            raise BadRequest(
+                Code.INVALID_BODY,
+                f"The quote would ask {len(by_key)} distinct questions, and at most {MAX_QUESTIONS} are allowed: send "
+                "fewer variants, or leave out the breakdown.",
+            )
+        return Questions(by_key, keys)
+
+    async def _price_all(self, questions: Questions, asker: Asker, trace: Trace) -> dict[str, Quoted]:
+        slots = asyncio.Semaphore(MAX_ASKED)
+        traces = [Trace() for _ in questions.by_key]
+        async with asyncio.TaskGroup() as tasks:
+            running = {
+                key: tasks.create_task(self._price(question, asker, own_trace, slots))
+                for (key, question), own_trace in zip(questions.by_key.items(), traces, strict=True)
+            }
+        states = [own_trace.quota_state for own_trace in traces if own_trace.quota_state is not None]
+        trace.quota_state = max(states, key=_progress, default=None)
+        trace.upstream_s = max((own.upstream_s for own in traces if own.upstream_s is not None), default=None)
+        return {key: task.result() for key, task in running.items()}
+
+    async def _price(self, question: CanonicalRequest, asker: Asker, trace: Trace, slots: asyncio.Semaphore) -> Quoted:
+        request, team = asker.request, asker.team
+        found = await self._gateway.stored_price(question, request, team, asker.config, trace)
+        match found:
+            case Known():
+                return found
+            case Problem():
+                return Unknown.of(found)
+        try:
+            async with asyncio.timeout_at(request.deadline):
+                await slots.acquire()
+        except TimeoutError:
+            return Unknown(Code.UPSTREAM_TIMEOUT, "No time was left to ask RenderNet: send the quote again.")
+        self._tracker.in_flight += 1  # it waits for upstream as a request of its own would
+        try:
+            return await self._gateway.asked_price(found, request, team, trace)
+        finally:
+            self._tracker.in_flight -= 1
+            slots.release()
+
+
+def _progress(state: QuotaState) -> tuple[int, ...]:
+    """Orders the states of one team: those of one ledger call have the same time."""
+    return (state.now_us, state.tat_us, *state.used)
