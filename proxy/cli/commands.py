@@ -23,6 +23,7 @@ COMMANDS = {
     "prices": "proxy.cli.prices",
     "purge": "proxy.cli.purge",
     "quota": "proxy.cli.ledger",
+    "quote": "proxy.cli.quote",
     "serve": "proxy.cli.serve",
     "token": "proxy.cli.tokens",
     "usage": "proxy.cli.ledger",
