@@ -22,10 +22,13 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from gateway_fixture import DESIGN, RETIRED, GatewayFixture, OpenGateway
+from gateway_fixture import DESIGN, RETIRED, GatewayFixture, OpenGateway, answers
+from past_usage import put_past_usage
 from proxy.auth import digest_of, token_of
 from proxy.http.openapi.document import openapi_document
+from proxy.http.openapi.parts import EXAMPLE_BODY
 from quota_fixture import ADMIN, FLUX, ONE, SEGMENT, quota
+from serving import wait_until
 
 VIEWER, METRICS = (token_of(letter * 32) for letter in "vp")
 TOKENS = {
@@ -44,8 +47,10 @@ CHECKS = [
     unsupported_method,
 ]
 QUERIES = {
+    "/v1/learned": [{"account": "default"}],
+    "/v1/prices/changes": [{"account": "default"}, {"format": "csv"}],
     "/v1/quota": [{"team": "design"}],
-    "/v1/usage": [{"by": "day,week,month,model"}, {"by": "team"}, {"format": "csv"}],
+    "/v1/usage": [{"by": "day,week,month,model"}, {"by": "team"}, {"model": "Flux"}, {"format": "csv"}],
 }
 EXAMPLES = 12
 """Generated requests for each operation."""
@@ -78,6 +83,7 @@ def gateway(open_gateway: OpenGateway) -> GatewayFixture:
     """A gateway whose reports have everything that they can have."""
     quotas = [quota(100), quota(1, "day", "requests", "warn")]
     opened = open_gateway(
+        store={"timeout_s": 5},
         admin={"tokens": [digest_of(ADMIN)]},
         viewer={"tokens": [digest_of(VIEWER)]},
         metrics={"tokens": [digest_of(METRICS)]},
@@ -87,9 +93,19 @@ def gateway(open_gateway: OpenGateway) -> GatewayFixture:
             "retired": {"tokens": [digest_of(RETIRED)], "disabled": True},
         },
     )
-    for body in (FLUX, FLUX, ONE, SEGMENT):
+    put_past_usage(opened.store, "design", [5] * 40)
+    for body in (FLUX, FLUX, ONE, SEGMENT, orjson.dumps(EXAMPLE_BODY)):
         assert opened.ask(body).status_code == 200
+    opened.simulator.script(answers(b'{"data":{"estimated":7,"balance":1},"error":{}}'))
+    assert opened.ask(FLUX, cache_control="no-cache").json()["data"]["estimated"] == 7
+    wait_until(lambda: shown(opened, "/v1/prices/changes")["changes"])
+    wait_until(lambda: shown(opened, "/v1/learned")["accounts"][0]["scopes"])
+    assert "forecast" in shown(opened, "/v1/quota?team=design")["quotas"][0]
     return opened
+
+
+def shown(gateway: GatewayFixture, path: str) -> Any:
+    return gateway.client.get(path, headers={"x-api-key": ADMIN}).json()
 
 
 def test_the_document_is_openapi_3_1() -> None:

@@ -1,7 +1,7 @@
 """`GET /openapi.json`: the OpenAPI 3.1 document of every path that the gateway serves.
 
 It is the same for every gateway of a version, so that clients can be generated from any of them. To add a path, add an
-entry to `operations.PATHS`; to add a problem code, an example to `problems.EXAMPLES`.
+entry to `PATHS`; to add a problem code, an example to `problems.EXAMPLES`.
 """
 
 from collections.abc import Mapping
@@ -11,10 +11,42 @@ from typing import Any
 import orjson
 
 from proxy import __version__
-from proxy.http.openapi.operations import PATHS
+from proxy.http.openapi import operator_operations as operators
+from proxy.http.openapi import team_operations as teams
 from proxy.http.openapi.problems import EXAMPLE_REQUEST_ID, example_components
 from proxy.http.openapi.schemas import SCHEMAS
+from proxy.http.paths import (
+    DOCS_PATH,
+    EXPLAIN_PATH,
+    LEARNED_PATH,
+    LIVENESS_PATH,
+    METRICS_PATH,
+    OPENAPI_PATH,
+    PRICE_CHANGES_PATH,
+    PURGE_PATH,
+    QUOTA_PATH,
+    READINESS_PATH,
+    TOKEN_PATH,
+    USAGE_PATH,
+)
 from proxy.http.static_files import StaticFile
+from proxy.upstream.address import ESTIMATE_PATH
+
+PATHS: Mapping[str, Mapping[str, Any]] = {
+    ESTIMATE_PATH: {"post": teams.ESTIMATE},
+    QUOTA_PATH: {"get": teams.QUOTA},
+    USAGE_PATH: {"get": teams.USAGE},
+    TOKEN_PATH: {"get": teams.TOKEN},
+    EXPLAIN_PATH: {"post": teams.EXPLAIN},
+    LEARNED_PATH: {"get": operators.LEARNED},
+    PRICE_CHANGES_PATH: {"get": operators.PRICE_CHANGES},
+    PURGE_PATH: {"post": operators.PURGE},
+    METRICS_PATH: {"get": operators.METRICS},
+    LIVENESS_PATH: {"get": operators.LIVENESS},
+    READINESS_PATH: {"get": operators.READINESS},
+    OPENAPI_PATH: {"get": operators.OPENAPI},
+    DOCS_PATH: {"get": operators.DOCS},
+}
 
 _DESCRIPTION = """\
 A shared gateway for RenderNet's price estimates. Teams call it with their own tokens; it adds the account's API key,

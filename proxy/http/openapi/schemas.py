@@ -6,6 +6,8 @@ Objects may get new members in a later version, unless they say `additionalPrope
 from collections.abc import Mapping
 from typing import Any
 
+from proxy.learning.evidence import State
+from proxy.learning.verdict import Reason
 from proxy.problems import Code
 from proxy.quota.usage import OUTCOMES
 
@@ -129,7 +131,21 @@ _QUOTA = record(
         "window_start": TIME,
         "resets_at": TIME,
         "used_percent": PERCENT,
-    }
+    },
+    {"forecast": reference("Forecast")},
+)
+
+_FORECAST = record(
+    {
+        "at_end": {**CREDITS, "description": "What will be used at the window's end."},
+        "low": {**CREDITS, "description": "The range around it, from the forecast's own past errors."},
+        "high": CREDITS,
+        "reached_at": {**nullable(TIME), "description": "When the limit is reached; null: not in this window."},
+        "reached_from": {**nullable(TIME), "description": "At the earliest."},
+        "reached_until": {**nullable(TIME), "description": "At the latest."},
+        "method": text("How it was made, in words."),
+    },
+    description="Of a quota for a week or month. Absent without 14 days of history, and if nothing was used.",
 )
 
 _TEAM_QUOTAS = record(
@@ -207,7 +223,86 @@ _EXPLANATION = record(
         "ttl_s": {"type": "integer", "description": "How long it is fresh; negative: it is stale."},
         "refusal": record({"code": {"enum": list(Code)}, "detail": text()}),
         "degraded": array({"enum": ["ledger", "price-book"]}, description="The stores that are unavailable."),
+        "learned": reference("LearnedAboutBody"),
     },
+)
+
+_LEARN: Schema = {"enum": ["off", "observe", "use"], "description": "The setting `cache.learn`."}
+
+_EVIDENCE: dict[str, Schema] = {
+    "scope": text("An id, for `estimate-proxy learned forget`."),
+    "state": {"enum": list(State)},
+    "counting": array(text(), description="The members that decide the price, as far as is known, as dotted paths."),
+    "left_out": array(text(), description="Those that seem not to."),
+    "tests": {**COUNT, "description": "Bodies that were asked although a price could have been inferred, and agreed."},
+    "tests_needed": COUNT,
+    "bound": {"type": "number", "description": "At 95 % confidence, fewer than this share of bodies cost otherwise."},
+    "bound_in_words": text(),
+}
+
+_LEARNED_ABOUT_BODY = record(
+    {"learn": _LEARN, "inferable": {"type": "boolean", "description": "Whether its price could be inferred now."}},
+    {
+        "setting": text("The id of its setting: the members that count, with their values."),
+        "reason": {"enum": list(Reason), "description": "Why its price cannot be inferred."},
+        "detail": text("The reason in words."),
+        **_EVIDENCE,
+    },
+)
+
+_SCOPE = record(
+    {
+        **_EVIDENCE,
+        "items": array(text(), description="The model or mode of each item."),
+        "settings": {**COUNT, "description": "How many settings were asked."},
+        "asked": {**COUNT, "description": "Bodies that RenderNet was asked."},
+        "answered": {**COUNT, "description": "Answers that were inferred."},
+        "answered_percent": {"type": "number"},
+        "would_have_answered": {**COUNT, "description": 'With `learn = "observe"`: that would have been inferred.'},
+        "would_have_answered_percent": {"type": "number"},
+        "would_have_been_wrong": COUNT,
+        "audits": COUNT,
+        "list_moves": {**COUNT, "description": "How often the price list changed as a whole."},
+        "contradictions": COUNT,
+        "last_contradiction": {
+            "oneOf": [
+                record({"since": TIME, "until": TIME, "suspect_answers": COUNT}),
+                {"type": "null"},
+            ]
+        },
+        "team": text("The team that brought it; empty if unknown."),
+        "last_asked": TIME,
+    }
+)
+
+_LEARNED = record(
+    {
+        "learn": _LEARN,
+        "timezone": text(),
+        "accounts": array(record({"account": ACCOUNT, "scopes": array(_SCOPE)})),
+    }
+)
+
+_PRICE_CHANGES = record(
+    {
+        "from": DAY,
+        "to": DAY,
+        "timezone": text(),
+        "changes": array(
+            record(
+                {
+                    "at": TIME,
+                    "account": ACCOUNT,
+                    "model": text(),
+                    "key": text("The beginning of the body's key, as in log lines."),
+                    "old": CREDITS,
+                    "new": CREDITS,
+                    "found_by": {"enum": ["audit", "doubt", "ask"]},
+                }
+            )
+        ),
+        "not_kept": {**COUNT, "description": "How many more were found, of all accounts."},
+    }
 )
 
 _PURGE = {
@@ -245,10 +340,14 @@ SCHEMAS: Mapping[str, Schema] = {
     "Estimate": _ESTIMATE,
     "Problem": _PROBLEM,
     "Quota": _QUOTA,
+    "Forecast": _FORECAST,
     "TeamQuotas": _TEAM_QUOTAS,
     "AllQuotas": record({"teams": array(reference("TeamQuotas"))}),
     "Usage": _USAGE,
     "Explanation": _EXPLANATION,
+    "LearnedAboutBody": _LEARNED_ABOUT_BODY,
+    "Learned": _LEARNED,
+    "PriceChanges": _PRICE_CHANGES,
     "Purge": _PURGE,
     "Purged": _PURGED,
     "Liveness": record({"status": {"const": "alive"}}),

@@ -1,0 +1,280 @@
+"""The operations of the OpenAPI document that teams call."""
+
+from proxy.http.openapi.parts import (
+    ADMISSION_HEADERS,
+    ESTIMATE_HEADERS,
+    EXAMPLE_BODY,
+    EXAMPLE_KEY,
+    PARAMETERS,
+    headers,
+    json_answer,
+    json_body,
+    query,
+    tokens,
+)
+from proxy.http.openapi.problems import BODY, COMMON, problem_responses
+from proxy.problems import Code
+
+_EXAMPLE_AMOUNTS = {
+    "requests": 23,
+    "refused": 0,
+    "estimated_credits": 76.5,
+    "outcomes": {"hit": 17, "miss": 6},
+    "upstream_calls_saved": 17,
+    "upstream_seconds_saved": 5.304,
+}
+_EXAMPLE_QUOTAS = {
+    "team": "design",
+    "rate": {"per_s": 50, "burst": 100, "remaining": 84},
+    "quotas": [
+        {
+            "scope": "team",
+            "measure": "estimated_credits",
+            "per": "month",
+            "limit": 5000,
+            "used": 76.5,
+            "remaining": 4923.5,
+            "on_exceed": "refuse",
+            "window_start": "2026-11-01T00:00:00+00:00",
+            "resets_at": "2026-12-01T00:00:00+00:00",
+            "used_percent": 1.5,
+            "forecast": {
+                "at_end": 4210.5,
+                "low": 3890,
+                "high": 4480,
+                "reached_at": None,
+                "reached_from": None,
+                "reached_until": None,
+                "method": "weekday means of 90 days, corrected by 41 backtests",
+            },
+        }
+    ],
+    "team_name": "Design",
+}
+
+
+ESTIMATE = {
+    "operationId": "estimate",
+    "tags": ["Teams"],
+    "summary": "Estimate what a generation would cost",
+    "description": (
+        "As RenderNet's endpoint: the same path, body and answer. The answer may be a stored one; `balance` is always "
+        "the newest balance that is known. The query string is a part of the question and is sent to RenderNet as it "
+        "is. An answer of RenderNet without a price is passed on as it is, unless the operator has it refused with 502 "
+        "`unpriced`."
+    ),
+    "security": tokens("Team"),
+    "parameters": [
+        {"$ref": "#/components/parameters/CacheControl"},
+        {"$ref": "#/components/parameters/MaxCredits"},
+        *PARAMETERS,
+    ],
+    "requestBody": json_body("Generations", {"One image": EXAMPLE_BODY}),
+    "responses": {
+        "200": json_answer(
+            "Estimate",
+            "The estimate and the balance, in credits.",
+            {"data": {"estimated": 4, "balance": 10000}, "error": {}},
+            ESTIMATE_HEADERS,
+        ),
+        "4XX": {
+            "description": "RenderNet refused the body: its status and JSON, as they are.",
+            "headers": {**ESTIMATE_HEADERS, **headers("RequestId", "NoStore")},
+            "content": {
+                "application/json": {
+                    "schema": {"description": "Any JSON."},
+                    "example": {"data": None, "error": {"code": "INVALID", "message": "model is unknown"}},
+                }
+            },
+        },
+        **problem_responses(
+            (
+                *COMMON,
+                *BODY,
+                Code.UNKNOWN_TOKEN,
+                Code.FORBIDDEN,
+                Code.TEAM_DISABLED,
+                Code.RATE_LIMITED,
+                Code.QUOTA_EXCEEDED,
+                Code.OVER_CEILING,
+                Code.UPSTREAM_ERROR,
+                Code.UPSTREAM_REFUSED,
+                Code.UPSTREAM_BUSY,
+                Code.UPSTREAM_TIMEOUT,
+                Code.UNPRICED,
+                Code.NOT_CACHED,
+                Code.STORE_UNAVAILABLE,
+            ),
+            ESTIMATE_HEADERS,
+        ),
+    },
+}
+
+QUOTA = {
+    "operationId": "quota",
+    "tags": ["Teams"],
+    "summary": "Show the rate and the quotas, and what is left of them",
+    "description": (
+        "With a team's token: the team's own. With a viewer or admin token: one team with `team`, all without. Debits "
+        "nothing."
+    ),
+    "security": tokens("Team", "Viewer", "Admin"),
+    "parameters": [query("team", {"$ref": "#/components/schemas/TeamId"}, "The team to show."), *PARAMETERS],
+    "responses": {
+        "200": {
+            "description": "One team, or all teams.",
+            "headers": headers("RequestId", "NoStore"),
+            "content": {
+                "application/json": {
+                    "schema": {
+                        "oneOf": [
+                            {"$ref": "#/components/schemas/TeamQuotas"},
+                            {"$ref": "#/components/schemas/AllQuotas"},
+                        ]
+                    },
+                    "examples": {
+                        "A team": {"value": _EXAMPLE_QUOTAS},
+                        "All teams": {"value": {"teams": [_EXAMPLE_QUOTAS]}},
+                    },
+                }
+            },
+        },
+        **problem_responses((*COMMON, Code.INVALID_QUERY, Code.UNKNOWN_TOKEN, Code.FORBIDDEN, Code.STORE_UNAVAILABLE)),
+    },
+}
+
+USAGE = {
+    "operationId": "usage",
+    "tags": ["Teams"],
+    "summary": "Report requests and estimated credits",
+    "description": (
+        "Numbers are exact. They are what teams estimated, not what RenderNet charged. A team's token shows the team's "
+        "own rows, a viewer or admin token those of all teams."
+    ),
+    "security": tokens("Team", "Viewer", "Admin"),
+    "parameters": [
+        query(
+            "from",
+            {"type": "string", "format": "date"},
+            "The first day; by default the first of the month. At most 400 days before `to`.",
+            example="2026-11-01",
+        ),
+        query("to", {"type": "string", "format": "date"}, "The last day; by default today.", example="2026-11-30"),
+        query(
+            "by",
+            {
+                "type": "array",
+                "items": {"enum": ["day", "week", "month", "team", "model"]},
+                "minItems": 1,
+                "uniqueItems": True,
+                "default": ["day"],
+            },
+            "One row for each of these, in this order of columns; `team` needs a viewer or admin token.",
+            style="form",
+            explode=False,
+            example=["day", "model"],
+        ),
+        query("team", {"$ref": "#/components/schemas/TeamId"}, "Only the rows of this team."),
+        query("model", {"type": "string"}, "Only the rows of this model, as `by=model` names it.", example="Flux"),
+        query("format", {"enum": ["json", "csv"]}, "Overrides `Accept: text/csv`."),
+        query("dialect", {"enum": ["rfc4180", "excel-semicolon"]}, "Of CSV, which it implies."),
+        *PARAMETERS,
+    ],
+    "responses": {
+        "200": {
+            "description": "The report. In CSV, new columns come last.",
+            "headers": headers("RequestId", "NoStore"),
+            "content": {
+                "application/json": {
+                    "schema": {"$ref": "#/components/schemas/Usage"},
+                    "example": {
+                        "from": "2026-11-01",
+                        "to": "2026-11-22",
+                        "timezone": "UTC",
+                        "by": ["day", "model"],
+                        "rows": [{"day": "2026-11-22", "model": "Flux", **_EXAMPLE_AMOUNTS, "share_percent": 100}],
+                        "total": _EXAMPLE_AMOUNTS,
+                    },
+                },
+                "text/csv": {
+                    "schema": {"type": "string"},
+                    "example": "day,model,requests,refused,estimated_credits,…\r\n2026-11-22,Flux,23,0,76.5,…\r\n",
+                },
+            },
+        },
+        **problem_responses((*COMMON, Code.INVALID_QUERY, Code.UNKNOWN_TOKEN, Code.FORBIDDEN, Code.STORE_UNAVAILABLE)),
+    },
+}
+
+TOKEN = {
+    "operationId": "token",
+    "tags": ["Teams"],
+    "summary": "Tell what the token may see",
+    "description": (
+        "Its role, today's date in the organisation's time zone, and the balances of its accounts: a team's own, or "
+        "all of them. Works for a disabled team, and without the ledger."
+    ),
+    "security": tokens("Team", "Viewer", "Admin"),
+    "parameters": PARAMETERS,
+    "responses": {
+        "200": json_answer(
+            "Token",
+            "What the gateway knows about the token.",
+            {
+                "role": "team",
+                "team": "design",
+                "team_name": "Design",
+                "token_label": "ci",
+                "token_expires": "2027-06-30",
+                "timezone": "UTC",
+                "today": "2026-11-22",
+                "accounts": [{"account": "default", "balance": 9923.5, "balance_age_s": 12}],
+            },
+            headers("NoStore"),
+        ),
+        **problem_responses((*COMMON, Code.UNKNOWN_TOKEN, Code.FORBIDDEN)),
+    },
+}
+
+EXPLAIN = {
+    "operationId": "explain",
+    "tags": ["Teams"],
+    "summary": "Explain how the gateway reads a body",
+    "description": (
+        "Shows the canonical body and its key, whether a price is stored, and whether an estimate would be admitted "
+        "now. Asks RenderNet nothing and debits no quota, but uses one request of the rate. Without the store, "
+        "`degraded` says what is not known."
+    ),
+    "security": tokens("Team"),
+    "parameters": PARAMETERS,
+    "requestBody": json_body("Generations", {"One image": EXAMPLE_BODY}),
+    "responses": {
+        "200": json_answer(
+            "Explanation",
+            "What the gateway knows about this body.",
+            {
+                "canonical_body": '[{"batch_size":1,"model":"JuggernautXL","prompt":{"positive":"a cat"}}]',
+                "key": EXAMPLE_KEY,
+                "account": "default",
+                "query": "",
+                "ignored_members": [],
+                "stored": True,
+                "admitted": True,
+                "age_s": 12,
+                "ttl_s": 3588,
+                "estimated": 4,
+                "learned": {
+                    "learn": "observe",
+                    "inferable": False,
+                    "reason": "new-scope",
+                    "detail": "No body with these members, models and number of items was asked yet.",
+                },
+            },
+            {**ADMISSION_HEADERS, **headers("NoStore")},
+        ),
+        **problem_responses(
+            (*COMMON, *BODY, Code.UNKNOWN_TOKEN, Code.FORBIDDEN, Code.TEAM_DISABLED, Code.RATE_LIMITED),
+            ADMISSION_HEADERS,
+        ),
+    },
+}
