@@ -99,7 +99,7 @@ function snippets(method, path, operation) {
   const body = content && examplesOf(content)[0][1];
   const isJson = "application/json" in (operation.responses["200"].content ?? {});
   const text = body && JSON.stringify(body);
-  const curl = ["curl -i", `'${url}'`];
+  const curl = [`curl -i '${url}'`];
   if (needsToken) curl.push('-H "X-API-KEY: $TOKEN"');
   if (body) curl.push("-H 'Content-Type: application/json'", `-d '${text.replaceAll("'", "'\\''")}'`);
   const pythonArguments = [JSON.stringify(url)];
@@ -153,7 +153,7 @@ function operationNodes(method, path, operation) {
     : [];
   return element("section", { id: operation.operationId },
     element("h2", {}, element("code", {}, `${method.toUpperCase()} ${path}`)),
-    element("p", {}, `${operation.summary}.`),
+    element("p", { class: "summary" }, `${operation.summary}.`),
     ...paragraphs(operation.description),
     element("p", { class: "muted" }, tokensOf(operation)),
     table("Parameters", ["name", "in", "type", "meaning"], operation.parameters.map(resolved).map(parameterRow)),
