@@ -30,6 +30,7 @@ from proxy.http.endpoint import Endpoint, refuse, refuse_route
 from proxy.http.learned_endpoint import LearnedEndpoint
 from proxy.http.metrics_endpoint import MetricsEndpoint
 from proxy.http.openapi.document import openapi_file
+from proxy.http.page_routes import page_routes
 from proxy.http.paths import (
     EXPLAIN_PATH,
     LEARNED_PATH,
@@ -167,6 +168,7 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
             Route(OPENAPI_PATH, openapi_file().respond, methods=["GET"]),
             *static_routes(DOCS_FILES),
             Route(READINESS_PATH, partial(_readyz, (ledger_store, book_store), upstream, tracker), methods=["GET"]),
+            *(page_routes() if settings.page.enabled else ()),
         ],
         live=live,
         refuse=partial(refuse, tracker, metrics),

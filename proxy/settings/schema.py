@@ -339,6 +339,11 @@ class MetricsSettings(_Section):
     """These may read `/metrics`, and nothing else."""
 
 
+class PageSettings(_Section):
+    enabled: bool = True
+    """Whether browsers get the usage page at `/`."""
+
+
 class AdminSettings(_Section):
     tokens: tuple[_RoleDigest, ...] = ()
     """These may purge, read the usage and quotas of all teams, and read `/metrics`."""
@@ -453,6 +458,7 @@ class Settings(_Section):
     metrics: MetricsSettings = MetricsSettings()
     admin: AdminSettings = AdminSettings()
     viewer: ViewerSettings = ViewerSettings()
+    page: PageSettings = PageSettings()
     org: OrgSettings = OrgSettings()
     team_defaults: TeamDefaults = TeamDefaults()
     teams: dict[Identifier, TeamSettings] = {}

@@ -84,6 +84,7 @@ def chromium() -> Iterator[Chrome]:
         options.add_argument("--no-sandbox")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = Chrome(options, Service(program("chromedriver", _UNTESTED)))
+    driver.set_script_timeout(120)  # a busy machine is slow
     yield driver
     driver.quit()
 
