@@ -29,8 +29,8 @@ at another place in each run."""
 
 FLEETS = {"one process": Plan(), "three gateways of two workers": Plan(processes=6)}
 _HOW = (
-    f"{QUESTIONS:,} questions a replay of {STATIC} prices, {FEWER_QUESTIONS:,} of the others, 5 a second; upstream answers "
-    "in 0.1 to 0.3 s; learn_from 100, audit_one_in 25"
+    f"{QUESTIONS:,} questions a replay of {STATIC} prices, {FEWER_QUESTIONS:,} of the others, 5 a second; upstream "
+    "answers in 0.1 to 0.3 s; learn_from 100, audit_one_in 25"
 )
 _COLUMNS = (
     "prices",

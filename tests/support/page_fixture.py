@@ -177,7 +177,7 @@ class Answers:
         self.texts = texts
 
     def _usage(self, first: date, *by: Group) -> str:
-        totals = UsageTotals(by)
+        totals = UsageTotals(by, {})
         for (day, team), fields in self._ledger.items():
             if first <= day:
                 totals.add(TeamDay(day, team, {name.encode(): b"%d" % count for name, count in fields.items()}))
@@ -194,7 +194,7 @@ class Answers:
                 for quota in limits.quotas
             ]
             state = QuotaState(limits, windows, now_s * 10**6, 0, used)
-            teams.append(quota_document(state, zone, self._directory))
+            teams.append(quota_document(state, {}, zone, self._directory))
         return orjson.dumps({"teams": teams}).decode()
 
     def _used(self, team: str | None, quota: Quota, window: Window) -> int:

@@ -53,8 +53,8 @@ A shared gateway for RenderNet's price estimates. Teams call it with their own t
 caches prices, and enforces rates and quotas.
 
 Send a token as `X-API-KEY`, or as `Authorization: Bearer <token>`. Send bodies as `application/json`, uncompressed.
-Amounts are credits that teams estimated, not what RenderNet charged. They are exact decimal numbers: a program that adds
-them should not read them as doubles.
+Amounts are credits that teams estimated, not what RenderNet charged. They are exact decimal numbers: a program that
+adds them should not read them as doubles.
 
 An error is a problem document (RFC 9457) with RenderNet's own members besides: `error.code` is stable. A path that is
 not served is 404 `not-found`, a wrong method 405 `method-not-allowed`. Pages of other origins can call the API if
