@@ -132,6 +132,13 @@ _PARAMETERS = {
         "schema": _TEXT,
         "example": "max-age=60",
     },
+    "MaxCredits": {
+        "name": "Estimate-Proxy-Max-Credits",
+        "in": "header",
+        "description": "A price above this many credits is refused with 402 `over-ceiling`. At most 6 decimals.",
+        "schema": {"type": "string", "pattern": "^[0-9]+([.][0-9]{1,6})?$"},
+        "example": "20",
+    },
     "RequestId": {
         "name": "X-Request-Id",
         "in": "header",

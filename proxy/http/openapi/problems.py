@@ -38,6 +38,12 @@ EXAMPLES = (
         "estimate needs 4.",
         members={"quota": _QUOTA, "violated-policies": ["credits-month"]},
     ),
+    Problem(
+        Code.OVER_CEILING,
+        "The estimate is 4 credits, and the request accepts at most 2.5: make the generation cheaper, or raise "
+        "Estimate-Proxy-Max-Credits.",
+        members={"estimated": 4, "ceiling": 2.5},
+    ),
     Problem(Code.TEAM_DISABLED, "The team 'design' is disabled: ask the gateway's operator to enable it."),
     Problem(Code.FORBIDDEN, "This needs an admin token; you sent a team's token."),
     Problem(Code.NOT_FOUND, _NOT_FOUND, members={"err": {"code": Code.NOT_FOUND, "message": _NOT_FOUND}}),

@@ -107,6 +107,8 @@ _PROBLEM = record(
             },
             description="The first quota that refused the request.",
         ),
+        "estimated": {**CREDITS, "description": "The price, if it is above the request's ceiling."},
+        "ceiling": {**CREDITS, "description": "The request's `Estimate-Proxy-Max-Credits`."},
         "violated-policies": array(text(), description="The names of all quotas that refused it, as in `RateLimit`."),
         "upstream": record(
             {"status": {"type": "integer"}},
@@ -173,6 +175,10 @@ _AMOUNTS: dict[str, Schema] = {
         "additionalProperties": COUNT,
         "description": f"How many had which outcome: {', '.join(OUTCOMES)}. Those that did not occur are left out.",
     },
+    "upstream_calls_saved": {**COUNT, "description": "Answers for which RenderNet was not asked."},
+    "upstream_seconds_saved": nullable(
+        {"type": "number", "minimum": 0, "description": "What these would have taken; null if nobody knows."}
+    ),
 }
 _MONEY: dict[str, Schema] = {
     "derived_cost": {"type": "number", "description": "With `org.currency`: credits times its `per_credit`."}
@@ -329,6 +335,30 @@ _PURGED = {
     ]
 }
 
+_TOKEN = record(
+    {
+        "role": {"enum": ["team", "viewer", "admin"]},
+        "timezone": text("The organisation's, such as Europe/Berlin."),
+        "today": {**DAY, "description": "The date in that time zone."},
+        "accounts": array(
+            record(
+                {
+                    "account": ACCOUNT,
+                    "balance": nullable({"type": "number", "description": "The newest; null if none is known."}),
+                    "balance_age_s": nullable(SECONDS),
+                }
+            )
+        ),
+    },
+    {
+        "team": reference("TeamId"),
+        "team_name": text("Empty if the config has none."),
+        "token_label": text("Empty if the config has none."),
+        "token_expires": nullable({**DAY, "description": "The token's last day; null: it does not expire."}),
+    },
+    description="The optional members are those of a team's token.",
+)
+
 _READINESS = record(
     {"status": {"const": "ready"}, "degraded": array({"enum": ["ledger", "price-book", "upstream"]})},
     description="`degraded` lists what is unavailable; the gateway serves without it as documented.",
@@ -343,6 +373,7 @@ SCHEMAS: Mapping[str, Schema] = {
     "Forecast": _FORECAST,
     "TeamQuotas": _TEAM_QUOTAS,
     "AllQuotas": record({"teams": array(reference("TeamQuotas"))}),
+    "Token": _TOKEN,
     "Usage": _USAGE,
     "Explanation": _EXPLANATION,
     "LearnedAboutBody": _LEARNED_ABOUT_BODY,
