@@ -52,7 +52,7 @@ QUERIES = {
     "/v1/quota": [{"team": "design"}],
     "/v1/usage": [{"by": "day,week,month,model"}, {"by": "team"}, {"model": "Flux"}, {"format": "csv"}],
 }
-EXAMPLES = 12
+EXAMPLES = 8
 """Generated requests for each operation."""
 
 

@@ -25,6 +25,7 @@ from proxy.http.paths import (
     PRICE_CHANGES_PATH,
     PURGE_PATH,
     QUOTA_PATH,
+    QUOTE_PATH,
     READINESS_PATH,
     TOKEN_PATH,
     USAGE_PATH,
@@ -34,6 +35,7 @@ from proxy.upstream.address import ESTIMATE_PATH
 
 PATHS: Mapping[str, Mapping[str, Any]] = {
     ESTIMATE_PATH: {"post": teams.ESTIMATE},
+    QUOTE_PATH: {"post": teams.QUOTE},
     QUOTA_PATH: {"get": teams.QUOTA},
     USAGE_PATH: {"get": teams.USAGE},
     TOKEN_PATH: {"get": teams.TOKEN},

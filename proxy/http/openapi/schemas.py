@@ -364,7 +364,132 @@ _READINESS = record(
     description="`degraded` lists what is unavailable; the gateway serves without it as documented.",
 )
 
+_QUOTE_OPTIONS: dict[str, Schema] = {
+    "breakdown": {
+        "enum": ["items", "members"],
+        "description": "`items`: asks each item alone. `members`: asks the body without each of its members.",
+    },
+    "quantity": {"type": "integer", "minimum": 1, "maximum": 1_000_000, "description": "How many of the cheapest."},
+}
+
+_QUOTE_REQUEST = {
+    "oneOf": [
+        record(
+            {
+                "variants": array(
+                    record(
+                        {
+                            "label": text("Distinct.", minLength=1, maxLength=200),
+                            "body": reference("Generations"),
+                        },
+                        additionalProperties=False,
+                    ),
+                    minItems=1,
+                    maxItems=64,
+                )
+            },
+            _QUOTE_OPTIONS,
+            additionalProperties=False,
+            title="Bodies",
+        ),
+        record(
+            {
+                "base": reference("Generations"),
+                "vary": {
+                    "type": "object",
+                    "minProperties": 1,
+                    "additionalProperties": {"type": "array", "minItems": 1},
+                    "description": "Values by dotted path inside each item. Every combination is a variant.",
+                },
+            },
+            _QUOTE_OPTIONS,
+            additionalProperties=False,
+            title="A grid",
+        ),
+    ]
+}
+
+_AMOUNT: Schema = {"type": ["number", "null"], "description": "Credits; null if unknown."}
+_WHY_UNKNOWN = record(
+    {"code": text("A problem code, or RenderNet's own."), "message": text()}, description="Why a price is unknown."
+)
+
+_QUOTED_VARIANT = record(
+    {
+        "label": text(),
+        "changes": array(
+            record(
+                {"path": text(), "value": {}},
+                {"added": {"const": True, "description": "It was not there before."}},
+                description="What the grid has set.",
+            )
+        ),
+        "estimated": _AMOUNT,
+        "delta": {**_AMOUNT, "description": "The difference to the first variant."},
+        "age_s": nullable(SECONDS),
+        "ttl_s": {"type": ["integer", "null"], "description": "How long the price is fresh; null: it is not stored."},
+        "basis": {"enum": ["asked", "stored", "inferred", None]},
+    },
+    {
+        "error": _WHY_UNKNOWN,
+        "breakdown": array(
+            {
+                "oneOf": [
+                    record({"item": COUNT, "estimated": _AMOUNT}, {"error": _WHY_UNKNOWN}, title="An item alone"),
+                    record(
+                        {
+                            "member": text(),
+                            "marginal": {**_AMOUNT, "description": "What the member adds to the price."},
+                        },
+                        {
+                            "mode_changes": {"const": True, "description": "Without it, another mode wins."},
+                            "error": _WHY_UNKNOWN,
+                        },
+                        title="A member",
+                    ),
+                ]
+            }
+        ),
+        "residual": {**_AMOUNT, "description": "The price less the sum of the items' prices."},
+    },
+)
+
+_QUOTE = record(
+    {
+        "variants": array(_QUOTED_VARIANT),
+        "cheapest": {"type": ["string", "null"], "description": "The label of the cheapest variant."},
+        "quotas": {
+            "type": ["array", "null"],
+            "items": record(
+                {
+                    "scope": {"enum": ["team", "org"]},
+                    "measure": {"enum": ["requests", "estimated_credits"]},
+                    "per": {"enum": ["minute", "hour", "day", "week", "month"]},
+                    "remaining": CREDITS,
+                    "fits": {
+                        "type": ["boolean", "null"],
+                        "description": "Whether the cheapest fits, times `quantity`.",
+                    },
+                    "how_many": {
+                        "type": ["integer", "null"],
+                        "description": "How many of the cheapest fit; null: unknown, or no limit.",
+                    },
+                }
+            ),
+            "description": "What the quotas leave room for; null if the ledger is unavailable.",
+        },
+        "balance": {"type": ["number", "null"]},
+        "balance_age_s": nullable(SECONDS),
+    },
+    {
+        "quantity": {"type": "integer"},
+        "total": {**_AMOUNT, "description": "The price of the cheapest, times `quantity`."},
+    },
+)
+
 SCHEMAS: Mapping[str, Schema] = {
+    "QuoteRequest": _QUOTE_REQUEST,
+    "Quote": _QUOTE,
     "TeamId": TEAM,
     "Generations": _GENERATIONS,
     "Estimate": _ESTIMATE,

@@ -110,6 +110,68 @@ ESTIMATE = {
     },
 }
 
+QUOTE = {
+    "operationId": "quote",
+    "tags": ["Teams"],
+    "summary": "Compare the prices of several bodies",
+    "description": (
+        "Up to 64 bodies, or every combination of some values, in one call; with `breakdown` also what each item or "
+        "member adds. Amounts are RenderNet's own, added or subtracted. At most 256 distinct questions are asked: each "
+        "uses one request of the rate, and one that RenderNet is asked uses one of the quotas on requests; none uses "
+        "credits. A variant whose price is unknown has its own `error`."
+    ),
+    "security": tokens("Team"),
+    "parameters": [{"$ref": "#/components/parameters/CacheControl"}, *PARAMETERS],
+    "requestBody": json_body(
+        "QuoteRequest",
+        {
+            "A grid": {"base": EXAMPLE_BODY, "vary": {"quality": ["Regular", "Plus"], "steps": [20, 30]}},
+            "Bodies": {
+                "variants": [{"label": "one", "body": EXAMPLE_BODY}],
+                "breakdown": "members",
+                "quantity": 100,
+            },
+            "Items": {"variants": [{"label": "two", "body": EXAMPLE_BODY * 2}], "breakdown": "items"},
+        },
+    ),
+    "responses": {
+        "200": json_answer(
+            "Quote",
+            "The variants in order, and what the quotas leave room for.",
+            {
+                "variants": [
+                    {
+                        "label": "quality=Plus",
+                        "changes": [{"path": "quality", "value": "Plus", "added": True}],
+                        "estimated": 4,
+                        "delta": 0,
+                        "age_s": 0,
+                        "ttl_s": 3600,
+                        "basis": "asked",
+                    }
+                ],
+                "cheapest": "quality=Plus",
+                "quotas": [
+                    {
+                        "scope": "team",
+                        "measure": "estimated_credits",
+                        "per": "month",
+                        "remaining": 4923.5,
+                        "fits": True,
+                        "how_many": 1230,
+                    }
+                ],
+                "balance": 9923.5,
+                "balance_age_s": 0,
+            },
+            {**ADMISSION_HEADERS, **headers("NoStore")},
+        ),
+        **problem_responses(
+            (*COMMON, *BODY, Code.UNKNOWN_TOKEN, Code.FORBIDDEN, Code.TEAM_DISABLED), ADMISSION_HEADERS
+        ),
+    },
+}
+
 QUOTA = {
     "operationId": "quota",
     "tags": ["Teams"],
