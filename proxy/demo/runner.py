@@ -23,12 +23,14 @@ from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
 from typing import Final
+from zoneinfo import ZoneInfo
 
 import click
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from proxy.demo.past_usage import DAYS, put_past_usage
 from proxy.demo.setup import (
     API_KEY,
     HOST,
@@ -45,7 +47,9 @@ from proxy.demo.simulator import Responder, Simulator, busy, chunked, error_in_2
 from proxy.demo.traffic import QUERY, TIMEOUT_S, Traffic, TrafficTotals
 from proxy.embedded.child import die_with_parent
 from proxy.embedded.locks import lock_dir
+from proxy.embedded.stores import running_url
 from proxy.http.server import Server
+from proxy.quota.counters import LedgerKeys
 from proxy.telemetry.descriptors import raise_limit
 
 LATENCY_S: Final = (0.06, 0.25)
@@ -107,6 +111,9 @@ async def _run(console: Console, totals: TrafficTotals, *, port: int, traffic: b
             demo.config.write_text(config_text(demo, port=port), encoding="utf-8")
             async with _gateway(demo) as gateway:
                 url = await _wait_until_ready(gateway, demo.log)
+                if traffic:
+                    ledger_url = running_url(demo.data_dir, role="ledger")
+                    put_past_usage(ledger_url, LedgerKeys("default"), int(time.time()), ZoneInfo("UTC"))
                 if prometheus:
                     demo.scrape_config.write_text(scrape_config_text(url), encoding="utf-8")
                 _introduce(console, demo, url, traffic=traffic)
@@ -119,7 +126,7 @@ async def _run(console: Console, totals: TrafficTotals, *, port: int, traffic: b
 
 
 def _introduce(console: Console, demo: DemoEnvironment, url: str, *, traffic: bool) -> None:
-    for heading, text in introduction(demo, url):
+    for heading, text in introduction(demo, url, past_days=DAYS if traffic else 0):
         _print(console, heading, "bold")
         _print(console, text + "\n")
     sending = "Three teams are sending requests now. " if traffic else ""

@@ -131,10 +131,15 @@ def _toml(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def introduction(demo: DemoEnvironment, url: str) -> Iterator[tuple[str, str]]:
-    """What runs where, and commands to paste: pairs of a heading and a text."""
+def introduction(demo: DemoEnvironment, url: str, *, past_days: int = 0) -> Iterator[tuple[str, str]]:
+    """What runs where, and commands to paste: pairs of a heading and a text.
+
+    past_days: for how many days before today the ledger has invented usage.
+    """
     first, second, *_ = demo.tokens.values()
-    yield "The gateway and a simulated RenderNet run on this machine. Prices are invented.", _places(demo, url)
+    invented = f"Prices are invented, and so is the usage of the {past_days} days before today."
+    heading = "The gateway and a simulated RenderNet run on this machine."
+    yield f"{heading} {invented if past_days else 'Prices are invented.'}", _places(demo, url)
     yield (
         "Paste these commands into another terminal. A body that was not sent before goes upstream (fwd=miss):",
         _curl("-si", url + ESTIMATE_PATH, first, SAMPLE_BODY),

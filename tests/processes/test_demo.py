@@ -171,6 +171,7 @@ def test_pasted_commands_show_a_miss_then_a_hit_then_the_stored_price() -> None:
         assert (
             first.splitlines()[-1] == second.splitlines()[-1] == '{"data":{"estimated":4,"balance":10000},"error":{}}'
         )
+        assert "60 days" not in running_demo.printed(), "past usage belongs to the traffic"
         assert explained["stored"]
         assert explained["estimated"] == 4
         assert explained["key"] in paste(offline)
@@ -194,6 +195,7 @@ def test_ctrl_c_ends_the_traffic_with_totals() -> None:
 
         assert running_demo.end(signal.SIGINT, signal.SIGINT) == 0
 
+        assert "the usage of the 60 days before today" in running_demo.printed()
         totals = running_demo.printed().splitlines()[-1]
         assert f"http://127.0.0.1:{port}\n" in running_demo.printed()
         assert re.match(re.escape(ENDED) + r" requests \d\d+: hits \d+, misses \d+, collapsed \d+, failed \d+", totals)
