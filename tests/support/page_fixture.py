@@ -172,6 +172,7 @@ class Answers:
             "by=team%2Cmodel": self._usage(first, "team", "model"),
             "by=day": self._usage(today() - timedelta(days=62), "day"),
             "v1/quota": self._quotas(configured),
+            f"v1/prices/changes?from={first}": '{"changes":[],"not_kept":0}',
         }
         self.quotas = exact(texts["v1/quota"])
         self.texts = texts

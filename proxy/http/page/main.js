@@ -5,7 +5,7 @@ import { daysOf } from "./calendar.js";
 import { showState, startControls } from "./controls.js";
 import { find } from "./dom.js";
 import { startQuotes } from "./quote.js";
-import { RefusalSection, showCache, showQuotas, showRecent, UsageSection } from "./sections.js";
+import { RefusalSection, showCache, showChanges, showQuotas, showRecent, UsageSection } from "./sections.js";
 import { searchOf, stateOf } from "./state.js";
 import { recentStart } from "./usage.js";
 
@@ -61,12 +61,14 @@ async function readReports(who, signal) {
   const [from, to] = daysOf(state, who.today);
   const { team, model, by, group } = state;
   const usage = (query) => read("v1/usage", { query, signal });
-  const [shown, recent, quota] = await Promise.all([
+  const seesAll = who.role !== "team";
+  const [shown, recent, quota, prices] = await Promise.all([
     usage({ from, to, team, model, by: `${by},${group}` }),
     usage({ from: recentStart(who.today), to: who.today, team, model, by: "day" }),
     read("v1/quota", { signal }),
+    seesAll ? read("v1/prices/changes", { query: { from }, signal }) : null,
   ]);
-  return { shown, recent, quota, days: [from, to] };
+  return { shown, recent, quota, prices, days: [from, to] };
 }
 
 /** The teams and models of the period, to choose from. It is read after the rest, because nothing else needs it. */
@@ -82,17 +84,19 @@ function show(wanted) {
 }
 
 function render() {
-  const { who, shown, recent, quota } = documents;
+  const { who, shown, recent, quota, prices, days } = documents;
   show("usage");
   sections ??= { usage: new UsageSection((sort) => change({ sort })), refusals: new RefusalSection() };
   find("who").textContent = whoInWords(who);
   find("as-of").textContent = `As of ${clock.now().toLocaleTimeString("en-GB", { timeZone: who.timezone })} ${who.timezone}`;
   find("admin-note").hidden = who.role !== "admin";
   find("quote-card").hidden = who.role !== "team";
+  find("changes-card").hidden = !prices;
   showUsage();
   showRecent(recent, who);
   showQuotas(quota, state, who, clock.now(), allQuotas);
   showCache(shown);
+  if (prices) showChanges(prices, state, who, days[1]);
   sections.refusals.show(shown, state);
 }
 

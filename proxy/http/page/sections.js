@@ -170,6 +170,7 @@ export function showCache(document) {
   const cached = sum && share(sum, CACHED);
   if (!cached) return fill(find("cache"), h("p", { className: "empty" }, "No data: nothing was answered in this period."));
   const all = Object.keys(ANSWERED).reduce((total, name) => total + (sum.outcomes[name] ?? 0n), 0n);
+  const seconds = document.total.upstream_seconds_saved;
   const present = Object.keys(ANSWERED).filter((name) => sum.outcomes[name]);
   const bar = h("div", { className: "stack", "aria-hidden": "true" });
   for (const name of present) {
@@ -190,8 +191,8 @@ export function showCache(document) {
   const table = h("table", {}, h("caption", { className: "visually-hidden" }, "Answers by outcome"), head, h("tbody", {}, lines));
   const figures = [
     ["Answered from the cache", `${cached} %`, "hits, inferred, stale and shared answers"],
-    ["Calls to RenderNet saved", sum.saved ? count(sum.saved.calls) : noData(), ""],
-    ["Waiting saved", sum.saved ? durationOf(textOf(sum.saved.micro)) : noData(), sum.saved ? `${shownCredits(sum.saved.micro)} s` : ""],
+    ["Calls to RenderNet saved", count(document.total.upstream_calls_saved), "requests that were not needed"],
+    ["Waiting saved", seconds === null ? noData() : durationOf(seconds), seconds === null ? "" : `${grouped(seconds)} s`],
   ];
   const list = figures.map(([name, value, more]) =>
     h("div", {}, h("dt", {}, name), h("dd", {}, value, more && h("small", {}, more)))
@@ -218,6 +219,33 @@ export class RefusalSection {
     const rows = table.rows.filter(({ at }) => data.totals[at]);
     fill(find("refusal-table"), scrolling(`Table: ${title}`, tableOf({ ...table, rows, caption: title })));
   }
+}
+
+const FOUND_BY = {
+  ask: "a client's request",
+  audit: "an audit",
+  doubt: "an inferred price that did not hold",
+};
+
+/** RenderNet's price changes in the period. */
+export function showChanges({ changes, not_kept: dropped }, { model }, who, last) {
+  const rows = changes.filter((change) => change.at.slice(0, 10) <= last && (!model || change.model === model));
+  const time = new Intl.DateTimeFormat("en-GB", { timeZone: who.timezone, dateStyle: "medium", timeStyle: "short" });
+  const price = (key) => ({ value: (row) => Number(row[key]), show: (row) => grouped(row[key]) });
+  const columns = [
+    { key: "at", label: "Found", isName: true, value: (row) => row.at, show: (row) => time.format(new Date(row.at)) },
+    { key: "model", label: "Model", isName: true, value: (row) => row.model },
+    { key: "old", label: "Old price", ...price("old") },
+    { key: "new", label: "New price", ...price("new") },
+    { key: "by", label: "Found by", isName: true, value: (row) => FOUND_BY[row.found_by] ?? row.found_by },
+  ];
+  if (who.accounts.length > 1) {
+    columns.splice(1, 0, { key: "account", label: "Account", isName: true, value: (row) => row.account });
+  }
+  const table = tableOf({ caption: "Price changes", columns, rows, sort: "-at" });
+  const more = Number(dropped) ? h("p", { className: "muted" }, `${grouped(dropped)} more changes were not kept.`) : null;
+  const none = h("p", { className: "empty" }, "No price has changed in this period.");
+  fill(find("changes"), rows.length ? scrolling("Table of price changes", table) : none, more);
 }
 
 function refusalText(document, model) {

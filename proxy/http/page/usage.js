@@ -20,7 +20,7 @@ export const CACHED = ["hit", "inferred", "stale", "collapsed"];
 /** The sums of some rows; null if there are none, because no data is not 0. */
 export function sumOf(rows) {
   if (!rows.length) return null;
-  const sum = { requests: 0n, refused: 0n, credits: 0n, outcomes: {}, saved: null };
+  const sum = { requests: 0n, refused: 0n, credits: 0n, outcomes: {} };
   for (const row of rows) add(sum, row);
   return sum;
 }
@@ -32,11 +32,6 @@ function add(sum, row) {
   for (const outcome in row.outcomes) {
     sum.outcomes[outcome] = (sum.outcomes[outcome] ?? 0n) + BigInt(row.outcomes[outcome]);
   }
-  if (row.upstream_calls_saved !== undefined) {
-    sum.saved ??= { calls: 0n, micro: 0n };
-    sum.saved.calls += BigInt(row.upstream_calls_saved);
-    sum.saved.micro += microOf(row.upstream_seconds_saved);
-  }
 }
 
 /** Sums by the values of one or two members: Map or Map of Maps. */
@@ -45,7 +40,7 @@ function sumsBy(rows, key) {
   for (const row of rows) {
     const name = row[key];
     let sum = sums.get(name);
-    if (!sum) sums.set(name, (sum = { requests: 0n, refused: 0n, credits: 0n, outcomes: {}, saved: null }));
+    if (!sum) sums.set(name, (sum = { requests: 0n, refused: 0n, credits: 0n, outcomes: {} }));
     add(sum, row);
   }
   return sums;
