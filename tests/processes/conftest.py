@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import empty_environment, run
 from gateway_fixture import UpstreamFixture
 from gateway_process import GatewayRunner, gateway_runner
 from shared_fixtures import (
@@ -23,9 +24,11 @@ from shared_fixtures import (
 __all__ = [
     "any_store_url",
     "close_servers",
+    "empty_environment",
     "gateway",
     "open_gateway",
     "quick_gateways",
+    "run",
     "server",
     "simulator",
     "store_proxy",
