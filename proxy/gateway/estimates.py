@@ -113,7 +113,10 @@ class Gateway:
                 answer = _stored_answer(outcome, stored, balance)
                 result = _within_ceiling(answer, request.ceiling_micro)
                 charge = _charge(result.outcome, canonical_request, stored.price)
-                admission = await self._charge_stored(team, charge, trace)
+                book = self._ledger.charge if result is answer else self._ledger.refuse_over_ceiling
+                with trace.timing_store():
+                    admission = await book(team.limits, charge)
+                trace.record_admission(admission)
                 if isinstance(admission, Denied):
                     return admission.problem
                 if inference is None:
@@ -147,14 +150,6 @@ class Gateway:
                 return await self._book.look_up(canonical_request.key, canonical_request.account)
             except StoreUnavailable:
                 return None
-
-    async def _charge_stored(self, team: Team, charge: Charge, trace: Trace) -> Admitted | Denied:
-        over_ceiling = charge.outcome is Outcome.OVER_CEILING
-        book = self._ledger.refuse_over_ceiling if over_ceiling else self._ledger.charge
-        with trace.timing_store():
-            admission = await book(team.limits, charge)
-        trace.record_admission(admission)
-        return admission
 
     async def _refuse_uncached(self, team: Team, trace: Trace) -> Problem:
         """The client wants only a stored answer, and none is usable. The request still uses one request of the rate."""

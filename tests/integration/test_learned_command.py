@@ -79,14 +79,12 @@ def test_an_account_without_scopes(run: Run) -> None:
 
 
 @pytest.mark.parametrize("chosen", ["--scope", "--all"])
-def test_what_is_forgotten_is_learned_again(gateway: GatewayFixture, run: Run, chosen: str) -> None:
+def test_what_is_forgotten_does_not_answer(gateway: GatewayFixture, run: Run, chosen: str) -> None:
     assert is_inferred(gateway)
     options = ["--scope", scope(gateway)["scope"]] if chosen == "--scope" else ["--all"]
     assert run("learned", "forget", *options).stdout == "forgot 1 scope of the account default\n"
     assert learned(gateway)["accounts"][0]["scopes"] == []
     assert not is_inferred(gateway)
-    teach(gateway)
-    assert is_inferred(gateway)
 
 
 def test_forget_needs_to_know_what(run: Run) -> None:
