@@ -16,7 +16,7 @@ import orjson
 
 from proxy.cli.inputs import fail
 from proxy.cli.quote_input import BadInput, Body, Input, calls_of, document_of, read_input
-from proxy.cli.quote_report import COLUMNS, Report, markdown, quota_lines, report_of, rows_of, verdict
+from proxy.cli.quote_report import COLUMNS, HEADERS, Report, markdown, quota_lines, report_of, rows_of, verdict
 from proxy.cli.tables import Column, print_table, to_tsv
 
 TIMEOUT_S = 120
@@ -198,10 +198,8 @@ def _columns(report: Report) -> list[Column]:
     cells = zip(*(row.cells for row in rows_of(report)), strict=True)
     ranks = (0, 0, 1, 2, 4, 5, 3)
     columns = [
-        Column(
-            name.replace("_percent", " %").replace("_", " "), column, rank, is_text=name in ("variant", "basis", "note")
-        )
-        for name, column, rank in zip(COLUMNS, cells, ranks, strict=True)
+        Column(header, column, rank, is_text=header in ("variant", "basis", "note"))
+        for header, column, rank in zip(HEADERS, cells, ranks, strict=True)
     ]
     return [column for column in columns if any(column.cells)]
 
@@ -218,4 +216,4 @@ def _json(report: Report, answers: Sequence[Mapping[str, Any]]) -> bytes:
     }
     if "quantity" in answers[-1]:
         members["quantity"] = answers[-1]["quantity"]
-    return orjson.dumps(members, default=lambda amount: orjson.Fragment(str(amount)))
+    return orjson.dumps(members, default=lambda amount: orjson.Fragment(format(amount, "f")))

@@ -9,6 +9,9 @@ from proxy.quota.credits import micro_of, percent_text
 
 COLUMNS = ("variant", "estimated", "delta", "share_percent", "basis", "age_s", "note")
 
+HEADERS = ("variant", "estimated", "delta", "share %", "basis", "age s", "note")
+"""The columns for people."""
+
 WITHIN, OVER, UNKNOWN = 0, 1, 2
 """Exit statuses. Bad input is also 2."""
 
@@ -64,7 +67,7 @@ def report_of(answers: Sequence[Mapping[str, Any]], *, is_plan: bool) -> Report:
         return Report(variants, cheapest, None if total is None else Decimal(total), quotas, is_plan=False)
     amounts_known = [variant["estimated"] for variant in variants if variant["estimated"] is not None]
     is_complete = len(amounts_known) == len(variants)
-    total = sum(map(Decimal, amounts_known), Decimal()) if is_complete else None
+    total = sum(map(Decimal, amounts_known), Decimal()).normalize() if is_complete else None
     known = [
         (Decimal(variant["estimated"]), variant["label"]) for variant in variants if variant["estimated"] is not None
     ]
@@ -149,7 +152,7 @@ def quota_lines(report: Report) -> Iterator[str]:
 
 def markdown(report: Report, reason: str) -> str:
     """A table, the verdict and the quotas, for a comment on a change."""
-    header = f"| {' | '.join(COLUMNS)} |\n|---|--:|--:|--:|---|--:|---|\n"
+    header = f"| {' | '.join(HEADERS)} |\n|---|--:|--:|--:|---|--:|---|\n"
     table = "".join(f"| {' | '.join(map(_escaped, row.cells))} |\n" for row in rows_of(report))
     quotas = "".join(f"- {line}\n" for line in quota_lines(report))
     return f"{header}{table}\n**{reason[0].upper()}{reason[1:]}.**\n" + (f"\n{quotas}" if quotas else "")

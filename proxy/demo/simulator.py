@@ -2,8 +2,8 @@
 
 * Paths, header names and the shapes of answers follow RenderNet's documentation. **Prices and error codes are
   invented**: nothing here says what a generation costs.
-* A price is a pure function of the body. Seed, prompt, sampler and unknown members do not change it. A value that
-  cannot be used counts as its default, so any array of objects has a price.
+* A price is a pure function of the body, but not the sum of its items' prices. Seed, prompt, sampler and unknown
+  members do not change it. A value that cannot be used counts as its default, so any array of objects has a price.
 * A fault is a `Responder`. It is applied after all checks, and replaces or changes the ordinary answer.
 * All randomness comes from the seed.
 """
@@ -35,13 +35,22 @@ _MODEL_CREDITS: Final[Mapping[str, Decimal]] = {
     "flux": Decimal("2.75"),
 }
 
+_MINIMUM_CREDITS: Final = Decimal(1)
+"""Of a request, however cheap its items are."""
+
+_FULL_PRICE_ITEMS: Final = 2
+_REBATE: Final = Decimal("0.75")
+"""What the third item of a request, and each later one, costs of its price."""
+
 _SPENT_AT_ONCE: Final = 3
 _CHUNK_BYTES: Final = 7
 
 
 def estimate(items: Sequence[Item]) -> Decimal:
-    """Credits for the whole array, in steps of a quarter."""
-    return sum((price_of(item) for item in items), Decimal())
+    """Credits for the whole array, in steps of a quarter: not less than a minimum, and with a rebate for many items."""
+    prices = [price_of(item) for item in items]
+    rebated = [_up_to_quarter(price * _REBATE) for price in prices[_FULL_PRICE_ITEMS:]]
+    return max(_MINIMUM_CREDITS, sum(prices[:_FULL_PRICE_ITEMS] + rebated, Decimal()))
 
 
 def price_of(item: Item) -> Decimal:

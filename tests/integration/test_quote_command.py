@@ -77,7 +77,7 @@ class TestOutput:
         result = run(limited(quota(100)), document, "--format", "md", "--max-total", "10")
         assert result.exit_code == 1
         assert result.stdout == (
-            "| variant | estimated | delta | share_percent | basis | age_s | note |\n"
+            "| variant | estimated | delta | share % | basis | age s | note |\n"
             "|---|--:|--:|--:|---|--:|---|\n"
             "| quality=Plus | 5.5 | 0 | 100 | asked | 0 |  |\n"
             "| quality=Regular | 2.75 | -2.75 | 50 | asked | 0 | cheapest |\n"

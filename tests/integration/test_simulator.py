@@ -80,8 +80,11 @@ PRICED = [
     ([{"video_anyone": {"media_id": "ast_8fK2mN0pQr", "prompt": "a bicycle", "duration": 5}}], b"30"),
     (
         [{**PLUS, "batch_size": 4}, {"true_touch": {"scale_factor": 2}}, {"video_anyone": {"duration": 5}}],
-        b"42",
+        b"34.5",
     ),
+    ([PLUS, PLUS, PLUS, FLUX_STYLE], b"8"),
+    ([{"model": "RealVisXL_V3.0_Turbo"}], b"1"),
+    ([{"model": "RealVisXL_V3.0_Turbo"}] * 2, b"1.5"),
     ([{"model": "JuggernautXL", "batch_size": "2", "cfg_scale": "7", "steps": "30"}], b"2.5"),
     ([dict.fromkeys(EVERY_MODE)], b"1"),
     ([{}], b"1"),
@@ -171,8 +174,11 @@ class TestPrices:
         assert price % Decimal("0.25") == 0
 
     @given(items=st.lists(ITEMS, min_size=1, max_size=4))
-    def test_the_price_of_an_array_is_the_sum_of_its_items(self, items: list[dict[str, Any]]) -> None:
-        assert estimate(items) == sum(price_of(item) for item in items)
+    def test_a_request_has_a_minimum_and_a_rebate_from_the_third_item_on(self, items: list[dict[str, Any]]) -> None:
+        prices = [price_of(item) for item in items]
+        first, later, total = sum(prices[:2], Decimal()), sum(prices[2:], Decimal()), estimate(items)
+        assert max(Decimal(1), first + later * Decimal("0.75")) <= total <= max(Decimal(1), first + later)
+        assert total < first + later or all(price < 1 for price in prices[2:])
 
     @given(item=ITEMS, seed=JSON, prompt=JSON, sampler=JSON)
     def test_seed_prompt_and_sampler_are_neutral(
