@@ -88,10 +88,13 @@ class QuoteRequest:
         """The variants without their lines."""
         for label, body in self._bodies:
             yield Variant(label, _canonical(body, f"Variant {label!r}"))
-        for values in product(*self._vary.values()) if self._vary else ():
+        if not self._vary:
+            return
+        largest = sum(max(len(orjson.dumps(value)) for value in values) for values in self._vary.values())
+        self._check_size(largest * len(orjson.loads(self._base)))
+        for values in product(*self._vary.values()):
             setting = dict(zip(self._vary, values, strict=True))
             items = orjson.loads(self._base)
-            self._check_size(len(items) * sum(len(orjson.dumps(value)) for value in values))
             changes = [_set(items, path, value) for path, value in setting.items()]
             label = ", ".join(f"{path}={_text(value)}" for path, value in setting.items())
             yield Variant(label, _canonical(items, f"Variant {label!r}"), changes)

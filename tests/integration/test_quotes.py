@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from hashlib import sha256
@@ -15,7 +16,22 @@ from gateway_fixture import MARKETING, RETIRED, GatewayFixture, OpenGateway, ans
 from prometheus import scrape
 from proxy.cache.canonical import canonicalise
 from proxy.demo.simulator import Received, envelope
-from quota_fixture import ADMIN, FLUX, ONE, Limited, exactly, left, limits, quota, rate, requests, row, usage, used
+from quota_fixture import (
+    ADMIN,
+    FLUX,
+    ONE,
+    SEGMENT,
+    Limited,
+    exactly,
+    left,
+    limits,
+    quota,
+    rate,
+    requests,
+    row,
+    usage,
+    used,
+)
 from serving import wait_until
 
 pytestmark = pytest.mark.usefixtures("within_a_minute")
@@ -58,6 +74,16 @@ def errors(document: Any) -> list[str | None]:
 
 def estimates(document: Any) -> list[Any]:
     return [variant["estimated"] for variant in document["variants"]]
+
+
+def answer_by_body(
+    gateway: GatewayFixture, monkeypatch: pytest.MonkeyPatch, replies: Mapping[bytes, tuple[int, bytes]]
+) -> None:
+    """Questions of a quote arrive at RenderNet in any order, so their answers depend on the body alone."""
+    ordinary = gateway.simulator.ordinary_answer
+    monkeypatch.setattr(
+        gateway.simulator, "ordinary_answer", lambda received: replies.get(received.body) or ordinary(received)
+    )
 
 
 def hidden(canonical: bytes) -> Decimal | int:
@@ -180,10 +206,15 @@ class TestAnswers:
         assert list(shown["quotas"][0]) == ["scope", "measure", "per", "remaining", "fits", "how_many"]
         assert left(response) == {"credits-month": 9, "requests-month": 3, "org-credits-week": 99}
 
-    def test_rendernets_refusal_is_that_variants_error(self, gateway: GatewayFixture) -> None:
-        refusal = envelope("invalid_steps", "steps must be at most 200")
-        gateway.simulator.script(answers(refusal, 422), None, answers(b'"no"', 400))
-        shown = quoted(gateway, bodies(FLUX, ONE, b'[{"segment":{}}]'))
+    def test_rendernets_refusal_is_that_variants_error(
+        self, gateway: GatewayFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        refusals = {
+            FLUX: (422, envelope("invalid_steps", "steps must be at most 200")),
+            SEGMENT: (400, b'"no"'),
+        }
+        answer_by_body(gateway, monkeypatch, refusals)
+        shown = quoted(gateway, bodies(FLUX, ONE, SEGMENT))
         problems = [variant.get("error") for variant in shown["variants"]]
         assert problems == [
             {"code": "invalid_steps", "message": "steps must be at most 200"},
@@ -192,8 +223,11 @@ class TestAnswers:
         ]
         assert shown["cheapest"] == "v1"
 
-    def test_failures_are_errors_of_their_variants(self, gateway: GatewayFixture) -> None:
-        gateway.simulator.script(answers(b"{}", 500), answers(b'{"data":{"balance":1},"error":{}}'))
+    def test_failures_are_errors_of_their_variants(
+        self, gateway: GatewayFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        failures = {FLUX: (500, b"{}"), ONE: (200, b'{"data":{"balance":1},"error":{}}')}
+        answer_by_body(gateway, monkeypatch, failures)
         shown = quoted(gateway, bodies(FLUX, ONE))
         assert errors(shown) == ["upstream-error", "unpriced"]
         assert (shown["cheapest"], estimates(shown)) == (None, [None, None])
