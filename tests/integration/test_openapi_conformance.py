@@ -121,6 +121,8 @@ def test_answers_are_as_described(gateway: GatewayFixture, operation: str, monke
 
         def send(case: Case[Any], token: str | None) -> int:
             headers = {} if token is None else {"X-API-KEY": token}
+            if operation == "GET /":
+                headers["Accept"] = "text/html"
             response = case.call_and_validate(gateway.url, session, headers, checks=CHECKS)
             assert response.status_code != 500
             return response.status_code

@@ -22,6 +22,7 @@ from proxy.http.paths import (
     LIVENESS_PATH,
     METRICS_PATH,
     OPENAPI_PATH,
+    PAGE_PATH,
     PRICE_CHANGES_PATH,
     PURGE_PATH,
     QUOTA_PATH,
@@ -46,6 +47,7 @@ PATHS: Mapping[str, Mapping[str, Any]] = {
     METRICS_PATH: {"get": operators.METRICS},
     LIVENESS_PATH: {"get": operators.LIVENESS},
     READINESS_PATH: {"get": operators.READINESS},
+    PAGE_PATH: {"get": operators.PAGE},
     OPENAPI_PATH: {"get": operators.OPENAPI},
     DOCS_PATH: {"get": operators.DOCS},
 }
@@ -65,7 +67,7 @@ the operator lists them in `server.cors_origins`; their preflights get 204, all 
 _TAGS = [
     {"name": "Teams", "description": "What teams call."},
     {"name": "Operators", "description": "What operators and their monitoring call."},
-    {"name": "Documentation", "description": "This description."},
+    {"name": "Documentation", "description": "What people open in a browser, and this description."},
 ]
 
 _TOKENS = {

@@ -192,6 +192,19 @@ READINESS = {
     },
 }
 
+PAGE = {
+    "operationId": "page",
+    "tags": ["Documentation"],
+    "summary": "A page that shows usage and quotas",
+    "description": (
+        "For people, in a browser: it asks for a token and reads the other paths. 404 for a client whose `Accept` does "
+        "not name `text/html`, and with `page.enabled = false`."
+    ),
+    "security": [],
+    "parameters": PARAMETERS,
+    "responses": {**static_answers("text/html", "The page."), **problem_responses((Code.NOT_FOUND,))},
+}
+
 OPENAPI = {
     "operationId": "openapi",
     "tags": ["Documentation"],
