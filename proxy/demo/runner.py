@@ -107,7 +107,7 @@ async def _run(console: Console, totals: TrafficTotals, *, port: int, traffic: b
     with TemporaryDirectory(prefix="estimate-proxy-demo-", ignore_cleanup_errors=True) as folder:
         lock_dir(Path(folder))  # until this process ends
         async with _simulated_rendernet() as upstream_url:
-            demo = DemoEnvironment(Path(folder), upstream_url, {team: new_token() for team in TEAMS})
+            demo = DemoEnvironment(Path(folder), upstream_url, {team: new_token() for team in TEAMS}, new_token())
             demo.config.write_text(config_text(demo, port=port), encoding="utf-8")
             async with _gateway(demo) as gateway:
                 url = await _wait_until_ready(gateway, demo.log)

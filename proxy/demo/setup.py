@@ -45,11 +45,12 @@ RESPELLED_BODY: Final = (
 
 @dataclass(frozen=True, slots=True)
 class DemoEnvironment:
-    """The demo's folder and the files in it, the simulated RenderNet's URL, and the teams' tokens."""
+    """The demo's folder and the files in it, the simulated RenderNet's URL, the teams' tokens, and a viewer's."""
 
     folder: Path
     upstream_url: str
     tokens: Mapping[str, str]
+    viewer: str
 
     @property
     def config(self) -> Path:
@@ -105,6 +106,9 @@ data_dir = {_toml(str(demo.data_dir))}
 [metrics]
 public = true  # Prometheus needs no token
 
+[viewer]
+tokens = [{_toml(digest_of(demo.viewer))}]  # sees the usage of all teams, and may do nothing else
+
 # For all teams together. Quotas limit what teams plan to spend: every estimate counts, whether hit or miss.
 [[org.quotas]]
 measure = "estimated_credits"
@@ -140,6 +144,7 @@ def introduction(demo: DemoEnvironment, url: str, *, past_days: int = 0) -> Iter
     invented = f"Prices are invented, and so is the usage of the {past_days} days before today."
     heading = "The gateway and a simulated RenderNet run on this machine."
     yield f"{heading} {invented if past_days else 'Prices are invented.'}", _places(demo, url)
+    yield "The usage page: open it in a browser, and paste this token.", f"{url}/   {demo.viewer}"
     yield (
         "Paste these commands into another terminal. A body that was not sent before goes upstream (fwd=miss):",
         _curl("-si", url + ESTIMATE_PATH, first, SAMPLE_BODY),

@@ -25,6 +25,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proxy.auth import digest_of
 from proxy.cache.canonical import canonicalise
 from proxy.demo.runner import FAULTS
 from proxy.demo.setup import (
@@ -371,7 +372,7 @@ def test_credits_add_up_exactly() -> None:
 
 
 def demo_environment(folder: Path) -> DemoEnvironment:
-    return DemoEnvironment(folder, "http://127.0.0.1:4711", {team: token() for team in TEAMS})
+    return DemoEnvironment(folder, "http://127.0.0.1:4711", {team: token() for team in TEAMS}, token())
 
 
 def test_the_gateway_accepts_the_generated_config(tmp_path: Path) -> None:
@@ -396,6 +397,19 @@ def test_commands_can_be_pasted_anywhere(tmp_path: Path) -> None:
 
     assert expected.isascii()
     assert "spent" not in expected
+
+
+def test_the_usage_page_and_its_token_are_shown(tmp_path: Path) -> None:
+    demo = demo_environment(tmp_path)
+    demo.config.write_text(config_text(demo, port=8080), encoding="utf-8")
+
+    shown = dict(introduction(demo, "http://127.0.0.1:8080"))
+
+    assert (
+        shown["The usage page: open it in a browser, and paste this token."]
+        == f"http://127.0.0.1:8080/   {demo.viewer}"
+    )
+    assert load(demo.config, {}).viewer.tokens == (digest_of(demo.viewer),)
 
 
 def test_the_environment_changes_no_setting(tmp_path: Path) -> None:
