@@ -139,7 +139,7 @@ def test_effective_names_every_setting_and_masks_secrets(read: Read) -> None:
     assert rows["upstream.proxy"] is None
     assert rows["teams.design.tokens"][0]["sha256"] == DIGEST
     assert CANARY not in repr(rows)
-    assert len(rows) == 59
+    assert len(rows) == 60
 
 
 MANUAL = Path(__file__).parents[3] / "docs" / "configuration.md"

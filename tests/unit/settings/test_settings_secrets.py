@@ -126,7 +126,7 @@ WRONG = {
 
 
 def test_all_paths_are_found() -> None:
-    assert len(ALL_PATHS) == 76
+    assert len(ALL_PATHS) == 78
     assert ("teams", "design", "tokens") in ALL_PATHS
     assert ("teams", "design", "rate", "burst") in ALL_PATHS
     assert ("accounts", "default", "api_key") in ALL_PATHS
