@@ -22,7 +22,7 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.auth import digest_of
@@ -293,7 +293,6 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=40)
 @given(st.lists(st.dictionaries(texts, json_values, max_size=4), min_size=1, max_size=3), st.randoms())
 def test_respelling_keeps_the_request(body: Body, random: Random) -> None:
     plain = json.dumps(body).encode()

@@ -4,7 +4,7 @@ from hypothesis import settings
 
 
 def count(factor: int) -> int:
-    """`factor` times the number of the profile, which is 100 in a full run and 20 in `scripts/test --unit`."""
+    """`factor` times the number of the profile, which is 60 in a full run and 20 in `scripts/test --unit`."""
     return factor * settings().max_examples
 
 
