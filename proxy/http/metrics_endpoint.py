@@ -190,11 +190,10 @@ def _quotas(snapshot: Snapshot) -> Iterator[Metric]:
     for use in quota_uses(snapshot.quota_states, snapshot.forecasts):
         quota = use.quota
         values = [quota.scope, use.team, quota.measure, quota.per]
-        unit = 1 if quota.measure == "requests" else MICRO
-        limits.add_metric(values, quota.limit / unit)
-        used.add_metric(values, use.used / unit)
+        limits.add_metric(values, quota.limit / quota.unit)
+        used.add_metric(values, use.used / quota.unit)
         if use.forecast is not None:
-            ends.add_metric(values, use.forecast.at_end / unit)
+            ends.add_metric(values, use.forecast.at_end / quota.unit)
     yield from (limits, used, ends)
 
 

@@ -20,7 +20,6 @@ from functools import lru_cache
 from itertools import accumulate, dropwhile, pairwise
 from operator import mul
 
-from proxy.quota.credits import MICRO
 from proxy.quota.quotas import Quota
 from proxy.quota.windows import Period, Window, day_of, start_of
 
@@ -127,7 +126,7 @@ def forecast(
     pattern = _pattern_of(wanted if is_known_enough else seen, first.weekday(), len(ahead))
     method = f"weekday means of {len(seen)} days, corrected by {pattern.tests} backtests"
     expected = [pattern.by_weekday[part.day.weekday()] * part.share for part in ahead]
-    rest, unit = sum(expected), 1 if quota.measure == "requests" else MICRO
+    rest, unit = sum(expected), quota.unit
     ratios = (pattern.correction, pattern.low, pattern.high)
     at_end, low, high = (-(-(used + round(rest * ratio)) // unit) * unit for ratio in ratios)
     if used < quota.limit:

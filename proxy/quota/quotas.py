@@ -24,6 +24,9 @@ from proxy.quota.windows import Period, Window, rfc3339
 Scope = Literal["team", "org"]
 Measure = Literal["requests", "estimated_credits"]
 
+UNITS: Mapping[Measure, int] = {"requests": 1, "estimated_credits": MICRO}
+"""How many of the ledger's integers are one of a measure."""
+
 _US = 1_000_000
 
 
@@ -61,17 +64,21 @@ class Quota:
         kind = "requests" if self.measure == "requests" else "credits"
         return f"{'org-' * (self.scope == 'org')}{kind}-{self.per}"
 
+    @cached_property
+    def unit(self) -> int:
+        return UNITS[self.measure]
+
     def owner(self, team: str) -> str:
         """`team` for a quota of a team, `NO_NAME` for one of the organisation."""
         return team if self.scope == "team" else NO_NAME
 
     def header_amount(self, amount: int) -> int:
         """An amount in requests or whole credits, rounded down, as header fields show it."""
-        return amount if self.measure == "requests" else amount // MICRO
+        return amount // self.unit
 
     def text(self, amount: int) -> str:
         """An amount in requests or credits as an exact decimal number."""
-        return str(amount) if self.measure == "requests" else text_of(amount)
+        return text_of(amount * (MICRO // self.unit))
 
     def number(self, amount: int) -> orjson.Fragment:
         """An amount in requests or credits as an exact JSON number."""

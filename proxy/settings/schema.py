@@ -15,8 +15,8 @@ from zoneinfo import ZoneInfo, available_timezones
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Secret, ValidationInfo
 
-from proxy.quota.credits import MICRO, PRICE_DECIMALS, Currency
-from proxy.quota.quotas import Measure
+from proxy.quota.credits import PRICE_DECIMALS, Currency
+from proxy.quota.quotas import UNITS, Measure
 from proxy.quota.windows import Period
 from proxy.store.access import CONNECT_TIMEOUT_S, TIMEOUT_S
 from proxy.urls import check_host, is_ip, parse_store_url, split_url
@@ -370,7 +370,7 @@ class QuotaSettings(_Section):
     @property
     def counted_limit(self) -> int:
         """The limit in the ledger's units: requests, or micro-credits."""
-        return int(self.limit if self.measure == "requests" else self.limit * MICRO)
+        return int(self.limit * UNITS[self.measure])
 
 
 class CurrencySettings(_Section):
