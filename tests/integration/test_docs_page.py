@@ -11,6 +11,7 @@ import pytest
 
 from browser import Browser
 from gateway_fixture import DESIGN, GatewayFixture
+from page_fixture import Page
 from programs import program
 from proxy.http.openapi.document import openapi_document
 from proxy.http.openapi.problems import EXAMPLES
@@ -35,6 +36,19 @@ def sections(gateway: GatewayFixture, browser: Browser) -> dict[str, Any]:
     found: dict[str, Any] = browser.run(READ)
     assert browser.errors() == []
     return found
+
+
+def test_it_is_accessible(gateway: GatewayFixture, browser: Browser) -> None:
+    """With one of the sections, which are all made by the same code: axe takes seconds for the whole page."""
+    page = Page(browser, gateway.url)
+    browser.open(f"{gateway.url}/docs")
+    browser.find("#errors")
+    browser.run("for (const other of document.querySelectorAll('section:not(#purge)')) other.remove()")
+    browser.run("for (const folded of document.querySelectorAll('details')) folded.open = true")
+    browser.prefer(prefers_color_scheme="light")
+    assert page.serious_findings() == []
+    browser.prefer(prefers_color_scheme="dark")
+    assert page.serious_findings("color-contrast") == []
 
 
 def test_it_shows_every_path_parameter_answer_and_error(sections: dict[str, Any]) -> None:

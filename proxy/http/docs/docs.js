@@ -30,7 +30,7 @@ function folded(title, ...children) {
 function table(caption, headings, rows) {
   if (!rows.length) return "";
   const cells = (kind, row) => row.map((cell) => element(kind, kind === "th" ? { scope: "col" } : {}, ...[cell].flat()));
-  return element("div", { class: "scroll" }, element("table", {},
+  return element("div", { class: "scroll", role: "region", "aria-label": caption, tabindex: "0" }, element("table", {},
     element("caption", {}, caption),
     element("thead", {}, element("tr", {}, ...cells("th", headings))),
     element("tbody", {}, ...rows.map((row) => element("tr", {}, ...cells("td", row))))));
