@@ -1,5 +1,6 @@
 """Learned prices, as clients and operators meet them: inferred answers, audits, doubt, and what `observe` changes."""
 
+import json
 import logging
 import time
 from typing import Any, cast
@@ -190,6 +191,28 @@ class TestWithTheRest:
         exact = gateway.ask(new_body(1))
         assert (cache_status(exact)[:9], amount(exact)) == ("hit; ttl=", 7)
         assert not is_inferred(exact)
+
+    def test_an_inferred_price_over_the_ceiling_is_refused(self, open_learning: OpenGateway) -> None:
+        gateway = open_learning()
+        teach(gateway)
+        before = usage(gateway)["estimated_credits"]
+        refused = gateway.ask(new_body(), estimate_proxy_max_credits="2.5")
+        assert (refused.status_code, code_of(refused), refused.json()["estimated"]) == (402, "over-ceiling", 2.75)
+        assert cache_status(refused).endswith("; detail=inferred")
+        assert is_inferred(gateway.ask(new_body(), estimate_proxy_max_credits="2.75"))
+        assert usage(gateway)["estimated_credits"] == before + 2.75
+        assert usage(gateway)["outcomes"]["over-ceiling"] == 1
+
+    def test_a_quote_shows_where_its_prices_come_from(self, open_learning: OpenGateway) -> None:
+        gateway = open_learning()
+        teach(gateway)
+        calls, body = gateway.simulator.calls, json.loads(new_body())
+        named = {"variants": [{"label": "new", "body": body}, {"label": "other", "body": [{"segment": {}}]}]}
+        response = gateway.client.post("/v1/quote", json=named)
+        assert [variant["basis"] for variant in response.json()["variants"]] == ["inferred", "asked"]
+        assert gateway.simulator.calls == calls + 1
+        exact = gateway.client.post("/v1/quote", json=named, headers={"cache-control": "no-cache"})
+        assert [variant["basis"] for variant in exact.json()["variants"]] == ["asked", "asked"]
 
     def test_a_stale_price_is_served_and_refreshed_with_the_askers_body(self, open_learning: OpenGateway) -> None:
         gateway = open_learning(cache={"ttl_s": 100, "stale_while_revalidate_s": 50})
