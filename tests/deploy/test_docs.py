@@ -12,9 +12,12 @@ from metric_names import families
 PAGES = sorted([*PROJECT.glob("*.md"), *(PROJECT / "docs").glob("*.md")])
 FOLDERS = "bench|deploy|docs|grafana|proxy|scripts|tests"
 LOG_LINES = {
-    "configuration.md": ["price changed", "price list changed", "a member of cache.ignore decides prices"],
+    "configuration.md": [
+        *("price changed", "price list changed", "a member of cache.ignore decides prices"),
+        *("inferred prices contradicted", "price list changed: learned prices are asked again"),
+    ],
     "operations.md": ["a new ledger begins", "the ledger was lost", "giving up"],
-    "runbook.md": ["upstream fails for the account", "half-opens", "no answer in time"],
+    "runbook.md": ["upstream fails for the account", "half-opens", "no answer in time", "inferred prices contradicted"],
 }
 """Log lines that a page quotes."""
 
