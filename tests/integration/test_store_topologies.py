@@ -37,11 +37,14 @@ from faulty_proxy import proxy_to
 from gateway_fixture import UpstreamFixture
 from gateway_process import gateway_runner
 from lateness import assert_in_time
+from learning_fixture import body
 from lua_scripts import LUA_SCRIPTS
 from programs import program
 from proxy.cache.leases import Lease
 from proxy.cache.price_book import PriceBook
 from proxy.cache.prices import Price
+from proxy.learning.learner import Learner
+from proxy.learning.observation import Counted
 from proxy.problems import Outcome, StoreOutcomeUnknown, StoreUnavailable
 from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import LedgerKeys
@@ -305,6 +308,20 @@ async def _use_everything(store: Store) -> None:
     uses = TokenUses(store, KEYS)
     uses.record("ab")
     await uses.flush()
+    await _learn(store)
+
+
+async def _learn(store: Store) -> None:
+    learner = Learner(store, origin="https://upstream.example", ttl_s=60, learn_from=1, audit_one_in=25)
+    ticket = (await learner.look_up(body({"model": "Flux", "seed": 100}))).ticket
+    assert ticket is not None
+    await learner.observe(ticket, Price(b"5", b""), team="design")
+    learner._counts.add(("default", ticket.reduced.scope), Counted.RIGHT)
+    await learner.close()
+    assert len(await learner.scopes("default")) == 1
+    await learner.drop_setting(body({"model": "Flux", "seed": 100}))
+    await learner.drop_prices("default")
+    assert await learner.forget("default") == 1
 
 
 def test_each_script_has_its_keys_in_one_slot(fleet: Cluster) -> None:
