@@ -229,6 +229,7 @@ def record_refusals(recording: Recording) -> None:
     recording.ask(b"[{}]", token=POOR)
     for path in ("/v1/usage?format=csv", f"/v1/usage?by={TOKEN}", "/v1/quota", f"/v1/quota?team={TOKEN}"):
         recording.call("GET", path, headers={"x-api-key": TOKEN})
+    recording.ask(b"[{}]", estimate_proxy_max_credits="0.5")
     recording.ask(cache_control="only-if-cached")
     recording.ask(token=None, cookie=f"token={TOKEN}")
     recording.ask(b"[{")
