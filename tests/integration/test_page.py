@@ -216,7 +216,7 @@ class TestLooking:
         assert rows["Die Designer\nRequests per day; only warns"][3] == "Every request is refused."
         used = rows["Die Designer\nEstimated credits per month"]
         assert "used up" in used[0] or "over 80 %" in used[0]
-        assert "faster than even" in used[2] or "times even use" in used[2] or "slower than even" in used[2]
+        assert "above even" in used[2] or "times even use" in used[2] or "below even" in used[2]
 
 
 def _saved(page: Page, file: Path) -> list[list[str]]:

@@ -140,7 +140,7 @@ export class StackedChart {
     const { labels, series, totals, by } = this.#data;
     const lines = series
       .map((one, index) => ({ ...one, value: one.values[at], colour: colourClass(one, index) }))
-      .filter(({ value }) => value !== null && value !== 0n)
+      .filter(({ value }) => value !== null && Number(value) !== 0)
       .map(({ label, value, colour }) =>
         h("div", {}, h("span", {}, h("i", { className: `swatch ${colour}` }), label), h("b", {}, this.format(value)))
       );

@@ -2,18 +2,21 @@
 
 const MICRO = 1000000n;
 const DECIMALS = 6;
-const TOKENS = /"(?:[^"\\]|\\.)*"|-?\d[\d.eE+-]*/g;
+// A number after a member's name. Inside a string, a quotation mark before a colon has a backslash before it.
+const NUMBER_OF_MEMBER = /([^\\]":)(-?\d[\d.eE+-]*)/g;
 
-/** A JSON document with every number as its text. */
+/** A JSON document in which each member's number is its text. */
 export function parseExact(text) {
-  return JSON.parse(text.replace(TOKENS, (token) => (token[0] === '"' ? token : `"${token}"`)));
+  return JSON.parse(text.replace(NUMBER_OF_MEMBER, '$1"$2"'));
 }
 
 /** A decimal number of credits, with at most six decimals, in micro-credits. */
 export function microOf(text) {
-  const [whole, part = ""] = text.split(".");
+  const point = text.indexOf(".");
+  if (point < 0) return BigInt(text) * MICRO;
+  const [whole, part] = [text.slice(0, point), text.slice(point + 1)];
   const micro = BigInt(whole + part.padEnd(DECIMALS, "0"));
-  if (part.length > DECIMALS || /e/i.test(text)) throw new RangeError(`not an exact amount: ${text}`);
+  if (part.length > DECIMALS) throw new RangeError(`not an exact amount: ${text}`);
   return micro;
 }
 
@@ -46,9 +49,9 @@ export function percentOf(part, whole) {
 export const approximate = (micro) => Number(micro) / 1e6;
 
 /** For axes and forecasts: three digits are enough. */
-export function rough(number) {
-  return new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format(number);
-}
+const THREE_DIGITS = { maximumSignificantDigits: 3 };
+export const rounded = (number) => new Intl.NumberFormat("en", THREE_DIGITS).format(number);
+export const rough = (number) => new Intl.NumberFormat("en", { ...THREE_DIGITS, notation: "compact" }).format(number);
 
 /** A whole or decimal number of seconds in words. */
 export function durationOf(seconds) {

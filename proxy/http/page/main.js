@@ -7,7 +7,7 @@ import { find } from "./dom.js";
 import { startQuotes } from "./quote.js";
 import { RefusalSection, showCache, showChanges, showQuotas, showRecent, UsageSection } from "./sections.js";
 import { searchOf, stateOf } from "./state.js";
-import { recentStart } from "./usage.js";
+import { prepared, recentStart } from "./usage.js";
 
 const REFRESH_MS = 60_000;
 const REFRESH_FACTOR = 60; // what takes long to read is read less often: the gateway has other work
@@ -60,7 +60,7 @@ async function load() {
 async function readReports(who, signal) {
   const [from, to] = daysOf(state, who.today);
   const { team, model, by, group } = state;
-  const usage = (query) => read("v1/usage", { query, signal });
+  const usage = async (query) => prepared(await read("v1/usage", { query, signal }));
   const seesAll = who.role !== "team";
   const [shown, recent, quota, prices] = await Promise.all([
     usage({ from, to, team, model, by: `${by},${group}` }),

@@ -1,7 +1,7 @@
 // Quotas: how much is used, how fast, and when the limit will be reached, in words.
 
 import { dayInWords } from "./calendar.js";
-import { grouped, microOf, percentOf, rough } from "./exact.js";
+import { grouped, microOf, percentOf, rounded } from "./exact.js";
 import { h, noData } from "./dom.js";
 
 /** A quota's share at which it stands out, the highest first, as percent, class and words. */
@@ -48,8 +48,8 @@ export function paceInWords(pace) {
   if (pace === 0) return "not used yet";
   const percent = Math.round(Math.abs(pace - 1) * 100);
   if (percent <= 2) return "even";
-  if (pace > 1) return pace >= 2.5 ? `${pace.toFixed(1)} times even use` : `${percent} % faster than even`;
-  return `${percent} % slower than even`;
+  if (pace > 1) return pace >= 2.5 ? `${pace.toFixed(1)} times even use` : `${percent} % above even`;
+  return `${percent} % below even`;
 }
 
 /** When a quota will be reached: a date and a range. */
@@ -66,7 +66,7 @@ export function forecastInWords(quota, timeZone) {
     return `Reached about ${day(at)}${range}.`;
   }
   if (at) return `Reached about ${day(at)}, at the earliest on ${day(from)}, perhaps not at all.`;
-  const [end, low, high] = [forecast.at_end, forecast.low, forecast.high].map((amount) => rough(Number(amount)));
+  const [end, low, high] = [forecast.at_end, forecast.low, forecast.high].map((amount) => rounded(Number(amount)));
   const expected = `about ${end} (${low} to ${high}) by then`;
   if (from) return `Probably not reached before it resets: ${expected}. At the earliest on ${day(from)}.`;
   return `Not reached before it resets: ${expected}.`;
@@ -119,5 +119,5 @@ function resetOf(row, timeZone) {
   const time = { timeZone, hour: "2-digit", minute: "2-digit" };
   return short
     ? new Intl.DateTimeFormat("en-GB", time).format(new Date(row.resets_at))
-    : dayInWords(row.resets_at, timeZone);
+    : new Intl.DateTimeFormat("en-GB", { timeZone, day: "numeric", month: "short" }).format(new Date(row.resets_at));
 }

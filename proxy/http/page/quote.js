@@ -3,7 +3,7 @@
 import { read } from "./api.js";
 import { fill, find, h, noData } from "./dom.js";
 import { grouped } from "./exact.js";
-import { tableOf } from "./tables.js";
+import { scrolling, tableOf } from "./tables.js";
 
 /** The request for what was typed. A body alone becomes one variant, in its own text: numbers are not rounded. */
 export function quoteRequest(text) {
@@ -46,13 +46,37 @@ export function startQuotes(onError) {
 }
 
 function show(quote) {
-  const table = tableOf({ caption: "Prices of the variants", columns: COLUMNS, rows: quote.variants, sort: "" });
-  const fits = (quote.quotas ?? []).map((quota) => {
-    const name = `${quota.scope === "org" ? "organisation's" : "team's"} ${quota.measure.replace("_", " ")} a ${quota.per}`;
-    const count = quota.how_many === null || quota.how_many === undefined ? "" : ` ${grouped(quota.how_many)} times`;
-    return h("li", {}, quota.fits === false ? `Does not fit into the ${name}.` : `Fits${count} into the ${name}.`);
-  });
-  const total = quote.total === undefined ? null : h("p", {}, "Total: ", h("b", {}, grouped(quote.total)), " credits.");
-  const best = quote.variants.length > 1 && quote.cheapest ? h("p", {}, "Cheapest: ", h("b", {}, quote.cheapest)) : null;
-  fill(find("quote-result"), h("div", { className: "scroll" }, table), best, total, h("ul", {}, fits));
+  const { variants, cheapest, total } = quote;
+  const table = tableOf({ caption: "Prices of the variants", columns: COLUMNS, rows: variants, sort: "" });
+  const best = variants.length > 1 && cheapest ? h("p", {}, "Cheapest: ", h("b", {}, cheapest)) : null;
+  const sum = total === undefined ? null : h("p", {}, "Total: ", total === null ? noData() : h("b", {}, grouped(total)));
+  const parts = variants.filter(({ breakdown }) => breakdown).flatMap(breakdownOf);
+  const fits = (quote.quotas ?? []).map((quota) => h("li", {}, fitInWords(quota)));
+  fill(find("quote-result"), scrolling("Table of prices", table), best, sum, parts, h("ul", {}, fits));
+}
+
+/** What each item costs alone, or how much less the body costs without a member. */
+function breakdownOf({ label, breakdown }) {
+  const rows = breakdown.map(({ item, member, estimated, marginal, error }) => ({
+    part: item === undefined ? member : `item ${item}`,
+    amount: marginal ?? estimated ?? null,
+    error,
+  }));
+  const columns = [
+    { key: "part", label: `Parts of ${label}`, isName: true, value: (row) => row.part },
+    {
+      key: "amount",
+      label: breakdown[0]?.item === undefined ? "Less without it" : "Alone",
+      value: (row) => (row.amount === null ? null : Number(row.amount)),
+      show: (row) => (row.amount === null ? noData(row.error?.message ?? "no price") : grouped(row.amount)),
+    },
+  ];
+  return scrolling(`Parts of ${label}`, tableOf({ caption: `Parts of ${label}`, columns, rows, sort: "" }));
+}
+
+function fitInWords({ scope, measure, per, fits, how_many: times }) {
+  const quota = `the ${scope === "org" ? "organisation's" : "team's"} ${measure.replace("_", " ")} a ${per}`;
+  if (fits === null || fits === undefined) return `Not known whether it fits into ${quota}.`;
+  if (!fits) return `Does not fit into ${quota}.`;
+  return times === null || times === undefined ? `Fits into ${quota}.` : `Fits ${grouped(times)} times into ${quota}.`;
 }

@@ -1,12 +1,12 @@
 // The sections of the page, each drawn from documents of the API.
 
-import { longName, shortName } from "./calendar.js";
+import { longName } from "./calendar.js";
 import { colourClass, StackedChart } from "./chart.js";
 import { fill, find, h, noData, save } from "./dom.js";
-import { approximate, durationOf, grouped, microOf, percentOf, shownCredits, textOf } from "./exact.js";
+import { approximate, durationOf, grouped, microOf, shownCredits, textOf } from "./exact.js";
 import { quotaColumns, quotaRows } from "./quotas.js";
 import { scrolling, tableCsv, tableOf } from "./tables.js";
-import { ANSWERED, CACHED, chartOf, groupRows, labelOf, recentSums, refusalsOf, share, sumOf } from "./usage.js";
+import { ANSWERED, CACHED, chartOf, countOf, labelOf, recentSums, refusalsOf, share } from "./usage.js";
 
 const MANY_QUOTAS = 12;
 
@@ -115,20 +115,18 @@ function groupTable(document, data, { group, sort }) {
       csv: "from_cache_percent",
     },
   ];
-  const all = sumOf(document.rows);
-  const rows = groupRows(document, group);
-  const total = all && {
-    ...all,
-    requests: BigInt(document.total.requests),
-    refused: BigInt(document.total.refused),
-    credits: microOf(document.total.estimated_credits),
+  const { sum, total } = document;
+  const footer = sum && {
+    requests: total.requests,
+    refused: total.refused,
+    credits: microOf(total.estimated_credits),
     share: null,
-    cached: share(all, CACHED),
+    cached: share(sum, CACHED),
+    isTotal: true,
   };
-  const footer = total && { ...total, isTotal: true };
   columns[0].show = (row) => (row.isTotal ? "Total" : name(row));
   columns.find(({ key }) => key === "share").show = (row) => (row.isTotal ? "" : percent("share")(row));
-  return { columns, rows, sort: known(sort, columns, "-credits"), total: footer };
+  return { columns, rows: data.ranked, sort: known(sort, columns, "-credits"), total: footer };
 }
 
 const number = (text) => (text === null ? null : Number(text));
@@ -166,16 +164,16 @@ export function showQuotas(document, state, who, now, isAll) {
 
 /** What the cache has answered and saved. */
 export function showCache(document) {
-  const sum = sumOf(document.rows);
+  const { sum } = document;
   const cached = sum && share(sum, CACHED);
   if (!cached) return fill(find("cache"), h("p", { className: "empty" }, "No data: nothing was answered in this period."));
-  const all = Object.keys(ANSWERED).reduce((total, name) => total + (sum.outcomes[name] ?? 0n), 0n);
+  const all = countOf(sum, Object.keys(ANSWERED));
   const seconds = document.total.upstream_seconds_saved;
   const present = Object.keys(ANSWERED).filter((name) => sum.outcomes[name]);
   const bar = h("div", { className: "stack", "aria-hidden": "true" });
   for (const name of present) {
     const part = h("span", { className: `outcome-${name}` });
-    part.style.flexGrow = String((sum.outcomes[name] * 10000n) / all || 1n);
+    part.style.flexGrow = String(sum.outcomes[name] / all);
     bar.append(part);
   }
   const lines = present.map((name) =>
@@ -184,7 +182,7 @@ export function showCache(document) {
       {},
       h("th", { scope: "row" }, h("i", { className: `swatch outcome-${name}` }), ANSWERED[name]),
       h("td", { className: "number" }, count(sum.outcomes[name])),
-      h("td", { className: "number" }, `${percentOf(sum.outcomes[name], all)} %`)
+      h("td", { className: "number" }, `${share(sum, [name])} %`)
     )
   );
   const head = h("thead", { className: "visually-hidden" }, h("tr", {}, ["Outcome", "Requests", "Share"].map((text) => h("th", { scope: "col" }, text))));

@@ -17,30 +17,41 @@ export const ANSWERED = {
 };
 export const CACHED = ["hit", "inferred", "stale", "collapsed"];
 
+/** A document of /v1/usage with its amounts as numbers: micro-credits as BigInt, counts as safe integers. */
+export function prepared(document) {
+  for (const row of document.rows) {
+    row.credits = microOf(row.estimated_credits);
+    row.requests = Number(row.requests);
+    row.refused = Number(row.refused);
+    for (const outcome in row.outcomes) row.outcomes[outcome] = Number(row.outcomes[outcome]);
+  }
+  return { ...document, sum: sumOf(document.rows) };
+}
+
 /** The sums of some rows; null if there are none, because no data is not 0. */
 export function sumOf(rows) {
   if (!rows.length) return null;
-  const sum = { requests: 0n, refused: 0n, credits: 0n, outcomes: {} };
+  const sum = nothing();
   for (const row of rows) add(sum, row);
   return sum;
 }
 
+const nothing = () => ({ requests: 0, refused: 0, credits: 0n, outcomes: {} });
+
 function add(sum, row) {
-  sum.requests += BigInt(row.requests);
-  sum.refused += BigInt(row.refused);
-  sum.credits += microOf(row.estimated_credits);
-  for (const outcome in row.outcomes) {
-    sum.outcomes[outcome] = (sum.outcomes[outcome] ?? 0n) + BigInt(row.outcomes[outcome]);
-  }
+  sum.requests += row.requests;
+  sum.refused += row.refused;
+  sum.credits += row.credits;
+  for (const outcome in row.outcomes) sum.outcomes[outcome] = (sum.outcomes[outcome] ?? 0) + row.outcomes[outcome];
 }
 
-/** Sums by the values of one or two members: Map or Map of Maps. */
+/** Sums by the values of a member. */
 function sumsBy(rows, key) {
   const sums = new Map();
   for (const row of rows) {
     const name = row[key];
     let sum = sums.get(name);
-    if (!sum) sums.set(name, (sum = { requests: 0n, refused: 0n, credits: 0n, outcomes: {} }));
+    if (!sum) sums.set(name, (sum = nothing()));
     add(sum, row);
   }
   return sums;
@@ -76,10 +87,11 @@ export function recentStart(today) {
   return week < month ? week : month;
 }
 
-export const share = (sum, names) => {
-  const answered = Object.keys(ANSWERED).reduce((all, name) => all + (sum.outcomes[name] ?? 0n), 0n);
-  return percentOf(names.reduce((all, name) => all + (sum.outcomes[name] ?? 0n), 0n), answered);
-};
+/** How many requests had one of these outcomes. */
+export const countOf = (sum, names) => names.reduce((all, name) => all + (sum.outcomes[name] ?? 0), 0);
+
+/** Their percentage of all answered requests; null if there are none. */
+export const share = (sum, names) => percentOf(BigInt(countOf(sum, names)), BigInt(countOf(sum, Object.keys(ANSWERED))));
 
 /** One row for each group, with its share of all credits. */
 export function groupRows(document, group) {
@@ -111,13 +123,12 @@ export function chartOf(document, { by, group, cumulative }) {
   for (const row of document.rows) {
     const index = position.get(row[by]);
     const one = values[top.get(row[group]) ?? SERIES];
-    const credits = microOf(row.estimated_credits);
-    one[index] = (one[index] ?? 0n) + credits;
-    totals[index] = (totals[index] ?? 0n) + credits;
+    one[index] = (one[index] ?? 0n) + row.credits;
+    totals[index] = (totals[index] ?? 0n) + row.credits;
   }
   const shown = cumulative ? runningSum : (all) => all;
   series.forEach((one, index) => (one.values = shown(values[index])));
-  return { labels, series, totals: shown(totals), by };
+  return { labels, series, totals: shown(totals), by, ranked };
 }
 
 function runningSum(values) {
@@ -134,18 +145,17 @@ export const labelOf = (row) => row.name || (row.id === "-" ? "no price" : row.i
 export function refusalsOf(document, by) {
   const labels = intervals(document.from, document.to, by);
   const sums = sumsBy(document.rows, by);
-  const all = sumOf(document.rows);
+  const all = document.sum;
   const outcomes = Object.keys(all?.outcomes ?? {}).filter((name) => !(name in ANSWERED));
-  outcomes.sort((one, other) => Number(all.outcomes[other] - all.outcomes[one]));
+  outcomes.sort((one, other) => all.outcomes[other] - all.outcomes[one]);
   const series = outcomes.slice(0, SERIES).map((id) => ({ id, label: id, values: [] }));
   const rest = outcomes.slice(SERIES);
   if (rest.length) series.push({ id: null, label: `Other: ${rest.join(", ")}`, values: [] });
-  const count = (sum, names) => names.reduce((total, name) => total + (sum.outcomes[name] ?? 0n), 0n);
   for (const one of series) {
     const names = one.id ? [one.id] : rest;
-    one.values = labels.map((label) => (sums.has(label) ? count(sums.get(label), names) : null));
+    one.values = labels.map((label) => (sums.has(label) ? countOf(sums.get(label), names) : null));
   }
-  return { labels, series, totals: labels.map((l) => (sums.has(l) ? count(sums.get(l), outcomes) : null)), by };
+  return { labels, series, totals: labels.map((l) => (sums.has(l) ? countOf(sums.get(l), outcomes) : null)), by };
 }
 
 /** Rows in the order of a column; `-credits` is descending. Rows without a value come last. */
