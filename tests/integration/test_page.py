@@ -146,6 +146,12 @@ class TestLooking:
         assert page.browser.text("#chart-title") == "Estimated credits by model, cumulative"
         page.browser.driver.back()
 
+    def test_a_link_to_a_team_that_is_gone_shows_everything_and_says_so(self, page: Page) -> None:
+        page.open("?period=90d&team=nobody", VIEWER)
+        page.browser.wait_for_text("#banner", "The page shows everything instead.")
+        assert "nobody" in page.browser.text("#banner")
+        assert page.browser.driver.current_url == f"{page.url}/"
+
     def test_rows_sort_in_both_directions(self, page: Page) -> None:
         page.open("?period=90d", VIEWER)
         orders = []

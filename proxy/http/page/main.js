@@ -19,6 +19,7 @@ let documents = null;
 let reading = null;
 let timer = 0;
 let failures = 0;
+let notice = "";
 let allQuotas = false;
 let sections = null;
 
@@ -44,7 +45,8 @@ async function load() {
     if (who.role === "team") Object.assign(state, { group: "model", team: "" });
     documents = { who, named: documents?.named ?? [], ...(await readReports(who, signal)) };
     failures = 0;
-    find("banner").hidden = true;
+    say(notice);
+    notice = "";
     render();
     const took = performance.now() - started;
     documents.named = await readNames(who, documents.days, signal);
@@ -127,11 +129,21 @@ function whoInWords({ role, team, team_name: name, token_expires: expires }) {
 function explain(error) {
   if (!(error instanceof ApiError)) throw error;
   if (error.status === 401 || error.code === "forbidden") return signOut(error.message);
+  find("loading").hidden = true;
+  if (error.code === "invalid-query" && searchOf(state)) {
+    notice = `${error.message} The page shows everything instead.`; // a link may name a team that is gone
+    return change({ team: "", model: "", period: "30d" });
+  }
   const since = documents ? ` ${find("as-of").textContent}.` : "";
   const isAway = error.status === 0 || error.status >= 500;
   if (isAway) timer = setTimeout(load, RETRY_MS[Math.min(failures++, RETRY_MS.length - 1)]);
-  find("banner").textContent = `${cause(error)}${isAway ? " Trying again." : ""}${since}`;
-  find("banner").hidden = false;
+  say(`${cause(error)}${isAway ? " Trying again." : ""}${since}`);
+}
+
+/** Shows a text at the top of the page; none: hides it. */
+function say(text) {
+  find("banner").textContent = text;
+  find("banner").hidden = !text;
 }
 
 function cause({ status, code, message }) {
