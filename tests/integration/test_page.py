@@ -208,6 +208,7 @@ class TestLooking:
         page.wait_until_drawn()
         assert page.cards() == [""] * 12
         assert "No data: nothing was estimated in this period." in page.text()
+        assert " 0 " not in f" {page.browser.text('#chart-total')} "
 
     def test_a_bar_is_read_with_the_keyboard(self, page: Page) -> None:
         page.open("?period=7d", VIEWER)

@@ -66,9 +66,9 @@ export class UsageSection {
   }
 }
 
-function totalInWords({ total, from, to }) {
-  if (!total.requests && !total.refused) return "";
+function totalInWords({ sum, total, from, to }) {
   const days = from === to ? longName(to) : `${longName(from)} to ${longName(to)}`;
+  if (!sum) return days;
   return [h("b", {}, grouped(total.estimated_credits)), ` in ${grouped(total.requests)} requests, ${days}`];
 }
 
