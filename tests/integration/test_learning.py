@@ -149,6 +149,24 @@ def test_one_body_that_does_not_agree_is_a_contradiction(learning: LearningFixtu
     assert inferred(learning.look_up(learning.flux())) == Reason.TOO_FEW_TESTS
 
 
+def test_a_contradiction_without_suspect_answers_keeps_the_span_of_one_with_them(learning: LearningFixture) -> None:
+    learning.learn()
+    verdict = learning.look_up(learning.flux())
+    assert isinstance(verdict, Inferred)
+    learning.learners[0].count(verdict, Counted.ANSWERED)
+    learning.wait(1.5)
+    learning.look_up(learning.flux())  # stores the count
+    doubt(learning)
+    learning.ask(learning.flux(), 100)
+    suspicious = learning.scope().last_contradiction
+    learning.ask(learning.flux(), 11)
+    learning.ask(learning.flux(), 101)
+    scope = learning.scope()
+    assert (scope.contradictions, scope.last_contradiction) == (2, suspicious)
+    assert suspicious is not None
+    assert suspicious.suspects == 1
+
+
 def test_tests_needed_double_up_to_64_times(learning: LearningFixture) -> None:
     learning.learn()
     for number in range(8):

@@ -49,8 +49,12 @@ local function without_doubt(doubts, id)
 end
 
 local function contradict()
-  head.last = { since = head.agreed_at, ['until'] = now, suspects = tonumber(stored[3] or 0) }
-  contradiction = cjson.encode(head.last)
+  local latest = { since = head.agreed_at, ['until'] = now, suspects = tonumber(stored[3] or 0) }
+  contradiction = cjson.encode(latest)
+  -- The time span that people look for is that of suspect answers: a later contradiction without any keeps it.
+  if latest.suspects > 0 or not head.last or head.last.suspects == 0 then
+    head.last = latest
+  end
   head.tests, head.factor, head.contradictions = 0, math.min(limits.factor, head.factor * 2), head.contradictions + 1
   if head.doubt.answering then
     account.proof = fresh_id
