@@ -226,7 +226,7 @@ class TestGauges:
         first, calls = _scrapes_until_read(gateway), _script_calls(gateway)
         next_ = _scrapes_until_read(gateway)
         assert next_[-1].ended - first[-1].began >= SNAPSHOT_S
-        assert len(next_) > 10
+        assert len(next_) > 3
         assert _script_calls(gateway) - calls == 3 + len(ACCOUNTS), "scripts: ledger id, windows, quotas, books"
 
 

@@ -231,7 +231,8 @@ def test_a_second_signal_ends_the_delay_and_a_third_one_ends_everything(
 def test_a_signal_before_it_serves_ends_it_too(runner: GatewayRunner) -> None:
     served = runner.begin()
     wait_until(lambda: any("proxy.processes.worker" in child.cmdline() for child in served.children()))
-    assert served.stop() == 0
+    served.send(signal.SIGTERM)
+    assert served.exit_status(within_s=START_S) == 0, "at the latest when the worker has started"
     assert_nothing_left(runner)
 
 
