@@ -1,4 +1,4 @@
-"""Generation objects, the items of a body: which of an item's modes RenderNet uses."""
+"""The mode of an item of a body (model, style, narrator, …): decides which one RenderNet prices."""
 
 from typing import Any
 

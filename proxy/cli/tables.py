@@ -97,7 +97,9 @@ def print_table(title: str, columns: Sequence[Column]) -> None:
             Text(column.total),
             justify="left" if column.is_text else "right",
             overflow="fold",
-            width=None if column.rank == 0 and column.is_text else column.width(wrapped_header=wrapped_header),
+            width=None
+            if column.rank == 0 and column.is_text and not column.wraps
+            else column.width(wrapped_header=wrapped_header),
         )
     for cells in zip(*(column.cells for column in shown), strict=True):
         table.add_row(*map(Text, cells))
@@ -211,10 +213,17 @@ def learned_lines(found: Mapping[str, Sequence[Scope]], zone: ZoneInfo) -> list[
 def learned_columns(found: Mapping[str, Sequence[Scope]], zone: ZoneInfo) -> list[Column]:
     """Scopes for people."""
     ranks = {"account": 1, "scope": 0, "state": 0, "tests": 0, "left_out": 0, "fewer_than_percent": 1, "items": 1}
+    headers = {"fewer_than_percent": "below %", "would_have_been_wrong": "wrong"}
     texts = {"account", "scope", "state", "items", "left_out", "counting", "team", "last_asked"}
     cells = zip(*_learned_rows(found, zone), strict=True) if any(found.values()) else [()] * len(LEARNED_COLUMNS)
     return [
-        Column(name.replace("_", " "), each, ranks.get(name, place + 2), is_text=name in texts, wraps=name in texts)
+        Column(
+            headers.get(name, name.replace("_", " ")),
+            each,
+            ranks.get(name, place + 2),
+            is_text=name in texts,
+            wraps=name in texts,
+        )
         for place, (name, each) in enumerate(zip(LEARNED_COLUMNS, cells, strict=True))
     ]
 

@@ -1,7 +1,7 @@
 """Invented usage of the last 60 days in the demo's ledger, so that charts and forecasts have something to show.
 
-It is the same in each demo but for the dates: rows of usage, and counters of the running week and month that agree with
-them. There is none for today, whose usage is that of the live traffic.
+It has usage rows, and counters of the current week and month that agree with them. Apart from the dates it is the same
+in every demo. Today has only the usage of the live traffic.
 """
 
 from collections import Counter, defaultdict

@@ -1,9 +1,9 @@
 """The demo's live traffic: generates the requests of three teams, and counts the answers.
 
 * The popularity of bodies follows Zipf's law: few are sent often, most seldom; some are sent for the first time.
-* A body is seldom sent twice in the same bytes: clients differ in member order, white space, numbers and escapes.
-* The requests carry the query string `QUERY`, which goes upstream: only for them does the simulated RenderNet fail now
-  and then.
+* The same body is rarely sent twice in the same bytes: clients differ in member order, white space, numbers, escapes.
+* The requests carry the query string `QUERY`, which is passed upstream. The simulated RenderNet only injects faults
+  into requests with it, never into those that users paste.
 """
 
 import asyncio

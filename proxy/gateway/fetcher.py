@@ -5,11 +5,10 @@
   or leaves its failure. Followers poll for either. If the leader dies, its lease expires within `LEASE_S` and a
   follower takes over.
 * With the store unavailable, each process calls upstream for itself.
-* Three things run in the background after the response: refreshes of stale prices, audits of stored prices (see Audits
-  in docs/architecture.md), and audits of inferred ones (see docs/learning.md). There is at most one audit of a stored
-  price at a time for each account, over all processes. Refreshes are limited in each process, so that a repriced
-  account is fetched again gradually; so are audits of inferred prices.
-* What upstream answers under a lease is learned from. Other answers are those of `no-store`, and of outages.
+* Background work after the response: refreshes of stale prices; audits of stored prices, at most one at a time for each
+  account over all processes (docs/architecture.md, Audits); audits of inferred prices (docs/learning.md). Each process
+  limits its refreshes and its audits of inferred prices, so that a repriced account is fetched again gradually.
+* The gateway learns from answers to calls under a lease, so not from those to `no-store` requests or during outages.
 """
 
 import asyncio

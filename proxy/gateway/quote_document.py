@@ -1,6 +1,6 @@
-"""The answer of `POST /v1/quote`: prices of variants, their breakdowns, and what quotas leave room for.
+"""Builds the answer of `POST /v1/quote`: prices of variants, their breakdowns, and how many fit into the quotas.
 
-Amounts are RenderNet's own numbers, added or subtracted exactly. What is unknown is null, and so is each sum with it.
+Amounts are RenderNet's own numbers, added or subtracted exactly. An unknown amount is null, as is each sum with it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The paths of the gateway's own endpoints, and how requests' paths are shown. RenderNet's is in `upstream.address`."""
+"""Paths of the gateway's own endpoints, and masking of paths in logs. RenderNet's path: `proxy.upstream.address`."""
 
 import re
 import string

@@ -1,4 +1,4 @@
-"""Compares answers: two agree if the whole of their `data`, but the balance, is equal."""
+"""Compares upstream's answers: two agree if their `data` is equal, apart from the balance."""
 
 from contextlib import suppress
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal

@@ -1,6 +1,7 @@
-"""Chooses which inferred answers are audited: one in each block of so many answers of a scope, at a random place.
+"""Chooses which inferred answers are audited: in each block of `one_in` answers of a scope, one at a random position.
 
-Clients cannot tell which, and no scope goes unaudited for longer than two blocks, as single draws could let it.
+Clients cannot predict which one. Two audits of a scope are less than two blocks apart; independent random draws would
+leave longer gaps now and then.
 """
 
 import secrets

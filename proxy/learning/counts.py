@@ -1,4 +1,4 @@
-"""What became of inferred prices, counted in this process until it is added to the store's counts."""
+"""Counts inferred prices (answered, right, wrong) in this process, until they are added to the store's counts."""
 
 from collections.abc import Iterable
 from time import monotonic

@@ -1,4 +1,4 @@
-"""What was learned in a scope: the evidence as the store has it, and as people see it."""
+"""The evidence of a scope: decodes what the store has, and derives the state and error bound that reports show."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

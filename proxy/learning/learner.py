@@ -2,8 +2,8 @@
 
 * All evidence is in the store, shared by all processes. An account's keys are in one cluster slot, so one script sees
   the account and a scope, and decides about doubts atomically: see `lua/learned_observe.lua`.
-* Before a body is asked, `look_up` gives a ticket. Its epoch and time keep an answer that was asked before a purge, or
-  before its setting started over, from being taken for a newer one.
+* `look_up` returns a ticket before upstream is asked. Its epoch and time show later whether the answer is outdated: it
+  is ignored if a purge came in between, or if its setting started over.
 """
 
 import asyncio

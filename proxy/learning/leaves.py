@@ -3,10 +3,11 @@
 * A leaf is a member that is not an object or array, or an empty one. Its path goes through arrays: `0.loras.1.weight`.
 * A scope is all bodies with the same items, modes, models and leaf paths, asked with the same query string and the same
   ignored members. Ignored members are removed first.
-* A setting is all bodies of a scope that have the same values in the leaves that are kept, and the same classes in
-  those that are left out. `lua/learned_observe.lua` computes the same id.
-* A sentinel is a class of its own. A number has its sign and whether it is whole as its class. All strings are of one
-  class, but a string that spells a number is of that number's, and never of the same class as the number itself.
+* A setting is all bodies of a scope that have the same values in the leaves that count, and values of the same classes
+  in the leaves that are left out. `lua/learned_observe.lua` computes the same id.
+* Classes: each sentinel (null, booleans, 0, -1, "" and empty containers) is a class of its own. Other numbers form four
+  classes: by sign, and by whether they are whole. Strings that spell a number have the same classes, apart from those
+  of numbers. All other strings are one class.
 """
 
 import re

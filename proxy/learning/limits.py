@@ -1,4 +1,4 @@
-"""The numbers of the rules, and the limits of what is kept. `Limits` passes them to `lua/learned_observe.lua`."""
+"""Thresholds for learning and inferring, and limits on stored evidence. `Limits` passes them to the Lua script."""
 
 from dataclasses import asdict, dataclass
 

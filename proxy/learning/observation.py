@@ -1,4 +1,4 @@
-"""What an answer of upstream taught, and how inferred prices are counted."""
+"""The effect of one upstream answer on the evidence, and the results by which inferred prices are counted."""
 
 from dataclasses import dataclass
 from enum import StrEnum

@@ -1,6 +1,6 @@
-"""What a process has read of the evidence, for at most `REREAD_S`.
+"""An in-process cache of evidence from the store. An entry is used for at most `REREAD_S`.
 
-So all gateways know of a doubt, a dropped price and a moved list within two seconds.
+So each gateway notices a doubt, a dropped price or a moved price list within two seconds.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A ticket: what must be known about a body before it is asked, to learn from the answer."""
+"""A ticket: what is recorded about a body before upstream is asked, so that its answer can be learned from."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Where an organisation's ledger is stored: key names, hash fields, and the counters that requests are booked on.
+"""The layout of an organisation's ledger in the store: key names, hash fields, and the counters of a request.
 
 * All keys of a ledger are in one cluster slot, so one script can debit the team and the organisation, or neither.
 * A new window is a new key: counters are never reset.

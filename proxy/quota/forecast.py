@@ -2,12 +2,12 @@
 
 * The expected use of a day is a level times the factor of its weekday. The level is an exponentially weighted mean of
   the finished days. A factor compares one weekday with all days.
-* Backtests correct it: the same rule is applied at each earlier day of the history, and what was then used is divided
-  by what it expected. The median of these ratios is the correction (it follows growth), and their outer deciles,
-  widened, are the range.
-* A day far above the others is cut to a high one, so that one spike does not change what is expected of other days.
-  Days on which the quota was used up are unknown: they do not show what a team would have used.
-* What is used so far counts in full, today included. Of today, only the time that is left is forecast.
+* Backtests correct it: the same rule is applied at each earlier day of the history, and the actual use after that day
+  is divided by the expected one. The median of these ratios is the correction (it follows growth). The range goes from
+  their 10th to their 90th percentile, and is widened if there are few independent ones.
+* A day counts as at most `_PEAK` times the upper quartile, so that one spike does not change the forecast of other
+  days. Days on which the quota was used up are unknown: they do not show what a team would have used.
+* What is used so far counts in full, today included. Only the remaining time of today is forecast.
 
 `bench/forecast.py` measures the errors and how often the range holds. The constants were chosen with it.
 """

@@ -1,7 +1,7 @@
-"""Counts the seconds that answers did not wait for upstream, for the metric.
+"""Updates the metric of upstream seconds saved, in a background task.
 
-A request costs nothing here: `Metrics` counts answers, and a background task multiplies them by the ledger's mean of
-the day so far. Usage reports compute the time of each day themselves, with its last mean.
+`Metrics` counts the answers that saved time; the task multiplies them by today's mean so far, from the ledger. Usage
+reports do not use the metric: they multiply each day's answers by the final mean of that day.
 """
 
 import asyncio

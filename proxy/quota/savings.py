@@ -1,7 +1,7 @@
-"""What answers without a request to upstream have saved: the time of that request, by the mean of its day.
+"""Estimates the upstream time that cached answers saved: a request's mean time at upstream, by day.
 
-The mean of a day is that of the requests to upstream whose price answered a client on that day, in the whole
-organisation. Until a day has one, the mean of the newest earlier day stands for it.
+A day's mean is over the organisation's requests to upstream on that day whose price answered a client. A day without
+such a request takes the mean of the newest earlier day, at most `LOOK_BACK_DAYS` back.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Warnings about settings that are valid and probably not meant, as lines for the operator."""
+"""Warnings about settings that are valid but probably unintended, as lines for the operator."""
 
 import re
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,7 @@
 """One shared timer for short timeouts: a timer per call costs more than the calls.
 
-The timer ticks. A timeout raises one tick after its deadline was found to have passed. After a blocked event loop,
-timers and replies are handled in the same iteration; a reply that is already there must win.
+The timer ticks at a fixed interval. A tick that finds a deadline passed marks it, and the next tick raises the timeout.
+Without that delay, a reply that arrived while the event loop was blocked could lose against the timer.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""The operations of the OpenAPI document that operators, their monitoring and everybody call."""
+"""The OpenAPI operations for operators, viewers and monitoring, and those that need no token."""
 
 from proxy.http.openapi.parts import (
     EXAMPLE_BODY,
@@ -15,11 +15,11 @@ from proxy.http.openapi.problems import BODY, COMMON, MALFORMED, problem_respons
 from proxy.problems import Code
 
 _EXAMPLE_SCOPE = {
-    "scope": "9c1f0a7e5b2d4c68",
-    "items": ["Flux"],
+    "scope": "9c1f0a7e5b2d4c68a03f77d1",
+    "items": ["model Flux"],
     "state": "observing",
-    "counting": ["batch_size", "quality", "steps"],
-    "left_out": ["prompt.positive", "seed"],
+    "counting": ["0.batch_size", "0.model", "0.quality", "0.steps"],
+    "left_out": ["0.prompt.positive", "0.seed"],
     "tests": 84,
     "tests_needed": 100,
     "bound": 0.035037,

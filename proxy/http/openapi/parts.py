@@ -1,4 +1,4 @@
-"""The parts of which operations of the OpenAPI document are made."""
+"""Shared building blocks of the OpenAPI operations: headers, parameters, bodies and answers."""
 
 from collections.abc import Mapping
 from typing import Any
