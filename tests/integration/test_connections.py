@@ -339,7 +339,7 @@ def test_a_client_that_does_not_read_its_answers_is_cut_off(
 ) -> None:
     monkeypatch.setattr("proxy.http.connection.LINGER_S", PATIENCE_S)
     with gateway.connect() as connection:
-        connection.settimeout(10)
+        connection.settimeout(30)
         assert_cut_off(connection, post(BODY) * 100, times=1000)
     wait_until(lambda: not gateway.tracker.in_flight)
 

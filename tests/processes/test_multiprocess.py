@@ -23,6 +23,7 @@ from prometheus_client import values
 
 from gateway_fixture import DESIGN, MARKETING
 from gateway_process import GatewayProcess, GatewayRunner, Tree, kill, wait_until_gone
+from past_usage import put_past_usage
 from prometheus import (
     MORNING,
     SCRAPER,
@@ -164,7 +165,9 @@ class TestServe:
         wait_until_gone(worker)
         assert gateways.files() == []
 
-    def test_all_declared_metrics_are_shown(self, gateways: Gateways) -> None:
+    def test_all_declared_metrics_are_shown(self, gateways: Gateways, valkey_url: str) -> None:
+        with redis.Redis.from_url(valkey_url) as store:
+            put_past_usage(store, "design", [10] * 20, zone=MORNING)  # a forecast needs it
         served = gateways.start()
         assert [served.ask(FLUX).status_code for _ in range(2)] == [200, 200]
         wait_until(lambda: hits(scraped_at(served)))

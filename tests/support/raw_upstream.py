@@ -88,7 +88,7 @@ class Listener:
 class RawUpstream:
     """Requests get what `script` has for them, in order; all others a price: the `steps` of their first item.
 
-    idle_s: a connection without a request for so long is closed.
+    idle_s: a connection is closed if so long after a response there is no other request.
     """
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
@@ -112,7 +112,6 @@ class RawUpstream:
 
     def _talk(self, connection: socket.socket, number: int) -> None:
         while True:
-            connection.settimeout(self.idle_s)
             request = read_request(connection, number)
             if request is None:
                 self.closed += 1
@@ -120,6 +119,7 @@ class RawUpstream:
             self.requests.append(request)
             if not self._answer(connection, self._turns.popleft() if self._turns else Turn((_price(request),))):
                 return
+            connection.settimeout(self.idle_s)
 
     def _answer(self, connection: socket.socket, turn: Turn) -> bool:
         """Whether the connection goes on."""
