@@ -104,7 +104,7 @@ _KINDS = {
     Code.INVALID_QUERY: _Kind(400, "A query parameter is invalid", Outcome.INVALID),
     Code.UNKNOWN_TOKEN: _Kind(401, "No valid token", Outcome.UNAUTHENTICATED),
     Code.TEAM_DISABLED: _Kind(403, "This team is disabled", Outcome.TEAM_DISABLED),
-    Code.FORBIDDEN: _Kind(403, "The token does not permit this", Outcome.UNAUTHENTICATED),
+    Code.FORBIDDEN: _Kind(403, "This is not permitted", Outcome.UNAUTHENTICATED),
     Code.NOT_FOUND: _Kind(404, "The gateway does not serve this path", Outcome.INVALID),
     Code.METHOD_NOT_ALLOWED: _Kind(405, "The path does not support this method", Outcome.INVALID),
     Code.BODY_TOO_LARGE: _Kind(413, "The body is too large", Outcome.INVALID),

@@ -1,6 +1,7 @@
 """Reads and changes the stores for the command line: directly, without going through a gateway."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -32,12 +33,13 @@ _Read = TypeVar("_Read")
 
 def from_store(reading: Coroutine[Any, Any, _Read]) -> _Read:
     """The result. If the store cannot be read, prints why and exits."""
+    logging.getLogger("proxy").addHandler(logging.NullHandler())  # the message below says it
     try:
         return asyncio.run(reading)
     except EmbeddedStoreError as error:
         fail(str(error))
-    except StoreUnavailable:
-        fail("the store is unreachable")
+    except StoreUnavailable as error:
+        fail(f"the store is unreachable ({error}): check that it runs, and store.url and cache.url")
 
 
 async def read_usage(settings: Settings, query: UsageQuery) -> Usage:

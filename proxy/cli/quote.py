@@ -198,7 +198,7 @@ def _columns(report: Report) -> list[Column]:
     cells = zip(*(row.cells for row in rows_of(report)), strict=True)
     ranks = (0, 0, 1, 2, 4, 5, 3)
     columns = [
-        Column(header, column, rank, is_text=header in ("variant", "basis", "note"))
+        Column(header, column, rank, is_text=header in ("variant", "basis", "note"), wraps=header == "note")
         for header, column, rank in zip(HEADERS, cells, ranks, strict=True)
     ]
     return [column for column in columns if any(column.cells)]

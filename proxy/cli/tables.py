@@ -48,14 +48,15 @@ class Column:
     is_text: bool = False
     wraps: bool = False
 
-    def width(self, *, wrapped_header: bool) -> int:
-        """Terminal columns that it needs without breaking a word."""
-        header = _longest_word(self.header) if wrapped_header else cell_len(self.header)
-        cells = [self._cell_width(cell) for cell in (*self.cells, self.total)]
+    def width(self, *, wrapped: bool) -> int:
+        """Terminal columns that it needs without breaking a word. `wrapped`: with wrapped header and, if so, cells."""
+        header = _longest_word(self.header) if wrapped else cell_len(self.header)
+        cells = [self._cell_width(cell, wrapped=wrapped) for cell in (*self.cells, self.total)]
         return max(header, *cells)
 
-    def _cell_width(self, cell: str) -> int:
-        return min(cell_len(cell), max(_NAME_WIDTH, _longest_word(cell))) if self.wraps else cell_len(cell)
+    def _cell_width(self, cell: str, *, wrapped: bool) -> int:
+        wraps = self.wraps and wrapped
+        return min(cell_len(cell), max(_NAME_WIDTH, _longest_word(cell))) if wraps else cell_len(cell)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,8 @@ def to_tsv(lines: Iterable[Sequence[str]]) -> str:
 def print_table(title: str, columns: Sequence[Column]) -> None:
     """Prints the columns that fit into the terminal, and the names of the others."""
     console = Console()
-    wrapped_header = _width_of(columns, wrapped_header=False) > console.width
-    shown = _fitting(columns, console.width) if wrapped_header else list(columns)
+    wrapped = _width_of(columns, wrapped=False) > console.width
+    shown = _fitting(columns, console.width) if wrapped else list(columns)
     table = Table(show_footer=any(column.total for column in columns), box=None, collapse_padding=True, pad_edge=False)
     for column in shown:
         table.add_column(
@@ -97,9 +98,7 @@ def print_table(title: str, columns: Sequence[Column]) -> None:
             Text(column.total),
             justify="left" if column.is_text else "right",
             overflow="fold",
-            width=None
-            if column.rank == 0 and column.is_text and not column.wraps
-            else column.width(wrapped_header=wrapped_header),
+            width=None if column.rank == 0 and column.is_text and not column.wraps else column.width(wrapped=wrapped),
         )
     for cells in zip(*(column.cells for column in shown), strict=True):
         table.add_row(*map(Text, cells))
@@ -253,14 +252,14 @@ def _name_columns(names: Sequence[str], rank: int) -> list[Column]:
 def _fitting(columns: Sequence[Column], width: int) -> list[Column]:
     shown = [column for column in columns if column.rank == 0]
     for column in sorted(columns, key=lambda column: column.rank):
-        if column.rank > 0 and _width_of([*shown, column], wrapped_header=True) <= width:
+        if column.rank > 0 and _width_of([*shown, column], wrapped=True) <= width:
             shown.append(column)
     return [column for column in columns if column in shown]
 
 
-def _width_of(columns: Sequence[Column], *, wrapped_header: bool) -> int:
+def _width_of(columns: Sequence[Column], *, wrapped: bool) -> int:
     """With one space between columns."""
-    return sum(column.width(wrapped_header=wrapped_header) + 1 for column in columns) - 1
+    return sum(column.width(wrapped=wrapped) + 1 for column in columns) - 1
 
 
 def _longest_word(text: str) -> int:

@@ -32,7 +32,7 @@ from proxy.gateway.inferences import Inference, Inferences
 from proxy.gateway.live_config import ConfigHolder, RuntimeConfig
 from proxy.gateway.quote_document import Basis, Known, Quoted, Unknown
 from proxy.gateway.request import Answer, ClientRequest, Explanation, Learned, Trace
-from proxy.learning.verdict import Inferred
+from proxy.learning.verdict import Inferred, NotInferred, Reason
 from proxy.problems import Code, Outcome, Problem, StoreUnavailable
 from proxy.quota.credits import micro_of, text_of
 from proxy.quota.ledger import Admitted, Denied, Ledger
@@ -358,7 +358,9 @@ class Gateway:
         lookup = await self._look_up(canonical_request, trace)
         stored = None if lookup is None else lookup.stored
         verdict = None if lookup is None else await self._inferences.explain(canonical_request, config)
-        inferred = verdict.stored if isinstance(verdict, Inferred) and config.learn == "use" and team.infer else None
+        if isinstance(verdict, Inferred) and not team.infer:
+            verdict = NotInferred(Reason.EXACT_TEAM, verdict.scope, verdict.ticket)
+        inferred = verdict.stored if isinstance(verdict, Inferred) and config.learn == "use" else None
         admission = await self._peek(team, stored or inferred, trace)
         if isinstance(admission, Denied) and admission.problem.code is Code.RATE_LIMITED:
             return admission.problem

@@ -14,11 +14,14 @@ _WHY = {
     Reason.NOT_LEARNABLE: "A member name has a dot or only digits, or the body has too many members, so it is not "
     "learned from.",
     Reason.UNAVAILABLE: "The price book's store is unavailable.",
-    Reason.NEW_SCOPE: "No body with these members, models and number of items was asked yet.",
+    Reason.NEW_SCOPE: "No body with these members, models and number of items was asked yet, or only in the last two "
+    "seconds.",
     Reason.IN_DOUBT: "RenderNet's answer to another body did not agree: nothing is inferred until that is resolved.",
     Reason.TOO_FEW_TESTS: "There are too few tests without a contradiction.",
     Reason.NEW_SETTING: f"Fewer than {ENOUGH_BODIES} bodies were asked that are equal in all members that count.",
     Reason.OUTSIDE: "A member that is left out has a value outside the range that was tested.",
+    Reason.NEVER_LEARN: "cache.never_learn has changed: the next asked body begins the tests again.",
+    Reason.EXACT_TEAM: "The team has infer = false in the settings, so it gets only exact prices.",
     Reason.AUDIT_OWED: "An audit was due and could not be asked: the next body of this setting is asked.",
 }
 

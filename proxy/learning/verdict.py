@@ -29,6 +29,10 @@ class Reason(StrEnum):
     OUTSIDE = "outside-range"
     AUDIT_OWED = "audit-owed"
     """An audit of its setting was due and could not be asked."""
+    NEVER_LEARN = "never-learn-changed"
+    """The settings name a leaf that was left out; the next observation begins the tests again."""
+    EXACT_TEAM = "exact-team"
+    """The team has `infer = false`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +71,24 @@ def decide(
     scope = evidence.scope
     if scope is None:
         return NotInferred(Reason.NEW_SCOPE, ticket=ticket)
-    if evidence.in_doubt:
-        return NotInferred(Reason.IN_DOUBT, scope, ticket)
-    if scope.tests < scope.needed or _counts_now(ticket.reduced, evidence.left):
-        return NotInferred(Reason.TOO_FEW_TESTS, scope, ticket)
-    if known is None or known.bodies < ENOUGH_BODIES:
-        return NotInferred(Reason.NEW_SETTING, scope, ticket)
+    reason = _lacks(ticket, evidence, scope, known)
+    if reason is not None or known is None:
+        return NotInferred(reason or Reason.NEW_SETTING, scope, ticket)
     outside = _outside(ticket.reduced, evidence, known)
     if outside is not None:
         return NotInferred(Reason.OUTSIDE, scope, ticket, outside)
     age_s = max(0, ticket.asked_at_ms - known.at_ms) / 1000
     return Inferred(StoredPrice(known.price, age_s, ttl_s - age_s, b""), setting, scope, ticket)
+
+
+def _lacks(ticket: Ticket, evidence: Evidence, scope: Scope, known: Setting | None) -> Reason | None:
+    if evidence.in_doubt:
+        return Reason.IN_DOUBT
+    if _counts_now(ticket.reduced, evidence.left):
+        return Reason.NEVER_LEARN
+    if scope.tests < scope.needed:
+        return Reason.TOO_FEW_TESTS
+    return Reason.NEW_SETTING if known is None or known.bodies < ENOUGH_BODIES else None
 
 
 def measures(reduced: Reduced, left: str) -> Iterator[tuple[int, str, float]]:

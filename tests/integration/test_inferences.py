@@ -96,6 +96,8 @@ class TestUse:
         gateway = open_learning(teams=teams)
         teach(gateway)
         assert cache_status(gateway.ask(new_body(), x_api_key=MARKETING)).startswith("fwd=miss")
+        why = gateway.client.post("/v1/explain", content=new_body(), headers={"x-api-key": MARKETING}).json()["learned"]
+        assert (why["inferable"], why["reason"], "estimated" in why) == (False, "exact-team", False)
         assert is_inferred(gateway.ask(new_body()))
 
     def test_what_counts_is_asked(self, open_learning: OpenGateway) -> None:
@@ -392,7 +394,8 @@ class TestReports:
             "learn": "use",
             "inferable": False,
             "reason": "new-scope",
-            "detail": "No body with these members, models and number of items was asked yet.",
+            "detail": "No body with these members, models and number of items was asked yet, or only in the last two "
+            "seconds.",
         }
         gateway.ask(new_body())
         wait_until(lambda: explained(gateway)["reason"] == "too-few-tests")

@@ -298,7 +298,7 @@ def test_an_id_is_never_left_out(learning: LearningFixture) -> None:
 def test_a_member_that_never_learn_names_counts_again(learning: LearningFixture) -> None:
     learning.learn()
     question = learning.flux()
-    assert inferred(learning.look_up(question, never=("seed",))) == Reason.TOO_FEW_TESTS
+    assert inferred(learning.look_up(question, never=("seed",))) == Reason.NEVER_LEARN
     learning.observe(learning.ticket(question, never=("seed",)), 5)
     assert learning.scope().left_out == ()
 

@@ -57,7 +57,8 @@ export function forecastInWords(quota, timeZone) {
   const { forecast, resets_at: reset } = quota;
   if (Number(quota.limit) === 0) return "Every request is refused.";
   const isReached = microOf(quota.used) >= microOf(quota.limit);
-  if (!forecast) return isReached ? `Reached. Resets on ${dayInWords(reset, timeZone)}.` : null;
+  const resets = ["minute", "hour", "day"].includes(quota.per) ? "" : ` Resets on ${dayInWords(reset, timeZone)}.`;
+  if (!forecast) return isReached ? `Reached.${resets}` : null;
   const day = (instant) => dayInWords(instant, timeZone);
   const { reached_at: at, reached_from: from, reached_until: until } = forecast;
   if (isReached) return at ? `Reached about ${day(at)}.` : "Reached.";

@@ -49,7 +49,7 @@ function show(quote) {
   const { variants, cheapest, total } = quote;
   const table = tableOf({ caption: "Prices of the variants", columns: COLUMNS, rows: variants, sort: "" });
   const best = variants.length > 1 && cheapest ? h("p", {}, "Cheapest: ", h("b", {}, cheapest)) : null;
-  const sum = total === undefined ? null : h("p", {}, "Total: ", total === null ? noData() : h("b", {}, grouped(total)));
+  const sum = total === undefined ? null : h("p", {}, "Total of the cheapest, in credits: ", total === null ? noData() : h("b", {}, grouped(total)));
   const parts = variants.filter(({ breakdown }) => breakdown).flatMap(breakdownOf);
   const fits = (quote.quotas ?? []).map((quota) => h("li", {}, fitInWords(quota)));
   fill(find("quote-result"), scrolling("Table of prices", table), best, sum, parts, h("ul", {}, fits));
@@ -57,8 +57,8 @@ function show(quote) {
 
 /** What each item costs alone, or how much less the body costs without a member. */
 function breakdownOf({ label, breakdown }) {
-  const rows = breakdown.map(({ item, member, estimated, marginal, error }) => ({
-    part: item === undefined ? member : `item ${item}`,
+  const rows = breakdown.map(({ item, member, estimated, marginal, mode_changes: other, error }) => ({
+    part: item === undefined ? `${member}${other ? " (another mode wins without it)" : ""}` : `item ${item}`,
     amount: marginal ?? estimated ?? null,
     error,
   }));
@@ -77,6 +77,6 @@ function breakdownOf({ label, breakdown }) {
 function fitInWords({ scope, measure, per, fits, how_many: times }) {
   const quota = `the ${scope === "org" ? "organisation's" : "team's"} ${measure.replace("_", " ")} a ${per}`;
   if (fits === null || fits === undefined) return `Not known whether it fits into ${quota}.`;
-  if (!fits) return `Does not fit into ${quota}.`;
-  return times === null || times === undefined ? `Fits into ${quota}.` : `Fits ${grouped(times)} times into ${quota}.`;
+  if (!fits) return `The cheapest does not fit into ${quota}.`;
+  return times === null || times === undefined ? `The cheapest fits into ${quota}.` : `The cheapest fits ${grouped(times)} times into ${quota}.`;
 }

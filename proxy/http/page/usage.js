@@ -10,7 +10,7 @@ export const ANSWERED = {
   hit: "Hits: a stored price of the same body",
   inferred: "Inferred: a price of the same setting",
   stale: "Stale prices, served while a new one was fetched",
-  collapsed: "Shared: waited for another team's equal request",
+  collapsed: "Shared: waited for an equal request",
   miss: "Misses: RenderNet was asked",
   bypass: "Asked without the price book",
   unpriced: "Answered without a price",

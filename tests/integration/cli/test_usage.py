@@ -350,7 +350,9 @@ def test_no_quotas_are_reported_without_an_error(run: Run, valkey_url: str) -> N
 )
 def test_an_unreachable_store_is_one_line(run: Run, command: list[str]) -> None:
     Path("estimate-proxy.toml").write_text(f'{CONFIG}[store]\nurl = "redis://127.0.0.1:{free_port()}"\n')
-    assert refusal(run(*command)) == "the store is unreachable"
+    line = refusal(run(*command))
+    assert line.startswith("the store is unreachable (")
+    assert line.endswith("): check that it runs, and store.url and cache.url")
     Path("estimate-proxy.toml").write_text(f'{CONFIG}[store]\ndata_dir = "data"\n')
     assert "data" in refusal(run(*command))
 
