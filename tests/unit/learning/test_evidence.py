@@ -129,7 +129,7 @@ def test_a_setting_needs_three_bodies(of_setting: Setting | None) -> None:
 def test_a_member_that_may_no_longer_be_left_out_counts_at_once() -> None:
     found = verdict(body(550, never=("seed",)), evidence(), setting())
     assert isinstance(found, NotInferred)
-    assert found.reason == Reason.TOO_FEW_TESTS
+    assert found.reason == Reason.NEVER_LEARN
 
 
 @given(st.integers(-3000, 3000) | st.floats(-3000, 3000), st.integers(-2000, 2000), st.integers(-2000, 2000))
