@@ -32,7 +32,8 @@ def test_a_body_without_a_stored_price(gateway: GatewayFixture) -> None:
             "learn": "observe",
             "inferable": False,
             "reason": "new-scope",
-            "detail": "No body with these members, models and number of items was asked yet.",
+            "detail": "No body with these members, models and number of items was asked yet, or only in the last two "
+            "seconds.",
         },
     }
 
