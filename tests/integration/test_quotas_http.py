@@ -193,7 +193,7 @@ class TestQuotas:
 
     @pytest.mark.parametrize("measure", ["requests", "estimated_credits"])
     def test_many_simultaneous_requests_do_not_exceed_it(self, measure: str, limited: Limited) -> None:
-        gateway = limited(quota(20, "month", measure))
+        gateway = limited(quota(20, "month", measure), store={"timeout_s": 10})
         with ThreadPoolExecutor(50) as pool, gateway.simulator.hold() as hold:
             asked = [pool.submit(gateway.ask, b'[{"seed":%d}]' % (number % 40)) for number in range(200)]
             assert gateway.simulator.arrived(20)
