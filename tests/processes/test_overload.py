@@ -128,7 +128,7 @@ SILENT = 8000
 
 @pytest.mark.usefixtures("simulator")
 def test_slow_bodies_and_silent_connections_do_not_affect_other_clients(runner: GatewayRunner) -> None:
-    served = runner.start(server={"request_timeout_s": 60})  # bodies may take as long
+    served = runner.start(server={"request_timeout_s": 60}, store={"timeout_s": 10})  # bodies may take as long
     assert served.ask(BODY).status_code == 200
     with many_files(), ExitStack() as opened:
         connect = partial(socket.create_connection, address_of(served.url), timeout=30)
