@@ -180,6 +180,7 @@ def test_buffered_debits_are_booked_when_the_gateway_closes(
 @pytest.mark.usefixtures("fast_recovery")
 def test_a_full_backlog_refuses(store_proxy: FaultyProxy, server: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("proxy.quota.ledger.MAX_BACKLOG_ROWS", 2)
+    monkeypatch.setattr("proxy.quota.ledger.FLUSH_EVERY_S", 0.5)  # no flush is tried before the backlog is full
 
     async def scenario(fixture: LedgerFixture) -> None:
         seen, other_seen = await fixture.admitted(), await fixture.admitted()
