@@ -58,8 +58,9 @@ class Backlog:
         return sum(debit.requests for debit in rows if debit.requests > 0)
 
     def has_capacity(self) -> bool:
-        """Whether a new sum can start."""
-        return len(self._sums) < self._max_rows
+        """Whether a new sum can start. The rows of a batch count until it is booked."""
+        in_batch = len(self._batch.rows) if self._batch else 0
+        return len(self._sums) + in_batch < self._max_rows
 
     def add(self, counters: CounterSet, charge: Charge, requests: int) -> bool:
         """Returns False, and buffers nothing, if that would start one sum too many."""

@@ -39,7 +39,7 @@ def text(description: str = "", **more: Any) -> Schema:
 CREDITS: Schema = {"type": "number", "minimum": 0, "description": "Credits, an exact decimal number."}
 COUNT: Schema = {"type": "integer", "minimum": 0}
 SECONDS: Schema = {"type": "integer", "minimum": 0, "description": "Seconds."}
-PERCENT: Schema = nullable({"type": "number", "minimum": 0, "description": "Per cent; null if there is no whole."})
+PERCENT: Schema = nullable({"type": "number", "minimum": 0, "description": "In per cent; null if the total is 0."})
 DAY: Schema = {"type": "string", "format": "date"}
 TIME: Schema = {"type": "string", "format": "date-time"}
 TEAM = text("A team's id.", pattern="^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$")

@@ -80,8 +80,18 @@ def test_a_full_backlog_still_adds_to_existing_sums() -> None:
     assert backlog.requests == 3
 
 
+def test_the_rows_of_a_batch_count_until_it_is_dropped() -> None:
+    backlog = Backlog(1)
+    backlog.add(TODAY, HIT, 1)
+    batch = backlog.batch(1)
+    assert batch is not None
+    assert not backlog.add(TODAY, HIT, 1)
+    backlog.drop(batch)
+    assert backlog.add(TODAY, HIT, 1)
+
+
 def test_a_batch_keeps_its_name_and_rows_until_it_is_dropped() -> None:
-    backlog = Backlog(2)
+    backlog = Backlog(3)
     backlog.add(TODAY, HIT, 1)
     backlog.add(TOMORROW, HIT, 1)
     first = backlog.batch(1)
