@@ -13,6 +13,7 @@ import pytest
 
 from faulty_rendernet import Fault
 from gateway_fixture import API_KEY, MARKETING, GatewayFixture, OpenGateway, answers, break_off, cache_status, code_of
+from metric_samples import sample_value
 from serving import free_port, wait_until
 
 PRICED = b'{"data":{"estimated":5,"balance":20},"error":{}}'
@@ -326,8 +327,7 @@ class TestCollapsing:
 
 def renewals(gateway: GatewayFixture) -> float:
     """Returns how often the gateway has renewed a lease."""
-    name = "estimate_proxy_store_duration_seconds_count"
-    return gateway.metrics.registry.get_sample_value(name, {"call": "lease_keep"}) or 0
+    return sample_value(gateway.metrics, "estimate_proxy_store_duration_seconds_count", call="lease_keep")
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from gateway_fixture import PATH, UpstreamFixture
 from harness import machine_settings
+from metric_samples import sample_value
 from price_book_fleet import BALANCE_MAX_AGE_MS, LIFETIME_MS, Answer, Book, Directives, Fetch, Fleet, Pending
 from price_book_harness import ADMIN, START_MS, Harness, open_harness, wait_briefly_until
 from price_book_model import Process
@@ -241,8 +242,8 @@ class PriceBookMachine(RuleBasedStateMachine):
     def _check_audits(self) -> None:
         for replica, process in zip(self._harness.replicas, self._processes, strict=True):
             for result in ("same", "changed", "ignored-member"):
-                name, labels = "estimate_proxy_price_audits_total", {"account": "default", "result": result}
-                counted = replica.fetcher._metrics.registry.get_sample_value(name, labels) or 0
+                name = "estimate_proxy_price_audits_total"
+                counted = sample_value(replica.fetcher._metrics, name, account="default", result=result)
                 assert counted == process.audits[result], result
 
     # -- Helpers
