@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from coverage_pause import coverage_paused
 from ledger_harness import Harness, open_harness
 from shared_fixtures import any_store_url, close_servers, quick_gateways, upstream, valkey_url
 
-__all__ = ["any_store_url", "close_servers", "quick_gateways", "upstream", "valkey_url"]
+__all__ = ["any_store_url", "close_servers", "coverage_paused", "quick_gateways", "upstream", "valkey_url"]
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from command_line import empty_environment, run
+from coverage_pause import coverage_paused
 from gateway_fixture import UpstreamFixture
 from gateway_process import GatewayRunner, gateway_runner
 from shared_fixtures import (
@@ -24,6 +25,7 @@ from shared_fixtures import (
 __all__ = [
     "any_store_url",
     "close_servers",
+    "coverage_paused",
     "empty_environment",
     "gateway",
     "open_gateway",
