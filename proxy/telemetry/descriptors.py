@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from errno import EMFILE, ENFILE
+from errno import EBUSY, EMFILE, ENFILE
 
 
 def raise_limit() -> int:
@@ -25,10 +25,11 @@ def raise_limit() -> int:
 def ran_out(error: BaseException) -> bool:
     """Whether `error` was caused by a lack of descriptors, however often libraries have wrapped it.
 
-    Resolving a name takes descriptors too, but its error does not say so. Then this opens one to find out.
+    Resolving a name takes descriptors too, but its error does not say so, and may be a `gaierror` or `EBUSY`. Then this
+    opens a descriptor to find out.
     """
     for origin in _origins(error):
-        if isinstance(origin, socket.gaierror):
+        if isinstance(origin, socket.gaierror) or (isinstance(origin, OSError) and origin.errno == EBUSY):
             return not is_one_left()
         if isinstance(origin, OSError) and origin.errno in (EMFILE, ENFILE):
             return True

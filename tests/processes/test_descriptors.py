@@ -94,13 +94,16 @@ class TestRecognised:
         refused.__context__ = wrapped(refused, explicit=True)
         assert not ran_out(refused), "the search ends"
 
-    def test_an_unknown_host_name_is_not_taken_for_it(self) -> None:
-        unknown = wrapped(socket.gaierror(socket.EAI_NONAME, "unknown"), explicit=True)
+    @pytest.mark.parametrize(
+        "error", [socket.gaierror(socket.EAI_NONAME, "unknown"), OSError(errno.EBUSY, os.strerror(errno.EBUSY))]
+    )
+    def test_a_failed_look_up_is_taken_for_it_only_if_none_is_left(self, error: OSError) -> None:
+        failed = wrapped(error, explicit=True)
         assert is_one_left()
-        assert not ran_out(unknown)
+        assert not ran_out(failed)
         with no_descriptor_left():
             assert not is_one_left()
-            assert ran_out(unknown)
+            assert ran_out(failed)
 
 
 class TestWarning:
