@@ -54,8 +54,8 @@ from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.history import UsageHistory
 from proxy.quota.ledger import Ledger
+from proxy.quota.ledger_reader import LedgerReader
 from proxy.quota.price_change_log import PriceChangeLog
-from proxy.quota.reports import LedgerReader
 from proxy.quota.saved_time import SavedTime
 from proxy.quota.token_uses import TokenUses
 from proxy.settings.schema import SecretText, Settings

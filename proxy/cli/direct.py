@@ -19,9 +19,9 @@ from proxy.problems import BadRequest, Code, StoreUnavailable
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.forecast import Forecasts
 from proxy.quota.history import UsageHistory
+from proxy.quota.ledger_reader import LedgerReader
 from proxy.quota.price_changes import PriceChangeQuery, PriceChanges
 from proxy.quota.quotas import QuotaState
-from proxy.quota.reports import LedgerReader
 from proxy.quota.usage import Usage, UsageQuery
 from proxy.settings.schema import Settings
 from proxy.store.access import EmbeddedUrls

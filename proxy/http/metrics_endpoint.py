@@ -24,9 +24,9 @@ from proxy.quota.batches import LedgerBatcher
 from proxy.quota.credits import MICRO
 from proxy.quota.forecast import Forecasts
 from proxy.quota.history import UsageHistory
+from proxy.quota.ledger_reader import LedgerReader, WindowTotals
 from proxy.quota.quota_report import quota_uses
 from proxy.quota.quotas import QuotaState
-from proxy.quota.reports import LedgerReader, WindowTotals
 from proxy.quota.windows import Period, Window
 from proxy.telemetry.metrics import Metrics
 

@@ -13,8 +13,8 @@ from zoneinfo import ZoneInfo
 
 from proxy.problems import NO_NAME
 from proxy.quota.forecast import FORECAST_PERIODS, LOOKBACK_DAYS, Forecasts, forecast
+from proxy.quota.ledger_reader import CHUNK, CounterValue, LedgerReader
 from proxy.quota.quotas import QuotaState
-from proxy.quota.reports import CHUNK, CounterValue, LedgerReader
 from proxy.quota.usage import TeamDirectory
 from proxy.quota.windows import day_of
 

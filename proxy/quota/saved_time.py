@@ -8,7 +8,7 @@ import asyncio
 from collections import Counter
 
 from proxy.problems import StoreUnavailable
-from proxy.quota.reports import LedgerReader
+from proxy.quota.ledger_reader import LedgerReader
 from proxy.telemetry.metrics import Metrics
 
 TICK_S = 5.0

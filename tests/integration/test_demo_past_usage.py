@@ -12,8 +12,8 @@ from proxy.demo.past_usage import DAYS, past_usage, put_past_usage
 from proxy.demo.setup import TEAMS
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.history import UsageHistory
+from proxy.quota.ledger_reader import CounterValue, LedgerReader
 from proxy.quota.quotas import Quota, Rate, TeamLimits
-from proxy.quota.reports import CounterValue, LedgerReader
 from proxy.quota.usage import NO_NAMES, UsageQuery
 from proxy.quota.windows import Period
 from proxy.store.client import Store

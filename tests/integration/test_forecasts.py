@@ -27,8 +27,8 @@ from proxy.quota.counters import LedgerKeys
 from proxy.quota.credits import MICRO
 from proxy.quota.forecast import Forecasts
 from proxy.quota.history import UsageHistory
+from proxy.quota.ledger_reader import LedgerReader
 from proxy.quota.quotas import Quota, Rate, Scope, TeamLimits
-from proxy.quota.reports import LedgerReader
 from proxy.quota.usage import NO_NAMES, TeamDirectory
 from proxy.quota.windows import Period, window_of
 from proxy.store.client import Store

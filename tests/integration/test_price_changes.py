@@ -17,9 +17,9 @@ from proxy.auth import digest_of, token_of
 from proxy.demo.simulator import Responder
 from proxy.quota import price_change_log as module
 from proxy.quota.counters import USAGE_KEPT_DAYS, LedgerKeys
+from proxy.quota.ledger_reader import LedgerReader
 from proxy.quota.price_change_log import PriceChangeLog
 from proxy.quota.price_changes import MAX_PER_DAY, PriceChangeQuery, PriceChanges
-from proxy.quota.reports import LedgerReader
 from proxy.store.client import Store
 from serving import wait_until
 

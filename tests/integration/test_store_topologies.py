@@ -49,10 +49,10 @@ from proxy.problems import Outcome, StoreOutcomeUnknown, StoreUnavailable
 from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.ledger import Admitted, Ledger
+from proxy.quota.ledger_reader import LedgerReader
 from proxy.quota.price_change_log import PriceChangeLog
 from proxy.quota.price_changes import PriceChangeQuery
 from proxy.quota.quotas import Charge, Rate, TeamLimits
-from proxy.quota.reports import LedgerReader
 from proxy.quota.token_uses import TokenUses
 from proxy.quota.usage import UsageQuery
 from proxy.store.access import StoreAccess

@@ -22,7 +22,7 @@ from gateway_fixture import (
 from proxy.auth import digest_of, token_id_of, token_of
 from proxy.quota import token_uses as module
 from proxy.quota.counters import LedgerKeys
-from proxy.quota.reports import LedgerReader
+from proxy.quota.ledger_reader import LedgerReader
 from proxy.quota.token_uses import HOUR_S, KEPT_S, TokenUses
 from proxy.store.client import Store
 from quota_fixture import ADMIN, get

@@ -16,8 +16,8 @@ from ledger_model import ZONE, Process
 from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.ledger import Admitted, Denied, Ledger
+from proxy.quota.ledger_reader import LedgerReader
 from proxy.quota.quotas import Charge, QuotaState, TeamLimits
-from proxy.quota.reports import LedgerReader
 from proxy.store.access import StoreAccess
 from proxy.store.client import Store
 from proxy.store.topology import CONNECTION
@@ -150,7 +150,7 @@ def open_harness(url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Harness]
         store = opened.enter_context(redis.Redis.from_url(url))
         clock = Clock(store, START_US)
         monkeypatch.setattr("proxy.quota.batches.time_ns", clock.time_ns)
-        monkeypatch.setattr("proxy.quota.reports.time", clock.time)
+        monkeypatch.setattr("proxy.quota.ledger_reader.time", clock.time)
         gateways = [Gateway(url, clock) for _ in range(2)]
         for gateway in gateways:
             opened.callback(gateway.close)

@@ -9,7 +9,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics import MetricWrapperBase
 
 from proxy.http.metrics_endpoint import Snapshot, _AllMetrics
-from proxy.quota.reports import WindowTotals
+from proxy.quota.ledger_reader import WindowTotals
 from proxy.telemetry.metrics import Metrics
 
 

@@ -12,12 +12,12 @@ import redis
 
 from ledger_fixture import BUSY
 from proxy.problems import Outcome, StoreUnavailable
-from proxy.quota import reports as module
+from proxy.quota import ledger_reader as module
 from proxy.quota.batches import LedgerBatcher
 from proxy.quota.counters import BASE_PERIODS, LedgerKeys
 from proxy.quota.ledger import Admitted, Denied, Ledger
+from proxy.quota.ledger_reader import CHUNK, CounterValue, LedgerReader
 from proxy.quota.quotas import Charge, Measure, Quota, Rate, Scope, TeamLimits
-from proxy.quota.reports import CHUNK, CounterValue, LedgerReader
 from proxy.quota.usage import UsageQuery
 from proxy.quota.windows import Period, window_of
 from proxy.store.client import Store
