@@ -19,7 +19,7 @@ from proxy.problems import SAVES_CALL, SAVES_TIME, BadRequest, Code, Outcome
 from proxy.quota.counters import USAGE_KEPT_DAYS, split_usage_field
 from proxy.quota.credits import MICRO, Currency, percent_text, text_of
 from proxy.quota.csv_text import DIALECTS, Dialect, write_csv
-from proxy.quota.savings import UpstreamTime
+from proxy.quota.upstream_time import UpstreamTime
 
 Group = Literal["day", "week", "month", "team", "model"]
 GROUPS: tuple[Group, ...] = ("day", "week", "month", "team", "model")

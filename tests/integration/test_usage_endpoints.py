@@ -14,7 +14,7 @@ from gateway_fixture import DESIGN, EXPIRED, MARKETING, PATH, RETIRED, GatewayFi
 from proxy.auth import digest_of, token_of
 from proxy.quota.counters import LedgerKeys
 from proxy.quota.credits import MICRO, percent_text
-from proxy.quota.savings import LOOK_BACK_DAYS
+from proxy.quota.upstream_time import LOOK_BACK_DAYS
 from proxy.quota.windows import window_of
 from serving import NO_TLS, free_port, wait_until
 

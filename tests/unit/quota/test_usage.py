@@ -19,7 +19,7 @@ from hypothesis import given
 
 from proxy.problems import BadRequest, Code, Outcome
 from proxy.quota.csv_text import FORMULA_CHARACTERS
-from proxy.quota.savings import UpstreamTime
+from proxy.quota.upstream_time import UpstreamTime
 from proxy.quota.usage import (
     GROUPS,
     LATER_OUTCOMES,

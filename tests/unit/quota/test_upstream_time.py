@@ -2,7 +2,7 @@
 
 from datetime import date
 
-from proxy.quota.savings import UpstreamTime, known_means
+from proxy.quota.upstream_time import UpstreamTime, known_means
 
 MONDAY, TUESDAY, WEDNESDAY, THURSDAY = (date(2026, 11, day) for day in range(2, 6))
 WEEK = (MONDAY, TUESDAY, WEDNESDAY, THURSDAY)
