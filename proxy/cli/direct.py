@@ -20,9 +20,10 @@ from proxy.quota.counters import LedgerKeys
 from proxy.quota.forecast import Forecasts
 from proxy.quota.history import UsageHistory
 from proxy.quota.ledger_reader import LedgerReader
-from proxy.quota.price_changes import PriceChangeQuery, PriceChanges
+from proxy.quota.price_changes import PriceChanges
 from proxy.quota.quotas import QuotaState
-from proxy.quota.usage import Usage, UsageQuery
+from proxy.quota.report_queries import PriceChangeQuery, UsageQuery
+from proxy.quota.usage import Usage
 from proxy.settings.schema import Settings
 from proxy.store.access import EmbeddedUrls
 from proxy.store.client import Store

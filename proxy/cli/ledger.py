@@ -17,7 +17,9 @@ from proxy.problems import BadRequest
 from proxy.quota.credits import text_of
 from proxy.quota.csv_text import DIALECTS, Dialect, write_csv
 from proxy.quota.quota_report import QUOTA_NAME_COLUMNS, quota_document, quota_lines
-from proxy.quota.usage import SORTS, Sort, Usage, cells_of, csv_of, json_of, read_usage_query, sort_usage
+from proxy.quota.report_queries import read_usage_query
+from proxy.quota.usage import SORTS, Sort, Usage, sort_usage
+from proxy.quota.usage_report import cells_of, csv_of, json_of
 from proxy.quota.windows import day_of
 
 format_option = click.option(

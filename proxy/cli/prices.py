@@ -13,7 +13,8 @@ from proxy.cli.ledger import chosen_form, dialect_option, format_option
 from proxy.cli.tables import price_change_columns, print_table, to_tsv
 from proxy.problems import BadRequest
 from proxy.quota.csv_text import Dialect, write_csv
-from proxy.quota.price_changes import MAX_PER_DAY, NAME_COLUMNS, json_of, lines_of, read_price_change_query
+from proxy.quota.price_changes import MAX_PER_DAY, NAME_COLUMNS, json_of, lines_of
+from proxy.quota.report_queries import read_price_change_query
 from proxy.quota.windows import day_of
 
 

@@ -22,7 +22,10 @@ from proxy.quota.forecast import Forecasts
 from proxy.quota.price_changes import PriceChange
 from proxy.quota.quota_report import QuotaUse, quota_uses, reached_text
 from proxy.quota.quotas import QuotaState
-from proxy.quota.usage import TeamDirectory, Usage, UsageQuery, amounts_of, share_of
+from proxy.quota.report_queries import UsageQuery
+from proxy.quota.team_directory import TeamDirectory
+from proxy.quota.usage import Usage
+from proxy.quota.usage_report import amounts_of, share_of
 from proxy.quota.windows import rfc3339
 from proxy.settings.schema import UNLABELLED_CHARACTERS
 

@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo
 
 from proxy.auth import Access, Credential, RoleDigests, Team, Teams, token_id_of
 from proxy.quota.quotas import Quota, Rate, Scope, TeamLimits
-from proxy.quota.usage import TeamDirectory
+from proxy.quota.team_directory import TeamDirectory
 from proxy.settings.schema import QuotaSettings, Settings
 
 

@@ -13,7 +13,7 @@ from proxy.gateway.request import ClientRequest, Document, Trace
 from proxy.learning.learner import Learner
 from proxy.learning.report import accounts_document
 from proxy.problems import Code, Problem, StoreUnavailable
-from proxy.quota.usage import read_parameters
+from proxy.quota.report_queries import read_parameters
 
 
 class LearnedEndpoint:

@@ -22,10 +22,17 @@ from proxy.quota.credits import Currency
 from proxy.quota.csv_text import write_csv
 from proxy.quota.history import UsageHistory
 from proxy.quota.ledger_reader import LedgerReader
-from proxy.quota.price_changes import NAME_COLUMNS, PriceChangeQuery, lines_of, read_price_change_query
+from proxy.quota.price_changes import NAME_COLUMNS, lines_of
 from proxy.quota.price_changes import json_of as json_of_changes
 from proxy.quota.quota_report import quota_document
-from proxy.quota.usage import UsageQuery, csv_of, json_of, read_parameters, read_usage_query
+from proxy.quota.report_queries import (
+    PriceChangeQuery,
+    UsageQuery,
+    read_parameters,
+    read_price_change_query,
+    read_usage_query,
+)
+from proxy.quota.usage_report import csv_of, json_of
 from proxy.quota.windows import day_of
 
 JSON = "application/json"

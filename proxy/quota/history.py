@@ -15,7 +15,7 @@ from proxy.problems import NO_NAME
 from proxy.quota.forecast import FORECAST_PERIODS, LOOKBACK_DAYS, Forecasts, forecast
 from proxy.quota.ledger_reader import CHUNK, CounterValue, LedgerReader
 from proxy.quota.quotas import QuotaState
-from proxy.quota.usage import TeamDirectory
+from proxy.quota.team_directory import TeamDirectory
 from proxy.quota.windows import day_of
 
 SETTLED_S: Final = 2 * 3600

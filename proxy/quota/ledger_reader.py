@@ -13,10 +13,12 @@ from time import time
 from zoneinfo import ZoneInfo
 
 from proxy.quota.counters import BASE_PERIODS, LedgerKeys, split_usage_field
-from proxy.quota.price_changes import PriceChangeQuery, PriceChanges, decode_days
+from proxy.quota.price_changes import PriceChanges, decode_days
 from proxy.quota.quotas import Quota, QuotaState, TeamLimits
+from proxy.quota.report_queries import PriceChangeQuery, UsageQuery
+from proxy.quota.team_directory import NO_NAMES, TeamDirectory
 from proxy.quota.upstream_time import LOOK_BACK_DAYS, UpstreamTime, known_means
-from proxy.quota.usage import NO_NAMES, TeamDay, TeamDirectory, Usage, UsageQuery, UsageTotals
+from proxy.quota.usage import TeamDay, Usage, UsageTotals
 from proxy.quota.windows import Period, Window, day_of, window_of
 from proxy.store.client import Script, Store
 

@@ -7,16 +7,12 @@ a hash for each day: a field for each change, named by a random id, and `FOUND`,
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date, timedelta
 from typing import Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
 import orjson
 
-from proxy.problems import BadRequest, Code
-from proxy.quota.counters import USAGE_KEPT_DAYS
-from proxy.quota.csv_text import Dialect
-from proxy.quota.usage import read_day, read_dialect, read_parameters, wants_csv
+from proxy.quota.report_queries import PriceChangeQuery
 from proxy.quota.windows import rfc3339
 
 FoundBy = Literal["audit", "doubt", "ask"]
@@ -53,31 +49,11 @@ class PriceChange:
         return orjson.dumps(asdict(self))
 
 
-class PriceChangeQuery(NamedTuple):
-    """`account`: None for all."""
-
-    first: date
-    last: date
-    account: str | None
-    csv: bool
-    dialect: Dialect
-
-
 class PriceChanges(NamedTuple):
     """The oldest first. `not_kept`: how many more were found, of all accounts."""
 
     changes: Sequence[PriceChange]
     not_kept: int
-
-
-def read_price_change_query(raw_query: bytes, accept: str | None, *, today: date) -> PriceChangeQuery:
-    """Reads a query string. The default is everything that is kept. Raises `BadRequest`."""
-    given = read_parameters(raw_query, ("account", "from", "format", "dialect"))
-    oldest = today - timedelta(days=USAGE_KEPT_DAYS)
-    first = max(oldest, read_day("from", given["from"])) if "from" in given else oldest
-    if first > today:
-        raise BadRequest(Code.INVALID_QUERY, f"from must not be after today, which is {today}.")
-    return PriceChangeQuery(first, today, given.get("account"), wants_csv(given, accept), read_dialect(given))
 
 
 def decode_days(days: Iterable[Mapping[bytes, bytes]], account: str | None) -> PriceChanges:

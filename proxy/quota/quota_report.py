@@ -12,7 +12,7 @@ from proxy.problems import NO_NAME
 from proxy.quota.credits import percent_text
 from proxy.quota.forecast import Forecast, Forecasts
 from proxy.quota.quotas import Quota, QuotaState
-from proxy.quota.usage import TeamDirectory
+from proxy.quota.team_directory import TeamDirectory
 from proxy.quota.windows import Window, rfc3339
 
 QUOTA_COLUMNS = (

@@ -14,7 +14,8 @@ from proxy.quota.counters import LedgerKeys
 from proxy.quota.history import UsageHistory
 from proxy.quota.ledger_reader import CounterValue, LedgerReader
 from proxy.quota.quotas import Quota, Rate, TeamLimits
-from proxy.quota.usage import NO_NAMES, UsageQuery
+from proxy.quota.report_queries import UsageQuery
+from proxy.quota.team_directory import NO_NAMES
 from proxy.quota.windows import Period
 from proxy.store.client import Store
 

@@ -29,7 +29,7 @@ from proxy.quota.forecast import Forecasts
 from proxy.quota.history import UsageHistory
 from proxy.quota.ledger_reader import LedgerReader
 from proxy.quota.quotas import Quota, Rate, Scope, TeamLimits
-from proxy.quota.usage import NO_NAMES, TeamDirectory
+from proxy.quota.team_directory import NO_NAMES, TeamDirectory
 from proxy.quota.windows import Period, window_of
 from proxy.store.client import Store
 from serving import free_port

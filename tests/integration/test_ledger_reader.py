@@ -18,7 +18,7 @@ from proxy.quota.counters import BASE_PERIODS, LedgerKeys
 from proxy.quota.ledger import Admitted, Denied, Ledger
 from proxy.quota.ledger_reader import CHUNK, CounterValue, LedgerReader
 from proxy.quota.quotas import Charge, Measure, Quota, Rate, Scope, TeamLimits
-from proxy.quota.usage import UsageQuery
+from proxy.quota.report_queries import UsageQuery
 from proxy.quota.windows import Period, window_of
 from proxy.store.client import Store
 from proxy.telemetry.metrics import Metrics

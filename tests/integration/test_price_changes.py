@@ -19,7 +19,8 @@ from proxy.quota import price_change_log as module
 from proxy.quota.counters import USAGE_KEPT_DAYS, LedgerKeys
 from proxy.quota.ledger_reader import LedgerReader
 from proxy.quota.price_change_log import PriceChangeLog
-from proxy.quota.price_changes import MAX_PER_DAY, PriceChangeQuery, PriceChanges
+from proxy.quota.price_changes import MAX_PER_DAY, PriceChanges
+from proxy.quota.report_queries import PriceChangeQuery
 from proxy.store.client import Store
 from serving import wait_until
 

@@ -51,10 +51,9 @@ from proxy.quota.counters import LedgerKeys
 from proxy.quota.ledger import Admitted, Ledger
 from proxy.quota.ledger_reader import LedgerReader
 from proxy.quota.price_change_log import PriceChangeLog
-from proxy.quota.price_changes import PriceChangeQuery
 from proxy.quota.quotas import Charge, Rate, TeamLimits
+from proxy.quota.report_queries import PriceChangeQuery, UsageQuery
 from proxy.quota.token_uses import TokenUses
-from proxy.quota.usage import UsageQuery
 from proxy.store.access import StoreAccess
 from proxy.store.client import TICK_S, TIMEOUT_S, Script, Store, was_unreachable
 from proxy.store.redirects import SLOTS, is_not_serving, may_pass, slot_owners, target_of

@@ -19,7 +19,9 @@ from proxy.gateway.live_config import directory_of, limits_of
 from proxy.quota.counters import BASE_PERIODS, LedgerKeys
 from proxy.quota.quota_report import quota_document
 from proxy.quota.quotas import Quota, QuotaState
-from proxy.quota.usage import Group, TeamDay, UsageQuery, UsageTotals, json_of
+from proxy.quota.report_queries import Group, UsageQuery
+from proxy.quota.usage import TeamDay, UsageTotals
+from proxy.quota.usage_report import json_of
 from proxy.quota.windows import Window, window_of
 from proxy.settings.schema import Settings
 from serving import wait_until

@@ -9,7 +9,7 @@ from typing import Any
 from proxy.learning.evidence import State
 from proxy.learning.verdict import Reason
 from proxy.problems import Code
-from proxy.quota.usage import OUTCOMES
+from proxy.quota.usage_report import OUTCOMES
 
 Schema = Mapping[str, Any]
 

@@ -15,7 +15,7 @@ from command_line import CONFIG, LEDGER, Run, fields, on_terminal, printed, refu
 from past_usage import put_past_usage
 from proxy.embedded.stores import EmbeddedStores
 from proxy.quota.price_changes import PriceChange
-from proxy.quota.usage import LATER_OUTCOMES, OUTCOMES, SAVED_COLUMNS
+from proxy.quota.usage_report import LATER_OUTCOMES, OUTCOMES, SAVED_COLUMNS
 from proxy.quota.windows import window_of
 from serving import free_port
 

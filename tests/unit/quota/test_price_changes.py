@@ -11,16 +11,8 @@ from hypothesis import given
 
 from proxy.problems import BadRequest
 from proxy.quota.counters import USAGE_KEPT_DAYS
-from proxy.quota.price_changes import (
-    FOUND,
-    PriceChange,
-    PriceChangeQuery,
-    PriceChanges,
-    decode_days,
-    json_of,
-    lines_of,
-    read_price_change_query,
-)
+from proxy.quota.price_changes import FOUND, PriceChange, PriceChanges, decode_days, json_of, lines_of
+from proxy.quota.report_queries import PriceChangeQuery, read_price_change_query
 
 TODAY = date(2026, 11, 22)
 OLDEST = TODAY - timedelta(days=USAGE_KEPT_DAYS)

@@ -12,7 +12,7 @@ from proxy.quota.credits import MICRO
 from proxy.quota.forecast import Forecast
 from proxy.quota.quota_report import QUOTA_COLUMNS, QuotaUse, quota_document, quota_lines, reached_text
 from proxy.quota.quotas import Quota, QuotaState, Rate, TeamLimits
-from proxy.quota.usage import NO_NAMES
+from proxy.quota.team_directory import NO_NAMES
 from proxy.quota.windows import Period, window_of
 
 ZONE = ZoneInfo("Europe/Berlin")

@@ -19,28 +19,11 @@ from hypothesis import given
 
 from proxy.problems import BadRequest, Code, Outcome
 from proxy.quota.csv_text import FORMULA_CHARACTERS
+from proxy.quota.report_queries import GROUPS, Group, UsageQuery, read_parameters, read_usage_query
+from proxy.quota.team_directory import TeamDirectory
 from proxy.quota.upstream_time import UpstreamTime
-from proxy.quota.usage import (
-    GROUPS,
-    LATER_OUTCOMES,
-    OUTCOMES,
-    SAVED_COLUMNS,
-    Group,
-    Sort,
-    TeamDay,
-    TeamDirectory,
-    Usage,
-    UsageQuery,
-    UsageRow,
-    UsageTotals,
-    cells_of,
-    csv_of,
-    json_of,
-    read_parameters,
-    read_usage_query,
-    share_of,
-    sort_usage,
-)
+from proxy.quota.usage import Sort, TeamDay, Usage, UsageRow, UsageTotals, sort_usage
+from proxy.quota.usage_report import LATER_OUTCOMES, OUTCOMES, SAVED_COLUMNS, cells_of, csv_of, json_of, share_of
 
 TODAY = date(2026, 11, 22)
 NOVEMBER = date(2026, 11, 1), TODAY
