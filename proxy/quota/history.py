@@ -48,7 +48,7 @@ class UsageHistory:
         for (owner, quota), (used, state) in wanted.items():
             now_s = state.now_us // 1_000_000
             daily = await self._daily(tuple(directory.ids_of(owner)), now_s)
-            amounts = [one.requests if quota.measure == "requests" else one.credits_micro for one in daily]
+            amounts = [one.of(quota.measure) for one in daily]
             window = state.windows[quota.per]
             forecasted = forecast(quota, used, amounts, window=window, now_s=now_s, zone=self._zone)
             if forecasted is not None:

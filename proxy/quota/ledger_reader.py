@@ -6,15 +6,16 @@
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from time import time
+from typing import NamedTuple, TypeVar
 from zoneinfo import ZoneInfo
 
 from proxy.quota.counters import BASE_PERIODS, LedgerKeys, split_usage_field
 from proxy.quota.price_changes import PriceChanges, decode_days
-from proxy.quota.quotas import Quota, QuotaState, TeamLimits
+from proxy.quota.quotas import Measure, Quota, QuotaState, TeamLimits
 from proxy.quota.report_queries import PriceChangeQuery, UsageQuery
 from proxy.quota.team_directory import NO_NAMES, TeamDirectory
 from proxy.quota.upstream_time import LOOK_BACK_DAYS, UpstreamTime, known_means
@@ -31,6 +32,11 @@ _TOKEN_USES_GET = Script("proxy.quota", "token_uses_get", repeatable=True)
 _UPSTREAM_GET = Script("proxy.quota", "upstream_get", repeatable=True)
 _USAGE_GET = Script("proxy.quota", "usage_get", repeatable=True)
 
+_Item = TypeVar("_Item")
+
+_Counted = tuple[str | None, Period]
+"""What a counter counts: a team, or None for the organisation, in the running window of a period."""
+
 
 @dataclass(frozen=True, slots=True)
 class CounterValue:
@@ -38,6 +44,9 @@ class CounterValue:
 
     requests: int
     credits_micro: int
+
+    def of(self, measure: Measure) -> int:
+        return self.requests if measure == "requests" else self.credits_micro
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +57,13 @@ class WindowTotals:
     teams: Mapping[str, Mapping[Period, CounterValue]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """The keys to read while the store's clock is in all the `windows`."""
+class _LedgerValues(NamedTuple):
+    """The values at `now_us`. `tats_us`: theoretical arrival times by team, 0 for a team that has none."""
 
     windows: Mapping[Period, Window]
-    rates: Sequence[str]
-    counters: Sequence[str]
-
-    def is_valid_at(self, now_us: int) -> bool:
-        return all(now_us // 1_000_000 in window for window in self.windows.values())
-
-
-@dataclass(frozen=True, slots=True)
-class _LedgerValues:
-    """The values at `now_us`, by key. `tats_us` are theoretical arrival times, 0 for a team that has none."""
-
-    plan: _Plan
     now_us: int
     tats_us: Mapping[str, int]
-    counters: Mapping[str, CounterValue]
+    counters: Mapping[_Counted, CounterValue]
 
 
 class LedgerReader:
@@ -89,27 +85,22 @@ class LedgerReader:
         current = directory.current
         wanted = None if query.team is None else current.get(query.team, query.team)
         teams = await self.teams() if wanted is None else directory.ids_of(wanted)
-        team_days = [(day, team) for day in _days(query.first, query.last) for team in teams]
-        for start in range(0, len(team_days), CHUNK):
-            for team_day in await self._team_days(team_days[start : start + CHUNK]):
-                totals.add(replace(team_day, team=current.get(team_day.team, team_day.team)))
+        async for team_day in self._team_days(_days(query.first, query.last), teams):
+            totals.add(replace(team_day, team=current.get(team_day.team, team_day.team)))
         return totals.usage()
 
     async def upstream_means(self, first: date, last: date) -> dict[date, UpstreamTime]:
         """The mean time at upstream of each day that has one: its own, or the newest of an earlier day."""
-        days = list(_days(date.fromordinal(max(1, first.toordinal() - LOOK_BACK_DAYS)), last))
+        days = _days(date.fromordinal(max(1, first.toordinal() - LOOK_BACK_DAYS)), last)
         rows = await self._store.call(_UPSTREAM_GET, *map(self._keys.upstream, days))
         booked = {day: UpstreamTime(int(row[0]), int(row[1])) for day, row in zip(days, rows, strict=True) if row[0]}
         return known_means(days, booked)
 
     async def price_changes(self, query: PriceChangeQuery) -> PriceChanges:
         """The price changes of the query's days and account."""
-        days = list(_days(query.first, query.last))
         hashes = []
-        for start in range(0, len(days), CHUNK):
-            keys = map(self._keys.price_changes, days[start : start + CHUNK])
-            replies = await self._store.call(_USAGE_GET, *keys)
-            hashes += [dict(zip(reply[::2], reply[1::2], strict=True)) for reply in replies]
+        for days in _chunks(_days(query.first, query.last)):
+            hashes += await self._hashes(map(self._keys.price_changes, days))
         return decode_days(hashes, query.account)
 
     async def current_mean(self) -> UpstreamTime | None:
@@ -120,12 +111,10 @@ class LedgerReader:
     async def day_totals(self, days: Sequence[date], teams: Sequence[str]) -> dict[date, CounterValue]:
         """What these teams together used on each of these days: the measures that count against quotas."""
         sums = {day: Counter[str]() for day in days}
-        team_days = [(day, team) for day in days for team in teams]
-        for start in range(0, len(team_days), CHUNK):
-            for team_day in await self._team_days(team_days[start : start + CHUNK]):
-                for name, amount in team_day.fields.items():
-                    _, _, measure = split_usage_field(name)
-                    sums[team_day.day][measure] += int(amount)
+        async for team_day in self._team_days(days, teams):
+            for name, amount in team_day.fields.items():
+                _, _, measure = split_usage_field(name)
+                sums[team_day.day][measure] += int(amount)
         return {day: CounterValue(found["requests"], found["credits"]) for day, found in sums.items()}
 
     async def token_uses(self, token_ids: Sequence[str]) -> dict[str, int]:
@@ -137,75 +126,57 @@ class LedgerReader:
 
     async def quota_states(self, limits: Sequence[TeamLimits]) -> list[QuotaState]:
         """The states of these teams, all at one moment."""
-        rates = [self._keys.rate(one.team) for one in limits]
-        quotas = {(_counted_team(one, quota), quota.per) for one in limits for quota in one.quotas}
-
-        def plan_at(at_s: int) -> _Plan:
-            windows = {per: window_of(per, at_s, self._zone) for _, per in quotas}
-            return _Plan(windows, rates, [self._keys.counter(team, per, windows[per]) for team, per in quotas])
-
-        values = await self._read(plan_at)
-        return [self._quota_state(one, values) for one in limits]
+        counted = {(_counted_team(one, quota), quota.per) for one in limits for quota in one.quotas}
+        values = await self._read([one.team for one in limits], counted)
+        states = []
+        for one in limits:
+            used = [values.counters[_counted_team(one, quota), quota.per].of(quota.measure) for quota in one.quotas]
+            states.append(QuotaState(one, values.windows, values.now_us, values.tats_us[one.team], used))
+        return states
 
     async def window_totals(self, teams: Sequence[str]) -> WindowTotals:
         """What these teams have used in the running windows, all at one moment."""
+        values = await self._read([], {(team, per) for team in teams for per in BASE_PERIODS})
+        totals = {team: {per: values.counters[team, per] for per in BASE_PERIODS} for team in teams}
+        return WindowTotals(values.windows, totals)
 
-        def plan_at(at_s: int) -> _Plan:
-            windows = {per: window_of(per, at_s, self._zone) for per in BASE_PERIODS}
-            return _Plan(windows, [], [key for team in teams for key in self._counters(team, windows).values()])
+    async def _team_days(self, days: Iterable[date], teams: Collection[str]) -> AsyncIterator[TeamDay]:
+        for team_days in _chunks([(day, team) for day in days for team in teams]):
+            hashes = await self._hashes(self._keys.usage(team, day) for day, team in team_days)
+            for (day, team), fields in zip(team_days, hashes, strict=True):
+                yield TeamDay(day, team, fields)
 
-        values = await self._read(plan_at)
-        windows, counters = values.plan.windows, values.counters
-        totals = {team: {per: counters[key] for per, key in self._counters(team, windows).items()} for team in teams}
-        return WindowTotals(windows, totals)
-
-    async def _team_days(self, team_days: Sequence[tuple[date, str]]) -> list[TeamDay]:
-        keys = (self._keys.usage(team, day) for day, team in team_days)
+    async def _hashes(self, keys: Iterable[str]) -> list[dict[bytes, bytes]]:
         replies = await self._store.call(_USAGE_GET, *keys)
-        return [
-            TeamDay(day, team, dict(zip(reply[::2], reply[1::2], strict=True)))
-            for (day, team), reply in zip(team_days, replies, strict=True)
-        ]
+        return [dict(zip(reply[::2], reply[1::2], strict=True)) for reply in replies]
 
-    async def _read(self, plan_at: Callable[[int], _Plan]) -> _LedgerValues:
-        """Plans by this machine's clock, and again by the store's if that is in other windows."""
-        values = await self._read_plan(plan_at(int(time())))
-        if values.plan.is_valid_at(values.now_us):
+    async def _read(self, teams: Sequence[str], counted: Collection[_Counted]) -> _LedgerValues:
+        """The TATs of these teams and these counters: those of this machine's windows, or else of the store's."""
+        values = await self._read_at(int(time()), teams, counted)
+        now_s = values.now_us // 1_000_000
+        if all(now_s in window for window in values.windows.values()):
             return values
-        return await self._read_plan(plan_at(values.now_us // 1_000_000))
+        return await self._read_at(now_s, teams, counted)
 
-    async def _read_plan(self, plan: _Plan) -> _LedgerValues:
-        args = (len(plan.rates),)
-        now_us, *rows = await self._store.call(_LEDGER_READ, *plan.rates, *plan.counters, args=args)
-        tats, pairs = rows[: len(plan.rates)], rows[len(plan.rates) :]
+    async def _read_at(self, at_s: int, teams: Sequence[str], counted: Collection[_Counted]) -> _LedgerValues:
+        periods = dict.fromkeys((*BASE_PERIODS, *(per for _, per in counted)))
+        windows = {per: window_of(per, at_s, self._zone) for per in periods}
+        keys = (*map(self._keys.rate, teams), *(self._keys.counter(team, per, windows[per]) for team, per in counted))
+        now_us, *rows = await self._store.call(_LEDGER_READ, *keys, args=(len(teams),))
+        tats_us = (int(tat or 0) for tat in rows[: len(teams)])
+        values = (CounterValue(int(requests or 0), int(micro or 0)) for requests, micro in rows[len(teams) :])
         return _LedgerValues(
-            plan,
-            int(now_us),
-            {key: int(tat or 0) for key, tat in zip(plan.rates, tats, strict=True)},
-            {
-                key: CounterValue(*(int(amount or 0) for amount in pair))
-                for key, pair in zip(plan.counters, pairs, strict=True)
-            },
+            windows, int(now_us), dict(zip(teams, tats_us, strict=True)), dict(zip(counted, values, strict=True))
         )
-
-    def _quota_state(self, limits: TeamLimits, values: _LedgerValues) -> QuotaState:
-        tat_us = values.tats_us[self._keys.rate(limits.team)]
-        used = [self._used(limits, quota, values) for quota in limits.quotas]
-        return QuotaState(limits, values.plan.windows, values.now_us, tat_us, used)
-
-    def _used(self, limits: TeamLimits, quota: Quota, values: _LedgerValues) -> int:
-        window = values.plan.windows[quota.per]
-        value = values.counters[self._keys.counter(_counted_team(limits, quota), quota.per, window)]
-        return value.requests if quota.measure == "requests" else value.credits_micro
-
-    def _counters(self, team: str, windows: Mapping[Period, Window]) -> dict[Period, str]:
-        return {per: self._keys.counter(team, per, window) for per, window in windows.items()}
 
 
 def _counted_team(limits: TeamLimits, quota: Quota) -> str | None:
-    """The team whose counter the quota limits; None for the organisation's."""
     return limits.team if quota.scope == "team" else None
 
 
-def _days(first: date, last: date) -> Iterator[date]:
-    return (first + timedelta(days=number) for number in range((last - first).days + 1))
+def _days(first: date, last: date) -> list[date]:
+    return [first + timedelta(days=number) for number in range((last - first).days + 1)]
+
+
+def _chunks(items: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
+    return (items[start : start + CHUNK] for start in range(0, len(items), CHUNK))
