@@ -26,54 +26,42 @@ _FIELDS = {"requests": "requests", "estimated_credits": "credits"}
 """The fields of a counter, by measure."""
 
 
-@dataclass(frozen=True, slots=True)
 class LedgerKeys:
     """The store keys of an organisation's ledger."""
 
-    org: str
-
-    @property
-    def id(self) -> str:
-        return f"ep1:{{{self.org}}}:id"
-
-    @property
-    def models(self) -> str:
-        return f"ep1:{{{self.org}}}:models"
-
-    @property
-    def model_uses(self) -> str:
-        return f"ep1:{{{self.org}}}:model-uses"
-
-    @property
-    def teams(self) -> str:
-        return f"ep1:{{{self.org}}}:teams"
+    def __init__(self, org: str) -> None:
+        self._prefix = prefix = f"ep1:{{{org}}}"
+        self.id = f"{prefix}:id"
+        self.models = f"{prefix}:models"
+        self.model_uses = f"{prefix}:model-uses"
+        self.teams = f"{prefix}:teams"
 
     def flush(self, name: str) -> str:
-        return f"ep1:{{{self.org}}}:flush:{name}"
+        return f"{self._prefix}:flush:{name}"
 
     def token(self, token_id: str) -> str:
         """When a token was last used: the beginning of an hour, in seconds since 1970."""
-        return f"ep1:{{{self.org}}}:token:{token_id}"
+        return f"{self._prefix}:token:{token_id}"
 
     def rate(self, team: str) -> str:
-        return f"ep1:{{{self.org}}}:rate:t:{team}"
+        return f"{self._prefix}:rate:t:{team}"
 
     def counter(self, team: str | None, per: Period, window: Window) -> str:
         """A hash with the fields `requests` and `credits`, in micro-credits. `team`: None for the organisation."""
         scope = "o" if team is None else f"t:{team}"
-        return f"ep1:{{{self.org}}}:q:{scope}:{per}:{window.start_s}"
+        return f"{self._prefix}:q:{scope}:{per}:{window.start_s}"
 
     def price_changes(self, day: date) -> str:
         """A hash; `proxy.quota.price_changes` explains its fields."""
-        return f"ep1:{{{self.org}}}:price-changes:{day.isoformat()}"
+        return f"{self._prefix}:price-changes:{day}"
 
     def upstream(self, day: date) -> str:
         """A hash with the fields `calls` and `us`: the requests that upstream answered on a day, and their time."""
-        return f"ep1:{{{self.org}}}:upstream:{day.isoformat()}"
+        return f"{self._prefix}:upstream:{day}"
 
     def usage(self, team: str, day: date) -> str:
         """A hash; `split_usage_field` explains its fields."""
-        return f"ep1:{{{self.org}}}:u:{day.isoformat()}:{team}"
+        return f"{self._prefix}:u:{day}:{team}"
 
 
 @lru_cache(maxsize=10_000)
@@ -142,12 +130,17 @@ class CounterSet:
     upstream: DayKey = _NO_KEY
 
 
+def day_expires_ms(day: date, zone: ZoneInfo) -> int:
+    """When what is kept about a day expires."""
+    return 1000 * start_of(day + timedelta(days=1 + USAGE_KEPT_DAYS), zone)
+
+
 def org_counters(keys: LedgerKeys, quotas: Sequence[Quota], at_s: int, zone: ZoneInfo) -> CounterSet:
     """The organisation's counters at an instant; `quotas` are its own."""
     windows = {per: window_of(per, at_s, zone) for per in periods(quotas)}
     valid = _intersection(windows.values())
     day = day_of(at_s, zone)
-    upstream = DayKey(keys.upstream(day), _day_expires_ms(day, zone))
+    upstream = DayKey(keys.upstream(day), day_expires_ms(day, zone))
     expires_ms = _expiries(keys, None, windows)
     return CounterSet(windows, valid, expires_ms, _quota_rows(windows, quotas), upstream=upstream)
 
@@ -157,7 +150,7 @@ def team_counters(keys: LedgerKeys, limits: TeamLimits, org: CounterSet, at_s: i
     own = [quota for quota in limits.quotas if quota.scope == "team"]
     windows = {per: window_of(per, at_s, zone) for per in periods(own)}
     day = day_of(at_s, zone)
-    usage = DayKey(keys.usage(limits.team, day), _day_expires_ms(day, zone))
+    usage = DayKey(keys.usage(limits.team, day), day_expires_ms(day, zone))
     all_windows = {**org.windows, **windows}
     return CounterSet(
         all_windows,
@@ -174,10 +167,6 @@ def periods(quotas: Sequence[Quota]) -> tuple[Period, ...]:
     """The periods in which the scope of these quotas is counted, the months last."""
     short = {quota.per for quota in quotas} - set(BASE_PERIODS)
     return (*sorted(short, reverse=True), *BASE_PERIODS)
-
-
-def _day_expires_ms(day: date, zone: ZoneInfo) -> int:
-    return 1000 * start_of(day + timedelta(days=1 + USAGE_KEPT_DAYS), zone)
 
 
 def _intersection(windows: Iterable[Window]) -> Window:

@@ -8,15 +8,14 @@ import asyncio
 import logging
 import secrets
 from collections import deque
-from datetime import timedelta
 from time import time
 from zoneinfo import ZoneInfo
 
 from proxy.problems import StoreUnavailable
-from proxy.quota.counters import USAGE_KEPT_DAYS, LedgerKeys
+from proxy.quota.counters import LedgerKeys, day_expires_ms
 from proxy.quota.credits import micro_of, text_of
 from proxy.quota.price_changes import MAX_PER_DAY, FoundBy, PriceChange
-from proxy.quota.windows import day_of, start_of
+from proxy.quota.windows import day_of
 from proxy.store.client import Script, Store
 from proxy.telemetry.logs import event
 
@@ -74,8 +73,7 @@ class PriceChangeLog:
         while self._waiting:
             change_id, change = self._waiting[0]
             day = day_of(change.at_s, self._zone)
-            expires_ms = 1000 * start_of(day + timedelta(days=1 + USAGE_KEPT_DAYS), self._zone)
-            args = (change_id, change.encoded(), MAX_PER_DAY, expires_ms)
+            args = (change_id, change.encoded(), MAX_PER_DAY, day_expires_ms(day, self._zone))
             try:
                 await self._store.call(_PRICE_CHANGE_PUT, self._keys.price_changes(day), args=args)
             except StoreUnavailable:

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from time import monotonic
 
 from proxy.problems import StoreUnavailable
-from proxy.quota.counters import LedgerKeys
+from proxy.quota.counters import USAGE_KEPT_DAYS, LedgerKeys
 from proxy.store.client import Script, Store
 
 TICK_S = 10.0
 """Time between two writes: limits how many uses a crash loses, and how late a use appears in the list."""
 
-KEPT_S = 400 * 86400
-"""How long a last use is kept; as usage."""
+KEPT_S = USAGE_KEPT_DAYS * 86400
+"""How long a last use is kept."""
 
 HOUR_S = 3600
 
