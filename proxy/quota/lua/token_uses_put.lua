@@ -5,15 +5,11 @@
 --   reply now in s
 -- Invariant: a key's hour never decreases. Gateways write in any order, and late after an outage.
 local now_s = tonumber(redis.call('TIME')[1])
-local later = {}
 for i = 1, #KEYS do
   local used_at_s = now_s - tonumber(ARGV[i + 1])
   local hour_s = used_at_s - used_at_s % 3600
   if hour_s > tonumber(redis.call('GET', KEYS[i]) or 0) then
-    later[KEYS[i]] = hour_s
+    redis.call('SET', KEYS[i], string.format('%d', hour_s), 'EX', ARGV[1])
   end
-end
-for key, hour_s in pairs(later) do
-  redis.call('SET', key, string.format('%d', hour_s), 'EX', ARGV[1])
 end
 return now_s
