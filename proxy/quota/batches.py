@@ -211,11 +211,10 @@ class LedgerBatcher:
         if not reply.in_windows:
             return False
         states: dict[CounterSet, QuotaState] = {}
-        for entry, counters in zip(entries, counter_sets, strict=True):
+        for entry, counters, verdict in zip(entries, counter_sets, reply.verdicts, strict=True):
             if counters not in states:
                 state = script_args.state_of(counters, reply)
                 states[counters] = _quota_state(entry.limits, counters, reply.now_us, state)
-        for entry, counters, verdict in zip(entries, counter_sets, reply.verdicts, strict=True):
             self._deliver(entry, counters, verdict, states[counters])
         return True
 

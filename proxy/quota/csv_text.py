@@ -10,12 +10,12 @@ import csv
 import re
 from collections.abc import Collection, Sequence
 from io import StringIO
-from typing import Literal
+from typing import Literal, get_args
 
 from proxy.problems import NO_NAME
 
 Dialect = Literal["rfc4180", "excel-semicolon"]
-DIALECTS: tuple[Dialect, ...] = ("rfc4180", "excel-semicolon")
+DIALECTS: tuple[Dialect, ...] = get_args(Dialect)
 
 FORMULA_CHARACTERS = "=+-@\t\r\n"
 """Spreadsheets may run a cell that begins with one of these (OWASP, CSV Injection)."""

@@ -77,15 +77,11 @@ class ScriptArgs:
     def __init__(self, keys: LedgerKeys, flush: str | None = None) -> None:
         self._valid = Window(0, _MAX_TIME_S)
         marker = keys.id if flush is None else keys.flush(flush)
-        self._keys = [keys.id, keys.models, keys.teams, marker, keys.model_uses]
+        self.keys = [keys.id, keys.models, keys.teams, marker, keys.model_uses]
         self._counter_sets: list[str | int] = []
         self._entries: list[str | int] = []
         self._numbers: dict[CounterSet, int] = {}
         self._entry_count = 0
-
-    @property
-    def keys(self) -> Sequence[str]:
-        return self._keys
 
     def args(self, new_id: str) -> tuple[str | int, ...]:
         """`new_id`: the id of the ledger if this call creates it."""
@@ -127,13 +123,13 @@ class ScriptArgs:
             org_number = self._number_of(counters.org) if counters.org else 0
             if team := counters.team:
                 rate = team.rate
-                self._keys += (team.usage.key, team.rate_key)
+                self.keys += (team.usage.key, team.rate_key)
                 self._counter_sets += (org_number, team.usage.expires_ms, team.id)
                 self._counter_sets += (rate.interval_us, rate.burst_tolerance_us)
             else:
-                self._keys.append(counters.upstream.key)
+                self.keys.append(counters.upstream.key)
                 self._counter_sets += (org_number, counters.upstream.expires_ms, "", 0, 0)
-            self._keys += counters.expires_ms
+            self.keys += counters.expires_ms
             self._counter_sets += (len(counters.expires_ms), *counters.expires_ms.values(), len(counters.quotas))
             for quota in counters.quotas:
                 self._counter_sets += (quota.counter, quota.field, quota.limit, quota.refuse)

@@ -31,8 +31,6 @@ def model_of(canonical: bytes) -> str:
 
 def _model(item: dict[str, Any]) -> str:
     mode, name = mode_of(item)
-    return _bounded(name) if name is not None else mode or NO_NAME
-
-
-def _bounded(name: str) -> str:
+    if name is None:
+        return mode or NO_NAME
     return name if _NAME.fullmatch(name) and name not in (NO_NAME, MIXED) else OTHER
