@@ -138,8 +138,7 @@ def _error(priced: Quoted) -> Mapping[str, Any]:
 def _quotas(state: QuotaState, cheapest: QuotedVariant | None, quantity: int) -> list[dict[str, Any]]:
     whole = None if cheapest is None else cheapest.whole
     credits_micro = micro_of(whole.estimated) if isinstance(whole, Known) else None
-    pairs = zip(state.limits.quotas, state.used, strict=True)
-    return [_quota_members(quota, max(0, quota.limit - used), credits_micro, quantity) for quota, used in pairs]
+    return [_quota_members(quota, max(0, quota.limit - used), credits_micro, quantity) for quota, used in state.uses()]
 
 
 def _quota_members(quota: Quota, remaining: int, credits_micro: int | None, quantity: int) -> dict[str, Any]:

@@ -73,6 +73,11 @@ class Forecast:
     reached_until_s: int | None
     method: str
 
+    @property
+    def reached_s(self) -> tuple[int | None, int | None, int | None]:
+        """The expected, earliest and latest time."""
+        return self.reached_at_s, self.reached_from_s, self.reached_until_s
+
 
 Forecasts = Mapping[tuple[str, Quota], Forecast]
 """By the owner of a quota (`Quota.owner`), and the quota."""
@@ -196,10 +201,10 @@ def _pattern_of(wanted: tuple[int | None, ...], first_weekday: int, days_ahead: 
 
 
 def _states(amounts: Iterable[float | None], first_weekday: int) -> Iterator[_State]:
-    """The state before each day, and after the last."""
+    """The state before each day, and after the last: before one more, of which nothing is known."""
     sums, counts = [0.0] * 7, [0] * 7
     recent_sum, recent_counts = 0.0, [0.0] * 7  # exponentially weighted
-    for number, amount in enumerate(amounts):
+    for number, amount in enumerate((*amounts, None)):
         yield _State(_by_weekday(sums, counts, recent_sum, recent_counts), tuple(counts), sum(sums))
         weekday = (first_weekday + number) % 7
         recent_sum *= _DECAY
@@ -209,7 +214,6 @@ def _states(amounts: Iterable[float | None], first_weekday: int) -> Iterator[_St
             counts[weekday] += 1
             recent_sum += amount
             recent_counts[weekday] += 1
-    yield _State(_by_weekday(sums, counts, recent_sum, recent_counts), tuple(counts), sum(sums))
 
 
 def _by_weekday(

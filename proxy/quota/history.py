@@ -41,7 +41,7 @@ class UsageHistory:
         wanted = {
             (quota.owner(state.limits.team), quota): (used, state)
             for state in quota_states
-            for quota, used in zip(state.limits.quotas, state.used, strict=True)
+            for quota, used in state.uses()
             if quota.per in FORECAST_PERIODS
         }
         found = {}

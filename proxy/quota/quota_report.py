@@ -93,8 +93,7 @@ def reached_text(use: QuotaUse, zone: ZoneInfo) -> str:
     if found is None:
         return ""
     at, earliest, latest = (
-        None if moment_s is None else datetime.fromtimestamp(moment_s, zone).date()
-        for moment_s in (found.reached_at_s, found.reached_from_s, found.reached_until_s)
+        None if moment_s is None else datetime.fromtimestamp(moment_s, zone).date() for moment_s in found.reached_s
     )
     if earliest is None:
         return f"not reached this {use.quota.per}"
@@ -120,25 +119,18 @@ def _day(day: date) -> str:
 
 
 def _uses_of(quota_state: QuotaState, forecasts: Forecasts) -> list[QuotaUse]:
-    limits = quota_state.limits
-    owned = [
-        (quota.owner(limits.team), quota, used) for quota, used in zip(limits.quotas, quota_state.used, strict=True)
-    ]
-    return [
-        QuotaUse(owner, quota, used, quota_state.windows[quota.per], forecasts.get((owner, quota)))
-        for owner, quota, used in owned
-    ]
+    uses = []
+    for quota, used in quota_state.uses():
+        owner = quota.owner(quota_state.limits.team)
+        uses.append(QuotaUse(owner, quota, used, quota_state.windows[quota.per], forecasts.get((owner, quota))))
+    return uses
 
 
 def _cells(use: QuotaUse, zone: ZoneInfo, directory: TeamDirectory) -> list[str]:
     quota, resets_at = use.quota, rfc3339(use.window.end_s, zone)
     own = [quota.scope, use.team, quota.measure, quota.per, *use.amounts, use.on_exceed, resets_at]
-    return [*own, use.used_percent, directory.name_of(use.team), *_forecast_cells(use, zone)]
-
-
-def _forecast_cells(use: QuotaUse, zone: ZoneInfo) -> list[str]:
-    moments = _moments(use.forecast, zone) if use.forecast else [None] * 3
-    return [*use.forecast_amounts, *(moment or "" for moment in moments)]
+    moments = [moment or "" for moment in _moments(use.forecast, zone)] if use.forecast else [""] * 3
+    return [*own, use.used_percent, directory.name_of(use.team), *use.forecast_amounts, *moments]
 
 
 def _members(use: QuotaUse, zone: ZoneInfo) -> dict[str, Any]:
@@ -174,6 +166,5 @@ def _forecast_members(found: Forecast, quota: Quota, zone: ZoneInfo) -> dict[str
 
 
 def _moments(found: Forecast, zone: ZoneInfo) -> list[str | None]:
-    """When the limit is reached: as expected, at the earliest, and at the latest."""
-    moments_s = (found.reached_at_s, found.reached_from_s, found.reached_until_s)
-    return [None if moment_s is None else rfc3339(moment_s, zone) for moment_s in moments_s]
+    """When the limit is reached, as in `Forecast.reached_s`."""
+    return [None if moment_s is None else rfc3339(moment_s, zone) for moment_s in found.reached_s]

@@ -8,7 +8,7 @@
 * Header fields follow draft-ietf-httpapi-ratelimit-headers-11.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
@@ -159,24 +159,26 @@ class QuotaState:
     def limit_field(self) -> str:
         """The value of `RateLimit`: a list of what is left (§4)."""
         items = [f'"rate";r={self.rate_remaining()};t={-(-self.tat_offset_us // _US)}']
-        for quota, used in zip(self.limits.quotas, self.used, strict=True):
+        for quota, used in self.uses():
             left = quota.header_amount(quota.limit - used) if used < quota.limit else 0
             items.append(f'"{quota.policy}";r={left};t={self.seconds_left(quota)}')
         return ", ".join(items)
+
+    def uses(self) -> Iterator[tuple[Quota, int]]:
+        """Each quota with its use."""
+        return zip(self.limits.quotas, self.used, strict=True)
 
     def warnings(self) -> tuple[Quota, ...]:
         """The quotas that only warn and are exceeded."""
         if not self.limits.warns:
             return ()
-        pairs = zip(self.limits.quotas, self.used, strict=True)
-        return tuple(quota for quota, used in pairs if used > quota.limit and not quota.refuse)
+        return tuple(quota for quota, used in self.uses() if used > quota.limit and not quota.refuse)
 
     def refusing(self, credits_micro: int) -> tuple[Quota, ...]:
         """The quotas that would refuse an estimate of this price now; `violated` in `lua/ledger_decide.lua` decides."""
-        pairs = zip(self.limits.quotas, self.used, strict=True)
         return tuple(
             quota
-            for quota, used in pairs
+            for quota, used in self.uses()
             if quota.refuse and used + (1 if quota.measure == "requests" else max(1, credits_micro)) > quota.limit
         )
 
