@@ -72,7 +72,7 @@ class Metrics:
         """Buffered durations of requests, by team, operation and outcome."""
         self._durations_s = defaultdict[tuple[BatchHistogram, tuple[str, ...]], list[float]](list)
         """Buffered durations of store calls and upstream requests, by histogram and labels."""
-        self._credits_micro: dict[tuple[str, str], int] = {}
+        self._credits_micro: Counts[tuple[str, str]] = Counts()
         """Buffered micro-credits, by team and model."""
         self._time_saving_answers = Counts[str]()
         """Answers whose saved time is not counted yet, by team."""
@@ -219,9 +219,8 @@ class Metrics:
                 for family in instrument.describe()
             }
             for key in self._shared.read():
-                with suppress(
-                    KeyError, ValueError
-                ):  # a bucket has one label more; another version may have other metrics
+                # a bucket has one label more; another version may have other metrics
+                with suppress(KeyError, ValueError):
                     family, labels = series_of(key)
                     instruments[family].labels(*labels)  # creates the series in this worker too
         yield from self.registry.collect()
@@ -259,7 +258,7 @@ class Metrics:
 
     def record_credits(self, team: str, model: str, credits_micro: int) -> None:
         """`model` is the name under which the ledger booked the credits, such as `other`."""
-        self._credits_micro[team, model] = self._credits_micro.get((team, model), 0) + credits_micro
+        self._credits_micro[team, model] += credits_micro
         self.flush_soon()
 
     def record_inference(self, account: str, result: str) -> None:
@@ -279,7 +278,7 @@ class Metrics:
     def take_time_saving_answers(self) -> dict[str, int]:
         """The answers since the last call that saved time, by team. For each one, `record_saved_time` is due."""
         answers, self._time_saving_answers = self._time_saving_answers, Counts()
-        return {team: count for team, count in answers.items() if count}
+        return answers
 
     def record_saved_time(self, answers: Mapping[str, int], mean_us: float) -> None:
         for team, count in answers.items():
@@ -306,9 +305,9 @@ class Metrics:
         for (histogram, labels), durations_s in self._durations_s.items():
             histogram.labels(*labels).observe_all(durations_s)
         self._durations_s.clear()
-        spent, self._credits_micro = self._credits_micro, {}
-        for (team, model), credits_micro in spent.items():
+        for (team, model), credits_micro in self._credits_micro.items():
             self.estimated_credits.labels(team, model).inc(credits_micro / 1_000_000)
+        self._credits_micro.clear()
         for (account, result), number in self._inferred.items():
             self.inferences.labels(account, result).inc(number)
         self._inferred.clear()
@@ -320,4 +319,5 @@ class Metrics:
             self.unpriced.labels(team).inc(len(durations_s))
         if operation == "estimate" and outcome in SAVES_CALL:
             self.upstream_calls_saved.labels(team).inc(len(durations_s))
-            self._time_saving_answers[team] += len(durations_s) if outcome in SAVES_TIME else 0
+            if outcome in SAVES_TIME:
+                self._time_saving_answers[team] += len(durations_s)
