@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 from grafana_foundation_sdk.models import dashboard
 
@@ -21,34 +22,30 @@ class Row:
     panels: Sequence[dashboard.Panel]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Board:
-    """A dashboard before its panels have positions."""
-
-    uid: str
-    title: str
-    reads: str
-    since: str
-    refresh: str
-    link: dashboard.DashboardLink
-    rows: Sequence[Row]
-
-
-def made(board: Board) -> dashboard.Dashboard:
-    """The dashboard as Grafana reads it."""
+def made(  # noqa: PLR0913  # the parts of a dashboard
+    *,
+    uid: str,
+    title: str,
+    reads: str,
+    since: str,
+    refresh: str,
+    link: dashboard.DashboardLink,
+    rows: Sequence[Row],
+) -> dashboard.Dashboard:
+    """A dashboard as Grafana reads it."""
     return dashboard.Dashboard(
-        uid=board.uid,
-        title=board.title,
-        description=board.reads,
+        uid=uid,
+        title=title,
+        description=reads,
         tags=["estimate-proxy"],
         timezone="browser",
         editable=False,
         graph_tooltip=dashboard.DashboardCursorSync.CROSSHAIR,
-        time=dashboard.DashboardDashboardTime(from_val=board.since, to="now"),
-        refresh=board.refresh,
+        time=dashboard.DashboardDashboardTime(from_val=since, to="now"),
+        refresh=refresh,
         templating=dashboard.DashboardDashboardTemplating(variables()),
-        links=[board.link],
-        panels=placed(board.rows),
+        links=[link],
+        panels=placed(rows),
     )
 
 
@@ -78,19 +75,20 @@ def _fill(panels: Sequence[dashboard.Panel], top: int) -> int:
     return top + height
 
 
+_variable = partial(dashboard.VariableModel, auto=None, auto_min=None, auto_count=None)
+"""Without the members of variables of other types."""
+
+
 def variables() -> list[dashboard.VariableModel]:
     """The variables. Both dashboards have the same ones, so that a link keeps the selection."""
     return [
-        dashboard.VariableModel(
+        _variable(
             type_val=dashboard.VariableType.DATASOURCE,
             name="datasource",
             label="Data source",
             description="The Prometheus that scrapes the gateways.",
             query="prometheus",
             current=dashboard.VariableOption(),
-            auto=None,
-            auto_min=None,
-            auto_count=None,
         ),
         _labels("job", "Job", "estimate_proxy_build_info", "Select one if jobs have separate ledgers."),
         _labels(
@@ -104,7 +102,7 @@ def _labels(name: str, label: str, series: str, reads: str) -> dashboard.Variabl
     """A variable with the values of one label: several can be selected, or all."""
     query = f"label_values({series}, {name})"
     everything = dashboard.VariableOption(selected=True, text=["All"], value=["$__all"])
-    return dashboard.VariableModel(
+    return _variable(
         type_val=dashboard.VariableType.QUERY,
         name=name,
         label=label,
@@ -118,9 +116,6 @@ def _labels(name: str, label: str, series: str, reads: str) -> dashboard.Variabl
         include_all=True,
         all_value=".*",
         current=everything,
-        auto=None,
-        auto_min=None,
-        auto_count=None,
     )
 
 

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models import dashboard
 
 import gateway
 import spend
-from board import Board, made
 
 FOLDER = Path(__file__).parent / "dashboards"
 
@@ -17,8 +17,8 @@ def rendered() -> dict[str, str]:
     return {"estimated-spend.json": _text(spend.board()), "gateway.json": _text(gateway.board())}
 
 
-def _text(board: Board) -> str:
-    return json.dumps(made(board), cls=JSONEncoder, indent=2, ensure_ascii=False) + "\n"
+def _text(board: dashboard.Dashboard) -> str:
+    return json.dumps(board, cls=JSONEncoder, indent=2, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from grafana_foundation_sdk.models import dashboard
 
 import learning
 import machinery
-from board import GATEWAY, SPEND, Board, Row, link_to, only_this_team
+from board import GATEWAY, SPEND, Row, link_to, made, only_this_team
 from panels import (
     AMOUNT,
     BLUE,
@@ -24,10 +24,9 @@ from panels import (
     density,
     number,
 )
-from promql import ESTIMATE, PRICED, QUANTILES, TEAM, increase, increase_at_end, named, quantile, rate, share
+from promql import ESTIMATE, PRICED, QUANTILES, REQUESTS, TEAM, increase, increase_at_end, named, quantile, rate, share
 from tables import NAME_COLUMN, Column, grid
 
-REQUESTS = "estimate_proxy_requests_total"
 DURATION = "estimate_proxy_request_duration_seconds"
 UPSTREAM_COUNT = "estimate_proxy_upstream_request_duration_seconds_count"
 
@@ -55,9 +54,9 @@ OUTCOME_COLOURS = {
 }
 
 
-def board() -> Board:
+def board() -> dashboard.Dashboard:
     """The dashboard for operators."""
-    return Board(
+    return made(
         uid=GATEWAY,
         title="Gateway",
         reads="Outcomes of requests, savings of the price book, latencies, and failures.",
@@ -90,15 +89,12 @@ def rows() -> tuple[Row, ...]:
 
 
 def requests_by_outcome() -> dashboard.Panel:
-    about = About(
-        "Requests, by outcome",
+    reads = (
         "Requests a second of the selected teams, by outcome; outcomes that did not occur in the time range are left"
         " out. Green: no upstream request of its own. Blue: an upstream request. Orange: refused. Red: failed"
-        " upstream.",
-        PER_SECOND,
-        16,
-        10,
+        " upstream."
     )
+    about = About("Requests, by outcome", reads, PER_SECOND, 16, 10)
     occurred = f"({increase_at_end('outcome', REQUESTS, TEAM)} > 0)"
     line = Line(f"{rate('outcome', REQUESTS, TEAM)} and on (outcome) {occurred}", "{{outcome}}")
     return chart(about, line, look=Look(stacked=True, colours=OUTCOME_COLOURS))
@@ -106,14 +102,9 @@ def requests_by_outcome() -> dashboard.Panel:
 
 def outcomes_in_range() -> dashboard.Panel:
     total = increase("outcome", REQUESTS, TEAM)
+    reads = "The number of requests of the selected teams by outcome, and their share, the largest first."
     return grid(
-        About(
-            "Outcomes in the time range",
-            "The number of requests of the selected teams by outcome, and their share, the largest first.",
-            AMOUNT,
-            8,
-            10,
-        ),
+        About("Outcomes in the time range", reads, AMOUNT, 8, 10),
         Column(title="Outcome", label="outcome"),
         Column(title="Requests", expr=f"{total} > 0", decimals=0),
         Column(
@@ -124,50 +115,42 @@ def outcomes_in_range() -> dashboard.Panel:
 
 
 def hit_ratio() -> dashboard.Panel:
-    about = About(
-        "Hit ratio",
+    reads = (
         "The share of estimates served from the price book (hit, inferred, stale) among all that were answered with a"
-        " price in the time range (those, miss, collapsed, bypass).",
-        SHARE,
-        4,
+        " price in the time range (those, miss, collapsed, bypass)."
     )
+    about = About("Hit ratio", reads, SHARE, 4)
     answered = increase("", REQUESTS, ESTIMATE, TEAM, PRICED)
     return number(about, share(increase("", REQUESTS, ESTIMATE, TEAM, HIT), answered))
 
 
 def avoided_in_range() -> dashboard.Panel:
-    about = About(
-        "Upstream requests avoided",
+    reads = (
         "Estimates in the time range that needed no upstream request of their own: hit, inferred, stale, or"
-        " collapsed into another request.",
-        AMOUNT,
-        4,
+        " collapsed into another request."
     )
+    about = About("Upstream requests avoided", reads, AMOUNT, 4)
     return number(about, increase("", REQUESTS, ESTIMATE, TEAM, AVOIDED), decimals=0)
 
 
 def hit_ratio_over_time() -> dashboard.Panel:
-    about = About(
-        "Hit ratio over time",
+    reads = (
         "The share of hit, inferred and stale among estimates answered with a price. It falls when many prices expire"
         " together, after a purge, when the price list changes, or when a team starts to send new bodies. A gap:"
-        " nothing was answered.",
-        SHARE,
-        8,
+        " nothing was answered."
     )
+    about = About("Hit ratio over time", reads, SHARE, 8)
     answered = rate("", REQUESTS, ESTIMATE, TEAM, PRICED)
     return chart(about, Line(share(rate("", REQUESTS, ESTIMATE, TEAM, HIT), answered), "hit ratio"))
 
 
 def avoided_over_time() -> dashboard.Panel:
-    about = About(
-        "Upstream requests, made and avoided",
+    reads = (
         "Avoided: estimates of the selected teams that needed no upstream request of their own. Made: every upstream"
         " request of all teams, background refreshes and audits included. Together they show what the price book"
-        " saves.",
-        PER_SECOND,
-        8,
+        " saves."
     )
+    about = About("Upstream requests, made and avoided", reads, PER_SECOND, 8)
     return chart(
         about,
         Line(rate("", REQUESTS, ESTIMATE, TEAM, AVOIDED), "avoided"),
@@ -178,15 +161,13 @@ def avoided_over_time() -> dashboard.Panel:
 
 def hit_ratio_by_team() -> dashboard.Panel:
     answered = increase("team", REQUESTS, ESTIMATE, TEAM, PRICED)
+    reads = (
+        "Estimates of each selected team that were answered with a price in the time range, and the share from"
+        " the price book; the busiest team first. A busy team with a low ratio sends a different body each time:"
+        " find out which members it could leave out."
+    )
     return grid(
-        About(
-            "Hit ratio, by team",
-            "Estimates of each selected team that were answered with a price in the time range, and the share from"
-            " the price book; the busiest team first. A busy team with a low ratio sends a different body each time:"
-            " find out which members it could leave out.",
-            AMOUNT,
-            24,
-        ),
+        About("Hit ratio, by team", reads, AMOUNT, 24),
         Column(title="Team", label="team", link=only_this_team(GATEWAY)),
         NAME_COLUMN,
         Column(title="Answered with a price", expr=named("team", answered), decimals=0),
@@ -205,25 +186,20 @@ def hit_ratio_by_team() -> dashboard.Panel:
 
 
 def latency_by_outcome(q: float, name: str) -> dashboard.Panel:
-    about = About(
-        f"Latency {name}, by outcome",
+    reads = (
         " of the estimates with that outcome were answered faster than this: from the request's head to the end of"
-        " the answer, all teams. A hit takes milliseconds; a miss takes as long as RenderNet.",
-        SECONDS,
-        8,
-        9,
+        " the answer, all teams. A hit takes milliseconds; a miss takes as long as RenderNet."
     )
+    about = About(f"Latency {name}, by outcome", reads, SECONDS, 8, 9)
     return chart(
         about, Line(quantile(q, "outcome", DURATION, ESTIMATE), "{{outcome}}"), look=Look(colours=OUTCOME_COLOURS)
     )
 
 
 def latency_density() -> dashboard.Panel:
-    about = About(
-        "Latency of all estimates",
+    reads = (
         "The distribution of latencies of all teams, in estimates a second: the darker, the more. Two bands are"
-        " normal: answers from the price book, and answers from RenderNet.",
-        SECONDS,
-        24,
+        " normal: answers from the price book, and answers from RenderNet."
     )
+    about = About("Latency of all estimates", reads, SECONDS, 24)
     return density(about, rate("le", f"{DURATION}_bucket", ESTIMATE))

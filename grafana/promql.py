@@ -11,6 +11,8 @@ Rules for all of them:
 * No expression relies on a recording rule.
 """
 
+REQUESTS = "estimate_proxy_requests_total"
+
 HERE = ('job=~"$job"', 'instance=~"$instance"')
 TEAM = 'team=~"$team"'
 TEAM_OR_ORG = 'team=~"$team|-"'  # quotas of the organisation have the team `-`

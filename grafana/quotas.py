@@ -70,15 +70,13 @@ def quotas_from(title: str, reads: str, ratio: float, colour: str) -> dashboard.
 
 
 def nearest_to_a_quota() -> dashboard.Panel:
+    reads = (
+        "Each quota of the selected teams and of the organisation, the fullest first: orange from 80 %, red when"
+        " it is used up. 'Reached in' assumes the pace since the window began: it is computed from what is used,"
+        " the limit, and how much of the window has passed."
+    )
     return grid(
-        About(
-            "Nearest to a quota",
-            "Each quota of the selected teams and of the organisation, the fullest first: orange from 80 %, red when"
-            " it is used up. 'Reached in' assumes the pace since the window began: it is computed from what is used,"
-            " the limit, and how much of the window has passed.",
-            AMOUNT,
-            16,
-        ),
+        About("Nearest to a quota", reads, AMOUNT, 16),
         TEAM_COLUMN,
         NAME_COLUMN,
         MEASURE_COLUMN,
@@ -96,17 +94,14 @@ def nearest_to_a_quota() -> dashboard.Panel:
 
 
 def used_against_limit() -> dashboard.Panel:
+    reads = (
+        "The limit of each quota in its current window, what is used and what is left; the largest limit first. A"
+        " negative amount left means that a quota only warns, or that its limit was lowered. The forecast is what"
+        " the gateway expects to be used at the end of a week or month, from the usage of up to 90 days; it needs"
+        " 14 days, and can be above the limit."
+    )
     return grid(
-        About(
-            "Used against limit, by team",
-            "The limit of each quota in its current window, what is used and what is left; the largest limit first. A"
-            " negative amount left means that a quota only warns, or that its limit was lowered. The forecast is what"
-            " the gateway expects to be used at the end of a week or month, from the usage of up to 90 days; it needs"
-            " 14 days, and can be above the limit.",
-            AMOUNT,
-            12,
-            10,
-        ),
+        About("Used against limit, by team", reads, AMOUNT, 12, 10),
         TEAM_COLUMN,
         NAME_COLUMN,
         MEASURE_COLUMN,
@@ -124,14 +119,11 @@ def used_over_time() -> dashboard.Panel:
         f"max by ({QUOTA}) ({select(f'estimate_proxy_quota_{side}', TEAM_OR_ORG)} @ end())"
         for side in ("used", "limit")
     )
-    about = About(
-        "The fullest quotas over time",
+    reads = (
         "The ten quotas that are fullest at the end of the time range, as shares of their limits: orange line at 80"
         " %, red line at the limit. A line falls to 0 when a new window begins. The team `-` is the whole"
-        " organisation.",
-        SHARE,
-        12,
-        10,
+        " organisation."
     )
+    about = About("The fullest quotas over time", reads, SHARE, 12, 10)
     line = Line(named(QUOTA, leading(QUOTA, USED_SHARE, now)), "{{name}}, {{measure}} per {{per}}")
     return chart(about, line, look=Look(limits=QUOTA_STEPS))

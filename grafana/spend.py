@@ -7,7 +7,7 @@ the time range) comes from counters, and the panel says so.
 from grafana_foundation_sdk.models import dashboard
 
 import quotas
-from board import GATEWAY, SPEND, Board, Row, link_to, only_this_team
+from board import GATEWAY, SPEND, Row, link_to, made, only_this_team
 from panels import (
     AMOUNT,
     AREAS,
@@ -29,6 +29,7 @@ from panels import (
 from promql import (
     ESTIMATE,
     LEADING,
+    REQUESTS,
     TEAM,
     TEAM_OR_ORG,
     increase,
@@ -44,7 +45,6 @@ from promql import (
 from tables import NAME_COLUMN, Column, grid
 
 CREDITS = "estimate_proxy_estimated_credits_total"
-REQUESTS = "estimate_proxy_requests_total"
 BALANCE = "estimate_proxy_balance_credits"
 BALANCE_AGE = "estimate_proxy_balance_age_seconds"
 
@@ -62,9 +62,9 @@ REASONS = (
 REFUSED = 'outcome=~"' + "|".join(REASONS) + '"'
 
 
-def board() -> Board:
+def board() -> dashboard.Dashboard:
     """The dashboard for finance and for those who set quotas."""
-    return Board(
+    return made(
         uid=SPEND,
         title="Estimated spend",
         reads="What teams estimated, by team and model, and how close they are to their quotas.",
@@ -107,49 +107,34 @@ def window_credits(per: str) -> str:
     return ledger("team", "estimate_proxy_window_estimated_credits", TEAM, f'per="{per}"')
 
 
-def month_at_this_pace() -> str:
-    """The month's total at its pace so far."""
-    start, end = (select(f"estimate_proxy_window_{edge}_timestamp_seconds", 'per="month"') for edge in ("start", "end"))
-    return f"sum({window_credits('month')}) * (max({end}) - max({start})) / (time() - max({start}))"
-
-
 def estimated_in(title: str, per: str) -> dashboard.Panel:
-    about = About(
-        f"Estimated {title}",
+    reads = (
         f"Credits estimated for the selected teams in the current calendar {per}, in the organisation's time zone."
         " Exact, from the ledger. Every answered estimate counts, hit or miss, each time it is requested: this is what"
-        " teams plan, not what the account was charged.",
-        AMOUNT,
-        6,
-        4,
+        " teams plan, not what the account was charged."
     )
+    about = About(f"Estimated {title}", reads, AMOUNT, 6, 4)
     return number(about, f"sum({window_credits(per)})")
 
 
 def estimated_at_this_pace() -> dashboard.Panel:
-    about = About(
-        "This month, at this pace",
-        "The total of the current month at its pace so far. On its first day this says little.",
-        AMOUNT,
-        6,
-        4,
-    )
-    return number(about, month_at_this_pace(), decimals=0)
+    reads = "The total of the current month at its pace so far. On its first day this says little."
+    about = About("This month, at this pace", reads, AMOUNT, 6, 4)
+    start, end = (select(f"estimate_proxy_window_{edge}_timestamp_seconds", 'per="month"') for edge in ("start", "end"))
+    month = f"sum({window_credits('month')}) * (max({end}) - max({start})) / (time() - max({start}))"
+    return number(about, month, decimals=0)
 
 
 def estimated_by_team() -> dashboard.Panel:
     month = window_credits("month")
     everyone = ledger("team", "estimate_proxy_window_estimated_credits", 'per="month"')
     requests = ledger("team", "estimate_proxy_window_requests", TEAM, 'per="month"')
+    reads = (
+        "The current day, week and month of each selected team, the largest month first. Exact, from the ledger."
+        " The share is of all teams, selected or not. Click a team to see only that team."
+    )
     return grid(
-        About(
-            "Estimated credits, by team",
-            "The current day, week and month of each selected team, the largest month first. Exact, from the ledger."
-            " The share is of all teams, selected or not. Click a team to see only that team.",
-            AMOUNT,
-            16,
-            9,
-        ),
+        About("Estimated credits, by team", reads, AMOUNT, 16, 9),
         Column(title="Team", label="team", link=only_this_team(SPEND)),
         NAME_COLUMN,
         Column(title="Today", expr=named("team", window_credits("day"))),
@@ -162,29 +147,21 @@ def estimated_by_team() -> dashboard.Panel:
 
 
 def shares_of_teams() -> dashboard.Panel:
-    about = About(
-        "Shares of this month, by team",
-        "The ten teams with the most estimated credits in the current month, and all other selected teams together.",
-        AMOUNT,
-        8,
-        9,
-    )
+    reads = "The ten teams with the most estimated credits in the current month, and all other selected teams together."
+    about = About("Shares of this month, by team", reads, AMOUNT, 8, 9)
     largest, rest = _largest("team", window_credits("month"))
     return pie(about, Line(named("team", largest.expr), "{{name}}"), rest)
 
 
 def estimated_by_model() -> dashboard.Panel:
     priced = increase("model", CREDITS, TEAM)
+    reads = (
+        "Estimated credits of the selected teams in the time range, the largest first. Prometheus computes this"
+        " from counters and extrapolates to the edges of the range; for exact numbers in calendar days use"
+        " `/v1/usage` or `estimate-proxy usage`, by model."
+    )
     return grid(
-        About(
-            "Estimated credits, by model",
-            "Estimated credits of the selected teams in the time range, the largest first. Prometheus computes this"
-            " from counters and extrapolates to the edges of the range; for exact numbers in calendar days use"
-            " `/v1/usage` or `estimate-proxy usage`, by model.",
-            AMOUNT,
-            16,
-            9,
-        ),
+        About("Estimated credits, by model", reads, AMOUNT, 16, 9),
         Column(title="Model", label="model"),
         Column(title="Estimated in the time range", expr=priced, decimals=1),
         Column(title="Share", expr=share(priced, increase("", CREDITS, TEAM), "model"), unit=SHARE, gauge=True),
@@ -193,14 +170,11 @@ def estimated_by_model() -> dashboard.Panel:
 
 
 def shares_of_models() -> dashboard.Panel:
-    about = About(
-        "Shares of the time range, by model",
+    reads = (
         "The ten models with the most estimated credits in the time range, and all others together. Extrapolated by"
-        " Prometheus.",
-        AMOUNT,
-        8,
-        9,
+        " Prometheus."
     )
+    about = About("Shares of the time range, by model", reads, AMOUNT, 8, 9)
     return pie(about, *_largest("model", increase("model", CREDITS, TEAM)))
 
 
@@ -212,14 +186,11 @@ def _largest(label: str, amounts: str) -> tuple[Line, Line]:
 
 def credits_an_hour() -> dashboard.Panel:
     pace, size = f"{rate('team', CREDITS, TEAM)} * 3600", increase_at_end("team", CREDITS, TEAM)
-    about = About(
-        "Estimated credits an hour, by team",
+    reads = (
         "The pace in credits an hour: the ten teams with the most in the time range, and all other selected teams"
-        " together. From counters, so use it for the shape and not for amounts.",
-        SHORT,
-        24,
-        10,
+        " together. From counters, so use it for the shape and not for amounts."
     )
+    about = About("Estimated credits an hour, by team", reads, SHORT, 24, 10)
     return chart(
         about,
         Line(named("team", leading("team", pace, size)), "{{name}}"),
@@ -229,13 +200,11 @@ def credits_an_hour() -> dashboard.Panel:
 
 
 def refused_over_time() -> dashboard.Panel:
-    about = About(
-        "Estimates refused, by reason",
+    reads = (
         "Estimates that the gateway itself refused, a minute: over a quota, over the rate, without a valid token, and"
-        " so on. RenderNet's refusals and failures are on the other dashboard.",
-        PER_MINUTE,
-        14,
+        " so on. RenderNet's refusals and failures are on the other dashboard."
     )
+    about = About("Estimates refused, by reason", reads, PER_MINUTE, 14)
     colours = {"quota-exceeded": RED, "over-ceiling": YELLOW, "rate-limited": ORANGE}
     line = Line(f"{rate('outcome', REQUESTS, ESTIMATE, TEAM, REFUSED)} * 60", "{{outcome}}")
     return chart(about, line, look=Look(stacked=True, colours=colours))
@@ -243,14 +212,12 @@ def refused_over_time() -> dashboard.Panel:
 
 def refused_by_team() -> dashboard.Panel:
     refused = increase("team, outcome", REQUESTS, ESTIMATE, TEAM, REFUSED)
+    reads = (
+        "Estimates that the gateway refused in the time range, by team and reason, the largest first. The team"
+        " `-` stands for requests without a valid token."
+    )
     return grid(
-        About(
-            "Estimates refused, by team",
-            "Estimates that the gateway refused in the time range, by team and reason, the largest first. The team"
-            " `-` stands for requests without a valid token.",
-            AMOUNT,
-            10,
-        ),
+        About("Estimates refused, by team", reads, AMOUNT, 10),
         Column(title="Team", label="team"),
         NAME_COLUMN,
         Column(title="Reason", label="outcome"),
@@ -261,14 +228,11 @@ def refused_by_team() -> dashboard.Panel:
 
 def warned() -> dashboard.Panel:
     estimates = increase(quotas.QUOTA, "estimate_proxy_quota_warned_total", TEAM_OR_ORG)
+    reads = (
+        'Estimates that exceeded a quota with `on_exceed = "warn"` in the time range: answered, counted, and flagged.'
+    )
     return grid(
-        About(
-            "Admitted over a quota that warns",
-            'Estimates that exceeded a quota with `on_exceed = "warn"` in the time range: answered, counted, and'
-            " flagged.",
-            AMOUNT,
-            14,
-        ),
+        About("Admitted over a quota that warns", reads, AMOUNT, 14),
         Column(title="Team", label="team"),
         NAME_COLUMN,
         quotas.MEASURE_COLUMN,
@@ -280,14 +244,12 @@ def warned() -> dashboard.Panel:
 
 def unpriced() -> dashboard.Panel:
     estimates = increase("team", "estimate_proxy_unpriced_total", TEAM)
+    reads = (
+        "RenderNet's answers without a usable price in the time range, by team: passed on or refused, and missing"
+        " from every amount above. An unknown price is never 0."
+    )
     return grid(
-        About(
-            "Answered without a price",
-            "RenderNet's answers without a usable price in the time range, by team: passed on or refused, and missing"
-            " from every amount above. An unknown price is never 0.",
-            AMOUNT,
-            10,
-        ),
+        About("Answered without a price", reads, AMOUNT, 10),
         Column(title="Team", label="team"),
         NAME_COLUMN,
         Column(title="Estimates", expr=named("team", estimates), decimals=0),
@@ -297,25 +259,21 @@ def unpriced() -> dashboard.Panel:
 
 def balance_over_time() -> dashboard.Panel:
     lowest = f"bottomk({LEADING}, max by (account) ({select(BALANCE)} @ end()))"
-    about = About(
-        "Balance of the account",
+    reads = (
         "Credits left at RenderNet, from its newest answer; the ten accounts with the least. Generations reduce it,"
-        " and they do not pass through this gateway; estimates do not.",
-        AMOUNT,
-        14,
+        " and they do not pass through this gateway; estimates do not."
     )
+    about = About("Balance of the account", reads, AMOUNT, 14)
     return chart(about, Line(f"{ledger('account', BALANCE)} and on (account) {lowest}", "{{account}}"))
 
 
 def balance_and_age() -> dashboard.Panel:
+    reads = (
+        "The newest known balance of each account, and how long ago RenderNet reported it. Without requests it"
+        " grows old."
+    )
     return grid(
-        About(
-            "Balance and its age",
-            "The newest known balance of each account, and how long ago RenderNet reported it. Without requests it"
-            " grows old.",
-            AMOUNT,
-            10,
-        ),
+        About("Balance and its age", reads, AMOUNT, 10),
         Column(title="Account", label="account"),
         Column(title="Balance", expr=ledger("account", BALANCE)),
         Column(title="Age", expr=f"min by (account) ({select(BALANCE_AGE)})", unit=SECONDS),
