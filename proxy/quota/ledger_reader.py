@@ -83,8 +83,8 @@ class LedgerReader:
         """The usage of the query's team, or of all teams that ever had any. An earlier id counts as the current one."""
         totals = UsageTotals(query.by, await self.upstream_means(query.first, query.last), query.model)
         current = directory.current
-        wanted = None if query.team is None else current.get(query.team, query.team)
-        teams = await self.teams() if wanted is None else directory.ids_of(wanted)
+        team = query.team
+        teams = await self.teams() if team is None else directory.ids_of(current.get(team, team))
         async for team_day in self._team_days(_days(query.first, query.last), teams):
             totals.add(replace(team_day, team=current.get(team_day.team, team_day.team)))
         return totals.usage()
@@ -151,7 +151,7 @@ class LedgerReader:
         return [dict(zip(reply[::2], reply[1::2], strict=True)) for reply in replies]
 
     async def _read(self, teams: Sequence[str], counted: Collection[_Counted]) -> _LedgerValues:
-        """The TATs of these teams and these counters: those of this machine's windows, or else of the store's."""
+        """Reads in the windows of this machine's clock, and again if the store's clock is in others."""
         values = await self._read_at(int(time()), teams, counted)
         now_s = values.now_us // 1_000_000
         if all(now_s in window for window in values.windows.values()):

@@ -6,7 +6,7 @@ a hash for each day: a field for each change, named by a random id, and `FOUND`,
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Literal, NamedTuple
 from zoneinfo import ZoneInfo
 
@@ -60,9 +60,9 @@ def decode_days(days: Iterable[Mapping[bytes, bytes]], account: str | None) -> P
     """The changes of an account, or with None of all, in the hashes of several days."""
     changes: list[PriceChange] = []
     not_kept = 0
-    for fields in days:
-        kept = [_decoded(text) for name, text in fields.items() if name != FOUND]
-        not_kept += max(0, int(fields.get(FOUND, 0)) - len(kept))
+    for day_fields in days:
+        kept = [_decoded(text) for name, text in day_fields.items() if name != FOUND]
+        not_kept += max(0, int(day_fields.get(FOUND, 0)) - len(kept))
         changes += [change for change in kept if account in (None, change.account)]
     return PriceChanges(sorted(changes, key=lambda change: (change.at_s, change.account, change.key)), not_kept)
 
@@ -89,4 +89,4 @@ def _cells(change: PriceChange, zone: ZoneInfo) -> list[str]:
 
 def _decoded(text: bytes) -> PriceChange:
     members = orjson.loads(text)
-    return PriceChange(**{name: members[name] for name in PriceChange.__dataclass_fields__})
+    return PriceChange(**{member.name: members[member.name] for member in fields(PriceChange)})

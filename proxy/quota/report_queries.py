@@ -1,6 +1,6 @@
 """Reads the query strings of reports: days, teams, groups, and whether the answer is JSON or CSV.
 
-All functions that read a parameter raise `BadRequest`.
+All public functions raise `BadRequest`.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Estimates the upstream time that cached answers saved: a request's mean time at upstream, by day.
+"""The mean time of a request at upstream, by day. Reports take it as the time that a cached answer saved.
 
 A day's mean is over the organisation's requests to upstream on that day whose price answered a client. A day without
 such a request takes the mean of the newest earlier day, at most `LOOK_BACK_DAYS` back.

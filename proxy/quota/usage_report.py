@@ -105,7 +105,7 @@ def _row_members(
 
 
 def _amounts(row: UsageRow) -> dict[str, object]:
-    """What the ledger has booked."""
+    """The amounts that the ledger has booked."""
     return {
         "requests": row.requests,
         "refused": row.refused,
@@ -115,7 +115,7 @@ def _amounts(row: UsageRow) -> dict[str, object]:
 
 
 def _derived(row: UsageRow, currency: Currency | None) -> dict[str, object]:
-    """What follows from it: money, and what was saved."""
+    """What is computed from these amounts: money, and what was saved."""
     money = {} if currency is None else {"derived_cost": orjson.Fragment(currency.exact_text(row.credits_micro))}
     saved = (row.upstream_calls_saved, orjson.Fragment(row.upstream_seconds_saved or "null"))
     return {**money, **dict(zip(SAVED_COLUMNS, saved, strict=True))}

@@ -2,14 +2,15 @@
 -- Decides requests in order, and books what it admits: all of a request or nothing.
 -- A *counter set* is what a team's requests, or the organisation's, are booked on while none of its windows ends.
 -- `proxy/quota/ledger_script.py` writes the arguments and reads the reply.
---   KEYS  1 ledger's id, 2 models, 3 teams, 4 marker that makes a second run a no-op (or KEYS[1]: no marker), 5 use of
---         models
+--   KEYS  1 ledger's id, 2 models, 3 teams, 4 marker that makes a second run a no-op (or KEYS[1]: no marker),
+--         5 use of models
 --         of each counter set: the team's usage and rate, or the organisation's time at upstream; and its counters
 --   ARGV  1 start and 2 end in µs of the time in which the counter sets are valid, 3 id for a new ledger,
 --         4 limit on models, 5 lifetime in ms of KEYS[4], 6 number of counter sets, 7 number of entries
 --         of each counter set: number of the organisation's counter set (0: this is it), expiry of the usage or of the
---           time at upstream in ms, team, interval between two requests and burst tolerance in µs, number of counters, expiry of each in ms,
---           number of quotas, of each: number of its counter, its field, its limit, 1 if it refuses
+--           time at upstream in ms, team, interval between two requests and burst tolerance in µs, number of counters,
+--           expiry of each in ms, number of quotas, of each: number of its counter, its field, its limit, 1 if it
+--           refuses
 --         of each entry: operation, counter set, number of requests, micro-credits ('' unknown), model, outcome,
 --           counter set on which the request was admitted, time at upstream in µs ('' none)
 --   reply { now in µs } if the counter sets are not valid now: nothing was written
@@ -23,10 +24,10 @@
 --   charge           stored answers of one price: rate, requests and credits
 --   admit            requests to upstream: rate and requests; refused if no credits are left
 --   settle           the result of an admitted request, in the windows of now: books request and credits, or refuses it
---                    and undoes the request's booking; with the outcome 'over-ceiling', only the request is booked; in any
---                    case books its time at upstream
---   refund           an admitted request that was not sent upstream: undoes its booking, and books a refusal; by a quota
---                    if the credits of the refused answer would exceed it
+--                    and undoes the request's booking; with the outcome 'over-ceiling', only the request is booked; in
+--                    any case books its time at upstream
+--   refund           an admitted request that was not sent upstream: undoes its booking, and books a refusal; by a
+--                    quota if the credits of the refused answer would exceed it
 --   peek             uses one request of the rate and checks the quotas
 --   record_uncached  uses one request of the rate, for an estimate that the client did not want from upstream
 --   over_ceiling     a stored answer over its request's ceiling: uses one request of the rate, and books a refusal;
