@@ -1,6 +1,6 @@
 """Query strings of reports are read strictly, and `Accept` chooses CSV only where it is preferred."""
 
-from datetime import date
+from datetime import date, timedelta
 from itertools import combinations, permutations
 from urllib.parse import urlencode
 
@@ -10,15 +10,29 @@ import pytest
 from hypothesis import given
 
 from proxy.problems import BadRequest, Code
-from proxy.quota.report_queries import GROUPS, Group, UsageQuery, read_parameters, read_usage_query
+from proxy.quota.counters import USAGE_KEPT_DAYS
+from proxy.quota.report_queries import (
+    GROUPS,
+    Group,
+    PriceChangeQuery,
+    UsageQuery,
+    read_parameters,
+    read_price_change_query,
+    read_usage_query,
+)
 
 TODAY = date(2026, 11, 22)
+OLDEST = TODAY - timedelta(days=USAGE_KEPT_DAYS)
 NOVEMBER = date(2026, 11, 1), TODAY
 ORDERS = [order for size in (1, 2, 3) for chosen in combinations(GROUPS, size) for order in permutations(chosen)]
 
 
 def read(query: str = "", accept: str | None = None) -> UsageQuery:
     return read_usage_query(query.encode(), accept, today=TODAY)
+
+
+def read_price_changes(query: str = "", accept: str | None = None) -> PriceChangeQuery:
+    return read_price_change_query(query.encode(), accept, today=TODAY)
 
 
 def refusal(query: str | bytes) -> str:
@@ -179,3 +193,30 @@ def test_any_query_is_read_or_refused(query: bytes) -> None:
 @given(st.text(max_size=60))
 def test_any_accept_is_read(accept: str) -> None:
     assert read("", accept).csv in (True, False)
+
+
+def test_the_default_for_price_changes_is_everything_that_is_kept() -> None:
+    assert read_price_changes() == PriceChangeQuery(OLDEST, TODAY, None, csv=False, dialect="rfc4180")
+    assert read_price_changes("from=2020-01-01").first == OLDEST
+
+
+def test_all_parameters_for_price_changes() -> None:
+    assert read_price_changes("account=second&from=2026-11-01&dialect=excel-semicolon") == PriceChangeQuery(
+        date(2026, 11, 1), TODAY, "second", csv=True, dialect="excel-semicolon"
+    )
+    assert read_price_changes(accept="text/csv").csv
+
+
+@pytest.mark.parametrize(
+    ("query", "reason"),
+    [
+        ("from=2026-11-23", "from must not be after today, which is 2026-11-22."),
+        ("from=yesterday", "from must be a date, such as 2026-11-01."),
+        ("to=2026-11-01", "The parameter 'to' is unknown. Known parameters: account, from, format, dialect."),
+        ("account=", "account is empty"),
+        ("format=xml", "format must be csv or json."),
+    ],
+)
+def test_bad_parameters_for_price_changes_are_refused(query: str, reason: str) -> None:
+    with pytest.raises(BadRequest, match=reason):
+        read_price_changes(query)
