@@ -187,8 +187,8 @@ def hit_ratio_by_team() -> dashboard.Panel:
 
 def latency_by_outcome(q: float, name: str) -> dashboard.Panel:
     reads = (
-        " of the estimates with that outcome were answered faster than this: from the request's head to the end of"
-        " the answer, all teams. A hit takes milliseconds; a miss takes as long as RenderNet."
+        f"{q:.0%} of the estimates with that outcome were answered faster than this: from the request's head to the end"
+        " of the answer, all teams. A hit takes milliseconds; a miss takes as long as RenderNet."
     )
     about = About(f"Latency {name}, by outcome", reads, SECONDS, 8, 9)
     return chart(
