@@ -1,7 +1,7 @@
 """`GET /openapi.json`: the OpenAPI 3.1 document of every path that the gateway serves.
 
 It is the same for every gateway of a version, so that clients can be generated from any of them. To add a path, add an
-entry to `PATHS`; to add a problem code, an example to `problems.EXAMPLES`.
+`Operation` to `PATHS`; to add a problem code, an example to `problems.EXAMPLES`.
 """
 
 from collections.abc import Mapping
@@ -13,8 +13,9 @@ import orjson
 from proxy import __version__
 from proxy.http.openapi import operator_operations as operators
 from proxy.http.openapi import team_operations as teams
+from proxy.http.openapi.parts import Operation
 from proxy.http.openapi.problems import EXAMPLE_REQUEST_ID, example_components
-from proxy.http.openapi.schemas import SCHEMAS
+from proxy.http.openapi.schemas import SCHEMAS, Object
 from proxy.http.paths import (
     DOCS_PATH,
     EXPLAIN_PATH,
@@ -34,22 +35,22 @@ from proxy.http.paths import (
 from proxy.http.static_files import StaticFile
 from proxy.upstream.address import ESTIMATE_PATH
 
-PATHS: Mapping[str, Mapping[str, Any]] = {
-    ESTIMATE_PATH: {"post": teams.ESTIMATE},
-    QUOTE_PATH: {"post": teams.QUOTE},
-    QUOTA_PATH: {"get": teams.QUOTA},
-    USAGE_PATH: {"get": teams.USAGE},
-    TOKEN_PATH: {"get": teams.TOKEN},
-    EXPLAIN_PATH: {"post": teams.EXPLAIN},
-    LEARNED_PATH: {"get": operators.LEARNED},
-    PRICE_CHANGES_PATH: {"get": operators.PRICE_CHANGES},
-    PURGE_PATH: {"post": operators.PURGE},
-    METRICS_PATH: {"get": operators.METRICS},
-    LIVENESS_PATH: {"get": operators.LIVENESS},
-    READINESS_PATH: {"get": operators.READINESS},
-    PAGE_PATH: {"get": operators.PAGE},
-    OPENAPI_PATH: {"get": operators.OPENAPI},
-    DOCS_PATH: {"get": operators.DOCS},
+PATHS: Mapping[str, Operation] = {
+    ESTIMATE_PATH: teams.ESTIMATE,
+    QUOTE_PATH: teams.QUOTE,
+    QUOTA_PATH: teams.QUOTA,
+    USAGE_PATH: teams.USAGE,
+    TOKEN_PATH: teams.TOKEN,
+    EXPLAIN_PATH: teams.EXPLAIN,
+    LEARNED_PATH: operators.LEARNED,
+    PRICE_CHANGES_PATH: operators.PRICE_CHANGES,
+    PURGE_PATH: operators.PURGE,
+    METRICS_PATH: operators.METRICS,
+    LIVENESS_PATH: operators.LIVENESS,
+    READINESS_PATH: operators.READINESS,
+    PAGE_PATH: operators.PAGE,
+    OPENAPI_PATH: operators.OPENAPI,
+    DOCS_PATH: operators.DOCS,
 }
 
 _DESCRIPTION = """\
@@ -80,31 +81,24 @@ _TOKENS = {
 _NUMBER = {"type": "integer", "minimum": 0}
 _TEXT = {"type": "string"}
 
-_RATE_LIMIT_EXAMPLES = {
-    "RateLimit": '"rate";r=57;t=1, "credits-month";r=4923;t=694800',
-    "RateLimitPolicy": '"rate";q=100;w=2, "credits-month";q=5000;qu="credits";w=2592000',
-}
 
-_HEADERS: Mapping[str, Mapping[str, Any]] = {
+def _text_header(description: str, *, example: str) -> Object:
+    return {"description": description, "schema": _TEXT, "example": example}
+
+
+_HEADERS: Mapping[str, Object] = {
     "Age": {"description": "Seconds since RenderNet said it, if the answer is a stored one.", "schema": _NUMBER},
     "BalanceAge": {"description": "Seconds since RenderNet reported the balance.", "schema": _NUMBER},
-    "CacheStatus": {
-        "description": "How the answer was found (RFC 9211).",
-        "schema": _TEXT,
-        "example": "estimate-proxy; hit; ttl=288",
-    },
+    "CacheStatus": _text_header("How the answer was found (RFC 9211).", example="estimate-proxy; hit; ttl=288"),
     "ETag": {"description": "The version of the file.", "required": True, "schema": _TEXT},
     "NoStore": {"description": "Not to be cached.", "required": True, "schema": {"const": "no-store"}},
-    "RateLimit": {
-        "description": "What the rate and each quota have left (draft-ietf-httpapi-ratelimit-headers-11).",
-        "schema": _TEXT,
-        "example": _RATE_LIMIT_EXAMPLES["RateLimit"],
-    },
-    "RateLimitPolicy": {
-        "description": "The rate and the quotas.",
-        "schema": _TEXT,
-        "example": _RATE_LIMIT_EXAMPLES["RateLimitPolicy"],
-    },
+    "RateLimit": _text_header(
+        "What the rate and each quota have left (draft-ietf-httpapi-ratelimit-headers-11).",
+        example='"rate";r=57;t=1, "credits-month";r=4923;t=694800',
+    ),
+    "RateLimitPolicy": _text_header(
+        "The rate and the quotas.", example='"rate";q=100;w=2, "credits-month";q=5000;qu="credits";w=2592000'
+    ),
     "RequestId": {
         "description": "The caller's, or a new one.",
         "required": True,
@@ -112,17 +106,11 @@ _HEADERS: Mapping[str, Mapping[str, Any]] = {
         "example": EXAMPLE_REQUEST_ID,
     },
     "RetryAfter": {"description": "Seconds to wait, if they are at most an hour.", "schema": _NUMBER},
-    "ServerTiming": {
-        "description": "Where the time went, in milliseconds.",
-        "schema": _TEXT,
-        "example": "cache;desc=miss, store;dur=0.4, upstream;dur=182.1",
-    },
+    "ServerTiming": _text_header(
+        "Where the time went, in milliseconds.", example="cache;desc=miss, store;dur=0.4, upstream;dur=182.1"
+    ),
     "WWWAuthenticate": {"description": "How to send a token.", "required": True, "schema": {"const": "Bearer"}},
-    "Warning": {
-        "description": "The `warn` quotas that this answer exceeds.",
-        "schema": _TEXT,
-        "example": '"credits-month"',
-    },
+    "Warning": _text_header("The `warn` quotas that this answer exceeds.", example='"credits-month"'),
 }
 
 _PARAMETERS = {
@@ -163,7 +151,7 @@ def openapi_document() -> dict[str, Any]:
         },
         "servers": [{"url": ".", "description": "This gateway."}],
         "tags": _TAGS,
-        "paths": PATHS,
+        "paths": {path: {operation.method: operation.document()} for path, operation in PATHS.items()},
         "components": {
             "securitySchemes": {
                 f"{kind}Token": {"type": "apiKey", "in": "header", "name": "X-API-KEY", "description": description}

@@ -1,10 +1,10 @@
 """The error responses of the OpenAPI document. Each problem code has one example here, at least."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import orjson
 
+from proxy.http.openapi.schemas import Object, reference
 from proxy.problems import Code, Problem
 from proxy.upstream.address import ESTIMATE_PATH
 
@@ -110,22 +110,23 @@ EXAMPLES = (
 MALFORMED = (Code.INVALID_REQUEST, Code.HEADERS_TOO_LARGE, Code.NOT_IMPLEMENTED, Code.VERSION_NOT_SUPPORTED)
 """Answers to a malformed head, on every path."""
 
-COMMON = (*MALFORMED, Code.INTERNAL_ERROR, Code.OVERLOADED, Code.DRAINING)
-"""Those of every path that `proxy.http.endpoint` serves."""
+ENDPOINT = (Code.INTERNAL_ERROR, Code.OVERLOADED, Code.DRAINING)
+"""Those of every path that `proxy.http.endpoint` serves: all that need a token."""
+
+TOKEN = (Code.UNKNOWN_TOKEN, Code.FORBIDDEN)
+"""Those of every path that needs a token."""
 
 BODY = (Code.INVALID_BODY, Code.BODY_TOO_LARGE, Code.UNSUPPORTED_MEDIA_TYPE)
 """Those of every path with a request body."""
 
 _HEADERS = {
-    401: {"WWW-Authenticate": {"$ref": "#/components/headers/WWWAuthenticate"}},
-    429: {"Retry-After": {"$ref": "#/components/headers/RetryAfter"}},
-    503: {"Retry-After": {"$ref": "#/components/headers/RetryAfter"}},
+    401: {"WWW-Authenticate": reference("WWWAuthenticate", "headers")},
+    429: {"Retry-After": reference("RetryAfter", "headers")},
+    503: {"Retry-After": reference("RetryAfter", "headers")},
 }
 
-Responses = dict[str, Any]
 
-
-def example_components() -> dict[str, Any]:
+def example_components() -> Object:
     """The components that `problem_responses` refers to."""
     return {
         _name(problem): {"summary": problem.title, "value": orjson.loads(problem.document(EXAMPLE_REQUEST_ID))}
@@ -133,7 +134,7 @@ def example_components() -> dict[str, Any]:
     }
 
 
-def problem_responses(codes: Iterable[Code], headers: Mapping[str, Any] | None = None) -> Responses:
+def problem_responses(codes: Iterable[Code], headers: Object | None = None) -> Object:
     """A response for each status of these codes.
 
     headers: those that the operation's other responses have.
@@ -146,12 +147,12 @@ def problem_responses(codes: Iterable[Code], headers: Mapping[str, Any] | None =
     return {str(status): _response(by_status[status], headers or {}) for status in sorted(by_status)}
 
 
-def _response(problems: list[Problem], headers: Mapping[str, Any]) -> dict[str, Any]:
+def _response(problems: list[Problem], headers: Object) -> Object:
     """The response of problems with the same status."""
     codes = {"properties": {"error": {"properties": {"code": {"enum": [problem.code for problem in problems]}}}}}
     own_headers = {
-        "X-Request-Id": {"$ref": "#/components/headers/RequestId"},
-        "Cache-Control": {"$ref": "#/components/headers/NoStore"},
+        "X-Request-Id": reference("RequestId", "headers"),
+        "Cache-Control": reference("NoStore", "headers"),
         **_HEADERS.get(problems[0].status, {}),
     }
     return {
@@ -159,8 +160,8 @@ def _response(problems: list[Problem], headers: Mapping[str, Any]) -> dict[str, 
         "headers": {**headers, **own_headers},
         "content": {
             "application/problem+json": {
-                "schema": {"allOf": [{"$ref": "#/components/schemas/Problem"}, codes]},
-                "examples": {name: {"$ref": f"#/components/examples/{name}"} for name in map(_name, problems)},
+                "schema": {"allOf": [reference("Problem"), codes]},
+                "examples": {name: reference(name, "examples") for name in map(_name, problems)},
             }
         },
     }

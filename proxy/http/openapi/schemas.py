@@ -11,42 +11,71 @@ from proxy.learning.verdict import Reason
 from proxy.problems import Code
 from proxy.quota.usage_report import OUTCOMES
 
-Schema = Mapping[str, Any]
+Object = Mapping[str, Any]
+"""A JSON object: a schema, or another part of the document."""
 
 
-def record(members: Mapping[str, Schema], optional: Mapping[str, Schema] | None = None, **more: Any) -> Schema:
+def record(members: Mapping[str, Object], optional: Mapping[str, Object] | None = None, **more: Any) -> Object:
     """An object with these members, all of which are required but the `optional` ones."""
     return {"type": "object", "properties": {**members, **(optional or {})}, "required": list(members), **more}
 
 
-def reference(name: str) -> Schema:
-    return {"$ref": f"#/components/schemas/{name}"}
+def reference(name: str, kind: str = "schemas") -> Object:
+    """A reference to a component."""
+    return {"$ref": f"#/components/{kind}/{name}"}
 
 
-def array(items: Schema, **more: Any) -> Schema:
+def array(items: Object, **more: Any) -> Object:
     return {"type": "array", "items": items, **more}
 
 
-def nullable(schema: Schema) -> Schema:
+def one_of(*schemas: Object) -> Object:
+    return {"oneOf": list(schemas)}
+
+
+def nullable(schema: Object) -> Object:
     """The same schema, or null."""
     return {**schema, "type": [schema["type"], "null"]}
 
 
-def text(description: str = "", **more: Any) -> Schema:
+def text(description: str = "", **more: Any) -> Object:
     return {"type": "string", "description": description, **more} if description else {"type": "string", **more}
 
 
-CREDITS: Schema = {"type": "number", "minimum": 0, "description": "Credits, an exact decimal number."}
-COUNT: Schema = {"type": "integer", "minimum": 0}
-SECONDS: Schema = {"type": "integer", "minimum": 0, "description": "Seconds."}
-PERCENT: Schema = nullable({"type": "number", "minimum": 0, "description": "In per cent; null if the total is 0."})
-DAY: Schema = {"type": "string", "format": "date"}
-TIME: Schema = {"type": "string", "format": "date-time"}
+def boolean(description: str) -> Object:
+    return {"type": "boolean", "description": description}
+
+
+def integer(description: str) -> Object:
+    return {"type": "integer", "description": description}
+
+
+def count(description: str) -> Object:
+    return {**COUNT, "description": description}
+
+
+def in_credits(description: str) -> Object:
+    return {**CREDITS, "description": description}
+
+
+COUNT: Object = {"type": "integer", "minimum": 0}
+CREDITS: Object = {"type": "number", "minimum": 0, "description": "Credits, an exact decimal number."}
+SECONDS: Object = {"type": "integer", "minimum": 0, "description": "Seconds."}
+PERCENT: Object = nullable({"type": "number", "minimum": 0, "description": "In per cent; null if the total is 0."})
+DAY: Object = {"type": "string", "format": "date"}
+TIME: Object = {"type": "string", "format": "date-time"}
 TEAM = text("A team's id.", pattern="^[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?$")
 ACCOUNT = text("The id of an account: a RenderNet key in the gateway's config.")
 KEY = text("The cache key of a body: SHA-256.", pattern="^[0-9a-f]{64}$")
 
-_ANYTHING: Schema = {"type": "object", "additionalProperties": True}
+_QUOTA_NAMES: dict[str, Object] = {
+    "scope": {"enum": ["team", "org"]},
+    "measure": {"enum": ["requests", "estimated_credits"]},
+    "per": {"enum": ["minute", "hour", "day", "week", "month"]},
+}
+"""What names one of a team's quotas."""
+
+_ANYTHING: Object = {"type": "object", "additionalProperties": True}
 
 _GENERATIONS = array(
     {
@@ -97,9 +126,7 @@ _PROBLEM = record(
     {
         "quota": record(
             {
-                "scope": {"enum": ["team", "org"]},
-                "measure": {"enum": ["requests", "estimated_credits"]},
-                "per": {"enum": ["minute", "hour", "day", "week", "month"]},
+                **_QUOTA_NAMES,
                 "limit": CREDITS,
                 "used": CREDITS,
                 "requested": nullable(CREDITS),
@@ -107,8 +134,8 @@ _PROBLEM = record(
             },
             description="The first quota that refused the request.",
         ),
-        "estimated": {**CREDITS, "description": "The price, if it is above the request's ceiling."},
-        "ceiling": {**CREDITS, "description": "The request's `Estimate-Proxy-Max-Credits`."},
+        "estimated": in_credits("The price, if it is above the request's ceiling."),
+        "ceiling": in_credits("The request's `Estimate-Proxy-Max-Credits`."),
         "violated-policies": array(text(), description="The names of all quotas that refused it, as in `RateLimit`."),
         "upstream": record(
             {"status": {"type": "integer"}},
@@ -123,9 +150,8 @@ _PROBLEM = record(
 
 _QUOTA = record(
     {
+        **_QUOTA_NAMES,
         "scope": text("Of the team, or of all teams together.", enum=["team", "org"]),
-        "measure": {"enum": ["requests", "estimated_credits"]},
-        "per": {"enum": ["minute", "hour", "day", "week", "month"]},
         "limit": CREDITS,
         "used": CREDITS,
         "remaining": CREDITS,
@@ -139,8 +165,8 @@ _QUOTA = record(
 
 _FORECAST = record(
     {
-        "at_end": {**CREDITS, "description": "What will be used at the window's end."},
-        "low": {**CREDITS, "description": "The range around it, from the forecast's own past errors."},
+        "at_end": in_credits("What will be used at the window's end."),
+        "low": in_credits("The range around it, from the forecast's own past errors."),
         "high": CREDITS,
         "reached_at": {**nullable(TIME), "description": "When the limit is reached; null: not in this window."},
         "reached_from": {**nullable(TIME), "description": "At the earliest."},
@@ -150,37 +176,39 @@ _FORECAST = record(
     description="Of a quota for a week or month. Absent without 14 days of history, and if nothing was used.",
 )
 
+_RATE = record(
+    {
+        "per_s": {"type": "number", "exclusiveMinimum": 0},
+        "burst": {"type": "integer", "minimum": 1},
+        "remaining": COUNT,
+    },
+    description="Requests a second, the largest burst, and how many requests the rate admits now.",
+)
+
 _TEAM_QUOTAS = record(
     {
         "team": reference("TeamId"),
         "team_name": text("Empty if the config has none."),
-        "rate": record(
-            {
-                "per_s": {"type": "number", "exclusiveMinimum": 0},
-                "burst": {"type": "integer", "minimum": 1},
-                "remaining": COUNT,
-            },
-            description="Requests a second, the largest burst, and how many requests the rate admits now.",
-        ),
+        "rate": _RATE,
         "quotas": array(reference("Quota")),
     }
 )
 
-_AMOUNTS: dict[str, Schema] = {
-    "requests": {**COUNT, "description": "Requests that were admitted."},
-    "refused": {**COUNT, "description": "Requests that the rate or a quota refused."},
+_AMOUNTS: dict[str, Object] = {
+    "requests": count("Requests that were admitted."),
+    "refused": count("Requests that the rate or a quota refused."),
     "estimated_credits": CREDITS,
     "outcomes": {
         "type": "object",
         "additionalProperties": COUNT,
         "description": f"How many had which outcome: {', '.join(OUTCOMES)}. Those that did not occur are left out.",
     },
-    "upstream_calls_saved": {**COUNT, "description": "Answers for which RenderNet was not asked."},
+    "upstream_calls_saved": count("Answers for which RenderNet was not asked."),
     "upstream_seconds_saved": nullable(
         {"type": "number", "minimum": 0, "description": "What these would have taken; null if nobody knows."}
     ),
 }
-_MONEY: dict[str, Schema] = {
+_MONEY: dict[str, Object] = {
     "derived_cost": {"type": "number", "description": "With `org.currency`: credits times its `per_credit`."}
 }
 
@@ -217,37 +245,34 @@ _EXPLANATION = record(
         "account": ACCOUNT,
         "query": text("The query string, which is a part of the question."),
         "ignored_members": array(text(), description="Members of the body that `cache.ignore` leaves out of the key."),
-        "stored": {"type": ["boolean", "null"], "description": "Whether a price is stored; null if nobody knows."},
-        "admitted": {
-            "type": ["boolean", "null"],
-            "description": "Whether an estimate would be admitted now; null if nobody knows.",
-        },
+        "stored": nullable(boolean("Whether a price is stored; null if nobody knows.")),
+        "admitted": nullable(boolean("Whether an estimate would be admitted now; null if nobody knows.")),
     },
     {
-        "estimated": {**CREDITS, "description": "The stored price; not shown if a quota would refuse the estimate."},
+        "estimated": in_credits("The stored price; not shown if a quota would refuse the estimate."),
         "age_s": {**SECONDS, "description": "The age of the stored price."},
-        "ttl_s": {"type": "integer", "description": "How long it is fresh; negative: it is stale."},
+        "ttl_s": integer("How long it is fresh; negative: it is stale."),
         "refusal": record({"code": {"enum": list(Code)}, "detail": text()}),
         "degraded": array({"enum": ["ledger", "price-book"]}, description="The stores that are unavailable."),
         "learned": reference("LearnedAboutBody"),
     },
 )
 
-_LEARN: Schema = {"enum": ["off", "observe", "use"], "description": "The setting `cache.learn`."}
+_LEARN: Object = {"enum": ["off", "observe", "use"], "description": "The setting `cache.learn`."}
 
-_EVIDENCE: dict[str, Schema] = {
+_EVIDENCE: dict[str, Object] = {
     "scope": text("An id, for `estimate-proxy learned forget`."),
     "state": {"enum": list(State)},
     "counting": array(text(), description="The members that decide the price, as far as is known, as dotted paths."),
     "left_out": array(text(), description="Those that seem not to."),
-    "tests": {**COUNT, "description": "Bodies that were asked although a price could have been inferred, and agreed."},
+    "tests": count("Bodies that were asked although a price could have been inferred, and agreed."),
     "tests_needed": COUNT,
     "bound": {"type": "number", "description": "At 95 % confidence, fewer than this share of bodies cost otherwise."},
     "bound_in_words": text(),
 }
 
 _LEARNED_ABOUT_BODY = record(
-    {"learn": _LEARN, "inferable": {"type": "boolean", "description": "Whether its price could be inferred now."}},
+    {"learn": _LEARN, "inferable": boolean("Whether its price could be inferred now.")},
     {
         "setting": text("The id of its setting: the members that count, with their values."),
         "reason": {"enum": list(Reason), "description": "Why its price cannot be inferred."},
@@ -260,22 +285,19 @@ _SCOPE = record(
     {
         **_EVIDENCE,
         "items": array(text(), description="The model or mode of each item."),
-        "settings": {**COUNT, "description": "How many settings were asked."},
-        "asked": {**COUNT, "description": "Bodies that RenderNet was asked."},
-        "answered": {**COUNT, "description": "Answers that were inferred."},
+        "settings": count("How many settings were asked."),
+        "asked": count("Bodies that RenderNet was asked."),
+        "answered": count("Answers that were inferred."),
         "answered_percent": {"type": "number"},
-        "would_have_answered": {**COUNT, "description": 'With `learn = "observe"`: that would have been inferred.'},
+        "would_have_answered": count('With `learn = "observe"`: that would have been inferred.'),
         "would_have_answered_percent": {"type": "number"},
         "would_have_been_wrong": COUNT,
         "audits": COUNT,
-        "list_moves": {**COUNT, "description": "How often the price list changed as a whole."},
+        "list_moves": count("How often the price list changed as a whole."),
         "contradictions": COUNT,
-        "last_contradiction": {
-            "oneOf": [
-                record({"since": TIME, "until": TIME, "suspect_answers": COUNT}),
-                {"type": "null"},
-            ]
-        },
+        "last_contradiction": one_of(
+            record({"since": TIME, "until": TIME, "suspect_answers": COUNT}), {"type": "null"}
+        ),
         "team": text("The team that brought it; empty if unknown."),
         "last_asked": TIME,
     }
@@ -307,33 +329,31 @@ _PRICE_CHANGES = record(
                 }
             )
         ),
-        "not_kept": {**COUNT, "description": "How many more were found, of all accounts."},
+        "not_kept": count("How many more were found, of all accounts."),
     }
 )
 
-_PURGE = {
-    "oneOf": [
-        record(
-            {"body": reference("Generations")},
-            {"account": {**ACCOUNT, "default": "default"}, "query": text("As sent with the estimate.")},
-            additionalProperties=False,
-            title="One question",
-        ),
-        record(
-            {"all": {"const": True}},
-            {"account": {**ACCOUNT, "default": "default"}},
-            additionalProperties=False,
-            title="All prices of an account",
-        ),
-    ]
-}
+_ACCOUNT_OR_DEFAULT = {**ACCOUNT, "default": "default"}
 
-_PURGED = {
-    "oneOf": [
-        record({"account": ACCOUNT, "purged": {"const": "question"}, "key": KEY, "was_stored": {"type": "boolean"}}),
-        record({"account": ACCOUNT, "purged": {"const": "all"}}),
-    ]
-}
+_PURGE = one_of(
+    record(
+        {"body": reference("Generations")},
+        {"account": _ACCOUNT_OR_DEFAULT, "query": text("As sent with the estimate.")},
+        additionalProperties=False,
+        title="One question",
+    ),
+    record(
+        {"all": {"const": True}},
+        {"account": _ACCOUNT_OR_DEFAULT},
+        additionalProperties=False,
+        title="All prices of an account",
+    ),
+)
+
+_PURGED = one_of(
+    record({"account": ACCOUNT, "purged": {"const": "question"}, "key": KEY, "was_stored": {"type": "boolean"}}),
+    record({"account": ACCOUNT, "purged": {"const": "all"}}),
+)
 
 _TOKEN = record(
     {
@@ -364,7 +384,7 @@ _READINESS = record(
     description="`degraded` lists what is unavailable; the gateway serves without it as documented.",
 )
 
-_QUOTE_OPTIONS: dict[str, Schema] = {
+_QUOTE_OPTIONS: dict[str, Object] = {
     "breakdown": {
         "enum": ["items", "members"],
         "description": "`items`: asks each item alone. `members`: asks the body without each of its members.",
@@ -372,46 +392,44 @@ _QUOTE_OPTIONS: dict[str, Schema] = {
     "quantity": {"type": "integer", "minimum": 1, "maximum": 1_000_000, "description": "How many of the cheapest."},
 }
 
-_QUOTE_REQUEST = {
-    "oneOf": [
-        record(
-            {
-                "variants": array(
-                    record(
-                        {
-                            "label": text("Distinct.", minLength=1, maxLength=200),
-                            "body": reference("Generations"),
-                        },
-                        additionalProperties=False,
-                    ),
-                    minItems=1,
-                    maxItems=64,
-                )
-            },
-            _QUOTE_OPTIONS,
-            additionalProperties=False,
-            title="Bodies",
-        ),
-        record(
-            {
-                "base": reference("Generations"),
-                "vary": {
-                    "type": "object",
-                    "minProperties": 1,
-                    "additionalProperties": {"type": "array", "minItems": 1},
-                    "description": "Values by dotted path inside each item. Every combination is a variant.",
-                },
-            },
-            _QUOTE_OPTIONS,
-            additionalProperties=False,
-            title="A grid",
-        ),
-    ]
-}
+_NEW_VARIANT = record(
+    {"label": text("Distinct.", minLength=1, maxLength=200), "body": reference("Generations")},
+    additionalProperties=False,
+)
 
-_AMOUNT: Schema = {"type": ["number", "null"], "description": "Credits; null if unknown."}
+_QUOTE_REQUEST = one_of(
+    record(
+        {"variants": array(_NEW_VARIANT, minItems=1, maxItems=64)},
+        _QUOTE_OPTIONS,
+        additionalProperties=False,
+        title="Bodies",
+    ),
+    record(
+        {
+            "base": reference("Generations"),
+            "vary": {
+                "type": "object",
+                "minProperties": 1,
+                "additionalProperties": {"type": "array", "minItems": 1},
+                "description": "Values by dotted path inside each item. Every combination is a variant.",
+            },
+        },
+        _QUOTE_OPTIONS,
+        additionalProperties=False,
+        title="A grid",
+    ),
+)
+
+_AMOUNT: Object = {"type": ["number", "null"], "description": "Credits; null if unknown."}
 _WHY_UNKNOWN = record(
     {"code": text("A problem code, or RenderNet's own."), "message": text()}, description="Why a price is unknown."
+)
+
+_ITEM_ALONE = record({"item": COUNT, "estimated": _AMOUNT}, {"error": _WHY_UNKNOWN}, title="An item alone")
+_MEMBER = record(
+    {"member": text(), "marginal": {**_AMOUNT, "description": "What the member adds to the price."}},
+    {"mode_changes": {"const": True, "description": "Without it, another mode wins."}, "error": _WHY_UNKNOWN},
+    title="A member",
 )
 
 _QUOTED_VARIANT = record(
@@ -427,57 +445,32 @@ _QUOTED_VARIANT = record(
         "estimated": _AMOUNT,
         "delta": {**_AMOUNT, "description": "The difference to the first variant."},
         "age_s": nullable(SECONDS),
-        "ttl_s": {"type": ["integer", "null"], "description": "How long the price is fresh; null: it is not stored."},
+        "ttl_s": nullable(integer("How long the price is fresh; null: it is not stored.")),
         "basis": {"enum": ["asked", "stored", "inferred", None]},
     },
     {
         "error": _WHY_UNKNOWN,
-        "breakdown": array(
-            {
-                "oneOf": [
-                    record({"item": COUNT, "estimated": _AMOUNT}, {"error": _WHY_UNKNOWN}, title="An item alone"),
-                    record(
-                        {
-                            "member": text(),
-                            "marginal": {**_AMOUNT, "description": "What the member adds to the price."},
-                        },
-                        {
-                            "mode_changes": {"const": True, "description": "Without it, another mode wins."},
-                            "error": _WHY_UNKNOWN,
-                        },
-                        title="A member",
-                    ),
-                ]
-            }
-        ),
+        "breakdown": array(one_of(_ITEM_ALONE, _MEMBER)),
         "residual": {**_AMOUNT, "description": "The price less the sum of the items' prices."},
     },
+)
+
+_FIT = record(
+    {
+        **_QUOTA_NAMES,
+        "remaining": CREDITS,
+        "fits": nullable(boolean("Whether the cheapest fits, times `quantity`.")),
+        "how_many": nullable(integer("How many of the cheapest fit; null: unknown, or no limit.")),
+    }
 )
 
 _QUOTE = record(
     {
         "variants": array(_QUOTED_VARIANT),
         "cheapest": {"type": ["string", "null"], "description": "The label of the cheapest variant."},
-        "quotas": {
-            "type": ["array", "null"],
-            "items": record(
-                {
-                    "scope": {"enum": ["team", "org"]},
-                    "measure": {"enum": ["requests", "estimated_credits"]},
-                    "per": {"enum": ["minute", "hour", "day", "week", "month"]},
-                    "remaining": CREDITS,
-                    "fits": {
-                        "type": ["boolean", "null"],
-                        "description": "Whether the cheapest fits, times `quantity`.",
-                    },
-                    "how_many": {
-                        "type": ["integer", "null"],
-                        "description": "How many of the cheapest fit; null: unknown, or no limit.",
-                    },
-                }
-            ),
-            "description": "What the quotas leave room for; null if the ledger is unavailable.",
-        },
+        "quotas": nullable(
+            array(_FIT, description="What the quotas leave room for; null if the ledger is unavailable.")
+        ),
         "balance": {"type": ["number", "null"]},
         "balance_age_s": nullable(SECONDS),
     },
@@ -487,7 +480,7 @@ _QUOTE = record(
     },
 )
 
-SCHEMAS: Mapping[str, Schema] = {
+SCHEMAS: Mapping[str, Object] = {
     "QuoteRequest": _QUOTE_REQUEST,
     "Quote": _QUOTE,
     "TeamId": TEAM,

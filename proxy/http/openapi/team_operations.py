@@ -2,17 +2,21 @@
 
 from proxy.http.openapi.parts import (
     ADMISSION_HEADERS,
+    CACHE_CONTROL,
+    CSV_PARAMETERS,
     ESTIMATE_HEADERS,
     EXAMPLE_BODY,
     EXAMPLE_KEY,
-    PARAMETERS,
+    Operation,
+    answer,
     headers,
     json_answer,
     json_body,
+    json_or_csv,
     query,
-    tokens,
+    with_examples,
 )
-from proxy.http.openapi.problems import BODY, COMMON, problem_responses
+from proxy.http.openapi.schemas import DAY, reference
 from proxy.problems import Code
 
 _EXAMPLE_AMOUNTS = {
@@ -53,30 +57,26 @@ _EXAMPLE_QUOTAS = {
 }
 
 
-ESTIMATE = {
-    "operationId": "estimate",
-    "tags": ["Teams"],
-    "summary": "Estimate what a generation would cost",
-    "description": (
+ESTIMATE = Operation(
+    name="estimate",
+    tag="Teams",
+    summary="Estimate what a generation would cost",
+    description=(
         "As RenderNet's endpoint: the same path, body and answer. The answer may be a stored one; `balance` is always "
         "the newest balance that is known. The query string is a part of the question and is sent to RenderNet as it "
         "is. An answer of RenderNet without a price is passed on as it is, unless the operator has it refused with 502 "
         "`unpriced`."
     ),
-    "security": tokens("Team"),
-    "parameters": [
-        {"$ref": "#/components/parameters/CacheControl"},
-        {"$ref": "#/components/parameters/MaxCredits"},
-        *PARAMETERS,
-    ],
-    "requestBody": json_body("Generations", {"One image": EXAMPLE_BODY}),
-    "responses": {
-        "200": json_answer(
-            "Estimate",
-            "The estimate and the balance, in credits.",
-            {"data": {"estimated": 4, "balance": 10000}, "error": {}},
-            ESTIMATE_HEADERS,
-        ),
+    tokens=("Team",),
+    parameters=[CACHE_CONTROL, reference("MaxCredits", "parameters")],
+    body=json_body("Generations", {"One image": EXAMPLE_BODY}),
+    answer=json_answer(
+        "Estimate",
+        "The estimate and the balance, in credits.",
+        {"data": {"estimated": 4, "balance": 10000}, "error": {}},
+        ESTIMATE_HEADERS,
+    ),
+    more_answers={
         "4XX": {
             "description": "RenderNet refused the body: its status and JSON, as they are.",
             "headers": {**ESTIMATE_HEADERS, **headers("RequestId", "NoStore")},
@@ -86,43 +86,37 @@ ESTIMATE = {
                     "example": {"data": None, "error": {"code": "INVALID", "message": "model is unknown"}},
                 }
             },
-        },
-        **problem_responses(
-            (
-                *COMMON,
-                *BODY,
-                Code.UNKNOWN_TOKEN,
-                Code.FORBIDDEN,
-                Code.TEAM_DISABLED,
-                Code.RATE_LIMITED,
-                Code.QUOTA_EXCEEDED,
-                Code.OVER_CEILING,
-                Code.UPSTREAM_ERROR,
-                Code.UPSTREAM_REFUSED,
-                Code.UPSTREAM_BUSY,
-                Code.UPSTREAM_TIMEOUT,
-                Code.UNPRICED,
-                Code.NOT_CACHED,
-                Code.STORE_UNAVAILABLE,
-            ),
-            ESTIMATE_HEADERS,
-        ),
+        }
     },
-}
+    problems=(
+        Code.TEAM_DISABLED,
+        Code.RATE_LIMITED,
+        Code.QUOTA_EXCEEDED,
+        Code.OVER_CEILING,
+        Code.UPSTREAM_ERROR,
+        Code.UPSTREAM_REFUSED,
+        Code.UPSTREAM_BUSY,
+        Code.UPSTREAM_TIMEOUT,
+        Code.UNPRICED,
+        Code.NOT_CACHED,
+        Code.STORE_UNAVAILABLE,
+    ),
+    problem_headers=ESTIMATE_HEADERS,
+)
 
-QUOTE = {
-    "operationId": "quote",
-    "tags": ["Teams"],
-    "summary": "Compare the prices of several bodies",
-    "description": (
+QUOTE = Operation(
+    name="quote",
+    tag="Teams",
+    summary="Compare the prices of several bodies",
+    description=(
         "Up to 64 bodies, or every combination of some values, in one call; with `breakdown` also what each item or "
         "member adds. Amounts are RenderNet's own, added or subtracted. At most 256 distinct questions are asked: each "
         "uses one request of the rate, and one that RenderNet is asked uses one of the quotas on requests; none uses "
         "credits. A variant whose price is unknown has its own `error`."
     ),
-    "security": tokens("Team"),
-    "parameters": [{"$ref": "#/components/parameters/CacheControl"}, *PARAMETERS],
-    "requestBody": json_body(
+    tokens=("Team",),
+    parameters=[CACHE_CONTROL],
+    body=json_body(
         "QuoteRequest",
         {
             "A grid": {"base": EXAMPLE_BODY, "vary": {"quality": ["Regular", "Plus"], "steps": [20, 30]}},
@@ -134,94 +128,80 @@ QUOTE = {
             "Items": {"variants": [{"label": "two", "body": EXAMPLE_BODY * 2}], "breakdown": "items"},
         },
     ),
-    "responses": {
-        "200": json_answer(
-            "Quote",
-            "The variants in order, and what the quotas leave room for.",
-            {
-                "variants": [
-                    {
-                        "label": "quality=Plus",
-                        "changes": [{"path": "quality", "value": "Plus", "added": True}],
-                        "estimated": 4,
-                        "delta": 0,
-                        "age_s": 0,
-                        "ttl_s": 3600,
-                        "basis": "asked",
-                    }
-                ],
-                "cheapest": "quality=Plus",
-                "quotas": [
-                    {
-                        "scope": "team",
-                        "measure": "estimated_credits",
-                        "per": "month",
-                        "remaining": 4923.5,
-                        "fits": True,
-                        "how_many": 1230,
-                    }
-                ],
-                "balance": 9923.5,
-                "balance_age_s": 0,
-            },
-            {**ADMISSION_HEADERS, **headers("NoStore")},
-        ),
-        **problem_responses(
-            (*COMMON, *BODY, Code.UNKNOWN_TOKEN, Code.FORBIDDEN, Code.TEAM_DISABLED), ADMISSION_HEADERS
-        ),
-    },
-}
+    answer=json_answer(
+        "Quote",
+        "The variants in order, and what the quotas leave room for.",
+        {
+            "variants": [
+                {
+                    "label": "quality=Plus",
+                    "changes": [{"path": "quality", "value": "Plus", "added": True}],
+                    "estimated": 4,
+                    "delta": 0,
+                    "age_s": 0,
+                    "ttl_s": 3600,
+                    "basis": "asked",
+                }
+            ],
+            "cheapest": "quality=Plus",
+            "quotas": [
+                {
+                    "scope": "team",
+                    "measure": "estimated_credits",
+                    "per": "month",
+                    "remaining": 4923.5,
+                    "fits": True,
+                    "how_many": 1230,
+                }
+            ],
+            "balance": 9923.5,
+            "balance_age_s": 0,
+        },
+        {**ADMISSION_HEADERS, **headers("NoStore")},
+    ),
+    problems=(Code.TEAM_DISABLED,),
+    problem_headers=ADMISSION_HEADERS,
+)
 
-QUOTA = {
-    "operationId": "quota",
-    "tags": ["Teams"],
-    "summary": "Show the rate and the quotas, and what is left of them",
-    "description": (
+QUOTA = Operation(
+    name="quota",
+    tag="Teams",
+    summary="Show the rate and the quotas, and what is left of them",
+    description=(
         "With a team's token: the team's own. With a viewer or admin token: one team with `team`, all without. Debits "
         "nothing."
     ),
-    "security": tokens("Team", "Viewer", "Admin"),
-    "parameters": [query("team", {"$ref": "#/components/schemas/TeamId"}, "The team to show."), *PARAMETERS],
-    "responses": {
-        "200": {
-            "description": "One team, or all teams.",
-            "headers": headers("RequestId", "NoStore"),
-            "content": {
-                "application/json": {
-                    "schema": {
-                        "oneOf": [
-                            {"$ref": "#/components/schemas/TeamQuotas"},
-                            {"$ref": "#/components/schemas/AllQuotas"},
-                        ]
-                    },
-                    "examples": {
-                        "A team": {"value": _EXAMPLE_QUOTAS},
-                        "All teams": {"value": {"teams": [_EXAMPLE_QUOTAS]}},
-                    },
-                }
-            },
+    tokens=("Team", "Viewer", "Admin"),
+    parameters=[query("team", reference("TeamId"), "The team to show.")],
+    answer=answer(
+        "One team, or all teams.",
+        {
+            "application/json": with_examples(
+                {"oneOf": [reference("TeamQuotas"), reference("AllQuotas")]},
+                {"A team": _EXAMPLE_QUOTAS, "All teams": {"teams": [_EXAMPLE_QUOTAS]}},
+            )
         },
-        **problem_responses((*COMMON, Code.INVALID_QUERY, Code.UNKNOWN_TOKEN, Code.FORBIDDEN, Code.STORE_UNAVAILABLE)),
-    },
-}
+    ),
+    problems=(Code.INVALID_QUERY, Code.STORE_UNAVAILABLE),
+)
 
-USAGE = {
-    "operationId": "usage",
-    "tags": ["Teams"],
-    "summary": "Report requests and estimated credits",
-    "description": (
+USAGE = Operation(
+    name="usage",
+    tag="Teams",
+    summary="Report requests and estimated credits",
+    description=(
         "Numbers are exact. They are what teams estimated, not what RenderNet charged. A team's token shows the team's "
         "own rows, a viewer or admin token those of all teams."
     ),
-    "security": tokens("Team", "Viewer", "Admin"),
-    "parameters": [
+    tokens=("Team", "Viewer", "Admin"),
+    parameters=[
         query(
             "from",
-            {"type": "string", "format": "date"},
+            DAY,
             "The first day; by default the first of the month. At most 400 days before `to`.",
             example="2026-11-01",
         ),
-        query("to", {"type": "string", "format": "date"}, "The last day; by default today.", example="2026-11-30"),
+        query("to", DAY, "The last day; by default today.", example="2026-11-30"),
         query(
             "by",
             {
@@ -236,107 +216,85 @@ USAGE = {
             explode=False,
             example=["day", "model"],
         ),
-        query("team", {"$ref": "#/components/schemas/TeamId"}, "Only the rows of this team."),
+        query("team", reference("TeamId"), "Only the rows of this team."),
         query("model", {"type": "string"}, "Only the rows of this model, as `by=model` names it.", example="Flux"),
-        query("format", {"enum": ["json", "csv"]}, "Overrides `Accept: text/csv`."),
-        query("dialect", {"enum": ["rfc4180", "excel-semicolon"]}, "Of CSV, which it implies."),
-        *PARAMETERS,
+        *CSV_PARAMETERS,
     ],
-    "responses": {
-        "200": {
-            "description": "The report. In CSV, new columns come last.",
-            "headers": headers("RequestId", "NoStore"),
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": "#/components/schemas/Usage"},
-                    "example": {
-                        "from": "2026-11-01",
-                        "to": "2026-11-22",
-                        "timezone": "UTC",
-                        "by": ["day", "model"],
-                        "rows": [{"day": "2026-11-22", "model": "Flux", **_EXAMPLE_AMOUNTS, "share_percent": 100}],
-                        "total": _EXAMPLE_AMOUNTS,
-                    },
-                },
-                "text/csv": {
-                    "schema": {"type": "string"},
-                    "example": "day,model,requests,refused,estimated_credits,…\r\n2026-11-22,Flux,23,0,76.5,…\r\n",
-                },
-            },
+    answer=json_or_csv(
+        "Usage",
+        "The report.",
+        {
+            "from": "2026-11-01",
+            "to": "2026-11-22",
+            "timezone": "UTC",
+            "by": ["day", "model"],
+            "rows": [{"day": "2026-11-22", "model": "Flux", **_EXAMPLE_AMOUNTS, "share_percent": 100}],
+            "total": _EXAMPLE_AMOUNTS,
         },
-        **problem_responses((*COMMON, Code.INVALID_QUERY, Code.UNKNOWN_TOKEN, Code.FORBIDDEN, Code.STORE_UNAVAILABLE)),
-    },
-}
+        "day,model,requests,refused,estimated_credits,…\r\n2026-11-22,Flux,23,0,76.5,…\r\n",
+    ),
+    problems=(Code.INVALID_QUERY, Code.STORE_UNAVAILABLE),
+)
 
-TOKEN = {
-    "operationId": "token",
-    "tags": ["Teams"],
-    "summary": "Tell what the token may see",
-    "description": (
+TOKEN = Operation(
+    name="token",
+    tag="Teams",
+    summary="Tell what the token may see",
+    description=(
         "Its role, today's date in the organisation's time zone, and the balances of its accounts: a team's own, or "
         "all of them. Works for a disabled team, and without the ledger."
     ),
-    "security": tokens("Team", "Viewer", "Admin"),
-    "parameters": PARAMETERS,
-    "responses": {
-        "200": json_answer(
-            "Token",
-            "What the gateway knows about the token.",
-            {
-                "role": "team",
-                "team": "design",
-                "team_name": "Design",
-                "token_label": "ci",
-                "token_expires": "2027-06-30",
-                "timezone": "UTC",
-                "today": "2026-11-22",
-                "accounts": [{"account": "default", "balance": 9923.5, "balance_age_s": 12}],
-            },
-            headers("NoStore"),
-        ),
-        **problem_responses((*COMMON, Code.UNKNOWN_TOKEN, Code.FORBIDDEN)),
-    },
-}
+    tokens=("Team", "Viewer", "Admin"),
+    answer=json_answer(
+        "Token",
+        "What the gateway knows about the token.",
+        {
+            "role": "team",
+            "team": "design",
+            "team_name": "Design",
+            "token_label": "ci",
+            "token_expires": "2027-06-30",
+            "timezone": "UTC",
+            "today": "2026-11-22",
+            "accounts": [{"account": "default", "balance": 9923.5, "balance_age_s": 12}],
+        },
+    ),
+)
 
-EXPLAIN = {
-    "operationId": "explain",
-    "tags": ["Teams"],
-    "summary": "Explain how the gateway reads a body",
-    "description": (
+EXPLAIN = Operation(
+    name="explain",
+    tag="Teams",
+    summary="Explain how the gateway reads a body",
+    description=(
         "Shows the canonical body and its key, whether a price is stored, and whether an estimate would be admitted "
         "now. Asks RenderNet nothing and debits no quota, but uses one request of the rate. Without the store, "
         "`degraded` says what is not known."
     ),
-    "security": tokens("Team"),
-    "parameters": PARAMETERS,
-    "requestBody": json_body("Generations", {"One image": EXAMPLE_BODY}),
-    "responses": {
-        "200": json_answer(
-            "Explanation",
-            "What the gateway knows about this body.",
-            {
-                "canonical_body": '[{"batch_size":1,"model":"JuggernautXL","prompt":{"positive":"a cat"}}]',
-                "key": EXAMPLE_KEY,
-                "account": "default",
-                "query": "",
-                "ignored_members": [],
-                "stored": True,
-                "admitted": True,
-                "age_s": 12,
-                "ttl_s": 3588,
-                "estimated": 4,
-                "learned": {
-                    "learn": "observe",
-                    "inferable": False,
-                    "reason": "new-scope",
-                    "detail": "No body with these members, models and number of items was asked yet.",
-                },
+    tokens=("Team",),
+    body=json_body("Generations", {"One image": EXAMPLE_BODY}),
+    answer=json_answer(
+        "Explanation",
+        "What the gateway knows about this body.",
+        {
+            "canonical_body": '[{"batch_size":1,"model":"JuggernautXL","prompt":{"positive":"a cat"}}]',
+            "key": EXAMPLE_KEY,
+            "account": "default",
+            "query": "",
+            "ignored_members": [],
+            "stored": True,
+            "admitted": True,
+            "age_s": 12,
+            "ttl_s": 3588,
+            "estimated": 4,
+            "learned": {
+                "learn": "observe",
+                "inferable": False,
+                "reason": "new-scope",
+                "detail": "No body with these members, models and number of items was asked yet.",
             },
-            {**ADMISSION_HEADERS, **headers("NoStore")},
-        ),
-        **problem_responses(
-            (*COMMON, *BODY, Code.UNKNOWN_TOKEN, Code.FORBIDDEN, Code.TEAM_DISABLED, Code.RATE_LIMITED),
-            ADMISSION_HEADERS,
-        ),
-    },
-}
+        },
+        {**ADMISSION_HEADERS, **headers("NoStore")},
+    ),
+    problems=(Code.TEAM_DISABLED, Code.RATE_LIMITED),
+    problem_headers=ADMISSION_HEADERS,
+)
