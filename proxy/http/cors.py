@@ -1,6 +1,6 @@
 """CORS: lets pages of the origins in `server.cors_origins` call the API from a browser.
 
-* Only requests with an `Origin` header come here; others cost one look-up (`Application` in `proxy.app`).
+* Only requests with an `Origin` header come here; others cost one look-up (`Application` in `proxy.http.application`).
 * A browser asks before it sends a token (a preflight: the Fetch standard, §4.8). It gets 204 for a listed origin, and
   403 for any other, whatever the path: which paths there are is not a secret.
 * A request that is not a preflight is served whatever its origin, but only pages of listed origins can read the answer.

@@ -6,14 +6,12 @@ Header fields are rendered as complete lines, `name: value`, which `Cycle.reply`
 
 import logging
 import secrets
-from collections.abc import Mapping
 from math import floor
 from time import perf_counter
 from typing import Any
 
 import orjson
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from proxy.gateway.request import Answer, Document, Explanation, Learned, Purged, Result, Trace
@@ -22,7 +20,7 @@ from proxy.http.framing import Headers
 from proxy.http.headers import Lines
 from proxy.http.paths import shown_path, without_tokens
 from proxy.learning.report import verdict_document
-from proxy.problems import DEFAULT_RETRY_AFTER_S, NO_NAME, Outcome, Problem
+from proxy.problems import NO_NAME, Outcome, Problem
 from proxy.quota.ledger import Admitted, Denied
 from proxy.telemetry.logs import event
 from proxy.telemetry.metrics import Metrics
@@ -101,7 +99,8 @@ def render(result: Result, context: RequestContext) -> tuple[int, Lines, bytes]:
         case Purged():
             status, lines, body = 200, [_JSON_TYPE, _NO_STORE], _purged_document(result)
         case Document():
-            status, lines, body = 200, _document_lines(result), result.body
+            lines = [b"content-type: " + result.media_type.encode(), b"vary: accept", _NO_STORE]
+            status, body = 200, result.body
     return status, lines + common_lines(context), body
 
 
@@ -132,14 +131,6 @@ def request_id_of(request: Request) -> str:
     return client_id or secrets.token_hex(16)
 
 
-def probe_answer(request: Request, document: Mapping[str, Any], *, draining: bool = False) -> Response:
-    """The answer to a health or readiness check: 503 while draining, else 200."""
-    headers = {"cache-control": "no-store", "x-request-id": request_id_of(request)}
-    if draining:
-        headers |= {"connection": "close", "retry-after": str(DEFAULT_RETRY_AFTER_S)}
-    return JSONResponse(document, 503 if draining else 200, headers)
-
-
 def _answer_lines(answer: Answer) -> Lines:
     lines = [_JSON_TYPE]
     if answer.status >= 400:  # noqa: PLR2004 -- upstream's own errors are errors too
@@ -149,10 +140,6 @@ def _answer_lines(answer: Answer) -> Lines:
     if answer.balance_age_s is not None:
         lines.append(b"estimate-proxy-balance-age: %d" % answer.balance_age_s)
     return lines
-
-
-def _document_lines(document: Document) -> Lines:
-    return [b"content-type: " + document.media_type.encode(), b"vary: accept", _NO_STORE]
 
 
 def _explanation_document(explanation: Explanation) -> bytes:

@@ -18,43 +18,39 @@ from proxy.cache.prices import Balance
 from proxy.gateway.live_config import ConfigHolder, RuntimeConfig
 from proxy.gateway.request import ClientRequest, Document, Trace
 from proxy.http.headers import JSON
+from proxy.http.report_access import reader_of
 from proxy.problems import Problem, StoreUnavailable
 
 
-class TokenEndpoint:
-    """The handler of `GET /v1/token`."""
+async def token(
+    live: ConfigHolder, books: AccountBooks, zone: ZoneInfo, request: ClientRequest, trace: Trace
+) -> Document | Problem:
+    """The token's role: `admin` or `viewer`, or `team` with the team, also if it is disabled."""
+    config = live.config
+    reader = reader_of(request.token, trace, config.access)
+    if isinstance(reader, Problem):
+        return reader
+    if reader is None:
+        members = {"role": "admin" if config.access.is_admin(request.token) else "viewer"}
+        accounts = sorted(config.accounts)
+    else:
+        members, accounts = _team_members(reader, config), [reader.team.account]
+    balances = await _balances(books, accounts, request.deadline)
+    document = {
+        **members,
+        "timezone": zone.key,
+        "today": datetime.now(zone).date(),
+        "accounts": [_account_members(account, balances.get(account)) for account in accounts],
+    }
+    return Document(orjson.dumps(document), JSON)
 
-    def __init__(self, live: ConfigHolder, accounts: AccountBooks, zone: ZoneInfo) -> None:
-        self._live = live
-        self._accounts = accounts
-        self._zone = zone
 
-    async def token(self, request: ClientRequest, trace: Trace) -> Document | Problem:
-        """The token's role: `admin` or `viewer`, or `team` with the team, also if it is disabled."""
-        config = self._live.config
-        access = config.access
-        if access.is_admin(request.token) or access.is_viewer(request.token):
-            role = "admin" if access.is_admin(request.token) else "viewer"
-            return await self._document({"role": role}, sorted(config.accounts), request.deadline)
-        credential = access.credential(request.token)
-        if isinstance(credential, Problem):
-            return credential
-        trace.record_credential(credential)
-        return await self._document(_team_members(credential, config), [credential.team.account], request.deadline)
-
-    async def _document(self, members: dict[str, Any], accounts: Collection[str], deadline: float) -> Document:
-        balances = await self._balances(accounts, deadline)
-        today = datetime.now(self._zone).date()
-        shown = [_account_members(account, balances.get(account)) for account in accounts]
-        document = {**members, "timezone": self._zone.key, "today": today, "accounts": shown}
-        return Document(orjson.dumps(document), JSON)
-
-    async def _balances(self, accounts: Collection[str], deadline: float) -> Mapping[str, Balance]:
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await self._accounts.balances(accounts)
-        except (StoreUnavailable, TimeoutError):
-            return {}
+async def _balances(books: AccountBooks, accounts: Collection[str], deadline: float) -> Mapping[str, Balance]:
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await books.balances(accounts)
+    except (StoreUnavailable, TimeoutError):
+        return {}
 
 
 def _team_members(credential: Credential, config: RuntimeConfig) -> dict[str, Any]:

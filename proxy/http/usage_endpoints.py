@@ -17,6 +17,8 @@ import orjson
 from proxy.auth import Team
 from proxy.gateway.live_config import ConfigHolder
 from proxy.gateway.request import ClientRequest, Document, Trace
+from proxy.http.headers import JSON
+from proxy.http.report_access import reader_of
 from proxy.problems import Code, Problem, StoreUnavailable
 from proxy.quota.credits import Currency
 from proxy.quota.csv_text import write_csv
@@ -35,7 +37,6 @@ from proxy.quota.report_queries import (
 from proxy.quota.usage_report import csv_of, json_of
 from proxy.quota.windows import day_of
 
-JSON = "application/json"
 CSV = "text/csv; charset=utf-8; header=present"  # RFC 4180 §3
 
 
@@ -58,34 +59,34 @@ class UsageEndpoints:
 
     async def usage(self, request: ClientRequest, trace: Trace) -> Document | Problem:
         """The usage that the query string asks for, as JSON or CSV. Raises `BadRequest`."""
-        own_team = self._team_of(request.token, trace)
-        if isinstance(own_team, Problem):
-            return own_team
+        reader = reader_of(request.token, trace, self._live.config.access)
+        if isinstance(reader, Problem):
+            return reader
         query = read_usage_query(request.query, request.accept, today=day_of(int(time()), self._zone))
-        if own_team is not None:
-            if query.team not in (None, own_team.id) or "team" in query.by:
-                return _forbidden(own_team)
-            query = replace(query, team=own_team.id)
+        if reader is not None:
+            if query.team not in (None, reader.team.id) or "team" in query.by:
+                return _forbidden(reader.team)
+            query = replace(query, team=reader.team.id)
         return await _within(request.deadline, self._usage(query))
 
     async def quota(self, request: ClientRequest, trace: Trace) -> Document | Problem:
         """The rate and quotas of one team or, for a viewer or admin, of all teams. Raises `BadRequest`."""
-        own_team = self._team_of(request.token, trace)
-        if isinstance(own_team, Problem):
-            return own_team
+        reader = reader_of(request.token, trace, self._live.config.access)
+        if isinstance(reader, Problem):
+            return reader
         team = read_parameters(request.query, ("team",)).get("team")
-        if own_team is not None:
-            if team not in (None, own_team.id):
-                return _forbidden(own_team)
-            team = own_team.id
+        if reader is not None:
+            if team not in (None, reader.team.id):
+                return _forbidden(reader.team)
+            team = reader.team.id
         return await _within(request.deadline, self._quota(team))
 
     async def price_changes(self, request: ClientRequest, trace: Trace) -> Document | Problem:
         """The price changes that the query string asks for, as JSON or CSV. Raises `BadRequest`."""
-        own_team = self._team_of(request.token, trace)
-        if isinstance(own_team, Problem):
-            return own_team
-        if own_team is not None:
+        reader = reader_of(request.token, trace, self._live.config.access)
+        if isinstance(reader, Problem):
+            return reader
+        if reader is not None:
             return Problem(Code.FORBIDDEN, "This needs a viewer token or an admin token; you sent a team's token.")
         today = day_of(int(time()), self._zone)
         query = read_price_change_query(request.query, request.accept, today=today)
@@ -94,12 +95,11 @@ class UsageEndpoints:
     async def _price_changes(self, query: PriceChangeQuery) -> Document | Problem:
         found = await self._ledger_reader.price_changes(query)
         if not found.changes and query.account not in (None, *self._live.config.accounts):
-            return _unknown(
-                f"account: {query.account!r:.64} is not configured and has no price change: check the name."
-            )
+            detail = f"account: {query.account!r:.64} is not configured and has no price change: check the name."
+            return Problem(Code.INVALID_QUERY, detail)
         if query.csv:
-            lines = lines_of(found, self._zone)
-            return Document(write_csv(lines, names=NAME_COLUMNS, dialect=query.dialect), CSV)
+            csv = write_csv(lines_of(found, self._zone), names=NAME_COLUMNS, dialect=query.dialect)
+            return Document(csv, CSV)
         return Document(json_of_changes(found, query, self._zone), JSON)
 
     async def _usage(self, query: UsageQuery) -> Document | Problem:
@@ -109,7 +109,8 @@ class UsageEndpoints:
             *config.directory.current,
             *await self._ledger_reader.teams(),
         ):
-            return _unknown(f"team: {query.team[:64]!r} is not configured and never had usage: check the id.")
+            detail = f"team: {query.team[:64]!r} is not configured and never had usage: check the id."
+            return Problem(Code.INVALID_QUERY, detail)
         usage = await self._ledger_reader.usage(query, config.directory)
         if query.csv:
             return Document(csv_of(usage, query.by, config.directory, self._currency, query.dialect), CSV)
@@ -118,25 +119,12 @@ class UsageEndpoints:
     async def _quota(self, team: str | None) -> Document | Problem:
         config = self._live.config
         if team not in (None, *config.team_limits):
-            return _unknown("team names a team that is not configured: check its id.")
+            return Problem(Code.INVALID_QUERY, "team names a team that is not configured: check its id.")
         wanted = [limits for limits in config.team_limits.values() if team in (None, limits.team)]
         quota_states = await self._ledger_reader.quota_states(wanted)
         forecasts = await self._history.forecasts(quota_states, config.directory)
-        documents = [
-            quota_document(quota_state, forecasts, self._zone, config.directory) for quota_state in quota_states
-        ]
+        documents = [quota_document(state, forecasts, self._zone, config.directory) for state in quota_states]
         return Document(orjson.dumps({"teams": documents} if team is None else documents[0]), JSON)
-
-    def _team_of(self, token: str | None, trace: Trace) -> Team | Problem | None:
-        """The token's team; None for a viewer or admin token."""
-        access = self._live.config.access
-        if access.is_admin(token) or access.is_viewer(token):
-            return None
-        credential = access.credential(token)
-        if isinstance(credential, Problem):
-            return credential
-        trace.record_credential(credential)
-        return credential.team
 
 
 async def _within(deadline: float, report: Coroutine[Any, Any, Document | Problem]) -> Document | Problem:
@@ -155,7 +143,3 @@ def _forbidden(team: Team) -> Problem:
         Code.FORBIDDEN,
         f"Your token only shows the team {team.id!r}: leave team and by=team out, or use a viewer or admin token.",
     )
-
-
-def _unknown(detail: str) -> Problem:
-    return Problem(Code.INVALID_QUERY, detail)
