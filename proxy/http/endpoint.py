@@ -10,7 +10,7 @@
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import cached_property
 from itertools import count
 
@@ -40,15 +40,10 @@ _CLIENT_GONE = 499
 log = logging.getLogger(__name__)
 
 
-class RequestIds:
-    """Makes ids for requests without a usable one: a random prefix, then a counter."""
-
-    def __init__(self) -> None:
-        self._prefix = secrets.token_hex(8)
-        self._numbers = count()
-
-    def next(self) -> str:
-        return f"{self._prefix}{next(self._numbers):016x}"
+def _new_ids() -> Iterator[str]:
+    """Ids for requests without a usable one: a random prefix, then a counter."""
+    prefix = secrets.token_hex(8)
+    return (f"{prefix}{number:016x}" for number in count())
 
 
 class Endpoint:
@@ -74,7 +69,7 @@ class Endpoint:
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._timeout_s = timeout_s
-        self._ids = RequestIds()
+        self._new_ids = _new_ids()
 
     @cached_property
     def _loop(self) -> asyncio.AbstractEventLoop:
@@ -83,7 +78,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers: RequestHeaders = scope[SCOPE_HEADERS]
-        context = RequestContext(self._operation, headers.request_id or self._ids.next(), scope)
+        context = RequestContext(self._operation, headers.request_id or next(self._new_ids), scope)
         result: Result | None
         self._tracker.in_flight += 1
         try:

@@ -100,14 +100,11 @@ class MetricsEndpoint:
 
     async def _current_snapshot(self) -> Snapshot:
         async with self._snapshot_lock:
-            if self._snapshot is None or monotonic() - self._snapshot.taken_at >= SNAPSHOT_S:
-                self._snapshot = await self._take_snapshot()
+            now = monotonic()
+            if self._snapshot is None or now - self._snapshot.taken_at >= SNAPSHOT_S:
+                from_ledger, balances = await asyncio.gather(self._read_ledger(), self._read_balances())
+                self._snapshot = Snapshot(*from_ledger, balances, taken_at=now)
             return self._snapshot
-
-    async def _take_snapshot(self) -> Snapshot:
-        taken_at = monotonic()
-        (totals, quota_states, forecasts), balances = await asyncio.gather(self._read_ledger(), self._read_balances())
-        return Snapshot(totals, quota_states, forecasts, balances, taken_at)
 
     async def _read_ledger(self) -> tuple[WindowTotals | None, Sequence[QuotaState], Forecasts]:
         config = self._live.config

@@ -41,7 +41,7 @@ DOCS_FILES = {
 
 _ETAG_DIGITS = 32
 _NOT_MODIFIED = 304
-_NO_GZIP = ("q=0", "q=0.0", "q=0.00", "q=0.000")
+_WEIGHTS_OF_NONE = ("q=0", "q=0.0", "q=0.00", "q=0.000")
 
 
 class StaticFile:
@@ -53,7 +53,7 @@ class StaticFile:
 
     async def respond(self, request: Request) -> Response:
         """The whole file, or 304 if the client has it."""
-        compress = accepts_gzip(request.headers.get("accept-encoding", ""))
+        compress = accepts(request.headers.get("accept-encoding", ""), "gzip")
         etag = f'"{self._digest}-gzip"' if compress else f'"{self._digest}"'
         headers = {
             "etag": etag,
@@ -93,12 +93,10 @@ def static_routes(names: Mapping[str, str]) -> list[Route]:
     return [Route(path, package_file(name).respond, methods=["GET"]) for path, name in names.items()]
 
 
-def accepts_gzip(accept_encoding: str) -> bool:
-    for part in accept_encoding.lower().split(","):
-        coding, _, weight = part.partition(";")
-        if coding.strip() == "gzip":
-            return weight.replace(" ", "") not in _NO_GZIP
-    return False
+def accepts(header: str, name: str) -> bool:
+    """Whether an `Accept` or `Accept-Encoding` header names this, without the weight 0. `*` names nothing."""
+    parts = (part.partition(";") for part in header.lower().replace(" ", "").split(","))
+    return any(part == name and weight not in _WEIGHTS_OF_NONE for part, _, weight in parts)
 
 
 def is_listed(etag: str, if_none_match: str) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import proxy.http
-from proxy.http.page_routes import PAGE_FILES, accepts_html
+from proxy.http.page_routes import page_files
+from proxy.http.static_files import accepts
 
 PAGE = Path(*proxy.http.__path__, "page")
 VENDORED = (PAGE / "vendor", Path(__file__).parents[2] / "support" / "vendor")
@@ -18,17 +19,17 @@ LIST = "vendored.toml"
 
 def test_every_file_of_the_page_is_served() -> None:
     found = {path.relative_to(PAGE).as_posix() for path in PAGE.rglob("*") if path.is_file()}
-    assert found == {*PAGE_FILES, "index.html", f"vendor/{LIST}"}
+    assert found == {*page_files(), "index.html", f"vendor/{LIST}"}
 
 
 def test_the_page_is_small() -> None:
-    sizes = {name: len(gzip.compress((PAGE / name).read_bytes())) for name in ("index.html", *PAGE_FILES)}
+    sizes = {name: len(gzip.compress((PAGE / name).read_bytes())) for name in ("index.html", *page_files())}
     assert sum(sizes.values()) <= MAX_COMPRESSED_BYTES, sizes
 
 
 def test_the_page_names_no_other_origin() -> None:
     """But for the namespace of SVG, and addresses in comments of licences."""
-    own = [PAGE / name for name in ("index.html", *PAGE_FILES) if not name.startswith("vendor/")]
+    own = [PAGE / name for name in ("index.html", *page_files()) if not name.startswith("vendor/")]
     texts = {path.name: path.read_text("utf-8").replace("http://www.w3.org/2000/svg", "") for path in own}
     assert [name for name, text in texts.items() if "//" in text.replace("// ", "")] == []
 
@@ -55,4 +56,4 @@ def test_vendored_files_are_listed_with_their_digests(folder: Path) -> None:
     ],
 )
 def test_only_clients_that_name_html_accept_it(accept: str, accepted: bool) -> None:  # noqa: FBT001
-    assert accepts_html(accept) == accepted
+    assert accepts(accept, "text/html") == accepted

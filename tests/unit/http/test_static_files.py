@@ -2,7 +2,7 @@
 
 import pytest
 
-from proxy.http.static_files import accepts_gzip, is_listed
+from proxy.http.static_files import accepts, is_listed
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from proxy.http.static_files import accepts_gzip, is_listed
     ],
 )
 def test_a_file_is_compressed_for_clients_that_accept_gzip(accept_encoding: str, accepted: bool) -> None:  # noqa: FBT001 -- a row of the table
-    assert accepts_gzip(accept_encoding) == accepted
+    assert accepts(accept_encoding, "gzip") == accepted
 
 
 @pytest.mark.parametrize(
