@@ -125,6 +125,7 @@ class MetricsEndpoint:
             return {}
 
 
+@dataclass(frozen=True, eq=False)
 class _AllMetrics:
     """A collector for prometheus_client: the instruments, the gauges of a snapshot, and those of the configuration.
 
@@ -132,25 +133,18 @@ class _AllMetrics:
     team_names: the names of the configured teams, by id.
     """
 
-    def __init__(
-        self,
-        instruments: Collector,
-        snapshot: Snapshot,
-        token_ends: Mapping[tuple[str, str], float],
-        team_names: Mapping[str, str],
-    ) -> None:
-        self._instruments = instruments
-        self._snapshot = snapshot
-        self._token_ends = token_ends
-        self._team_names = team_names
+    instruments: Collector
+    snapshot: Snapshot
+    token_ends: Mapping[tuple[str, str], float]
+    team_names: Mapping[str, str]
 
     def collect(self) -> Iterator[Metric]:
-        yield from self._instruments.collect()
-        yield from _windows(self._snapshot)
-        yield from _quotas(self._snapshot)
-        yield from _balances(self._snapshot)
-        yield _tokens(self._token_ends)
-        yield _teams(self._team_names)
+        yield from self.instruments.collect()
+        yield from _windows(self.snapshot)
+        yield from _quotas(self.snapshot)
+        yield from _balances(self.snapshot)
+        yield _tokens(self.token_ends)
+        yield _teams(self.team_names)
 
 
 def _media_types(accept: str) -> str:

@@ -20,6 +20,11 @@ def record(members: Mapping[str, Object], optional: Mapping[str, Object] | None 
     return {"type": "object", "properties": {**members, **(optional or {})}, "required": list(members), **more}
 
 
+def closed(members: Mapping[str, Object], optional: Mapping[str, Object] | None = None, **more: Any) -> Object:
+    """As `record`, without any other members."""
+    return record(members, optional, additionalProperties=False, **more)
+
+
 def reference(name: str, kind: str = "schemas") -> Object:
     """A reference to a component."""
     return {"$ref": f"#/components/{kind}/{name}"}
@@ -125,13 +130,7 @@ _PROBLEM = record(
     },
     {
         "quota": record(
-            {
-                **_QUOTA_NAMES,
-                "limit": CREDITS,
-                "used": CREDITS,
-                "requested": nullable(CREDITS),
-                "resets_at": TIME,
-            },
+            {**_QUOTA_NAMES, "limit": CREDITS, "used": CREDITS, "requested": nullable(CREDITS), "resets_at": TIME},
             description="The first quota that refused the request.",
         ),
         "estimated": in_credits("The price, if it is above the request's ceiling."),
@@ -304,10 +303,18 @@ _SCOPE = record(
 )
 
 _LEARNED = record(
+    {"learn": _LEARN, "timezone": text(), "accounts": array(record({"account": ACCOUNT, "scopes": array(_SCOPE)}))}
+)
+
+_PRICE_CHANGE = record(
     {
-        "learn": _LEARN,
-        "timezone": text(),
-        "accounts": array(record({"account": ACCOUNT, "scopes": array(_SCOPE)})),
+        "at": TIME,
+        "account": ACCOUNT,
+        "model": text(),
+        "key": text("The beginning of the body's key, as in log lines."),
+        "old": CREDITS,
+        "new": CREDITS,
+        "found_by": {"enum": ["audit", "doubt", "ask"]},
     }
 )
 
@@ -316,19 +323,7 @@ _PRICE_CHANGES = record(
         "from": DAY,
         "to": DAY,
         "timezone": text(),
-        "changes": array(
-            record(
-                {
-                    "at": TIME,
-                    "account": ACCOUNT,
-                    "model": text(),
-                    "key": text("The beginning of the body's key, as in log lines."),
-                    "old": CREDITS,
-                    "new": CREDITS,
-                    "found_by": {"enum": ["audit", "doubt", "ask"]},
-                }
-            )
-        ),
+        "changes": array(_PRICE_CHANGE),
         "not_kept": count("How many more were found, of all accounts."),
     }
 )
@@ -336,18 +331,12 @@ _PRICE_CHANGES = record(
 _ACCOUNT_OR_DEFAULT = {**ACCOUNT, "default": "default"}
 
 _PURGE = one_of(
-    record(
+    closed(
         {"body": reference("Generations")},
         {"account": _ACCOUNT_OR_DEFAULT, "query": text("As sent with the estimate.")},
-        additionalProperties=False,
         title="One question",
     ),
-    record(
-        {"all": {"const": True}},
-        {"account": _ACCOUNT_OR_DEFAULT},
-        additionalProperties=False,
-        title="All prices of an account",
-    ),
+    closed({"all": {"const": True}}, {"account": _ACCOUNT_OR_DEFAULT}, title="All prices of an account"),
 )
 
 _PURGED = one_of(
@@ -392,19 +381,11 @@ _QUOTE_OPTIONS: dict[str, Object] = {
     "quantity": {"type": "integer", "minimum": 1, "maximum": 1_000_000, "description": "How many of the cheapest."},
 }
 
-_NEW_VARIANT = record(
-    {"label": text("Distinct.", minLength=1, maxLength=200), "body": reference("Generations")},
-    additionalProperties=False,
-)
+_NEW_VARIANT = closed({"label": text("Distinct.", minLength=1, maxLength=200), "body": reference("Generations")})
 
 _QUOTE_REQUEST = one_of(
-    record(
-        {"variants": array(_NEW_VARIANT, minItems=1, maxItems=64)},
-        _QUOTE_OPTIONS,
-        additionalProperties=False,
-        title="Bodies",
-    ),
-    record(
+    closed({"variants": array(_NEW_VARIANT, minItems=1, maxItems=64)}, _QUOTE_OPTIONS, title="Bodies"),
+    closed(
         {
             "base": reference("Generations"),
             "vary": {
@@ -415,7 +396,6 @@ _QUOTE_REQUEST = one_of(
             },
         },
         _QUOTE_OPTIONS,
-        additionalProperties=False,
         title="A grid",
     ),
 )
