@@ -7,7 +7,10 @@ import { fill, h } from "./dom.js";
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 /** The colours of series; the last series of more than `SERIES` is the rest, in grey. */
-export const colourClass = (series, index) => (series.id === null ? "series-rest" : `series-${index}`);
+const colourClass = (series, index) => (series.id === null ? "series-rest" : `series-${index}`);
+
+/** A square in the colour of a series, for legends. */
+export const swatch = (series, index) => h("i", { className: `swatch ${colourClass(series, index)}` });
 
 /**
  * A chart in a container. `show` draws it again with other data.
@@ -50,57 +53,63 @@ export class StackedChart {
     this.#plot?.destroy();
     this.#plot = null;
     if (!this.#data || !this.container.clientWidth) return;
-    const { labels, series, lines } = this.#data;
+    const { labels, series } = this.#data;
     const sums = labels.map(() => null);
     const stacked = series.map(({ values }) =>
       values.map((value, at) => (value === null ? sums[at] : (sums[at] = (sums[at] ?? 0) + this.approximate(value))))
     );
-    const bars = uPlot.paths.bars({ size: [0.76, 56], gap: 0 });
-    const colours = series.map((one, index) => style(`--${colourClass(one, index)}`));
-    const shownSeries = series.map((one, index) => ({
-      label: one.label,
-      fill: this.#focus === null || this.#focus === index ? colours[index] : `${colours[index]}38`,
-      stroke: style("--surface"),
-      width: lines ? 1 : labels.length > 120 ? 0 : 0.75,
-      paths: lines ? undefined : bars,
-      points: { show: false },
-    }));
-    const rem = this.#rem();
-    const font = `${0.8 * rem}px ${style("--font")}`;
-    const axis = { stroke: style("--muted"), font, ticks: { show: false } };
-    this.#plot = new uPlot(
-      {
-        ...this.#size(),
-        padding: [12, 8, 0, 0],
-        legend: { show: false },
-        cursor: { points: { show: false }, drag: { setScale: false, x: false, y: false }, y: false },
-        scales: {
-          x: { time: false, range: [-0.5, labels.length - 0.5] },
-          y: { range: (_, low, high) => [0, high > 0 ? high * 1.06 : 1] },
-        },
-        axes: [
-          {
-            ...axis,
-            grid: { show: false },
-            size: 2 * rem,
-            space: 4.5 * rem,
-            incrs: [1, 2, 3, 5, 7, 10, 14, 20, 28, 50, 100],
-            values: (_, splits) => splits.map((at) => (Number.isInteger(at) && labels[at] ? shortName(labels[at]) : "")),
-          },
-          {
-            ...axis,
-            grid: { stroke: style("--line"), width: 1 },
-            size: 3.6 * rem,
-            space: 3 * rem,
-            values: (_, splits) => splits.map(rough),
-          },
-        ],
-        series: [{}, ...shownSeries.reverse()],
-        hooks: { setCursor: [(plot) => this.#tell(plot.cursor.idx, plot.cursor.left)] },
+    const options = {
+      ...this.#size(),
+      padding: [12, 8, 0, 0],
+      legend: { show: false },
+      cursor: { points: { show: false }, drag: { setScale: false, x: false, y: false }, y: false },
+      scales: {
+        x: { time: false, range: [-0.5, labels.length - 0.5] },
+        y: { range: (_, low, high) => [0, high > 0 ? high * 1.06 : 1] },
       },
-      [labels.map((_, at) => at), ...stacked.reverse()],
-      this.canvas
-    );
+      axes: this.#axes(labels),
+      series: [{}, ...this.#layers().reverse()],
+      hooks: { setCursor: [(plot) => this.#tell(plot.cursor.idx, plot.cursor.left)] },
+    };
+    this.#plot = new uPlot(options, [labels.map((_, at) => at), ...stacked.reverse()], this.canvas);
+  }
+
+  /** How each series looks. */
+  #layers() {
+    const { labels, series, lines } = this.#data;
+    const bars = uPlot.paths.bars({ size: [0.76, 56], gap: 0 });
+    return series.map((one, index) => {
+      const colour = style(`--${colourClass(one, index)}`);
+      return {
+        label: one.label,
+        fill: this.#focus === null || this.#focus === index ? colour : `${colour}38`,
+        stroke: style("--surface"),
+        width: lines ? 1 : labels.length > 120 ? 0 : 0.75,
+        paths: lines ? undefined : bars,
+        points: { show: false },
+      };
+    });
+  }
+
+  #axes(labels) {
+    const rem = this.#rem();
+    const axis = { stroke: style("--muted"), font: `${0.8 * rem}px ${style("--font")}`, ticks: { show: false } };
+    const days = {
+      ...axis,
+      grid: { show: false },
+      size: 2 * rem,
+      space: 4.5 * rem,
+      incrs: [1, 2, 3, 5, 7, 10, 14, 20, 28, 50, 100],
+      values: (_, splits) => splits.map((at) => (Number.isInteger(at) && labels[at] ? shortName(labels[at]) : "")),
+    };
+    const amounts = {
+      ...axis,
+      grid: { stroke: style("--line"), width: 1 },
+      size: 3.6 * rem,
+      space: 3 * rem,
+      values: (_, splits) => splits.map(rough),
+    };
+    return [days, amounts];
   }
 
   #size() {
@@ -122,28 +131,25 @@ export class StackedChart {
     if (!step || !this.#plot) return;
     event.preventDefault();
     const count = this.#data.labels.length;
-    const next = this.at === null || this.at === undefined ? (step > 0 ? 0 : count - 1) : this.at + step;
+    const next = (this.at ?? (step > 0 ? -1 : count)) + step;
     this.#point(Math.min(count - 1, Math.max(0, next)));
     this.status.textContent = [...this.tip.children].map((line) => line.innerText.replace("\n", ": ")).join("; ");
   }
 
   #point(at) {
     this.at = at;
-    this.#plot?.setCursor({ left: at === null ? -10 : this.#plot.valToPos(at, "x"), top: at === null ? -10 : 20 });
+    this.#plot?.setCursor(at === null ? { left: -10, top: -10 } : { left: this.#plot.valToPos(at, "x"), top: 20 });
   }
 
   #tell(at, left) {
-    const away = at === null || at === undefined || left < 0;
-    this.tip.hidden = away;
-    this.at = away ? null : at;
-    if (away) return;
+    this.at = left < 0 ? null : at ?? null;
+    this.tip.hidden = this.at === null;
+    if (this.tip.hidden) return;
     const { labels, series, totals, by } = this.#data;
     const lines = series
-      .map((one, index) => ({ ...one, value: one.values[at], colour: colourClass(one, index) }))
-      .filter(({ value }) => value !== null && Number(value) !== 0)
-      .map(({ label, value, colour }) =>
-        h("div", {}, h("span", {}, h("i", { className: `swatch ${colour}` }), label), h("b", {}, this.format(value)))
-      );
+      .map(({ label, values, ...one }, index) => ({ label, value: values[at], mark: swatch(one, index) }))
+      .filter(({ value }) => Number(value) !== 0) // null counts as 0
+      .map(({ label, value, mark }) => h("div", {}, h("span", {}, mark, label), h("b", {}, this.format(value))));
     const total = totals[at] === null ? "no data" : this.format(totals[at]);
     const heading = h("div", { className: "tip-heading" }, h("span", {}, longName(labels[at], by)), h("b", {}, total));
     fill(this.tip, heading, lines);

@@ -10,16 +10,18 @@ export function h(tag, properties = {}, ...children) {
     if (name in element) element[name] = value;
     else element.setAttribute(name, value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  element.append(...present(children));
   return element;
 }
 
 /** Replaces the content of an element, and puts the focus back on the control that had it. */
 export function fill(element, ...children) {
   const focused = element.contains(document.activeElement) ? document.activeElement.dataset.key : undefined;
-  element.replaceChildren(...children.flat().filter((child) => child !== null && child !== undefined));
+  element.replaceChildren(...present(children));
   if (focused) element.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
 }
+
+const present = (children) => children.flat().filter((child) => child !== null && child !== undefined);
 
 /** For values that are absent. Screen readers say "no data". */
 export function noData(text = "no data") {

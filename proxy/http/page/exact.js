@@ -12,12 +12,9 @@ export function parseExact(text) {
 
 /** A decimal number of credits, with at most six decimals, in micro-credits. */
 export function microOf(text) {
-  const point = text.indexOf(".");
-  if (point < 0) return BigInt(text) * MICRO;
-  const [whole, part] = [text.slice(0, point), text.slice(point + 1)];
-  const micro = BigInt(whole + part.padEnd(DECIMALS, "0"));
+  const [whole, part = ""] = text.split(".");
   if (part.length > DECIMALS) throw new RangeError(`not an exact amount: ${text}`);
-  return micro;
+  return BigInt(whole + part.padEnd(DECIMALS, "0"));
 }
 
 /** Micro-credits as the API writes them: without needless zeros. */

@@ -90,7 +90,8 @@ function render() {
   show("usage");
   sections ??= { usage: new UsageSection((sort) => change({ sort })), refusals: new RefusalSection() };
   find("who").textContent = whoInWords(who);
-  find("as-of").textContent = `As of ${clock.now().toLocaleTimeString("en-GB", { timeZone: who.timezone })} ${who.timezone}`;
+  const time = clock.now().toLocaleTimeString("en-GB", { timeZone: who.timezone });
+  find("as-of").textContent = `As of ${time} ${who.timezone}`;
   find("admin-note").hidden = who.role !== "admin";
   find("quote-card").hidden = who.role !== "team";
   find("changes-card").hidden = !prices;
@@ -148,7 +149,7 @@ function say(text) {
 
 function cause({ status, code, message }) {
   if (code === "store-unavailable") return `No new numbers, because of the ledger. ${message}`;
-  if (status === 0 || code === "draining" || !code) return `The gateway does not answer; it may be restarting.`;
+  if (status === 0 || code === "draining" || !code) return "The gateway does not answer; it may be restarting.";
   return message;
 }
 

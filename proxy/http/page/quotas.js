@@ -2,7 +2,7 @@
 
 import { dayInWords } from "./calendar.js";
 import { grouped, microOf, percentOf, rounded } from "./exact.js";
-import { h, noData } from "./dom.js";
+import { h, hidden, noData } from "./dom.js";
 
 /** A quota's share at which it stands out, the highest first, as percent, class and words. */
 const LEVELS = [
@@ -14,20 +14,19 @@ const LEVELS = [
 
 const UNIT = { estimated_credits: "credits", requests: "requests" };
 
+const SHORT = ["minute", "hour", "day"];
+
 /** The quotas of all teams, those of the organisation once, the fullest first. */
 export function quotaRows(document) {
-  const documents = document.teams ?? [document];
-  const rows = documents.flatMap(({ team, team_name, quotas }) =>
-    quotas.map((quota) => ({ ...quota, owner: quota.scope === "org" ? "All teams" : team_name || team, team }))
-  );
-  const seen = new Set();
-  const once = rows.filter((row) => {
-    const key = row.scope === "org" ? `${row.measure} ${row.per}` : `${row.team} ${row.measure} ${row.per}`;
-    const isNew = !seen.has(`${row.scope} ${key}`);
-    seen.add(`${row.scope} ${key}`);
-    return isNew;
-  });
-  return once.sort((one, other) => Number(other.used_percent ?? 101) - Number(one.used_percent ?? 101));
+  const rows = new Map();
+  for (const { team, team_name: name, quotas } of document.teams ?? [document]) {
+    for (const quota of quotas) {
+      const isShared = quota.scope === "org";
+      const key = `${isShared ? "" : team} ${quota.measure} ${quota.per}`;
+      if (!rows.has(key)) rows.set(key, { ...quota, owner: isShared ? "All teams" : name || team, team });
+    }
+  }
+  return [...rows.values()].sort((one, other) => Number(other.used_percent ?? 101) - Number(one.used_percent ?? 101));
 }
 
 export function levelOf({ used, limit }) {
@@ -57,7 +56,7 @@ export function forecastInWords(quota, timeZone) {
   const { forecast, resets_at: reset } = quota;
   if (Number(quota.limit) === 0) return "Every request is refused.";
   const isReached = microOf(quota.used) >= microOf(quota.limit);
-  const resets = ["minute", "hour", "day"].includes(quota.per) ? "" : ` Resets on ${dayInWords(reset, timeZone)}.`;
+  const resets = SHORT.includes(quota.per) ? "" : ` Resets on ${dayInWords(reset, timeZone)}.`;
   if (!forecast) return isReached ? `Reached.${resets}` : null;
   const day = (instant) => dayInWords(instant, timeZone);
   const { reached_at: at, reached_from: from, reached_until: until } = forecast;
@@ -112,13 +111,10 @@ function shownUse(row) {
   const badge = level.name ? h("span", { className: `badge ${level.name}` }, level.words) : null;
   const amounts = h("span", { className: "amounts" }, h("b", {}, grouped(row.used)), ` of ${grouped(row.limit)}`);
   const share = h("span", { className: "share" }, percent === null ? "" : `${percent} %`, badge);
-  return h("span", { className: "use" }, amounts, bar, share, h("span", { className: "visually-hidden" }, UNIT[row.measure]));
+  return h("span", { className: "use" }, amounts, bar, share, hidden(UNIT[row.measure]));
 }
 
 function resetOf(row, timeZone) {
-  const short = row.per === "minute" || row.per === "hour" || row.per === "day";
-  const time = { timeZone, hour: "2-digit", minute: "2-digit" };
-  return short
-    ? new Intl.DateTimeFormat("en-GB", time).format(new Date(row.resets_at))
-    : new Intl.DateTimeFormat("en-GB", { timeZone, day: "numeric", month: "short" }).format(new Date(row.resets_at));
+  const parts = SHORT.includes(row.per) ? { hour: "2-digit", minute: "2-digit" } : { day: "numeric", month: "short" };
+  return new Intl.DateTimeFormat("en-GB", { timeZone, ...parts }).format(new Date(row.resets_at));
 }

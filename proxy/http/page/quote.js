@@ -11,14 +11,17 @@ export function quoteRequest(text) {
   return trimmed.startsWith("[") ? `{"variants":[{"label":"this body","body":${trimmed}}]}` : trimmed;
 }
 
+/** A column of prices. Where there is none, it says why. */
+const prices = (key, label) => ({
+  key,
+  label,
+  value: (row) => (row[key] === null ? null : Number(row[key])),
+  show: (row) => (row[key] === null ? noData(row.error?.message ?? "no price") : grouped(row[key])),
+});
+
 const COLUMNS = [
   { key: "label", label: "Variant", isName: true, value: (row) => row.label },
-  {
-    key: "estimated",
-    label: "Estimated credits",
-    value: (row) => (row.estimated === null ? null : Number(row.estimated)),
-    show: (row) => (row.estimated === null ? noData(row.error?.message ?? "no price") : grouped(row.estimated)),
-  },
+  prices("estimated", "Estimated credits"),
   {
     key: "delta",
     label: "Compared with the first",
@@ -49,7 +52,8 @@ function show(quote) {
   const { variants, cheapest, total } = quote;
   const table = tableOf({ caption: "Prices of the variants", columns: COLUMNS, rows: variants, sort: "" });
   const best = variants.length > 1 && cheapest ? h("p", {}, "Cheapest: ", h("b", {}, cheapest)) : null;
-  const sum = total === undefined ? null : h("p", {}, "Total of the cheapest, in credits: ", total === null ? noData() : h("b", {}, grouped(total)));
+  const amount = total && h("b", {}, grouped(total));
+  const sum = total === undefined ? null : h("p", {}, "Total of the cheapest, in credits: ", amount ?? noData());
   const parts = variants.filter(({ breakdown }) => breakdown).flatMap(breakdownOf);
   const fits = (quote.quotas ?? []).map((quota) => h("li", {}, fitInWords(quota)));
   fill(find("quote-result"), scrolling("Table of prices", table), best, sum, parts, h("ul", {}, fits));
@@ -62,21 +66,17 @@ function breakdownOf({ label, breakdown }) {
     amount: marginal ?? estimated ?? null,
     error,
   }));
+  const title = `Parts of ${label}`;
   const columns = [
-    { key: "part", label: `Parts of ${label}`, isName: true, value: (row) => row.part },
-    {
-      key: "amount",
-      label: breakdown[0]?.item === undefined ? "Less without it" : "Alone",
-      value: (row) => (row.amount === null ? null : Number(row.amount)),
-      show: (row) => (row.amount === null ? noData(row.error?.message ?? "no price") : grouped(row.amount)),
-    },
+    { key: "part", label: title, isName: true, value: (row) => row.part },
+    prices("amount", breakdown[0]?.item === undefined ? "Less without it" : "Alone"),
   ];
-  return scrolling(`Parts of ${label}`, tableOf({ caption: `Parts of ${label}`, columns, rows, sort: "" }));
+  return scrolling(title, tableOf({ caption: title, columns, rows, sort: "" }));
 }
 
 function fitInWords({ scope, measure, per, fits, how_many: times }) {
   const quota = `the ${scope === "org" ? "organisation's" : "team's"} ${measure.replace("_", " ")} a ${per}`;
-  if (fits === null || fits === undefined) return `Not known whether it fits into ${quota}.`;
+  if ((fits ?? null) === null) return `Not known whether it fits into ${quota}.`;
   if (!fits) return `The cheapest does not fit into ${quota}.`;
-  return times === null || times === undefined ? `The cheapest fits into ${quota}.` : `The cheapest fits ${grouped(times)} times into ${quota}.`;
+  return `The cheapest fits ${(times ?? null) === null ? "" : `${grouped(times)} times `}into ${quota}.`;
 }

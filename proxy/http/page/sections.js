@@ -1,7 +1,7 @@
 // The sections of the page, each drawn from documents of the API.
 
 import { longName } from "./calendar.js";
-import { colourClass, StackedChart } from "./chart.js";
+import { StackedChart, swatch } from "./chart.js";
 import { fill, find, h, noData, save } from "./dom.js";
 import { approximate, durationOf, grouped, microOf, shownCredits, textOf } from "./exact.js";
 import { quotaColumns, quotaRows } from "./quotas.js";
@@ -14,29 +14,32 @@ const count = (number) => grouped(String(number));
 
 /** Today, this week and this month, and the balances. */
 export function showRecent(document, who) {
-  const sums = recentSums(document.rows, who.today);
+  const { day, week, month } = recentSums(document.rows, who.today);
+  const bySameDay = (period) => ["by the same day", credits(period.soFar)];
   const cards = [
-    card("Today", sums.day, [["Yesterday", sums.day.before]]),
-    card("This week", sums.week, [["Last week", sums.week.before], ["by the same day", sums.week.soFar]]),
-    card("This month", sums.month, [["Last month", sums.month.before], ["by the same day", sums.month.soFar]]),
+    card("Today", credits(day.now), [["Yesterday", credits(day.before)]]),
+    card("This week", credits(week.now), [["Last week", credits(week.before)], bySameDay(week)]),
+    card("This month", credits(month.now), [["Last month", credits(month.before)], bySameDay(month)]),
   ];
   fill(find("recent"), cards, who.accounts.map((account) => balanceCard(account, who.accounts.length > 1)));
 }
 
 const credits = (sum) => (sum ? shownCredits(sum.credits) : noData());
 
-function card(title, { now }, before) {
-  const lines = before.map(([name, sum]) => h("div", {}, h("dt", {}, name), h("dd", {}, credits(sum))));
-  return h("div", { className: "card" }, h("h3", {}, title), h("p", { className: "big" }, credits(now)), h("dl", {}, lines));
-}
-
 function balanceCard({ account, balance, balance_age_s: age }, isNamed) {
   const title = isNamed ? `RenderNet balance, ${account}` : "RenderNet balance";
   const seen = age === null ? noData("RenderNet has not told it yet") : `${durationOf(age)} ago`;
-  const amount = balance === null ? noData() : grouped(balance);
-  const lines = h("dl", {}, h("div", {}, h("dt", {}, "Last seen"), h("dd", {}, seen)));
-  return h("div", { className: "card" }, h("h3", {}, title), h("p", { className: "big" }, amount), lines);
+  return card(title, balance === null ? noData() : grouped(balance), [["Last seen", seen]]);
 }
+
+function card(title, amount, lines) {
+  const list = h("dl", {}, lines.map(([name, value]) => figure(name, value)));
+  return h("div", { className: "card" }, h("h3", {}, title), h("p", { className: "big" }, amount), list);
+}
+
+const figure = (name, ...value) => h("div", {}, h("dt", {}, name), h("dd", {}, ...value));
+
+const empty = (text) => h("p", { className: "empty" }, text);
 
 /** The chart of estimated credits, its legend, and the table with the same numbers. */
 export class UsageSection {
@@ -55,10 +58,7 @@ export class UsageSection {
     find("chart").hidden = find("legend").hidden = find("csv").hidden = find("table").hidden = isEmpty;
     this.table = state.table === "groups" ? groupTable(document, data, state) : intervalTable(data, state);
     this.fileName = `usage-by-${state.table === "groups" ? state.group : state.by}-${document.from}-${document.to}.csv`;
-    if (isEmpty) {
-      fill(find("usage-table"), h("p", { className: "empty" }, "No data: nothing was estimated in this period."));
-      return;
-    }
+    if (isEmpty) return fill(find("usage-table"), empty("No data: nothing was estimated in this period."));
     this.chart.show(data, title, { lines: Boolean(state.cumulative) });
     showLegend(find("legend"), data, this.chart);
     const table = tableOf({ ...this.table, caption: title, onSort: this.onSort });
@@ -73,16 +73,12 @@ function totalInWords({ sum, total, from, to }) {
 }
 
 function showLegend(list, data, chart) {
-  const items = data.series.map((series, index) => {
-    const item = h("li", {}, swatch(series, index), series.label);
-    item.onmouseenter = () => chart.emphasise(index);
-    item.onmouseleave = () => chart.emphasise(null);
-    return item;
+  const emphasise = (index) => ({
+    onmouseenter: () => chart.emphasise(index),
+    onmouseleave: () => chart.emphasise(null),
   });
-  fill(list, items);
+  fill(list, data.series.map((series, index) => h("li", emphasise(index), swatch(series, index), series.label)));
 }
-
-const swatch = (series, index) => h("i", { className: `swatch ${colourClass(series, index)}` });
 
 function groupTable(document, data, { group, sort }) {
   const positions = new Map(data.series.map((series, index) => [series.id, index]));
@@ -91,45 +87,41 @@ function groupTable(document, data, { group, sort }) {
     const id = row.name && h("span", { className: "muted" }, ` ${row.id}`);
     return h("span", {}, swatch(data.series[at], at), labelOf(row), id);
   };
-  const percent = (member) => (row) => row[member] === null ? noData() : `${row[member]} %`;
+  const counts = (key, label) => ({ key, label, csv: key, value: (row) => row[key], show: (row) => count(row[key]) });
+  const percents = (key, label, csv) => {
+    const text = (row) => row[key];
+    const show = (row) => (text(row) === null ? noData() : text(row) && `${text(row)} %`);
+    return { key, label, csv, value: (row) => (text(row) === null ? null : Number(text(row))), show, text };
+  };
   const columns = [
-    { key: "name", label: group === "team" ? "Team" : "Model", isName: true, value: labelOf, show: name, text: (row) => row.id, csv: group },
+    {
+      key: "name",
+      label: group === "team" ? "Team" : "Model",
+      csv: group,
+      isName: true,
+      value: labelOf,
+      show: (row) => (row.isTotal ? "Total" : name(row)),
+      text: (row) => row.id,
+    },
     ...(group === "team" ? [{ key: "id", onlyCsv: true, isName: true, value: (row) => row.name, csv: "team_name" }] : []),
-    { key: "requests", label: "Requests", value: (row) => row.requests, show: (row) => count(row.requests), csv: "requests" },
-    { key: "refused", label: "Refused", value: (row) => row.refused, show: (row) => count(row.refused), csv: "refused" },
+    counts("requests", "Requests"),
+    counts("refused", "Refused"),
     {
       key: "credits",
       label: "Estimated credits",
+      csv: "estimated_credits",
       value: (row) => row.credits,
       show: (row) => shownCredits(row.credits),
       text: (row) => textOf(row.credits),
-      csv: "estimated_credits",
     },
-    { key: "share", label: "Share", value: (row) => number(row.share), show: percent("share"), text: (row) => row.share, csv: "share_percent" },
-    {
-      key: "cached",
-      label: "From cache",
-      value: (row) => number(row.cached),
-      show: percent("cached"),
-      text: (row) => row.cached,
-      csv: "from_cache_percent",
-    },
+    percents("share", "Share", "share_percent"),
+    percents("cached", "From cache", "from_cache_percent"),
   ];
   const { sum, total } = document;
-  const footer = sum && {
-    requests: total.requests,
-    refused: total.refused,
-    credits: microOf(total.estimated_credits),
-    share: null,
-    cached: share(sum, CACHED),
-    isTotal: true,
-  };
-  columns[0].show = (row) => (row.isTotal ? "Total" : name(row));
-  columns.find(({ key }) => key === "share").show = (row) => (row.isTotal ? "" : percent("share")(row));
+  const credits = microOf(total.estimated_credits);
+  const footer = sum && { ...total, credits, share: "", cached: share(sum, CACHED), isTotal: true };
   return { columns, rows: data.ranked, sort: known(sort, columns, "-credits"), total: footer };
 }
-
-const number = (text) => (text === null ? null : Number(text));
 
 const known = (sort, columns, otherwise) => (columns.some(({ key }) => key === sort.replace(/^-/, "")) ? sort : otherwise);
 
@@ -140,11 +132,17 @@ function intervalTable(data, { by, sort }, format = shownCredits, text = textOf)
     text: ({ at }) => (values[at] === null ? null : text(values[at])),
   });
   const columns = [
-    { key: "interval", label: { day: "Day", week: "Week", month: "Month" }[by], isName: true, value: (row) => row.label, csv: by },
+    {
+      key: "interval",
+      label: { day: "Day", week: "Week", month: "Month" }[by],
+      csv: by,
+      isName: true,
+      value: (row) => row.label,
+      show: (row) => longName(row.label, by),
+    },
     { key: "total", label: "Total", ...cells(data.totals), csv: "total" },
-    ...data.series.map((series, index) => ({ key: `series-${index}`, label: series.label, csv: series.id ?? series.label, ...cells(series.values) })),
+    ...data.series.map(({ id, label, values }, index) => ({ key: `series-${index}`, label, csv: id ?? label, ...cells(values) })),
   ];
-  columns[0].show = (row) => longName(row.label, by);
   const rows = data.labels.map((label, at) => ({ label, at }));
   return { columns, rows, sort: known(sort, columns, "-interval") };
 }
@@ -156,7 +154,7 @@ export function showQuotas(document, state, who, now, isAll) {
   const button = find("all-quotas");
   button.hidden = all.length <= MANY_QUOTAS;
   button.textContent = isAll ? "Show only the fullest" : `Show all ${all.length} quotas`;
-  if (!all.length) return fill(find("quotas"), h("p", { className: "empty" }, "No quotas are set."));
+  if (!all.length) return fill(find("quotas"), empty("No quotas are set."));
   const columns = quotaColumns({ timeZone: who.timezone, now });
   fill(find("quotas"), scrolling("Table of quotas", tableOf({ caption: "Quotas", columns, rows, sort: "" })));
   find("quotas").querySelector("table").className = "quotas";
@@ -166,36 +164,42 @@ export function showQuotas(document, state, who, now, isAll) {
 export function showCache(document) {
   const { sum } = document;
   const cached = sum && share(sum, CACHED);
-  if (!cached) return fill(find("cache"), h("p", { className: "empty" }, "No data: nothing was answered in this period."));
-  const all = countOf(sum, Object.keys(ANSWERED));
-  const seconds = document.total.upstream_seconds_saved;
+  if (!cached) return fill(find("cache"), empty("No data: nothing was answered in this period."));
+  const { upstream_calls_saved: calls, upstream_seconds_saved: seconds } = document.total;
+  const figures = [
+    figure("Answered from the cache", `${cached} %`, small("hits, inferred, stale and shared answers")),
+    figure("Calls to RenderNet saved", count(calls), small("requests that were not needed")),
+    seconds === null
+      ? figure("Waiting saved", noData())
+      : figure("Waiting saved", durationOf(seconds), small(`${grouped(seconds)} s`)),
+  ];
   const present = Object.keys(ANSWERED).filter((name) => sum.outcomes[name]);
+  fill(find("cache"), h("dl", { className: "figures" }, figures), answerBar(sum, present), answerTable(sum, present));
+}
+
+const small = (text) => h("small", {}, text);
+
+function answerBar(sum, outcomes) {
+  const all = countOf(sum, outcomes);
   const bar = h("div", { className: "stack", "aria-hidden": "true" });
-  for (const name of present) {
+  for (const name of outcomes) {
     const part = h("span", { className: `outcome-${name}` });
     part.style.flexGrow = String(sum.outcomes[name] / all);
     bar.append(part);
   }
-  const lines = present.map((name) =>
-    h(
-      "tr",
-      {},
-      h("th", { scope: "row" }, h("i", { className: `swatch outcome-${name}` }), ANSWERED[name]),
-      h("td", { className: "number" }, count(sum.outcomes[name])),
-      h("td", { className: "number" }, `${share(sum, [name])} %`)
-    )
-  );
-  const head = h("thead", { className: "visually-hidden" }, h("tr", {}, ["Outcome", "Requests", "Share"].map((text) => h("th", { scope: "col" }, text))));
-  const table = h("table", {}, h("caption", { className: "visually-hidden" }, "Answers by outcome"), head, h("tbody", {}, lines));
-  const figures = [
-    ["Answered from the cache", `${cached} %`, "hits, inferred, stale and shared answers"],
-    ["Calls to RenderNet saved", count(document.total.upstream_calls_saved), "requests that were not needed"],
-    ["Waiting saved", seconds === null ? noData() : durationOf(seconds), seconds === null ? "" : `${grouped(seconds)} s`],
+  return bar;
+}
+
+function answerTable(sum, outcomes) {
+  const name = (outcome) => [h("i", { className: `swatch outcome-${outcome}` }), ANSWERED[outcome]];
+  const columns = [
+    { key: "outcome", label: "Outcome", isName: true, value: (outcome) => ANSWERED[outcome], show: name },
+    { key: "requests", label: "Requests", value: (outcome) => count(sum.outcomes[outcome]) },
+    { key: "share", label: "Share", value: (outcome) => `${share(sum, [outcome])} %` },
   ];
-  const list = figures.map(([name, value, more]) =>
-    h("div", {}, h("dt", {}, name), h("dd", {}, value, more && h("small", {}, more)))
-  );
-  fill(find("cache"), h("dl", { className: "figures" }, list), bar, table);
+  const table = tableOf({ caption: "Answers by outcome", columns, rows: outcomes, sort: "" });
+  table.tHead.className = "visually-hidden";
+  return table;
 }
 
 /** Refused and failed requests by outcome and interval. */
@@ -242,8 +246,8 @@ export function showChanges({ changes, not_kept: dropped }, { model }, who, last
   }
   const table = tableOf({ caption: "Price changes", columns, rows, sort: "-at" });
   const more = Number(dropped) ? h("p", { className: "muted" }, `${grouped(dropped)} more changes were not kept.`) : null;
-  const none = h("p", { className: "empty" }, "No price has changed in this period.");
-  fill(find("changes"), rows.length ? scrolling("Table of price changes", table) : none, more);
+  const shown = rows.length ? scrolling("Table of price changes", table) : empty("No price has changed in this period.");
+  fill(find("changes"), shown, more);
 }
 
 function refusalText(document, model) {

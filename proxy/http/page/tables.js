@@ -8,35 +8,25 @@ import { sorted } from "./usage.js";
  * A table. Each column is {key, label, value, show, text, csv, isName, onlyCsv}. `value` is what is sorted, null for no
  * data; `show` makes its cell and `text` its CSV, if these are not the value; `csv` is its header there.
  */
-export function tableOf({ caption, columns: all, rows, sort, onSort, total, onRow }) {
-  const columns = all.filter((column) => !column.onlyCsv);
-  const valueOf = (row, key) => columns.find((column) => column.key === key)?.value(row) ?? null;
-  const ordered = sorted(rows, sort, valueOf);
-  const head = columns.map((column) => headerCell(column, sort, onSort));
-  const body = ordered.map((row) => {
-    const line = h("tr", {}, columns.map((column, at) => dataCell(column, row, at)));
-    if (onRow) onRow(line, row);
-    return line;
-  });
-  const foot = total && h("tfoot", {}, h("tr", {}, columns.map((column, at) => dataCell(column, total, at))));
-  return h(
-    "table",
-    {},
-    h("caption", { className: "visually-hidden" }, caption),
-    h("thead", {}, h("tr", {}, head)),
-    h("tbody", {}, body),
-    foot
-  );
+export function tableOf({ caption, columns, rows, sort, onSort, total }) {
+  const shown = columns.filter((column) => !column.onlyCsv);
+  const line = (row) => h("tr", {}, shown.map((column, at) => dataCell(column, row, at)));
+  const head = h("tr", {}, shown.map((column) => headerCell(column, sort, onSort)));
+  const body = h("tbody", {}, inOrder(rows, shown, sort).map(line));
+  const foot = total && h("tfoot", {}, line(total));
+  return h("table", {}, h("caption", { className: "visually-hidden" }, caption), h("thead", {}, head), body, foot);
 }
 
 /** What the table shows as CSV, in the same order and without the total. */
 export function tableCsv({ columns, rows, sort }) {
-  const valueOf = (row, key) => columns.find((column) => column.key === key)?.value(row) ?? null;
   const names = columns.filter((column) => column.isName).length;
   const header = columns.map((column) => column.csv ?? column.label);
-  const text = (column, row) => (column.text ?? column.value)(row);
-  return csvOf([header, ...sorted(rows, sort, valueOf).map((row) => columns.map((c) => text(c, row)))], names);
+  const line = (row) => columns.map((column) => (column.text ?? column.value)(row));
+  return csvOf([header, ...inOrder(rows, columns, sort).map(line)], names);
 }
+
+const inOrder = (rows, columns, sort) =>
+  sorted(rows, sort, (row, key) => columns.find((column) => column.key === key)?.value(row) ?? null);
 
 function headerCell(column, sort, onSort) {
   const ascending = sort === column.key;
