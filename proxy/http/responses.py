@@ -145,29 +145,28 @@ def _answer_lines(answer: Answer) -> Lines:
 def _explanation_document(explanation: Explanation) -> bytes:
     """The JSON of an explanation. It shows the price only if an estimate would be admitted."""
     request, stored, admission = explanation.request, explanation.stored, explanation.admission
-    would_be_refused = isinstance(admission, Denied)
+    is_admitted = isinstance(admission, Admitted)
+    has_price_book = explanation.outcome is not Outcome.BYPASS
     document: dict[str, object] = {
         "canonical_body": request.canonical.decode(),
         "key": request.key,
         "account": request.account,
         "query": request.query,
         "ignored_members": explanation.ignored,
-        "stored": stored is not None,
-        "admitted": not would_be_refused,
+        "stored": stored is not None if has_price_book else None,
+        "admitted": is_admitted if admission is not None else None,
     }
     if stored is not None:
         document |= {"age_s": int(stored.age_s), "ttl_s": floor(stored.ttl_s)}
-    if stored is not None and isinstance(admission, Admitted):
-        document["estimated"] = orjson.Fragment(stored.price.estimated)
+        if is_admitted:
+            document["estimated"] = orjson.Fragment(stored.price.estimated)
     if explanation.learned is not None:
-        document["learned"] = _learned_document(explanation.learned, is_admitted=isinstance(admission, Admitted))
+        document["learned"] = _learned_document(explanation.learned, is_admitted=is_admitted)
     if isinstance(admission, Denied):
         document["refusal"] = {"code": admission.problem.code, "detail": admission.problem.detail}
-    unavailable = {"price-book": explanation.outcome is Outcome.BYPASS, "ledger": admission is None}
-    if any(unavailable.values()):
-        document["degraded"] = [role for role, is_unavailable in unavailable.items() if is_unavailable]
-        document["stored"] = None if unavailable["price-book"] else document["stored"]
-        document["admitted"] = None if unavailable["ledger"] else document["admitted"]
+    if not has_price_book or admission is None:
+        available = {"price-book": has_price_book, "ledger": admission is not None}
+        document["degraded"] = [role for role, is_available in available.items() if not is_available]
     return orjson.dumps(document)
 
 

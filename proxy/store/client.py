@@ -87,7 +87,8 @@ class Store:
     async def open(self) -> None:
         """Connects, and maintains connections until `close`. A server that cannot be reached is not an error here."""
         nodes = await self._known_primaries(self._setup_timeout_s)
-        await asyncio.gather(self.ping(self._setup_timeout_s), *(self._prepare(node) for node in nodes))
+        pings = self._query_all("PING", within_s=self._setup_timeout_s)
+        await asyncio.gather(pings, *(self._prepare(node) for node in nodes))
         self._maintenance = asyncio.get_running_loop().create_task(self._maintain())
 
     async def call(self, script: Script, *keys: str, args: tuple[bytes | int | str, ...] = ()) -> Any:
@@ -107,7 +108,7 @@ class Store:
     def _new_call(self, script: Script, keys: tuple[str, ...], args: tuple[bytes | int | str, ...]) -> Call:
         loop = asyncio.get_running_loop()
         call = Call(script, keys, args, loop.create_future(), loop.time())
-        label = self._label_of(call)
+        label = self._owner_label(call)
         if self._health.is_cooling_down(label, call.started_at):
             call.node = self._topology.node_of(call.key)
             self._health.record_skipped(call, label)
@@ -118,9 +119,9 @@ class Store:
         """Whether the last write was served, and every server replies now."""
         return self._health.is_up and await self.ping()
 
-    async def ping(self, within_s: float | None = None) -> bool:
-        """Whether every server replies within `within_s`, or else within the timeout of a call."""
-        return None not in await self._query_all("PING", within_s=within_s or self._access.timeout_s)
+    async def ping(self) -> bool:
+        """Whether every server replies within the timeout of a call."""
+        return None not in await self._query_all("PING", within_s=self._access.timeout_s)
 
     async def version(self) -> tuple[int, ...] | None:
         """The lowest Redis version of the servers, for Valkey the compatible one; None if unknown."""
@@ -210,7 +211,8 @@ class Store:
                 await self._topology.refresh(within_s)
         return self._topology.primaries()
 
-    def _label_of(self, call: Call) -> str:
+    def _owner_label(self, call: Call) -> str:
+        """The label of the server that has the call's keys."""
         node = self._topology.node_of(call.key)
         return CONNECTION if node is None else node.label
 
@@ -219,7 +221,7 @@ class Store:
         waiting, self._waiting = self._waiting, []
         batches: dict[str, list[Call]] = {}
         for call in waiting:
-            batches.setdefault(self._label_of(call), []).append(call)
+            batches.setdefault(self._owner_label(call), []).append(call)
         for calls in batches.values():
             task = asyncio.get_running_loop().create_task(self._run(calls))
             self._running.add(task)

@@ -21,7 +21,7 @@ from redis.driver_info import DriverInfo
 from redis.exceptions import ConnectionError as NotConnectedError
 from redis.exceptions import RedisError, ResponseError
 
-from proxy.store.access import NO_ACCESS, StoreAccess
+from proxy.store.access import StoreAccess
 from proxy.store.connection_pool import HEALTH_CHECK_S, ConnectionPool
 from proxy.store.redirects import SLOTS, slot_owners
 from proxy.store.scripts import Node, query
@@ -62,7 +62,7 @@ class Topology(Protocol):
     async def close(self) -> None: ...
 
 
-def topology_of(url: str, access: StoreAccess = NO_ACCESS) -> Topology:
+def topology_of(url: str, access: StoreAccess) -> Topology:
     """The topology that a URL describes. Raises `OSError` if a file of `access` cannot be used."""
     parsed = parse_store_url(url)
     match parsed.kind:
@@ -197,9 +197,8 @@ class SentinelTopology(_QueriedTopology):
         return {address}
 
     async def _primary_by(self, sentinel: Address) -> Address:
-        reply = await _query_once(
-            self._to_sentinels, sentinel, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._url.primary
-        )
+        command = "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self._url.primary
+        reply = await _query_once(self._to_sentinels, sentinel, *command)
         if reply is None:
             raise NotConnectedError(f"the Sentinel {sentinel} does not watch {self._url.primary}")
         return Address(reply[0].decode(), int(reply[1]))
@@ -270,9 +269,8 @@ class ConnectionFactory:
         if self._tls is None:
             return Connection(host=where.host, port=where.port, **self._options)
         connection = SSLConnection(host=where.host, port=where.port, **self._options)
-        connection.ssl_context.context = (
-            self._tls
-        )  # redis-py's own would trust the system's certificates besides a CA file
+        # redis-py's own context would trust the system's certificates besides a CA file.
+        connection.ssl_context.context = self._tls
         return connection
 
 
@@ -280,9 +278,8 @@ def _tls_context(access: StoreAccess) -> ssl.SSLContext:
     """Trusts the system's certificates, or only those of `ca_file`. Raises `OSError`."""
     context = ssl.create_default_context(cafile=access.ca_file)
     if access.cert_file is not None:
-        context.load_cert_chain(
-            access.cert_file, access.key_file, password=lambda: ""
-        )  # without it OpenSSL would prompt on the terminal
+        # Without a password OpenSSL would ask for one on the terminal.
+        context.load_cert_chain(access.cert_file, access.key_file, password=lambda: "")
     return context
 
 

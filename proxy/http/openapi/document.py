@@ -113,30 +113,27 @@ _HEADERS: Mapping[str, Object] = {
     "Warning": _text_header("The `warn` quotas that this answer exceeds.", example='"credits-month"'),
 }
 
-_PARAMETERS = {
-    "CacheControl": {
-        "name": "Cache-Control",
-        "in": "header",
-        "description": (
-            "`no-cache` asks RenderNet and stores the answer, `no-store` asks RenderNet and stores nothing, "
-            "`max-age=N` accepts an answer that is at most N seconds old, `only-if-cached` never asks RenderNet."
-        ),
-        "schema": _TEXT,
-        "example": "max-age=60",
-    },
-    "MaxCredits": {
-        "name": "Estimate-Proxy-Max-Credits",
-        "in": "header",
-        "description": "A price above this many credits is refused with 402 `over-ceiling`. At most 6 decimals.",
-        "schema": {"type": "string", "pattern": "^[0-9]+([.][0-9]{1,6})?$"},
-        "example": "20",
-    },
-    "RequestId": {
-        "name": "X-Request-Id",
-        "in": "header",
-        "description": "The caller's id of the request: 1 to 128 of `[A-Za-z0-9._-]`. Any other is replaced.",
-        "schema": _TEXT,
-    },
+
+def _header_parameter(name: str, description: str, schema: Object = _TEXT, **more: Any) -> Object:
+    return {"name": name, "in": "header", "description": description, "schema": schema, **more}
+
+
+_PARAMETERS: Mapping[str, Object] = {
+    "CacheControl": _header_parameter(
+        "Cache-Control",
+        "`no-cache` asks RenderNet and stores the answer, `no-store` asks RenderNet and stores nothing, "
+        "`max-age=N` accepts an answer that is at most N seconds old, `only-if-cached` never asks RenderNet.",
+        example="max-age=60",
+    ),
+    "MaxCredits": _header_parameter(
+        "Estimate-Proxy-Max-Credits",
+        "A price above this many credits is refused with 402 `over-ceiling`. At most 6 decimals.",
+        {"type": "string", "pattern": "^[0-9]+([.][0-9]{1,6})?$"},
+        example="20",
+    ),
+    "RequestId": _header_parameter(
+        "X-Request-Id", "The caller's id of the request: 1 to 128 of `[A-Za-z0-9._-]`. Any other is replaced."
+    ),
 }
 
 
