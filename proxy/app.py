@@ -78,7 +78,8 @@ class _Parts:
     def __init__(
         self, settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTracker, metrics: Metrics
     ) -> None:
-        zone, keys, server = settings.org.zone, LedgerKeys(settings.org.id), settings.server
+        zone, keys = settings.org.zone, LedgerKeys(settings.org.id)
+        max_bytes, timeout_s = settings.server.max_body_bytes, settings.server.request_timeout_s
         self.tracker, self.metrics, self.zone = tracker, metrics, zone
         self.ledger_store = open_ledger_store(settings, embedded_urls, metrics)
         self.book_store = open_book_store(settings, embedded_urls, metrics, ledger=self.ledger_store)
@@ -100,18 +101,12 @@ class _Parts:
         inferences = Inferences(
             live, self.learner, book.accounts, self.price_changes, metrics, stale_limits=policy.stale_limits
         )
-        fetcher = Fetcher(
-            book, self.upstream, inferences, metrics, tracker, self.price_changes, timeout_s=policy.timeout_s
-        )
+        fetcher = Fetcher(book, self.upstream, inferences, metrics, tracker, self.price_changes, timeout_s=timeout_s)
         self.gateway = Gateway(live, self.ledger, book, fetcher, inferences, parser, policy=policy)
         self.quotes = Quotes(live, self.gateway, book, parser, tracker, zone=zone)
         self.purges = PurgeHandler(live, book, self.learner, parser)
         self.endpoint = partial(
-            Endpoint,
-            tracker=tracker,
-            metrics=metrics,
-            max_body_bytes=server.max_body_bytes,
-            timeout_s=server.request_timeout_s,
+            Endpoint, tracker=tracker, metrics=metrics, max_body_bytes=max_bytes, timeout_s=timeout_s
         )
         metrics.in_flight = lambda: tracker.in_flight
         self._preregister_warnings()

@@ -185,7 +185,8 @@ class Connection(asyncio.Protocol):
         except BadRequest as error:
             self._refuse(error.problem)
         if self._is_closing and self._received:
-            self._discard()
+            self._count_discarded(len(self._received))
+            self._received = b""
 
     def _read_head(self) -> bool:
         """Begins the next request. Returns False if its head is incomplete."""
@@ -352,10 +353,6 @@ class Connection(asyncio.Protocol):
         self.transport.write(
             b"%b%b\r\n\r\n%b" % (STATUS_LINE[problem.status], b"\r\n".join(map(b": ".join, fields)), body)
         )
-
-    def _discard(self) -> None:
-        self._count_discarded(len(self._received))
-        self._received = b""
 
     def _count_discarded(self, size: int) -> None:
         self._discarded += size
