@@ -95,7 +95,7 @@ def static_routes(names: Mapping[str, str]) -> list[Route]:
 
 def accepts(header: str, name: str) -> bool:
     """Whether an `Accept` or `Accept-Encoding` header names this, without the weight 0. `*` names nothing."""
-    parts = (part.partition(";") for part in header.lower().replace(" ", "").split(","))
+    parts = (part.partition(";") for part in "".join(header.lower().split()).split(","))
     return any(part == name and weight not in _WEIGHTS_OF_NONE for part, _, weight in parts)
 
 

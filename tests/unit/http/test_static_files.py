@@ -13,6 +13,7 @@ from proxy.http.static_files import accepts, is_listed
         ("br;q=1, GZIP ; q=0.5", True),
         ("gzip;q=0", False),
         ("gzip; q=0.000, br", False),
+        ("br,\tgzip", True),
         ("x-gzip-like, br", False),
         ("", False),
     ],
