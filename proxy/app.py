@@ -52,7 +52,8 @@ from proxy.quota.ledger_reader import LedgerReader
 from proxy.quota.price_change_log import PriceChangeLog
 from proxy.quota.saved_time import SavedTime
 from proxy.quota.token_uses import TokenUses
-from proxy.settings.schema import SecretText, Settings
+from proxy.settings.masking import SecretText
+from proxy.settings.schema import Settings
 from proxy.store.access import EmbeddedUrls
 from proxy.telemetry.descriptor_monitor import DescriptorMonitor
 from proxy.telemetry.metrics import Metrics

@@ -15,7 +15,8 @@ from proxy.embedded.valkey import EmbeddedStoreError
 from proxy.open_stores import eviction_warning, open_book_store, open_ledger_store, version_error
 from proxy.problems import StoreUnavailable
 from proxy.quota.counters import LedgerKeys
-from proxy.settings.schema import SecretUrl, Settings, masked_url
+from proxy.settings.masking import SecretUrl, masked_url
+from proxy.settings.schema import Settings
 from proxy.store.access import Role
 from proxy.store.client import Store
 from proxy.store.persistence import Persistence, data_loss_warning

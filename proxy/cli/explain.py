@@ -11,7 +11,7 @@ from proxy.cli.inputs import ID_RULE, config_option, fail, fail_settings
 from proxy.problems import BadRequest
 from proxy.settings.errors import SettingsError
 from proxy.settings.loader import load_key_settings
-from proxy.settings.schema import is_identifier
+from proxy.settings.values import is_identifier
 from proxy.upstream.address import UpstreamAddress
 
 

@@ -9,7 +9,7 @@ import click
 
 from proxy.auth import BASE62, RANDOM_CHARACTERS, digest_of, token_of
 from proxy.cli.inputs import ID_RULE, fail
-from proxy.settings.schema import is_identifier
+from proxy.settings.values import is_identifier
 
 _ROLES = {
     "viewer": "May read usage and quotas of all teams, and price changes, nothing else.",

@@ -23,7 +23,8 @@ from pydantic import BaseModel, ValidationError
 
 from proxy.settings.errors import KEY_HINT, SECRET_KEYS, SettingsError, SettingsProblem, explain, path_of
 from proxy.settings.origins import Origin, Origins, name_variables, origins_of
-from proxy.settings.schema import CacheSettings, Settings, UpstreamSettings, is_identifier
+from proxy.settings.schema import CacheSettings, Settings, UpstreamSettings
+from proxy.settings.values import is_identifier
 
 PREFIX = "ESTIMATE_PROXY_"
 CONFIG_VARIABLE = "ESTIMATE_PROXY_CONFIG"

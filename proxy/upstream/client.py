@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from proxy.problems import Code, Problem
-from proxy.settings.schema import SecretText, UpstreamSettings
+from proxy.settings.masking import SecretText
+from proxy.settings.schema import UpstreamSettings
 from proxy.telemetry.descriptors import ran_out
 from proxy.telemetry.incidents import IncidentLog
 from proxy.telemetry.metrics import Metrics

@@ -11,7 +11,7 @@ from gateway_fixture import DESIGN, GatewayFixture, OpenGateway, UpstreamFixture
 from inference_fixture import LEARN_FROM, LEARNING, learned, new_body, scope, teach
 from proxy.auth import digest_of
 from proxy.cli.commands import main
-from proxy.settings.schema import MASK
+from proxy.settings.masking import MASK
 
 pytestmark = pytest.mark.usefixtures("cold", "cold_learning")
 

@@ -417,7 +417,8 @@ def test_secrets_are_revealed_where_they_are_used_and_nowhere_else() -> None:
     assert {name for name, text in sources.items() if "get_secret_value" in text} == {
         "cli/connect.py",  # masks the stores' URLs in what it prints
         "settings/warnings.py",  # looks at the URLs' schemes
-        "settings/schema.py",  # checks them, and shows URLs without their secrets
+        "settings/values.py",  # checks them
+        "settings/masking.py",  # shows URLs without their secrets
         "open_stores.py",  # authenticates at the store
         "upstream/client.py",  # adds the account's key to upstream requests, and authenticates at the proxy
     }

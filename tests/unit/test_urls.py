@@ -15,7 +15,7 @@ from certificates import make_certificates
 from configs import CANARY, ENV, MINIMAL, Problems, Read
 from proxy.settings.errors import SettingsError
 from proxy.settings.loader import load_key_settings
-from proxy.settings.schema import SecretUrl
+from proxy.settings.masking import SecretUrl
 from proxy.settings.warnings import warnings
 from proxy.upstream.address import ESTIMATE_PATH, UpstreamAddress
 

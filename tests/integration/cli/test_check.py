@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from command_line import CANARY, CONFIG, DIGEST, Run, on_terminal, refusal
-from proxy.settings.schema import MASK
+from proxy.settings.masking import MASK
 
 SECRETS = f"""
 {CONFIG}

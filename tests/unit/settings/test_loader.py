@@ -11,7 +11,7 @@ from configs import ACCOUNT, CANARY, DIGEST, ENV, MINIMAL, OTHER_DIGEST, TEAM, P
 from proxy.settings import loader
 from proxy.settings.errors import SettingsError
 from proxy.settings.loader import load, load_key_settings
-from proxy.settings.schema import SecretText
+from proxy.settings.masking import SecretText
 
 # --- The file ---------------------------------------------------------------------------------------------------
 

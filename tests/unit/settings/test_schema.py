@@ -8,7 +8,8 @@ import pytest
 from pydantic import BaseModel
 
 from configs import CANARY, DIGEST, MINIMAL, OTHER_DIGEST, Read
-from proxy.settings.schema import MASK, SecretUrl, effective
+from proxy.settings.masking import MASK, SecretUrl
+from proxy.settings.schema import effective
 
 
 def test_defaults(read: Read) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import ACCOUNT, CANARY, DIGEST, ENV, MINIMAL, OTHER_DIGEST, TEAM, Problems, Read
-from proxy.settings.schema import is_identifier
+from proxy.settings.values import is_identifier
 
 
 @pytest.mark.parametrize(

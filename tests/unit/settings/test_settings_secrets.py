@@ -11,7 +11,8 @@ from pydantic import BaseModel, ValidationError
 from configs import ACCOUNT, CANARY, ENV, MINIMAL, Read
 from proxy.settings.errors import SettingsError
 from proxy.settings.loader import PATH_KEYS
-from proxy.settings.schema import MASK, SecretText, SecretUrl, Settings, effective, masked_url
+from proxy.settings.masking import MASK, SecretText, SecretUrl, masked_url
+from proxy.settings.schema import Settings, effective
 
 
 def test_settings_never_show_a_secret_but_pickle_keeps_it(read: Read) -> None:
