@@ -12,7 +12,6 @@
 
 import json
 import os
-import ssl
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,10 +20,12 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from proxy.settings.errors import KEY_HINT, SECRET_KEYS, SettingsError, SettingsProblem, explain, path_of
+from proxy.settings.cross_checks import cross_problems
+from proxy.settings.errors import SECRET_KEYS, SettingsError, SettingsProblem, explain, path_of
+from proxy.settings.files import MAX_CONFIG_BYTES, UnreadableError, read_text
 from proxy.settings.origins import Origin, Origins, name_variables, origins_of
 from proxy.settings.schema import CacheSettings, Settings, UpstreamSettings
-from proxy.settings.values import is_identifier
+from proxy.settings.tree import Tree, tables_of
 
 PREFIX = "ESTIMATE_PROXY_"
 CONFIG_VARIABLE = "ESTIMATE_PROXY_CONFIG"
@@ -40,15 +41,9 @@ PATH_KEYS = (
     ("store", "cert_file"),
     ("store", "key_file"),
 )
-MAX_CONFIG_BYTES = 4 * 2**20
 MAX_SECRET_BYTES = 64 * 2**10
 
-Tree = dict[str, Any]
 _Model = TypeVar("_Model", bound=BaseModel)
-
-
-class _UnreadableError(Exception):
-    pass
 
 
 def load(config: Path | None, environ: Mapping[str, str], *, overrides: Tree | None = None) -> Settings:
@@ -73,7 +68,7 @@ def load_with_origins(
     _read_secret_files(tree, folder, problems, origins)
     _resolve_paths(tree, folder)
     _default_data_dir(tree, environ)
-    problems += dict.fromkeys(_cross_problems(tree))
+    problems += dict.fromkeys(cross_problems(tree))
     return _validate(Settings, tree, problems, origins), origins
 
 
@@ -156,8 +151,8 @@ def _read_config(path: Path | None) -> Tree:
     if path is None:
         return {}
     try:
-        return tomllib.loads(_read_text(path, MAX_CONFIG_BYTES))
-    except _UnreadableError as error:
+        return tomllib.loads(read_text(path, MAX_CONFIG_BYTES))
+    except UnreadableError as error:
         message = str(error)
     except tomllib.TOMLDecodeError as error:
         message = f"is not valid TOML: {error}"
@@ -169,25 +164,9 @@ def _read_config(path: Path | None) -> Tree:
 def read_config_text(path: Path) -> str:
     """The text of the config file; empty if it cannot be read any more."""
     try:
-        return _read_text(path, MAX_CONFIG_BYTES)
-    except _UnreadableError:
+        return read_text(path, MAX_CONFIG_BYTES)
+    except UnreadableError:
         return ""
-
-
-def _read_text(path: Path, max_bytes: int) -> str:
-    """The text of a file, without a byte order mark. Raises `_UnreadableError`."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
-        if len(content) > max_bytes:
-            raise _UnreadableError(f"has more than {max_bytes} bytes")
-        return content.decode("utf-8-sig")
-    except OSError as error:
-        raise _UnreadableError(f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise _UnreadableError("is not UTF-8 text") from None
-    except ValueError:
-        raise _UnreadableError("cannot be read: this is not a valid file name") from None
 
 
 def _read_environment(environ: Mapping[str, str], problems: list[SettingsProblem], origins: Origins) -> Tree:
@@ -230,7 +209,7 @@ def _merge(tree: Tree, layer: Tree) -> None:
 
 def _secret_tables(tree: Tree) -> Iterator[tuple[tuple[str, ...], Tree, str]]:
     """For each secret: the path of its table, the table, and the secret's key."""
-    for name, account in _tables(tree, "accounts").items():
+    for name, account in tables_of(tree, "accounts").items():
         yield ("accounts", name), account, "api_key"
     if isinstance(store := tree.get("store"), dict):
         yield ("store",), store, "password"
@@ -263,20 +242,20 @@ def _read_secret_files(tree: Tree, folder: Path, problems: list[SettingsProblem]
             named = origins.get((*path, f"{key}_file"))
             if named is not None:
                 origins[*path, key] = replace(named, secret_file=folder / str(name))
-        except _UnreadableError as error:
+        except UnreadableError as error:
             problems.append(SettingsProblem(path_of(*path, f"{key}_file"), str(error)))
             table[key] = "unread"  # so that it is not reported as missing too
 
 
 def _read_secret(folder: Path, name: object) -> str:
     if not isinstance(name, str) or not name:
-        raise _UnreadableError("must be a path")
+        raise UnreadableError("must be a path")
     try:
-        secret = _read_text(folder / name, MAX_SECRET_BYTES).rstrip("\r\n")
-    except _UnreadableError as error:
-        raise _UnreadableError(f"names {_shown(folder, name)}, which {error}") from None
+        secret = read_text(folder / name, MAX_SECRET_BYTES).rstrip("\r\n")
+    except UnreadableError as error:
+        raise UnreadableError(f"names {_shown(folder, name)}, which {error}") from None
     if not secret:
-        raise _UnreadableError(f"names {_shown(folder, name)}, which is empty")
+        raise UnreadableError(f"names {_shown(folder, name)}, which is empty")
     return secret
 
 
@@ -300,141 +279,3 @@ def _default_data_dir(tree: Tree, environ: Mapping[str, str]) -> None:
     store = tree.setdefault("store", {})
     if isinstance(store, dict):
         store.setdefault("data_dir", str(home / "estimate-proxy"))
-
-
-def _cross_problems(tree: Tree) -> Iterator[SettingsProblem]:
-    """Problems that involve several sections. Works on the unvalidated `tree`, so that all problems are found."""
-    teams = _tables(tree, "teams")
-    if tree.get("teams", {}) == {}:
-        yield SettingsProblem(
-            "teams", "is empty, so no client could use the gateway: `estimate-proxy token new TEAM` makes a token"
-        )
-    yield from _missing_accounts(tree, teams)
-    yield from _repeated_tokens(tree, teams)
-    yield from _earlier_id_problems(teams)
-    for name in ("org", "team_defaults"):
-        yield from _repeated_quotas(tree.get(name), name)
-    for name, team in teams.items():
-        yield from _repeated_quotas(team, "teams", name)
-    yield from _ca_file_problems(tree, "upstream")
-    yield from _ca_file_problems(tree, "store")
-    yield from _cert_file_problems(tree)
-
-
-def _missing_accounts(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]:
-    accounts = tree.get("accounts", {})
-    if not isinstance(accounts, dict):
-        return
-    wanted = {name: team.get("account", "default") for name, team in teams.items()}
-    for name, account in wanted.items() if wanted or accounts else [("", "default")]:
-        if account == "default" and account not in accounts:
-            yield SettingsProblem("accounts.default.api_key", f"is missing: {KEY_HINT}")
-        elif isinstance(account, str) and is_identifier(account) and account not in accounts:
-            yield SettingsProblem(
-                path_of("teams", name, "account"), f"is not an account in the settings: {_ACCOUNT_HINT}"
-            )
-
-
-_ACCOUNT_HINT = "add [accounts.<its id>] with an api_key_file"
-
-
-def _repeated_tokens(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]:
-    """A token belongs to one team, to the operator or to a scraper: only one of several meanings could apply."""
-    holders: list[tuple[tuple[str, ...], object]] = [(("teams", name), team) for name, team in teams.items()]
-    holders += [((name,), tree.get(name)) for name in ("metrics", "admin", "viewer")]
-    seen: dict[str, str] = {}
-    for path, holder in holders:
-        tokens = holder.get("tokens", ()) if isinstance(holder, dict) else ()
-        for index, token in enumerate(tokens if isinstance(tokens, list) else ()):
-            digest = token.get("sha256") if isinstance(token, dict) else token
-            here = path_of(*path, "tokens", index)
-            if isinstance(digest, str) and seen.setdefault(digest, here) != here:
-                yield SettingsProblem(here, f"is the same token as {seen[digest]}")
-
-
-def _earlier_id_problems(teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]:
-    """An earlier id belongs to one team, and is not in use: otherwise its usage would be counted for two teams."""
-    seen: dict[str, str] = {}
-    for name, team in teams.items():
-        earlier_ids = team.get("was")
-        for index, earlier in enumerate(earlier_ids if isinstance(earlier_ids, list) else ()):
-            if not isinstance(earlier, str):
-                continue
-            here = path_of("teams", name, "was", index)
-            if earlier in teams:
-                yield SettingsProblem(here, "is the id of a configured team: list only ids that are no longer in use")
-            elif (first := seen.setdefault(earlier, here)) != here:
-                yield SettingsProblem(here, f"repeats {first}: list an earlier id once, for one team")
-
-
-def _repeated_quotas(scope: object, *path: str) -> Iterator[SettingsProblem]:
-    """Two limits on the same measure and window: only the lower one would have an effect."""
-    seen: dict[tuple[str, str], str] = {}
-    quotas = scope.get("quotas") if isinstance(scope, dict) else None
-    for index, quota in enumerate(quotas if isinstance(quotas, list) else ()):
-        match quota:
-            case {"measure": str(measure), "per": str(per)}:
-                here = path_of(*path, "quotas", index)
-                if (first := seen.setdefault((measure, per), here)) != here:
-                    yield SettingsProblem(here, f"repeats {first}: keep one limit for this measure and window")
-
-
-def _ca_file_problems(tree: Tree, section: str) -> Iterator[SettingsProblem]:
-    ca_file = _path_in(tree, section, "ca_file")
-    if ca_file is None:
-        return
-    try:
-        ssl.create_default_context(cafile=ca_file)
-    except ssl.SSLError:
-        yield SettingsProblem(
-            f"{section}.ca_file", f"names {_shown_path(ca_file)}, which has no certificates in PEM format"
-        )
-    except OSError as error:
-        yield SettingsProblem(
-            f"{section}.ca_file", f"names {_shown_path(ca_file)}, which cannot be read: {error.strerror}"
-        )
-
-
-def _cert_file_problems(tree: Tree) -> Iterator[SettingsProblem]:
-    """Problems with the store's client certificate and its key."""
-    cert_file, key_file = (_path_in(tree, "store", key) for key in ("cert_file", "key_file"))
-    if cert_file is None and key_file is not None:
-        yield SettingsProblem("store.cert_file", "is missing: store.key_file is its key")
-    named = {"cert_file": cert_file, "key_file": key_file}
-    unreadable = [(key, path, error) for key, path in named.items() if path and (error := _unreadable(path))]
-    for key, path, error in unreadable:
-        yield SettingsProblem(f"store.{key}", f"names {_shown_path(path)}, which {error}")
-    if cert_file is None or unreadable:
-        return
-    try:
-        ssl.create_default_context().load_cert_chain(
-            cert_file, key_file, password=lambda: ""
-        )  # without it, OpenSSL would prompt
-    except (ssl.SSLError, ValueError):  # ValueError: because of the empty passphrase
-        message = "and store.key_file must be a certificate and its key, in PEM format and without a passphrase"
-        yield SettingsProblem("store.cert_file", message)
-
-
-def _unreadable(path: str) -> _UnreadableError | None:
-    try:
-        _read_text(Path(path), MAX_CONFIG_BYTES)
-    except _UnreadableError as error:
-        return error
-    return None
-
-
-def _shown_path(path: str) -> str:
-    """A path, for messages, unless it could be a URL with a password that stands in the wrong place."""
-    return "a file" if set(path) & set(":@") else path
-
-
-def _path_in(tree: Tree, section: str, key: str) -> str | None:
-    """None if it is not set or not a valid path; the section's validation reports the latter."""
-    table = tree.get(section)
-    path = table.get(key) if isinstance(table, dict) else None
-    return path if isinstance(path, str) and path.isprintable() and path[:1] not in ("", "~") else None
-
-
-def _tables(tree: Tree, section: str) -> dict[str, Tree]:
-    tables = tree.get(section)
-    return {k: v for k, v in tables.items() if isinstance(v, dict)} if isinstance(tables, dict) else {}

@@ -1,0 +1,146 @@
+"""Finds problems that involve several settings, or a file that a setting names.
+
+Works on unvalidated settings, so that these problems are reported together with those of single values.
+"""
+
+import ssl
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from proxy.settings.errors import KEY_HINT, SettingsProblem, path_of
+from proxy.settings.files import MAX_CONFIG_BYTES, UnreadableError, read_text
+from proxy.settings.tree import Tree, tables_of
+from proxy.settings.values import is_identifier
+
+
+def cross_problems(tree: Tree) -> Iterator[SettingsProblem]:
+    """Problems that involve several sections. Works on the unvalidated `tree`, so that all problems are found."""
+    teams = tables_of(tree, "teams")
+    if tree.get("teams", {}) == {}:
+        yield SettingsProblem(
+            "teams", "is empty, so no client could use the gateway: `estimate-proxy token new TEAM` makes a token"
+        )
+    yield from _missing_accounts(tree, teams)
+    yield from _repeated_tokens(tree, teams)
+    yield from _earlier_id_problems(teams)
+    for name in ("org", "team_defaults"):
+        yield from _repeated_quotas(tree.get(name), name)
+    for name, team in teams.items():
+        yield from _repeated_quotas(team, "teams", name)
+    yield from _ca_file_problems(tree, "upstream")
+    yield from _ca_file_problems(tree, "store")
+    yield from _cert_file_problems(tree)
+
+
+def _missing_accounts(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]:
+    accounts = tree.get("accounts", {})
+    if not isinstance(accounts, dict):
+        return
+    wanted = {name: team.get("account", "default") for name, team in teams.items()}
+    for name, account in wanted.items() if wanted or accounts else [("", "default")]:
+        if account == "default" and account not in accounts:
+            yield SettingsProblem("accounts.default.api_key", f"is missing: {KEY_HINT}")
+        elif isinstance(account, str) and is_identifier(account) and account not in accounts:
+            yield SettingsProblem(
+                path_of("teams", name, "account"), f"is not an account in the settings: {_ACCOUNT_HINT}"
+            )
+
+
+_ACCOUNT_HINT = "add [accounts.<its id>] with an api_key_file"
+
+
+def _repeated_tokens(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]:
+    """A token belongs to one team, to the operator or to a scraper: only one of several meanings could apply."""
+    holders: list[tuple[tuple[str, ...], object]] = [(("teams", name), team) for name, team in teams.items()]
+    holders += [((name,), tree.get(name)) for name in ("metrics", "admin", "viewer")]
+    seen: dict[str, str] = {}
+    for path, holder in holders:
+        tokens = holder.get("tokens", ()) if isinstance(holder, dict) else ()
+        for index, token in enumerate(tokens if isinstance(tokens, list) else ()):
+            digest = token.get("sha256") if isinstance(token, dict) else token
+            here = path_of(*path, "tokens", index)
+            if isinstance(digest, str) and seen.setdefault(digest, here) != here:
+                yield SettingsProblem(here, f"is the same token as {seen[digest]}")
+
+
+def _earlier_id_problems(teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]:
+    """An earlier id belongs to one team, and is not in use: otherwise its usage would be counted for two teams."""
+    seen: dict[str, str] = {}
+    for name, team in teams.items():
+        earlier_ids = team.get("was")
+        for index, earlier in enumerate(earlier_ids if isinstance(earlier_ids, list) else ()):
+            if not isinstance(earlier, str):
+                continue
+            here = path_of("teams", name, "was", index)
+            if earlier in teams:
+                yield SettingsProblem(here, "is the id of a configured team: list only ids that are no longer in use")
+            elif (first := seen.setdefault(earlier, here)) != here:
+                yield SettingsProblem(here, f"repeats {first}: list an earlier id once, for one team")
+
+
+def _repeated_quotas(scope: object, *path: str) -> Iterator[SettingsProblem]:
+    """Two limits on the same measure and window: only the lower one would have an effect."""
+    seen: dict[tuple[str, str], str] = {}
+    quotas = scope.get("quotas") if isinstance(scope, dict) else None
+    for index, quota in enumerate(quotas if isinstance(quotas, list) else ()):
+        match quota:
+            case {"measure": str(measure), "per": str(per)}:
+                here = path_of(*path, "quotas", index)
+                if (first := seen.setdefault((measure, per), here)) != here:
+                    yield SettingsProblem(here, f"repeats {first}: keep one limit for this measure and window")
+
+
+def _ca_file_problems(tree: Tree, section: str) -> Iterator[SettingsProblem]:
+    ca_file = _path_in(tree, section, "ca_file")
+    if ca_file is None:
+        return
+    try:
+        ssl.create_default_context(cafile=ca_file)
+    except ssl.SSLError:
+        yield SettingsProblem(
+            f"{section}.ca_file", f"names {_shown_path(ca_file)}, which has no certificates in PEM format"
+        )
+    except OSError as error:
+        yield SettingsProblem(
+            f"{section}.ca_file", f"names {_shown_path(ca_file)}, which cannot be read: {error.strerror}"
+        )
+
+
+def _cert_file_problems(tree: Tree) -> Iterator[SettingsProblem]:
+    """Problems with the store's client certificate and its key."""
+    cert_file, key_file = (_path_in(tree, "store", key) for key in ("cert_file", "key_file"))
+    if cert_file is None and key_file is not None:
+        yield SettingsProblem("store.cert_file", "is missing: store.key_file is its key")
+    named = {"cert_file": cert_file, "key_file": key_file}
+    unreadable = [(key, path, error) for key, path in named.items() if path and (error := _unreadable(path))]
+    for key, path, error in unreadable:
+        yield SettingsProblem(f"store.{key}", f"names {_shown_path(path)}, which {error}")
+    if cert_file is None or unreadable:
+        return
+    try:
+        ssl.create_default_context().load_cert_chain(
+            cert_file, key_file, password=lambda: ""
+        )  # without it, OpenSSL would prompt
+    except (ssl.SSLError, ValueError):  # ValueError: because of the empty passphrase
+        message = "and store.key_file must be a certificate and its key, in PEM format and without a passphrase"
+        yield SettingsProblem("store.cert_file", message)
+
+
+def _unreadable(path: str) -> UnreadableError | None:
+    try:
+        read_text(Path(path), MAX_CONFIG_BYTES)
+    except UnreadableError as error:
+        return error
+    return None
+
+
+def _shown_path(path: str) -> str:
+    """A path, for messages, unless it could be a URL with a password that stands in the wrong place."""
+    return "a file" if set(path) & set(":@") else path
+
+
+def _path_in(tree: Tree, section: str, key: str) -> str | None:
+    """None if it is not set or not a valid path; the section's validation reports the latter."""
+    table = tree.get(section)
+    path = table.get(key) if isinstance(table, dict) else None
+    return path if isinstance(path, str) and path.isprintable() and path[:1] not in ("", "~") else None
