@@ -18,7 +18,7 @@ import orjson
 
 from proxy.auth import BASE62, RANDOM_CHARACTERS, digest_of, token_of
 from proxy.http.paths import EXPLAIN_PATH, METRICS_PATH, QUOTA_PATH, USAGE_PATH
-from proxy.settings.loader import PREFIX, WELL_KNOWN_ENV
+from proxy.settings.loader import without_settings
 from proxy.upstream.address import ESTIMATE_PATH
 
 HOST: Final = "127.0.0.1"
@@ -75,8 +75,9 @@ def new_token() -> str:
 
 def environment(environ: Mapping[str, str], folder: Path) -> dict[str, str]:
     """`environ` without what would change the gateway's settings; temporary files go into `folder`."""
-    removed = {*WELL_KNOWN_ENV, "XDG_RUNTIME_DIR", "RUNTIME_DIRECTORY"}
-    kept = {name: value for name, value in environ.items() if name not in removed and not name.startswith(PREFIX)}
+    kept = without_settings(environ)
+    for name in ("XDG_RUNTIME_DIR", "RUNTIME_DIRECTORY"):
+        kept.pop(name, None)
     return {**kept, "TMPDIR": str(folder)}
 
 

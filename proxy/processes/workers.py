@@ -19,7 +19,7 @@ from multiprocessing import Pipe
 
 from proxy.embedded.child import RestartBackoff, die_with_parent
 from proxy.processes.messages import CANNOT_SERVE, READY, RELOAD_FAILED
-from proxy.settings.loader import PREFIX, WELL_KNOWN_ENV
+from proxy.settings.loader import without_settings
 from proxy.settings.schema import Settings
 from proxy.store.access import EmbeddedUrls
 from proxy.telemetry.metrics_files import vacate
@@ -50,7 +50,7 @@ class _WorkerProcess:
             self.process = subprocess.Popen(  # noqa: S603 -- our own module, no shell
                 [sys.executable, *_path_options(), "-m", "proxy.processes.worker", *map(str, fds)],
                 stdin=subprocess.DEVNULL,
-                env=_environment_without_settings(),
+                env=without_settings(os.environ),  # secrets go through the channel, and do not stay in an environment
                 pass_fds=fds,
                 start_new_session=True,  # Ctrl-C in a terminal is for the supervisor
                 preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 -- needs no lock
@@ -214,8 +214,3 @@ class WorkerPool:
 def _path_options() -> list[str]:
     """`-P`, unless this process itself looks for modules in the current directory first, as `python -m` does."""
     return [] if sys.path[0] == os.getcwd() else ["-P"]  # noqa: PTH109 -- compared with what Python itself put there
-
-
-def _environment_without_settings() -> dict[str, str]:
-    """The settings go through the channel: secrets should not stay in an environment."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(PREFIX) and k not in WELL_KNOWN_ENV}

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from proxy.settings.errors import KEY_HINT, SettingsProblem, path_of
 from proxy.settings.files import MAX_CONFIG_BYTES, UnreadableError, read_text
-from proxy.settings.tree import Tree, tables_of
+from proxy.settings.tree import Tree, items_of, tables_of
 from proxy.settings.values import is_identifier
 
 
 def cross_problems(tree: Tree) -> Iterator[SettingsProblem]:
-    """Problems that involve several sections. Works on the unvalidated `tree`, so that all problems are found."""
+    """All of these problems in unvalidated settings."""
     teams = tables_of(tree, "teams")
     if tree.get("teams", {}) == {}:
         yield SettingsProblem(
@@ -41,12 +41,8 @@ def _missing_accounts(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[Setting
         if account == "default" and account not in accounts:
             yield SettingsProblem("accounts.default.api_key", f"is missing: {KEY_HINT}")
         elif isinstance(account, str) and is_identifier(account) and account not in accounts:
-            yield SettingsProblem(
-                path_of("teams", name, "account"), f"is not an account in the settings: {_ACCOUNT_HINT}"
-            )
-
-
-_ACCOUNT_HINT = "add [accounts.<its id>] with an api_key_file"
+            message = "is not an account in the settings: add [accounts.<its id>] with an api_key_file"
+            yield SettingsProblem(path_of("teams", name, "account"), message)
 
 
 def _repeated_tokens(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]:
@@ -55,20 +51,18 @@ def _repeated_tokens(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[Settings
     holders += [((name,), tree.get(name)) for name in ("metrics", "admin", "viewer")]
     seen: dict[str, str] = {}
     for path, holder in holders:
-        tokens = holder.get("tokens", ()) if isinstance(holder, dict) else ()
-        for index, token in enumerate(tokens if isinstance(tokens, list) else ()):
+        for index, token in enumerate(items_of(holder, "tokens")):
             digest = token.get("sha256") if isinstance(token, dict) else token
             here = path_of(*path, "tokens", index)
-            if isinstance(digest, str) and seen.setdefault(digest, here) != here:
-                yield SettingsProblem(here, f"is the same token as {seen[digest]}")
+            if isinstance(digest, str) and (first := seen.setdefault(digest, here)) != here:
+                yield SettingsProblem(here, f"is the same token as {first}")
 
 
 def _earlier_id_problems(teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]:
     """An earlier id belongs to one team, and is not in use: otherwise its usage would be counted for two teams."""
     seen: dict[str, str] = {}
     for name, team in teams.items():
-        earlier_ids = team.get("was")
-        for index, earlier in enumerate(earlier_ids if isinstance(earlier_ids, list) else ()):
+        for index, earlier in enumerate(items_of(team, "was")):
             if not isinstance(earlier, str):
                 continue
             here = path_of("teams", name, "was", index)
@@ -81,8 +75,7 @@ def _earlier_id_problems(teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]
 def _repeated_quotas(scope: object, *path: str) -> Iterator[SettingsProblem]:
     """Two limits on the same measure and window: only the lower one would have an effect."""
     seen: dict[tuple[str, str], str] = {}
-    quotas = scope.get("quotas") if isinstance(scope, dict) else None
-    for index, quota in enumerate(quotas if isinstance(quotas, list) else ()):
+    for index, quota in enumerate(items_of(scope, "quotas")):
         match quota:
             case {"measure": str(measure), "per": str(per)}:
                 here = path_of(*path, "quotas", index)
@@ -96,42 +89,32 @@ def _ca_file_problems(tree: Tree, section: str) -> Iterator[SettingsProblem]:
         return
     try:
         ssl.create_default_context(cafile=ca_file)
-    except ssl.SSLError:
-        yield SettingsProblem(
-            f"{section}.ca_file", f"names {_shown_path(ca_file)}, which has no certificates in PEM format"
-        )
     except OSError as error:
-        yield SettingsProblem(
-            f"{section}.ca_file", f"names {_shown_path(ca_file)}, which cannot be read: {error.strerror}"
-        )
+        is_read = isinstance(error, ssl.SSLError)
+        reason = "has no certificates in PEM format" if is_read else f"cannot be read: {error.strerror}"
+        yield SettingsProblem(f"{section}.ca_file", f"names {_shown_path(ca_file)}, which {reason}")
 
 
 def _cert_file_problems(tree: Tree) -> Iterator[SettingsProblem]:
     """Problems with the store's client certificate and its key."""
-    cert_file, key_file = (_path_in(tree, "store", key) for key in ("cert_file", "key_file"))
-    if cert_file is None and key_file is not None:
+    paths = {key: path for key in ("cert_file", "key_file") if (path := _path_in(tree, "store", key))}
+    if "key_file" in paths and "cert_file" not in paths:
         yield SettingsProblem("store.cert_file", "is missing: store.key_file is its key")
-    named = {"cert_file": cert_file, "key_file": key_file}
-    unreadable = [(key, path, error) for key, path in named.items() if path and (error := _unreadable(path))]
-    for key, path, error in unreadable:
-        yield SettingsProblem(f"store.{key}", f"names {_shown_path(path)}, which {error}")
-    if cert_file is None or unreadable:
+    is_readable = True
+    for key, path in paths.items():
+        try:
+            read_text(Path(path), MAX_CONFIG_BYTES)
+        except UnreadableError as error:
+            is_readable = False
+            yield SettingsProblem(f"store.{key}", f"names {_shown_path(path)}, which {error}")
+    if "cert_file" not in paths or not is_readable:
         return
     try:
-        ssl.create_default_context().load_cert_chain(
-            cert_file, key_file, password=lambda: ""
-        )  # without it, OpenSSL would prompt
+        # The password is only given because OpenSSL would prompt for one.
+        ssl.create_default_context().load_cert_chain(paths["cert_file"], paths.get("key_file"), password=lambda: "")
     except (ssl.SSLError, ValueError):  # ValueError: because of the empty passphrase
         message = "and store.key_file must be a certificate and its key, in PEM format and without a passphrase"
         yield SettingsProblem("store.cert_file", message)
-
-
-def _unreadable(path: str) -> UnreadableError | None:
-    try:
-        read_text(Path(path), MAX_CONFIG_BYTES)
-    except UnreadableError as error:
-        return error
-    return None
 
 
 def _shown_path(path: str) -> str:

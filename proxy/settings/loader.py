@@ -16,7 +16,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -25,7 +25,7 @@ from proxy.settings.errors import SECRET_KEYS, SettingsError, SettingsProblem, e
 from proxy.settings.files import MAX_CONFIG_BYTES, UnreadableError, read_text
 from proxy.settings.origins import Origin, Origins, name_variables, origins_of
 from proxy.settings.schema import CacheSettings, Settings, UpstreamSettings
-from proxy.settings.tree import Tree, tables_of
+from proxy.settings.tree import KeyPath, Tree, merge, nested, tables_of
 
 PREFIX = "ESTIMATE_PROXY_"
 CONFIG_VARIABLE = "ESTIMATE_PROXY_CONFIG"
@@ -61,7 +61,7 @@ def load_with_origins(
     problems: list[SettingsProblem] = []
     source = find_config(config, environ)
     tree, origins = _gather(source, environ, problems)
-    _merge(tree, overrides or {})
+    merge(tree, overrides or {})
     for key in origins_of(overrides or {}, None):
         origins.pop(key, None)
     folder = source.parent if source else Path()
@@ -120,6 +120,13 @@ def find_config(config: Path | None, environ: Mapping[str, str]) -> Path | None:
     return config or next((path for path in DEFAULT_PATHS if os.path.lexists(path)), None)
 
 
+def without_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ` without the variables that hold settings."""
+    return {
+        name: value for name, value in environ.items() if not name.startswith(PREFIX) and name not in WELL_KNOWN_ENV
+    }
+
+
 def _gather(path: Path | None, environ: Mapping[str, str], problems: list[SettingsProblem]) -> tuple[Tree, Origins]:
     """The values of the file and the environment, laid over each other, and where they come from."""
     tree: Tree = {}
@@ -128,11 +135,11 @@ def _gather(path: Path | None, environ: Mapping[str, str], problems: list[Settin
     well_known: Tree = {}
     for name, keys in WELL_KNOWN_ENV.items():
         if environ.get(name):
-            _put(well_known, keys, environ[name])
+            merge(well_known, nested(keys, environ[name]))
             origins[keys] = Origin(keys, name)
     for layer in (config, well_known, _read_environment(environ, problems, origins)):
         _unset_replaced_secrets(tree, layer, problems)
-        _merge(tree, layer)
+        merge(tree, layer)
     return tree, origins
 
 
@@ -179,35 +186,16 @@ def _read_environment(environ: Mapping[str, str], problems: list[SettingsProblem
             problems.append(SettingsProblem(name, f"must be a name like {PREFIX}SERVER__PORT"))
             continue
         try:
-            layer: Tree = {}
-            _put(layer, keys, _read_variable(keys[-1], value))
-            _merge(tree, layer)
+            is_json = value[:1] in ("[", "{") and keys[-1] not in SECRET_KEYS
+            layer = nested(keys, json.loads(value) if is_json else value)
+            merge(tree, layer)
             origins.update(origins_of(layer, name))
         except (ValueError, RecursionError):
             problems.append(SettingsProblem(name, "begins like JSON, but is not valid JSON"))
     return tree
 
 
-def _read_variable(key: str, value: str) -> Any:
-    return json.loads(value) if value[:1] in ("[", "{") and key not in SECRET_KEYS else value
-
-
-def _put(tree: Tree, keys: tuple[str, ...], value: Any) -> None:
-    for key in reversed(keys):
-        value = {key: value}
-    _merge(tree, value)
-
-
-def _merge(tree: Tree, layer: Tree) -> None:
-    """Overwrites `tree` with `layer`, table by table."""
-    for key, value in layer.items():
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value)
-        else:
-            tree[key] = value
-
-
-def _secret_tables(tree: Tree) -> Iterator[tuple[tuple[str, ...], Tree, str]]:
+def _secret_tables(tree: Tree) -> Iterator[tuple[KeyPath, Tree, str]]:
     """For each secret: the path of its table, the table, and the secret's key."""
     for name, account in tables_of(tree, "accounts").items():
         yield ("accounts", name), account, "api_key"
@@ -220,15 +208,14 @@ def _unset_replaced_secrets(tree: Tree, layer: Tree, problems: list[SettingsProb
     """Removes from `tree` the secrets that `layer` sets, as `<key>` or `<key>_file`."""
     earlier = {path: table for path, table, _ in _secret_tables(tree)}
     for path, table, key in _secret_tables(layer):
-        given = {key, f"{key}_file"} & table.keys()
-        if len(given) > 1:
-            problems.append(
-                SettingsProblem(path_of(*path, f"{key}_file"), f"is set together with {key}: keep one of them")
-            )
+        names = {key, f"{key}_file"}
+        if names <= table.keys():
+            message = f"is set together with {key}: keep one of them"
+            problems.append(SettingsProblem(path_of(*path, f"{key}_file"), message))
             del table[f"{key}_file"]
-        if given:
-            earlier.get(path, {}).pop(key, None)
-            earlier.get(path, {}).pop(f"{key}_file", None)
+        if names & table.keys():
+            for name in names:
+                earlier.get(path, {}).pop(name, None)
 
 
 def _read_secret_files(tree: Tree, folder: Path, problems: list[SettingsProblem], origins: Origins) -> None:
@@ -239,9 +226,8 @@ def _read_secret_files(tree: Tree, folder: Path, problems: list[SettingsProblem]
             continue
         try:
             table[key] = _read_secret(folder, name)
-            named = origins.get((*path, f"{key}_file"))
-            if named is not None:
-                origins[*path, key] = replace(named, secret_file=folder / str(name))
+            if (origin := origins.get((*path, f"{key}_file"))) is not None:
+                origins[*path, key] = replace(origin, secret_file=folder / str(name))
         except UnreadableError as error:
             problems.append(SettingsProblem(path_of(*path, f"{key}_file"), str(error)))
             table[key] = "unread"  # so that it is not reported as missing too

@@ -1,14 +1,13 @@
 """Where the value of a setting comes from: a line of the config file, an environment variable, or a secret's file."""
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from proxy.settings.errors import SettingsProblem, path_of
-
-KeyPath = tuple[str, ...]
+from proxy.settings.tree import KeyPath, leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,7 @@ Origins = dict[KeyPath, Origin]
 
 def origins_of(layer: Mapping[str, Any], variable: str | None) -> Origins:
     """The origins of all values in `layer`, which comes from one source."""
-    return {key: Origin(key, variable) for key in _leaves(layer, ())}
+    return {key: Origin(key, variable) for key, _ in leaves(layer)}
 
 
 def name_variables(problems: list[SettingsProblem], origins: Origins) -> list[SettingsProblem]:
@@ -69,14 +68,6 @@ def _has_key(text: str, key: KeyPath) -> bool:
     for name in key:
         table = table.get(name) if isinstance(table, dict) else None
     return table is not None
-
-
-def _leaves(table: Mapping[str, Any], parents: KeyPath) -> Iterator[KeyPath]:
-    for name, value in table.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, (*parents, name))
-        else:
-            yield (*parents, name)
 
 
 def _contains(path: str, other: str) -> bool:

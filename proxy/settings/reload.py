@@ -47,18 +47,14 @@ class Reloader:
         try:
             loaded = self._source.load()
         except SettingsError as error:
-            _log_errors(error)
+            for problem in error.problems:
+                log.error("the old settings stay in force: %s %s", problem.path, problem.message)  # noqa: TRY400 -- no traceback needed
             return None
         self.settings = merged(self.settings, loaded)
         for path in differences(self.settings, loaded):
             log.warning("%s has changed: restart the gateway to apply it", path)
         log.info("settings reloaded; teams: %d", len(self.settings.teams))
         return self.settings
-
-
-def _log_errors(error: SettingsError) -> None:
-    for problem in error.problems:
-        log.error("the old settings stay in force: %s %s", problem.path, problem.message)
 
 
 def merged(old: Settings, new: Settings) -> Settings:

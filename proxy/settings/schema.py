@@ -3,7 +3,6 @@
 `proxy.settings.values` has the types of single values, `proxy.settings.loader` the sources of values.
 """
 
-from collections.abc import Iterator
 from datetime import date
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo
@@ -13,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from proxy.quota.credits import Currency
 from proxy.quota.quotas import UNITS, Measure
 from proxy.quota.windows import Period
+from proxy.settings.tree import leaves
 from proxy.settings.values import (
     ApiKey,
     BaseUrl,
@@ -276,13 +276,7 @@ class Settings(_Section):
 
 def effective(settings: Settings) -> list[tuple[str, Any]]:
     """Every effective setting as (path, value). Secrets are masked by their types; None: not set."""
-    return list(_flatten(settings.model_dump(), ""))
-
-
-def _flatten(table: dict[str, Any], parent: str) -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        path = f"{parent}.{key}" if parent else key
-        yield from _flatten(value, path) if isinstance(value, dict) else [(path, value)]
+    return [(".".join(path), value) for path, value in leaves(settings.model_dump())]
 
 
 def inherited(settings: Settings) -> dict[str, tuple[str, Any]]:
