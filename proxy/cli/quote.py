@@ -189,13 +189,13 @@ def _print(report: Report, answers: Sequence[Mapping[str, Any]], form: str, reas
             for line in quota_lines(report):
                 click.echo(line)
         case _:
-            click.echo(to_tsv([COLUMNS, *(row.cells for row in rows_of(report))]), nl=False)
+            click.echo(to_tsv([COLUMNS, *rows_of(report)]), nl=False)
     if form != "md" and not (form == "table" and sys.stdout.isatty()):
         click.echo(f"estimate-proxy: {reason}", err=True)
 
 
 def _columns(report: Report) -> list[Column]:
-    cells = zip(*(row.cells for row in rows_of(report)), strict=True)
+    cells = zip(*rows_of(report), strict=True)
     ranks = (0, 0, 1, 2, 4, 5, 3)
     columns = [
         Column(header, column, rank, is_text=header in ("variant", "basis", "note"), wraps=header == "note")

@@ -3,14 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 from proxy.quota.credits import micro_of, percent_text
-
-COLUMNS = ("variant", "estimated", "delta", "share_percent", "basis", "age_s", "note")
-
-HEADERS = ("variant", "estimated", "delta", "share %", "basis", "age s", "note")
-"""The columns for people."""
 
 WITHIN, OVER, UNKNOWN = 0, 1, 2
 """Exit statuses. Bad input is also 2."""
@@ -19,11 +14,10 @@ _LABEL_CHARACTERS = 60
 """In a table; a longer label is cut."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """A variant, or a line of its breakdown. Amounts are as RenderNet or the gateway wrote them; empty if unknown."""
 
-    label: str
+    variant: str
     estimated: str = ""
     delta: str = ""
     share_percent: str = ""
@@ -31,9 +25,11 @@ class Row:
     age_s: str = ""
     note: str = ""
 
-    @property
-    def cells(self) -> list[str]:
-        return [self.label, self.estimated, self.delta, self.share_percent, self.basis, self.age_s, self.note]
+
+COLUMNS = Row._fields
+
+HEADERS = ("variant", "estimated", "delta", "share %", "basis", "age s", "note")
+"""The columns for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +61,11 @@ def report_of(answers: Sequence[Mapping[str, Any]], *, is_plan: bool) -> Report:
         amounts = {variant["label"]: variant["estimated"] for variant in variants}
         total = answers[0].get("total", amounts.get(cheapest))
         return Report(variants, cheapest, None if total is None else Decimal(total), quotas, is_plan=False)
-    amounts_known = [variant["estimated"] for variant in variants if variant["estimated"] is not None]
-    is_complete = len(amounts_known) == len(variants)
-    total = sum(map(Decimal, amounts_known), Decimal()).normalize() if is_complete else None
-    known = [
-        (Decimal(variant["estimated"]), variant["label"]) for variant in variants if variant["estimated"] is not None
-    ]
-    cheapest = min(known, key=lambda pair: pair[0])[1] if known else None
+    known = {
+        variant["label"]: Decimal(variant["estimated"]) for variant in variants if variant["estimated"] is not None
+    }
+    total = sum(known.values(), Decimal()).normalize() if len(known) == len(variants) else None
+    cheapest = min(known, key=known.__getitem__, default=None)
     if quotas is not None:
         quotas = [{**quota, "fits": _fits(quota, total, len(variants))} for quota in quotas]
     return Report(variants, cheapest, total, quotas, is_plan=True)
@@ -112,16 +106,14 @@ def rows_of(report: Report) -> Iterator[Row]:
     whole = report.total if report.is_plan else report.variants[0]["estimated"]
     for variant in report.variants:
         note = "cheapest" if variant["label"] == report.cheapest and len(report.variants) > 1 else ""
-        delta = "" if report.is_plan else _amount(variant["delta"])
-        age_s = "" if variant["age_s"] is None else str(variant["age_s"])
         yield Row(
-            _clean(variant["label"]),
-            _amount(variant["estimated"]),
-            delta,
-            _share(variant["estimated"], whole),
-            variant["basis"] or "",
-            age_s,
-            _error_of(variant) or note,
+            variant=_clean(variant["label"]),
+            estimated=_amount(variant["estimated"]),
+            delta="" if report.is_plan else _amount(variant["delta"]),
+            share_percent=_share(variant["estimated"], whole),
+            basis=variant["basis"] or "",
+            age_s="" if variant["age_s"] is None else str(variant["age_s"]),
+            note=_error_of(variant) or note,
         )
         yield from _lines_of(variant)
 
@@ -153,7 +145,7 @@ def quota_lines(report: Report) -> Iterator[str]:
 def markdown(report: Report, reason: str) -> str:
     """A table, the verdict and the quotas, for a comment on a change."""
     header = f"| {' | '.join(HEADERS)} |\n|---|--:|--:|--:|---|--:|---|\n"
-    table = "".join(f"| {' | '.join(map(_escaped, row.cells))} |\n" for row in rows_of(report))
+    table = "".join(f"| {' | '.join(map(_escaped, row))} |\n" for row in rows_of(report))
     quotas = "".join(f"- {line}\n" for line in quota_lines(report))
     return f"{header}{table}\n**{reason[0].upper()}{reason[1:]}.**\n" + (f"\n{quotas}" if quotas else "")
 
