@@ -6,6 +6,7 @@
 """
 
 import re
+import secrets
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -72,6 +73,10 @@ def token_of(random: str) -> str:
     """Makes a token from 32 random base62 characters."""
     stem = PREFIX + random
     return stem + _check_characters(stem)
+
+
+def new_token() -> str:
+    return token_of("".join(secrets.choice(BASE62) for _ in range(RANDOM_CHARACTERS)))
 
 
 def is_well_formed(token: str) -> bool:

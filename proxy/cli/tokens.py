@@ -1,13 +1,12 @@
 """`estimate-proxy token`: makes tokens for teams, viewers, operators and Prometheus, and lists the configured ones."""
 
 import json
-import secrets
 from datetime import date
 from importlib import import_module
 
 import click
 
-from proxy.auth import BASE62, RANDOM_CHARACTERS, digest_of, token_of
+from proxy.auth import digest_of, new_token
 from proxy.cli.inputs import ID_RULE, fail
 from proxy.settings.values import is_identifier
 
@@ -63,7 +62,7 @@ def new(team: str | None, label: str | None, expires: str | None, quiet: bool, *
     if role is not None and expires is not None:
         fail(f"--expires is only for tokens of teams: those of [{role}] work until they are removed")
     last_day = None if expires is None else _future_day(expires)
-    made = token_of("".join(secrets.choice(BASE62) for _ in range(RANDOM_CHARACTERS)))
+    made = new_token()
     click.echo(made)
     lines = (
         _role_lines(role, digest_of(made), team, label) if role else _team_lines(team, digest_of(made), label, last_day)

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from proxy.auth import new_token
 from proxy.demo.past_usage import DAYS, put_past_usage
 from proxy.demo.setup import (
     API_KEY,
@@ -40,7 +41,6 @@ from proxy.demo.setup import (
     environment,
     introduction,
     last_errors,
-    new_token,
     scrape_config_text,
 )
 from proxy.demo.simulator import Responder, Simulator, busy, chunked, error_in_200, html_page, server_error

@@ -4,7 +4,6 @@ Each printed command is complete and in ASCII, so that it can be pasted anywhere
 """
 
 import json
-import secrets
 import shlex
 import shutil
 import sys
@@ -16,7 +15,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from proxy.auth import BASE62, RANDOM_CHARACTERS, digest_of, token_of
+from proxy.auth import digest_of
 from proxy.http.paths import EXPLAIN_PATH, METRICS_PATH, QUOTA_PATH, USAGE_PATH
 from proxy.settings.loader import without_settings
 from proxy.upstream.address import ESTIMATE_PATH
@@ -67,10 +66,6 @@ class DemoEnvironment:
     @property
     def data_dir(self) -> Path:
         return self.folder / "store"
-
-
-def new_token() -> str:
-    return token_of("".join(secrets.choice(BASE62) for _ in range(RANDOM_CHARACTERS)))
 
 
 def environment(environ: Mapping[str, str], folder: Path) -> dict[str, str]:

@@ -25,7 +25,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.auth import digest_of
+from proxy.auth import digest_of, new_token
 from proxy.cache.canonical import canonicalise
 from proxy.demo.runner import FAULTS
 from proxy.demo.setup import (
@@ -38,7 +38,6 @@ from proxy.demo.setup import (
     introduction,
     last_errors,
 )
-from proxy.demo.setup import new_token as token
 from proxy.demo.simulator import ESTIMATE_PATH, Simulator
 from proxy.demo.traffic import BURST_LEAST, BURST_MOST, POOL, QUERY, Body, TrafficTotals, next_burst, respell
 from proxy.gateway.live_config import limits_of, teams_of
@@ -371,7 +370,7 @@ def test_credits_add_up_exactly() -> None:
 
 
 def demo_environment(folder: Path) -> DemoEnvironment:
-    return DemoEnvironment(folder, "http://127.0.0.1:4711", {team: token() for team in TEAMS}, token())
+    return DemoEnvironment(folder, "http://127.0.0.1:4711", {team: new_token() for team in TEAMS}, new_token())
 
 
 def test_the_gateway_accepts_the_generated_config(tmp_path: Path) -> None:
