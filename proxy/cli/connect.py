@@ -97,7 +97,7 @@ async def _store_facts(store: Store, place: str) -> Finding:
         "TLS" if store.uses_tls else "no TLS",
         "version unknown" if version is None else f"Redis {'.'.join(map(str, version))} or compatible",
         f"maxmemory-policy {policy or 'unknown'}",
-        *_persistence_facts(servers),
+        *map(_persistence_text, dict.fromkeys(servers)),  # of each kind of server once
         "clock unknown" if lead_s is None else f"clock {abs(lead_s):.3f} s {'ahead' if lead_s > 0 else 'behind'}",
     )
     warnings = []
@@ -109,19 +109,12 @@ async def _store_facts(store: Store, place: str) -> Finding:
     return Finding(place, ", ".join(facts), [line for line in warnings if line], [error] if error else [])
 
 
-def _persistence_facts(servers: Sequence[Persistence]) -> list[str]:
-    """Of each kind of server once."""
-    return [_persistence_text(server) for server in dict.fromkeys(servers)]
-
-
 def _persistence_text(server: Persistence) -> str:
     append_only = {None: "unknown", True: "yes", False: "no"}[server.append_only]
-    appendfsync, save = server.appendfsync, server.save
-    return (
-        f"appendonly {append_only}"
-        + (f", appendfsync {appendfsync}" if server.append_only and appendfsync else "")
-        + (f', save "{save}"' if save is not None else "")
-    )
+    text = f"appendonly {append_only}"
+    if server.append_only and server.appendfsync:
+        text += f", appendfsync {server.appendfsync}"
+    return text if server.save is None else f'{text}, save "{server.save}"'
 
 
 async def _probe_upstream(settings: Settings) -> Finding:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, TypeVar
 
 from proxy.auth import token_id_of
@@ -25,14 +25,14 @@ from proxy.quota.quotas import QuotaState
 from proxy.quota.report_queries import PriceChangeQuery, UsageQuery
 from proxy.quota.usage import Usage
 from proxy.settings.schema import Settings
-from proxy.store.access import EmbeddedUrls
+from proxy.store.access import EmbeddedUrls, Role
 from proxy.store.client import Store
 from proxy.upstream.address import UpstreamAddress
 
-_Read = TypeVar("_Read")
+_Result = TypeVar("_Result")
 
 
-def from_store(reading: Coroutine[Any, Any, _Read]) -> _Read:
+def from_store(reading: Coroutine[Any, Any, _Result]) -> _Result:
     """The result. If the store cannot be read, prints why and exits."""
     logging.getLogger("proxy").addHandler(logging.NullHandler())  # the message below says it
     try:
@@ -41,6 +41,16 @@ def from_store(reading: Coroutine[Any, Any, _Read]) -> _Read:
         fail(str(error))
     except StoreUnavailable as error:
         fail(f"the store is unreachable ({error}): check that it runs, and store.url and cache.url")
+
+
+def change_store(change: Coroutine[Any, Any, _Result], *, in_doubt: str) -> _Result:
+    """The result of `change`. If the store fails, prints why and exits. `in_doubt`: what may not have been done."""
+    try:
+        return asyncio.run(change)
+    except EmbeddedStoreError as error:
+        fail(str(error))
+    except StoreUnavailable:
+        fail(f"the store is unreachable: {in_doubt}; try again")
 
 
 async def read_usage(settings: Settings, query: UsageQuery) -> Usage:
@@ -77,14 +87,8 @@ async def read_token_uses(settings: Settings, digests: Sequence[str]) -> dict[st
 
 @asynccontextmanager
 async def _open_ledger_reader(settings: Settings) -> AsyncIterator[LedgerReader]:
-    data_dir = settings.store.data_dir
-    embedded_urls: EmbeddedUrls = {"ledger": running_url(data_dir, role="ledger")} if settings.store.url is None else {}
-    store = open_ledger_store(settings, embedded_urls)
-    try:
-        await store.open()
+    async with _opened(open_ledger_store(settings, _running_urls(settings, "ledger"))) as store:
         yield LedgerReader(store, LedgerKeys(settings.org.id), settings.org.zone)
-    finally:
-        await store.close()
 
 
 async def purge_book(settings: Settings, account: str, canonical: bytes | None, query: bytes) -> str:
@@ -125,11 +129,17 @@ async def _open_learner(settings: Settings) -> AsyncIterator[Learner]:
         yield learner_of(settings, store, UpstreamAddress.of(settings.upstream.base_url))
 
 
+def _open_book_store(settings: Settings) -> AbstractAsyncContextManager[Store]:
+    return _opened(open_book_store(settings, _running_urls(settings, "price-book")))
+
+
+def _running_urls(settings: Settings, role: Role) -> EmbeddedUrls:
+    """The URL of the store if it is embedded; a gateway must be running."""
+    return {role: running_url(settings.store.data_dir, role=role)} if role in settings.embedded_roles else {}
+
+
 @asynccontextmanager
-async def _open_book_store(settings: Settings) -> AsyncIterator[Store]:
-    embedded = settings.store.url is None and settings.cache.url is None
-    urls: EmbeddedUrls = {"price-book": running_url(settings.store.data_dir, role="price-book")} if embedded else {}
-    store = open_book_store(settings, urls)
+async def _opened(store: Store) -> AsyncIterator[Store]:
     try:
         await store.open()
         yield store

@@ -1,18 +1,15 @@
 """`estimate-proxy learned`: shows what was learned about prices, and forgets it. Reads the price book's store."""
 
-import asyncio
 import sys
 from pathlib import Path
 
 import click
 import orjson
 
-from proxy.cli.direct import forget_learned, from_store, read_learned
+from proxy.cli.direct import change_store, forget_learned, from_store, read_learned
 from proxy.cli.inputs import config_option, fail, load_settings
 from proxy.cli.tables import learned_columns, learned_lines, print_table, to_tsv
-from proxy.embedded.valkey import EmbeddedStoreError
 from proxy.learning.report import accounts_document, bound_in_words
-from proxy.problems import StoreUnavailable
 from proxy.settings.schema import Settings
 
 
@@ -66,12 +63,8 @@ def forget(config: Path | None, account: str, scope: str | None, everything: boo
         fail("give either --scope with a scope's id, or --all")
     settings = load_settings(config)
     _check_account(settings, account)
-    try:
-        number = asyncio.run(forget_learned(settings, account, scope))
-    except EmbeddedStoreError as error:
-        fail(str(error))
-    except StoreUnavailable:
-        fail("the store is unreachable: what was learned may not be forgotten; try again")
+    change = forget_learned(settings, account, scope)
+    number = change_store(change, in_doubt="what was learned may not be forgotten")
     if scope is not None and number == 0:
         fail(f"--scope: nothing was learned in {scope!r} for the account {account}")
     click.echo(f"forgot {number} scope{'' if number == 1 else 's'} of the account {account}")

@@ -1,6 +1,5 @@
 """`estimate-proxy purge`: removes prices from the store of a running gateway."""
 
-import asyncio
 import os
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,9 @@ from typing import Any
 import click
 
 from proxy.cache.canonical import canonicalise
-from proxy.cli.direct import purge_book
+from proxy.cli.direct import change_store, purge_book
 from proxy.cli.inputs import config_option, fail, load_settings
-from proxy.embedded.valkey import EmbeddedStoreError
-from proxy.problems import BadRequest, StoreUnavailable
+from proxy.problems import BadRequest
 
 
 @click.command(short_help="Remove stored prices.")
@@ -29,10 +27,7 @@ def purge(file: Any, config: Path | None, account: str, everything: bool, query:
         fail("--account is not an account in the settings")
     try:
         canonical = None if file is None else canonicalise(file.read())
-        click.echo(asyncio.run(purge_book(settings, account, canonical, os.fsencode(query))))
+        change = purge_book(settings, account, canonical, os.fsencode(query))
+        click.echo(change_store(change, in_doubt="the prices may not be purged"))
     except BadRequest as error:
         fail(f"{file.name}: {error}")
-    except EmbeddedStoreError as error:
-        fail(str(error))
-    except StoreUnavailable:
-        fail("the store is unreachable: the prices may not be purged; try again")

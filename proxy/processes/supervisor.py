@@ -29,7 +29,7 @@ from proxy.processes.workers import WorkerContext, WorkerPool
 from proxy.settings.loader import Source
 from proxy.settings.reload import Reloader
 from proxy.settings.schema import ServerSettings, Settings
-from proxy.store.access import MAX_CONNECTIONS, Role
+from proxy.store.access import MAX_CONNECTIONS
 from proxy.telemetry.descriptors import raise_limit
 from proxy.telemetry.metrics_files import metrics_files
 
@@ -70,13 +70,6 @@ def _listen_error(error: OSError, server: ServerSettings) -> str:
     return f"cannot listen on {_host_and_port(server.host, server.port)}: {error.strerror}; choose {choose}"
 
 
-def _embedded_roles(settings: Settings) -> list[Role]:
-    """The stores that have no URL in the settings. Without `cache.url`, the price book uses the ledger's store."""
-    if settings.store.url is not None:
-        return []
-    return ["ledger", "price-book"] if settings.cache.url is None else ["ledger"]
-
-
 class Supervisor:
     """Runs one gateway until a signal stops it."""
 
@@ -84,7 +77,7 @@ class Supervisor:
         self._settings = settings
         self._reloader = Reloader(source, settings)
         self._listener = bind(settings.server)
-        self._stores = EmbeddedStores(settings.store.data_dir, _embedded_roles(settings))
+        self._stores = EmbeddedStores(settings.store.data_dir, settings.embedded_roles)
         self._workers: WorkerPool
         self._drain_until: float | None = None
         self._stop_deadline: float | None = None

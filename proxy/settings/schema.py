@@ -37,7 +37,7 @@ from proxy.settings.values import (
     Whole,
     ZoneName,
 )
-from proxy.store.access import CONNECT_TIMEOUT_S, TIMEOUT_S
+from proxy.store.access import CONNECT_TIMEOUT_S, TIMEOUT_S, Role
 
 UNLABELLED_CHARACTERS = len("sha256:") + 8
 """Of a digest: enough to find its token in the config, too few to say anything about it."""
@@ -264,6 +264,13 @@ class Settings(_Section):
     team_defaults: TeamDefaults = TeamDefaults()
     teams: dict[Identifier, TeamSettings] = {}
     log: LogSettings = LogSettings()
+
+    @property
+    def embedded_roles(self) -> list[Role]:
+        """The stores that have no URL. Without `cache.url`, the price book uses the ledger's store."""
+        if self.store.url is not None:
+            return []
+        return ["ledger", "price-book"] if self.cache.url is None else ["ledger"]
 
     def rate_of(self, team: TeamSettings) -> RateSettings:
         """The team's own rate, or else the default."""
