@@ -22,11 +22,11 @@ COMMANDS = {
     "learned": "proxy.cli.learned",
     "prices": "proxy.cli.prices",
     "purge": "proxy.cli.purge",
-    "quota": "proxy.cli.ledger",
+    "quota": "proxy.cli.usage",
     "quote": "proxy.cli.quote",
     "serve": "proxy.cli.serve",
     "token": "proxy.cli.tokens",
-    "usage": "proxy.cli.ledger",
+    "usage": "proxy.cli.usage",
 }
 """The module of each command. There it is a function with the command's name."""
 

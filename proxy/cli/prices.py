@@ -9,8 +9,8 @@ import click
 
 from proxy.cli.direct import from_store, read_price_changes
 from proxy.cli.inputs import config_option, fail, load_settings
-from proxy.cli.ledger import chosen_form, dialect_option, format_option
 from proxy.cli.tables import price_change_columns, print_table, to_tsv
+from proxy.cli.usage import chosen_form, dialect_option, format_option
 from proxy.problems import BadRequest
 from proxy.quota.csv_text import Dialect, write_csv
 from proxy.quota.price_changes import MAX_PER_DAY, NAME_COLUMNS, json_of, lines_of

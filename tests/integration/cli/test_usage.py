@@ -229,7 +229,7 @@ def test_usage_can_be_sorted(run: Run, valkey_url: str) -> None:
 
 @pytest.mark.usefixtures("ledger")
 def test_usage_of_last_month(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.cli.ledger.time", lambda: datetime(2026, 12, 15, tzinfo=UTC).timestamp())
+    monkeypatch.setattr("proxy.cli.usage.time", lambda: datetime(2026, 12, 15, tzinfo=UTC).timestamp())
     assert run("usage", "--last-month").stderr.startswith("estimate-proxy: 2026-11-01 to 2026-11-30, UTC: ")
     assert run("usage").stderr.startswith("estimate-proxy: 2026-12-01 to 2026-12-15, UTC: ")
     assert refusal(run("usage", "--last-month", "--to", "2026-12-01")) == (
@@ -239,7 +239,7 @@ def test_usage_of_last_month(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("ledger")
 def test_on_the_first_of_a_month_usage_shows_the_month_before(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxy.cli.ledger.time", lambda: datetime(2026, 12, 1, tzinfo=UTC).timestamp())
+    monkeypatch.setattr("proxy.cli.usage.time", lambda: datetime(2026, 12, 1, tzinfo=UTC).timestamp())
     for options in ([], ["--format", "csv"], ["--format", "json"]):
         assert run("usage", *options).stderr.startswith(
             "estimate-proxy: 2026-11-01 to 2026-11-30, UTC (last month, because today is the first): "
