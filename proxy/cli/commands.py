@@ -15,32 +15,20 @@ import click
 from proxy import __version__
 from proxy.cli.inputs import fail
 
-COMMANDS = {
-    "check": "proxy.cli.check",
-    "demo": "proxy.cli.demo",
-    "explain": "proxy.cli.explain",
-    "learned": "proxy.cli.learned",
-    "prices": "proxy.cli.prices",
-    "purge": "proxy.cli.purge",
-    "quota": "proxy.cli.usage",
-    "quote": "proxy.cli.quote",
-    "serve": "proxy.cli.serve",
-    "token": "proxy.cli.tokens",
-    "usage": "proxy.cli.usage",
-}
-"""The module of each command. There it is a function with the command's name."""
+COMMANDS = ("check", "demo", "explain", "learned", "prices", "purge", "quota", "quote", "serve", "token", "usage")
+"""Each is a function in the module of its name."""
 
 
 class _Commands(click.Group):
     """Imports a command when it is used, and reports bad usage as any other bad input."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 -- click's signature
-        return sorted(COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command:
         if cmd_name not in COMMANDS:  # click itself suggests only commands that are imported
             raise click.exceptions.NoSuchCommand(cmd_name, possibilities=COMMANDS, ctx=ctx)
-        command: click.Command = getattr(import_module(COMMANDS[cmd_name]), cmd_name)
+        command: click.Command = getattr(import_module(f"proxy.cli.{cmd_name}"), cmd_name)
         return command
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:

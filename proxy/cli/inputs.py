@@ -10,11 +10,12 @@ from proxy.settings.errors import SettingsError
 from proxy.settings.loader import DEFAULT_PATHS, find_config, load_with_origins
 from proxy.settings.origins import Origins
 from proxy.settings.schema import Settings
+from proxy.settings.values import IDENTIFIER_RULE
 
 BAD_INPUT = 2
 """The exit status."""
 
-ID_RULE = "must be an id: 1 to 64 of a-z, 0-9 and -, beginning and ending with a letter or digit"
+ID_RULE = f"must be an id: {IDENTIFIER_RULE}"
 
 config_option = click.option(
     "--config",

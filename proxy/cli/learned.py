@@ -1,16 +1,26 @@
 """`estimate-proxy learned`: shows what was learned about prices, and forgets it. Reads the price book's store."""
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import click
 import orjson
 
 from proxy.cli.direct import change_store, forget_learned, from_store, read_learned
 from proxy.cli.inputs import config_option, fail, load_settings
-from proxy.cli.tables import learned_columns, learned_lines, print_table, to_tsv
-from proxy.learning.report import accounts_document, bound_in_words
+from proxy.cli.tables import Column, print_table, to_tsv
+from proxy.learning.evidence import Scope
+from proxy.learning.report import accounts_document, bound_in_words, percent_below
+from proxy.quota.windows import rfc3339
 from proxy.settings.schema import Settings
+
+COLUMNS = (
+    *("account", "scope", "state", "tests", "tests_needed", "fewer_than_percent", "asked", "answered"),
+    *("would_have_answered", "would_have_been_wrong", "audits", "contradictions", "suspect_answers", "items"),
+    *("left_out", "counting", "team", "last_asked"),
+)
 
 
 @click.group(short_help="Show what was learned about prices.", invoke_without_command=True)
@@ -40,11 +50,11 @@ def learned(context: click.Context, config: Path | None, account: str | None, fo
     if form == "json":
         click.echo(orjson.dumps(accounts_document(learn, found, zone)))
     elif sys.stdout.isatty():
-        print_table(f"learned about prices, {zone.key}, cache.learn = {learn}", learned_columns(found, zone))
+        print_table(f"learned about prices, {zone.key}, cache.learn = {learn}", _columns(found, zone))
         for scope in (scope for scopes in found.values() for scope in scopes if scope.tests):
             click.echo(f"{scope.id}: {bound_in_words(scope)}")
     else:
-        click.echo(to_tsv(learned_lines(found, zone)), nl=False)
+        click.echo(to_tsv([COLUMNS, *_rows(found, zone)]), nl=False)
     if not any(found.values()):
         click.echo("estimate-proxy: nothing is learned yet", err=True)
 
@@ -73,3 +83,37 @@ def forget(config: Path | None, account: str, scope: str | None, everything: boo
 def _check_account(settings: Settings, account: str | None) -> None:
     if account not in (None, *settings.accounts):
         fail(f"--account is not an account in the settings: they have {', '.join(sorted(settings.accounts))}")
+
+
+def _columns(found: Mapping[str, Sequence[Scope]], zone: ZoneInfo) -> list[Column]:
+    """Scopes for people."""
+    ranks = {"account": 1, "scope": 0, "state": 0, "tests": 0, "left_out": 0, "fewer_than_percent": 1, "items": 1}
+    headers = {"fewer_than_percent": "below %", "would_have_been_wrong": "wrong"}
+    texts = {"account", "scope", "state", "items", "left_out", "counting", "team", "last_asked"}
+    cells = zip(*_rows(found, zone), strict=True) if any(found.values()) else [()] * len(COLUMNS)
+    return [
+        Column(
+            headers.get(name, name.replace("_", " ")),
+            each,
+            ranks.get(name, place + 2),
+            is_text=name in texts,
+            wraps=name in texts,
+        )
+        for place, (name, each) in enumerate(zip(COLUMNS, cells, strict=True))
+    ]
+
+
+def _rows(found: Mapping[str, Sequence[Scope]], zone: ZoneInfo) -> list[list[str]]:
+    return [_row(account, scope, zone) for account, scopes in found.items() for scope in scopes]
+
+
+def _row(account: str, scope: Scope, zone: ZoneInfo) -> list[str]:
+    last = scope.last_contradiction
+    suspects = 0 if last is None else last.suspects
+    amounts = (scope.asked, scope.answered, scope.right + scope.wrong, scope.wrong, scope.audits, scope.contradictions)
+    return [
+        *(account, scope.id, scope.state.value, str(scope.tests), str(scope.needed), percent_below(scope.bound)),
+        *map(str, (*amounts, suspects)),
+        *map(", ".join, (scope.items, scope.left_out, scope.counting)),
+        *(scope.team, rfc3339(scope.used_at_ms // 1000, zone)),
+    ]

@@ -1,19 +1,20 @@
 """`estimate-proxy prices`: reads price changes from the ledger, whether or not a gateway is running."""
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from time import time
 from urllib.parse import urlencode
+from zoneinfo import ZoneInfo
 
 import click
 
 from proxy.cli.direct import from_store, read_price_changes
+from proxy.cli.formats import chosen_form, dialect_option, format_option
 from proxy.cli.inputs import config_option, fail, load_settings
-from proxy.cli.tables import price_change_columns, print_table, to_tsv
-from proxy.cli.usage import chosen_form, dialect_option, format_option
+from proxy.cli.tables import Column, moment, print_table, to_tsv
 from proxy.problems import BadRequest
 from proxy.quota.csv_text import Dialect, write_csv
-from proxy.quota.price_changes import MAX_PER_DAY, NAME_COLUMNS, json_of, lines_of
+from proxy.quota.price_changes import MAX_PER_DAY, NAME_COLUMNS, PriceChange, json_of, lines_of
 from proxy.quota.report_queries import read_price_change_query
 from proxy.quota.windows import day_of
 
@@ -47,18 +48,31 @@ def changed(config: Path | None, form: str | None, dialect: Dialect | None, **gi
     if not found.changes and query.account not in (None, *settings.accounts):
         fail(f"--account {query.account!r:.64} is not in the settings, and has no price change: check the name")
     period = f"{query.first} to {query.last}, {zone.key}"
-    if form == "table" and sys.stdout.isatty():
-        print_table(f"price changes, {period}", price_change_columns(found.changes, zone))
-    else:
-        match form:
-            case "csv":
-                lines = lines_of(found, zone)
-                click.echo(write_csv(lines, names=NAME_COLUMNS, dialect=dialect or "rfc4180"), nl=False)
-            case "json":
-                click.echo(json_of(found, query, zone))
-            case _:
-                click.echo(to_tsv(lines_of(found, zone)), nl=False)
+    match form:
+        case "table":
+            print_table(f"price changes, {period}", _columns(found.changes, zone))
+        case "csv":
+            lines = lines_of(found, zone)
+            click.echo(write_csv(lines, names=NAME_COLUMNS, dialect=dialect or "rfc4180"), nl=False)
+        case "json":
+            click.echo(json_of(found, query, zone))
+        case _:
+            click.echo(to_tsv(lines_of(found, zone)), nl=False)
+    if form != "table":
         click.echo(f"estimate-proxy: {period}: {len(found.changes)} price changes", err=True)
     if found.not_kept:
         more = f"{found.not_kept} more were found, of all accounts: a day keeps the first {MAX_PER_DAY}"
         click.echo(f"estimate-proxy: {more}", err=True)
+
+
+def _columns(changes: Sequence[PriceChange], zone: ZoneInfo) -> list[Column]:
+    """Price changes for people."""
+    return [
+        Column("found at", [moment(change.at_s, zone) for change in changes], is_text=True),
+        Column("account", [change.account for change in changes], rank=1, is_text=True),
+        Column("model", [change.model for change in changes], is_text=True),
+        Column("old", [change.old for change in changes]),
+        Column("new", [change.new for change in changes]),
+        Column("found by", [change.found_by for change in changes], rank=2, is_text=True),
+        Column("key", [change.key for change in changes], rank=3, is_text=True),
+    ]

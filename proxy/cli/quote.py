@@ -179,19 +179,21 @@ def _progress() -> Iterator[Any]:
 
 
 def _print(report: Report, answers: Sequence[Mapping[str, Any]], form: str, reason: str) -> None:
+    """Prints the report. If it is for a program, the reason goes to standard error."""
     match form:
-        case "json":
-            click.echo(_json(report, answers))
         case "md":
             click.echo(markdown(report, reason), nl=False)
-        case _ if sys.stdout.isatty():
+            return
+        case "table" if sys.stdout.isatty():
             print_table(reason, _columns(report))
             for line in quota_lines(report):
                 click.echo(line)
+            return
+        case "json":
+            click.echo(_json(report, answers))
         case _:
             click.echo(to_tsv([COLUMNS, *rows_of(report)]), nl=False)
-    if form != "md" and not (form == "table" and sys.stdout.isatty()):
-        click.echo(f"estimate-proxy: {reason}", err=True)
+    click.echo(f"estimate-proxy: {reason}", err=True)
 
 
 def _columns(report: Report) -> list[Column]:

@@ -1,40 +1,25 @@
-"""`estimate-proxy usage` and `estimate-proxy quota`: read the ledger, whether or not a gateway is running."""
+"""`estimate-proxy usage`: reads usage from the ledger, whether or not a gateway is running."""
 
-import sys
 from datetime import date, timedelta
 from pathlib import Path
 from time import time
 from urllib.parse import urlencode
 
 import click
-import orjson
 
-from proxy.cli.direct import from_store, read_quotas, read_usage
+from proxy.cli.direct import from_store, read_usage
+from proxy.cli.formats import chosen_form, dialect_option, format_option
 from proxy.cli.inputs import config_option, fail, load_settings
-from proxy.cli.tables import print_table, quota_columns, to_tsv, usage_columns
+from proxy.cli.tables import Column, name_columns, print_table, to_tsv
 from proxy.gateway.live_config import directory_of
-from proxy.problems import BadRequest
-from proxy.quota.credits import text_of
-from proxy.quota.csv_text import DIALECTS, Dialect, write_csv
-from proxy.quota.quota_report import QUOTA_NAME_COLUMNS, quota_document, quota_lines
-from proxy.quota.report_queries import read_usage_query
+from proxy.problems import NO_NAME, BadRequest
+from proxy.quota.credits import Currency, text_of
+from proxy.quota.csv_text import Dialect
+from proxy.quota.report_queries import UsageQuery, read_usage_query
+from proxy.quota.team_directory import TeamDirectory
 from proxy.quota.usage import SORTS, Sort, Usage, sort_usage
-from proxy.quota.usage_report import cells_of, csv_of, json_of
+from proxy.quota.usage_report import amounts_of, cells_of, csv_of, json_of, share_of
 from proxy.quota.windows import day_of
-
-format_option = click.option(
-    "--format",
-    "form",
-    type=click.Choice(["table", "csv", "json"]),
-    help="table, the default, is for people; csv and json are for programs. json is what the endpoint returns.",
-)
-dialect_option = click.option(
-    "--csv-dialect",
-    "dialect",
-    type=click.Choice(DIALECTS),
-    help="rfc4180, the default, is for programs, and where spreadsheets have a decimal point; excel-semicolon is for "
-    "spreadsheets in countries with a decimal comma. Implies --format csv.",
-)
 
 
 @click.command(short_help="Show what teams have used.")
@@ -78,7 +63,7 @@ def usage(
     is_given = "from" in asked or "to" in asked
     if last_month and is_given:
         fail("--last-month cannot be combined with --from or --to: leave one of them out")
-    is_first = today.day == 1 and not is_given
+    is_first = today.day == 1 and not is_given and not last_month
     if last_month or is_first:
         asked |= _month_before(today)
     asked.setdefault("by", "day" if "team" in asked else "team")
@@ -87,62 +72,19 @@ def usage(
         found = sort_usage(from_store(read_usage(settings, query)), sort)
     except BadRequest as error:
         fail(f"--{error}")
-    because = " (last month, because today is the first)" if is_first and not last_month else ""
+    because = " (last month, because today is the first)" if is_first else ""
     period = f"{query.first} to {query.last}, {zone.key}{because}"
-    if form == "table" and sys.stdout.isatty():
-        print_table(period, usage_columns(found, query, directory, currency))
-        return
     match form:
+        case "table":
+            print_table(period, _columns(found, query, directory, currency))
         case "csv":
             click.echo(csv_of(found, query.by, directory, currency, dialect or "rfc4180"), nl=False)
         case "json":
             click.echo(json_of(found, query, zone.key, directory, currency))
         case _:
             click.echo(to_tsv(cells_of(found, query.by, directory, currency)), nl=False)
-    click.echo(f"estimate-proxy: {period}: {_total_text(found)}", err=True)
-
-
-@click.command(short_help="Show quotas, and what is left of them.")
-@click.argument("team", required=False)
-@config_option
-@format_option
-@dialect_option
-def quota(team: str | None, config: Path | None, form: str | None, dialect: Dialect | None) -> None:
-    """Show the quotas of TEAM, or of all teams: used, remaining, and when the next window starts.
-
-    These figures are exact, read from the store. Quotas per week and month also have a forecast, if usage goes back 14
-    days: how much will be used at the end, and when the limit will be reached. When piped, the table is tab-separated
-    text.
-    """
-    form = chosen_form(form, dialect)
-    settings = load_settings(config)
-    zone, directory = settings.org.zone, directory_of(settings)
-    if team not in (None, *settings.teams):
-        fail(f"{team!r} is not a team in the settings: they have {', '.join(settings.teams) or 'none'}")
-    quota_states, forecasts = from_store(read_quotas(settings, team))
-    if not any(quota_state.limits.quotas for quota_state in quota_states):
-        click.echo("estimate-proxy: no quota is set", err=True)
-    if form == "table" and sys.stdout.isatty():
-        print_table(f"quotas on estimates, {zone.key}", quota_columns(quota_states, forecasts, zone, directory))
-        return
-    lines = quota_lines(quota_states, forecasts, zone, directory)
-    match form:
-        case "csv":
-            click.echo(write_csv(lines, names=QUOTA_NAME_COLUMNS, dialect=dialect or "rfc4180"), nl=False)
-        case "json":
-            documents = [quota_document(quota_state, forecasts, zone, directory) for quota_state in quota_states]
-            click.echo(orjson.dumps({"teams": documents} if team is None else documents[0]))
-        case _:
-            click.echo(to_tsv(lines), nl=False)
-
-
-def chosen_form(form: str | None, dialect: Dialect | None) -> str:
-    """The value of `--format`, or what `--csv-dialect` implies."""
-    if dialect is None:
-        return form or "table"
-    if form not in (None, "csv"):
-        fail("--csv-dialect is only for CSV: leave it out, or use --format csv")
-    return "csv"
+    if form != "table":
+        click.echo(f"estimate-proxy: {period}: {_total_text(found)}", err=True)
 
 
 def _month_before(day: date) -> dict[str, str]:
@@ -152,9 +94,38 @@ def _month_before(day: date) -> dict[str, str]:
 
 def _total_text(usage: Usage) -> str:
     total = usage.total
-    amounts = (
-        (total.requests, "request" if total.requests == 1 else "requests"),
-        (total.refused, "refused"),
-        (text_of(total.credits_micro), "estimated credits"),
-    )
-    return ", ".join(f"{amount} {name}" for amount, name in amounts)
+    requests = "1 request" if total.requests == 1 else f"{total.requests} requests"
+    return f"{requests}, {total.refused} refused, {text_of(total.credits_micro)} estimated credits"
+
+
+def _columns(usage: Usage, query: UsageQuery, directory: TeamDirectory, currency: Currency | None) -> list[Column]:
+    """Usage for people, with the outcomes that occurred."""
+    groups = zip(*(row.group for row in usage.rows), strict=True) if usage.rows else [()] * len(query.by)
+    columns = [
+        Column(group, cells, total="total" if place == 0 else "", is_text=True)
+        for place, (group, cells) in enumerate(zip(query.by, groups, strict=True))
+    ]
+    if "team" in query.by:
+        names = [directory.name_of(row.group[query.by.index("team")]) for row in usage.rows]
+        columns += name_columns(names, rank=3)
+    outcomes = tuple(usage.total.outcomes)
+    amounts = zip(*(amounts_of(row, outcomes) for row in (*usage.rows, usage.total)), strict=True)
+    headers = [("requests", 1), ("refused", 4), ("estimated credits", 0), *((outcome, 5) for outcome in outcomes)]
+    for (header, rank), (*cells, total) in zip(headers, amounts, strict=True):
+        columns.append(Column(header, cells, rank, total))
+    beside_credits = [Column("share %", [share_of(row, usage) for row in usage.rows], rank=2)]
+    if currency is not None:
+        *costs, total_cost = [currency.rounded_text(row.credits_micro) for row in (*usage.rows, usage.total)]
+        beside_credits.insert(0, Column(f"derived {currency.code}", costs, rank=1, total=total_cost))
+    place = len(columns) - len(outcomes)
+    return [*columns[:place], *beside_credits, *columns[place:], *_saved_columns(usage)]
+
+
+def _saved_columns(usage: Usage) -> list[Column]:
+    *calls, all_calls = [str(row.upstream_calls_saved) for row in (*usage.rows, usage.total)]
+    *seconds, all_seconds = [_seconds(row.saved_us) for row in (*usage.rows, usage.total)]
+    return [Column("calls saved", calls, 6, all_calls), Column("seconds saved", seconds, 6, all_seconds)]
+
+
+def _seconds(duration_us: int | None) -> str:
+    return NO_NAME if duration_us is None else f"{duration_us / 1_000_000:.1f}"

@@ -169,6 +169,9 @@ def _member_path(value: str) -> str:
     return value
 
 
+IDENTIFIER_RULE = "1 to 64 of a-z, 0-9 and -, beginning and ending with a letter or digit"
+
+
 def is_identifier(value: str) -> bool:
     """Whether `value` is allowed as the id of a team, an account or an organisation."""
     return re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?", value) is not None
@@ -176,7 +179,7 @@ def is_identifier(value: str) -> bool:
 
 def _identifier(value: str) -> str:
     if not is_identifier(value):
-        raise ValueError("must be 1 to 64 of a-z, 0-9 and -, beginning and ending with a letter or digit")
+        raise ValueError(f"must be {IDENTIFIER_RULE}")
     return value
 
 
