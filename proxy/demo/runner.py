@@ -14,9 +14,9 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
+from asyncio.subprocess import DEVNULL, Process
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -120,7 +120,7 @@ async def _run(console: Console, totals: TrafficTotals, *, port: int, traffic: b
                 if traffic:
                     teams = Traffic(url, list(demo.tokens.values()), totals, Random())  # noqa: S311 -- no secret
                     await _run_traffic(gateway, teams, console, totals)
-                status = await _wait_for_end(gateway)
+                status = await gateway.wait()
                 errors = _errors_in(demo.log) or "its log does not say why"
                 raise DemoError(f"the gateway ended unexpectedly, with status {status}: {errors}", GATEWAY_DIED)
 
@@ -133,13 +133,11 @@ def _introduce(console: Console, demo: DemoEnvironment, url: str, *, traffic: bo
     _print(console, f"{sending}Press Ctrl-C to end the demo.", "bold")
 
 
-async def _run_traffic(
-    gateway: subprocess.Popen[bytes], teams: Traffic, console: Console, totals: TrafficTotals
-) -> None:
+async def _run_traffic(gateway: Process, teams: Traffic, console: Console, totals: TrafficTotals) -> None:
     """Sends traffic and shows a live line about it until the gateway ends."""
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(teams.run()), group.create_task(_show(console, totals))]
-        await _wait_for_end(gateway)
+        await gateway.wait()
         for task in tasks:
             task.cancel()
 
@@ -198,48 +196,39 @@ async def _simulated_rendernet() -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def _gateway(demo: DemoEnvironment) -> AsyncIterator[subprocess.Popen[bytes]]:
+async def _gateway(demo: DemoEnvironment) -> AsyncIterator[Process]:
     """Runs the gateway as a child process; ends it on exit."""
-    process = _start(demo)
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            await asyncio.wait_for(_wait_for_end(process), STOP_TIMEOUT_S)
-        except TimeoutError:
-            process.kill()
-            process.wait()
-
-
-def _start(demo: DemoEnvironment) -> subprocess.Popen[bytes]:
     with demo.log.open("wb") as log:
-        return subprocess.Popen(  # noqa: S603 -- our own module, no shell
-            [sys.executable, "-m", "proxy", "serve", "--config", str(demo.config)],
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "proxy", "serve", "--config", demo.config),
             cwd=Path(__file__).parents[2],  # `-m` looks here first, so a `proxy` in the user's folder is not run
-            stdin=subprocess.DEVNULL,
+            stdin=DEVNULL,
             stdout=log,
             stderr=log,
             env=environment(os.environ, demo.folder),
             start_new_session=True,  # Ctrl-C in a terminal reaches only the demo, which then ends the gateway
-            preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 -- no threads here
+            preexec_fn=die_with_parent(os.getpid()),
         )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
 
 
-async def _wait_for_end(process: subprocess.Popen[bytes]) -> int:
-    while (status := process.poll()) is None:  # noqa: ASYNC110 -- there is no event for the end of a process
-        await asyncio.sleep(POLL_S)
-    return status
-
-
-async def _wait_until_ready(gateway: subprocess.Popen[bytes], log: Path) -> str:
+async def _wait_until_ready(gateway: Process, log: Path) -> str:
     """Waits until the gateway serves and returns its URL. Raises `DemoError` if it ends or takes too long.
 
     The URL is read from the gateway's log: if the port is taken, another program could answer on it.
     """
     try:
         async with asyncio.timeout(READY_TIMEOUT_S):
-            while gateway.poll() is None:
+            while gateway.returncode is None:
                 if (url := _announced_url(log)) is not None:
                     return url
                 await asyncio.sleep(POLL_S)

@@ -166,18 +166,15 @@ def _space(random: Random) -> str:
 
 @dataclass(slots=True)
 class TrafficTotals:
-    """Counts answers by kind. `balance` is the newest that an answer has shown."""
+    """Counts answers: those with a price as hit, miss or collapsed, the others by their error.
 
-    hits: int = 0
-    misses: int = 0
-    collapsed: int = 0
+    `balance` is the newest that an answer has shown.
+    """
+
+    priced: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     estimated: Decimal = Decimal()
     balance: float | None = None
-
-    @property
-    def requests(self) -> int:
-        return self.hits + self.misses + self.collapsed + self.failed.total()
 
     def record(self, status: int, cache_status: str, answer: object) -> None:
         """Counts one response by its status, its `Cache-Status` header (RFC 9211) and its body's JSON value."""
@@ -185,29 +182,22 @@ class TrafficTotals:
             case {"data": {"estimated": int() | float() as estimated, "balance": int() | float() as balance}}:
                 self.estimated += Decimal(str(estimated))
                 self.balance = balance
-                self._record_success(cache_status)
+                parameters = {parameter.strip() for parameter in cache_status.split(";")}
+                self.priced[next((kind for kind in ("hit", "collapsed") if kind in parameters), "miss")] += 1
             case {"error": {"code": str(code)}}:
                 self.failed["unpriced" if status == httpx2.codes.OK else code] += 1
             case _:
                 self.failed[f"status {status}"] += 1
 
-    def _record_success(self, cache_status: str) -> None:
-        parameters = {parameter.strip() for parameter in cache_status.split(";")}
-        if "hit" in parameters:
-            self.hits += 1
-        elif "collapsed" in parameters:
-            self.collapsed += 1
-        else:
-            self.misses += 1
-
     def __str__(self) -> str:
         kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(self.failed.items()))
         failed = f"failed {self.failed.total()}" + (f" ({kinds})" if kinds else "")
-        saved = self.hits + self.collapsed
+        hits, misses, collapsed = (self.priced[kind] for kind in ("hit", "miss", "collapsed"))
         balance = "unknown" if self.balance is None else f"{self.balance:,}"
         return (
-            f"requests {self.requests}: hits {self.hits}, misses {self.misses}, collapsed {self.collapsed}, "
-            f"{failed}; upstream calls saved {saved}; estimated credits {self.estimated:,.2f}; balance {balance}"
+            f"requests {self.priced.total() + self.failed.total()}: hits {hits}, misses {misses}, "
+            f"collapsed {collapsed}, {failed}; upstream calls saved {hits + collapsed}; "
+            f"estimated credits {self.estimated:,.2f}; balance {balance}"
         )
 
 
