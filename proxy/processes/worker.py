@@ -14,8 +14,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
-from functools import partial
 from multiprocessing.connection import Connection
 from time import monotonic
 
@@ -44,11 +42,17 @@ log = logging.getLogger(__name__)
 
 
 class Worker:
+    """`run` makes the application and its server: what they need comes through the channel."""
+
     def __init__(self, listener: socket.socket, channel: Connection, shared: SharedValues) -> None:
         self._listener = listener
         self._channel = channel
         self._shared = shared
         self._tracker = InFlightTracker()
+        self._app: Starlette
+        self._metrics: Metrics
+        self._server: Server
+        self._drain_s: float
 
     def run(self) -> int:
         """Serves until it is told to stop. Returns the process's exit status."""
@@ -65,17 +69,16 @@ class Worker:
         if (reason := await startup_errors(settings, embedded_urls)) is not None:
             log.error("cannot serve: %s", reason)
             return CANNOT_SERVE
-        head_timeout_s, drain_s = settings.server.head_timeout_s, settings.server.drain_s
-        metrics = Metrics(settings.teams, settings.accounts, self._shared)
-        metrics.take_dropped_log_lines = log_writer.take_dropped
-        app = build(settings, embedded_urls, self._tracker, metrics)
-        server = Server(app, head_timeout_s=head_timeout_s, drain_s=drain_s, announce=self._announce)
-        stop = partial(self._stop, server, drain_s)
-        reload = partial(self._reload, app, metrics)
+        self._drain_s = settings.server.drain_s
+        self._metrics = Metrics(settings.teams, settings.accounts, self._shared)
+        self._metrics.take_dropped_log_lines = log_writer.take_dropped
+        self._app = build(settings, embedded_urls, self._tracker, self._metrics)
+        head_timeout_s = settings.server.head_timeout_s
+        self._server = Server(self._app, head_timeout_s=head_timeout_s, drain_s=self._drain_s, announce=self._announce)
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._channel.fileno(), self._receive, server, stop, reload)
-        loop.add_signal_handler(signal.SIGTERM, stop)
-        await server.serve([self._listener])
+        loop.add_reader(self._channel.fileno(), self._receive)
+        loop.add_signal_handler(signal.SIGTERM, self._stop)
+        await self._server.serve([self._listener])
         loop.remove_reader(self._channel.fileno())
         return 0
 
@@ -86,37 +89,32 @@ class Worker:
         gc.set_threshold(GC_THRESHOLD)
         self._channel.send(READY)
 
-    def _receive(self, server: Server, stop: Callable[[], None], reload: Callable[[Settings | None], None]) -> None:
+    def _receive(self) -> None:
         try:
             message = self._channel.recv()
         except (EOFError, OSError):
-            self._stop_as_orphan(server)
+            self._stop_as_orphan()
             return
         if message == RELOAD_FAILED:
-            reload(None)
+            self._metrics.config_last_reload_successful.set(False)
         elif isinstance(message, Settings):
-            reload(message)
+            self._app.state.reload(message)
+            self._metrics.config_last_reload_successful.set(True)
+        elif message == STOP:
+            self._stop()
         else:
             self._tracker.draining = True
-            if message == STOP:
-                stop()
 
-    def _reload(self, app: Starlette, metrics: Metrics, settings: Settings | None) -> None:
-        """Applies new settings; None: the new settings are invalid."""
-        if settings is not None:
-            app.state.reload(settings)
-        metrics.config_last_reload_successful.set(settings is not None)
-
-    def _stop(self, server: Server, drain_s: float) -> None:
+    def _stop(self) -> None:
         self._tracker.draining = True
-        self._tracker.stop_deadline = monotonic() + drain_s
-        server.should_exit = True
+        self._tracker.stop_deadline = monotonic() + self._drain_s
+        self._server.should_exit = True
 
-    def _stop_as_orphan(self, server: Server) -> None:
+    def _stop_as_orphan(self) -> None:
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._channel.fileno())
         log.error("the supervisor has died: stopping")
-        server.should_exit = server.force_exit = True
+        self._server.should_exit = self._server.force_exit = True
         loop.call_later(ORPHAN_GRACE_S, os._exit, 1)
 
 
