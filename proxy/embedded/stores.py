@@ -26,10 +26,8 @@ from urllib.parse import quote
 from proxy.embedded.aof import advice_for, damage_of_tail, find_damage, has_files, keep_newest, put_back, set_aside
 from proxy.embedded.locks import DataDirLock, LockedError, socket_dir_of_running
 from proxy.embedded.socket_dir import SocketDir, make_private, remove_abandoned
-from proxy.embedded.valkey import EmbeddedStoreError, ExitedError, Valkey
+from proxy.embedded.valkey import EmbeddedStoreError, ExitedError, Valkey, find_server
 from proxy.store.access import Role
-
-__all__ = ["EmbeddedStoreError", "EmbeddedStores", "running_url"]
 
 MAX_MEMORY_MB: Mapping[Role, int] = {"ledger": 1024, "price-book": 256}
 """Upper limits, not reservations. A full price book evicts what was used least recently. A full ledger refuses every
@@ -46,6 +44,14 @@ _READY_INTERVAL_S = 0.01
 _STOP_TIMEOUT_S = 5.0
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Aside:
+    """Where the files of a store were moved to, and why."""
+
+    path: Path
+    reason: str
 
 
 class EmbeddedStores:
@@ -129,16 +135,14 @@ class EmbeddedStores:
     def _start_servers(self) -> None:
         self._lock_data_dir()
         for role in self._roles:
+            directory = self._directory_of(role)
+            make_private(directory)
             self._servers[role] = self._server_of(role)
-            self._start_server(role)
-
-    def _start_server(self, role: Role) -> None:
-        damage = find_damage(self._directory_of(role))
-        if damage is not None:
-            if role not in _EXPENDABLE:
-                raise EmbeddedStoreError(f"embedded store {role}: {damage}")
-            self._set_aside(role, damage.description)
-        self._servers[role].start()
+            if (damage := find_damage(directory)) is not None:
+                if role not in _EXPENDABLE:
+                    raise EmbeddedStoreError(f"embedded store {role}: {damage}")
+                self._set_aside(role, damage.description)
+            self._servers[role].start()
 
     def _set_aside(self, role: Role, reason: str) -> None:
         self._aside[role] = _Aside(set_aside(self._directory_of(role), datetime.now(UTC)), reason)
@@ -161,10 +165,9 @@ class EmbeddedStores:
         self._lock.write_owner({"pid": os.getpid(), "socket_dir": str(self._socket_dir.path)})
 
     def _server_of(self, role: Role) -> Valkey:
-        directory = self._directory_of(role)
-        make_private(directory)
         settings = {"maxmemory": f"{self._max_memory_mb[role]}mb", "maxmemory-policy": _POLICIES[role]}
-        return Valkey(role, settings, directory=directory, socket_path=self._socket_of(role), lock_fd=self._lock.fd)
+        directory, socket_path = self._directory_of(role), self._socket_of(role)
+        return Valkey(role, settings, directory=directory, socket_path=socket_path, lock_fd=self._lock.fd)
 
     def _directory_of(self, role: Role) -> Path:
         return self._data_dir / role
@@ -204,7 +207,7 @@ class EmbeddedStores:
 
     def _with_advice(self, role: Role, error: ExitedError) -> str:
         directory = self._directory_of(role)
-        damage = damage_of_tail(directory, self._servers[role].program, datetime.now(UTC))
+        damage = damage_of_tail(directory, find_server(), datetime.now(UTC))
         return f"embedded store {role}: {damage}" if damage else f"{error}: {advice_for(str(error), directory)}"
 
     def _start_without_files(self, role: Role, error: ExitedError) -> None:
@@ -213,14 +216,6 @@ class EmbeddedStores:
             raise EmbeddedStoreError(f"{error}: it does not start without its files either") from error
         self._set_aside(role, str(error))
         self._servers[role].start()
-
-
-@dataclass(frozen=True, slots=True)
-class _Aside:
-    """Where the files of a store were moved to, and why."""
-
-    path: Path
-    reason: str
 
 
 def running_url(data_dir: Path, *, role: Role) -> str:

@@ -80,11 +80,6 @@ class Valkey:
         """Monotonic time; None before it was first seen, and after its loss was reported."""
         self._backoff = RestartBackoff()
 
-    @property
-    def program(self) -> Path:
-        """Raises `FileNotFoundError`."""
-        return find_server()
-
     def start(self) -> None:
         """Starts the server, with an empty log, and does not wait until it answers.
 
@@ -183,7 +178,7 @@ class Valkey:
 
     def _command(self) -> list[str]:
         options = (argument for name, value in self._settings.items() for argument in (f"--{name}", value))
-        return [str(self.program), *options]
+        return [str(find_server()), *options]
 
     def _restart_if_due(self) -> str | None:
         if not self._backoff.is_due():

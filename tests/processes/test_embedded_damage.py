@@ -20,7 +20,8 @@ from gateway_process import GatewayRunner, gateway_runner
 from proxy.embedded import stores as embedded
 from proxy.embedded import valkey
 from proxy.embedded.aof import advice_for
-from proxy.embedded.stores import EmbeddedStoreError, EmbeddedStores
+from proxy.embedded.stores import EmbeddedStores
+from proxy.embedded.valkey import EmbeddedStoreError
 from proxy.store.access import Role
 
 BOOK: tuple[Role] = ("price-book",)

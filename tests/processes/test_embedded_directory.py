@@ -19,7 +19,8 @@ from embedded_stores import BOTH, LEDGER, answers, gone, running, socket_dir_of,
 from proxy.embedded import locks
 from proxy.embedded.child import die_with_parent
 from proxy.embedded.socket_dir import remove_abandoned
-from proxy.embedded.stores import EmbeddedStoreError, EmbeddedStores
+from proxy.embedded.stores import EmbeddedStores
+from proxy.embedded.valkey import EmbeddedStoreError
 
 GATEWAY = """
 import sys

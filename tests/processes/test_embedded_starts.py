@@ -22,7 +22,8 @@ from embedded_stores import BOTH, LEDGER, answers, client, gone, pid_of, running
 from lateness import assert_in_time
 from proxy.embedded import socket_dir, valkey
 from proxy.embedded import stores as embedded
-from proxy.embedded.stores import EmbeddedStoreError, EmbeddedStores, running_url
+from proxy.embedded.stores import EmbeddedStores, running_url
+from proxy.embedded.valkey import EmbeddedStoreError
 from proxy.store.access import Role
 
 
