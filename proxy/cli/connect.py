@@ -5,19 +5,19 @@ It changes nothing in the stores, and sends RenderNet neither a request nor a ke
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from proxy.cache.prices import store_keys
-from proxy.embedded.stores import running_url
+from proxy.cli.direct import running_urls
 from proxy.embedded.valkey import EmbeddedStoreError
 from proxy.open_stores import eviction_warning, open_book_store, open_ledger_store, version_error
 from proxy.problems import StoreUnavailable
 from proxy.quota.counters import LedgerKeys
-from proxy.settings.masking import SecretUrl, masked_url
+from proxy.settings.masking import masked_url
 from proxy.settings.schema import Settings
-from proxy.store.access import Role
+from proxy.store.access import EmbeddedUrls, Role
 from proxy.store.client import Store
 from proxy.store.persistence import Persistence, data_loss_warning
 from proxy.upstream.client import http_client_of
@@ -49,35 +49,23 @@ async def probe(settings: Settings) -> list[Finding]:
 
 
 async def _probe_ledger(settings: Settings) -> Finding:
-    place, urls = _store_place(settings, "ledger", settings.store.url)
-    if urls is None:
-        return Finding(place, "not tried: no gateway is running, which starts it")
-    store = open_ledger_store(settings, urls)
-    return await _probe_store(store, place, LedgerKeys(settings.org.id).teams)
+    return await _probe_store(settings, "ledger", open_ledger_store, LedgerKeys(settings.org.id).teams)
 
 
 async def _probe_book(settings: Settings) -> Finding:
     if settings.cache.url is None and settings.store.url is not None:
         return Finding("the price book", "in the ledger's store")
-    place, urls = _store_place(settings, "price-book", settings.cache.url)
-    if urls is None:
-        return Finding(place, "not tried: no gateway is running, which starts it")
-    return await _probe_store(open_book_store(settings, urls), place, store_keys("check")[0])
+    return await _probe_store(settings, "price-book", open_book_store, store_keys("check")[0])
 
 
-def _store_place(settings: Settings, role: Role, url: SecretUrl | None) -> tuple[str, dict[Role, str] | None]:
-    """A store's name for people and, if it is embedded, its URL; None if no gateway runs it."""
-    name = f"the {role.replace('-', ' ')}"
-    if url is not None:
-        return f"{name} ({masked_url(url.get_secret_value())})", {}
-    place = f"{name} (embedded, in {settings.store.data_dir})"
+async def _probe_store(
+    settings: Settings, role: Role, open_store: Callable[[Settings, EmbeddedUrls], Store], key: str
+) -> Finding:
+    place = f"the {role.replace('-', ' ')} ({_store_text(settings, role)})"
     try:
-        return place, {role: running_url(settings.store.data_dir, role=role)}
+        store = open_store(settings, running_urls(settings, role))
     except EmbeddedStoreError:
-        return place, None
-
-
-async def _probe_store(store: Store, place: str, key: str) -> Finding:
+        return Finding(place, "not tried: no gateway is running, which starts it")
     try:
         await store.open()
         await store.check_writes(key)
@@ -88,6 +76,11 @@ async def _probe_store(store: Store, place: str, key: str) -> Finding:
         return await _store_facts(store, place)
     finally:
         await store.close()
+
+
+def _store_text(settings: Settings, role: Role) -> str:
+    url = settings.store.url if role == "ledger" else settings.cache.url
+    return f"embedded, in {settings.store.data_dir}" if url is None else masked_url(url.get_secret_value())
 
 
 async def _store_facts(store: Store, place: str) -> Finding:

@@ -87,7 +87,7 @@ async def read_token_uses(settings: Settings, digests: Sequence[str]) -> dict[st
 
 @asynccontextmanager
 async def _open_ledger_reader(settings: Settings) -> AsyncIterator[LedgerReader]:
-    async with _opened(open_ledger_store(settings, _running_urls(settings, "ledger"))) as store:
+    async with _opened(open_ledger_store(settings, running_urls(settings, "ledger"))) as store:
         yield LedgerReader(store, LedgerKeys(settings.org.id), settings.org.zone)
 
 
@@ -130,10 +130,10 @@ async def _open_learner(settings: Settings) -> AsyncIterator[Learner]:
 
 
 def _open_book_store(settings: Settings) -> AbstractAsyncContextManager[Store]:
-    return _opened(open_book_store(settings, _running_urls(settings, "price-book")))
+    return _opened(open_book_store(settings, running_urls(settings, "price-book")))
 
 
-def _running_urls(settings: Settings, role: Role) -> EmbeddedUrls:
+def running_urls(settings: Settings, role: Role) -> EmbeddedUrls:
     """The URL of the store if it is embedded; a gateway must be running."""
     return {role: running_url(settings.store.data_dir, role=role)} if role in settings.embedded_roles else {}
 
