@@ -92,7 +92,7 @@ class _Slot:
     failed_starts: int = 0
     backoff: RestartBackoff = field(default_factory=RestartBackoff)
 
-    def delay(self) -> str:
+    def record_death(self) -> str:
         """Records a death, or a start that failed. Returns when the next start is due, for the log."""
         delay_s = self.backoff.record_death()
         return f" in {delay_s:g} s" if delay_s else ""
@@ -190,7 +190,7 @@ class WorkerPool:
             facts = (slot.name, slot.failed_starts, status)
             log.error("%s died %d times before it served (status %d): giving up", *facts)
         else:
-            log.error("%s died (status %d): starting another%s", slot.name, status, slot.delay())
+            log.error("%s died (status %d): starting another%s", slot.name, status, slot.record_death())
             self._check(slot)
 
     def _start(self, slot: _Slot) -> None:
@@ -199,7 +199,7 @@ class WorkerPool:
         try:
             slot.worker = worker = _WorkerProcess(self._context, slot.metrics_fd)
         except OSError as error:
-            delay = slot.delay()
+            delay = slot.record_death()
             log.error("%s cannot be started (%s): trying again%s", slot.name, error.strerror, delay)  # noqa: TRY400 -- no traceback needed
             return
         if self._embedded_urls is not None:
