@@ -4,7 +4,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any
@@ -66,9 +66,8 @@ def quote(file: Any, url: str | None, token: str | None, max_total: str | None, 
         wanted = read_input(file.read())
     except BadInput as error:
         fail(f"{file.name}: {error}")
-    with httpx2.Client(headers=_headers(token), timeout=TIMEOUT_S) as client, _progress() as shows:
-        gateway = _GatewayClient(client, endpoint, shows)
-        answers = gateway.answers(wanted)
+    with httpx2.Client(headers=_headers(token), timeout=TIMEOUT_S) as client, _progress() as show:
+        answers = _GatewayClient(client, endpoint, show).answers(wanted)
     report = report_of(answers, is_plan=wanted.document is None and len(wanted.bodies) > 1)
     status, reason = verdict(report, limit)
     _print(report, answers, form, reason)
@@ -76,23 +75,23 @@ def quote(file: Any, url: str | None, token: str | None, max_total: str | None, 
 
 
 class _GatewayClient:
-    """Posts quotes. `shows`: writes progress."""
+    """Posts quotes. `show`: writes progress."""
 
-    def __init__(self, client: httpx2.Client, endpoint: str, shows: Any) -> None:
+    def __init__(self, client: httpx2.Client, endpoint: str, show: Callable[[str], None]) -> None:
         self._client = client
         self._endpoint = endpoint
-        self._shows = shows
+        self._show = show
 
     def answers(self, wanted: Input) -> list[Mapping[str, Any]]:
         if wanted.document is not None:
-            self._shows("asking the gateway")
+            self._show("asking the gateway")
             return [self._post(wanted.document)]
         return list(self._plan(wanted.bodies))
 
     def _plan(self, bodies: Sequence[Body]) -> Iterator[Mapping[str, Any]]:
         done = 0
         for batch in calls_of(bodies):
-            self._shows(f"{done} of {len(bodies)} bodies priced")
+            self._show(f"{done} of {len(bodies)} bodies priced")
             yield self._patiently(batch)
             done += len(batch)
 
@@ -101,7 +100,7 @@ class _GatewayClient:
         answer = dict(self._post(document_of(batch)))
         pauses = 0
         while (limited := _rate_limited(answer)) and pauses < MAX_RATE_PAUSES:
-            self._shows(f"waiting for the team's rate: {len(limited)} bodies are left")
+            self._show(f"waiting for the team's rate: {len(limited)} bodies are left")
             time.sleep(RATE_PAUSE_S)
             again = self._post(document_of([body for body in batch if body.label in limited]))
             found = {variant["label"]: variant for variant in again["variants"]}
@@ -163,7 +162,7 @@ def _headers(token: str) -> dict[str, str]:
 
 
 @contextmanager
-def _progress() -> Iterator[Any]:
+def _progress() -> Iterator[Callable[[str], None]]:
     """Writes progress into one line of standard error, if that is a terminal, and removes it at the end."""
     is_terminal = sys.stderr.isatty()
 

@@ -63,10 +63,9 @@ def new(team: str | None, label: str | None, expires: str | None, quiet: bool, *
         fail(f"--expires is only for tokens of teams: those of [{role}] work until they are removed")
     last_day = None if expires is None else _future_day(expires)
     made = new_token()
+    digest = digest_of(made)
     click.echo(made)
-    lines = (
-        _role_lines(role, digest_of(made), team, label) if role else _team_lines(team, digest_of(made), label, last_day)
-    )
+    lines = _role_lines(role, digest, team, label) if role else _team_lines(team, digest, label, last_day)
     click.echo(f"\nThe token is shown only this once. In the config:\n\n{lines}", err=quiet)
 
 
