@@ -87,7 +87,7 @@ def _check_account(settings: Settings, account: str | None) -> None:
 
 def _columns(found: Mapping[str, Sequence[Scope]], zone: ZoneInfo) -> list[Column]:
     """Scopes for people."""
-    ranks = {"account": 1, "scope": 0, "state": 0, "tests": 0, "left_out": 0, "fewer_than_percent": 1, "items": 1}
+    ranks = {"scope": 0, "state": 0, "tests": 0, "left_out": 0, "items": 1, "fewer_than_percent": 2, "account": 2}
     headers = {"fewer_than_percent": "below %", "would_have_been_wrong": "wrong"}
     texts = {"account", "scope", "state", "items", "left_out", "counting", "team", "last_asked"}
     cells = zip(*_rows(found, zone), strict=True) if any(found.values()) else [()] * len(COLUMNS)
@@ -95,7 +95,7 @@ def _columns(found: Mapping[str, Sequence[Scope]], zone: ZoneInfo) -> list[Colum
         Column(
             headers.get(name, name.replace("_", " ")),
             each,
-            ranks.get(name, place + 2),
+            ranks.get(name, place + 3),
             is_text=name in texts,
             wraps=name in texts,
         )
@@ -104,7 +104,12 @@ def _columns(found: Mapping[str, Sequence[Scope]], zone: ZoneInfo) -> list[Colum
 
 
 def _rows(found: Mapping[str, Sequence[Scope]], zone: ZoneInfo) -> list[list[str]]:
-    return [_row(account, scope, zone) for account, scopes in found.items() for scope in scopes]
+    """By account, the most asked scope first."""
+    return [
+        _row(account, scope, zone)
+        for account, scopes in found.items()
+        for scope in sorted(scopes, key=lambda scope: -scope.asked)
+    ]
 
 
 def _row(account: str, scope: Scope, zone: ZoneInfo) -> list[str]:
