@@ -17,16 +17,13 @@ def hit(stored: StoredPrice, *, detail: str | None = None) -> str:
     return f"{status}; detail={detail}" if detail else status
 
 
-def forwarded(reason: str, fetched: FetchResult, *, ttl_s: float, collapsed: bool) -> str:
+def forwarded(reason: str, fetched: FetchResult, *, ttl_s: float) -> str:
     """Upstream was asked, by this request or by another one that it waited for. `ttl_s` is of a price just stored."""
+    collapsed = "collapsed" if fetched.collapsed else None
     if reason == "bypass":
-        return _join("fwd=bypass", "detail=store-unavailable", "collapsed" if collapsed else None)
-    return _join(
-        f"fwd={reason}",
-        _status(fetched.reply),
-        *(("stored", _ttl(ttl_s)) if fetched.stored else ()),
-        "collapsed" if collapsed else None,
-    )
+        return _join("fwd=bypass", "detail=store-unavailable", collapsed)
+    stored = ("stored", _ttl(ttl_s)) if fetched.stored else ()
+    return _join(f"fwd={reason}", _status(fetched.reply), *stored, collapsed)
 
 
 def after_failure(failed: Failed, stored: StoredPrice, *, detail: str = "stale-if-error") -> str:

@@ -133,8 +133,8 @@ class Gateway:
                 if isinstance(admission, Denied):
                     return admission.problem
 
-        fetched, collapsed = await self._fetch(canonical_request, request, forward, lookup, trace)
-        found = self._result_of(fetched, forward, canonical_request, inference, collapsed=collapsed, trace=trace)
+        fetched = await self._fetch(canonical_request, request, forward, lookup, trace)
+        found = self._result_of(fetched, forward, canonical_request, inference, trace)
         result = _within_ceiling(found, request.ceiling_micro)
         price = found.price if isinstance(found, Answer) else None
         charge = _charge(result.outcome, canonical_request, price)
@@ -205,21 +205,20 @@ class Gateway:
         forward: Forward,
         lookup: Lookup | None,
         trace: Trace,
-    ) -> tuple[FetchResult, bool]:
-        """Upstream's reply, and whether another request's call brought it. Fails at the request's deadline."""
+    ) -> FetchResult:
+        """Upstream's reply; a failure if there is none at the request's deadline."""
         try:
             async with asyncio.timeout_at(request.deadline):
                 if forward.reason == "request" and request.directives.bypasses_cache:
                     store = not request.directives.no_store
-                    fetched, collapsed = await self._fetcher.fetch_uncoalesced(canonical_request, store=store), False
+                    fetched = await self._fetcher.fetch_uncoalesced(canonical_request, store=store)
                 else:
-                    fetched, collapsed = await self._fetcher.fetch(canonical_request, lookup)
+                    fetched = await self._fetcher.fetch(canonical_request, lookup)
         except TimeoutError:
             detail = f"RenderNet did not answer within {self._policy.timeout_s:g} s: send the request again."
-            late = Problem(Code.UPSTREAM_TIMEOUT, detail)
-            return FetchResult(Failed(late)), False
+            return FetchResult(Failed(Problem(Code.UPSTREAM_TIMEOUT, detail)))
         trace.upstream_s = fetched.upstream_s
-        return fetched, collapsed
+        return fetched
 
     def _result_of(
         self,
@@ -227,8 +226,6 @@ class Gateway:
         forward: Forward,
         canonical_request: CanonicalRequest,
         inference: Inference | None,
-        *,
-        collapsed: bool,
         trace: Trace,
     ) -> Answer | Problem:
         """Turns upstream's reply into an answer. If upstream failed, a stale price may still be served."""
@@ -238,12 +235,12 @@ class Gateway:
             return _stored_answer(outcome, forward.fallback, newest)
         if inference is not None and inference.choice is None:
             self._inferences.compare(inference.inferred, fetched.reply)
-        trace.cache_status = forwarded(forward.reason, fetched, ttl_s=self._book.ttl_s, collapsed=collapsed)
+        trace.cache_status = forwarded(forward.reason, fetched, ttl_s=self._book.ttl_s)
         match fetched.reply:
             case Priced(price):
                 body = document(price, newest)
                 balance_age_s = None if newest is None else newest.age_s
-                return Answer(_outcome(forward, collapsed=collapsed), 200, body, price, balance_age_s=balance_age_s)
+                return Answer(_outcome(forward, fetched), 200, body, price, balance_age_s=balance_age_s)
             case Unpriced() if self._policy.refuse_unpriced:
                 return Problem(Code.UNPRICED, "RenderNet answered without a price for this body.")
             case Unpriced(body):
@@ -323,9 +320,9 @@ class Gateway:
         trace.record_admission(admission)
         if isinstance(admission, Denied):
             return Unknown.of(admission.problem)
-        fetched, collapsed = await self._fetch(question, request, forward, unstored.lookup, trace)
-        result = self._result_of(fetched, forward, question, unstored.inference, collapsed=collapsed, trace=trace)
-        if collapsed or (isinstance(fetched.reply, Failed) and not fetched.reply.asked):
+        fetched = await self._fetch(question, request, forward, unstored.lookup, trace)
+        result = self._result_of(fetched, forward, question, unstored.inference, trace)
+        if fetched.collapsed or (isinstance(fetched.reply, Failed) and not fetched.reply.asked):
             await self._ledger.release(admission)
         else:
             await self._settle(admission, Charge(result.outcome), fetched, result, trace)
@@ -428,7 +425,7 @@ def _stored_answer(outcome: Outcome, stored: StoredPrice, balance: Balance) -> A
     return Answer(outcome, 200, document(stored.price, balance), stored.price, stored.age_s, balance.age_s)
 
 
-def _outcome(forward: Forward, *, collapsed: bool) -> Outcome:
+def _outcome(forward: Forward, fetched: FetchResult) -> Outcome:
     if forward.reason == "bypass":
         return Outcome.BYPASS
-    return Outcome.COLLAPSED if collapsed else Outcome.MISS
+    return Outcome.COLLAPSED if fetched.collapsed else Outcome.MISS

@@ -15,7 +15,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import count
 from time import perf_counter
@@ -63,7 +63,7 @@ class FetchResult:
 
     stored: the price is in the price book.
     upstream_s: the duration of the upstream call; None if another process made it.
-    collapsed: another process called upstream.
+    collapsed: another request or process had already asked for it.
     superseded: a purge happened, or another process took the lease, during the call; the reply is not stored.
     """
 
@@ -104,8 +104,8 @@ class Fetcher:
         self._refreshes = self._inference_audits = 0
         self._sequence = count()
 
-    async def fetch(self, request: CanonicalRequest, lookup: Lookup | None) -> tuple[FetchResult, bool]:
-        """Returns upstream's reply, and whether another request or process had already asked for it.
+    async def fetch(self, request: CanonicalRequest, lookup: Lookup | None) -> FetchResult:
+        """Calls upstream, unless that is being done for another request or by another process.
 
         lookup: what the price book had; None if the store is unavailable, then nothing is shared between processes.
 
@@ -114,11 +114,11 @@ class Fetcher:
         """
         while True:
             fetched, joined = await self._coalesce(request.key, lambda: self._lead_or_follow(request, lookup))
-            if not (joined and fetched.superseded):
-                return fetched, joined or fetched.collapsed
-            await asyncio.sleep(
-                0
-            )  # a fetch that is done is removed in the next iteration; until then it would be joined
+            if not joined:
+                return fetched
+            if not fetched.superseded:
+                return replace(fetched, collapsed=True)
+            await asyncio.sleep(0)  # until the next iteration of the event loop, the superseded fetch would be joined
 
     async def fetch_uncoalesced(self, request: CanonicalRequest, *, store: bool) -> FetchResult:
         """Calls upstream for this request alone. With `store` the reply replaces what is stored."""

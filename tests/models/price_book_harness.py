@@ -47,7 +47,7 @@ class CountingFetcher(Fetcher):
     joined = 0
     followed = 0
 
-    async def fetch(self, question: CanonicalRequest, lookup: Lookup | None) -> tuple[FetchResult, bool]:
+    async def fetch(self, question: CanonicalRequest, lookup: Lookup | None) -> FetchResult:
         self.joined += 1
         return await super().fetch(question, lookup)
 

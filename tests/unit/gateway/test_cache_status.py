@@ -46,7 +46,7 @@ def parameters(status: str) -> dict[str, Any]:
 
 
 def after(reply: Reply, reason: str = "miss", *, kept: bool = False, collapsed: bool = False) -> str:
-    return forwarded(reason, FetchResult(reply, stored=kept), ttl_s=300, collapsed=collapsed)
+    return forwarded(reason, FetchResult(reply, stored=kept, collapsed=collapsed), ttl_s=300)
 
 
 SHAPES = {
@@ -113,7 +113,7 @@ def test_each_form_is_as_documented(status: str, documented: str) -> None:
 def test_a_ttl_is_rounded_down(ttl_s: float, shown: int) -> None:
     for status in (
         hit(stored(ttl_s)),
-        forwarded("miss", FETCHED, ttl_s=ttl_s, collapsed=False),
+        forwarded("miss", FETCHED, ttl_s=ttl_s),
         after_failure(UPSTREAM_ERROR, stored(ttl_s)),
         after_failure(OPEN, stored(ttl_s)),
     ):
@@ -135,8 +135,8 @@ def test_each_forwarded_request_has_a_valid_status(
     collapsed: bool,  # noqa: FBT001
     ttl_s: float,
 ) -> None:
-    fetched = FetchResult(reply, stored=kept and isinstance(reply, Priced))
-    found = parameters(forwarded(reason, fetched, ttl_s=ttl_s, collapsed=collapsed))
+    fetched = FetchResult(reply, stored=kept and isinstance(reply, Priced), collapsed=collapsed)
+    found = parameters(forwarded(reason, fetched, ttl_s=ttl_s))
     assert str(found["fwd"]) == reason
     assert ("stored" in found) == ("ttl" in found) == (fetched.stored and reason != "bypass")
     assert ("collapsed" in found) == collapsed
