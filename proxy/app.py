@@ -10,6 +10,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from proxy.gateway.audits import Auditor
 from proxy.gateway.canonical_request import RequestParser
 from proxy.gateway.estimates import Gateway, Policy
 from proxy.gateway.fetcher import Fetcher
@@ -103,7 +104,8 @@ class _Parts:
             live, self.learner, book.accounts, self.price_changes, metrics, stale_limits=policy.stale_limits
         )
         fetcher = Fetcher(book, self.upstream, inferences, metrics, tracker, self.price_changes, timeout_s=timeout_s)
-        self.gateway = Gateway(live, self.ledger, book, fetcher, inferences, parser, policy=policy)
+        auditor = Auditor(book, fetcher, inferences, metrics)
+        self.gateway = Gateway(live, self.ledger, book, fetcher, auditor, inferences, parser, policy=policy)
         self.quotes = Quotes(live, self.gateway, book, parser, tracker, zone=zone)
         self.purges = PurgeHandler(live, book, self.learner, parser)
         self.endpoint = partial(

@@ -24,9 +24,10 @@ from proxy.auth import Access, Team, team_disabled
 from proxy.cache.canonical import present
 from proxy.cache.price_book import PriceBook
 from proxy.cache.prices import Balance, Lookup, Price, StoredPrice, document
+from proxy.gateway.audits import Auditor
 from proxy.gateway.cache_status import INFERRED, after_failure, forwarded, hit
 from proxy.gateway.canonical_request import CanonicalRequest, RequestParser
-from proxy.gateway.fetcher import Fetcher, FetchResult
+from proxy.gateway.fetcher import Fetcher, FetchResult, timed_out
 from proxy.gateway.freshness import Forward, NotCached, Serve, StaleLimits, choose
 from proxy.gateway.inferences import Inference, Inferences
 from proxy.gateway.live_config import ConfigHolder, RuntimeConfig
@@ -68,12 +69,13 @@ class Unstored:
 class Gateway:
     """Answers estimates, explains them, and prices the questions of quotes."""
 
-    def __init__(  # noqa: PLR0913 -- what a request passes through
+    def __init__(  # noqa: PLR0913, PLR0917 -- what a request passes through
         self,
         live: ConfigHolder,
         ledger: Ledger,
         book: PriceBook,
         fetcher: Fetcher,
+        auditor: Auditor,
         inferences: Inferences,
         parser: RequestParser,
         *,
@@ -83,6 +85,7 @@ class Gateway:
         self._ledger = ledger
         self._book = book
         self._fetcher = fetcher
+        self._auditor = auditor
         self._inferences = inferences
         self._parser = parser
         self._policy = policy
@@ -178,7 +181,7 @@ class Gateway:
         if stale:
             self._fetcher.refresh(canonical_request, lookup)
         elif balance.age_s > max_age_s:
-            self._fetcher.audit(canonical_request, stored, lookup, max_age_s=max_age_s)
+            self._auditor.audit(canonical_request, stored, lookup, max_age_s=max_age_s)
 
     def _check_in_background(
         self,
@@ -192,11 +195,11 @@ class Gateway:
         """Counts an inferred answer, and audits it if its turn has come. Else as for a stored price, with its body."""
         max_age_s = self._policy.balance_max_age_s
         if self._inferences.count_answer(inferred):
-            self._fetcher.audit_inferred(canonical_request, inferred, lookup)
+            self._auditor.audit_inferred(canonical_request, inferred, lookup)
         elif stale:
             self._fetcher.refresh(canonical_request, lookup)
         elif balance.age_s > max_age_s:
-            self._fetcher.audit(canonical_request, None, lookup, max_age_s=max_age_s)
+            self._auditor.audit(canonical_request, None, lookup, max_age_s=max_age_s)
 
     async def _fetch(
         self,
@@ -215,8 +218,7 @@ class Gateway:
                 else:
                     fetched = await self._fetcher.fetch(canonical_request, lookup)
         except TimeoutError:
-            detail = f"RenderNet did not answer within {self._policy.timeout_s:g} s: send the request again."
-            return FetchResult(Failed(Problem(Code.UPSTREAM_TIMEOUT, detail)))
+            return timed_out(self._policy.timeout_s)
         trace.upstream_s = fetched.upstream_s
         return fetched
 
@@ -272,7 +274,7 @@ class Gateway:
         """Books the result of an admitted request. The price is known only now, and may exceed a quota."""
         settled: Admitted | Denied
         with trace.timing_store():
-            if isinstance(result, Problem) and isinstance(fetched.reply, Failed) and not fetched.reply.asked:
+            if isinstance(result, Problem) and not fetched.was_asked:
                 settled = await self._ledger.refund(admitted, charge, result)
             else:
                 if charge.outcome is Outcome.MISS and fetched.upstream_s is not None:
@@ -322,7 +324,7 @@ class Gateway:
             return Unknown.of(admission.problem)
         fetched = await self._fetch(question, request, forward, unstored.lookup, trace)
         result = self._result_of(fetched, forward, question, unstored.inference, trace)
-        if fetched.collapsed or (isinstance(fetched.reply, Failed) and not fetched.reply.asked):
+        if fetched.collapsed or not fetched.was_asked:
             await self._ledger.release(admission)
         else:
             await self._settle(admission, Charge(result.outcome), fetched, result, trace)
@@ -377,8 +379,9 @@ class Gateway:
         return admission
 
     async def finish(self, timeout_s: float) -> None:
-        """Waits until calls to upstream are answered and stored, then until admissions are settled."""
-        await self._fetcher.finish(timeout_s)
+        """Waits until calls to upstream are answered, stored and learned from, then until admissions are settled."""
+        await asyncio.gather(self._fetcher.finish(timeout_s), self._auditor.finish(timeout_s))
+        await self._inferences.finish(timeout_s)
         await self._ledger.close(timeout_s)
 
 

@@ -30,7 +30,7 @@ from gateway_process import START_S, Tree, address_of, gateway_runner
 from past_usage import put_past_usage
 from prometheus import MORNING, PERS, SCRAPER, Point, Prometheus, prometheus, text_of, usage
 from proxy.auth import digest_of, token_of
-from proxy.gateway.fetcher import AUDIT_PAUSE_S
+from proxy.gateway.audits import AUDIT_PAUSE_S
 from proxy.http.metrics_endpoint import SNAPSHOT_S
 from scripted_simulator import Simulator
 from serving import free_port, wait_until

@@ -244,8 +244,8 @@ class TestWithTheRest:
         assert gateway.ask(new_body()).status_code == 502
 
     def test_an_old_balance_is_refreshed(self, open_learning: OpenGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_CLAIM_S", 0.0)
-        monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_PAUSE_S", 0.0)
+        monkeypatch.setattr("proxy.gateway.audits.AUDIT_CLAIM_S", 0.0)
+        monkeypatch.setattr("proxy.gateway.audits.AUDIT_PAUSE_S", 0.0)
         gateway = open_learning(cache={"balance_max_age_s": 0})
         teach(gateway)
         gateway.simulator.balance = 41
@@ -269,8 +269,8 @@ class TestWithTheRest:
         assert scope(gateway)["tests"] >= tests, "what is known about members stays"
 
     def test_repricing_drops_learned_prices(self, open_learning: OpenGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_CLAIM_S", 0.0)
-        monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_PAUSE_S", 0.0)
+        monkeypatch.setattr("proxy.gateway.audits.AUDIT_CLAIM_S", 0.0)
+        monkeypatch.setattr("proxy.gateway.audits.AUDIT_PAUSE_S", 0.0)
         gateway = open_learning(cache={"balance_max_age_s": 0})
         others = ['[{"segment":{}}]', '[{"narrator":{}}]', '[{"video_anyone":{}}]']
         for other in others:

@@ -74,7 +74,7 @@ class TestFinding:
         wait_until(lambda: changes(gateway) == [("Flux", 2.75, 3, "ask")])
 
     def test_an_audit(self, open_gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_CLAIM_S", 0.0)
+        monkeypatch.setattr("proxy.gateway.audits.AUDIT_CLAIM_S", 0.0)
         gateway = opened(open_gateway, cache={"balance_max_age_s": 0})
         gateway.simulator.script(priced("2.75"), priced("3"))
         gateway.ask(FLUX)

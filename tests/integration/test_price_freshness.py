@@ -199,7 +199,7 @@ class TestAudits:
     @pytest.fixture
     def gateway(self, open_gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch) -> GatewayFixture:
         """Opens a gateway for which every balance is old."""
-        monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_CLAIM_S", 0.0)
+        monkeypatch.setattr("proxy.gateway.audits.AUDIT_CLAIM_S", 0.0)
         return open_gateway(cache={"balance_max_age_s": 0})
 
     def audits(self, gateway: GatewayFixture, result: str) -> float:
@@ -280,7 +280,7 @@ class TestAudits:
 class TestIgnoredMembers:
     @pytest.fixture
     def gateway(self, open_gateway: OpenGateway, monkeypatch: pytest.MonkeyPatch) -> GatewayFixture:
-        monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_CLAIM_S", 0.0)
+        monkeypatch.setattr("proxy.gateway.audits.AUDIT_CLAIM_S", 0.0)
         return open_gateway(cache={"ignore": ["seed", "prompt.positive"], "balance_max_age_s": 0})
 
     def test_they_are_left_out_of_the_key_but_sent_to_upstream(self, gateway: GatewayFixture) -> None:

@@ -19,6 +19,7 @@ from price_book_requests import KEYS, content
 from price_book_upstream import PROBE_MS, Body
 from proxy.auth import digest_of, token_of
 from proxy.cache.prices import Lookup
+from proxy.gateway.audits import Auditor
 from proxy.gateway.canonical_request import CanonicalRequest
 from proxy.gateway.fetcher import Fetcher, FetchResult
 from proxy.gateway.in_flight import InFlightTracker
@@ -60,8 +61,9 @@ class Replica:
     """One gateway of the fleet; it can be restarted."""
 
     fetcher: CountingFetcher
+    auditor: Auditor
 
-    def __init__(self, make: Callable[[], tuple[Starlette, CountingFetcher]], client: httpx2.Client) -> None:
+    def __init__(self, make: Callable[[], tuple[Starlette, Auditor]], client: httpx2.Client) -> None:
         self._make = make
         self._gateway = ExitStack()
         self.client = client
@@ -69,7 +71,9 @@ class Replica:
     def restart(self) -> None:
         """Replaces the gateway by a new one."""
         self.close()
-        app, self.fetcher = self._make()
+        app, self.auditor = self._make()
+        assert isinstance(self.auditor._fetcher, CountingFetcher)
+        self.fetcher = self.auditor._fetcher
         self.client.base_url = self._gateway.enter_context(serving(app))
 
     def close(self) -> None:
@@ -77,7 +81,7 @@ class Replica:
 
     def wait_for_fetches(self, fetches: int) -> None:
         """Waits until this number of fetches is running."""
-        wait_briefly_until(lambda: len(self.fetcher._fetches) + len(self.fetcher._audits) == fetches)
+        wait_briefly_until(lambda: len(self.fetcher.running) + len(self.auditor._audits) == fetches)
 
 
 class Harness:
@@ -170,18 +174,19 @@ def _clocked(clock: Clock) -> type[CircuitBreaker]:
 @contextmanager
 def open_harness(valkey_url: str, monkeypatch: pytest.MonkeyPatch, upstream: UpstreamFixture) -> Iterator[Harness]:
     """Gateways, circuit breakers and the store share one clock, so no timeout depends on how busy the machine is."""
-    monkeypatch.setattr("proxy.gateway.fetcher.AUDIT_PAUSE_S", 0)
-    fetchers: list[CountingFetcher] = []
+    monkeypatch.setattr("proxy.gateway.audits.AUDIT_PAUSE_S", 0)
+    auditors: list[Auditor] = []
 
-    def counting(*args: Any, **named: Any) -> CountingFetcher:
-        fetchers.append(CountingFetcher(*args, **named))
-        return fetchers[-1]
+    def recorded(*args: Any) -> Auditor:
+        auditors.append(Auditor(*args))
+        return auditors[-1]
 
-    def make() -> tuple[Starlette, CountingFetcher]:
+    def make() -> tuple[Starlette, Auditor]:
         app = proxy.app.build(_configured(valkey_url, upstream.url), {}, InFlightTracker(), Metrics())
-        return app, fetchers.pop()
+        return app, auditors.pop()
 
-    monkeypatch.setattr("proxy.app.Fetcher", counting)
+    monkeypatch.setattr("proxy.app.Fetcher", CountingFetcher)
+    monkeypatch.setattr("proxy.app.Auditor", recorded)
     with ExitStack() as opened:
         store = opened.enter_context(redis.Redis.from_url(valkey_url))
         clock = Clock(store, START_MS * 1000)
