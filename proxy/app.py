@@ -12,12 +12,14 @@ from starlette.routing import Route
 
 from proxy.gateway.audits import Auditor
 from proxy.gateway.canonical_request import RequestParser
-from proxy.gateway.estimates import Gateway, Policy
+from proxy.gateway.estimates import Estimates
+from proxy.gateway.explanations import Explanations
 from proxy.gateway.fetcher import Fetcher
 from proxy.gateway.freshness import StaleLimits
 from proxy.gateway.in_flight import InFlightTracker
 from proxy.gateway.inferences import Inferences
 from proxy.gateway.live_config import ConfigHolder, runtime_config_of
+from proxy.gateway.pricing import Policy, Pricing
 from proxy.gateway.purge import PurgeHandler
 from proxy.gateway.quotes import Quotes
 from proxy.http.application import Application
@@ -67,7 +69,7 @@ def build(settings: Settings, embedded_urls: EmbeddedUrls, tracker: InFlightTrac
     embedded_urls: the embedded stores, for those that the settings do not name.
     """
     parts = _Parts(settings, embedded_urls, tracker, metrics)
-    estimate = parts.endpoint("estimate", parts.gateway.estimate)
+    estimate = parts.endpoint("estimate", parts.estimates.estimate)
     routes = [*parts.routes(), *static_routes(DOCS_FILES), *(page_routes() if settings.page.enabled else ())]
     app = Application(estimate, routes, parts.live, tracker, metrics, lifespan=parts.lifespan)
     app.state.reload = parts.reload
@@ -105,8 +107,9 @@ class _Parts:
         )
         fetcher = Fetcher(book, self.upstream, inferences, metrics, tracker, self.price_changes, timeout_s=timeout_s)
         auditor = Auditor(book, fetcher, inferences, metrics)
-        self.gateway = Gateway(live, self.ledger, book, fetcher, auditor, inferences, parser, policy=policy)
-        self.quotes = Quotes(live, self.gateway, book, parser, tracker, zone=zone)
+        self.pricing = pricing = Pricing(self.ledger, book, fetcher, auditor, inferences, policy)
+        self.estimates, self.explanations = Estimates(live, parser, pricing), Explanations(live, parser, pricing)
+        self.quotes = Quotes(live, parser, pricing, tracker, zone)
         self.purges = PurgeHandler(live, book, self.learner, parser)
         self.endpoint = partial(
             Endpoint, tracker=tracker, metrics=metrics, max_body_bytes=max_bytes, timeout_s=timeout_s
@@ -120,7 +123,7 @@ class _Parts:
         metrics = MetricsEndpoint(live, self.metrics, self.batcher, self.ledger_reader, self.history, self.book)
         posts = {
             QUOTE_PATH: self.endpoint("quote", self.quotes.quote),
-            EXPLAIN_PATH: other(self.gateway.explain),
+            EXPLAIN_PATH: other(self.explanations.explain),
             PURGE_PATH: other(self.purges.purge),
         }
         gets: dict[str, Callable[..., Any]] = {
@@ -149,7 +152,7 @@ class _Parts:
         yield
         for task in tasks:
             task.cancel()
-        await self.gateway.finish(max(0.0, self.tracker.stop_deadline - monotonic()))
+        await self.pricing.finish(max(0.0, self.tracker.stop_deadline - monotonic()))
         await self.price_changes.close(max(0.0, self.tracker.stop_deadline - monotonic()))
         await self.token_uses.flush()
         self.metrics.flush()

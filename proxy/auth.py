@@ -160,7 +160,7 @@ class Access:
         return self.is_admin(token) or self._is_one_of(self._roles.metrics, token) or self._metrics_are_public
 
     def credential(self, token: str | None) -> Credential | Problem:
-        """The credential of a team's token, even if the team is disabled: see `team_disabled`."""
+        """The credential of a team's token, even if the team is disabled."""
         if token is None:
             return _NO_TOKEN
         credential = self._teams.find(token)
@@ -190,7 +190,3 @@ def _expired(credential: Credential) -> Problem:
         f"The token has expired: {credential.expires} was the last day of this token of the team "
         f"{credential.team.id!r}{label}. Ask the gateway's operator for a new one.",
     )
-
-
-def team_disabled(team: Team) -> Problem:
-    return Problem(Code.TEAM_DISABLED, f"The team {team.id!r} is disabled: ask the gateway's operator to enable it.")

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from proxy.auth import Access
 from proxy.cache.canonical import canonical_items, load
 from proxy.cache.price_book import PriceBook
+from proxy.gateway.authentication import refuse_unless_admin
 from proxy.gateway.canonical_request import RequestParser
 from proxy.gateway.live_config import ConfigHolder
 from proxy.gateway.request import ClientRequest, Purged, Trace
@@ -39,9 +39,9 @@ class PurgeHandler:
     async def purge(self, request: ClientRequest, trace: Trace) -> Purged | Problem:
         """Purges what the body names. Raises `BadRequest`, `ClientGone`, `Overloaded`."""
         config = self._live.config
-        denial = _deny_unless_admin(config.access, request.token, trace)
-        if denial is not None:
-            return denial
+        refusal = refuse_unless_admin(request, trace, config.access)
+        if refusal is not None:
+            return refusal
         wanted = parse_purge(await request.read_body())
         if wanted.account not in config.accounts:
             return Problem(
@@ -90,15 +90,3 @@ def _text(members: Mapping[Any, Any], name: str, default: str) -> str:
     if not isinstance(value, str):
         raise BadRequest(Code.INVALID_BODY, f"{name} must be a string. {_FORMS}")
     return value
-
-
-def _deny_unless_admin(access: Access, token: str | None, trace: Trace) -> Problem | None:
-    if access.is_admin(token):
-        return None
-    if access.is_viewer(token):
-        return Problem(Code.FORBIDDEN, "This needs an admin token; you sent a viewer token, which only reads.")
-    credential = access.credential(token)
-    if isinstance(credential, Problem):
-        return credential
-    trace.record_credential(credential)
-    return Problem(Code.FORBIDDEN, "This needs an admin token; you sent a team's token.")

@@ -14,16 +14,21 @@ from dataclasses import dataclass
 from zoneinfo import ZoneInfo
 
 from proxy.auth import Team
-from proxy.cache.price_book import PriceBook
+from proxy.cache.prices import Lookup, StoredPrice
+from proxy.gateway.authentication import authenticate
 from proxy.gateway.canonical_request import CanonicalRequest, RequestParser
-from proxy.gateway.estimates import Gateway, authenticate
+from proxy.gateway.freshness import Forward, NotCached, Serve, choose
 from proxy.gateway.in_flight import InFlightTracker
+from proxy.gateway.inferences import Inference
 from proxy.gateway.live_config import ConfigHolder, RuntimeConfig
-from proxy.gateway.quote_document import Known, Quoted, QuotedVariant, Unknown, quote_document, shown_to_team
+from proxy.gateway.pricing import Pricing
+from proxy.gateway.quote_document import Basis, Known, Quoted, QuotedVariant, Unknown, quote_document, shown_to_team
 from proxy.gateway.quote_request import MAX_QUESTIONS, QuoteRequest, Variant, read_quote
-from proxy.gateway.request import ClientRequest, Document, Trace
+from proxy.gateway.request import Answer, ClientRequest, Document, Trace
 from proxy.problems import BadRequest, Code, Outcome, Problem
-from proxy.quota.quotas import QuotaState
+from proxy.quota.ledger import Denied
+from proxy.quota.quotas import Charge, QuotaState
+from proxy.upstream.replies import rejection_of
 
 MAX_ASKED = 8
 """Questions of a call that are asked at a time, so that one call does not take RenderNet's connections from others."""
@@ -55,19 +60,11 @@ class Quotes:
     """The handler of quotes. `zone`: in which refusals by quotas say when these are reset."""
 
     def __init__(
-        self,
-        live: ConfigHolder,
-        gateway: Gateway,
-        book: PriceBook,
-        parser: RequestParser,
-        tracker: InFlightTracker,
-        *,
-        zone: ZoneInfo,
+        self, live: ConfigHolder, parser: RequestParser, pricing: Pricing, tracker: InFlightTracker, zone: ZoneInfo
     ) -> None:
         self._live = live
-        self._gateway = gateway
-        self._book = book
         self._parser = parser
+        self._pricing = pricing
         self._tracker = tracker
         self._zone = zone
 
@@ -86,7 +83,7 @@ class Quotes:
             for variant, (own, *lines) in questions.keys
         ]
         was_asked = not all(isinstance(found, Known) and found.basis != "asked" for found in priced.values())
-        body = quote_document(wanted, variants, trace.quota_state, self._book.accounts.balance(team.account))
+        body = quote_document(wanted, variants, trace.quota_state, self._pricing.book.accounts.balance(team.account))
         return Document(body, JSON, Outcome.MISS if was_asked else Outcome.HIT)
 
     async def _questions(
@@ -131,13 +128,23 @@ class Quotes:
         return {key: task.result() for key, task in running.items()}
 
     async def _price(self, question: CanonicalRequest, asker: Asker, trace: Trace, slots: asyncio.Semaphore) -> Quoted:
-        request, team = asker.request, asker.team
-        found = await self._gateway.stored_price(question, request, team, asker.config, trace)
-        match found:
-            case Known():
-                return found
-            case Problem():
-                return Unknown.of(found)
+        """The price of a question. A stored one uses one request of the rate."""
+        pricing, request, team = self._pricing, asker.request, asker.team
+        lookup = pricing.book.get_local(question.key, team.account) or await pricing.look_up(question, trace)
+        choice, inference = choose(lookup, request.directives, pricing.policy.stale_limits), None
+        if lookup is not None and not isinstance(choice, Serve):
+            inference = await pricing.inferences.infer(question, lookup, request.directives, team, asker.config)
+            choice = choice if inference is None else inference.choice or choice
+        match choice:
+            case NotCached():
+                return Unknown.of(await pricing.refuse_uncached(team, trace))
+            case Serve(stored):
+                admission = await pricing.ledger.use_rate(team.limits)
+                trace.record_admission(admission)
+                if isinstance(admission, Denied):
+                    return Unknown.of(admission.problem)
+                pricing.check_in_background(question, choice, inference, lookup)
+                return _known(stored, "stored" if inference is None else "inferred")
         try:
             async with asyncio.timeout_at(request.deadline):
                 await slots.acquire()
@@ -145,10 +152,52 @@ class Quotes:
             return Unknown(Code.UPSTREAM_TIMEOUT, "No time was left to ask RenderNet: send the quote again.")
         self._tracker.in_flight += 1  # it waits for upstream as a request of its own would
         try:
-            return await self._gateway.asked_price(found, request, team, trace)
+            return await self._ask(question, asker, choice, lookup, inference, trace)
         finally:
             self._tracker.in_flight -= 1
             slots.release()
+
+    async def _ask(
+        self,
+        question: CanonicalRequest,
+        asker: Asker,
+        forward: Forward,
+        lookup: Lookup | None,
+        inference: Inference | None,
+        trace: Trace,
+    ) -> Quoted:
+        """Asks upstream. Uses one request of the rate and, if it is sent upstream, of the quotas on requests."""
+        pricing = self._pricing
+        admission = await pricing.ledger.admit(asker.team.limits)
+        trace.record_admission(admission)
+        if isinstance(admission, Denied):
+            return Unknown.of(admission.problem)
+        fetched = await pricing.ask(question, asker.request, forward, lookup, trace)
+        result = pricing.answer_of(fetched, forward, question, inference, trace)
+        if fetched.collapsed or not fetched.was_asked:
+            await pricing.ledger.release(admission)
+        else:
+            await pricing.settle(admission, Charge(result.outcome), fetched, result, trace)
+        return _quoted(result, forward, ttl_s=pricing.book.ttl_s if fetched.stored else None)
+
+
+def _quoted(result: Answer | Problem, forward: Forward, *, ttl_s: float | None) -> Quoted:
+    """What a quote shows of the result. `ttl_s`: of a price just stored."""
+    if isinstance(result, Problem):
+        return Unknown.of(result)
+    if result.age_s is not None and forward.fallback is not None:
+        return _known(forward.fallback, "inferred" if result.outcome is Outcome.INFERRED else "stored")
+    if result.price is not None:
+        return Known(result.price.estimated, "asked", age_s=0, ttl_s=ttl_s)
+    if result.outcome is Outcome.UNPRICED:
+        return Unknown(Code.UNPRICED, "RenderNet answered without a price for this body.")
+    code, message = rejection_of(result.body)
+    message = message or f"RenderNet refused the body with status {result.status}."
+    return Unknown(code or Outcome.UPSTREAM_REJECTED, message)
+
+
+def _known(stored: StoredPrice, basis: Basis) -> Known:
+    return Known(stored.price.estimated, basis, stored.age_s, stored.ttl_s)
 
 
 def _progress(state: QuotaState) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """The values that pass between the HTTP layer and the gateway.
 
-A handler, such as `Gateway.estimate`, takes a `ClientRequest` and a `Trace`, and returns one of `Result`:
+A handler, such as `Estimates.estimate`, takes a `ClientRequest` and a `Trace`, and returns one of `Result`:
 
 * `ClientRequest` is what the client sent.
 * `Trace` collects what the response headers, the metrics and the log line need besides the result.
