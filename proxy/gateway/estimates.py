@@ -52,16 +52,15 @@ class Estimates:
         lookup = pricing.book.get_local(question.key, team.account)
         if lookup is None:
             lookup = await pricing.look_up(question, trace)
-        choice, inference = choose(lookup, request.directives, pricing.policy.stale_limits), None
+        choice = choose(lookup, request.directives, pricing.policy.stale_limits)
         if lookup is not None and not isinstance(choice, Serve):
             with trace.timing_store():
-                inference = await pricing.inferences.infer(question, lookup, request.directives, team, config)
-            choice = choice if inference is None else inference.choice or choice
+                choice = await pricing.inferences.infer(choice, question, lookup, request.directives, team, config)
         match choice:
             case NotCached():
                 return await pricing.refuse_uncached(team, trace)
-            case Serve(stored, balance, stale):
-                outcome = Outcome.INFERRED if inference is not None else Outcome.STALE if stale else Outcome.HIT
+            case Serve(stored, balance, stale, inferred):
+                outcome = Outcome.INFERRED if inferred is not None else Outcome.STALE if stale else Outcome.HIT
                 answer = stored_answer(outcome, stored, balance)
                 result = _within_ceiling(answer, request.ceiling_micro)
                 charge = _charge(result.outcome, question, stored.price)
@@ -71,11 +70,11 @@ class Estimates:
                 trace.record_admission(admission)
                 if isinstance(admission, Denied):
                     return admission.problem
-                pricing.check_in_background(question, choice, inference, lookup)
-                if inference is None:
+                pricing.check_in_background(question, choice, lookup)
+                if inferred is None:
                     trace.cache_status = hit(stored, detail="stale-while-revalidate" if stale else None)
                 else:
-                    trace.record_inference(hit(stored, detail=INFERRED), inference.inferred.setting)
+                    trace.record_inference(hit(stored, detail=INFERRED), inferred.setting)
                 return result
 
         with trace.timing_store():
@@ -84,7 +83,7 @@ class Estimates:
         if isinstance(admission, Denied):
             return admission.problem
         fetched = await pricing.ask(question, request, choice, lookup, trace)
-        found = pricing.answer_of(fetched, choice, question, inference, trace)
+        found = pricing.answer_of(fetched, choice, question, trace)
         result = _within_ceiling(found, request.ceiling_micro)
         charge = _charge(result.outcome, question, found.price if isinstance(found, Answer) else None)
         return await pricing.settle(admission, charge, fetched, result, trace)

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from proxy.cache.prices import Balance, Lookup, StoredPrice
+from proxy.learning.verdict import Inferred
 from proxy.problems import BadRequest, Code
 
 MAX_SECONDS = 2**31
@@ -30,10 +31,6 @@ class Directives:
     def bypasses_cache(self) -> bool:
         """Whether no stored answer is accepted, however young."""
         return self.no_cache or self.no_store
-
-    def accepts(self, age_s: float) -> bool:
-        """Whether a stored answer of this age is young enough."""
-        return self.max_age_s is None or age_s <= self.max_age_s
 
 
 def parse_directives(value: str) -> Directives:
@@ -74,19 +71,26 @@ class StaleLimits:
 
 @dataclass(slots=True)
 class Serve:
-    """Serve the stored price. If it is stale, refresh it in the background."""
+    """Serve a price. If it is stale, refresh it in the background. `inferred`: None if it is the body's own."""
 
     stored: StoredPrice
     balance: Balance
     stale: bool
+    inferred: Inferred | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """Ask upstream. `reason` is a value of `fwd` (RFC 9211 §2.2); `fallback` is served if upstream fails."""
+    """Ask upstream.
+
+    reason: a value of `fwd` (RFC 9211 §2.2).
+    fallback: served if upstream fails.
+    inferred: how `fallback` is inferred; without a fallback, what is compared with upstream's answer (`observe`).
+    """
 
     reason: str
     fallback: StoredPrice | None = None
+    inferred: Inferred | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +115,7 @@ def _choose(lookup: Lookup | None, directives: Directives, stale_limits: StaleLi
     stored, balance = lookup.stored, lookup.balance
     if stored is None or balance is None:  # every answer with a price must show the account's balance
         return Forward("miss")
-    if directives.max_age_s is not None and not directives.accepts(stored.age_s):
+    if directives.max_age_s is not None and stored.age_s > directives.max_age_s:
         return Forward("request")
     if stored.ttl_s > 0:
         return Serve(stored, balance, stale=False)

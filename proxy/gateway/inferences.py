@@ -10,15 +10,15 @@
 
 import logging
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import count
 
 from proxy.auth import Team
 from proxy.cache.account_book import AccountBooks
-from proxy.cache.prices import Lookup, Price
+from proxy.cache.prices import Lookup, Price, StoredPrice
 from proxy.cache.single_flight import SingleFlight
 from proxy.gateway.canonical_request import CanonicalRequest
-from proxy.gateway.freshness import Directives, Forward, Serve, StaleLimits, choose
+from proxy.gateway.freshness import Choice, Directives, Forward, Serve, StaleLimits, choose
 from proxy.gateway.live_config import ConfigHolder, RuntimeConfig
 from proxy.learning.answers import data_digest
 from proxy.learning.evidence import Contradiction
@@ -33,17 +33,6 @@ from proxy.telemetry.metrics import Metrics
 from proxy.upstream.replies import Priced, Reply
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Inference:
-    """A price that can be inferred for a request.
-
-    choice: what to do with the request; None if the price is only compared with upstream's answer (`observe`).
-    """
-
-    inferred: Inferred
-    choice: Serve | Forward | None
 
 
 class Inferences:
@@ -69,32 +58,36 @@ class Inferences:
         self._sequence = count()
 
     async def infer(
-        self, request: CanonicalRequest, lookup: Lookup, directives: Directives, team: Team, config: RuntimeConfig
-    ) -> Inference | None:
-        """The price that is inferred for a request whose exact price cannot be served; None if none is.
+        self,
+        choice: Choice,
+        question: CanonicalRequest,
+        lookup: Lookup,
+        directives: Directives,
+        team: Team,
+        config: RuntimeConfig,
+    ) -> Choice:
+        """What to do with a question whose exact price cannot be served: `choice`, unless its price can be inferred.
 
         lookup: what the price book had.
         """
         if config.learn == "off":
-            return None
-        verdict = request.verdict = await self._learner.look_up(request, config.never_learn)
-        if not isinstance(verdict, Inferred) or lookup.stored is not None or not team.infer or wants_exact(directives):
-            return None
-        choice = choose(Lookup(verdict.stored, lookup.balance, lookup.version), directives, self._stale_limits)
-        match choice, config.learn:
-            case Serve(), "use":
-                return Inference(verdict, choice)
-            case Forward(fallback=fallback), "use" if fallback is not None:
-                return Inference(verdict, choice)
-            case Serve(), "observe":
-                return Inference(verdict, None)
-        return None
+            return choice
+        verdict = question.verdict = await self._learner.look_up(question, config.never_learn)
+        if not isinstance(verdict, Inferred) or lookup.stored is not None or not team.infer or _wants_exact(directives):
+            return choice
+        inferred = choose(replace(lookup, stored=verdict.stored), directives, self._stale_limits)
+        match config.learn, inferred, choice:
+            case "use", Serve() | Forward(fallback=StoredPrice()), _:
+                return replace(inferred, inferred=verdict)
+            case "observe", Serve(), Forward():
+                return replace(choice, inferred=verdict)
+        return choice
 
-    async def explain(self, request: CanonicalRequest, config: RuntimeConfig) -> Inferred | NotInferred | None:
+    async def explain(self, question: CanonicalRequest, config: RuntimeConfig) -> Inferred | NotInferred | None:
         """What was learned about a body, for people; None if `cache.learn` is `off`."""
         if config.learn == "off":
             return None
-        return await self._learner.look_up(request, config.never_learn, pays_audit=False)
+        return await self._learner.look_up(question, config.never_learn, pays_audit=False)
 
     def count_answer(self, inferred: Inferred) -> bool:
         """Counts an inferred price that was answered. Returns whether it must be audited."""
@@ -118,21 +111,21 @@ class Inferences:
         """An audit that is due cannot be asked: the next price of this setting is not inferred."""
         self._learner.owe_audit(inferred)
 
-    async def ticket(self, request: CanonicalRequest) -> Ticket | None:
-        """What is needed to learn from upstream's answer to a request. None if it is not learned from.
+    async def ticket(self, question: CanonicalRequest) -> Ticket | None:
+        """What is needed to learn from upstream's answer to a question. None if it is not learned from.
 
         Call it before upstream is asked.
         """
-        if request.verdict is None:
+        if question.verdict is None:
             config = self._live.config
             if config.learn == "off":
                 return None
-            request.verdict = await self._learner.look_up(request, config.never_learn)
-        return request.verdict.ticket
+            question.verdict = await self._learner.look_up(question, config.never_learn)
+        return question.verdict.ticket
 
-    def learn(self, ticket: Ticket, request: CanonicalRequest, price: Price, *, is_audit: bool) -> None:
-        """Learns from upstream's answer to a request, in the background. `is_audit`: it was asked to audit."""
-        self._lessons.start(str(next(self._sequence)), lambda: self._learn(ticket, request, price, is_audit=is_audit))
+    def learn(self, ticket: Ticket, question: CanonicalRequest, price: Price, *, is_audit: bool) -> None:
+        """Learns from upstream's answer to a question, in the background. `is_audit`: it was asked to audit."""
+        self._lessons.start(str(next(self._sequence)), lambda: self._learn(ticket, question, price, is_audit=is_audit))
 
     async def drop_prices(self, account: str) -> None:
         """Drops all learned prices of an account, because it was repriced."""
@@ -144,42 +137,42 @@ class Inferences:
         await self._lessons.drain(timeout_s)
         await self._learner.close()
 
-    async def _learn(self, ticket: Ticket, request: CanonicalRequest, price: Price, *, is_audit: bool) -> None:
+    async def _learn(self, ticket: Ticket, question: CanonicalRequest, price: Price, *, is_audit: bool) -> None:
         try:
-            observed = await self._learner.observe(ticket, price, team=request.team, is_audit=is_audit)
+            observed = await self._learner.observe(ticket, price, team=question.team, is_audit=is_audit)
         except StoreUnavailable:
             return
-        facts = {"account": request.account, "scope": observed.scope, "setting": observed.setting, "key": request.key}
+        facts = {"account": question.account, "scope": observed.scope, "setting": observed.setting, "key": question.key}
         if observed.old is not None and observed.effect is not Effect.AGREED:
             facts |= {"old": observed.old.estimated.decode(), "new": price.estimated.decode()}
         match observed.effect:
             case Effect.AGREED if is_audit:
-                self._count_audit(request.account, "same")
+                self._count_audit(question.account, "same")
             case Effect.DOUBT:
                 event(log, logging.DEBUG, "a learned price is in doubt", facts)
             case Effect.LIST_MOVED:
-                await self._list_moved(request, observed.old, price, facts)
+                await self._list_moved(question, observed.old, price, facts)
         if observed.contradiction is not None:
             self._contradicted(observed.contradiction, facts)
 
     async def _list_moved(
-        self, request: CanonicalRequest, old: Price | None, price: Price, facts: dict[str, str]
+        self, question: CanonicalRequest, old: Price | None, price: Price, facts: dict[str, str]
     ) -> None:
         """A doubt was resolved: prices have changed.
 
         Only with `use` that is a price change and counts towards repricing, which makes exact prices stale: `observe`
         changes no answer, and nobody has decided yet that what it learns is right.
         """
-        self._count_audit(request.account, "list-moved")
+        self._count_audit(question.account, "list-moved")
         is_used = self._live.config.learn == "use"
         level = logging.WARNING if is_used else logging.INFO
         event(log, level, "price list changed: learned prices are asked again", facts)
         if is_used and old is not None:
             amounts = {"old": old.estimated, "new": price.estimated}
-            model, key = request.model, request.key
-            self._price_changes.record("doubt", account=request.account, model=model, key=key, **amounts)
+            model, key = question.model, question.key
+            self._price_changes.record("doubt", account=question.account, model=model, key=key, **amounts)
             with suppress(StoreUnavailable):
-                if await self._accounts.record_price_change(request.account, request.key):
+                if await self._accounts.record_price_change(question.account, question.key):
                     event(log, logging.WARNING, "price list changed: older prices are stale", facts)
 
     def _contradicted(self, contradiction: Contradiction, facts: dict[str, str]) -> None:
@@ -194,6 +187,6 @@ class Inferences:
         self._metrics.inference_audits.labels(account, result).inc()
 
 
-def wants_exact(directives: Directives) -> bool:
+def _wants_exact(directives: Directives) -> bool:
     """Whether the client accepts only a price that is its own body's."""
     return directives.bypasses_cache or directives.max_age_s == 0

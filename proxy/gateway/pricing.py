@@ -15,8 +15,9 @@ from proxy.gateway.cache_status import INFERRED, after_failure, forwarded
 from proxy.gateway.canonical_request import CanonicalRequest
 from proxy.gateway.fetcher import Fetcher, FetchResult, timed_out
 from proxy.gateway.freshness import Forward, Serve, StaleLimits
-from proxy.gateway.inferences import Inference, Inferences
+from proxy.gateway.inferences import Inferences
 from proxy.gateway.request import Answer, ClientRequest, Trace
+from proxy.learning.verdict import Inferred
 from proxy.problems import Code, Outcome, Problem, StoreUnavailable
 from proxy.quota.ledger import Admitted, Denied, Ledger
 from proxy.quota.quotas import Charge
@@ -70,20 +71,18 @@ class Pricing:
             "without it.",
         )
 
-    def check_in_background(
-        self, question: CanonicalRequest, served: Serve, inference: Inference | None, lookup: Lookup | None
-    ) -> None:
+    def check_in_background(self, question: CanonicalRequest, served: Serve, lookup: Lookup | None) -> None:
         """Counts an inferred answer, and audits it if its turn has come.
 
         Otherwise starts a refresh of a stale price, or an audit if the balance is old.
         """
-        max_age_s = self.policy.balance_max_age_s
-        if inference is not None and self.inferences.count_answer(inference.inferred):
-            self.auditor.audit_inferred(question, inference.inferred, lookup)
+        inferred, max_age_s = served.inferred, self.policy.balance_max_age_s
+        if inferred is not None and self.inferences.count_answer(inferred):
+            self.auditor.audit_inferred(question, inferred, lookup)
         elif served.stale:
             self.fetcher.refresh(question, lookup)
         elif served.balance.age_s > max_age_s:
-            stored = served.stored if inference is None else None
+            stored = served.stored if inferred is None else None
             self.auditor.audit(question, stored, lookup, max_age_s=max_age_s)
 
     async def ask(
@@ -108,20 +107,15 @@ class Pricing:
         return fetched
 
     def answer_of(
-        self,
-        fetched: FetchResult,
-        forward: Forward,
-        question: CanonicalRequest,
-        inference: Inference | None,
-        trace: Trace,
+        self, fetched: FetchResult, forward: Forward, question: CanonicalRequest, trace: Trace
     ) -> Answer | Problem:
         """Turns upstream's reply into an answer. If upstream failed, a stale price may still be served."""
         newest = self.book.accounts.balance(question.account)
         if forward.fallback is not None and newest is not None and isinstance(fetched.reply, Failed):
-            outcome = self._fall_back(fetched.reply, forward.fallback, inference, trace)
+            outcome = self._fall_back(fetched.reply, forward.fallback, forward.inferred, trace)
             return stored_answer(outcome, forward.fallback, newest)
-        if inference is not None and inference.choice is None:
-            self.inferences.compare(inference.inferred, fetched.reply)
+        if forward.fallback is None and forward.inferred is not None:
+            self.inferences.compare(forward.inferred, fetched.reply)
         trace.cache_status = forwarded(forward.reason, fetched, ttl_s=self.book.ttl_s)
         match fetched.reply:
             case Priced(price):
@@ -139,13 +133,13 @@ class Pricing:
             case _:
                 assert_never(fetched.reply)
 
-    def _fall_back(self, failed: Failed, stored: StoredPrice, inference: Inference | None, trace: Trace) -> Outcome:
+    def _fall_back(self, failed: Failed, stored: StoredPrice, inferred: Inferred | None, trace: Trace) -> Outcome:
         """Serves a stale price, the question's own or an inferred one, because upstream failed."""
-        if inference is None:
+        if inferred is None:
             trace.cache_status = after_failure(failed, stored)
             return Outcome.STALE
-        self.inferences.count_unaudited_answer(inference.inferred)
-        trace.record_inference(after_failure(failed, stored, detail=INFERRED), inference.inferred.setting)
+        self.inferences.count_unaudited_answer(inferred)
+        trace.record_inference(after_failure(failed, stored, detail=INFERRED), inferred.setting)
         return Outcome.INFERRED
 
     async def settle(

@@ -19,12 +19,12 @@ from proxy.gateway.authentication import authenticate
 from proxy.gateway.canonical_request import CanonicalRequest, RequestParser
 from proxy.gateway.freshness import Forward, NotCached, Serve, choose
 from proxy.gateway.in_flight import InFlightTracker
-from proxy.gateway.inferences import Inference
 from proxy.gateway.live_config import ConfigHolder, RuntimeConfig
 from proxy.gateway.pricing import Pricing
 from proxy.gateway.quote_document import Basis, Known, Quoted, QuotedVariant, Unknown, quote_document, shown_to_team
 from proxy.gateway.quote_request import MAX_QUESTIONS, QuoteRequest, Variant, read_quote
 from proxy.gateway.request import Answer, ClientRequest, Document, Trace
+from proxy.learning.verdict import Inferred
 from proxy.problems import BadRequest, Code, Outcome, Problem
 from proxy.quota.ledger import Denied
 from proxy.quota.quotas import Charge, QuotaState
@@ -131,20 +131,19 @@ class Quotes:
         """The price of a question. A stored one uses one request of the rate."""
         pricing, request, team = self._pricing, asker.request, asker.team
         lookup = pricing.book.get_local(question.key, team.account) or await pricing.look_up(question, trace)
-        choice, inference = choose(lookup, request.directives, pricing.policy.stale_limits), None
+        choice = choose(lookup, request.directives, pricing.policy.stale_limits)
         if lookup is not None and not isinstance(choice, Serve):
-            inference = await pricing.inferences.infer(question, lookup, request.directives, team, asker.config)
-            choice = choice if inference is None else inference.choice or choice
+            choice = await pricing.inferences.infer(choice, question, lookup, request.directives, team, asker.config)
         match choice:
             case NotCached():
                 return Unknown.of(await pricing.refuse_uncached(team, trace))
-            case Serve(stored):
+            case Serve():
                 admission = await pricing.ledger.use_rate(team.limits)
                 trace.record_admission(admission)
                 if isinstance(admission, Denied):
                     return Unknown.of(admission.problem)
-                pricing.check_in_background(question, choice, inference, lookup)
-                return _known(stored, "stored" if inference is None else "inferred")
+                pricing.check_in_background(question, choice, lookup)
+                return _known(choice.stored, choice.inferred)
         try:
             async with asyncio.timeout_at(request.deadline):
                 await slots.acquire()
@@ -152,19 +151,13 @@ class Quotes:
             return Unknown(Code.UPSTREAM_TIMEOUT, "No time was left to ask RenderNet: send the quote again.")
         self._tracker.in_flight += 1  # it waits for upstream as a request of its own would
         try:
-            return await self._ask(question, asker, choice, lookup, inference, trace)
+            return await self._ask(question, asker, choice, lookup, trace)
         finally:
             self._tracker.in_flight -= 1
             slots.release()
 
     async def _ask(
-        self,
-        question: CanonicalRequest,
-        asker: Asker,
-        forward: Forward,
-        lookup: Lookup | None,
-        inference: Inference | None,
-        trace: Trace,
+        self, question: CanonicalRequest, asker: Asker, forward: Forward, lookup: Lookup | None, trace: Trace
     ) -> Quoted:
         """Asks upstream. Uses one request of the rate and, if it is sent upstream, of the quotas on requests."""
         pricing = self._pricing
@@ -173,7 +166,7 @@ class Quotes:
         if isinstance(admission, Denied):
             return Unknown.of(admission.problem)
         fetched = await pricing.ask(question, asker.request, forward, lookup, trace)
-        result = pricing.answer_of(fetched, forward, question, inference, trace)
+        result = pricing.answer_of(fetched, forward, question, trace)
         if fetched.collapsed or not fetched.was_asked:
             await pricing.ledger.release(admission)
         else:
@@ -186,7 +179,7 @@ def _quoted(result: Answer | Problem, forward: Forward, *, ttl_s: float | None) 
     if isinstance(result, Problem):
         return Unknown.of(result)
     if result.age_s is not None and forward.fallback is not None:
-        return _known(forward.fallback, "inferred" if result.outcome is Outcome.INFERRED else "stored")
+        return _known(forward.fallback, forward.inferred)
     if result.price is not None:
         return Known(result.price.estimated, "asked", age_s=0, ttl_s=ttl_s)
     if result.outcome is Outcome.UNPRICED:
@@ -196,7 +189,8 @@ def _quoted(result: Answer | Problem, forward: Forward, *, ttl_s: float | None) 
     return Unknown(code or Outcome.UPSTREAM_REJECTED, message)
 
 
-def _known(stored: StoredPrice, basis: Basis) -> Known:
+def _known(stored: StoredPrice, inferred: Inferred | None) -> Known:
+    basis: Basis = "stored" if inferred is None else "inferred"
     return Known(stored.price.estimated, basis, stored.age_s, stored.ttl_s)
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.gateway.freshness import MAX_SECONDS, Directives, parse_directives
+from proxy.cache.prices import Balance, Lookup, Price, StoredPrice
+from proxy.gateway.freshness import MAX_SECONDS, Directives, Serve, StaleLimits, choose, parse_directives
 from proxy.problems import BadRequest, Code
 
 NOTHING = Directives()
@@ -152,7 +153,9 @@ def test_a_max_age_that_is_not_a_number_is_refused(value: str) -> None:
     ],
 )
 def test_ages_up_to_max_age_are_accepted(directives: Directives, age_s: float, accepted: bool) -> None:  # noqa: FBT001 -- a row of a table
-    assert directives.accepts(age_s) is accepted
+    stored = StoredPrice(Price(b"5", b""), age_s, 1.0, b"")
+    choice = choose(Lookup(stored, Balance(b"20", 0.0), 1), directives, StaleLimits(0, 0))
+    assert isinstance(choice, Serve) is accepted
 
 
 def test_no_cache_and_no_store_bypass_the_cache() -> None:
