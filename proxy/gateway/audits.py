@@ -51,28 +51,28 @@ class Auditor:
         self._inference_audits: set[asyncio.Task[FetchResult]] = set()
 
     def audit(
-        self, request: CanonicalRequest, stored: StoredPrice | None, lookup: Lookup | None, *, max_age_s: float
+        self, question: CanonicalRequest, stored: StoredPrice | None, lookup: Lookup | None, *, max_age_s: float
     ) -> None:
         """Calls upstream in the background, for a fresh balance, and compares the price with the one that was served.
 
         stored: that price; None if it was inferred. Then what is learned from the answer is the comparison.
         max_age_s: no audit is made if the balance in the store is younger.
         """
-        account, now = request.account, asyncio.get_running_loop().time()
+        account, now = question.account, asyncio.get_running_loop().time()
         if now >= self._paused_until.get(account, now) and not self._audits.in_flight(account):
-            self._audits.start(account, lambda: self._audit(request, stored, lookup, max_age_s))
+            self._audits.start(account, lambda: self._audit(question, stored, lookup, max_age_s))
 
-    def audit_inferred(self, request: CanonicalRequest, inferred: Inferred, lookup: Lookup | None) -> None:
+    def audit_inferred(self, question: CanonicalRequest, inferred: Inferred, lookup: Lookup | None) -> None:
         """Calls upstream in the background for a body whose price was inferred, to learn whether that was right.
 
         If upstream cannot be asked, or gives no price, the audit is owed.
         """
-        if self._fetcher.running.in_flight(request.key):
+        if self._fetcher.running.in_flight(question.key):
             return  # the answer to that is learned from
         if len(self._inference_audits) >= MAX_INFERENCE_AUDITS:
             self._inferences.owe_audit(inferred)
             return
-        task = self._fetcher.running.start(request.key, lambda: self._audit_inferred(request, inferred, lookup))
+        task = self._fetcher.running.start(question.key, lambda: self._audit_inferred(question, inferred, lookup))
         self._inference_audits.add(task)
         task.add_done_callback(self._inference_audits.discard)
 
@@ -81,50 +81,50 @@ class Auditor:
         await self._audits.drain(timeout_s)
 
     async def _audit(
-        self, request: CanonicalRequest, stored: StoredPrice | None, lookup: Lookup | None, max_age_s: float
+        self, question: CanonicalRequest, stored: StoredPrice | None, lookup: Lookup | None, max_age_s: float
     ) -> None:
         """Audits if this process can claim it and take the question's lease."""
         try:
-            if not await self._book.accounts.claim_audit(request.account, max_age_s=max_age_s, for_s=AUDIT_CLAIM_S):
-                self._paused_until[request.account] = asyncio.get_running_loop().time() + AUDIT_PAUSE_S
+            if not await self._book.accounts.claim_audit(question.account, max_age_s=max_age_s, for_s=AUDIT_CLAIM_S):
+                self._paused_until[question.account] = asyncio.get_running_loop().time() + AUDIT_PAUSE_S
                 return
-            lease = await self._book.leases.take(request.key, request.account, lookup)
+            lease = await self._book.leases.take(question.key, question.account, lookup)
         except StoreUnavailable:
             return
         if isinstance(lease, Lease):
-            fetched = await self._fetcher.lead(request, lease, "audit", is_audit=stored is None)
+            fetched = await self._fetcher.lead(question, lease, "audit", is_audit=stored is None)
             if stored is not None and isinstance(fetched.reply, Priced) and fetched.stored:
-                await self._compare(request, stored, fetched.reply.price)
+                await self._compare(question, stored, fetched.reply.price)
 
-    async def _compare(self, request: CanonicalRequest, stored: StoredPrice, price: Price) -> None:
+    async def _compare(self, question: CanonicalRequest, stored: StoredPrice, price: Price) -> None:
         """Counts and logs the result of an audit.
 
         A different price means that the price list changed, or, if the body differs from the one that was stored, that
         a member in `cache.ignore` does affect prices.
         """
-        facts = {"account": request.account, "key": request.key}
+        facts = {"account": question.account, "key": question.key}
         facts |= {"old": stored.price.estimated.decode(), "new": price.estimated.decode()}
         if Decimal(facts["old"]) == Decimal(facts["new"]):
             result = "same"
-        elif stored.body_digest != request.body_digest:
+        elif stored.body_digest != question.body_digest:
             result = "ignored-member"
-            members = ", ".join(present(request.canonical, request.ignored))
+            members = ", ".join(present(question.canonical, question.ignored))
             event(log, logging.ERROR, "a member of cache.ignore decides prices", {**facts, "members": members})
         else:
             result = "changed"
             event(log, logging.WARNING, "price changed", facts)
             with suppress(StoreUnavailable):
-                if await self._book.accounts.record_price_change(request.account, request.key):
+                if await self._book.accounts.record_price_change(question.account, question.key):
                     event(log, logging.WARNING, "price list changed: older prices are stale", facts)
-                    await self._inferences.drop_prices(request.account)
-        self._metrics.price_audits.labels(request.account, result).inc()
+                    await self._inferences.drop_prices(question.account)
+        self._metrics.price_audits.labels(question.account, result).inc()
 
     async def _audit_inferred(
-        self, request: CanonicalRequest, inferred: Inferred, lookup: Lookup | None
+        self, question: CanonicalRequest, inferred: Inferred, lookup: Lookup | None
     ) -> FetchResult:
         is_priced = False
         try:
-            fetched = await self._fetcher.lead_or_follow(request, lookup, is_audit=True)
+            fetched = await self._fetcher.lead_or_follow(question, lookup, is_audit=True)
             is_priced = isinstance(fetched.reply, Priced)
         finally:
             if not is_priced:

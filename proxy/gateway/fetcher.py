@@ -90,7 +90,7 @@ class Fetcher:
         self.running = SingleFlight[FetchResult]()
         """The fetches in progress, by key."""
 
-    async def fetch(self, request: CanonicalRequest, lookup: Lookup | None) -> FetchResult:
+    async def fetch(self, question: CanonicalRequest, lookup: Lookup | None) -> FetchResult:
         """Calls upstream, unless that is being done for another request or by another process.
 
         lookup: what the price book had; None if the store is unavailable, then nothing is shared between processes.
@@ -99,24 +99,24 @@ class Fetcher:
         arrived after the purge, so they fetch again.
         """
         while True:
-            fetched, joined = await self._coalesce(request.key, lambda: self.lead_or_follow(request, lookup))
+            fetched, joined = await self._coalesce(question.key, lambda: self.lead_or_follow(question, lookup))
             if not joined:
                 return fetched
             if not fetched.superseded:
                 return replace(fetched, collapsed=True)
             await asyncio.sleep(0)  # until the next iteration of the event loop, the superseded fetch would be joined
 
-    async def fetch_uncoalesced(self, request: CanonicalRequest, *, store: bool) -> FetchResult:
+    async def fetch_uncoalesced(self, question: CanonicalRequest, *, store: bool) -> FetchResult:
         """Calls upstream for this request alone. With `store` the reply replaces what is stored."""
-        key = f"{request.key} {next(self._sequence)}"
-        fetched, _ = await self._coalesce(key, lambda: self._fetch_uncoalesced(request, store=store))
+        key = f"{question.key} {next(self._sequence)}"
+        fetched, _ = await self._coalesce(key, lambda: self._fetch_uncoalesced(question, store=store))
         return fetched
 
-    def refresh(self, request: CanonicalRequest, lookup: Lookup | None) -> None:
+    def refresh(self, question: CanonicalRequest, lookup: Lookup | None) -> None:
         """Fetches a stale price again in the background, unless it is being fetched or `MAX_REFRESHES` are running."""
-        if len(self._refreshes) >= MAX_REFRESHES or self.running.in_flight(request.key):
+        if len(self._refreshes) >= MAX_REFRESHES or self.running.in_flight(question.key):
             return
-        task = self.running.start(request.key, lambda: self.lead_or_follow(request, lookup))
+        task = self.running.start(question.key, lambda: self.lead_or_follow(question, lookup))
         self._refreshes.add(task)
         task.add_done_callback(self._refreshes.discard)
 
@@ -125,38 +125,38 @@ class Fetcher:
         await self.running.drain(timeout_s)
 
     async def lead_or_follow(
-        self, request: CanonicalRequest, lookup: Lookup | None, *, is_audit: bool = False
+        self, question: CanonicalRequest, lookup: Lookup | None, *, is_audit: bool = False
     ) -> FetchResult:
         """Takes the lease and leads, or follows the leader; takes over if the leader leaves no result."""
         if lookup is None:
-            return await self._fetch_without_lease(request)
+            return await self._fetch_without_lease(question)
         deadline = self._deadline()
         try:
             while True:
-                match await self._book.leases.take(request.key, request.account, lookup):
+                match await self._book.leases.take(question.key, question.account, lookup):
                     case Lease() as lease:
                         break
                     case StoredPrice(price):
-                        return await self._from_leader(request, price)
+                        return await self._from_leader(question, price)
                     case LeaseHeld():
-                        if (fetched := await self._follow(request, lookup, deadline)) is not None:
+                        if (fetched := await self._follow(question, lookup, deadline)) is not None:
                             return fetched
         except StoreUnavailable:
-            return await self._fetch_without_lease(request)
-        return await self.lead(request, lease, is_audit=is_audit)
+            return await self._fetch_without_lease(question)
+        return await self.lead(question, lease, is_audit=is_audit)
 
     async def lead(
-        self, request: CanonicalRequest, lease: Lease, found_by: FoundBy = "ask", *, is_audit: bool = False
+        self, question: CanonicalRequest, lease: Lease, found_by: FoundBy = "ask", *, is_audit: bool = False
     ) -> FetchResult:
         """Calls upstream and ends the lease. `found_by`: how a price that has changed is then found."""
         with self._renewing(lease):
-            ticket = await self._inferences.ticket(request)
-            reply, upstream_s = await self._call_upstream(request)
+            ticket = await self._inferences.ticket(question)
+            reply, upstream_s = await self._call_upstream(question)
         if ticket is not None and isinstance(reply, Priced):
-            self._inferences.learn(ticket, request, reply.price, is_audit=is_audit)
-        recording = self._record_balance(request, reply)  # goes to the store in one round trip with the next call
+            self._inferences.learn(ticket, question, reply.price, is_audit=is_audit)
+        recording = self._record_balance(question, reply)  # goes to the store in one round trip with the next call
         try:
-            is_current = await self._end_lease(request, lease, reply, found_by)
+            is_current = await self._end_lease(question, lease, reply, found_by)
         except StoreUnavailable:
             return FetchResult(reply, upstream_s=upstream_s)
         finally:
@@ -171,67 +171,67 @@ class Fetcher:
         with self._tracker.waiting_for_upstream():
             return await self.running.do(key, work)
 
-    async def _follow(self, request: CanonicalRequest, lookup: Lookup, deadline: float) -> FetchResult | None:
+    async def _follow(self, question: CanonicalRequest, lookup: Lookup, deadline: float) -> FetchResult | None:
         """Polls for the leader's result; None if it ended or died without leaving one."""
         pause_s = FIRST_WATCH_PAUSE_S
         while asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, MAX_WATCH_PAUSE_S)
-            match await self._book.leases.watch(request.key, request.account, lookup):
+            match await self._book.leases.watch(question.key, question.account, lookup):
                 case StoredPrice(price):
-                    return await self._from_leader(request, price)
+                    return await self._from_leader(question, price)
                 case LeaderFailure(text):
                     return FetchResult(decode_failure(text), collapsed=True) if text else None
                 case None:
                     return None
         return timed_out(self._timeout_s)
 
-    async def _from_leader(self, request: CanonicalRequest, price: Price) -> FetchResult:
+    async def _from_leader(self, question: CanonicalRequest, price: Price) -> FetchResult:
         """The result for a price that another process stored.
 
         Reads the account's book, because the leader stored the reply's balance there.
         """
-        await self._book.accounts.read(request.account)
+        await self._book.accounts.read(question.account)
         return FetchResult(Priced(price, None), stored=True, collapsed=True)
 
-    async def _fetch_uncoalesced(self, request: CanonicalRequest, *, store: bool) -> FetchResult:
+    async def _fetch_uncoalesced(self, question: CanonicalRequest, *, store: bool) -> FetchResult:
         if store:
             with suppress(StoreUnavailable):
-                lease = await self._book.leases.take(request.key, request.account, force=True)
+                lease = await self._book.leases.take(question.key, question.account, force=True)
                 if isinstance(lease, Lease):
-                    return await self.lead(request, lease)
-        return await self._fetch_without_lease(request)
+                    return await self.lead(question, lease)
+        return await self._fetch_without_lease(question)
 
-    async def _fetch_without_lease(self, request: CanonicalRequest) -> FetchResult:
-        reply, upstream_s = await self._call_upstream(request)
-        await _finish(self._record_balance(request, reply))
+    async def _fetch_without_lease(self, question: CanonicalRequest) -> FetchResult:
+        reply, upstream_s = await self._call_upstream(question)
+        await _finish(self._record_balance(question, reply))
         return FetchResult(reply, upstream_s=upstream_s)
 
-    async def _call_upstream(self, request: CanonicalRequest) -> tuple[Reply, float]:
+    async def _call_upstream(self, question: CanonicalRequest) -> tuple[Reply, float]:
         """Returns the reply and the duration in seconds.
 
         The call always has the full timeout, however long the request has waited for the lease: a shorter one would
         fail all followers too. Each request has its own deadline besides.
         """
         started, deadline = perf_counter(), self._deadline()
-        reply = await self._upstream.estimate(request.account, request.canonical, request.query, deadline=deadline)
+        reply = await self._upstream.estimate(question.account, question.canonical, question.query, deadline=deadline)
         return reply, perf_counter() - started
 
-    def _record_balance(self, request: CanonicalRequest, reply: Reply) -> Awaitable[None] | None:
+    def _record_balance(self, question: CanonicalRequest, reply: Reply) -> Awaitable[None] | None:
         """Starts recording the reply's balance, if it has one, even if the price is not stored. Must be awaited."""
         if isinstance(reply, Priced | Unpriced) and reply.balance is not None:
-            return self._book.accounts.record_balance(request.account, reply.balance)
+            return self._book.accounts.record_balance(question.account, reply.balance)
         return None
 
-    async def _end_lease(self, request: CanonicalRequest, lease: Lease, reply: Reply, found_by: FoundBy) -> bool:
+    async def _end_lease(self, question: CanonicalRequest, lease: Lease, reply: Reply, found_by: FoundBy) -> bool:
         """Ends a lease with its price or failure. False if it was superseded. Raises `StoreUnavailable`."""
         if not isinstance(reply, Priced):
             failure, end_price = encode_failure(reply), isinstance(reply, Rejected)
             return await self._book.leases.end(lease, failure=failure, end_price=end_price)
-        put = await self._book.put(lease, reply.price, request.body_digest)
+        put = await self._book.put(lease, reply.price, question.body_digest)
         if put.replaced is not None:  # only the holder of a lease replaces a price: the fleet finds each change once
-            question = {"account": request.account, "model": request.model, "key": request.key}
-            self._price_changes.record(found_by, **question, old=put.replaced, new=reply.price.estimated)
+            changed = {"account": question.account, "model": question.model, "key": question.key}
+            self._price_changes.record(found_by, **changed, old=put.replaced, new=reply.price.estimated)
         return put.is_current
 
     @contextmanager
