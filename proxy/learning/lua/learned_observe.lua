@@ -22,7 +22,6 @@ if ARGV[5] ~= (found[1] or '') then
   return { 'ignored', '', '', '', '', now, {} }
 end
 
--- Reads.
 local fields = { 'head', 'bodies', 'unchecked' }
 for i = 1, #leaves do
   fields[#fields + 1] = 'leaf:' .. i
@@ -66,41 +65,63 @@ end
 
 -- A doubt that nobody resolved in time counts as a contradiction: in this scope, and in the account if it is a doubt of
 -- a scope that was answering. A doubt about prices that were dropped is over.
-for name, deadline in string.gmatch(account.doubts, '(%S+):(%d+)') do
-  if tonumber(deadline) <= now and (name ~= scope_id or not head.doubt) then
-    account.proof = fresh_id
-    account.doubts = without_doubt(account.doubts, name)
+local function settle_expired_doubts()
+  for name, deadline in string.gmatch(account.doubts, '(%S+):(%d+)') do
+    if tonumber(deadline) <= now and (name ~= scope_id or not head.doubt) then
+      account.proof = fresh_id
+      account.doubts = without_doubt(account.doubts, name)
+    end
+  end
+  if head.doubt and head.doubt.epoch ~= account.epoch then
+    head.doubt = nil
+  elseif head.doubt and head.doubt['until'] <= now then
+    head.doubt.answering = string.find(account.doubts, scope_id .. ':', 1, true) and true
+    contradict()
+  end
+  if head.proof ~= account.proof then
+    head.tests, head.proof = 0, account.proof
   end
 end
-if head.doubt and head.doubt.epoch ~= account.epoch then
-  head.doubt = nil
-elseif head.doubt and head.doubt['until'] <= now then
-  head.doubt.answering = string.find(account.doubts, scope_id .. ':', 1, true) and true
-  contradict()
-end
-if head.proof ~= account.proof then
-  head.tests, head.proof = 0, account.proof
-end
 
--- Counts the leaves' values, unless the body was counted before.
-local function remember(text, digest)
+-- Counts a value in the text '<values> <distinct values> <their digests>'. Returns the counts, the new text, and whether
+-- the value was known.
+local function remember(text, value)
+  local digest = string.sub(redis.sha1hex(value), 1, 6) .. ' '
   local count, distinct, digests = string.match(text or '0 0 ', '^(%d+) (%d+) (.*)$')
   count, distinct = count + 1, tonumber(distinct)
-  if string.find(digests, digest, 1, true) then
-    return count, distinct, digests, true
+  local is_known = string.find(digests, digest, 1, true) ~= nil
+  if not is_known then
+    distinct, digests = distinct + 1, digests .. digest
+    if #digests >= limits.digests * 7 then
+      count, distinct, digests = math.floor(count / 2), math.floor(distinct / 2), ''
+    end
   end
-  distinct, digests = distinct + 1, digests .. digest
-  if #digests >= limits.digests * 7 then
-    count, distinct, digests = math.floor(count / 2), math.floor(distinct / 2), ''
-  end
-  return count, distinct, digests, false
-end
-local function digest_of(text)
-  return string.sub(redis.sha1hex(text), 1, 6) .. ' '
+  return count, distinct, count .. ' ' .. distinct .. ' ' .. digests, is_known
 end
 
-local body_count, body_distinct, body_digests, known = remember(stored[2], digest_of(body))
-write('bodies', body_count .. ' ' .. body_distinct .. ' ' .. body_digests)
+-- Counts the leaves' values, unless the body was counted before. Returns which leaves are left out now, and whether one
+-- counts again that was left out.
+local function count_leaves(is_known)
+  local left, is_kept_again = {}, false
+  for i, leaf in ipairs(leaves) do
+    local was_left, never = string.sub(head.left, i, i) == '1', leaf[4] == 1
+    local is_left = was_left and not never
+    if leaf[3] == 1 and not never and not is_known then
+      local count, distinct, text = remember(stored[3 + i], leaf[1])
+      write('leaf:' .. i, text)
+      if was_left then
+        is_left = distinct >= limits.share / 2 * count
+      else
+        is_left = distinct >= limits.values and distinct > limits.share * count
+      end
+    end
+    is_kept_again = is_kept_again or was_left and not is_left
+    left[i] = is_left and '1' or '0'
+  end
+  return table.concat(left), is_kept_again
+end
+
+-- Fields of the scope's settings with their times, the oldest first.
 local function settings_by_age()
   local all, ages = redis.call('HGETALL', KEYS[2]), {}
   for i = 1, #all, 2 do
@@ -111,28 +132,9 @@ local function settings_by_age()
   table.sort(ages, function(a, b) return a[1] < b[1] end)
   return ages
 end
-local left, is_kept_again = {}, false
-for i, leaf in ipairs(leaves) do
-  local is_left = string.sub(head.left, i, i) == '1'
-  local was_left, never = is_left, leaf[4] == 1
-  if never then
-    is_left = false
-  elseif leaf[3] == 1 and not known then
-    local count, distinct, digests = remember(stored[3 + i], digest_of(leaf[1]))
-    write('leaf:' .. i, count .. ' ' .. distinct .. ' ' .. digests)
-    if is_left then
-      is_left = distinct >= limits.share / 2 * count
-    else
-      is_left = distinct >= limits.values and distinct > limits.share * count
-    end
-  end
-  is_kept_again = is_kept_again or was_left and not is_left
-  left[i] = is_left and '1' or '0'
-end
-left = table.concat(left)
-local dropped = {}
-if left ~= head.left then
-  -- Other members count now, so these are other settings: settings, ranges and tests begin again.
+
+-- Other members count now, so these are other settings: settings, ranges and tests begin again.
+local function begin_again(left, is_kept_again, dropped)
   for i, old in ipairs(settings_by_age()) do
     dropped[i] = old[2]
   end
@@ -145,43 +147,46 @@ if left ~= head.left then
   end
 end
 
--- The body's setting, and whether the body is inside the range.
-local parts, measures = { left }, {}
-for i, leaf in ipairs(leaves) do
-  if string.sub(left, i, i) == '0' then
-    parts[#parts + 1] = leaf[1]
-  else
-    parts[#parts + 1] = '~' .. leaf[2]
-    if leaf[5] ~= '' then
-      measures[i .. 'n'] = leaf[5]
-    end
-    if leaf[6] ~= '' then
-      measures[i .. 's'] = leaf[6]
+-- The id of the body's setting, and the measures of its left-out leaves.
+local function setting_of(left)
+  local parts, measures = { left }, {}
+  for i, leaf in ipairs(leaves) do
+    if string.sub(left, i, i) == '0' then
+      parts[#parts + 1] = leaf[1]
+    else
+      parts[#parts + 1] = '~' .. leaf[2]
+      if leaf[5] ~= '' then
+        measures[i .. 'n'] = leaf[5]
+      end
+      if leaf[6] ~= '' then
+        measures[i .. 's'] = leaf[6]
+      end
     end
   end
+  return string.sub(redis.sha1hex(table.concat(parts, '\n')), 1, 24), measures
 end
-local setting_id = string.sub(redis.sha1hex(table.concat(parts, '\n')), 1, 24)
-local setting_field = 's:' .. setting_id
-local text = #dropped == 0 and redis.call('HMGET', KEYS[2], setting_field)[1]
-local is_new_field = not text
-local setting = text and cjson.decode(string.match(text, '^%d+ (.*)$')) or { since = 0, bodies = {} }
-if setting.epoch ~= account.epoch then
-  setting = { since = 0, bodies = {} }
-end
-local is_marked = setting.doubt and head.doubt and setting.doubt == head.doubt.at
+
 local function largest(reach)
   return reach and math.max(math.abs(tonumber(reach[1])), math.abs(tonumber(reach[2]))) or 0
 end
-local inside = #setting.bodies > 0
-for name, value in pairs(measures) do
-  local range, number = head.ranges[name], tonumber(value)
-  local own = inside and largest(setting.reach[name]) or 0
-  if is_marked then
-    -- The bodies before the doubt do not agree with the new answer, but show which bodies are usual here.
-    own = math.max(own, largest(setting.before[name]))
+
+-- Whether a body with these measures is inside the range. `is_marked`: the setting is the one in doubt.
+local function is_inside(measures, setting, is_marked)
+  if #setting.bodies == 0 then
+    return false
   end
-  inside = inside and range and tonumber(range[1]) <= number and number <= tonumber(range[2])
-    and math.abs(number) <= limits.reach * own
+  for name, value in pairs(measures) do
+    local range, number, own = head.ranges[name], tonumber(value), largest(setting.reach[name])
+    if is_marked then
+      -- The bodies before the doubt do not agree with the new answer, but show which bodies are usual here.
+      own = math.max(own, largest(setting.before[name]))
+    end
+    if not range or number < tonumber(range[1]) or number > tonumber(range[2])
+      or math.abs(number) > limits.reach * own then
+      return false
+    end
+  end
+  return true
 end
 
 local function extend(ranges, added)
@@ -197,14 +202,17 @@ local function extend(ranges, added)
     }
   end
 end
-local function start_over()
+
+-- The setting that has only this answer.
+local function started_over(measures, since)
   local reach = {}
   extend(reach, measures)
-  setting = {
-    epoch = account.epoch, since = setting.since, bodies = { body }, reach = reach,
+  return {
+    epoch = account.epoch, since = since, bodies = { body }, reach = reach,
     data = ARGV[9], estimated = ARGV[10], rest = ARGV[11],
   }
 end
+
 local function is_listed(bodies)
   for _, other in ipairs(bodies) do
     if other == body then
@@ -214,52 +222,26 @@ local function is_listed(bodies)
   return false
 end
 
--- Decides what the answer means.
-local effect, old_estimated, old_rest = 'agreed', setting.estimated or '', setting.rest or ''
-local at = now
-if tonumber(ARGV[6]) < setting.since then
-  effect = 'ignored'
-elseif #setting.bodies == 0 then
-  effect = 'new'
-  start_over()
-elseif setting.data == ARGV[9] then
-  if not is_listed(setting.bodies) then
-    if inside and not known and not head.doubt then
-      head.tests, head.agreed_at = head.tests + 1, now
-      write('unchecked', '0')
-    end
-    extend(head.ranges, setting.reach)
-    extend(head.ranges, measures)
-    extend(setting.reach, measures)
-    if #setting.bodies < limits.bodies then
-      setting.bodies[#setting.bodies + 1] = body
-    end
-    if is_marked and #setting.bodies == limits.bodies then
-      effect = 'list-moved'
-      account.epoch, account.doubts = fresh_id, ''
-      if setting.was then
-        old_estimated, old_rest = setting.was[1], setting.was[2]
-      end
-      setting.epoch, setting.doubt, setting.before, setting.was, head.doubt = fresh_id, nil, nil, nil, nil
-      head.list_moves, head.agreed_at = head.list_moves + 1, now
-      write('unchecked', '0')
-    end
+-- Adds another body that agrees with its setting.
+local function add_body(setting, measures)
+  extend(head.ranges, setting.reach)
+  extend(head.ranges, measures)
+  extend(setting.reach, measures)
+  if #setting.bodies < limits.bodies then
+    setting.bodies[#setting.bodies + 1] = body
   end
-  setting.estimated, setting.rest = ARGV[10], ARGV[11]
-elseif not inside then
-  effect = 'outside'
-  if #setting.bodies < limits.bodies and not is_marked then
-    start_over()
-  else
-    at = nil
-  end
-elseif is_marked then
-  effect = 'contradicted'
-  contradict()
-  start_over()
-  setting.since = now
-else
-  effect = 'doubt'
+end
+
+-- Resolves the doubt about this setting: the price list has moved.
+local function move_list(setting)
+  account.epoch, account.doubts = fresh_id, ''
+  setting.epoch, setting.doubt, setting.before, setting.was, head.doubt = fresh_id, nil, nil, nil, nil
+  head.list_moves, head.agreed_at = head.list_moves + 1, now
+  write('unchecked', '0')
+end
+
+-- Opens a doubt, unless there is one, and marks the setting that starts over with the new answer.
+local function open_doubt(setting, measures)
   if not head.doubt then
     local answering = head.tests >= limits.learn_from * head.factor
     head.doubt = { at = now, ['until'] = now + limits.ttl_ms, epoch = account.epoch, answering = answering }
@@ -267,29 +249,26 @@ else
       account.doubts = account.doubts .. ' ' .. scope_id .. ':' .. string.format('%.0f', head.doubt['until'])
     end
   end
-  local before = setting.reach
-  start_over()
-  setting.since, setting.doubt, setting.before = now, head.doubt.at, before
-  setting.was = { old_estimated, old_rest }
-end
-head.asked = head.asked + 1
-if ARGV[7] == '1' then
-  head.audits = head.audits + 1
+  local marked = started_over(measures, now)
+  marked.doubt, marked.before, marked.was = head.doubt.at, setting.reach, { setting.estimated, setting.rest }
+  return marked
 end
 
--- Makes room: for a setting in the scope, for the scope in the account.
-if is_new_field and effect == 'new' then
+-- Adds the oldest quarter of the scope's settings to `dropped`, if a new one would be too many.
+local function make_room_for_setting(dropped)
   head.settings = head.settings + 1
   if head.settings > limits.settings then
     local ages = settings_by_age()
-    for i = 1, math.ceil(#ages / 4) do
+    local quarter = math.ceil(#ages / 4)
+    for i = 1, quarter do
       dropped[#dropped + 1] = ages[i][2]
     end
-    head.settings = #ages - math.ceil(#ages / 4) + 1
+    head.settings = #ages - quarter + 1
   end
 end
-local evicted = {}
-if not found[4] then
+
+-- The scope that makes room for a new one in the account; nil if there is room.
+local function scope_to_evict()
   local all, total, by_team, oldest, oldest_of_team = redis.call('HGETALL', KEYS[1]), 0, 0, nil, nil
   for i = 1, #all, 2 do
     local id = string.match(all[i], '^scope:(.*)$')
@@ -305,26 +284,91 @@ if not found[4] then
     end
   end
   if by_team >= math.floor(limits.scopes / 2) then
-    evicted = { oldest_of_team.id }
-  elseif total >= limits.scopes then
-    evicted = { oldest.id }
+    return oldest_of_team.id
   end
+  return total >= limits.scopes and oldest.id or nil
 end
 
--- Writes.
+-- What is done with an answer, in order.
+settle_expired_doubts()
+local _, _, body_counts, is_known = remember(stored[2], body)
+write('bodies', body_counts)
+local left, is_kept_again = count_leaves(is_known)
+local dropped = {}
+if left ~= head.left then
+  begin_again(left, is_kept_again, dropped)
+end
+
+local setting_id, measures = setting_of(left)
+local text = #dropped == 0 and redis.call('HMGET', KEYS[2], 's:' .. setting_id)[1]
+local setting = text and cjson.decode(string.match(text, '^%d+ (.*)$'))
+if not setting or setting.epoch ~= account.epoch then
+  setting = { since = 0, bodies = {} }
+end
+local is_marked = setting.doubt and head.doubt and setting.doubt == head.doubt.at
+local inside = is_inside(measures, setting, is_marked)
+
+-- What the answer means. `at`: the setting's new time; nil leaves the setting as it is.
+local effect, at = 'agreed', now
+local old_estimated, old_rest = setting.estimated or '', setting.rest or ''
+if tonumber(ARGV[6]) < setting.since then
+  effect = 'ignored'
+elseif #setting.bodies == 0 then
+  effect = 'new'
+  setting = started_over(measures, setting.since)
+elseif setting.data == ARGV[9] then
+  if not is_listed(setting.bodies) then
+    if inside and not is_known and not head.doubt then
+      head.tests, head.agreed_at = head.tests + 1, now
+      write('unchecked', '0')
+    end
+    add_body(setting, measures)
+    if is_marked and #setting.bodies == limits.bodies then
+      effect = 'list-moved'
+      if setting.was then
+        old_estimated, old_rest = setting.was[1], setting.was[2]
+      end
+      move_list(setting)
+    end
+  end
+  setting.estimated, setting.rest = ARGV[10], ARGV[11]
+elseif not inside then
+  effect = 'outside'
+  if #setting.bodies < limits.bodies and not is_marked then
+    setting = started_over(measures, setting.since)
+  else
+    at = nil
+  end
+elseif is_marked then
+  effect = 'contradicted'
+  contradict()
+  setting = started_over(measures, now)
+else
+  effect = 'doubt'
+  setting = open_doubt(setting, measures)
+end
+head.asked = head.asked + 1
+if ARGV[7] == '1' then
+  head.audits = head.audits + 1
+end
+if not text and effect == 'new' then
+  make_room_for_setting(dropped)
+end
+local evicted = not found[4] and scope_to_evict()
+
 for i = 1, #dropped, 100 do
   redis.call('HDEL', KEYS[2], unpack(dropped, i, math.min(i + 99, #dropped)))
 end
 if effect ~= 'ignored' and at then
-  write(setting_field, string.format('%.0f ', at) .. cjson.encode(setting))
+  write('s:' .. setting_id, string.format('%.0f ', at) .. cjson.encode(setting))
 end
 write('head', cjson.encode(head))
 redis.call('HSET', KEYS[2], unpack(writes))
 redis.call('PEXPIRE', KEYS[2], limits.lifetime_ms)
-if evicted[1] then
-  redis.call('HDEL', KEYS[1], 'scope:' .. evicted[1])
+if evicted then
+  redis.call('HDEL', KEYS[1], 'scope:' .. evicted)
 end
 redis.call('HSET', KEYS[1], 'epoch', account.epoch, 'proof', account.proof, 'doubts', account.doubts,
   'scope:' .. scope_id, string.format('%.0f ', now) .. head.team)
 redis.call('PEXPIRE', KEYS[1], limits.lifetime_ms)
-return { effect, setting_id, old_estimated, old_rest, contradiction, now, evicted }
+return { effect, setting_id, old_estimated, old_rest, contradiction, now, { evicted or nil } }
