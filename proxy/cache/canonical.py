@@ -134,19 +134,13 @@ def _protect_below_min(token: re.Match[bytes]) -> bytes:
 
 def _canonical(value: Any, depth: int) -> Any:
     """The value with its numbers in canonical form. Changes containers in place."""
-    match value:
-        case float():
-            return _canonical_number(value)
-        case dict():
-            _check_depth(depth)
-            for name, member in value.items():
-                if type(member) in _NEEDS_REWRITE:
-                    value[name] = _canonical(member, depth + 1)
-        case _:  # a list: `_NEEDS_REWRITE` has no other types
-            _check_depth(depth)
-            for index, member in enumerate(value):
-                if type(member) in _NEEDS_REWRITE:
-                    value[index] = _canonical(member, depth + 1)
+    if type(value) is float:
+        return _canonical_number(value)
+    if depth > MAX_DEPTH:
+        raise _InvalidItem(f"is too deep: a body may not be nested deeper than {MAX_DEPTH} levels")
+    for place, member in value.items() if type(value) is dict else enumerate(value):
+        if type(member) in _NEEDS_REWRITE:
+            value[place] = _canonical(member, depth + 1)
     return value
 
 
@@ -159,11 +153,6 @@ def _canonical_number(number: float) -> float | int:
     if not _MIN_INTEGER <= number < _END_INTEGER:
         raise _InvalidItem("has an integer beyond 64 bits: write it as a string, or leave it out")
     return int(number)
-
-
-def _check_depth(depth: int) -> None:
-    if depth > MAX_DEPTH:
-        raise _InvalidItem(f"is too deep: a body may not be nested deeper than {MAX_DEPTH} levels")
 
 
 class _InvalidItem(Exception):  # noqa: N818 -- named as `BadRequest` is
