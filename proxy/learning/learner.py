@@ -108,7 +108,7 @@ class Learner:
         args = (
             *(self._limits, reduced.scope, team, secrets.token_urlsafe(9), ticket.epoch, ticket.asked_at_ms),
             *(int(is_audit), ticket.body, data_digest(price), price.estimated, price.rest),
-            *(orjson.dumps({"items": reduced.items, "paths": reduced.paths}), orjson.dumps(_leaves(reduced))),
+            *(orjson.dumps({"items": reduced.items, "paths": reduced.paths}), _encoded_leaves(reduced)),
         )
         keys = self._snapshots.keys(account, reduced.scope)
         _, reply = await asyncio.gather(  # counts first: a test that agrees resets those of unchecked answers
@@ -190,17 +190,12 @@ def _name(ticket: Ticket, setting: str) -> str:
     return f"{ticket.account} {ticket.reduced.scope} {setting}"
 
 
-def _leaves(reduced: Reduced) -> list[tuple[object, ...]]:
+def _encoded_leaves(reduced: Reduced) -> bytes:
     """The leaves as `learned_observe.lua` takes them."""
-    return [
-        (
-            text_of(value),
-            leaf.name,
-            int(not leaf.is_sentinel),
-            int(never),
-            "" if leaf.number is None else repr(leaf.number),
-            "" if leaf.length is None else str(leaf.length),
-        )
-        for value, never in zip(reduced.values, reduced.never_left_out, strict=True)
-        for leaf in (class_of(value),)
-    ]
+    leaves = []
+    for value, never_left_out in zip(reduced.values, reduced.never_left_out, strict=True):
+        leaf = class_of(value)
+        number = "" if leaf.number is None else repr(leaf.number)
+        length = "" if leaf.length is None else str(leaf.length)
+        leaves.append((text_of(value), leaf.name, int(not leaf.is_sentinel), int(never_left_out), number, length))
+    return orjson.dumps(leaves)

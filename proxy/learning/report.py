@@ -50,13 +50,7 @@ def scope_document(scope: Scope, zone: tzinfo) -> dict[str, Any]:
     return {
         "scope": scope.id,
         "items": scope.items,
-        "state": scope.state,
-        "counting": scope.counting,
-        "left_out": scope.left_out,
-        "tests": scope.tests,
-        "tests_needed": scope.needed,
-        "bound": round(scope.bound, 6),
-        "bound_in_words": bound_in_words(scope),
+        **_evidence_members(scope),
         "settings": scope.settings,
         "asked": asked,
         "answered": scope.answered,
@@ -98,17 +92,20 @@ def verdict_document(verdict: Inferred | NotInferred) -> dict[str, Any]:
     else:
         document |= {"reason": verdict.reason, "detail": _detail(verdict)}
     if scope is not None:
-        document |= {
-            "scope": scope.id,
-            "state": scope.state,
-            "counting": scope.counting,
-            "left_out": scope.left_out,
-            "tests": scope.tests,
-            "tests_needed": scope.needed,
-            "bound": round(scope.bound, 6),
-            "bound_in_words": bound_in_words(scope),
-        }
+        document |= {"scope": scope.id, **_evidence_members(scope)}
     return document
+
+
+def _evidence_members(scope: Scope) -> dict[str, Any]:
+    return {
+        "state": scope.state,
+        "counting": scope.counting,
+        "left_out": scope.left_out,
+        "tests": scope.tests,
+        "tests_needed": scope.needed,
+        "bound": round(scope.bound, 6),
+        "bound_in_words": bound_in_words(scope),
+    }
 
 
 def _detail(verdict: NotInferred) -> str:

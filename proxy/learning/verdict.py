@@ -4,7 +4,6 @@ A price is inferred if its setting has enough bodies that agree, its scope has e
 range, and nothing is in doubt.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -91,17 +90,6 @@ def _lacks(ticket: Ticket, evidence: Evidence, scope: Scope, known: Setting | No
     return Reason.NEW_SETTING if known is None or known.bodies < ENOUGH_BODIES else None
 
 
-def measures(reduced: Reduced, left: str) -> Iterator[tuple[int, str, float]]:
-    """Index and measures of each left-out leaf: its number, and the length of its string."""
-    for index, (value, mark) in enumerate(zip(reduced.values, left, strict=True)):
-        if mark == LEFT_OUT:
-            leaf = class_of(value)
-            if leaf.number is not None:
-                yield index, f"{index + 1}n", leaf.number
-            if leaf.length is not None:
-                yield index, f"{index + 1}s", leaf.length
-
-
 def _counts_now(reduced: Reduced, left: str) -> bool:
     """Whether a leaf that was left out may no longer be: `cache.never_learn` was changed."""
     return any(never and mark == LEFT_OUT for never, mark in zip(reduced.never_left_out, left, strict=True))
@@ -109,9 +97,16 @@ def _counts_now(reduced: Reduced, left: str) -> bool:
 
 def _outside(reduced: Reduced, evidence: Evidence, setting: Setting) -> str | None:
     """The path of a left-out leaf that is outside its range, or too far from what its own setting had."""
-    for index, name, value in measures(reduced, evidence.left):
-        low, high = map(float, evidence.ranges.get(name, ("inf", "-inf")))
-        largest = max(abs(float(own)) for own in setting.reach.get(name, ("0",)))
-        if not low <= value <= high or abs(value) > REACH * largest:
-            return reduced.paths[index]
+    leaves = zip(reduced.paths, reduced.values, evidence.left, strict=True)
+    for number, (path, value, mark) in enumerate(leaves, start=1):
+        if mark != LEFT_OUT:
+            continue
+        leaf = class_of(value)
+        for name, measure in ((f"{number}n", leaf.number), (f"{number}s", leaf.length)):
+            if measure is None:
+                continue
+            low, high = map(float, evidence.ranges.get(name, ("inf", "-inf")))
+            largest = max(abs(float(own)) for own in setting.reach.get(name, ("0",)))
+            if not low <= measure <= high or abs(measure) > REACH * largest:
+                return path
     return None
