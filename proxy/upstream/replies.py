@@ -80,7 +80,7 @@ _IDENTITY = "identity"
 # RFC 9110 §16.6.1. No other name is repeated in an error: it could be any text.
 _CONTENT_CODINGS = ("br", "compress", "deflate", "gzip", "x-compress", "x-gzip", "zstd")
 
-_MAX_CHARACTERS = {"code": 64, "message": 500}
+MAX_CODE_CHARACTERS, MAX_MESSAGE_CHARACTERS = 64, 500
 """Limits upstream's error code and message when they are passed on."""
 
 # The escapes of visible ASCII characters in a JSON string (RFC 8259 §7).
@@ -108,19 +108,15 @@ def read_reply(
     value, is_json = _parse(body) if coding == _IDENTITY else (None, False)
     is_withheld = _leaks_secret(secret, body)
     if status == 429:  # noqa: PLR2004 -- RFC 6585 §4
-        code, detail = (
-            Code.UPSTREAM_BUSY,
-            "RenderNet accepts no more requests for this account at the moment: try again later.",
-        )
+        code = Code.UPSTREAM_BUSY
+        detail = "RenderNet accepts no more requests for this account at the moment: try again later."
     elif not is_json:
         code, detail = Code.UPSTREAM_ERROR, f"RenderNet answered {status} {_json_error(body, coding)}: try again later."
     elif not (200 <= status < 300 or 400 <= status < 500):  # noqa: PLR2004 -- RFC 9110 §15
         code, detail = Code.UPSTREAM_ERROR, f"RenderNet answered {status}: try again later."
     elif is_withheld:
-        code, detail = (
-            Code.UPSTREAM_ERROR,
-            "RenderNet's answer was withheld, because it contains the gateway's API key.",
-        )
+        code = Code.UPSTREAM_ERROR
+        detail = "RenderNet's answer was withheld, because it contains the gateway's API key."
     elif _refuses_key(status, value):
         code, detail = Code.UPSTREAM_REFUSED, "RenderNet refused the gateway's API key: tell the gateway's operator."
     elif status >= 400:  # noqa: PLR2004 -- RFC 9110 §15.5
@@ -134,9 +130,7 @@ def read_reply(
 
 def rejection_of(body: bytes) -> tuple[str | None, str | None]:
     """Upstream's own code and message in the body of a rejection; None for what it does not have."""
-    value, _ = _parse(body)
-    error = _upstream_error(0, value).get("upstream", {})
-    return error.get("code"), error.get("message")
+    return _code_and_message(_parse(body)[0])
 
 
 def encode_failure(reply: Unpriced | Rejected | Failed) -> bytes:
@@ -189,11 +183,7 @@ def _parse(body: bytes) -> tuple[Any, bool]:
     try:
         value = _DECODER.decode(body.decode())
         _dump(value)
-    except (
-        ValueError,
-        TypeError,
-        RecursionError,
-    ):  # TypeError: what orjson cannot write, such as lone surrogates
+    except (ValueError, TypeError, RecursionError):  # TypeError: what orjson cannot write, such as lone surrogates
         return None, False
     return value, True
 
@@ -243,10 +233,14 @@ def _json_error(body: bytes, coding: str) -> str:
 
 def _upstream_error(status: int, value: Any) -> Mapping[str, Any]:
     """The problem member with upstream's own code and message; empty if the body has none."""
+    code, message = _code_and_message(value)
+    return {} if code is message is None else {"upstream": {"status": status, "code": code, "message": message}}
+
+
+def _code_and_message(value: Any) -> tuple[str | None, str | None]:
     error = (value.get("error") or value.get("err")) if isinstance(value, dict) else None
     members = error if isinstance(error, dict) else {"message": error}
-    code, message = (_bounded(members.get(name), length) for name, length in _MAX_CHARACTERS.items())
-    return {} if code is message is None else {"upstream": {"status": status, "code": code, "message": message}}
+    return _bounded(members.get("code"), MAX_CODE_CHARACTERS), _bounded(members.get("message"), MAX_MESSAGE_CHARACTERS)
 
 
 def _bounded(text: Any, length: int) -> str | None:
