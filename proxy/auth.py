@@ -108,8 +108,7 @@ _NO_TOKEN = Problem(
     "The request has no token: send your team's token as X-API-KEY, or as Authorization: Bearer <token>.",
 )
 _UNKNOWN = Problem(
-    Code.UNKNOWN_TOKEN,
-    "The token is unknown or mistyped: check it, or ask the gateway's operator for a new one.",
+    Code.UNKNOWN_TOKEN, "The token is unknown or mistyped: check it, or ask the gateway's operator for a new one."
 )
 
 

@@ -57,11 +57,7 @@ def learner_of(settings: Settings, store: Store, address: UpstreamAddress) -> Le
     """What is learned about prices of the upstream at `address`. It is in the price book's store."""
     cache = settings.cache
     return Learner(
-        store,
-        origin=address.origin,
-        ttl_s=cache.ttl_s,
-        learn_from=cache.learn_from,
-        audit_one_in=cache.audit_one_in,
+        store, origin=address.origin, ttl_s=cache.ttl_s, learn_from=cache.learn_from, audit_one_in=cache.audit_one_in
     )
 
 
@@ -102,10 +98,7 @@ def eviction_warning(policy: str | None) -> str | None:
 
 
 async def _log_data_loss_risks(ledger: Store) -> None:
-    for warning in (
-        eviction_warning(await ledger.eviction_policy()),
-        data_loss_warning(await ledger.persistence()),
-    ):
+    for warning in (eviction_warning(await ledger.eviction_policy()), data_loss_warning(await ledger.persistence())):
         if warning is not None:
             log.error("the ledger's server %s", warning)
 

@@ -152,7 +152,10 @@ class AccountBooks:
             _BOOK_GET, self._key(account), args=(_new_generation(), _new_generation())
         )
         if amount is not None and age_ms is not None:
-            self._cache_balance(account, CachedBalance(amount, read_at - age_ms / 1000, now_ms - age_ms))
+            balance = CachedBalance(amount, read_at - age_ms / 1000, now_ms - age_ms)
+            known = self.cached_balances.get(account)
+            if known is None or known.is_replaced_by(balance):
+                self.cached_balances[account] = balance
         book = BookSnapshot(Generations(purge, reprice), invalidations, repriced_ago_ms, now_ms, read_at)
         previous = self.snapshots.get(account)
         if previous is None or previous.read_at <= read_at:
@@ -199,11 +202,6 @@ class AccountBooks:
         newest = self.cached_balances[account]
         if newest.amount == seen.amount:
             self.cached_balances[account] = replace(newest, at_ms=at_ms)
-
-    def _cache_balance(self, account: str, read: CachedBalance) -> None:
-        previous = self.cached_balances.get(account)
-        if previous is None or previous.is_replaced_by(read):
-            self.cached_balances[account] = read
 
     async def claim_audit(self, account: str, *, max_age_s: float, for_s: float) -> bool:
         """Claims the account's next audit for this process and for `for_s`.

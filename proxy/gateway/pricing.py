@@ -86,12 +86,7 @@ class Pricing:
             self.auditor.audit(question, stored, lookup, max_age_s=max_age_s)
 
     async def ask(
-        self,
-        question: CanonicalRequest,
-        request: ClientRequest,
-        forward: Forward,
-        lookup: Lookup | None,
-        trace: Trace,
+        self, question: CanonicalRequest, request: ClientRequest, forward: Forward, lookup: Lookup | None, trace: Trace
     ) -> FetchResult:
         """Upstream's reply; a failure if there is none at the request's deadline."""
         try:
@@ -143,12 +138,7 @@ class Pricing:
         return Outcome.INFERRED
 
     async def settle(
-        self,
-        admitted: Admitted,
-        charge: Charge,
-        fetched: FetchResult,
-        result: Answer | Problem,
-        trace: Trace,
+        self, admitted: Admitted, charge: Charge, fetched: FetchResult, result: Answer | Problem, trace: Trace
     ) -> Answer | Problem:
         """Books the result of an admitted request. The price is known only now, and may exceed a quota."""
         settled: Admitted | Denied
