@@ -43,7 +43,6 @@ MAX_SPELLED_NUMBER = 64
 LEFT_OUT = "1"
 
 _CONSTANTS = {None: "null", False: "false", True: "true"}
-_CONTAINERS = frozenset((dict, list))
 _NEVER_LEFT_OUT_SUFFIXES = ("_id", "_ids", "_url")
 _SPELLS_NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 
@@ -87,7 +86,7 @@ def reduce(
         remove_members(items, ignored)
     paths: list[str] = []
     values: list[Any] = []
-    if not all(_collect(item, f"{index}.", paths, values) for index, item in enumerate(items)):
+    if not all(_collect(item, str(index), paths, values) for index, item in enumerate(items) if item):
         return None
     if len(paths) > MAX_LEAVES or sum(map(len, paths)) > MAX_PATH_CHARACTERS:
         return None
@@ -142,21 +141,17 @@ def _scope_id(
     return blake2b(described, digest_size=12).hexdigest()
 
 
-def _collect(value: Any, prefix: str, paths: list[str], values: list[Any]) -> bool:
-    """Appends the leaves of an object or array. Returns False if their paths would be ambiguous."""
-    if type(value) is dict:
+def _collect(value: Any, path: str, paths: list[str], values: list[Any]) -> bool:
+    """Appends the leaves of a value. Returns False if their paths would be ambiguous."""
+    if type(value) is dict and value:
         for name, member in value.items():
-            if "." in name or name.isdecimal() or not _collect_member(member, prefix + name, paths, values):
+            if "." in name or name.isdecimal() or not _collect(member, f"{path}.{name}", paths, values):
                 return False
         return True
-    return all(_collect_member(member, f"{prefix}{index}", paths, values) for index, member in enumerate(value))
-
-
-def _collect_member(member: Any, path: str, paths: list[str], values: list[Any]) -> bool:
-    if type(member) in _CONTAINERS and member:
-        return _collect(member, path + ".", paths, values)
+    if type(value) is list and value:
+        return all(_collect(member, f"{path}.{index}", paths, values) for index, member in enumerate(value))
     paths.append(path)
-    values.append(member)
+    values.append(value)
     return True
 
 
