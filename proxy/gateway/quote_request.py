@@ -66,13 +66,17 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class QuoteRequest:
-    """A valid quote, except for its bodies. `quantity` is None if the client gave none."""
+    """A valid quote, except for its bodies.
+
+    quantity: None if the client gave none.
+    bodies: with their labels; or base and vary: the body of a grid, and the values of each path.
+    """
 
     breakdown: Breakdown | None
     quantity: int | None
-    _bodies: Sequence[tuple[str, Any]] = ()
-    _base: bytes = b""
-    _vary: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    bodies: Sequence[tuple[str, Any]] = ()
+    base: bytes = b""
+    vary: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def variants(self) -> Iterator[Variant]:
         """The variants in order. Raises `BadRequest` for a body that is invalid, and if they are too large together."""
@@ -86,15 +90,15 @@ class QuoteRequest:
 
     def _whole(self) -> Iterator[Variant]:
         """The variants without their lines."""
-        for label, body in self._bodies:
+        for label, body in self.bodies:
             yield Variant(label, _canonical(body, f"Variant {label!r}"))
-        if not self._vary:
+        if not self.vary:
             return
-        largest = sum(max(len(orjson.dumps(value)) for value in values) for values in self._vary.values())
-        self._check_size(largest * len(orjson.loads(self._base)))
-        for values in product(*self._vary.values()):
-            setting = dict(zip(self._vary, values, strict=True))
-            items = orjson.loads(self._base)
+        largest = sum(max(len(orjson.dumps(value)) for value in values) for values in self.vary.values())
+        self._check_size(largest * len(orjson.loads(self.base)))
+        for values in product(*self.vary.values()):
+            setting = dict(zip(self.vary, values, strict=True))
+            items = orjson.loads(self.base)
             changes = [_set(items, path, value) for path, value in setting.items()]
             label = ", ".join(f"{path}={_text(value)}" for path, value in setting.items())
             yield Variant(label, _canonical(items, f"Variant {label!r}"), changes)
@@ -119,9 +123,9 @@ def read_quote(raw: bytes) -> QuoteRequest:
         raise _bad(f"The quote has an unknown member {unknown[0]!r}: it can have {', '.join(sorted(allowed))}.")
     breakdown, quantity = _breakdown(document), _quantity(document)
     if "variants" in document:
-        return QuoteRequest(breakdown, quantity, _bodies=_bodies(document["variants"]))
+        return QuoteRequest(breakdown, quantity, bodies=_bodies(document["variants"]))
     return QuoteRequest(
-        breakdown, quantity, _base=_canonical(document.get("base"), "base"), _vary=_vary(document.get("vary"))
+        breakdown, quantity, base=_canonical(document.get("base"), "base"), vary=_vary(document.get("vary"))
     )
 
 
