@@ -73,7 +73,8 @@ class Inferences:
         if config.learn == "off":
             return choice
         verdict = question.verdict = await self._learner.look_up(question, config.never_learn)
-        if not isinstance(verdict, Inferred) or lookup.stored is not None or not team.infer or _wants_exact(directives):
+        wants_exact = not team.infer or directives.bypasses_cache or directives.max_age_s == 0
+        if not isinstance(verdict, Inferred) or lookup.stored is not None or wants_exact:
             return choice
         inferred = choose(replace(lookup, stored=verdict.stored), directives, self._stale_limits)
         match config.learn, inferred, choice:
@@ -93,11 +94,6 @@ class Inferences:
         """Counts an inferred price that was answered. Returns whether it must be audited."""
         self._metrics.record_inference(inferred.ticket.account, Counted.ANSWERED)
         return self._learner.count(inferred, Counted.ANSWERED)
-
-    def count_unaudited_answer(self, inferred: Inferred) -> None:
-        """Counts an inferred price that was answered because upstream could not be asked."""
-        if self.count_answer(inferred):
-            self.owe_audit(inferred)
 
     def compare(self, inferred: Inferred, reply: Reply) -> None:
         """Compares a price that would have been inferred with upstream's answer, and counts the result."""
@@ -168,9 +164,8 @@ class Inferences:
         level = logging.WARNING if is_used else logging.INFO
         event(log, level, "price list changed: learned prices are asked again", facts)
         if is_used and old is not None:
-            amounts = {"old": old.estimated, "new": price.estimated}
-            model, key = question.model, question.key
-            self._price_changes.record("doubt", account=question.account, model=model, key=key, **amounts)
+            changed = {"account": question.account, "model": question.model, "key": question.key}
+            self._price_changes.record("doubt", **changed, old=old.estimated, new=price.estimated)
             with suppress(StoreUnavailable):
                 if await self._accounts.record_price_change(question.account, question.key):
                     event(log, logging.WARNING, "price list changed: older prices are stale", facts)
@@ -185,8 +180,3 @@ class Inferences:
 
     def _count_audit(self, account: str, result: str) -> None:
         self._metrics.inference_audits.labels(account, result).inc()
-
-
-def _wants_exact(directives: Directives) -> bool:
-    """Whether the client accepts only a price that is its own body's."""
-    return directives.bypasses_cache or directives.max_age_s == 0

@@ -23,6 +23,8 @@ from proxy.quota.ledger import Admitted, Denied, Ledger
 from proxy.quota.quotas import Charge
 from proxy.upstream.replies import Failed, Priced, Rejected, Unpriced
 
+UNPRICED = Problem(Code.UNPRICED, "RenderNet answered without a price for this body.")
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -118,7 +120,7 @@ class Pricing:
                 balance_age_s = None if newest is None else newest.age_s
                 return Answer(_outcome(forward, fetched), 200, body, price, balance_age_s=balance_age_s)
             case Unpriced() if self.policy.refuse_unpriced:
-                return Problem(Code.UNPRICED, "RenderNet answered without a price for this body.")
+                return UNPRICED
             case Unpriced(body):
                 return Answer(Outcome.UNPRICED, 200, body)
             case Rejected(status, body):
@@ -133,7 +135,8 @@ class Pricing:
         if inferred is None:
             trace.cache_status = after_failure(failed, stored)
             return Outcome.STALE
-        self.inferences.count_unaudited_answer(inferred)
+        if self.inferences.count_answer(inferred):
+            self.inferences.owe_audit(inferred)
         trace.record_inference(after_failure(failed, stored, detail=INFERRED), inferred.setting)
         return Outcome.INFERRED
 

@@ -20,7 +20,7 @@ from proxy.gateway.canonical_request import CanonicalRequest, RequestParser
 from proxy.gateway.freshness import Forward, NotCached, Serve, choose
 from proxy.gateway.in_flight import InFlightTracker
 from proxy.gateway.live_config import ConfigHolder, RuntimeConfig
-from proxy.gateway.pricing import Pricing
+from proxy.gateway.pricing import UNPRICED, Pricing
 from proxy.gateway.quote_document import Basis, Known, Quoted, QuotedVariant, Unknown, quote_document, shown_to_team
 from proxy.gateway.quote_request import MAX_QUESTIONS, QuoteRequest, Variant, read_quote
 from proxy.gateway.request import Answer, ClientRequest, Document, Trace
@@ -183,7 +183,7 @@ def _quoted(result: Answer | Problem, forward: Forward, *, ttl_s: float | None) 
     if result.price is not None:
         return Known(result.price.estimated, "asked", age_s=0, ttl_s=ttl_s)
     if result.outcome is Outcome.UNPRICED:
-        return Unknown(Code.UNPRICED, "RenderNet answered without a price for this body.")
+        return Unknown.of(UNPRICED)
     code, message = rejection_of(result.body)
     message = message or f"RenderNet refused the body with status {result.status}."
     return Unknown(code or Outcome.UPSTREAM_REJECTED, message)
