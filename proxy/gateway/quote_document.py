@@ -91,8 +91,9 @@ def quote_document(
         "balance_age_s": None if balance is None else int(balance.age_s),
     }
     if quantity is not None:
+        each = None if cheapest is None else cheapest.whole.credits
         document["quantity"] = quantity
-        document["total"] = _json(None if cheapest is None else _product(cheapest.whole.credits, quantity))
+        document["total"] = _json(_exact(_EXACT.multiply, each, Decimal(quantity)))
     return orjson.dumps(document)
 
 
@@ -104,7 +105,7 @@ def _cheapest(priced: Sequence[QuotedVariant]) -> QuotedVariant | None:
 def _variant_members(one: QuotedVariant, first: Decimal | None, breakdown: Breakdown | None) -> dict[str, Any]:
     variant, whole = one.variant, one.whole
     members: dict[str, Any] = {"label": variant.label, "changes": variant.changes, **_price(whole)}
-    members["delta"] = _json(_difference(whole.credits, first))
+    members["delta"] = _json(_exact(_EXACT.subtract, whole.credits, first))
     if isinstance(whole, Known):
         members["age_s"] = int(whole.age_s)
         members["ttl_s"] = None if whole.ttl_s is None else floor(whole.ttl_s)
@@ -114,14 +115,15 @@ def _variant_members(one: QuotedVariant, first: Decimal | None, breakdown: Break
     parts = zip(variant.lines, one.lines, strict=True)
     if breakdown == "items":
         members["breakdown"] = [{"item": line.part, **_price(priced)} for line, priced in parts]
-        members["residual"] = _json(_difference(whole.credits, _sum(priced.credits for priced in one.lines)))
+        items = _sum(priced.credits for priced in one.lines)
+        members["residual"] = _json(_exact(_EXACT.subtract, whole.credits, items))
     elif breakdown == "members":
         members["breakdown"] = [_marginal_members(line, whole, priced) for line, priced in parts]
     return members
 
 
 def _marginal_members(line: Line, whole: Quoted, without: Quoted) -> dict[str, Any]:
-    marginal = _json(_difference(whole.credits, without.credits))
+    marginal = _json(_exact(_EXACT.subtract, whole.credits, without.credits))
     mode_changes = {"mode_changes": True} if line.mode_changes else {}
     return {"member": line.part, "marginal": marginal, **mode_changes, **_error(without)}
 
@@ -157,22 +159,16 @@ def _quota_members(quota: Quota, remaining: int, credits_micro: int | None, quan
 def _sum(amounts: Iterable[Decimal | None]) -> Decimal | None:
     total: Decimal | None = Decimal()
     for amount in amounts:
-        if total is None or amount is None:
-            return None
         total = _exact(_EXACT.add, total, amount)
     return total
 
 
-def _difference(amount: Decimal | None, other: Decimal | None) -> Decimal | None:
-    return None if amount is None or other is None else _exact(_EXACT.subtract, amount, other)
-
-
-def _product(amount: Decimal | None, quantity: int) -> Decimal | None:
-    return None if amount is None else _exact(_EXACT.multiply, amount, Decimal(quantity))
-
-
-def _exact(operation: Callable[[Decimal, Decimal], Decimal], left: Decimal, right: Decimal) -> Decimal | None:
-    """None if the result has too many digits."""
+def _exact(
+    operation: Callable[[Decimal, Decimal], Decimal], left: Decimal | None, right: Decimal | None
+) -> Decimal | None:
+    """None if an amount is unknown, or if the result has too many digits."""
+    if left is None or right is None:
+        return None
     try:
         return operation(left, right)
     except Inexact:
