@@ -28,7 +28,7 @@ from functools import cached_property
 from pathlib import Path
 
 import aiohttp
-from aiohttp.connector import Connection as Lease
+from aiohttp.connector import Connection as PoolLease
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 from yarl import URL
 
@@ -169,7 +169,7 @@ class _Connection(asyncio.Protocol):
     It passes `connection_lost` on to aiohttp's protocol; the pool depends on nothing else.
     """
 
-    lease: Lease
+    lease: PoolLease
     _response: asyncio.Future[HttpResponse] | None = None
     """The response to the request in flight; None while the connection is idle."""
 
@@ -181,7 +181,7 @@ class _Connection(asyncio.Protocol):
         transport.set_protocol(self)
 
     @classmethod
-    def of(cls, lease: Lease) -> "_Connection":
+    def of(cls, lease: PoolLease) -> "_Connection":
         """The connection of a lease from the pool. Raises `ConnectError` if it is already lost."""
         if lease.transport is None:
             lease.close()
