@@ -1,5 +1,6 @@
 """HTTP/1.1 requests written by hand: request smuggling, malformed heads, size limits, timeouts and half-closing."""
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -14,7 +15,7 @@ from prometheus_client.samples import Sample
 from gateway_fixture import DESIGN, PATH, GatewayFixture, UpstreamFixture
 from gateway_process import address_of, gateway_runner
 from malformed_http import NOT_CHUNKED, refused_heads
-from proxy.http.connection import MAX_DISCARDED_BYTES
+from proxy.http.connection import MAX_DISCARDED_BYTES, Connection
 from proxy.http.framing import MAX_HEAD_BYTES
 from proxy.settings.schema import ServerSettings
 from serving import wait_until
@@ -27,6 +28,9 @@ OFFERS = [("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Setting
     ("Connection: Upgrade", f"Upgrade: {protocol}") for protocol in ("h2c", "websocket", "TLS/1.2")
 ]
 PATIENCE_S = 0.5
+FEW_BYTES = 4096
+"""The buffer of a socket. By default the system keeps megabytes of answers, and to write them takes seconds."""
+
 CLOCK_S = 0.01
 """Tolerance between two processes' measurements of a wait."""
 
@@ -337,9 +341,17 @@ class TestHeadsThatDoNotArrive:
 def test_a_client_that_does_not_read_its_answers_is_cut_off(
     gateway: GatewayFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def connection_made(self: Connection, transport: asyncio.Transport) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, FEW_BYTES)
+        opened(self, transport)
+
+    opened = Connection.connection_made
+    monkeypatch.setattr(Connection, "connection_made", connection_made)
     monkeypatch.setattr("proxy.http.connection.LINGER_S", PATIENCE_S)
-    with gateway.connect() as connection:
+    with socket.socket() as connection:
         connection.settimeout(30)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, FEW_BYTES)
+        connection.connect(address_of(gateway.url))
         assert_cut_off(connection, post(BODY) * 100, times=1000)
     wait_until(lambda: not gateway.tracker.in_flight)
 

@@ -171,7 +171,7 @@ def test_buffered_debits_are_booked_when_the_gateway_closes(
     for comes_back in (True, False):
         store_proxy.set_conditions(HEALTHY)
         told(caplog)
-        run_scenario(store_proxy.url, scenario, admits=True)
+        run_scenario(store_proxy.url, scenario, admits=True, drain_s=5 if comes_back else 0.3)
         lost = ("ERROR", "the debits of 3 requests are lost: the ledger stayed out of reach")
         assert (lost in told(caplog)) == (not comes_back)
     assert used(server) == (3, 12 * CREDIT)

@@ -103,7 +103,7 @@ Scenario = Callable[[LedgerFixture], Coroutine[Any, Any, None]]
 
 
 @asynccontextmanager
-async def opened(url: str, *, admits: bool = False) -> AsyncIterator[LedgerFixture]:
+async def opened(url: str, *, admits: bool = False, drain_s: float = 5) -> AsyncIterator[LedgerFixture]:
     metrics = Metrics()
     store = Store(url, "ledger")
     batcher = LedgerBatcher(store, KEYS, ZONE, metrics)
@@ -112,15 +112,15 @@ async def opened(url: str, *, admits: bool = False) -> AsyncIterator[LedgerFixtu
     try:
         yield LedgerFixture(ledger, batcher, metrics)
     finally:
-        await ledger.close(5)
+        await ledger.close(drain_s)
         await store.close()
 
 
-def run_scenario(url: str, scenario: Scenario, *, admits: bool = False) -> None:
-    """Runs a scenario with the ledger of one gateway."""
+def run_scenario(url: str, scenario: Scenario, *, admits: bool = False, drain_s: float = 5) -> None:
+    """Runs a scenario with the ledger of one gateway, which then has `drain_s` to book what is buffered."""
 
     async def run() -> None:
-        async with asyncio.timeout(30), opened(url, admits=admits) as fixture:
+        async with asyncio.timeout(30), opened(url, admits=admits, drain_s=drain_s) as fixture:
             await scenario(fixture)
 
     asyncio.run(run())
