@@ -22,7 +22,9 @@ from serving import wait_until
 
 LIMITS = limiting(team_defaults=[CREDITS, REQUESTS])
 WORKERS = 2
-DRAIN_S = 1.0
+DRAIN_S = 0.5
+CONNECT_S = 0.4
+"""A start tries several times to connect. It is still longer than a busy machine takes."""
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,8 @@ def test_without_its_ledger_it_starts_and_stops_cleanly_and_logs_lost_debits(
     with store_process() as ledger:
         ledger.start()
         with proxy_to(ledger.url) as store_proxy:
-            store, server = {"url": store_proxy.url, "on_outage": "admit"}, {"drain_delay_s": 0, "drain_s": DRAIN_S}
+            store = {"url": store_proxy.url, "on_outage": "admit", "connect_timeout_s": CONNECT_S}
+            server = {"drain_delay_s": 0, "drain_s": DRAIN_S}
             with store_proxy.under(Conditions(carries=False)):
                 served = runner.start(env=LIMITS, store=store, server=server, cache={"url": valkey_url})
                 assert [served.ask(new_body()).status_code for _ in range(3)] == [200] * 3

@@ -228,7 +228,7 @@ def exhausted_gateway(served: GatewayProcess) -> Iterator[None]:
         def closes() -> bool:
             opened.enter_context(one := socket.create_connection(address_of(served.url)))
             connections.append(one)
-            return bool(select.select(connections, [], [], 0.05)[0])
+            return bool(select.select(connections, [], [], 0.02)[0])
 
         connections: list[socket.socket] = []
         wait_until(closes)
@@ -259,7 +259,8 @@ class TestServe:
         self, runner: GatewayRunner, valkey_url: str, simulator: Simulator
     ) -> None:
         sections = {"store": {"url": valkey_url}, "metrics": {"tokens": [digest_of(SCRAPER)]}}
-        served = runner.start(command=WITH_FEW, **sections)
+        quick = runner.patching({"proxy.telemetry.descriptor_monitor.CHECK_EVERY_S": 0.1})
+        served = runner.start(command=WITH_FEW, env=quick, **sections)
         with served.client() as first, served.client() as second, ThreadPoolExecutor() as pool:
             assert [client.post(PATH, content=new_body()).status_code for client in (first, second)] == [200] * 2
             calls = simulator.calls
@@ -287,7 +288,8 @@ class TestServe:
 
     @pytest.mark.usefixtures("simulator")
     def test_a_worker_that_cannot_be_started_is_started_later(self, runner: GatewayRunner, valkey_url: str) -> None:
-        served = runner.start(store={"url": valkey_url})
+        quick = runner.patching({"proxy.embedded.child._FIRST_DELAY_S": 0.05})
+        served = runner.start(store={"url": valkey_url}, env=quick)
         supervisor = psutil.Process(served.process.pid)
         soft, hard = supervisor.rlimit(resource.RLIMIT_NOFILE)
         supervisor.rlimit(resource.RLIMIT_NOFILE, (3, hard))  # it keeps its open descriptors and gets no new ones

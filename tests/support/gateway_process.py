@@ -159,6 +159,13 @@ class GatewayRunner:
         inherited = {name: value for name, value in os.environ.items() if not _configures(name)}
         return {**inherited, "XDG_RUNTIME_DIR": str(self.runtime), **variables}
 
+    def patching(self, constants: Mapping[str, float]) -> dict[str, str]:
+        """For `env` of `begin`: values of constants of modules, by their full names, in the gateway's processes."""
+        modules = {name.rpartition(".")[0] for name in constants}
+        lines = [f"import {module}" for module in modules] + [f"{name} = {constants[name]}" for name in constants]
+        (self.folder / "sitecustomize.py").write_text("\n".join(lines))
+        return {"PYTHONPATH": str(self.folder)}
+
     def begin(
         self,
         *options: str,

@@ -25,6 +25,9 @@ from serving import free_port, wait_until
 DOWN_MS = 400
 """A server that is silent for so long is replaced."""
 
+QUICK_SENTINEL = ("INFO-PERIOD", 200, "PING-PERIOD", 100, "ASK-PERIOD", 100, "PUBLISH-PERIOD", 200)
+"""In ms. By default Sentinels take seconds to find each other, and to see that a replica has become the primary."""
+
 NAME = "mymaster"
 LOCAL = "127.0.0.1"
 COMMON = (
@@ -174,6 +177,9 @@ def sentinel_setup(
         wait_until(lambda: replica.answers() and replica.info("replication", "master_link_status") == "up")
         asked: dict[str, Any] = {"password": sentinel_password or None, **(sentinel_access or {})}
         sentinels = [group.member(*monitor, options=["--sentinel"], **asked) for _ in range(3)]
+        for sentinel in sentinels:
+            wait_until(sentinel.answers)
+            sentinel.ask("SENTINEL", "DEBUG", *QUICK_SENTINEL)
         wait_until(lambda: all(map(_knows_all, sentinels)), within_s=20)
         yield SentinelSetup([primary, replica], sentinels)
 
