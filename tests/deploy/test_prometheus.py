@@ -26,12 +26,10 @@ from dashboard_queries import EVERYTHING, Query, dashboards, queries
 from faulty_rendernet import Fault
 from fleet import StoreProcess, priced, store_process
 from gateway_fixture import API_KEY, DESIGN, MARKETING, PATH, RETIRED, UpstreamFixture
-from gateway_process import START_S, Tree, address_of, gateway_runner
+from gateway_process import START_S, Tree, gateway_runner
 from past_usage import put_past_usage
 from prometheus import MORNING, PERS, SCRAPER, Point, Prometheus, prometheus, text_of, usage
 from proxy.auth import digest_of, token_of
-from proxy.gateway.audits import AUDIT_PAUSE_S
-from proxy.http.metrics_endpoint import SNAPSHOT_S
 from scripted_simulator import Simulator
 from serving import free_port, wait_until
 
@@ -43,6 +41,13 @@ FLUX, ONE, ONE_AGAIN, VIDEO = b'[{"model":"Flux"}]', b"[{}]", b'[{"seed":7}]', b
 PHASE_TIMEOUT_S = 20.0
 """How long to wait until Prometheus has scraped and evaluated the changes of a phase."""
 
+QUICK = {
+    "proxy.gateway.audits.AUDIT_PAUSE_S": 0.2,
+    "proxy.http.metrics_endpoint.SNAPSHOT_S": 0.5,
+    "proxy.settings.reload.CHECK_EVERY_S": 0.2,
+}
+"""Waits of the gateway, by the constants that set them; by default they are seconds."""
+
 RANGE_S = 30
 """Time range of the dashboards and of their rates. It is longer than the scenario up to `busy`."""
 
@@ -53,7 +58,7 @@ def quota(limit: int, per: str, measure: str = "estimated_credits", on_exceed: s
     return {"measure": measure, "limit": limit, "per": per, "on_exceed": on_exceed}
 
 
-def sections(ledger: StoreProcess, book: StoreProcess) -> dict[str, Tree]:
+def sections(ledger: StoreProcess, book: StoreProcess) -> dict[str, Any]:
     """Design nearly uses up a quota, marketing uses one up and has a token that expires, web exceeds one that warns."""
     in_a_week = str(datetime.now(UTC).date() + timedelta(days=7))
     return {
@@ -151,20 +156,20 @@ def scenario(tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture
         book.start()
         with redis.Redis.from_url(ledger.url) as store:  # for a forecast, and before the windows of this test
             put_past_usage(store, "design", [*[10] * 28, *[0] * 32], zone=MORNING)
-        served = runner.start(**sections(ledger, book))
+        port, unused_port = free_port(), free_port()
+        quick = runner.patching(QUICK)
+        served = runner.begin("--port", str(port), env=quick, **sections(ledger, book))
+        server = opened.enter_context(prometheus(f"127.0.0.1:{port}", f"127.0.0.1:{unused_port}"))
+        served.wait_until_serving()
         client = opened.enter_context(served.client())
-        targets = ("{}:{}".format(*address_of(served.url)), f"127.0.0.1:{free_port()}")
-        server = opened.enter_context(prometheus(*targets))
         yield _run_scenario(Setup(runner.folder / "estimate-proxy.toml", client, upstream, ledger, book, server))
 
 
 def _run_scenario(setup: Setup) -> ScenarioResult:
     before = time.time() - 600
-    wait_until(lambda: setup.server.at(None, "estimate_proxy_build_info"), within_s=START_S)
-    setup.wait_for_scrape()
     _make_traffic(setup)
     _fail_upstream(setup)
-    setup.wait_for_scrape(after_s=SNAPSHOT_S)
+    setup.wait_for_scrape(after_s=QUICK["proxy.http.metrics_endpoint.SNAPSHOT_S"])
     alerts = {"busy": setup.alerts(ALERTING["busy"])}
     busy, amounts = time.time(), usage(setup.client, ADMIN, ("design", "marketing", "web", "retired"))
     setup.upstream.simulator = rendernet()
@@ -184,12 +189,13 @@ def _make_traffic(setup: Setup) -> None:
     for _ in range(2):
         assert setup.ask_each(DESIGN, *[FLUX] * 5) == [200] * 5
         assert setup.ask_each(WEB, *[FLUX] * 4) == [200] * 4
+        wait_until(lambda: setup.server.at(None, "estimate_proxy_build_info"), within_s=START_S)
         setup.wait_for_scrape()
     _answer_without_prices(setup)
     assert setup.ask_each(WEB, FLUX, FLUX) == [200, 429]
     assert setup.ask_each(MARKETING, *[FLUX] * 7) == [*[200] * 5, 429, 429]
     assert [setup.ask("ep_nobody"), setup.ask(RETIRED), setup.ask(DESIGN, b"{}")] == [401, 403, 400]
-    setup.wait_for_scrape(after_s=AUDIT_PAUSE_S)
+    setup.wait_for_scrape(after_s=QUICK["proxy.gateway.audits.AUDIT_PAUSE_S"])
     _change_prices(setup)
     assert setup.ask(DESIGN, VIDEO) == 402
 

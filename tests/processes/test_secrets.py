@@ -323,7 +323,7 @@ def with_a_store(folder: Path, simulator: Simulator, upstream_url: str) -> Itera
             env={"REDIS_URL": url, "PYTHONPATH": str(folder)},
             accounts={"default": {"api_key_file": "key"}},
             store={"on_outage": "admit"},
-            server={"drain_delay_s": 0, "drain_s": 1},  # it waits this long for a store that never comes back
+            server={"drain_delay_s": 0, "drain_s": 0.3},  # it waits this long for a store that never comes back
             **sections(folder, upstream_url, "text"),
         )
         recording = Recording(runner, served, simulator, with_another_password(admin))

@@ -31,7 +31,7 @@ DEPLOYED = Path(__file__).parents[2] / "deploy" / "prometheus"
 OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
 """What Prometheus 2 prefers, in short."""
 
-INTERVAL_S = 1
+INTERVAL_MS = 500
 """Between two scrapes of a test."""
 
 MORNING = "UTC" if datetime.now(UTC).hour < 12 else "Etc/GMT+12"
@@ -185,7 +185,7 @@ class Prometheus:
 
 @contextmanager
 def prometheus(*targets: str) -> Iterator[Prometheus]:
-    """A Prometheus with the project's own config and rules, which scrapes `targets` (`host:port`) every second."""
+    """A Prometheus with the project's own config and rules, which scrapes `targets` (`host:port`) all the time."""
     server, port = program("prometheus"), free_port()
     with tempfile.TemporaryDirectory(prefix="ep-prometheus-") as name:
         folder, address = Path(name), f"127.0.0.1:{port}"
@@ -205,13 +205,13 @@ def prometheus(*targets: str) -> Iterator[Prometheus]:
 
 
 def _config(folder: Path, targets: Sequence[str]) -> Path:
-    """What is deployed, with a scraper's token and these targets, and faster: what takes a minute takes a second."""
+    """What is deployed, with a scraper's token and these targets, and faster: a minute becomes `INTERVAL_MS`."""
     config = shutil.copytree(DEPLOYED, folder / "deployed") / "prometheus.yml"
     token = folder / "token"
     token.write_text(SCRAPER)
     tree = yaml.safe_load(config.read_text())
     tree["global"] = {
-        f"{name}": f"{INTERVAL_S}s" for name in ("scrape_interval", "scrape_timeout", "evaluation_interval")
+        f"{name}": f"{INTERVAL_MS}ms" for name in ("scrape_interval", "scrape_timeout", "evaluation_interval")
     }
     (job,) = tree["scrape_configs"]
     job["authorization"]["credentials_file"] = str(token)
