@@ -20,12 +20,16 @@ LOAD_S = 60
 """Maximum duration; the load ends with the last restart."""
 
 CONNECTIONS = 16
+DELAY_MS = 20
+"""Between two requests of a connection. Without it the load would take the processors that replicas need to start."""
+
 SCRIPT = f"""
 wrk.method = "POST"
 wrk.path = "{PATH}"
 wrk.headers["X-API-KEY"] = "{DESIGN}"
 wrk.headers["Content-Type"] = "application/json"
 wrk.body = '[{{"model":"Flux"}}]'
+function delay() return {DELAY_MS} end
 """
 
 
