@@ -26,6 +26,8 @@ from shared_fixtures import debian_redis
 
 MISS = "fwd=miss; fwd-status=200; stored; ttl=3600"
 CALLERS = 1000
+SUSPICIOUS = 3
+"""One for each of the audits after which a price list counts as changed."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def suspicious(tmp_path_factory: pytest.TempPathFactory, valkey_url: str, upstre
     """Makes balances old after a moment."""
     cache = {"balance_max_age_s": 0.1}
     folder = tmp_path_factory.mktemp("suspicious")
-    with fleet_of(4, folder, store_url=valkey_url, upstream_url=upstream.url, cache=cache) as opened:
+    with fleet_of(SUSPICIOUS, folder, store_url=valkey_url, upstream_url=upstream.url, cache=cache) as opened:
         yield opened
 
 
@@ -80,7 +82,7 @@ def any_fleet(
         yield request.getfixturevalue("fleet")
         return
     folder = tmp_path_factory.mktemp("on-redis")
-    with debian_redis() as url, fleet_of(4, folder, store_url=url, upstream_url=upstream.url) as opened:
+    with debian_redis() as url, fleet_of(2, folder, store_url=url, upstream_url=upstream.url) as opened:
         yield opened
 
 
@@ -316,7 +318,7 @@ def test_only_one_gateway_fetches_a_fresh_balance(suspicious: Fleet, simulator: 
     simulator.balance = 9_000
     until = time.monotonic() + 2
     while time.monotonic() < until:
-        responses = results([team.asking(at) for at in range(4)])
+        responses = results([team.asking(at) for at in range(SUSPICIOUS)])
         assert {answer.status_code for answer in responses} == {200}
         time.sleep(0.02)
     assert simulator.calls == 2
@@ -336,15 +338,16 @@ def test_a_changed_price_list_is_noticed_by_all_and_fetched_without_a_burst(
     for at, body in enumerate(changed):
         _audit(team, at, body, simulator)
     assert_in_time(
-        seconds_until(lambda: all(team.explain(at, bodies[-1])["ttl_s"] <= 0 for at in range(4)), within_s=10), 1.5
+        seconds_until(lambda: all(team.explain(at, bodies[-1])["ttl_s"] <= 0 for at in range(SUSPICIOUS)), within_s=10),
+        1.5,
     )
     wait_until(lambda: team.fleet.gateways[2].messages("price list changed"))
 
     calls = simulator.calls
     team.fleet.store.hset(team.book, "audit_until_ms", int(time.time() * 1000) + 60_000)
     while stale := [body for body in bodies if _estimated(team, 0, body) != 9]:
-        results([team.asking(at, body) for body in stale for at in range(4)])
-    assert upstream.largest <= 4 * MAX_REFRESHES
+        results([team.asking(at, body) for body in stale for at in range(SUSPICIOUS)])
+    assert upstream.largest <= SUSPICIOUS * MAX_REFRESHES
     assert simulator.calls - calls <= len(bodies)
 
 

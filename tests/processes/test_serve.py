@@ -23,8 +23,17 @@ import psutil
 import pytest
 import redis
 
-from gateway_fixture import DESIGN, PATH, cache_status, code_of
-from gateway_process import SOON_S, START_S, GatewayProcess, GatewayRunner, address_of, kill, wait_until_gone
+from gateway_fixture import DESIGN, PATH, UpstreamFixture, cache_status, code_of
+from gateway_process import (
+    SOON_S,
+    START_S,
+    GatewayProcess,
+    GatewayRunner,
+    address_of,
+    gateway_runner,
+    kill,
+    wait_until_gone,
+)
 from proxy.embedded.stores import running_url
 from proxy.store.access import Role
 from proxy.telemetry.metrics import FLUSH_AFTER_S
@@ -44,6 +53,18 @@ LONG_S = 60
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor() as executor:
         yield executor
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamFixture
+) -> Iterator[tuple[GatewayRunner, GatewayProcess]]:
+    """A gateway with its runner, for tests that change nothing."""
+    with gateway_runner(tmp_path_factory.mktemp("undisturbed"), upstream.url) as opened:
+        served = opened.start(env={"ESTIMATE_PROXY_LOG__LEVEL": "debug", "REDIS_URL": ""})
+        yield opened, served
+        assert served.stop() == 0
+        assert_nothing_left(opened)
 
 
 @dataclass(frozen=True)
@@ -307,8 +328,8 @@ def _in_flight(served: GatewayProcess) -> float:
 
 @pytest.mark.usefixtures("simulator")
 def test_no_worker_outlives_the_supervisor(runner: GatewayRunner) -> None:
-    served = runner.begin("--workers", "3")
-    served.wait_until_serving(times=3)
+    served = runner.begin("--workers", "2")
+    served.wait_until_serving(times=2)
     children = served.children()
     served.send(signal.SIGKILL)
     wait_until_gone(*children)
@@ -361,16 +382,14 @@ def test_a_store_that_is_too_old_is_refused_once(runner: GatewayRunner) -> None:
 # Embedded stores, and their deaths
 
 
-def test_each_store_is_a_separate_server(runner: GatewayRunner) -> None:
-    served = runner.start()
+def test_each_store_is_a_separate_server(undisturbed: tuple[GatewayRunner, GatewayProcess]) -> None:
+    runner, served = undisturbed
     assert set(served.children()) == {served.worker(), *map(served.store, ROLES)}
     for role, policy in zip(ROLES, ("noeviction", "allkeys-lru"), strict=True):
         with embedded(runner, role) as client:
             expected = {"maxmemory-policy": policy, "appendonly": "yes", "appendfsync": "everysec"}
             assert client.config_get(*expected) == expected
             assert client.info("server")["process_id"] == served.store(role).pid
-    assert served.stop() == 0
-    assert_nothing_left(runner)
 
 
 def test_a_dead_store_is_restarted_with_its_data_while_the_other_serves(runner: GatewayRunner) -> None:
@@ -515,8 +534,8 @@ def test_a_worker_whose_supervisor_dies_before_the_stores_have_started_ends() ->
 # Failed starts
 
 
-def test_a_data_directory_has_one_gateway(runner: GatewayRunner) -> None:
-    first = runner.start()
+def test_a_data_directory_has_one_gateway(undisturbed: tuple[GatewayRunner, GatewayProcess]) -> None:
+    runner, first = undisturbed
     line = runner.refused()
     assert line == (
         f"estimate-proxy: another gateway (pid {first.process.pid}), or a Valkey server that it left behind, is using "
@@ -586,8 +605,10 @@ def test_with_an_external_price_book_only_the_ledger_is_started(runner: GatewayR
 # Processes as an operator sees them
 
 
-def test_arguments_and_environments_of_processes_show_no_setting(runner: GatewayRunner) -> None:
-    served = runner.start(env={"ESTIMATE_PROXY_LOG__LEVEL": "debug", "REDIS_URL": ""})
+def test_arguments_and_environments_of_processes_show_no_setting(
+    undisturbed: tuple[GatewayRunner, GatewayProcess],
+) -> None:
+    _, served = undisturbed
     assert served.worker().cmdline()[:3] == [sys.executable, "-m", "proxy.processes.worker"]
     assert not [name for name in served.worker().environ() if name.startswith("ESTIMATE_PROXY_")]
     assert [served.store(role).environ() for role in ROLES] == [{}, {}]
