@@ -1,6 +1,7 @@
 """Fixtures of the integration tests: gateways in this process, and their ledgers, on real stores."""
 
 import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -24,6 +25,7 @@ from shared_fixtures import (
     upstream,
     valkey_url,
 )
+from topologies import BRANDS, Cluster, clusters
 
 __all__ = [
     "any_store_url",
@@ -94,3 +96,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SkewedClock:
     skewed = SkewedClock()
     monkeypatch.setattr("proxy.quota.batches.time_ns", skewed)
     return skewed
+
+
+@pytest.fixture(scope="module")
+def new_cluster() -> Iterator[Callable[[str], Cluster]]:
+    with clusters(BRANDS) as found:
+        yield found
+
+
+@pytest.fixture(scope="module", params=BRANDS)
+def fleet(request: pytest.FixtureRequest, new_cluster: Callable[[str], Cluster]) -> Cluster:
+    return new_cluster(request.param)

@@ -30,7 +30,7 @@ from proxy.store.redirects import SLOTS
 from quota_fixture import ADMIN, FLUX, ONE, exceeded, explained, get, requests, shown, team, used
 from scripted_simulator import Simulator
 from serving import wait_until
-from topologies import LOCAL, NAME, Cluster, Member, ServerGroup, cluster, sentinel_setup, server_group
+from topologies import BRANDS, LOCAL, NAME, Cluster, Member, ServerGroup, sentinel_setup, server_group
 
 DOCUMENTED = (PROJECT / "docs" / "configuration.md").read_text().partition("**Least permissions.**")[2]
 GATEWAY, SENTINEL_USER = re.findall(r"^```\n(user .*)\n```$", DOCUMENTED, re.MULTILINE)
@@ -41,7 +41,6 @@ KEYS = LedgerKeys("default")
 REFUSABLE = {"client|setinfo", "config|get"}
 """Commands that the gateway tries, but does not need."""
 
-BRANDS = ("valkey", "redis")
 NOWHERE = "redis://127.0.0.1:1"
 """These tests read no key themselves."""
 
@@ -218,12 +217,6 @@ def test_the_check_at_the_start_needs_config_get(brand: str, caplog: pytest.LogC
         configured = settings(place(member), "http://127.0.0.1:1")
         assert asyncio.run(startup_errors(configured, {})) is None
         assert UNPERSISTED in caplog.text
-
-
-@pytest.fixture(scope="module", params=BRANDS)
-def fleet(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    with cluster(request.param) as opened:
-        yield opened
 
 
 def test_a_cluster_needs_its_slots_and_asking(fleet: Cluster, upstream: UpstreamFixture) -> None:

@@ -11,7 +11,7 @@ from gateway_fixture import settings
 from proxy.open_stores import startup_errors
 from proxy.store.persistence import Persistence, data_loss_warning
 from proxy.store.redirects import SLOTS
-from topologies import Cluster, cluster, server_group
+from topologies import Cluster, server_group
 
 NOTHING_WRITTEN = (
     'the ledger\'s server writes nothing to disk (appendonly no, save ""): a restart loses all quotas and usage. '
@@ -68,12 +68,6 @@ def test_without_access_to_config_nothing_is_logged(
         configurable.execute_command("ACL", "SETUSER", "narrow", "on", ">secret", "~*", "+@all", rights)  # type: ignore[no-untyped-call]  # redis-py's
         assert logged_at_start(any_store_url, caplog, **access) == expected
     configurable.acl_deluser("narrow")
-
-
-@pytest.fixture(scope="module", params=["valkey", "redis"])
-def fleet(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    with cluster(request.param) as opened:
-        yield opened
 
 
 def test_the_worst_of_several_servers_counts(fleet: Cluster, caplog: pytest.LogCaptureFixture) -> None:

@@ -61,7 +61,7 @@ from proxy.store.scripts import NO_REPLY, Call
 from proxy.telemetry.metrics import Metrics
 from proxy.urls import Address
 from serving import free_port, wait_until
-from topologies import LOCAL, NAME, Cluster, Member, cluster, sentinel_setup, server_group
+from topologies import BRANDS, LOCAL, NAME, Cluster, Member, sentinel_setup, server_group
 
 ZONE = ZoneInfo("UTC")
 KEYS = LedgerKeys("acme")
@@ -72,7 +72,6 @@ GET, PUT = Script("proxy.cache", "price_get", repeatable=True), Script("proxy.ca
 EXPIRE_AND_SPIN = "redis.call('PEXPIRE', KEYS[2], 3) for _ = 1, 5e6 do end return 1"
 """Keeps the server busy for about 30 ms, in which the key expires."""
 
-BRANDS = ("valkey", "redis")
 LATE_S = 0.3
 """Tolerance for a busy machine."""
 
@@ -162,12 +161,6 @@ def run_scenario(url: str, scenario: Scenario, access: StoreAccess = StoreAccess
             await scenario(fixture)
 
     asyncio.run(tell())
-
-
-@pytest.fixture(scope="module", params=BRANDS)
-def fleet(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    with cluster(request.param) as found:
-        yield found
 
 
 @pytest.fixture(autouse=True)

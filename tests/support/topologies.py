@@ -4,6 +4,7 @@ Each server has its own port. It is ended by its pid, and ends with the process 
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -28,6 +29,7 @@ DOWN_MS = 400
 QUICK_SENTINEL = ("INFO-PERIOD", 200, "PING-PERIOD", 100, "ASK-PERIOD", 100, "PUBLISH-PERIOD", 200)
 """In ms. By default Sentinels take seconds to find each other, and to see that a replica has become the primary."""
 
+BRANDS = ("valkey", "redis")
 NAME = "mymaster"
 LOCAL = "127.0.0.1"
 COMMON = (
@@ -175,6 +177,9 @@ def sentinel_setup(
             *sentinel_lines,
         ]
         wait_until(lambda: replica.answers() and replica.info("replication", "master_link_status") == "up")
+        primary.client.set("replicated", "yes")
+        assert primary.client.wait(1, 10_000) == 1  # a primary sends no writes before a replica's first acknowledgement
+        primary.client.delete("replicated")
         asked: dict[str, Any] = {"password": sentinel_password or None, **(sentinel_access or {})}
         sentinels = [group.member(*monitor, options=["--sentinel"], **asked) for _ in range(3)]
         for sentinel in sentinels:
@@ -240,14 +245,31 @@ class Cluster:
 
 
 @contextmanager
-def cluster(brand: str) -> Iterator[Cluster]:
-    with server_group(brand) as group:
-        members = [group.member(*_cluster_lines(free_port())) for _ in range(6)]
-        for member in members:
-            wait_until(member.answers)
-        names = {member.port: _text(member.ask("CLUSTER", "MYID")) for member in members}
-        _join(members, names)
-        yield Cluster(members, names)
+def clusters(brands: Sequence[str]) -> Iterator[Callable[[str], Cluster]]:
+    """A function that returns a new cluster of a brand. The servers of all brands start at once.
+
+    A server of a cluster serves nothing in its first two seconds.
+    """
+    with ExitStack() as opened:
+        found = [brand for brand in brands if brand == "valkey" or shutil.which("redis-server")]
+        groups = {brand: opened.enter_context(server_group(brand)) for brand in found}
+        members = {
+            brand: [group.member(*_cluster_lines(free_port())) for _ in range(6)] for brand, group in groups.items()
+        }
+
+        def cluster(brand: str) -> Cluster:
+            program_of(brand)  # skips the test without it
+            return _joined(members[brand])
+
+        yield cluster
+
+
+def _joined(members: list[Member]) -> Cluster:
+    for member in members:
+        wait_until(member.answers)
+    names = {member.port: _text(member.ask("CLUSTER", "MYID")) for member in members}
+    _join(members, names)
+    return Cluster(members, names)
 
 
 def _cluster_lines(bus_port: int) -> tuple[str, ...]:
