@@ -44,7 +44,7 @@ some requests would get a 503, which does not test quotas."""
 
 LANES = 32
 PAUSE_S = 0.05
-"""Between two estimates of a lane: without it they would keep the processors busy that processes need to start."""
+"""Between two estimates of a lane while no process is killed: the processors are needed for processes that start."""
 
 FLUSHED_WITHIN_S = 2.0
 """Debits acknowledged longer ago survive the death of a store."""
@@ -200,10 +200,14 @@ class SentEstimate:
 
 @dataclass
 class Traffic:
-    """Sends estimates, hits and misses in turn, one at a time per lane."""
+    """Sends estimates, hits and misses in turn, one at a time per lane.
+
+    pause_s: how long a lane pauses between two estimates.
+    """
 
     gateways: Sequence[GatewayProcess]
     token: str
+    pause_s: float = 0.0
     asked: list[SentEstimate] = field(default_factory=list)
     _numbers: "count[int]" = field(default_factory=count)
 
@@ -232,7 +236,7 @@ class Traffic:
             began = time.monotonic()
             status = await _status(Caller(url, self.token, body))
             self.asked.append(SentEstimate(began, time.monotonic(), status))
-            await asyncio.sleep(PAUSE_S)
+            await asyncio.sleep(self.pause_s if status == 200 else PAUSE_S)
 
 
 async def _status(caller: Caller) -> int | None:
@@ -310,6 +314,7 @@ async def _kill_three_workers(traffic: Traffic) -> list[Death]:
         for served in traffic.gateways[:3]:
             await traffic.answered(200)
             deaths.append(await Death.of(served.worker()))
+        traffic.pause_s = PAUSE_S
         for served in traffic.gateways[:3]:
             await asyncio.to_thread(served.wait_until_serving, times=2)
         await traffic.answered(200)
@@ -339,8 +344,12 @@ async def _kill(victim: str, served: GatewayProcess, traffic: Traffic) -> Death:
     process = served.store("ledger") if victim == "ledger" else psutil.Process(served.process.pid)
     async with traffic.flowing():
         await traffic.answered(100)
+        traffic.pause_s = PAUSE_S
         await asyncio.sleep(FLUSHED_WITHIN_S + 0.1)
+        traffic.pause_s = 0.0
+        await traffic.answered(100)
         death = await Death.of(process)
+        traffic.pause_s = PAUSE_S
         if victim == "ledger":
             await traffic.answered(200)
         return death
