@@ -694,9 +694,10 @@ def test_sentinels_and_a_cluster_with_tls(certified: Certificates) -> None:
         clustered = group.member(*lines, "cluster-enabled yes", f"cluster-port {free_port()}", **asked)
         wait_until(lambda: server.answers() and sentinel.answers() and clustered.answers())
         clustered.ask("CLUSTER", "ADDSLOTSRANGE", 0, SLOTS - 1)
-        run_scenario(f"rediss+sentinel://localhost:{sentinel.port}/{NAME}", _charges, StoreAccess(ca_file=certified.ca))
+        access = StoreAccess(ca_file=certified.ca, timeout_s=2)  # a busy machine is slow to begin TLS
+        run_scenario(f"rediss+sentinel://localhost:{sentinel.port}/{NAME}", _charges, access)
         wait_until(lambda: clustered.client.cluster("INFO")["cluster_state"] == "ok")
-        run_scenario(f"rediss+cluster://localhost:{clustered.port}", _charges, StoreAccess(ca_file=certified.ca))
+        run_scenario(f"rediss+cluster://localhost:{clustered.port}", _charges, access)
         run_scenario(f"rediss+sentinel://{LOCAL}:{sentinel.port}/{NAME}", _is_refused)
         run_scenario(f"rediss+cluster://{LOCAL}:{clustered.port}", _is_refused)
 
