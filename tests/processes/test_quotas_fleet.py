@@ -170,9 +170,9 @@ def _under_way(teams: Sequence[TeamClient]) -> int:
 def test_the_organisations_quota_over_three_teams(
     tmp_path: Path, valkey_url: str, upstream: UpstreamFixture, simulator: Simulator
 ) -> None:
-    env = [limiting(org=[QUOTA])] * 2
+    env = [limiting(org=[QUOTA])] * 3  # two would be overloaded
     how = {**PATIENT, "org": {"id": f"org-{secrets.token_hex(4)}"}}
-    with fleet_of(2, tmp_path, store_url=valkey_url, upstream_url=upstream.url, env=env, **how) as opened:
+    with fleet_of(3, tmp_path, store_url=valkey_url, upstream_url=upstream.url, env=env, **how) as opened:
         teams = [opened.team() for _ in range(3)]
         statuses = asyncio.run(_held(callers(teams, SAME[1]), teams, simulator))
         assert statuses == {200: LIMIT, 402: CALLERS - LIMIT}
