@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from gateway_fixture import DESIGN, PATH
-from gateway_process import SOON_S, START_S, GatewayProcess, GatewayRunner, address_of, kill
+from gateway_process import SOON_S, START_S, GatewayProcess, GatewayRunner, Tree, address_of, kill
 from prometheus import Scraped, scrape
 from scripted_simulator import Simulator
 from serving import free_port, wait_until
@@ -133,6 +133,11 @@ def answers(served: GatewayProcess) -> bool:
     return False
 
 
+def requests_in(served: GatewayProcess) -> list[Tree]:
+    """Returns the lines of requests."""
+    return [line for line in served.lines() if line["message"] == "request"]
+
+
 def test_a_stalled_reader_stops_nothing_and_later_gets_the_number_of_lost_lines(
     served: GatewayProcess, reader: Reader
 ) -> None:
@@ -144,13 +149,14 @@ def test_a_stalled_reader_stops_nothing_and_later_gets_the_number_of_lost_lines(
     reader.go_on()
     served.wait_for_message("log lines are missing here")
     missing = dropped(scraped(served))
+    # two scrapes have lines too; the last one may be written later than the supervisor's about its end
+    wait_until(lambda: len(requests_in(served)) + missing == asked + 2)
     assert served.stop() == 0
     reader.finish()
     lines = served.lines()
-    requests = [line for line in lines if line["message"] == "request"]
     (gap,) = (line for line in lines if "missing here" in line["message"])
     assert (gap["level"], gap["lines"]) == ("error", missing)
-    assert len(requests) + missing == asked + 2, "two scrapes have lines too"
+    assert len(requests_in(served)) + missing == asked + 2
     assert [line["time"] for line in lines] == sorted(line["time"] for line in lines)
 
 
