@@ -24,6 +24,8 @@ from proxy.learning.snapshots import REREAD_S
 from proxy.learning.ticket import Ticket
 from proxy.learning.verdict import Inferred
 
+pytestmark = pytest.mark.usefixtures("coverage_paused")
+
 _MODELS = st.sampled_from(["m1", "m1", "m1", "m2", "m3", "m4"])
 _NOTES = st.sampled_from(["", "x", "text", "texts", "a long text"])
 _SEEDS = st.sampled_from([0, -1, -7, 1, 2, *range(10, 40)])

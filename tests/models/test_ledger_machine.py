@@ -9,6 +9,7 @@ from datetime import date
 from functools import partial
 from typing import Any
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
@@ -56,6 +57,8 @@ from proxy.problems import Code, Outcome, Problem
 from proxy.quota.ledger import Admitted
 from proxy.quota.ledger_script import MAX_BATCH_ENTRIES, MAX_ENTRY_MICRO
 from proxy.quota.quotas import TeamLimits
+
+pytestmark = pytest.mark.usefixtures("coverage_paused")
 
 _RATES = st.sampled_from([(20, 10**6), (10, 1), (333_333, 3), (20_000, 100), (10**9, 2), (MILLION, 8)])
 _OWNERS = st.sampled_from(["", *TEAMS])

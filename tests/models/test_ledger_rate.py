@@ -6,6 +6,7 @@ from itertools import count
 from typing import Any
 
 import hypothesis
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,8 @@ from ledger_operations import limits_of
 from proxy.problems import Outcome
 from proxy.quota.ledger import Admitted
 from proxy.quota.quotas import Charge, TeamLimits
+
+pytestmark = pytest.mark.usefixtures("coverage_paused")
 
 
 def conforms(admitted: Sequence[int], at_us: int, interval_us: int, burst: int) -> bool:

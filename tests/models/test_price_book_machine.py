@@ -42,6 +42,8 @@ from price_book_requests import (
 )
 from price_book_upstream import Body, Priced, Upstream, amount_text
 
+pytestmark = pytest.mark.usefixtures("coverage_paused")
+
 MAX_TRIES = 3
 """Background work may be late on a busy machine. Hypothesis repeats a failed example: if it passes then, lateness was
 the reason, and the test starts again."""

@@ -35,6 +35,8 @@ from proxy.store.client import COOLDOWN_S, TICK_S, TIMEOUT_S
 from scripted_simulator import Simulator
 from serving import wait_until
 
+pytestmark = pytest.mark.usefixtures("coverage_paused")
+
 WAIT_S = TIMEOUT_S + 2 * TICK_S
 """Delay of a call whose store does not answer."""
 

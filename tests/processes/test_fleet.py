@@ -24,6 +24,8 @@ from scripted_simulator import Simulator
 from serving import wait_until
 from shared_fixtures import debian_redis
 
+pytestmark = pytest.mark.usefixtures("coverage_paused")
+
 MISS = "fwd=miss; fwd-status=200; stored; ttl=3600"
 CALLERS = 1000
 SUSPICIOUS = 3

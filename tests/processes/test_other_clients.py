@@ -17,6 +17,8 @@ from programs import program
 from serving import free_port, wait_until
 from wire import Reader
 
+pytestmark = pytest.mark.usefixtures("coverage_paused")
+
 BODY = b'[{"batch_size":3}]'
 PRICE = 3
 

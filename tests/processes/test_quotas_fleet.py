@@ -28,6 +28,8 @@ from proxy.demo.simulator import Exchange
 from scripted_simulator import Simulator
 from serving import wait_until
 
+pytestmark = pytest.mark.usefixtures("coverage_paused")
+
 CALLERS = 2000
 LIMIT = 100
 QUOTA: Tree = {"measure": "estimated_credits", "limit": LIMIT, "per": "month"}
