@@ -92,7 +92,7 @@ async def test_keys_are_independent() -> None:
     other.go.set()
     assert await callers[1] == ("other", False)
     assert not callers[0].done()
-    assert (calls.in_flight("one"), calls.in_flight("other")) == (True, False)
+    assert (calls.in_flight("one"), calls.in_flight("other"), len(calls)) == (True, False, 1)
     one.go.set()
     assert await callers[0] == ("one", False)
 

@@ -25,6 +25,7 @@ from proxy.upstream.replies import (
     decode_failure,
     encode_failure,
     read_reply,
+    rejection_of,
     retry_after_seconds,
 )
 
@@ -140,6 +141,21 @@ def test_a_429_is_busy_whatever_its_body(body: bytes, header: str, seconds: int 
 )
 def test_a_rejection_of_the_body_is_passed_through_unchanged(status: int, body: bytes) -> None:
     assert reply(status, body) == Rejected(status, body)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (
+            b'{"data":null,"error":{"code":"no_such_style","message":"There is no such style."}}',
+            ("no_such_style", "There is no such style."),
+        ),
+        (b'{"error":{"code":"no_such_style"}}', ("no_such_style", None)),
+        (b"<html>", (None, None)),
+    ],
+)
+def test_a_rejections_code_and_message_are_upstreams(body: bytes, words: tuple[str | None, str | None]) -> None:
+    assert rejection_of(body) == words
 
 
 # --- upstream's own words ---------------------------------------------------------------------------------------
