@@ -17,6 +17,9 @@ from proxy.settings.schema import Settings, effective
 
 CHECK_EVERY_S = 1.0
 
+MAX_NAMED = 5
+"""Changed settings that the log names; a new team has six."""
+
 log = logging.getLogger(__name__)
 
 Fingerprint = tuple[tuple[str, int, int, int, int] | None, ...]
@@ -50,10 +53,11 @@ class Reloader:
             for problem in error.problems:
                 log.error("the old settings stay in force: %s %s", problem.path, problem.message)  # noqa: TRY400 -- no traceback needed
             return None
-        self.settings = merged(self.settings, loaded)
+        before, self.settings = self.settings, merged(self.settings, loaded)
         for path in differences(self.settings, loaded):
             log.warning("%s has changed: restart the gateway to apply it", path)
-        log.info("settings reloaded; teams: %d", len(self.settings.teams))
+        changed = _listed(differences(before, self.settings))
+        log.info("settings reloaded; changed: %s; teams: %d", changed, len(self.settings.teams))
         return self.settings
 
 
@@ -75,6 +79,11 @@ def differences(one: Settings, other: Settings) -> list[str]:
     """The paths of the settings that differ."""
     mine, others = dict(effective(one)), dict(effective(other))
     return [path for path in mine | others if mine.get(path) != others.get(path)]
+
+
+def _listed(paths: list[str]) -> str:
+    more = f", and {len(paths) - MAX_NAMED} more" if len(paths) > MAX_NAMED else ""
+    return ", ".join(paths[:MAX_NAMED]) + more or "nothing"
 
 
 def _fingerprint(files: list[Path]) -> Fingerprint:
