@@ -118,7 +118,7 @@ class _Parts:
         self._preregister_warnings()
 
     def routes(self) -> list[Route]:
-        """The routes of the API but that of estimates."""
+        """The API's routes, except for estimates."""
         live, zone, other = self.live, self.zone, partial(self.endpoint, "other")
         metrics = MetricsEndpoint(live, self.metrics, self.batcher, self.ledger_reader, self.history, self.book)
         posts = {
@@ -155,6 +155,7 @@ class _Parts:
         await self.pricing.finish(max(0.0, self.tracker.stop_deadline - monotonic()))
         await self.price_changes.close(max(0.0, self.tracker.stop_deadline - monotonic()))
         await self.token_uses.flush()
+        await self.saved_time.flush()
         self.metrics.flush()
         await self.upstream.close()
         await self.book_store.close()

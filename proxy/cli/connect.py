@@ -65,7 +65,7 @@ async def _probe_store(
     try:
         store = open_store(settings, running_urls(settings, role))
     except EmbeddedStoreError:
-        return Finding(place, "not tried: no gateway is running, which starts it")
+        return Finding(place, "not tried: an embedded store runs only while its gateway does")
     try:
         await store.open()
         await store.check_writes(key)

@@ -45,6 +45,7 @@ def from_store(reading: Coroutine[Any, Any, _Result]) -> _Result:
 
 def change_store(change: Coroutine[Any, Any, _Result], *, in_doubt: str) -> _Result:
     """The result of `change`. If the store fails, prints why and exits. `in_doubt`: what may not have been done."""
+    logging.getLogger("proxy").addHandler(logging.NullHandler())  # the message below says it
     try:
         return asyncio.run(change)
     except EmbeddedStoreError as error:

@@ -1,4 +1,4 @@
-"""`estimate-proxy prices`: reads price changes from the ledger, whether or not a gateway is running."""
+"""`estimate-proxy prices`: reads price changes from the ledger's store. An embedded one needs a running gateway."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +59,8 @@ def changed(config: Path | None, form: str | None, dialect: Dialect | None, **gi
         case _:
             click.echo(to_tsv(lines_of(found, zone)), nl=False)
     if form != "table":
-        click.echo(f"estimate-proxy: {period}: {len(found.changes)} price changes", err=True)
+        number = len(found.changes)
+        click.echo(f"estimate-proxy: {period}: {number} price change{'' if number == 1 else 's'}", err=True)
     if found.not_kept:
         more = f"{found.not_kept} more were found, of all accounts: a day keeps the first {MAX_PER_DAY}"
         click.echo(f"estimate-proxy: {more}", err=True)

@@ -1,4 +1,4 @@
-"""`estimate-proxy purge`: removes prices from the store of a running gateway."""
+"""`estimate-proxy purge`: removes prices from the price book's store. An embedded one needs a running gateway."""
 
 import os
 from pathlib import Path

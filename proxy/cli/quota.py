@@ -1,4 +1,4 @@
-"""`estimate-proxy quota`: reads quotas from the ledger, whether or not a gateway is running."""
+"""`estimate-proxy quota`: reads quotas from the ledger's store. An embedded one needs a running gateway."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -11,9 +11,9 @@ from proxy.cli.inputs import ID_RULE, fail
 from proxy.settings.values import is_identifier
 
 _ROLES = {
-    "viewer": "May read usage and quotas of all teams, and price changes, nothing else.",
+    "viewer": "May read all teams' reports, price changes and what was learned, nothing else.",
     "metrics": "May read /metrics, nothing else.",
-    "admin": "May purge, read usage and quotas of all teams, and read /metrics.",
+    "admin": "May purge, read all that viewers may read, and read /metrics.",
 }
 """The section of each role in the config, and what its tokens may do."""
 

@@ -1,4 +1,4 @@
-"""`estimate-proxy usage`: reads usage from the ledger, whether or not a gateway is running."""
+"""`estimate-proxy usage`: reads usage from the ledger's store. An embedded one needs a running gateway."""
 
 from datetime import date, timedelta
 from pathlib import Path

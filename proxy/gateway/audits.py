@@ -55,7 +55,7 @@ class Auditor:
     ) -> None:
         """Calls upstream in the background, for a fresh balance, and compares the price with the one that was served.
 
-        stored: that price; None if it was inferred. Then what is learned from the answer is the comparison.
+        stored: the price that was served; None if it was inferred, because learning then makes the comparison.
         max_age_s: no audit is made if the balance in the store is younger.
         """
         account, now = question.account, asyncio.get_running_loop().time()
@@ -65,11 +65,10 @@ class Auditor:
     def audit_inferred(self, question: CanonicalRequest, inferred: Inferred, lookup: Lookup | None) -> None:
         """Calls upstream in the background for a body whose price was inferred, to learn whether that was right.
 
-        If upstream cannot be asked, or gives no price, the audit is owed.
+        The audit is owed if too many are running, if this body is being asked already, which may fail, or if upstream
+        cannot be asked or gives no price.
         """
-        if self._fetcher.running.in_flight(question.key):
-            return  # the answer to that is learned from
-        if len(self._inference_audits) >= MAX_INFERENCE_AUDITS:
+        if len(self._inference_audits) >= MAX_INFERENCE_AUDITS or self._fetcher.running.in_flight(question.key):
             self._inferences.owe_audit(inferred)
             return
         task = self._fetcher.running.start(question.key, lambda: self._audit_inferred(question, inferred, lookup))
@@ -77,7 +76,10 @@ class Auditor:
         task.add_done_callback(self._inference_audits.discard)
 
     async def finish(self, timeout_s: float) -> None:
-        """Waits at most `timeout_s` for audits of stored prices, then cancels the rest. Others are fetches."""
+        """Waits at most `timeout_s` for audits of stored prices, then cancels the rest.
+
+        Those of inferred prices are in `Fetcher.running`, for which `Fetcher.finish` waits.
+        """
         await self._audits.drain(timeout_s)
 
     async def _audit(

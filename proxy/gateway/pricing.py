@@ -43,7 +43,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Pricing:
-    """What prices a question, and the steps of it."""
+    """The parts that price a question, and the steps that use them."""
 
     ledger: Ledger
     book: PriceBook
@@ -159,9 +159,11 @@ class Pricing:
 
     async def finish(self, timeout_s: float) -> None:
         """Waits until calls to upstream are answered, stored and learned from, then until admissions are settled."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + timeout_s
         await asyncio.gather(self.fetcher.finish(timeout_s), self.auditor.finish(timeout_s))
-        await self.inferences.finish(timeout_s)
-        await self.ledger.close(timeout_s)
+        await self.inferences.finish(max(0.0, deadline - clock()))
+        await self.ledger.close(max(0.0, deadline - clock()))
 
 
 def stored_answer(outcome: Outcome, stored: StoredPrice, balance: Balance) -> Answer:

@@ -57,7 +57,7 @@ class Questions:
 
 
 class Quotes:
-    """The handler of quotes. `zone`: in which refusals by quotas say when these are reset."""
+    """The handler of quotes. `zone`: the time zone of the reset times in refusals by quotas."""
 
     def __init__(
         self, live: ConfigHolder, parser: RequestParser, pricing: Pricing, tracker: InFlightTracker, zone: ZoneInfo
@@ -82,9 +82,9 @@ class Quotes:
             QuotedVariant(variant, shown[own], [shown[key] for key in lines])
             for variant, (own, *lines) in questions.keys
         ]
-        was_asked = not all(isinstance(found, Known) and found.basis != "asked" for found in priced.values())
+        all_stored = all(isinstance(found, Known) and found.basis != "asked" for found in priced.values())
         body = quote_document(wanted, variants, trace.quota_state, self._pricing.book.accounts.balance(team.account))
-        return Document(body, JSON, Outcome.MISS if was_asked else Outcome.HIT)
+        return Document(body, JSON, Outcome.HIT if all_stored else Outcome.MISS)
 
     async def _questions(
         self, wanted: QuoteRequest, request: ClientRequest, team: Team, ignored: tuple[str, ...]

@@ -48,7 +48,7 @@ class PriceChangeQuery:
 
 
 def read_usage_query(raw_query: bytes, accept: str | None, *, today: date) -> UsageQuery:
-    """The default is the month of the last day so far, by day."""
+    """By default from the first of the month of `to`, by day; `to` is today by default."""
     given = read_parameters(raw_query, ("from", "to", "by", "team", "model", "format", "dialect"))
     last = _day("to", given["to"]) if "to" in given else today
     first = _day("from", given["from"]) if "from" in given else min(last, today).replace(day=1)

@@ -20,10 +20,10 @@ _NOT_IN_LEDGER = {
 }
 _LATER = (Outcome.OVER_CEILING, Outcome.INFERRED)
 OUTCOMES = tuple(outcome.value for outcome in Outcome if outcome not in (*_NOT_IN_LEDGER, *_LATER))
-"""The outcomes that the ledger books, in the order of columns."""
+"""The outcomes that the ledger books, except for `LATER_OUTCOMES`, in the order of columns."""
 
 LATER_OUTCOMES = tuple(outcome.value for outcome in _LATER)
-"""The outcomes that were added since. Their columns come last, because scripts rely on the order."""
+"""Outcomes that came after the order of columns was published. Theirs are last, because scripts rely on that order."""
 
 SAVED_COLUMNS = ("upstream_calls_saved", "upstream_seconds_saved")
 

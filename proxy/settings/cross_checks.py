@@ -46,7 +46,7 @@ def _missing_accounts(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[Setting
 
 
 def _repeated_tokens(tree: Tree, teams: Mapping[str, Tree]) -> Iterator[SettingsProblem]:
-    """A token belongs to one team, to the operator or to a scraper: only one of several meanings could apply."""
+    """A token stands once, at a team, `metrics`, `admin` or `viewer`: else it would be unclear what it may do."""
     holders: list[tuple[tuple[str, ...], object]] = [(("teams", name), team) for name, team in teams.items()]
     holders += [((name,), tree.get(name)) for name in ("metrics", "admin", "viewer")]
     seen: dict[str, str] = {}

@@ -22,7 +22,7 @@ class SecretText(Secret[str]):
 
 
 def masked_url(url: str) -> str:
-    """`url` with masks for what may be secret: its password, a user name without one, and its query except for `db`."""
+    """`url` with masks for what may be secret: password, user name without one, fragment, and query except for `db`."""
     try:
         parts = urlsplit(url)
     except ValueError:

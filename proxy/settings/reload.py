@@ -18,7 +18,7 @@ from proxy.settings.schema import Settings, effective
 CHECK_EVERY_S = 1.0
 
 MAX_NAMED = 5
-"""Changed settings that the log names; a new team has six."""
+"""Changed settings that a log line names: a new team alone changes six or more."""
 
 log = logging.getLogger(__name__)
 

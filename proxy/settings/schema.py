@@ -1,4 +1,4 @@
-"""The settings: one frozen object, with a default and a description for each field.
+"""The settings: one frozen object. Most fields have a default, and a description where the name does not suffice.
 
 `proxy.settings.values` has the types of single values, `proxy.settings.loader` the sources of values.
 """
@@ -143,12 +143,12 @@ class PageSettings(_Section):
 
 class AdminSettings(_Section):
     tokens: tuple[RoleDigest, ...] = ()
-    """These may purge, read the usage and quotas of all teams, and read `/metrics`."""
+    """These may purge, read all that viewers may read, and read `/metrics`."""
 
 
 class ViewerSettings(_Section):
     tokens: tuple[RoleDigest, ...] = ()
-    """May read usage and quotas of all teams, and price changes, and nothing else."""
+    """These may read all teams' reports, price changes and what was learned, and nothing else."""
 
 
 class RateSettings(_Section):

@@ -1,6 +1,6 @@
 """The types of single settings: each checks a value and says what is wrong with it.
 
-Error messages never contain a value, because it could be a secret.
+Error messages contain no value that could be a secret: a URL only after a check that it has no user.
 """
 
 import re

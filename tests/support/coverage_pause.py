@@ -1,7 +1,7 @@
 """Pauses coverage in the thread of the tests, for modules that use the fixture.
 
-Up to Python 3.11, measuring doubles the CPU time of all Python code in a thread, that of libraries too. These modules
-take long, and their own thread runs no line of the gateway that others do not run.
+Where coverage traces, it doubles the CPU time of all Python code in a thread, that of libraries too. These modules take
+long, and other tests run every line of the gateway that their own thread runs.
 """
 
 import sys

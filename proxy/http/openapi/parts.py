@@ -85,7 +85,7 @@ def query(name: str, schema: Object, description: str, **more: Any) -> Object:
 CACHE_CONTROL = reference("CacheControl", "parameters")
 CSV_PARAMETERS = (
     query("format", {"enum": ["json", "csv"]}, "Overrides `Accept: text/csv`."),
-    query("dialect", {"enum": ["rfc4180", "excel-semicolon"]}, "Of CSV, which it implies."),
+    query("dialect", {"enum": ["rfc4180", "excel-semicolon"]}, "The dialect of the CSV. Implies `format=csv`."),
 )
 
 

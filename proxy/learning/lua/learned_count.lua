@@ -1,5 +1,6 @@
 #!lua
--- Counts what became of inferred prices. `unchecked` are the answers since the last test that agreed.
+-- Counts what became of inferred prices. `unchecked` are the answers since a test agreed,
+-- the list moved, or a contradiction was found.
 --   KEYS  1 scope
 --   ARGV  1 answered, 2 right, 3 wrong
 --   reply 1, or 0 if the scope is gone
