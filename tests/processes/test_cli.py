@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from command_line import BODY, CANARY, Run, refusal
+from configs import MINIMAL
+from serving import free_port
 
 pytestmark = pytest.mark.usefixtures("empty_environment")
 
@@ -43,6 +45,15 @@ def test_a_bad_body_on_standard_input_is_one_line() -> None:
     done = process(*PROGRAMS[0], "explain", "-", stdin=b"[]")
     error = b"estimate-proxy: <stdin>: The body must be a JSON array of one or more generation objects.\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, b"", error)
+
+
+@pytest.mark.parametrize("command", [["purge", "--all"], ["learned", "forget", "--all"], ["usage"]])
+def test_an_unreachable_store_is_one_line(command: list[str]) -> None:
+    """As a process: in the process of the tests, others take the lines of the log."""
+    Path("estimate-proxy.toml").write_text(f'{MINIMAL}[store]\nurl = "redis://127.0.0.1:{free_port()}"\n')
+    done = process(*PROGRAMS[0], *command)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert re.fullmatch(rb"estimate-proxy: the store is unreachable.*\n", done.stderr), done.stderr
 
 
 def test_arguments_that_are_not_utf_8_or_very_long(run: Run) -> None:
