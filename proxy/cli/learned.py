@@ -64,7 +64,7 @@ def learned(context: click.Context, config: Path | None, account: str | None, fo
 @click.option("--account", default="default", show_default=True, metavar="ID", help="The account of the scopes.")
 @click.option("--scope", metavar="ID", help="Forget this scope, as `estimate-proxy learned` shows it.")
 @click.option("--all", "everything", is_flag=True, help="Forget all scopes of the account.")
-def forget(config: Path | None, account: str, scope: str | None, everything: bool) -> None:  # noqa: FBT001 -- as demo
+def forget(config: Path | None, account: str, scope: str | None, everything: bool) -> None:  # noqa: FBT001 -- click passes it by name
     """Forget what was learned in one scope, or in all scopes of an account. Gateways follow within two seconds.
 
     Stored prices stay; nothing is inferred until everything is learned again.

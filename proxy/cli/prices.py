@@ -26,7 +26,7 @@ def prices() -> None:
 
 @prices.command()
 @config_option
-@click.option("--account", metavar="NAME", help="Only this account. Default: all.")
+@click.option("--account", metavar="ID", help="Only this account. Default: all.")
 @click.option("--from", metavar="DAY", help="First day, as 2026-11-01. Default: all that is kept, 400 days.")
 @format_option
 @dialect_option

@@ -18,7 +18,7 @@ from proxy.problems import BadRequest
 @click.option("--account", default="default", show_default=True, metavar="ID", help="The account of the prices.")
 @click.option("--all", "everything", is_flag=True, help="Remove all prices of the account.")
 @click.option("--query", default="", metavar="TEXT", help="The query string of the request, such as type=image.")
-def purge(file: Any, config: Path | None, account: str, everything: bool, query: str) -> None:  # noqa: FBT001 -- as demo
+def purge(file: Any, config: Path | None, account: str, everything: bool, query: str) -> None:  # noqa: FBT001 -- click passes it by name
     """Remove the price of the body in FILE (- is standard input), or all prices of an account."""
     if (file is None) is not everything:
         fail("give either a FILE with a body, or --all")

@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import httpx2
@@ -182,6 +183,17 @@ class TestAudits:
         assert explained(gateway)["inferable"] is True, "to explain is not to ask"
         assert cache_status(gateway.ask(new_body())).startswith("fwd=miss")
         assert is_inferred(gateway.ask(new_body()))
+
+    def test_an_audit_of_a_body_that_is_being_asked_is_owed(self, gateway: GatewayFixture) -> None:
+        body = new_body()
+        with ThreadPoolExecutor() as pool, gateway.simulator.hold() as hold:
+            assert is_inferred(gateway.ask(body))
+            assert gateway.simulator.arrived(1), "the audit of the first answer"
+            assert is_inferred(gateway.ask(body))
+            asked = pool.submit(gateway.ask, new_body())
+            assert gateway.simulator.arrived(2)
+            hold.release()
+            assert cache_status(asked.result()).startswith("fwd=miss")
 
 
 class TestWithTheRest:
